@@ -1,0 +1,185 @@
+"""Model configuration, read from the published ``config.json``. Nothing about sizes is hard-coded elsewhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """InternViT (paper section 3.2). ``image_size`` is the pixel grid of the stored position embedding."""
+
+    hidden_size: int = 3200
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 25
+    intermediate_size: int = 12800
+    image_size: int = 224
+    patch_size: int = 14
+    qkv_bias: bool = False
+    qk_normalization: bool = True
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _divides("vision_config", self.hidden_size, self.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image: patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class QLlamaConfig:
+    """QLLaMA: a LLaMA with learnable queries and cross-attention every ``cross_attention_frequency`` layers."""
+
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    intermediate_size: int = 11008
+    vocab_size: int = 49954
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        _divides("qllama_config", self.hidden_size, self.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class InternVLConfig:
+    """InternVL-C / InternVL-G.."""
+
+    vision: VisionConfig = VisionConfig()
+    qllama: QLlamaConfig = QLlamaConfig()
+    clip_embed_dim: int = 768
+    attn_pool_num_heads: int = 16
+    num_query_token: int = 96
+    cross_attention_frequency: int = 2
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, width in (("vision", self.vision.hidden_size), ("qllama", self.qllama.hidden_size)):
+            _divides(f"attention pooling over {name}", width, self.attn_pool_num_heads)
+
+    def has_cross_attention(self, layer: int) -> bool:
+        """Whether QLLaMA layer ``layer`` attends to the image."""
+        return layer % self.cross_attention_frequency == 0
+
+    def to_published(self) -> dict[str, Any]:
+        """The ``config.json`` of the published layout."""
+        return {
+            "architectures": ["InternVLModel"],
+            "model_type": "internvl",
+            "vision_config": {**asdict(self.vision), "hidden_act": "gelu"},
+            "qllama_config": {
+                **asdict(self.qllama),
+                "hidden_act": "silu",
+                "model_type": "llama",
+                "tie_word_embeddings": False,
+            },
+            "clip_embed_dim": self.clip_embed_dim,
+            "attn_pool_num_heads": self.attn_pool_num_heads,
+            "num_query_token": self.num_query_token,
+            "cross_attention_frequency": self.cross_attention_frequency,
+            "label_smoothing": self.label_smoothing,
+            "tie_word_embeddings": False,
+        }
+
+    @classmethod
+    def from_published(cls, data: dict[str, Any], source: str = "config.json") -> InternVLConfig:
+        """Read a published ``config.json``; CheckpointError where it says what this model is not.
+
+        ``force_image_size`` means the position embedding in the file already has that grid.
+        """
+        for part in ("vision_config", "qllama_config"):
+            if not isinstance(data.get(part), dict):
+                raise CheckpointError(
+                    f"{source} is not an InternVL config.",
+                    f"It has no {part!r} section.",
+                    "Point --model at a folder of the InternVL-14B-224px layout.",
+                )
+        for where, section in (("the top level", data), ("qllama_config", data["qllama_config"])):
+            if section.get("tie_word_embeddings", False):
+                raise CheckpointError(
+                    f"{source} ties the word embeddings at {where}.",
+                    "InternVL's lm_head is a tensor of its own; tying would overwrite the embeddings.",
+                    'Set "tie_word_embeddings": false.',
+                )
+        vision, qllama = dict(data["vision_config"]), dict(data["qllama_config"])
+        _require(vision, "hidden_act", {"gelu"}, f"{source}: vision_config")
+        _require(qllama, "hidden_act", {"silu"}, f"{source}: qllama_config")
+        if qllama.get("rope_scaling") is not None:
+            raise CheckpointError(
+                f"{source} asks for rope_scaling.", "QLLaMA uses plain rotary embeddings.", "Remove it."
+            )
+        heads = qllama.get("num_attention_heads")
+        if qllama.get("num_key_value_heads") not in (None, heads):
+            raise CheckpointError(
+                f"{source} asks for grouped-query attention.",
+                f"num_key_value_heads is {qllama['num_key_value_heads']}, num_attention_heads {heads}.",
+                "QLLaMA has one key-value head for each query head.",
+            )
+        if data.get("force_image_size"):
+            vision["image_size"] = data["force_image_size"]
+        try:
+            return cls(
+                vision=VisionConfig(**_known(VisionConfig, vision)),
+                qllama=QLlamaConfig(**_known(QLlamaConfig, qllama)),
+                **{
+                    k: v
+                    for k, v in _known(cls, data).items()
+                    if k not in ("vision", "qllama") and v is not None
+                },
+            )
+        except TypeError as error:
+            raise CheckpointError(f"{source} cannot be read.", str(error)) from error
+
+    @classmethod
+    def load(cls, path: Path) -> InternVLConfig:
+        """Read ``path`` (a ``config.json``)."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"No config.json in {path.parent}.", "The model's sizes are read from it.", f"Add {path}."
+            ) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} is not JSON.", str(error), "Download it again.") from error
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path} is not an InternVL config.", "It holds no JSON object.")
+        return cls.from_published(data, str(path))
+
+
+def _known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(cls)}
+    return {k: v for k, v in data.items() if k in names and v is not None}
+
+
+def _require(section: dict[str, Any], key: str, allowed: set[str], where: str) -> None:
+    if section.get(key, next(iter(allowed))) not in allowed:
+        raise CheckpointError(
+            f"{where}.{key} is {section[key]!r}.", f"This model is defined with {sorted(allowed)[0]!r}."
+        )
+
+
+def _divides(where: str, width: int, heads: int) -> None:
+    if heads <= 0 or width % heads:
+        raise CheckpointError(f"{where}: width {width} does not split over {heads} heads.")

@@ -1,0 +1,122 @@
+"""Component contracts: inputs, outputs and the range of every dynamic axis.
+
+A :class:`ComponentSpec` is the only source for tracing, engine optimization profiles, run-time checks,
+the manifest and the docs. It imports nothing heavy, so that the runtime can use it without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+
+DTYPES: dict[str, type[np.generic]] = {
+    "float32": np.float32,
+    "int64": np.int64,
+    "int32": np.int32,
+    "bool": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dynamic axis and the range an engine is built for (``opt`` is what it is tuned for)."""
+
+    name: str
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"axis {self.name}: need 0 <= min <= opt <= max, got {self}")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output. ``shape`` mixes fixed sizes with axis names: ``("batch", 3, 224, 224)``.
+
+    ``dtype`` is ``"float"`` for the graph's compute type (float32, bfloat16 or float16, by graph variant),
+    or a numpy name for the rest.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """A component's name, inputs, outputs and dynamic axes."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    axes: tuple[Axis, ...]
+
+    def axis(self, name: str) -> Axis:
+        """The axis called ``name``; KeyError if there is none."""
+        for axis in self.axes:
+            if axis.name == name:
+                return axis
+        raise KeyError(name)
+
+    def shape(self, tensor: TensorSpec, which: str) -> tuple[int, ...]:
+        """Concrete shape with every dynamic axis at its ``min``, ``opt`` or ``max``."""
+        return tuple(
+            d if isinstance(d, int) else int(getattr(self.axis(d), which)) for d in tensor.shape
+        )
+
+    def check(self, inputs: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Raise InputError when names, ranks, sizes or shared axes of ``inputs`` do not fit."""
+        names = {t.name for t in self.inputs}
+        if set(inputs) != names:
+            raise InputError(
+                f"Component {self.name} got the wrong inputs.",
+                f"missing {sorted(names - set(inputs))}, unexpected {sorted(set(inputs) - names)}.",
+            )
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            got = tuple(inputs[spec.name].shape)
+            if len(got) != len(spec.shape):
+                raise InputError(
+                    f"Component {self.name}, input {spec.name}: wrong rank.",
+                    f"got shape {list(got)}, need {list(spec.shape)}.",
+                )
+            for size, want in zip(got, spec.shape, strict=True):
+                if isinstance(want, int):
+                    if size != want:
+                        raise InputError(
+                            f"Component {self.name}, input {spec.name}: wrong size.",
+                            f"got shape {list(got)}, need {list(spec.shape)}.",
+                        )
+                    continue
+                axis = self.axis(want)
+                if not axis.min <= size <= axis.max:
+                    raise InputError(
+                        f"Component {self.name}, input {spec.name}: axis {want} is out of range.",
+                        f"got {size}, the bundle was built for {axis.min}..{axis.max}.",
+                        "Split the request, or rebuild with a larger range.",
+                    )
+                if sizes.setdefault(want, size) != size:
+                    raise InputError(
+                        f"Component {self.name}: axis {want} differs between inputs.",
+                        f"{spec.name} has {size}, an earlier input has {sizes[want]}.",
+                    )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ComponentSpec:
+        """Inverse of :meth:`to_json` (lists become tuples)."""
+
+        def tensors(key: str) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in data[key])
+
+        axes = tuple(Axis(**a) for a in data["axes"])
+        return cls(data["name"], tensors("inputs"), tensors("outputs"), axes)
