@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,8 @@ class QLlamaConfig:
 class InternVLConfig:
     """InternVL-C / InternVL-G.."""
 
-    vision: VisionConfig = VisionConfig()
-    qllama: QLlamaConfig = QLlamaConfig()
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    qllama: QLlamaConfig = field(default_factory=QLlamaConfig)
     clip_embed_dim: int = 768
     attn_pool_num_heads: int = 16
     num_query_token: int = 96

@@ -1,0 +1,181 @@
+"""Names and shapes of every tensor: the published layout, and the older single-file ``internvl_c`` layout.
+
+Source: the state dict of InternVL-14B-224px (1,048 tensors) and ``internvl_c_13b_224px.pth``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from ..errors import CheckpointError
+from .config import InternVLConfig, QLlamaConfig, VisionConfig
+
+Shape = tuple[int, ...]
+
+COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
+PUBLISHED_HEAD_DIM = 128
+PUBLISHED_POOL_HEADS = 16
+
+# Old transformers releases stored the rotary frequencies as a buffer; they follow from the config.
+_ROTARY = re.compile(r"(qllama\.model|transformer)\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a stored tensor is a rotary frequency buffer, the only surplus a checkpoint may carry."""
+    return _ROTARY.fullmatch(name) is not None
+
+
+def expected_shapes(config: InternVLConfig, contrastive_only: bool = False) -> dict[str, Shape]:
+    """Published key to shape, for every tensor a model of ``config`` has.
+
+    Args:
+        config: the model's sizes.
+        contrastive_only: InternVL-C alone (no queries, cross-attention, second pooling head, ITM head or
+            lm_head), which is what the older layout holds.
+    """
+    v, q = config.vision, config.qllama
+    shapes: dict[str, Shape] = {"text_projection": (q.hidden_size, config.clip_embed_dim), "logit_scale": ()}
+    shapes.update(_vision(v))
+    shapes["qllama.model.embed_tokens.weight"] = (q.vocab_size, q.hidden_size)
+    for i in range(q.num_hidden_layers):
+        cross = config.has_cross_attention(i) and not contrastive_only
+        shapes.update(_qllama_layer(f"qllama.model.layers.{i}.", q, v.hidden_size, cross))
+    shapes["qllama.model.norm.weight"] = (q.hidden_size,)
+    shapes.update(_pool("clip_projector.", v.hidden_size, config.clip_embed_dim))
+    if not contrastive_only:
+        shapes["query_tokens"] = (1, config.num_query_token, q.hidden_size)
+        shapes["qllama.lm_head.weight"] = (q.vocab_size, q.hidden_size)
+        shapes.update(_pool("clip_projector2.", q.hidden_size, config.clip_embed_dim))
+        shapes["itm_head.weight"] = (2, q.hidden_size)
+        shapes["itm_head.bias"] = (2,)
+    return shapes
+
+
+def _vision(v: VisionConfig) -> dict[str, Shape]:
+    width, mlp = v.hidden_size, v.intermediate_size
+    base = "vision_model.embeddings."
+    shapes: dict[str, Shape] = {
+        base + "class_embedding": (1, 1, width),
+        base + "position_embedding": (1, v.num_tokens, width),
+        base + "patch_embedding.weight": (width, 3, v.patch_size, v.patch_size),
+        base + "patch_embedding.bias": (width,),
+    }
+    for i in range(v.num_hidden_layers):
+        layer = f"vision_model.encoder.layers.{i}."
+        shapes[layer + "attn.qkv.weight"] = (3 * width, width)
+        if v.qkv_bias:
+            shapes[layer + "attn.qkv.bias"] = (3 * width,)
+        if v.qk_normalization:
+            shapes[layer + "attn.q_norm.weight"] = shapes[layer + "attn.k_norm.weight"] = (width,)
+        shapes[layer + "attn.proj.weight"] = (width, width)
+        shapes[layer + "mlp.fc1.weight"], shapes[layer + "mlp.fc1.bias"] = (mlp, width), (mlp,)
+        shapes[layer + "mlp.fc2.weight"] = (width, mlp)
+        for name in ("attn.proj.bias", "mlp.fc2.bias", "norm1.weight", "norm2.weight", "ls1", "ls2"):
+            shapes[layer + name] = (width,)
+    return shapes
+
+
+def _qllama_layer(layer: str, q: QLlamaConfig, vision_width: int, cross: bool) -> dict[str, Shape]:
+    width, mlp = q.hidden_size, q.intermediate_size
+    shapes: dict[str, Shape] = {layer + f"self_attn.{p}_proj.weight": (width, width) for p in "qkvo"}
+    shapes[layer + "mlp.gate_proj.weight"] = shapes[layer + "mlp.up_proj.weight"] = (mlp, width)
+    shapes[layer + "mlp.down_proj.weight"] = (width, mlp)
+    shapes[layer + "input_layernorm.weight"] = shapes[layer + "post_attention_layernorm.weight"] = (width,)
+    if cross:
+        for p, size in (("q", width), ("k", vision_width), ("v", vision_width), ("o", width)):
+            shapes[layer + f"cross_attn.{p}_proj.weight"] = (width, size)
+        shapes[layer + "cross_attn.norm1.weight"] = (width,)
+        shapes[layer + "cross_attn.norm2.weight"] = (vision_width,)
+    return shapes
+
+
+def _pool(head: str, width: int, out: int) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    for p in "qkv":
+        shapes[head + f"norm1_{p}.weight"] = shapes[head + f"norm1_{p}.bias"] = (width,)
+        shapes[head + f"cross_attn.{p}_bias"] = (width,)
+        shapes[head + f"cross_attn.{p}.weight"] = (width, width)
+    shapes[head + "cross_attn.proj.weight"], shapes[head + "cross_attn.proj.bias"] = (out, width), (out,)
+    return shapes
+
+
+def published_key(older: str) -> str:
+    """The published name of a tensor of the older layout."""
+    fixed = {
+        "cls_token": "vision_model.embeddings.class_embedding",
+        "pos_embed": "vision_model.embeddings.position_embedding",
+    }
+    if older in fixed:
+        return fixed[older]
+    for prefix, new in (
+        ("patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
+        ("blocks.", "vision_model.encoder.layers."),
+        ("transformer.", "qllama.model."),
+    ):
+        if older.startswith(prefix):
+            key = new + older[len(prefix) :]
+            return re.sub(r"\.(ls[12])\.gamma$", r".\1", key) if prefix == "blocks." else key
+    return older
+
+
+def infer_config(shapes: Mapping[str, Shape], source: str) -> InternVLConfig:
+    """Sizes of an InternVL-C from its tensors' shapes (published keys), for files with no config beside them.
+
+    Head counts cannot be read from shapes: the published head width (128 in both towers) and the published
+    16 pooling heads are assumed, as are the epsilons and the rotary base. CheckpointError where that does not
+    fit; a ``config.json`` beside the file then says what does.
+    """
+    fix = "Put the model's config.json beside the file."
+    try:
+        patch = shapes["vision_model.embeddings.patch_embedding.weight"]
+        _, tokens, width = shapes["vision_model.embeddings.position_embedding"]
+        vocab, text_width = shapes["qllama.model.embed_tokens.weight"]
+        fc1 = shapes["vision_model.encoder.layers.0.mlp.fc1.weight"]
+        gate = shapes["qllama.model.layers.0.mlp.gate_proj.weight"]
+        _, embed = shapes["text_projection"]
+        patch_size, mlp, text_mlp = patch[3], fc1[0], gate[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{source} is not an InternVL-C checkpoint of the older layout.",
+            f"Its sizes cannot be read from its tensors ({error}).",
+            "Give the folder of a published checkpoint, or a whole internvl_c file.",
+        ) from error
+    grid = round((tokens - 1) ** 0.5)
+    if grid * grid != tokens - 1:
+        raise CheckpointError(f"{source}: {tokens - 1} patch positions make no square grid.", "", fix)
+    for name, size in (("vision", width), ("text", text_width)):
+        if size % PUBLISHED_HEAD_DIM:
+            raise CheckpointError(
+                f"{source}: the number of {name} attention heads is unknown.",
+                f"The width {size} does not split into heads of {PUBLISHED_HEAD_DIM}, the published width.",
+                fix,
+            )
+    layer0 = "vision_model.encoder.layers.0.attn."
+    return InternVLConfig(
+        vision=VisionConfig(
+            hidden_size=width,
+            num_hidden_layers=_layers(shapes, "vision_model.encoder.layers."),
+            num_attention_heads=width // PUBLISHED_HEAD_DIM,
+            intermediate_size=mlp,
+            image_size=grid * patch_size,
+            patch_size=patch_size,
+            qkv_bias=layer0 + "qkv.bias" in shapes,
+            qk_normalization=layer0 + "q_norm.weight" in shapes,
+        ),
+        qllama=QLlamaConfig(
+            hidden_size=text_width,
+            num_hidden_layers=_layers(shapes, "qllama.model.layers."),
+            num_attention_heads=text_width // PUBLISHED_HEAD_DIM,
+            intermediate_size=text_mlp,
+            vocab_size=vocab,
+        ),
+        clip_embed_dim=embed,
+        attn_pool_num_heads=PUBLISHED_POOL_HEADS,
+    )
+
+
+def _layers(shapes: Mapping[str, Shape], prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"(\d{1,6})\.")
+    found = [int(m.group(1)) for m in map(pattern.match, shapes) if m]
+    return max(found) + 1 if found else 0

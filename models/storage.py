@@ -1,0 +1,193 @@
+"""Reading weight files without loading them: safetensors shards and zip-format torch files, both memory-mapped.
+
+Files are untrusted: headers are checked against the file before anything is read, and torch files are opened
+with ``weights_only=True`` (no code in a pickle runs).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+_INDEX_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where one tensor lies.
+
+    Args:
+        file: the file that holds it.
+        name: its name in that file (differs from the published key in the older layout).
+        dtype: ``float32``, ``float16`` or ``bfloat16`` (other types are refused when a checkpoint is opened).
+        shape: its shape.
+        offset: first byte in ``file``, None where the format does not say (torch files).
+        nbytes: its size, contiguous.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int | None
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorRef]:
+    """Tensors of a safetensors file, from its header only; CheckpointError when it is not whole.
+
+    Types other than float32, float16 and bfloat16 keep their safetensors name (``F8_E4M3``, ``I8``).
+    """
+    size = _size(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+            raise _damaged(path, f"the file has {size} bytes, its header alone would need {8 + length}")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no JSON object")
+    header.pop("__metadata__", None)
+    refs = {name: _ref(path, name, entry, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for ref in sorted(refs.values(), key=lambda r: (r.offset or 0, r.nbytes)):
+        if ref.offset != end:
+            raise _damaged(
+                path, f"tensor {ref.name} starts at byte {ref.offset}, the one before ends at {end}"
+            )
+        end += ref.nbytes
+    if end != size:
+        raise _damaged(path, f"its tensors end at byte {end}, the file has {size} bytes")
+    return refs
+
+
+def _ref(path: Path, name: str, entry: Any, data: int) -> TensorRef:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"its header entry of {name} is incomplete") from error
+    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise _damaged(path, f"its header entry of {name} is not a dtype, a shape and two offsets")
+    dtype = SAFETENSORS_DTYPES.get(dtype, dtype)
+    if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise _damaged(path, f"tensor {name} {list(shape)} {dtype} has {end - begin} bytes")
+    return TensorRef(path, name, dtype, shape, data + begin, end - begin)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice")
+    return found
+
+
+def read_torch(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a zip-format torch file (``.bin``, ``.pth``), memory-mapped; CheckpointError when damaged."""
+    import torch
+
+    _size(path)
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path} is damaged, or not a zip-format torch file.",
+            "Its zip directory, which lies at the end, cannot be read: the file is truncated, or was written "
+            "by torch before 1.6.",
+            "Download it again, or save it anew with a current torch.",
+        )
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ValueError and more
+        raise CheckpointError(
+            f"{path} cannot be read as plain weights.", str(error).splitlines()[0], "Download it again."
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(k, str) for k in loaded):
+        raise CheckpointError(f"{path} holds no table of tensors.", f"It holds a {type(loaded).__name__}.")
+    odd = [k for k, v in loaded.items() if not isinstance(v, torch.Tensor) or v.layout != torch.strided]
+    if odd:
+        raise CheckpointError(f"{path} holds things that are no dense tensors.", named(odd))
+    return loaded
+
+
+def torch_refs(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:
+    """References for :func:`read_torch`'s tensors (offset None)."""
+    return {
+        name: TensorRef(
+            path,
+            name,
+            str(t.dtype).removeprefix("torch."),
+            tuple(t.shape),
+            None,
+            t.numel() * t.element_size(),
+        )
+        for name, t in tensors.items()
+    }
+
+
+def open_reader(path: Path) -> Callable[[str], torch.Tensor]:
+    """A function from a stored name to its memory-mapped CPU tensor."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            handle: Any = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, str(error)) from error
+
+        def read(name: str) -> torch.Tensor:
+            tensor: torch.Tensor = handle.get_tensor(name)
+            return tensor
+
+        return read
+    return read_torch(path).__getitem__
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The ``weight_map`` of an index: tensor name to shard name. Shards lie beside the index, nowhere else."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        pairs = dict(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} has no weight_map.", str(error), "Download it again.") from error
+    for name, shard in pairs.items():
+        if not isinstance(shard, str) or not _INDEX_NAME.fullmatch(shard):
+            raise CheckpointError(
+                f"{path} names a shard that is no plain file name.",
+                f"Tensor {name} is said to be in {shard!r}.",
+                "Do not use this checkpoint: a sound index names files beside it.",
+            )
+    return pairs
+
+
+def named(names: list[str], limit: int = 5) -> str:
+    """``"3 tensors: a, b, c"``, shortened after ``limit``."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} tensor{'s' * (len(names) != 1)}: {', '.join(names[:limit])}{more}."
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(
+            f"Weights file {path} cannot be read.", error.strerror or str(error), "Download the missing file."
+        ) from error
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated or damaged.", f"{why}.", "Download it again.")

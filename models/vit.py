@@ -1,0 +1,129 @@
+"""InternViT (InternVL paper section 3.2): a plain pre-norm ViT with RMSNorm, QK-norm and LayerScale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import VisionConfig
+from .layers import RMSNorm, attention, split_heads
+
+
+class InternViT(nn.Module):
+    """Pixels to tokens. No norm before or after the blocks, no pooler."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = PatchEmbeddings(config)
+        self.encoder = Encoder(config)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, S, S] normalised pixels -> [B, 1 + (S / patch)^2, D], class token first."""
+        x: Tensor = self.embeddings(pixel_values)
+        for block in self.encoder.layers:
+            x = block(x)
+        return x
+
+    def hidden_states(self, pixel_values: Tensor) -> list[Tensor]:
+        """The embeddings and the output of every block: L + 1 tensors [B, N, D]."""
+        states = [self.embeddings(pixel_values)]
+        for block in self.encoder.layers:
+            states.append(block(states[-1]))
+        return states
+
+
+class PatchEmbeddings(nn.Module):
+    """Patch convolution, class token and learned positions, resized to the image's grid."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, width))
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.position_embedding = nn.Parameter(torch.randn(1, config.num_tokens, width))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, N, D]."""
+        patches = self.patch_embedding(pixel_values)
+        grid = (patches.shape[-2], patches.shape[-1])
+        patches = patches.flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(patches.shape[0], -1, -1)
+        return torch.cat([first, patches], dim=1) + resize_positions(self.position_embedding, grid)
+
+
+def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Bicubic resize of a [1, 1 + g*g, D] position embedding to ``grid``; the class position is kept.
+
+    fp32, ``align_corners=False``, no antialias, as the published code does.
+    """
+    stored = round((positions.shape[1] - 1) ** 0.5)
+    if grid == (stored, stored):
+        return positions
+    first, rest = positions[:, :1], positions[:, 1:]
+    image = rest.unflatten(1, (stored, stored)).permute(0, 3, 1, 2).float()
+    image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([first, image.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
+
+
+class Encoder(nn.Module):
+    """The stack of blocks (a module of its own for the published key names)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+
+
+class Block(nn.Module):
+    """``x += attn(norm1(x)) * ls1; x += mlp(norm2(x)) * ls2``."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.attn = Attention(config)
+        self.mlp = MLP(width, config.intermediate_size)
+        self.norm1 = RMSNorm(width, config.layer_norm_eps)
+        self.norm2 = RMSNorm(width, config.layer_norm_eps)
+        self.ls1 = nn.Parameter(torch.full((width,), 0.1))
+        self.ls2 = nn.Parameter(torch.full((width,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        x = x + self.attn(self.norm1(x)) * self.ls1
+        return x + self.mlp(self.norm2(x)) * self.ls2
+
+
+class Attention(nn.Module):
+    """Self-attention; QK-norm is one RMSNorm over the full width of all heads, before the split."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.proj = nn.Linear(width, width)
+        norm = config.qk_normalization
+        self.q_norm = RMSNorm(width, config.layer_norm_eps) if norm else nn.Identity()
+        self.k_norm = RMSNorm(width, config.layer_norm_eps) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        out: Tensor = self.proj(attention(*(split_heads(t, self.heads) for t in (q, k, v))))
+        return out
+
+
+class MLP(nn.Module):
+    """fc1, exact erf GELU, fc2."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
