@@ -1,4 +1,4 @@
-"""Model configuration, read from the published ``config.json``. Nothing about sizes is hard-coded elsewhere."""
+"""Model configuration, read from the published ``config.json``. No size is hard-coded elsewhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class QLlamaConfig:
-    """QLLaMA: a LLaMA with learnable queries and cross-attention every ``cross_attention_frequency`` layers."""
+    """QLLaMA: a LLaMA with learnable queries; which layers cross-attend is :class:`InternVLConfig`'s."""
 
     hidden_size: int = 4096
     num_hidden_layers: int = 32

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..decoding import Ids, Limits, Scores, decode
 from .qllama import KeyValue, Visible
 
 if TYPE_CHECKING:
@@ -43,3 +44,40 @@ def extend(past: list[KeyValue], new: list[KeyValue]) -> list[KeyValue]:
     return [
         (torch.cat([pk, k], 2), torch.cat([pv, v], 2)) for (pk, pv), (k, v) in zip(past, new, strict=True)
     ]
+
+
+@torch.no_grad()
+def generate(
+    model: InternVL,
+    pixel_values: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    max_new_tokens: int = 30,
+    num_beams: int = 1,
+    min_new_tokens: int = 0,
+) -> Tensor:
+    """New token ids [B, <= max_new_tokens]; see :meth:`InternVL.generate`.
+
+    Padding may stand on either side of the prompt. Rotary positions count visible tokens only
+    (``cumsum(mask) - 1``, the queries included), as the published code does.
+    """
+    config = model.config
+    past = model.query_pass(model.vision(pixel_values))[1]
+    mask = torch.cat([attention_mask.new_ones(len(input_ids), config.num_query_token), attention_mask], 1)
+    positions = (mask.cumsum(1) - 1)[:, config.num_query_token :].masked_fill(attention_mask == 0, 1)
+    first, new = text_step(model, input_ids, positions, mask, past)
+    past = extend(past, new)
+
+    def step(tokens: Ids, rows: Ids | None) -> Scores:
+        nonlocal past, mask
+        if rows is not None:
+            index = torch.from_numpy(rows).to(mask.device)
+            past, mask = [(k[index], v[index]) for k, v in past], mask[index]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        ids = torch.from_numpy(tokens).to(mask.device)[:, None]
+        logits, new = text_step(model, ids, mask.sum(1, keepdim=True) - 1, mask, past)
+        past = extend(past, new)
+        return logits.float().numpy(force=True)
+
+    limits = Limits(config.qllama.eos_token_id, config.qllama.pad_token_id, max_new_tokens, min_new_tokens)
+    return torch.from_numpy(decode(first.float().numpy(force=True), step, limits, num_beams))

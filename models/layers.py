@@ -17,15 +17,17 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width], same dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        out: Tensor = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return out
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, heads * d] -> [B, heads, T, d]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    batch, length, width = x.shape
+    return x.view(batch, length, heads, width // heads).transpose(1, 2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v with heads merged again.
 
     Args:

@@ -141,7 +141,7 @@ class SelfAttention(nn.Module):
         q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, rotary), rotate(k, rotary)
         keys, values = (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)) if past else (k, v)
-        out: Tensor = self.o_proj(attention(q, keys, values, visible.mask, visible.causal))
+        out: Tensor = self.o_proj(attention(q, keys, values, mask=visible.mask, causal=visible.causal))
         return out, (k, v)
 
 

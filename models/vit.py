@@ -62,7 +62,7 @@ def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     if grid == (stored, stored):
         return positions
     first, rest = positions[:, :1], positions[:, 1:]
-    image = rest.unflatten(1, (stored, stored)).permute(0, 3, 1, 2).float()
+    image = rest.reshape(1, stored, stored, -1).permute(0, 3, 1, 2).float()
     image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
     return torch.cat([first, image.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
 
@@ -91,7 +91,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         x = x + self.attn(self.norm1(x)) * self.ls1
-        return x + self.mlp(self.norm2(x)) * self.ls2
+        out: Tensor = x + self.mlp(self.norm2(x)) * self.ls2
+        return out
 
 
 class Attention(nn.Module):

@@ -1,0 +1,149 @@
+"""Token search: greedy and beam, over any function that turns tokens into logits.
+
+Pure numpy, shared by the PyTorch model and the runtime, so that both choose the same tokens. Beam search keeps the
+semantics of ``transformers`` 4.37 (``length_penalty=1``, ``early_stopping=False``), which the published captions
+were made with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+Scores = NDArray[np.float32]
+
+
+class Step(Protocol):
+    """Advance every row by one token."""
+
+    def __call__(self, tokens: Ids, rows: Ids | None) -> Scores:
+        """Tokens [R] continue the caches of ``rows`` [R] (None: each its own) -> logits [R, V]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop. ``min_new_tokens`` counts tokens before EOS may come."""
+
+    eos: int
+    pad: int = 0
+    max_new_tokens: int = 30
+    min_new_tokens: int = 0
+
+
+def decode(first: Scores, step: Step, limits: Limits, num_beams: int = 1) -> Ids:
+    """New token ids [B, <= max_new_tokens] of B prompts, ``pad`` after each row's EOS.
+
+    Args:
+        first: logits [B, V] after the prompt.
+        step: advances the rows; with beams it is called with B * num_beams rows, the first time with each
+            prompt's row repeated.
+        limits: token ids and lengths.
+        num_beams: 1 is greedy.
+    """
+    if limits.max_new_tokens < 1:
+        return np.zeros((len(first), 0), np.int64)
+    return _greedy(first, step, limits) if num_beams == 1 else _beam(first, step, limits, num_beams)
+
+
+def _greedy(logits: Scores, step: Step, limits: Limits) -> Ids:
+    done = np.zeros(len(logits), bool)
+    out: list[Ids] = []
+    while True:
+        tokens = _bar_eos(logits, len(out), limits).argmax(-1)
+        tokens = np.where(done, limits.pad, tokens).astype(np.int64)
+        out.append(tokens)
+        done |= tokens == limits.eos
+        if done.all() or len(out) == limits.max_new_tokens:
+            return np.stack(out, 1)
+        logits = step(tokens, None)
+
+
+def _beam(first: Scores, step: Step, limits: Limits, beams: int) -> Ids:
+    batch, vocab = first.shape
+    finished = [_Finished(beams) for _ in range(batch)]
+    done = np.zeros(batch, bool)
+    tokens = np.zeros((batch * beams, 0), np.int64)
+    # All beams of a prompt start equal: only the first may be continued, or the beams would be copies.
+    totals = np.full((batch, beams), -1e9, np.float32)
+    totals[:, 0] = 0
+    logits = np.repeat(first, beams, 0)
+    rows = np.repeat(np.arange(batch), beams)
+    while True:
+        length = tokens.shape[1] + 1
+        scores = _bar_eos(_log_softmax(logits), tokens.shape[1], limits)
+        scores = (scores + totals.reshape(-1, 1)).reshape(batch, beams * vocab)
+        ranked = np.argsort(-scores, axis=1, kind="stable")[:, : 2 * beams]
+        parents = np.zeros((batch, beams), np.int64)
+        chosen = np.full((batch, beams), limits.pad, np.int64)
+        totals = np.zeros((batch, beams), np.float32)
+        for b in range(batch):
+            if done[b]:
+                continue
+            slot = 0
+            for rank, flat in enumerate(ranked[b]):
+                beam, token = divmod(int(flat), vocab)
+                score = scores[b, flat]
+                if token == limits.eos:
+                    if rank < beams:
+                        finished[b].add(tokens[b * beams + beam], float(score), length)
+                    continue
+                parents[b, slot], chosen[b, slot], totals[b, slot] = beam, token, score
+                slot += 1
+                if slot == beams:
+                    break
+            done[b] = finished[b].closed(float(scores[b, ranked[b, 0]]), length)
+        source = (np.arange(batch)[:, None] * beams + parents).reshape(-1)
+        tokens = np.concatenate([tokens[source], chosen.reshape(-1, 1)], axis=1)
+        if done.all() or length == limits.max_new_tokens:
+            break
+        logits = step(tokens[:, -1], rows if length == 1 else source)
+    for b in np.flatnonzero(~done):
+        for beam in range(beams):
+            finished[b].add(tokens[b * beams + beam], float(totals[b, beam]), length)
+    best = [f.best() for f in finished]
+    width = min(max(len(t) for t in best) + 1, limits.max_new_tokens)
+    out = np.full((batch, width), limits.pad, np.int64)
+    for b, ids in enumerate(best):
+        out[b, : len(ids)] = ids
+        if len(ids) < width:
+            out[b, len(ids)] = limits.eos
+    return out
+
+
+@dataclass
+class _Finished:
+    """The best ``size`` finished hypotheses of one prompt; scores are mean log-probabilities."""
+
+    size: int
+    hypotheses: list[tuple[float, Ids]] = field(default_factory=list)
+
+    def add(self, tokens: Ids, total: float, length: int) -> None:
+        self.hypotheses.append((total / length, tokens))
+        self.hypotheses.sort(key=lambda h: h[0])
+        del self.hypotheses[: -self.size]
+
+    def closed(self, best_open: float, length: int) -> bool:
+        """Whether no open beam can still beat the worst one kept."""
+        return len(self.hypotheses) == self.size and self.hypotheses[0][0] >= best_open / length
+
+    def best(self) -> Ids:
+        return self.hypotheses[-1][1]
+
+
+def _bar_eos(scores: Scores, produced: int, limits: Limits) -> Scores:
+    if produced >= limits.min_new_tokens:
+        return scores
+    scores = scores.copy()
+    scores[:, limits.eos] = -np.inf
+    return scores
+
+
+def _log_softmax(logits: Scores) -> Scores:
+    shifted = logits - logits.max(-1, keepdims=True)
+    out: Scores = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return out
