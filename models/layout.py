@@ -176,6 +176,6 @@ def infer_config(shapes: Mapping[str, Shape], source: str) -> InternVLConfig:
 
 
 def _layers(shapes: Mapping[str, Shape], prefix: str) -> int:
-    pattern = re.compile(re.escape(prefix) + r"(\d{1,6})\.")
+    pattern = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
     found = [int(m.group(1)) for m in map(pattern.match, shapes) if m]
     return max(found) + 1 if found else 0

@@ -1,4 +1,4 @@
-"""Reading weight files without loading them: safetensors shards and zip-format torch files, both memory-mapped.
+"""Reading weight files without loading them: safetensors and zip-format torch files, both memory-mapped.
 
 Files are untrusted: headers are checked against the file before anything is read, and torch files are opened
 with ``weights_only=True`` (no code in a pickle runs).
@@ -99,7 +99,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_torch(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a zip-format torch file (``.bin``, ``.pth``), memory-mapped; CheckpointError when damaged."""
+    """Memory-mapped tensors of a zip-format torch file (``.bin``, ``.pth``); CheckpointError when damaged."""
     import torch
 
     _size(path)
@@ -158,7 +158,7 @@ def open_reader(path: Path) -> Callable[[str], torch.Tensor]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The ``weight_map`` of an index: tensor name to shard name. Shards lie beside the index, nowhere else."""
+    """The ``weight_map`` of an index: tensor to shard. Shards lie beside the index, nowhere else."""
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         pairs = dict(weight_map.items())

@@ -1,0 +1,268 @@
+"""Opening a checkpoint of any published layout, checked against its config, tensors read one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+from .config import InternVLConfig
+from .layout import COMPONENTS, expected_shapes, infer_config, is_ignored, published_key
+from .storage import (
+    ITEM_BYTES,
+    TensorRef,
+    named,
+    open_reader,
+    read_header,
+    read_index,
+    read_torch,
+    torch_refs,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    Reader = Callable[[str], torch.Tensor]
+
+# In a folder, the first of these that exists is the checkpoint (as in the transformers library).
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+FULL_HASH_BYTES = 1 << 28
+SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint: every tensor its config asks for is there, with the right shape.
+
+    Args:
+        path: the folder or file it was opened from.
+        config: the model's sizes.
+        tensors: published key to where the tensor lies.
+        contrastive_only: InternVL-C alone (the older layout).
+    """
+
+    path: Path
+    config: InternVLConfig
+    tensors: dict[str, TensorRef]
+    contrastive_only: bool = False
+    _readers: dict[Path, Reader] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components this checkpoint has weights for; an InternVL-C file has no query or caption pass."""
+        return ("vision", "qllama_text") if self.contrastive_only else COMPONENTS
+
+    def has(self, component: str) -> bool:
+        """Whether ``component`` can be made from this checkpoint."""
+        return component in self.components
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """``("InternVL-C", "InternVL-G")``, or only the first."""
+        return ("InternVL-C",) if self.contrastive_only else ("InternVL-C", "InternVL-G")
+
+    def load(
+        self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """One tensor by its published key, in ``dtype`` (None: as stored).
+
+        Without a change of dtype or device the result is a view of the mapped file (private: writing to it
+        never reaches the file).
+        """
+        ref = self._ref(key)
+        reader = self._readers.get(ref.file)
+        if reader is None:
+            reader = self._readers[ref.file] = open_reader(ref.file)
+        return reader(ref.name).to(device=device, dtype=dtype)
+
+    def file_bytes(self, key: str) -> memoryview:
+        """The stored bytes of a tensor, contiguous; a view of the mapped file where it is stored so."""
+        import torch
+
+        tensor = self.load(key).detach().contiguous().reshape(-1)
+        data: memoryview = tensor.view(torch.uint8).numpy().data
+        return data
+
+    @cached_property
+    def revision(self) -> str:
+        """Identity of config and weights, 64 hex digits; the same however the tensors are split over files.
+
+        SHA-256 over the config and, for every key in order, name, dtype, shape and bytes. Above 256 MiB only
+        the first, middle and last 4 KiB of each tensor are read, so that 27 GB take seconds: another training
+        run changes every such sample, but single flipped bits pass. File hashes find those.
+        """
+        full = sum(r.nbytes for r in self.tensors.values()) <= FULL_HASH_BYTES
+        digest = hashlib.sha256(json.dumps(self.config.to_published(), sort_keys=True).encode())
+        for key in sorted(self.tensors):
+            ref = self.tensors[key]
+            digest.update(json.dumps([key, ref.dtype, ref.shape, ref.nbytes]).encode())
+            data = self.file_bytes(key)
+            if full or ref.nbytes <= 3 * SAMPLE_BYTES:
+                digest.update(data)
+                continue
+            for start in (0, (ref.nbytes - SAMPLE_BYTES) // 2, ref.nbytes - SAMPLE_BYTES):
+                digest.update(data[start : start + SAMPLE_BYTES])
+        return digest.hexdigest()
+
+    def _ref(self, key: str) -> TensorRef:
+        try:
+            return self.tensors[key]
+        except KeyError:
+            why = "It is an InternVL-C file, without them." if self.contrastive_only else "No such tensor."
+            raise CheckpointError(f"{self.path} has no tensor {key}.", why) from None
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint and check every name, shape and type; no weights are read.
+
+    Args:
+        path: a folder with ``config.json`` and ``model.safetensors``, ``pytorch_model.bin`` or the index of
+            their shards; or one older ``internvl_c`` file (``.pth``), whose sizes come from a ``config.json``
+            beside it or else from its tensors (see :func:`.layout.infer_config` for what that assumes).
+
+    Raises:
+        CheckpointError: files or tensors missing, surplus, twice, truncated, of a wrong shape or type; a
+            config that is not InternVL's. Rotary frequency buffers are the only surplus let through.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _open_older(path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"No checkpoint at {path}.",
+            "There is no such file or folder.",
+            "Check the path given as --model.",
+        )
+    config = InternVLConfig.load(path / "config.json")
+    source = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if source is None:
+        raise CheckpointError(f"No weights in {path}.", f"Looked for {', '.join(WEIGHT_FILES)}.")
+    readers: dict[Path, Reader] = {}
+    stored = _read_shards(source, readers) if source.suffix == ".json" else _read_file(source, readers)
+    tensors = {name: ref for name, ref in stored.items() if not is_ignored(name)}
+    _check(source, tensors, expected_shapes(config))
+    return Checkpoint(path, config, tensors, _readers=readers)
+
+
+def load_state(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Give every parameter and persistent buffer of ``model`` its tensor, one at a time.
+
+    Args:
+        model: any module whose state-dict names are published keys (a part of the model may be given: what
+            the checkpoint has besides is left alone). Built on the meta device, so nothing exists twice.
+        checkpoint: where the tensors come from.
+        dtype: what they become; None keeps the stored type.
+        device: where they go.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a tensor, or has it in another shape.
+    """
+    import torch
+
+    for key, old in model.state_dict(keep_vars=True).items():
+        tensor = checkpoint.load(key, dtype, device)
+        if tensor.shape != old.shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: {key} has the wrong shape.",
+                f"It is {list(tensor.shape)}, the model needs {list(old.shape)}.",
+            )
+        owner, _, leaf = key.rpartition(".")
+        if isinstance(old, torch.nn.Parameter):
+            tensor = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
+        setattr(model.get_submodule(owner), leaf, tensor)
+
+
+def _open_older(path: Path) -> Checkpoint:
+    if path.suffix == ".safetensors":
+        raise CheckpointError(
+            f"{path} is one file of a checkpoint.", "Its config.json belongs to it.", f"Give {path.parent}."
+        )
+    readers: dict[Path, Reader] = {}
+    tensors: dict[str, TensorRef] = {}
+    for name, ref in _read_file(path, readers).items():
+        key = published_key(name)
+        if key in tensors:
+            raise CheckpointError(f"{path} holds {key} twice.", f"As {tensors[key].name} and as {name}.")
+        if not is_ignored(name):
+            tensors[key] = ref
+    beside = path.parent / "config.json"
+    if beside.is_file():
+        config = InternVLConfig.load(beside)
+    else:
+        config = infer_config({k: r.shape for k, r in tensors.items()}, str(path))
+    _check(path, tensors, expected_shapes(config, contrastive_only=True))
+    return Checkpoint(path, config, tensors, contrastive_only=True, _readers=readers)
+
+
+def _read_file(path: Path, readers: dict[Path, Reader]) -> dict[str, TensorRef]:
+    if path.suffix == ".safetensors":
+        return read_header(path)
+    tensors = read_torch(path)
+    readers[path] = tensors.__getitem__
+    return torch_refs(path, tensors)
+
+
+def _read_shards(index: Path, readers: dict[Path, Reader]) -> dict[str, TensorRef]:
+    weight_map = read_index(index)
+    shards = sorted(set(weight_map.values()))
+    absent = [name for name in shards if not (index.parent / name).is_file()]
+    if absent:
+        lost = [k for k, v in weight_map.items() if v in absent]
+        raise CheckpointError(
+            f"{index.parent} lacks {len(absent)} of the {len(shards)} shards its index names.",
+            f"Missing {', '.join(absent)}, with {named(lost)}",
+            "Download the missing files.",
+        )
+    found: dict[str, TensorRef] = {}
+    for shard in shards:
+        refs = _read_file(index.parent / shard, readers)
+        twice = [k for k in refs if k in found]
+        if twice:
+            raise CheckpointError(f"{index.parent} holds tensors in two shards.", named(twice))
+        found.update(refs)
+    moved = [k for k, v in weight_map.items() if k not in found or found[k].file.name != v]
+    unlisted = [k for k in found if k not in weight_map and not is_ignored(k)]
+    for names, what in ((moved, "are not in the shard the index names"), (unlisted, "are not in the index")):
+        if names:
+            raise CheckpointError(
+                f"{index} does not fit its shards.",
+                f"Tensors that {what}: {named(names)}",
+                "Download it again.",
+            )
+    return found
+
+
+def _check(source: Path, tensors: dict[str, TensorRef], want: dict[str, tuple[int, ...]]) -> None:
+    """Compare names, shapes and types with what the config asks for; report all kinds of trouble at once."""
+    problems: list[str] = []
+
+    def add(kind: str, names: Iterable[str]) -> None:
+        if listed := list(names):
+            problems.append(f"{kind}: {named(listed)}")
+
+    add("missing", (k for k in want if k not in tensors))
+    add("unexpected", (k for k in tensors if k not in want))
+    both: list[tuple[str, TensorRef, Any]] = [(k, tensors[k], s) for k, s in want.items() if k in tensors]
+    add("wrong shape", (f"{k} {list(r.shape)} instead of {list(s)}" for k, r, s in both if r.shape != s))
+    add("unsupported type", (f"{k} {r.dtype}" for k, r, _ in both if r.dtype not in ITEM_BYTES))
+    if problems:
+        raise CheckpointError(
+            f"{source} does not fit its config.",
+            " ".join(problems),
+            "Use the config.json of this very checkpoint, or download it again.",
+        )
