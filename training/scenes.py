@@ -1,0 +1,301 @@
+"""Seeded scenes of coloured shapes: what is in them, where it stands, and how it looks.
+
+A :class:`Scene` says what a caption can say (objects, relation) plus a background kind and a seed; the seed
+alone decides the rest (positions, rotation, colour jitter, texture), so :func:`render` is a pure function of
+the scene. Some (shape, colour) combinations never occur in the ``train`` split: see :data:`HELD_OUT`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+Split = Literal["train", "heldout"]
+Kind = Literal["single", "group", "pair"]
+Image8 = np.ndarray[Any, np.dtype[np.uint8]]
+
+SIZE = 112
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 36, 40),
+    "orange": (246, 138, 26),
+    "yellow": (246, 228, 52),
+    "green": (36, 160, 66),
+    "blue": (38, 82, 218),
+    "purple": (142, 48, 184),
+    "white": (246, 246, 246),
+    "black": (18, 18, 18),
+}
+SIZES = ("small", "large")
+RELATIONS = ("left of", "right of", "above", "below")
+BACKGROUNDS = ("noise", "stripes", "gradient", "checker")
+MAX_COUNT = 3
+
+ALL_COMBINATIONS: tuple[tuple[str, str], ...] = tuple((s, c) for s in SHAPES for c in COLORS)
+#: One colour of every shape, each colour at most once: 6 of 48 combinations that no training scene has.
+HELD_OUT: tuple[tuple[str, str], ...] = tuple(
+    (shape, tuple(COLORS)[(3 * i + 1) % len(COLORS)]) for i, shape in enumerate(SHAPES)
+)
+TRAIN_COMBINATIONS: tuple[tuple[str, str], ...] = tuple(c for c in ALL_COMBINATIONS if c not in HELD_OUT)
+
+# Share of held-out scenes whose first draw is a held-out combination (the rest draw from all of them).
+_NOVEL_SHARE = 0.3
+# Radius in pixels of a 112 px image; a shape's circumscribed circle is that times its factor, which
+# evens out the areas so that "small" and "large" look alike for all shapes.
+_RADIUS = {"small": (11.0, 13.0), "large": (18.5, 21.0)}
+_REACH = {"circle": 1.0, "square": 1.12, "triangle": 1.18, "star": 1.2, "cross": 1.12, "ring": 1.02}
+_GAP = 3.0
+_TRIES = 48
+_JITTER = 14
+
+
+@dataclass(frozen=True)
+class Obj:
+    """``count`` equal shapes: ``Obj("circle", "red", "small", 2)`` is two small red circles."""
+
+    shape: str
+    color: str
+    size: str
+    count: int = 1
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Rank in the canonical order of captions: by colour, then shape, then size."""
+        return tuple(COLORS).index(self.color), SHAPES.index(self.shape), SIZES.index(self.size)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One group of 1-3 equal shapes, or two single shapes with ``objects[0] relation objects[1]``.
+
+    The two objects of a pair differ in shape or colour and stand in canonical order (:attr:`Obj.order`), so a
+    scene has exactly one description.
+    """
+
+    objects: tuple[Obj, ...]
+    relation: str | None
+    background: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        for obj in self.objects:
+            known = obj.shape in SHAPES and obj.color in COLORS and obj.size in SIZES
+            if not known or not 1 <= obj.count <= MAX_COUNT:
+                raise ValueError(f"no such object: {obj}")
+        if self.background not in BACKGROUNDS:
+            raise ValueError(f"no such background: {self.background}")
+        if len(self.objects) == 1:
+            if self.relation is not None:
+                raise ValueError("a relation needs two objects")
+            return
+        if len(self.objects) != 2 or self.relation not in RELATIONS:
+            raise ValueError("a scene has one object group, or two objects and a relation")
+        first, second = self.objects
+        if first.count != 1 or second.count != 1:
+            raise ValueError("the objects of a pair are single")
+        if first.order[:2] >= second.order[:2]:
+            raise ValueError("the objects of a pair differ and stand in canonical order")
+
+    @property
+    def novel(self) -> bool:
+        """Whether it shows a combination that was never trained on."""
+        return any((o.shape, o.color) in HELD_OUT for o in self.objects)
+
+    @property
+    def meaning(self) -> tuple[tuple[Obj, ...], str | None]:
+        """What a caption says; scenes with equal meaning have equal captions."""
+        return self.objects, self.relation
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One drawn shape: centre, radius of its circumscribed circle (112 px units), radians, colour."""
+
+    shape: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+    rgb: tuple[int, int, int]
+
+
+def sample_scene(rng: np.random.Generator, split: Split, kind: Kind | None = None) -> Scene:
+    """Draw a scene: 30% one shape, 30% two or three equal ones, 40% pairs, unless ``kind`` says which.
+
+    ``train`` never shows a :data:`HELD_OUT` combination; ``heldout`` shows one in about 4 scenes of 10.
+    """
+    if kind is None:
+        u = rng.random()
+        kind = "single" if u < 0.3 else "group" if u < 0.6 else "pair"
+    pool = TRAIN_COMBINATIONS if split == "train" else ALL_COMBINATIONS
+    novel = split == "heldout" and rng.random() < _NOVEL_SHARE
+    first = _sample_object(rng, HELD_OUT if novel else pool)
+    relation = None
+    objects: tuple[Obj, ...] = (first,)
+    if kind == "group":
+        count = 2 + int(rng.integers(MAX_COUNT - 1))
+        objects = (Obj(first.shape, first.color, first.size, count),)
+    elif kind == "pair":
+        second = _sample_object(rng, pool)
+        while second.order[:2] == first.order[:2]:
+            second = _sample_object(rng, pool)
+        objects = (first, second) if first.order < second.order else (second, first)
+        relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
+    background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
+    return Scene(objects, relation, background, int(rng.integers(2**62)))
+
+
+def _sample_object(rng: np.random.Generator, pool: tuple[tuple[str, str], ...]) -> Obj:
+    shape, color = pool[int(rng.integers(len(pool)))]
+    return Obj(shape, color, SIZES[int(rng.integers(len(SIZES)))])
+
+
+def layout(scene: Scene) -> tuple[Placement, ...]:
+    """Where everything stands. Shapes never overlap or leave the image.
+
+    In a pair the distance along the relation's axis is at least 1.75 times the distance across it.
+    """
+    return _layout(scene, np.random.default_rng([scene.seed, 0]))
+
+
+def _layout(scene: Scene, rng: np.random.Generator) -> tuple[Placement, ...]:
+    flat = [obj for obj in scene.objects for _ in range(obj.count)]
+    radii = np.empty(len(flat))
+    for i, obj in enumerate(flat):
+        low, high = _RADIUS[obj.size]
+        radii[i] = (low + (high - low) * rng.random()) * _REACH[obj.shape]
+    points = _place(rng, radii, scene.relation)
+    placed = []
+    for obj, radius, (x, y) in zip(flat, radii, points, strict=True):
+        angle = math.radians(15.0) * (2.0 * rng.random() - 1.0)
+        r, g, b = (
+            int(np.clip(c + d, 0, 255))
+            for c, d in zip(COLORS[obj.color], rng.integers(-_JITTER, _JITTER + 1, 3), strict=True)
+        )
+        placed.append(Placement(obj.shape, float(x), float(y), float(radius), angle, (r, g, b)))
+    return tuple(placed)
+
+
+def _place(
+    rng: np.random.Generator, radii: np.ndarray[Any, Any], relation: str | None
+) -> np.ndarray[Any, Any]:
+    n = len(radii)
+    low = radii + 1.0
+    span = SIZE - 2.0 * low
+    tries = low[:, None] + rng.random((_TRIES, n, 2)) * span[:, None]
+    valid = np.ones(_TRIES, dtype=bool)
+    for i in range(n):
+        for j in range(i + 1, n):
+            delta = tries[:, i] - tries[:, j]
+            valid &= (delta * delta).sum(1) >= (radii[i] + radii[j] + _GAP) ** 2
+    if relation is not None:
+        axis, sign = _direction(relation)
+        delta = tries[:, 1] - tries[:, 0]
+        valid &= delta[:, axis] * sign >= 1.75 * np.abs(delta[:, 1 - axis])
+    good = np.flatnonzero(valid)
+    if len(good):
+        return tries[good[0]]  # type: ignore[no-any-return]
+    # Crowded scenes: at opposite borders along the axis, or one shape in each quarter of the image.
+    if relation is not None:
+        points = np.full((2, 2), SIZE / 2.0)
+        first, second = (0, 1) if sign > 0 else (1, 0)
+        points[first, axis], points[second, axis] = low[first], SIZE - low[second]
+        return points
+    quarters = rng.permutation(4)[:n]
+    corner = np.stack([quarters % 2, quarters // 2], 1)
+    return np.where(corner == 0, low[:, None], SIZE - low[:, None])
+
+
+def _direction(relation: str) -> tuple[int, int]:
+    """Axis (0 x, 1 y) and the sign of second minus first along it."""
+    return {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}[relation]
+
+
+def render(scene: Scene, size: int = SIZE) -> Image8:
+    """Draw ``scene`` as uint8 RGB [size, size, 3]."""
+    placements = layout(scene)
+    background = _background(np.random.default_rng([scene.seed, 1]), scene.background, size)
+    image = Image.fromarray(background).resize((2 * size, 2 * size), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(image)
+    for placed in placements:
+        _draw(draw, placed, 2.0 * size / SIZE)
+    return np.asarray(image.reduce(2))
+
+
+def _draw(draw: ImageDraw.ImageDraw, p: Placement, scale: float) -> None:
+    x, y, r = p.x * scale, p.y * scale, p.radius * scale
+    if p.shape in ("circle", "ring"):
+        box = (x - r, y - r, x + r, y + r)
+        if p.shape == "circle":
+            draw.ellipse(box, fill=p.rgb)
+        else:
+            draw.ellipse(box, outline=p.rgb, width=max(1, round(0.36 * r)))
+        return
+    cos, sin = math.cos(p.angle) * r, math.sin(p.angle) * r
+    draw.polygon([(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in _OUTLINES[p.shape]], fill=p.rgb)
+
+
+def _spikes(n: int, inner: float) -> tuple[tuple[float, float], ...]:
+    turns = [(math.pi * k / n - math.pi / 2, 1.0 if k % 2 == 0 else inner) for k in range(2 * n)]
+    return tuple((r * math.cos(t), r * math.sin(t)) for t, r in turns)
+
+
+def _cross(arm: float) -> tuple[tuple[float, float], ...]:
+    a, b = arm, math.sqrt(1.0 - arm * arm)
+    return (
+        (-a, -b),
+        (a, -b),
+        (a, -a),
+        (b, -a),
+        (b, a),
+        (a, a),
+        (a, b),
+        (-a, b),
+        (-a, a),
+        (-b, a),
+        (-b, -a),
+        (-a, -a),
+    )
+
+
+_H = math.sqrt(0.5)
+_OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
+    "square": ((-_H, -_H), (_H, -_H), (_H, _H), (-_H, _H)),
+    "triangle": tuple(
+        (math.cos(2 * math.pi * k / 3 - math.pi / 2), math.sin(2 * math.pi * k / 3 - math.pi / 2))
+        for k in range(3)
+    ),
+    "star": _spikes(5, 0.42),
+    "cross": _cross(0.3),
+}
+
+
+def _background(rng: np.random.Generator, kind: str, size: int) -> Image8:
+    """A greyish texture [size, size, 3]: mid brightness and low saturation, so that no object hides in it."""
+    texture: np.ndarray[Any, Any]
+    base = 128.0 + 44.0 * (rng.random() - 0.5) + 24.0 * (rng.random(3) - 0.5)
+    swing = 8.0 + 14.0 * rng.random()
+    x = (np.arange(size, dtype=np.float32) - size / 2) / size
+    angle = 2.0 * math.pi * rng.random()
+    ramp = math.cos(angle) * x[None, :] + math.sin(angle) * x[:, None]
+    if kind == "gradient":
+        texture = 1.6 * ramp
+    elif kind == "stripes":
+        texture = np.sin(2.0 * math.pi * (rng.random() + (3.0 + 7.0 * rng.random()) * ramp))
+    elif kind == "checker":
+        cells = np.floor((x + rng.random()) * (5.0 + 7.0 * rng.random())).astype(np.int64)
+        texture = ((cells[None, :] + cells[:, None]) % 2) * 2.0 - 1.0
+    else:
+        grid = 14 + int(rng.integers(29))
+        index = np.arange(size) * grid // size
+        texture = (2.0 * rng.random((grid, grid)) - 1.0)[index[:, None], index[None, :]]
+    grain = (
+        np.frombuffer(rng.bytes(size * size), np.uint8).reshape(size, size) * np.float32(10.0 / 255.0) - 5.0
+    )
+    shade = (texture * swing + grain).astype(np.float32)
+    pixels: Image8 = np.clip(shade[..., None] + base.astype(np.float32), 0, 255).astype(np.uint8)
+    return pixels
