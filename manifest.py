@@ -1,0 +1,250 @@
+"""The bundle's manifest: what ``manifest.json`` may say, and strict reading of one that came from elsewhere.
+
+A manifest is untrusted input. :meth:`Manifest.from_json` accepts exactly the schema below: unknown or missing
+keys, wrong types, paths that leave the bundle, and references to files or components that are not listed
+raise :class:`~ivl_export.errors.IntegrityError` naming the entry. Schema changes raise ``SCHEMA``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import IntegrityError
+from .specs import ComponentSpec
+from .strict_json import Node, read_json, refuse
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Model:
+    """The checkpoint a bundle was built from.
+
+    ``revision`` maps each source file to its sha256, ``config`` is the published ``config.json``,
+    ``logit_scale`` the stored logarithm (the temperature is its exponential).
+    """
+
+    name: str
+    source: str
+    revision: dict[str, str]
+    config: dict[str, Any]
+    logit_scale: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration set: hash of its content, inputs used, inputs skipped, drawn or real."""
+
+    sha256: str
+    samples: int
+    skipped: int
+    synthetic: bool
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component's contract and its graphs by compute type: ``{"fp32": "onnx/vision.fp32.onnx"}``."""
+
+    spec: ComponentSpec
+    graphs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """A built engine; ``release`` is the exact library release that built it (engines are tied to it)."""
+
+    component: str
+    backend: str
+    target: str
+    file: str
+    release: str
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Content hash and size in bytes of one file."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All a bundle says about itself.
+
+    ``recipe`` is the quantisation recipe as plain data, ``receipts`` the names of ``receipts/<name>.json``,
+    ``steps`` the build steps' content hashes, ``tools`` library versions. ``files`` is filled by
+    :func:`ivl_export.bundle.seal`.
+    """
+
+    model: Model
+    precision: str
+    compute_dtype: str
+    recipe: dict[str, Any]
+    calibration: Calibration | None
+    components: dict[str, Component]
+    engines: tuple[EngineFile, ...] = ()
+    tools: dict[str, str] = field(default_factory=dict)
+    receipts: tuple[str, ...] = ()
+    steps: dict[str, str] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, the exact content of ``manifest.json``."""
+        return dict(json.loads(self.dumps()))
+
+    def dumps(self) -> str:
+        """``manifest.json`` as text; ValueError or TypeError if a free-form part is not plain JSON."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    def with_files(self, files: dict[str, FileEntry]) -> Manifest:
+        """A copy that lists ``files``."""
+        return replace(self, files=dict(files))
+
+    @classmethod
+    def from_json(cls, data: Any) -> Manifest:
+        """Read plain data; IntegrityError names the first entry that is not as the schema says."""
+        top = Node("", data).object()
+        schema = top["schema"].integer() if "schema" in top.data else top.bad("has no 'schema'")
+        if schema != SCHEMA:
+            raise IntegrityError(
+                f"This bundle's manifest has schema {schema}.",
+                f"This version of ivl-export reads schema {SCHEMA}.",
+                "Rebuild the bundle, or use the ivl-export release that wrote it.",
+            )
+        top.keys(set(cls.__dataclass_fields__))
+        manifest = cls(
+            model=_model(top["model"]),
+            precision=top["precision"].name(),
+            compute_dtype=top["compute_dtype"].name(),
+            recipe=top["recipe"].object().data,
+            calibration=None if top["calibration"].data is None else _calibration(top["calibration"]),
+            components=top["components"].map(_component),
+            engines=tuple(top["engines"].list(_engine)),
+            tools=top["tools"].map(Node.text),
+            receipts=tuple(top["receipts"].list(Node.name)),
+            steps=top["steps"].map(Node.text),
+            files=top["files"].map(_file, check_key=_path),
+        )
+        manifest.check_references()
+        return manifest
+
+    def check_references(self) -> None:
+        """IntegrityError when a graph, engine or receipt is not in ``files``, or names clash."""
+        wanted: list[tuple[str, str]] = []
+        for name, component in self.components.items():
+            if component.spec.name != name:
+                refuse(f"components.{name}.spec.name", f"is {component.spec.name!r}")
+            wanted += [(f"components.{name}.graphs.{k}", path) for k, path in component.graphs.items()]
+        seen: set[tuple[str, str, str]] = set()
+        for i, engine in enumerate(self.engines):
+            key = (engine.component, engine.backend, engine.target)
+            if engine.component not in self.components:
+                refuse(f"engines[{i}].component", f"names unknown component {engine.component!r}")
+            if key in seen:
+                refuse(f"engines[{i}]", f"repeats {'/'.join(key)}")
+            seen.add(key)
+            wanted.append((f"engines[{i}].file", engine.file))
+        if len(set(self.receipts)) != len(self.receipts):
+            refuse("receipts", "repeats a name")
+        wanted += [(f"receipts: {name}", f"receipts/{name}.json") for name in self.receipts]
+        for where, path in wanted:
+            if path not in self.files:
+                refuse(where, f"refers to {path!r}, which is not under 'files'")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a ``manifest.json`` of unknown origin; IntegrityError if it is missing or not the schema."""
+    try:
+        data = read_json(path)
+    except OSError as error:
+        raise IntegrityError(
+            f"{path.parent} is not a bundle.",
+            f"Its {MANIFEST} cannot be read: {error.strerror or error}.",
+            "Point to a folder that 'ivl-export build' wrote.",
+        ) from error
+    return Manifest.from_json(data)
+
+
+def _path(node: Node) -> str:
+    if node.path() == MANIFEST:
+        node.bad(f"lists {MANIFEST} itself")
+    return str(node.data)
+
+
+def _model(node: Node) -> Model:
+    node.keys(set(Model.__dataclass_fields__))
+    return Model(
+        name=node["name"].text(),
+        source=node["source"].text(),
+        revision=node["revision"].map(Node.sha256),
+        config=node["config"].object().data,
+        logit_scale=node["logit_scale"].number(),
+        parameters=node["parameters"].integer(),
+    )
+
+
+def _calibration(node: Node) -> Calibration:
+    node.keys(set(Calibration.__dataclass_fields__))
+    samples, skipped = node["samples"].integer(), node["skipped"].integer()
+    return Calibration(node["sha256"].sha256(), samples, skipped, node["synthetic"].flag())
+
+
+def _component(node: Node) -> Component:
+    node.keys(set(Component.__dataclass_fields__))
+    spec, graphs = node["spec"], node["graphs"].map(Node.path)
+    _check_spec(spec)
+    try:
+        return Component(ComponentSpec.from_json(spec.data), graphs)
+    except ValueError as error:  # an axis whose min, opt and max are out of order
+        spec.bad(f"is refused: {error}")
+
+
+def _check_spec(node: Node) -> None:
+    node.keys({"name", "inputs", "outputs", "axes"})["name"].name()
+
+    def axis(item: Node) -> str:
+        item.keys({"name", "min", "opt", "max"})
+        for key in ("min", "opt", "max"):
+            item[key].integer()
+        return item["name"].name()
+
+    axes = set(node["axes"].list(axis))
+
+    def size(item: Node) -> None:
+        if isinstance(item.data, str):
+            if item.data not in axes:
+                item.bad(f"names unknown axis {item.data!r}")
+        else:
+            item.integer()
+
+    def tensor(item: Node) -> None:
+        item.keys({"name", "dtype", "shape"})
+        item["name"].name()
+        item["dtype"].name()
+        item["shape"].list(size)
+
+    node["inputs"].list(tensor)
+    node["outputs"].list(tensor)
+
+
+def _engine(node: Node) -> EngineFile:
+    node.keys(set(EngineFile.__dataclass_fields__))
+    return EngineFile(
+        component=node["component"].name(),
+        backend=node["backend"].name(),
+        target=node["target"].name(),
+        file=node["file"].path(),
+        release=node["release"].text(),
+    )
+
+
+def _file(node: Node) -> FileEntry:
+    node.keys(set(FileEntry.__dataclass_fields__))
+    return FileEntry(node["sha256"].sha256(), node["size"].integer())
