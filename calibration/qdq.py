@@ -1,0 +1,301 @@
+"""Writing Q/DQ into a traced component graph.
+
+For every layer of the plan, ``W -> [Cast] -> Transpose -> MatMul(x, .)`` becomes
+
+    x  -> QuantizeLinear -> DequantizeLinear -> MatMul
+    Wq -> DequantizeLinear(axis 0) -> Transpose -> MatMul
+
+with per-tensor activation scales, stored 8-bit weights [out, in] and per-channel scales of the type the graph
+computes in. TensorRT and ONNX Runtime both look through the Transpose. Activations differ between the two:
+
+* TensorRT: one Q/DQ pair on a value, shared by its GEMMs (q/k/v, gate/up): they merge into one kernel.
+* ONNX Runtime, INT8: a pair of its own for every GEMM, with scale and zero-point initializers of its own;
+  GEMMs that share a Q stay in fp32 there.
+
+Weights stay unbound: the new initializers carry the names of :func:`.quantize.stored_names`, types and
+shapes; whoever saves the graph binds them to the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from ..errors import BuildError
+from .quantize import BASE_DTYPES, stored_names
+from .recipe import QUANTISED
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Style = Literal["tensorrt", "onnxruntime"]
+
+_COMPUTE = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "float16": "FLOAT16"}
+_STORED = {"fp8": "FLOAT8E4M3FN", "int8": "INT8"}
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How one graph is written: its compute type, the recipe's base type, and for which runtime."""
+
+    compute: str
+    base: str
+    style: Style
+
+
+def write_qdq(
+    model: ir.Model,
+    schemes: Mapping[str, str],
+    amax: Mapping[str, float],
+    *,
+    compute: str,
+    base: str = "bf16",
+    style: Style,
+) -> dict[str, str]:
+    """Quantise ``model`` in place.
+
+    Args:
+        model: a component's graph; its initializers may be unbound.
+        schemes: the scheme of every layer that must be quantised **in this graph**; base types are ignored.
+        amax: largest input magnitude of each of these layers, measured for this component.
+        compute: the type the graph computes in: ``float32``, ``bfloat16`` or ``float16``.
+        base: the recipe's base; scales are rounded to it, whatever ``compute`` is.
+        style: the runtime that reads the graph.
+
+    Returns:
+        Node name -> scheme of every quantised GEMM: the promise that the engine is held to.
+
+    Raises:
+        BuildError: a layer has no GEMM or no amax, or the number of quantised GEMMs is not what was promised.
+    """
+    wanted = {name: scheme for name, scheme in schemes.items() if scheme in QUANTISED}
+    absent = sorted(name for name in wanted if name not in amax)
+    if absent:
+        raise BuildError(
+            f"{len(absent)} layers have no activation scale.",
+            f"For example {absent[0]} in {model.graph.name}.",
+            "Calibrate again with this recipe and these components.",
+        )
+    form = _Format(compute, base, style)
+    pairs: dict[tuple[ir.Value, str, float], ir.Value] = {}
+    promised: dict[str, str] = {}
+    for layer, scheme in wanted.items():
+        nodes = _gemms(model.graph, layer)
+        weight = _stored_weight(model.graph, layer, scheme, form)
+        for i, node in enumerate(nodes):
+            name = layer if len(nodes) == 1 else f"{layer}.{i}"
+            _quantise_input(node, name, scheme, amax[layer], form, pairs)
+            _replace_weight(node, name, weight)
+            node.name = node.name or name
+            promised[node.name] = scheme
+        _drop_unused(model.graph, f"{layer}.weight")
+    check_promise(model, wanted, promised)
+    return promised
+
+
+def quantised_gemms(model: ir.Model) -> dict[str, str]:
+    """Node name -> scheme of every MatMul both of whose inputs come from a DQ (read back from the graph)."""
+    found = {}
+    for node in model.graph:
+        if node.op_type == "MatMul":
+            schemes = {_dequantised(node.inputs[0]), _dequantised(node.inputs[1])}
+            scheme = schemes.pop() if len(schemes) == 1 else None
+            if scheme is not None:
+                found[str(node.name)] = scheme
+    return found
+
+
+def check_promise(model: ir.Model, wanted: Mapping[str, str], promised: Mapping[str, str]) -> None:
+    """BuildError unless the graph's quantised GEMMs are ``promised``, at least one for each layer wanted."""
+    found = quantised_gemms(model)
+    if found != promised or len(promised) < len(wanted):
+        different = sorted(set(found.items()) ^ set(promised.items()))
+        raise BuildError(
+            f"Graph {model.graph.name} has {len(found)} quantised matrix products, {len(promised)} were "
+            f"written for {len(wanted)} layers.",
+            f"They differ in {different[:5] or 'number'}.",
+            "This is a fault of the graph writer: report it with the recipe and the model's config.json.",
+        )
+
+
+def _gemms(graph: ir.Graph, layer: str) -> list[ir.Node]:
+    """The MatMuls that multiply by the layer's weight, through Cast and Transpose."""
+    name = f"{layer}.weight"
+    value = graph.initializers.get(name)
+    if value is None:
+        raise BuildError(
+            f"Graph {graph.name} has no weight {name}.",
+            "The recipe and the calibration say this component uses it.",
+            "Calibrate again for this model; if that does not help, report the model's config.json.",
+        )
+    found: list[ir.Node] = []
+    open_values = [value]
+    while open_values:
+        for node, index in open_values.pop().uses():
+            if node.op_type in ("Cast", "Transpose"):
+                open_values.append(node.outputs[0])
+            elif node.op_type == "MatMul" and index == 1:
+                found.append(node)
+            else:
+                raise BuildError(
+                    f"Layer {layer} cannot be quantised: its weight is input {index} of {node.op_type}.",
+                    "Only matrix products with the weight as second factor have 8-bit kernels.",
+                    "Take the layer out of the recipe.",
+                )
+    if not found:
+        raise BuildError(f"Layer {layer} cannot be quantised.", f"Nothing in {graph.name} uses its weight.")
+    return found
+
+
+def _stored_weight(graph: ir.Graph, layer: str, scheme: str, form: _Format) -> tuple[ir.Value, ir.Value]:
+    """Unbound initializers for the stored values [out, in] and the scales [out]."""
+    import onnx_ir as ir
+
+    old = graph.initializers[f"{layer}.weight"]
+    values_name, *scale_names = stored_names(layer, scheme, form.base)
+    scale_name = scale_names[1] if form.compute == "float32" else scale_names[0]
+    if form.compute not in ("float32", BASE_DTYPES[form.base]):
+        raise BuildError(
+            f"Graph {graph.name} computes in {form.compute}, the recipe's base is {form.base}.",
+            "Scales are stored in the base type and in float32.",
+        )
+    if old.shape is None or len(old.shape) != 2 or not old.shape.is_static():
+        raise BuildError(f"Layer {layer} has no [out, in] weight.", f"Its shape is {old.shape}.")
+    values = _initializer(graph, values_name, old.shape, _STORED[scheme])
+    scale = _initializer(graph, scale_name, ir.Shape(old.shape[:1]), _COMPUTE[form.compute])
+    return values, scale
+
+
+def _quantise_input(
+    node: ir.Node,
+    name: str,
+    scheme: str,
+    amax: float,
+    form: _Format,
+    pairs: dict[tuple[ir.Value, str, float], ir.Value],
+) -> None:
+    """Put Q -> DQ before input 0 of ``node``, or reuse the pair that stands on that value already."""
+    x = node.inputs[0]
+    if x is None or node.graph is None:
+        raise BuildError(f"Layer {name} cannot be quantised.", "Its matrix product has no first factor.")
+    scale = activation_scale(amax, scheme, form.base)
+    key = (x, scheme, scale)
+    own = form.style == "onnxruntime" and scheme == "int8"
+    if own or key not in pairs:
+        pairs[key] = _pair(node, x, name, scheme, scale, form)
+    node.replace_input_with(0, pairs[key])
+
+
+def activation_scale(amax: float, scheme: str, base: str) -> float:
+    """amax / 448 (fp8) or amax / 127 (int8), rounded to the base type as weights' scales are."""
+    import torch
+
+    from .quantize import round_scale
+
+    return float(round_scale(torch.tensor(amax, dtype=torch.float32), scheme, base))
+
+
+def _pair(node: ir.Node, x: ir.Value, name: str, scheme: str, scale: float, form: _Format) -> ir.Value:
+    import onnx_ir as ir
+
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    compute, stored = ir.DataType[_COMPUTE[form.compute]], ir.DataType[_STORED[scheme]]
+    if x.dtype not in (None, compute):
+        raise BuildError(
+            f"Layer {name} cannot be quantised.",
+            f"Its input is {x.dtype}, the graph is said to compute in {form.compute}.",
+            "Trace the component again with that type.",
+        )
+    scale_value = _constant(graph, f"{name}.input_scale", scale, compute)
+    zero_value = _constant(graph, f"{name}.input_zero", 0, stored)
+    quantised = ir.Value(name=f"{name}.input_q", shape=x.shape, type=ir.TensorType(stored))
+    restored = ir.Value(name=f"{name}.input_dq", shape=x.shape, type=ir.TensorType(compute))
+    pair = [
+        ir.node(
+            "QuantizeLinear", [x, scale_value, zero_value], outputs=[quantised], name=f"{name}/input_quantize"
+        ),
+        ir.node(
+            "DequantizeLinear",
+            [quantised, scale_value, zero_value],
+            outputs=[restored],
+            name=f"{name}/input_dequantize",
+        ),
+    ]
+    producer = x.producer()  # directly behind it, so that the pair stands before every GEMM that shares it
+    if producer is None:
+        graph.insert_before(graph[0], pair)
+    else:
+        graph.insert_after(producer, pair)
+    return restored
+
+
+def _replace_weight(node: ir.Node, name: str, weight: tuple[ir.Value, ir.Value]) -> None:
+    """Wq [out, in] -> DQ(axis 0) -> Transpose -> second factor."""
+    import onnx_ir as ir
+
+    graph, (values, scale) = node.graph, weight
+    assert isinstance(graph, ir.Graph)
+    shape, dtype = values.shape, scale.type
+    assert shape is not None
+    restored = ir.Value(name=f"{name}.weight_dq", shape=shape, type=dtype)
+    turned = ir.Value(name=f"{name}.weight_t", shape=ir.Shape([shape[1], shape[0]]), type=dtype)
+    graph.insert_before(
+        node,
+        [
+            ir.node(
+                "DequantizeLinear",
+                [values, scale],
+                {"axis": 0},
+                outputs=[restored],
+                name=f"{name}/weight_dequantize",
+            ),
+            ir.node("Transpose", [restored], {"perm": [1, 0]}, outputs=[turned], name=f"{name}/weight_t"),
+        ],
+    )
+    node.replace_input_with(1, turned)
+
+
+def _drop_unused(graph: ir.Graph, name: str) -> None:
+    """Remove the initializer and the Casts and Transposes behind it that nothing uses any more."""
+    outputs = set(graph.outputs)
+
+    def drop(value: ir.Value) -> bool:
+        for node, _ in list(value.uses()):
+            if node.op_type in ("Cast", "Transpose") and drop(node.outputs[0]):
+                graph.remove(node, safe=True)
+        return not value.uses() and value not in outputs
+
+    if drop(graph.initializers[name]):
+        del graph.initializers[name]
+
+
+def _initializer(graph: ir.Graph, name: str, shape: ir.Shape, dtype: str) -> ir.Value:
+    import onnx_ir as ir
+
+    if name not in graph.initializers:
+        graph.initializers.add(ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType[dtype])))
+    return graph.initializers[name]
+
+
+def _constant(graph: ir.Graph, name: str, number: float, dtype: ir.DataType) -> ir.Value:
+    import onnx_ir as ir
+
+    tensor = ir.tensor(np.array(number, dtype=dtype.numpy()), dtype=dtype, name=name)
+    value = ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _dequantised(value: ir.Value | None) -> str | None:
+    """The scheme of the DQ that ``value`` comes from, through a Transpose; None without one."""
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
+        return None
+    dtype = node.inputs[0].dtype
+    return next((s for s, d in _STORED.items() if dtype is not None and dtype.name == d), None)
