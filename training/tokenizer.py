@@ -1,4 +1,4 @@
-"""Training of internvl-nano's tokenizer: LLaMA-style sentencepiece BPE; its pieces are the grammar's words."""
+"""Training of internvl-nano's tokenizer: LLaMA-style sentencepiece BPE whose pieces are whole words."""
 
 from __future__ import annotations
 
