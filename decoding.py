@@ -1,8 +1,8 @@
 """Token search: greedy and beam, over any function that turns tokens into logits.
 
-Pure numpy, shared by the PyTorch model and the runtime, so that both choose the same tokens. Beam search keeps the
-semantics of ``transformers`` 4.37 (``length_penalty=1``, ``early_stopping=False``), which the published captions
-were made with.
+Pure numpy, shared by the PyTorch model and the runtime, so that both choose the same tokens. Beam search
+keeps the semantics of ``transformers`` 4.37 (length_penalty 1, early_stopping False), which the published
+captions were made with.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _beam(first: Scores, step: Step, limits: Limits, beams: int) -> Ids:
         if done.all() or length == limits.max_new_tokens:
             break
         logits = step(tokens[:, -1], rows if length == 1 else source)
-    for b in np.flatnonzero(~done):
-        for beam in range(beams):
+    for b in range(batch):
+        for beam in range(0 if done[b] else beams):
             finished[b].add(tokens[b * beams + beam], float(totals[b, beam]), length)
     best = [f.best() for f in finished]
     width = min(max(len(t) for t in best) + 1, limits.max_new_tokens)
