@@ -1,0 +1,114 @@
+"""Token generation over the ``qllama_step`` engine: prefill, then one token a step. Pure numpy.
+
+The query pass fills the first Q cache positions; the prompt and the new tokens follow. Rotary positions count
+visible tokens only, the queries included (``cumsum(mask) - 1``), as the published code does. Which tokens are
+taken is :mod:`ivl_export.decoding`'s business, shared with the PyTorch model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..decoding import Ids, Limits, Scores, decode
+from ..errors import InputError
+from ..specs import ComponentSpec
+from .cache import KVCache
+
+Array = np.ndarray[Any, Any]
+Run = Callable[[dict[str, Array]], dict[str, Array]]
+
+
+def generate(
+    run: Run,
+    spec: ComponentSpec,
+    queries: dict[str, Array],
+    prompt_ids: Ids,
+    attention_mask: Ids | None,
+    limits: Limits,
+    num_beams: int = 1,
+) -> Ids:
+    """New token ids [B, <= max_new_tokens], ``limits.pad`` after each row's EOS.
+
+    Args:
+        run: the ``qllama_step`` engine.
+        spec: its contract.
+        queries: ``key.{i}`` and ``value.{i}`` [B, heads, Q, head_dim] of the query pass.
+        prompt_ids: [B, T], T >= 1.
+        attention_mask: [B, T], 0 at padding (either side); None: no padding.
+        limits: token ids and lengths.
+        num_beams: 1 is greedy.
+
+    Raises:
+        InputError: no prompt, a mask of another shape, or more positions than the engine was built for.
+    """
+    batch, length = prompt_ids.shape
+    mask = np.ones_like(prompt_ids) if attention_mask is None else attention_mask.astype(np.int64)
+    if length < 1 or mask.shape != prompt_ids.shape or len(queries["key.0"]) != batch:
+        raise InputError(
+            "The prompt cannot be used.",
+            f"ids {list(prompt_ids.shape)}, mask {list(mask.shape)}, images {len(queries['key.0'])}.",
+            "Give every image a prompt of at least one token, and a mask of the same shape.",
+        )
+    count = queries["key.0"].shape[2]
+    # The last token is never fed back.
+    capacity = count + length + max(limits.max_new_tokens - 1, 0)
+    past = spec.axis("past")
+    if capacity > past.max:
+        raise InputError(
+            "The prompt and the answer are too long for this bundle.",
+            f"{count} queries, {length} prompt tokens and {limits.max_new_tokens} new ones need a past of "
+            f"{capacity}; the engine was built for {past.max}.",
+            "Ask for fewer new tokens, or rebuild with a larger range.",
+        )
+    cache = KVCache.of_queries(queries, _layers(spec), max(capacity, past.min))
+    positions = (count + mask.cumsum(1) - 1).astype(np.int64)
+    positions[mask == 0] = 1  # as the published code; only an answer to a right-padded prompt depends on it
+    chunk = spec.axis("text").max
+    logits: Scores = np.empty((batch, 0), np.float32)
+    for start in range(0, length, chunk):
+        part = np.s_[:, start : start + chunk]
+        logits = _advance(run, cache, prompt_ids[part], positions[part], mask[part])
+
+    def step(tokens: Ids, rows: Ids | None) -> Scores:
+        nonlocal cache
+        if rows is not None and len(rows) != cache.rows:
+            cache = cache.expand(rows)
+        elif rows is not None:
+            cache.reorder(rows)
+        seen = cache.mask.sum(1, keepdims=True)
+        return _advance(run, cache, tokens[:, None], seen, np.ones((len(tokens), 1), np.int64))
+
+    return decode(logits, step, limits, num_beams)
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[Ids, Ids]:
+    """Prompts of different lengths as (ids, mask), both int64 [B, T], padded on the left."""
+    longest = max((len(p) for p in prompts), default=0)
+    ids = np.full((len(prompts), longest), pad, np.int64)
+    mask = np.zeros((len(prompts), longest), np.int64)
+    for row, prompt in enumerate(prompts):
+        if prompt:
+            ids[row, -len(prompt) :] = prompt
+            mask[row, -len(prompt) :] = 1
+    return ids, mask
+
+
+def _advance(run: Run, cache: KVCache, ids: Ids, positions: Ids, mask: NDArray[np.int64]) -> Scores:
+    outputs = run(
+        {
+            "input_ids": np.ascontiguousarray(ids),
+            "positions": np.ascontiguousarray(positions),
+            "attention_mask": np.concatenate([cache.mask, mask], 1),
+            **cache.feeds(),
+        }
+    )
+    cache.append(outputs, mask)
+    return outputs["logits"].astype(np.float32, copy=False)
+
+
+def _layers(spec: ComponentSpec) -> int:
+    return sum(t.name.startswith("past_key.") for t in spec.inputs)
