@@ -59,8 +59,8 @@ def write_qdq(
 
     Args:
         model: a component's graph; its initializers may be unbound.
-        schemes: the scheme of every layer that must be quantised **in this graph**; base types are ignored.
-        amax: largest input magnitude of each of these layers, measured for this component.
+        schemes: the plan of the whole model; layers whose weights are not in this graph are left alone.
+        amax: largest input magnitude of the layers that ran in this component.
         compute: the type the graph computes in: ``float32``, ``bfloat16`` or ``float16``.
         base: the recipe's base; scales are rounded to it, whatever ``compute`` is.
         style: the runtime that reads the graph.
@@ -69,16 +69,10 @@ def write_qdq(
         Node name -> scheme of every quantised GEMM: the promise that the engine is held to.
 
     Raises:
-        BuildError: a layer has no GEMM or no amax, or the number of quantised GEMMs is not what was promised.
+        BuildError: graph and calibration disagree about which layers this component has, a weight is used for
+            something else than a matrix product, or the quantised GEMMs are not what was promised.
     """
-    wanted = {name: scheme for name, scheme in schemes.items() if scheme in QUANTISED}
-    absent = sorted(name for name in wanted if name not in amax)
-    if absent:
-        raise BuildError(
-            f"{len(absent)} layers have no activation scale.",
-            f"For example {absent[0]} in {model.graph.name}.",
-            "Calibrate again with this recipe and these components.",
-        )
+    wanted = _wanted(model.graph, schemes, amax)
     form = _Format(compute, base, style)
     pairs: dict[tuple[ir.Value, str, float], ir.Value] = {}
     promised: dict[str, str] = {}
@@ -121,18 +115,30 @@ def check_promise(model: ir.Model, wanted: Mapping[str, str], promised: Mapping[
         )
 
 
-def _gemms(graph: ir.Graph, layer: str) -> list[ir.Node]:
-    """The MatMuls that multiply by the layer's weight, through Cast and Transpose."""
-    name = f"{layer}.weight"
-    value = graph.initializers.get(name)
-    if value is None:
+def _wanted(graph: ir.Graph, schemes: Mapping[str, str], amax: Mapping[str, float]) -> dict[str, str]:
+    """The layers to quantise in this graph: those whose weights it has, which must have been measured."""
+    planned = {name: scheme for name, scheme in schemes.items() if scheme in QUANTISED}
+    here = {name for name in planned if f"{name}.weight" in graph.initializers}
+    unmeasured, absent = sorted(here - set(amax)), sorted((set(amax) & set(planned)) - here)
+    if unmeasured:
         raise BuildError(
-            f"Graph {graph.name} has no weight {name}.",
-            "The recipe and the calibration say this component uses it.",
+            f"{len(unmeasured)} layers of graph {graph.name} have no activation scale.",
+            f"For example {unmeasured[0]}: calibration saw no input of it.",
+            "Calibrate again with this component, or take the layer out of the recipe.",
+        )
+    if absent:
+        raise BuildError(
+            f"Graph {graph.name} lacks {len(absent)} layers that calibration saw in it.",
+            f"For example {absent[0]}.weight is not among its weights.",
             "Calibrate again for this model; if that does not help, report the model's config.json.",
         )
+    return {name: scheme for name, scheme in planned.items() if name in here}
+
+
+def _gemms(graph: ir.Graph, layer: str) -> list[ir.Node]:
+    """The MatMuls that multiply by the layer's weight, through Cast and Transpose."""
     found: list[ir.Node] = []
-    open_values = [value]
+    open_values = [graph.initializers[f"{layer}.weight"]]
     while open_values:
         for node, index in open_values.pop().uses():
             if node.op_type in ("Cast", "Transpose"):

@@ -1,0 +1,97 @@
+"""The four components chained on one batch: what calibration observes and accuracy compares.
+
+A runner takes a component's inputs by name and returns its outputs by name, in numpy: a torch module, an ONNX
+Runtime session and an engine all fit. Texts run in groups of equal length, without padding, because padded
+rows never reach an embedding or a token and so must not widen a range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from ..preprocess import Array
+from ..specs import ComponentSpec
+from .dataset import Batch
+
+if TYPE_CHECKING:
+    import torch
+
+Arrays: TypeAlias = "dict[str, Array]"
+Runner = Callable[[Arrays], Arrays]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of one component."""
+
+    component: str
+    inputs: Arrays
+    outputs: Arrays
+
+
+def run_chain(runners: Mapping[str, Runner], batch: Batch) -> Iterator[Step]:
+    """Run every component that has a runner, and whose inputs others made, on ``batch``.
+
+    The caption decoder is fed prompt and caption at once behind the cache of the query pass (teacher
+    forcing): the activations are those of the same tokens decoded one at a time.
+    """
+    made: Arrays = {}
+    if "vision" in runners:
+        step = _run(runners, "vision", {"pixel_values": batch.pixel_values})
+        made = step.outputs
+        yield step
+    cache: Arrays = {}
+    if "qllama_query" in runners and "tokens" in made:
+        step = _run(runners, "qllama_query", {"tokens": made["tokens"]})
+        cache = {name: array for name, array in step.outputs.items() if name.startswith(("key.", "value."))}
+        yield step
+    if "qllama_text" in runners:
+        for rows, length in _groups(batch.lengths.tolist()):
+            inputs = {"input_ids": batch.input_ids[rows, :length], "lengths": batch.lengths[rows]}
+            yield _run(runners, "qllama_text", inputs)
+    if "qllama_step" in runners and cache:
+        for rows, _ in _groups([len(ids) for ids in batch.caption_ids]):
+            ids = np.array([batch.caption_ids[row] for row in rows], np.int64)
+            yield _run(runners, "qllama_step", step_inputs(ids, {n: a[rows] for n, a in cache.items()}))
+
+
+def step_inputs(ids: Array, cache: Arrays) -> Arrays:
+    """Inputs of ``qllama_step`` for tokens [B, T] that follow the keys and values of the query pass."""
+    batch, length = ids.shape
+    past = next(iter(cache.values())).shape[2]
+    positions = np.broadcast_to(np.arange(past, past + length, dtype=np.int64), (batch, length))
+    return {
+        "input_ids": ids,
+        "positions": np.ascontiguousarray(positions),
+        "attention_mask": np.ones((batch, past + length), np.int64),
+        **{f"past_{name}": array for name, array in cache.items()},
+    }
+
+
+def torch_runner(module: torch.nn.Module | Callable[..., object], spec: ComponentSpec) -> Runner:
+    """A runner over a component module that takes inputs and returns outputs in the spec's order."""
+    import torch
+
+    names = [tensor.name for tensor in spec.outputs]
+
+    def run(inputs: Arrays) -> Arrays:
+        tensors = [torch.from_numpy(np.ascontiguousarray(inputs[t.name])) for t in spec.inputs]
+        with torch.inference_mode():
+            outputs = module(*tensors)
+        found = outputs if isinstance(outputs, tuple | list) else (outputs,)
+        return {name: t.float().numpy() for name, t in zip(names, found, strict=True)}
+
+    return run
+
+
+def _run(runners: Mapping[str, Runner], component: str, inputs: Arrays) -> Step:
+    return Step(component, inputs, runners[component](inputs))
+
+
+def _groups(lengths: list[int]) -> list[tuple[list[int], int]]:
+    """Rows of equal length together: (rows, length), shortest first."""
+    return [([i for i, n in enumerate(lengths) if n == length], length) for length in sorted(set(lengths))]

@@ -1,0 +1,218 @@
+"""Calibration sets: which images and captions a model's activation ranges are measured on.
+
+A set is opened by :mod:`.sources`, split into a part to calibrate on and a part to measure accuracy on, and
+read as batches of model inputs, one batch in memory at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..preprocess import MAX_LENGTH, Array, ImageSettings, Tokenizer, preprocess_images
+
+if TYPE_CHECKING:
+    from ..training.scenes import Scene
+
+SMALL = 32
+"""Fewer samples than this get a notice."""
+
+MAX_FILE_BYTES = 1 << 29
+PROMPTS = {"en": "English caption:", "zh": "中文描述:"}
+"""What the caption decoder is started with, by the language of the caption."""
+
+FALLBACK_CAPTIONS = (
+    "a photo of a person standing in front of a building",
+    "two dogs playing on the grass in a park",
+    "a plate of food on a wooden table",
+    "a red car parked on the side of the street",
+    "an aerial view of a city at night",
+    "a close-up of a small white flower",
+    "a group of people sitting around a table",
+    "a train arriving at the station in the morning",
+    "a cat sleeping on a sofa next to a window",
+    "a sign with three large blue letters",
+    "snow-covered mountains above a green lake",
+    "a child holding a yellow umbrella in the rain",
+    "a bowl of fruit, two apples and a banana",
+    "a man riding a bicycle along the beach",
+    "一只猫坐在窗边的沙发上",
+    "街道上停着一辆红色的汽车",
+)
+"""Used for images that come without a caption; that it happened is recorded and said."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and its caption.
+
+    Args:
+        name: path relative to the set, or the index of a drawn scene.
+        digest: sha256 of the image's bytes (of what it shows, for a scene).
+        caption: as given; None where the set has none.
+        image: where to read it from, or the scene to draw.
+    """
+
+    name: str
+    digest: str
+    caption: str | None
+    image: Path | Scene
+
+    @property
+    def text(self) -> str:
+        """The caption, or one of :data:`FALLBACK_CAPTIONS`, always the same for the same sample."""
+        if self.caption is not None:
+            return self.caption
+        return FALLBACK_CAPTIONS[int(self.digest[:8], 16) % len(FALLBACK_CAPTIONS)]
+
+    def pixels(self, settings: ImageSettings) -> Array:
+        """``pixel_values`` float32 [1, 3, S, S]; InputError if the file changed since the set was opened."""
+        if not isinstance(self.image, Path):
+            from ..training.scenes import render
+
+            return preprocess_images([render(self.image, settings.size)], settings)
+        data = read_bytes(self.image)
+        if hashlib.sha256(data).hexdigest() != self.digest:
+            raise InputError(f"{self.image} changed while it was in use.", fix="Calibrate again.")
+        return preprocess_images([data], settings)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file of the set that cannot be used, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs.
+
+    Args:
+        pixel_values: float32 [B, 3, S, S].
+        input_ids, lengths: contrastive texts, int64 [B, T] and [B].
+        caption_ids: for each sample the tokens a caption decoder is fed: bos, prompt, caption (no eos).
+    """
+
+    pixel_values: Array
+    input_ids: Array
+    lengths: Array
+    caption_ids: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """The chosen samples, in order.
+
+    Args:
+        source: as the user named it.
+        samples: at least one.
+        skipped: files that could not be used.
+        synthetic: drawn scenes, no photographs.
+        asked: how many samples were wanted.
+    """
+
+    source: str
+    samples: tuple[Sample, ...]
+    skipped: tuple[Skipped, ...] = ()
+    synthetic: bool = False
+    asked: int = 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def hash(self) -> str:
+        """sha256 over names, image digests and texts, 64 hex digits."""
+        rows = [[s.name, s.digest, s.text] for s in self.samples]
+        return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+
+    @property
+    def without_caption(self) -> int:
+        """How many samples use a fallback caption."""
+        return sum(s.caption is None for s in self.samples)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a user must be told about this set."""
+        found = []
+        if self.synthetic:
+            found.append(
+                "The calibration set is synthetic (drawn scenes): right for nano, not for photographs."
+            )
+        if len(self) < SMALL:
+            found.append(f"The calibration set is small: {len(self)} samples, {SMALL} or more are advised.")
+        if len(self) + len(self.skipped) < self.asked:
+            found.append(f"{self.asked} samples were asked for, the set has {len(self) + len(self.skipped)}.")
+        if self.without_caption:
+            found.append(
+                f"{self.without_caption} of {len(self)} images have no caption: generic sentences stand in, "
+                "and text ranges are measured on those."
+            )
+        if self.skipped:
+            found.append(
+                f"{len(self.skipped)} files were skipped, the first: {self.skipped[0].name} "
+                f"({self.skipped[0].reason})"
+            )
+        return tuple(found)
+
+    def split(self, held_out: int) -> tuple[CalibrationSet, CalibrationSet]:
+        """(to calibrate on, to measure accuracy on), disjoint.
+
+        The second part has ``held_out`` samples, at most a quarter of the set; a set of one sample is both.
+        """
+        if len(self) == 1:
+            return self, self
+        count = max(1, min(held_out, len(self) // 4))
+        first = replace(self, samples=self.samples[:-count], asked=max(0, self.asked - count))
+        return first, replace(self, samples=self.samples[-count:], asked=count, skipped=())
+
+    def steps(self, batch_size: int = 8) -> int:
+        """How many batches :meth:`batches` yields."""
+        return -(-len(self) // batch_size)
+
+    def batches(self, settings: ImageSettings, tokenizer: Tokenizer, batch_size: int = 8) -> Iterator[Batch]:
+        """Preprocessed batches, one in memory at a time."""
+        import numpy as np
+
+        for start in range(0, len(self), batch_size):
+            part = self.samples[start : start + batch_size]
+            texts = [sample.text for sample in part]
+            ids, lengths = tokenizer.encode_contrastive(texts)
+            prompts = tuple(
+                tuple(tokenizer.encode_prompt(prompt_for(text) + text)[:MAX_LENGTH]) for text in texts
+            )
+            yield Batch(np.concatenate([s.pixels(settings) for s in part]), ids, lengths, prompts)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the manifest and ``scales.json`` keep of the set (no paths of this machine)."""
+        return {
+            "hash": self.hash,
+            "samples": len(self),
+            "synthetic": self.synthetic,
+            "without_caption": self.without_caption,
+            "skipped": [{"name": s.name, "reason": s.reason} for s in self.skipped],
+        }
+
+
+def prompt_for(caption: str) -> str:
+    """The caption prompt for the language of ``caption`` (Chinese if it has a Han character)."""
+    return PROMPTS["zh" if any("\u4e00" <= c <= "\u9fff" for c in caption) else "en"]
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of an image file of at most 512 MiB; InputError otherwise."""
+    if not path.is_file():
+        raise InputError(f"Cannot read {path}.", "There is no such file.")
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path} is refused.", f"It is larger than {MAX_FILE_BYTES >> 20} MiB.")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"Cannot read {path}.", error.strerror or str(error)) from error
