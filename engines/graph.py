@@ -1,0 +1,221 @@
+"""Reading an ONNX file's structure without the onnx package.
+
+Building, proving and running engines need a graph's nodes and the types of its weights, not the weights. This
+is a bounded reader of the protobuf fields in question, so that a runtime image needs neither onnx nor
+protobuf. Field numbers are those of onnx.proto3 (IR version 11).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import IntegrityError
+
+ELEMENT_TYPES = {
+    1: "fp32",
+    2: "uint8",
+    3: "int8",
+    6: "int32",
+    7: "int64",
+    9: "bool",
+    10: "fp16",
+    11: "fp64",
+    16: "bf16",
+    17: "fp8",
+    19: "fp8_e5m2",
+    21: "uint4",
+    22: "int4",
+}
+"""TensorProto.DataType -> the short names used in this package (fp8 is E4M3FN)."""
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_TENSOR_DATA = frozenset({4, 5, 6, 7, 9, 10, 11})
+"""TensorProto's payload fields, skipped unread."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node: ``ints`` holds its integer attributes (``axis``, ``transB``, ``to``, ...)."""
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ints: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in file order; initializers and inputs by name with element type and sizes.
+
+    Dynamic sizes are 0. Element types are :data:`ELEMENT_TYPES`, ``?`` for any other.
+    """
+
+    nodes: tuple[Node, ...]
+    initializers: dict[str, tuple[str, tuple[int, ...]]]
+    inputs: dict[str, tuple[str, tuple[int, ...]]]
+
+    @property
+    def element_types(self) -> frozenset[str]:
+        """Every element type among weights, constants, inputs and Cast results."""
+        casts = {ELEMENT_TYPES.get(n.ints.get("to", 0), "?") for n in self.nodes if n.op == "Cast"}
+        named = {kind for kind, _ in (*self.initializers.values(), *self.inputs.values())}
+        return frozenset(named | casts)
+
+    def producers(self) -> dict[str, Node]:
+        """Value name -> the node that makes it."""
+        return {output: node for node in self.nodes for output in node.outputs}
+
+
+def read_graph(path: Path) -> Graph:
+    """The structure of the ONNX model at ``path``; external weight files are not opened.
+
+    Raises:
+        IntegrityError: the file is missing, empty, truncated, or no ONNX model.
+    """
+    try:
+        with path.open("rb") as file:
+            # Not closed by hand: slices of it live on in the traceback of a malformed file.
+            return _model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+    except FileNotFoundError as error:
+        raise IntegrityError(f"There is no ONNX graph {path}.", "", "Export it again.") from error
+    except (OSError, ValueError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{path} is no ONNX model.", str(error), "Export it again.") from error
+
+
+def _model(data: memoryview) -> Graph:
+    nodes: list[Node] = []
+    initializers: dict[str, tuple[str, tuple[int, ...]]] = {}
+    inputs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    found = False
+    for number, value in _fields(data):
+        if number != 7 or isinstance(value, int):
+            continue
+        found = True
+        for field, part in _fields(value):
+            if isinstance(part, int):
+                continue
+            if field == 1:
+                nodes.append(_node(part, initializers))
+            elif field == 5:
+                name, kind, dims = _tensor(part)
+                initializers[name] = (kind, dims)
+            elif field == 11:
+                name, kind, dims = _value_info(part)
+                inputs[name] = (kind, dims)
+    if not found:
+        raise ValueError("it holds no graph")
+    return Graph(tuple(nodes), initializers, inputs)
+
+
+def _node(data: memoryview, constants: dict[str, tuple[str, tuple[int, ...]]]) -> Node:
+    """A NodeProto; the value of a Constant node is entered among ``constants``."""
+    texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: []}
+    ints: dict[str, int] = {}
+    tensor: tuple[str, str, tuple[int, ...]] | None = None
+    for field, value in _fields(data):
+        if isinstance(value, int):
+            continue
+        if field in texts:
+            texts[field].append(str(value, "utf-8"))
+        elif field == 5:
+            name = ""
+            for key, part in _fields(value):
+                if key == 1 and not isinstance(part, int):
+                    name = str(part, "utf-8")
+                elif key == 3 and isinstance(part, int):
+                    ints[name] = part - (1 << 64) if part >> 63 else part
+                elif key == 5 and not isinstance(part, int):
+                    tensor = _tensor(part)
+    op, outputs = "".join(texts[4]), tuple(texts[2])
+    if op == "Constant" and tensor is not None and outputs:
+        constants[outputs[0]] = tensor[1:]
+    return Node(op, "".join(texts[3]), tuple(texts[1]), outputs, ints)
+
+
+def _tensor(data: memoryview) -> tuple[str, str, tuple[int, ...]]:
+    name, kind, dims = "", "?", []
+    for field, value in _fields(data):
+        if field in _TENSOR_DATA:
+            continue
+        if field == 1:
+            dims += [value] if isinstance(value, int) else list(_packed(value))
+        elif field == 2 and isinstance(value, int):
+            kind = ELEMENT_TYPES.get(value, "?")
+        elif field == 8 and not isinstance(value, int):
+            name = str(value, "utf-8")
+    return name, kind, tuple(dims)
+
+
+def _value_info(data: memoryview) -> tuple[str, str, tuple[int, ...]]:
+    name, kind = "", "?"
+    dims: list[int] = []
+    for field, value in _fields(data):
+        if isinstance(value, int):
+            continue
+        if field == 1:
+            name = str(value, "utf-8")
+        elif field == 2:
+            for _, tensor in _messages(value, 1):
+                for key, part in _fields(tensor):
+                    if key == 1 and isinstance(part, int):
+                        kind = ELEMENT_TYPES.get(part, "?")
+                    elif key == 2 and not isinstance(part, int):
+                        dims = [_dim(size) for _, size in _messages(part, 1)]
+    return name, kind, tuple(dims)
+
+
+def _dim(data: memoryview) -> int:
+    return next((v for field, v in _fields(data) if field == 1 and isinstance(v, int)), 0)
+
+
+def _messages(data: memoryview, number: int) -> Iterator[tuple[int, memoryview]]:
+    for field, value in _fields(data):
+        if field == number and not isinstance(value, int):
+            yield field, value
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Field number and value (an int, or the bytes of a length-delimited field) of one message."""
+    at, end = 0, len(data)
+    while at < end:
+        key, at = _varint(data, at)
+        wire = key & 7
+        if wire == _VARINT:
+            number, at = _varint(data, at)
+            yield key >> 3, number
+            continue
+        if wire == _BYTES:
+            size, at = _varint(data, at)
+        elif wire in (_FIXED32, _FIXED64):
+            size = 4 if wire == _FIXED32 else 8
+        else:
+            raise ValueError(f"unknown protobuf wire type {wire}")
+        if size > end - at:
+            raise ValueError("a protobuf field reaches beyond the file: it is truncated")
+        if wire == _BYTES:
+            yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _packed(data: memoryview) -> Iterator[int]:
+    at = 0
+    while at < len(data):
+        value, at = _varint(data, at)
+        yield value
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    result = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            raise ValueError("the protobuf data is truncated")
+        byte = data[at]
+        at += 1
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return result, at
+    raise ValueError("a protobuf number is too long")

@@ -1,0 +1,185 @@
+"""The readable program inside a TensorRT-RTX engine file.
+
+An engine starts with ``vtrt`` and embeds text programs: a ``header``, the ``descriptors`` of all tensors with
+their element types, and sections of kernels with the ONNX layers each came from. There is one program for
+each optimization profile (targets share it), and a small one for each kernel that is compiled when the engine
+is loaded (``runtime_fusion``). The format is undocumented (this is TensorRT-RTX 1.7's) and read for reports
+and tests only, never at run time. The reader is bounded and evaluates nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import IntegrityError
+
+MAGIC = b"vtrt"
+MAX_PROGRAM_BYTES = 256 << 20
+"""Longest program read; the 48 blocks of InternViT-6B need about 2 MB."""
+_MAX_DEPTH = 32
+_START = b"header {\n"
+_TOKEN = re.compile(r'"[^"]*"|[{}=]|[^\s{}="]+')
+_LAYER = re.compile(r"\[ONNX Layer: ([^\]\x1f]*)\]")
+_SHORT = {"fp8_e4m3": "fp8", "half": "fp16", "float": "fp32", "double": "fp64"}
+_FUSED_REGION = "runtime-fusion-consts"
+_OPERAND_KEYS = ("input_args", "input")
+_RESULT_KEYS = ("output_args", "output")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One line of a program.
+
+    ``op`` is the engine's own word (``fully_connected``, ``function``, ...), ``name`` the kernel's name,
+    ``args`` and ``results`` the element types in this package's short names (``?`` where the program does not
+    say), ``layers`` the ONNX node names.
+    """
+
+    op: str
+    name: str
+    args: tuple[str, ...]
+    results: tuple[str, ...]
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The kernels of one optimization profile.
+
+    ``fused`` are the parts of those kernels that are compiled when the engine is loaded.
+    """
+
+    kernels: tuple[Kernel, ...]
+    fused: tuple[Kernel, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A block: ``key = value`` pairs in order, and the bare words between them."""
+
+    pairs: tuple[tuple[str, Any], ...]
+    words: tuple[str, ...]
+
+    def get(self, *keys: str) -> Any:
+        """The first value among ``keys``, or None."""
+        for key in keys:
+            for name, value in self.pairs:
+                if name == key:
+                    return value
+        return None
+
+
+def read_programs(path: Path) -> tuple[Program, ...]:
+    """The programs in the engine file at ``path``, one for each optimization profile.
+
+    Raises:
+        IntegrityError: the file is no TensorRT-RTX engine, or holds no program that can be read.
+    """
+    programs: list[Program] = []
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if data[: len(MAGIC)] != MAGIC:
+                raise _unreadable(path, "It does not start with 'vtrt'.")
+            for text in _texts(data, path):
+                kernels, fused = _kernels(text, path)
+                if fused and programs:
+                    last = programs.pop()
+                    programs.append(Program(last.kernels, last.fused + kernels))
+                else:
+                    programs.append(Program(kernels))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from error
+    if not programs:
+        raise _unreadable(path, "It embeds no program; this release may write it in another form.")
+    return tuple(programs)
+
+
+def _unreadable(path: Path, why: str) -> IntegrityError:
+    return IntegrityError(f"{path} cannot be read as a TensorRT-RTX engine.", why, "Build the engine again.")
+
+
+def _texts(data: mmap.mmap, path: Path) -> Iterator[str]:
+    at = data.find(_START)
+    while at >= 0:
+        end = data.find(b"\0", at, at + MAX_PROGRAM_BYTES)
+        if end < 0:
+            raise _unreadable(path, f"The program at byte {at} does not end.")
+        text = data[at:end].decode("utf-8", "replace")
+        if "\ndescriptors {" in text:
+            yield text
+        at = data.find(_START, end)
+
+
+def _kernels(text: str, path: Path) -> tuple[tuple[Kernel, ...], bool]:
+    """A program's kernels, and whether it belongs to a kernel of the program before it."""
+    types: dict[str, str] = {}
+    kernels: list[Kernel] = []
+    fused = False
+    for section, node in _sections(text, path):
+        if section == "header":
+            fused = any(isinstance(v, _Node) and v.get("name") == _FUSED_REGION for _, v in node.pairs)
+        elif section == "descriptors":
+            _read_types(node, types)
+        elif not section.startswith("shape_"):
+            kernels += [_kernel(op, value, types) for op, value in node.pairs if isinstance(value, _Node)]
+    return tuple(kernels), fused
+
+
+def _read_types(node: _Node, types: dict[str, str]) -> None:
+    for _, value in node.pairs:
+        if isinstance(value, _Node):
+            name, kind = value.get("name"), value.get("type")
+            if isinstance(name, str) and isinstance(kind, str):
+                types[name] = _SHORT.get(kind, kind)
+
+
+def _kernel(op: str, node: _Node, types: dict[str, str]) -> Kernel:
+    def kinds(keys: tuple[str, ...]) -> tuple[str, ...]:
+        value = node.get(*keys)
+        return tuple(types.get(word, "?") for word in value.words) if isinstance(value, _Node) else ()
+
+    name, layers = node.get("name"), node.get("layers")
+    return Kernel(
+        op,
+        name if isinstance(name, str) else "",
+        kinds(_OPERAND_KEYS),
+        kinds(_RESULT_KEYS),
+        tuple(_LAYER.findall(layers)) if isinstance(layers, str) else (),
+    )
+
+
+def _sections(text: str, path: Path) -> Iterator[tuple[str, _Node]]:
+    tokens = (match.group() for match in _TOKEN.finditer(text))
+    word = ""
+    for token in tokens:
+        if token == "{":
+            yield word, _block(tokens, path, 1)
+        else:
+            word = token
+
+
+def _block(tokens: Iterator[str], path: Path, depth: int) -> _Node:
+    """Read up to the closing brace. A word followed by ``=`` is a key; its value is a word or a block."""
+    if depth > _MAX_DEPTH:
+        raise _unreadable(path, "The embedded program nests too deep.")
+    pairs: list[tuple[str, Any]] = []
+    words: list[str] = []
+    key: str | None = None
+    for token in tokens:
+        if token == "}":
+            return _Node(tuple(pairs), tuple(words))
+        if token == "=":
+            key = words.pop() if words else ""
+            continue
+        value: Any = _block(tokens, path, depth + 1) if token == "{" else token.strip('"')
+        if key is not None:
+            pairs.append((key, value))
+            key = None
+        elif isinstance(value, str):
+            words.append(value)
+    raise _unreadable(path, "The embedded program breaks off.")
