@@ -24,7 +24,7 @@ MAX_PIXELS = 64 * 1024 * 1024
 MAX_ASPECT = 200
 PAD_COLOR = (123, 116, 103)
 # Formats whose decoders are safe on files from strangers (EPS, for one, would start Ghostscript).
-_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _BICUBIC = 3
 
 BUCKETS = (16, 32, 48, 80)
@@ -96,7 +96,7 @@ class ImageSettings:
             mode: Any = data.get("resize_mode") or ("center_crop" if data.get("do_center_crop") else "square")
             mean = tuple(float(v) for v in data.get("image_mean", cls.mean))
             std = tuple(float(v) for v in data.get("image_std", cls.std))
-            if not isinstance(size, int) or len(mean) != 3 or len(std) != 3:
+            if type(size) is not int or len(mean) != 3 or len(std) != 3:
                 raise ValueError(f"size {size!r}, mean {mean} or std {std} is not what an RGB square needs")
             return cls(size, mean, std, mode)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -195,28 +195,31 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         if getattr(image, "n_frames", 1) > 1:
             image.seek(0)
         image.load()
-        return ImageOps.exif_transpose(_to_rgb(image))
+        return _to_rgb(_upright(image))
     except InputError:
         raise
     except Exception as error:  # as above
         raise _broken(name, error) from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF is common in the wild, and no reason to refuse sound pixels
+        return image
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         # 16-bit grey; older Pillow versions open it as 32-bit integers.
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        eight = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
-        eight.info.update({k: v for k, v in image.info.items() if k == "exif"})
-        image = eight
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("it has floating-point pixels; save it with 8 bits a channel")
     if "A" in image.getbands() or image.mode in ("PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        flat = Image.alpha_composite(white, rgba).convert("RGB")
-        flat.info.update({k: v for k, v in image.info.items() if k == "exif"})
-        return flat
+        return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
 
 
@@ -227,9 +230,7 @@ def _from_array(array: Array, name: str) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise InputError(f"Cannot use {name} as an image.", f"Its shape is {list(shape)}.", "Use [H, W, 3].")
     if np.issubdtype(array.dtype, np.floating):
-        if not array.size or not (
-            np.nanmin(array) >= 0 and np.nanmax(array) <= 1 and np.isfinite(array).all()
-        ):
+        if not (np.isfinite(array).all() and (array >= 0).all() and (array <= 1).all()):
             raise InputError(
                 f"Cannot use {name} as an image.", "Its floats are not all in 0..1.", "Use uint8."
             )

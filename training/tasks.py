@@ -59,7 +59,7 @@ class Score:
             return 0.0, 1.0
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # rounding at p = 0, 1
 
     def to_json(self) -> dict[str, float | int]:
         """Plain data: correct, total, accuracy, low, high."""

@@ -1,0 +1,480 @@
+"""Images and texts to arrays: numbers of the published recipe, and every kind of bad file."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from PIL import Image
+
+from ivl_export import preprocess
+from ivl_export.errors import CheckpointError, InputError
+from ivl_export.preprocess import (
+    MODES,
+    PAD_COLOR,
+    ImageSettings,
+    Tokenizer,
+    load_image,
+    pad_ids,
+    preprocess_images,
+    resize,
+)
+from ivl_export.training.tokenizer import train_tokenizer
+
+TOKENIZER = Tokenizer(train_tokenizer())
+
+
+def photo(width: int = 60, height: int = 40) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(
+        np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], -1).astype(np.uint8)
+    )
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A valid PNG up to its (missing) pixels: what a decompression bomb looks like from outside."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    )
+
+
+# --- images: what is read ---
+
+
+def test_path_bytes_image_and_array_give_the_same_picture(tmp_path):
+    image = photo()
+    file = tmp_path / "photo.png"
+    image.save(file)
+    for given_as in (file, str(file), file.read_bytes(), image, np.asarray(image)):
+        assert np.array_equal(np.asarray(load_image(given_as)), np.asarray(image))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_orientation_is_applied(orientation, kind):
+    upright = np.zeros((40, 60, 3), np.uint8)
+    upright[:20, :30] = (255, 0, 0)
+    undo = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(np.ascontiguousarray(undo)), kind, exif=exif)
+    shown = np.asarray(load_image(data)).astype(int)
+    assert shown.shape == upright.shape
+    assert np.abs(shown - upright).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_alpha_is_put_on_white(mode):
+    rgba = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    rgba.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    shown = np.asarray(load_image(rgba.convert(mode)))
+    assert (shown[:, :4] == 0).all()
+    assert (shown[:, 4:] == 255).all()
+
+
+def test_transparent_palette_and_transparent_color_are_put_on_white():
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((0, 0), 0)
+    shown = np.asarray(load_image(encoded(palette, "PNG", transparency=1)))
+    assert shown[0, 0].tolist() == [255, 0, 0]
+    assert (shown[1:] == 255).all()
+    keyed = encoded(Image.new("RGB", (4, 4), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
+    assert (np.asarray(load_image(keyed)) == 255).all()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("block", [b"MM\x00*\x00\x00\x00\x08\xff\xff\x01", b"no TIFF header", b""])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_does_not_cost_the_picture(block, kind):
+    data = encoded(photo(), kind, exif=b"Exif\x00\x00" + block)
+    assert load_image(data).size == (60, 40)
+
+
+def test_exif_orientation_survives_alpha():
+    image = Image.new("RGBA", (6, 4), (10, 20, 30, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert load_image(encoded(image, "PNG", exif=exif)).size == (4, 6)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+def test_other_modes_become_rgb(mode):
+    shown = load_image(Image.new("RGB", (5, 5), (255, 255, 255)).convert(mode))
+    assert shown.mode == "RGB"
+    assert (np.asarray(shown) >= 250).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_keeps_its_brightness(kind):
+    grey = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
+    assert np.asarray(load_image(encoded(grey, kind)))[0, :, 1].tolist() == [0, 128, 255]
+
+
+def test_animation_shows_its_first_frame():
+    frames = [Image.new("RGB", (6, 6), color) for color in ("red", "blue")]
+    for kind in ("GIF", "PNG", "WEBP"):
+        data = encoded(
+            frames[0],
+            kind,
+            save_all=True,
+            append_images=frames[1:],
+            **({"lossless": True} if kind == "WEBP" else {}),
+        )
+        assert np.asarray(load_image(data))[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("array", "pixel"),
+    [
+        (np.full((3, 4), 200, np.uint8), [200] * 3),
+        (np.full((3, 4, 1), 200, np.uint8), [200] * 3),
+        (np.full((3, 4, 3), 65535, np.uint16), [255] * 3),
+        (np.full((3, 4, 3), 0.5, np.float32), [128] * 3),
+        (np.zeros((3, 4, 4), np.uint8), [255] * 3),
+    ],
+)
+def test_arrays(array, pixel):
+    image = load_image(array)
+    assert image.size == (4, 3)
+    assert np.asarray(image)[0, 0].tolist() == pixel
+
+
+# --- images: what is refused ---
+
+
+def bad_files() -> dict[str, bytes]:
+    jpeg, png = encoded(photo(200, 200), "JPEG"), encoded(photo(200, 200), "PNG")
+    return {
+        "empty": b"",
+        "garbage": bytes(range(256)) * 8,
+        "text": b"hello, this is no image at all",
+        "cut.jpg": jpeg[: len(jpeg) // 2],
+        "cut.png": png[: len(png) // 2],
+        "head.jpg": jpeg[:20],
+        "crc.png": png[:60] + b"\x00\x01" + png[62:],
+        "bomb.png": png_header(60000, 60000),
+        "large.png": png_header(9000, 9000),
+        "line.png": encoded(Image.new("L", (3000, 2)), "PNG"),
+        "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
+        "float.tif": encoded(Image.new("F", (4, 4), 0.5), "TIFF"),
+    }
+
+
+@pytest.mark.parametrize("name", list(bad_files()))
+def test_bad_files_give_an_input_error_that_names_them(tmp_path, name):
+    file = tmp_path / name
+    file.write_bytes(bad_files()[name])
+    for given_as in (file, file.read_bytes()):
+        with pytest.raises(InputError) as caught:
+            load_image(given_as, name)
+        assert name in str(caught.value)
+        assert caught.value.exit_code == 3
+    with pytest.raises(InputError, match=name):
+        load_image(file)
+
+
+def test_missing_files_and_folders_are_input_errors(tmp_path):
+    for path in (tmp_path / "none.png", tmp_path):
+        with pytest.raises(InputError, match=path.name):
+            load_image(path)
+
+
+def test_bombs_are_refused_before_their_pixels_are_read(monkeypatch):
+    data = png_header(9000, 9000)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(InputError, match="9000 x 9000"):
+        load_image(data)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((3, 4, 2), np.uint8),
+        np.zeros((2, 3, 4, 3), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((0, 4, 3), np.float32),
+        np.zeros((4, 4, 3), np.int64),
+        np.full((4, 4, 3), 2.0),
+        np.full((4, 4, 3), np.nan),
+        np.zeros((1, 500, 3), np.uint8),
+    ],
+)
+def test_bad_arrays_are_input_errors(array):
+    with pytest.raises(InputError):
+        load_image(array, "frame 7")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_files_never_raise_anything_but_input_errors(data):
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]))
+    raw = bytearray(encoded(photo(24, 16), kind))
+    for _ in range(data.draw(st.integers(1, 6))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    damaged = bytes(raw[: data.draw(st.integers(1, len(raw)))])
+    try:
+        image = load_image(damaged)
+    except InputError:
+        return
+    assert image.mode == "RGB"
+
+
+# --- pixel values ---
+
+
+def test_values_are_normalised_pixels():
+    config = ImageSettings(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    values = preprocess_images([image, image[::-1].copy()], config)
+    assert values.dtype == np.float32
+    assert values.shape == (2, 3, 32, 32)
+    want = (image / 255.0 - np.array(config.mean)) / np.array(config.std)
+    np.testing.assert_allclose(values[0], want.transpose(2, 0, 1), atol=2e-6)
+    np.testing.assert_allclose(values[1], want[::-1].transpose(2, 0, 1), atol=2e-6)
+
+
+def test_square_is_a_bicubic_stretch():
+    image = photo(90, 50)
+    want = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))
+    assert np.array_equal(np.asarray(resize(image, ImageSettings(32))), want)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_center_crop_keeps_the_middle(turned):
+    image = Image.new("RGB", (300, 100), "black")
+    image.paste("white", (100, 0, 200, 100))
+    if turned:
+        image = image.transpose(Image.Transpose.ROTATE_90)
+    shown = np.asarray(resize(image, ImageSettings(64, mode="center_crop")))
+    assert shown.shape == (64, 64, 3)
+    assert (shown[3:-3, 3:-3] == 255).all()
+
+
+def test_pad_keeps_the_whole_picture_between_bars():
+    shown = np.asarray(resize(Image.new("RGB", (120, 60), "white"), ImageSettings(60, mode="pad")))
+    assert (shown[18:42] == 255).all()
+    assert (shown[:12] == PAD_COLOR).all()
+    assert (shown[-12:] == PAD_COLOR).all()
+
+
+def test_pad_refuses_what_would_not_fit_in_memory(monkeypatch):
+    monkeypatch.setattr(preprocess, "MAX_PIXELS", 1000)
+    with pytest.raises(InputError, match="pad"):
+        resize(Image.new("RGB", (100, 2)), ImageSettings(8, mode="pad"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.sampled_from(MODES),
+    st.integers(1, 40),
+)
+def test_any_size_becomes_the_square(width, height, mode, side):
+    values = preprocess_images([photo(width, height)] * 2, ImageSettings(side, mode=mode))
+    assert values.shape == (2, 3, side, side)
+    assert np.isfinite(values).all()
+    assert np.array_equal(values[0], values[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=20)))
+def test_any_grey_array_has_three_equal_channels(array):
+    shown = np.asarray(load_image(array))
+    assert np.array_equal(shown, np.stack([array] * 3, -1))
+
+
+def test_no_images_give_an_empty_batch():
+    assert preprocess_images([], ImageSettings(8)).shape == (0, 3, 8, 8)
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_settings_round_trip(tmp_path, mode):
+    config = ImageSettings(112, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), mode)
+    config.save(tmp_path / "preprocessor_config.json")
+    assert ImageSettings.load(tmp_path / "preprocessor_config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("extra", "size", "mode"),
+    [
+        ({"crop_size": 224, "size": 224, "do_center_crop": True}, 224, "center_crop"),
+        ({"size": {"height": 448, "width": 448}}, 448, "square"),
+        ({"size": {"shortest_edge": 336}, "do_center_crop": True}, 336, "center_crop"),
+        ({"size": {"shortest_edge": 336}, "do_center_crop": True, "resize_mode": "pad"}, 336, "pad"),
+    ],
+)
+def test_published_settings_are_read(extra, size, mode):
+    published = {
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 3,
+    }
+    assert ImageSettings.from_json({**published, **extra}) == ImageSettings(size, mode=mode)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        {},
+        {"size": "big"},
+        {"size": True},
+        {"size": {}},
+        {"size": 0},
+        {"size": -5},
+        {"size": 224, "resample": 2},
+        {"size": 224, "rescale_factor": 1.0},
+        {"size": 224, "rescale_factor": "x"},
+        {"size": 224, "resize_mode": "fold"},
+        {"size": 224, "resize_mode": ["square"]},
+        {"size": 224, "image_mean": [0.5]},
+        {"size": 224, "image_std": [0.5, 0.5, 0.0]},
+        {"size": 224, "image_std": [0.5, 0.5, float("nan")]},
+        {"size": 224, "image_mean": None},
+    ],
+)
+def test_settings_that_cannot_be_followed_are_checkpoint_errors(tmp_path, data):
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
+        ImageSettings.load(file)
+
+
+def test_unreadable_settings_are_checkpoint_errors(tmp_path):
+    file = tmp_path / "preprocessor_config.json"
+    with pytest.raises(CheckpointError):
+        ImageSettings.load(file)
+    file.write_bytes(b"\xff\xfe{")
+    with pytest.raises(CheckpointError):
+        ImageSettings.load(file)
+
+
+# --- texts ---
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT)
+def test_any_text_survives_the_tokenizer(text):
+    ids = TOKENIZER.encode_prompt(text)
+    assert ids[0] == TOKENIZER.bos
+    assert all(0 < i < len(TOKENIZER) for i in ids)  # id 0 would be masked inside the text
+    assert TOKENIZER.eos not in ids
+    assert TOKENIZER.decode([*ids, TOKENIZER.eos, 0, 0]) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TEXT, min_size=1, max_size=4))
+def test_contrastive_rows_are_bos_text_eos_padding(texts):
+    ids, lengths = TOKENIZER.encode_contrastive(texts)
+    assert ids.dtype == lengths.dtype == np.int64
+    assert ids.shape[1] in preprocess.BUCKETS
+    assert not any(b >= lengths.max() for b in preprocess.BUCKETS if b < ids.shape[1])
+    for row, length, text in zip(ids, lengths, texts, strict=True):
+        whole = TOKENIZER.encode_prompt("summarize:" + text)
+        assert row[0] == 1
+        assert row[length - 1] == 2
+        assert (row[:length] > 0).all()
+        assert not row[length:].any()
+        assert row[: length - 1].tolist() == whole[: 80 - 1]
+
+
+def test_long_texts_are_cut_and_keep_their_eos():
+    text = "a large red star above a small blue ring " * 40
+    ids, lengths = TOKENIZER.encode_contrastive([text, "a"], max_length=20, buckets=(16,))
+    assert ids.shape == (2, 20)
+    assert lengths.tolist()[0] == 20
+    assert (ids[0, 0], ids[0, -1]) == (1, 2)
+    assert TOKENIZER.encode_contrastive([text])[0].shape == (1, 80)
+
+
+def test_short_texts_get_the_smallest_bucket():
+    assert TOKENIZER.encode_contrastive(["a"])[0].shape == (1, 16)
+    assert TOKENIZER.encode_contrastive(["a"], buckets=())[0].shape == (1, 80)
+    assert TOKENIZER.encode_contrastive(["a", "a small ring " * 7])[0].shape == (2, 32)
+
+
+def test_special_tokens_written_in_a_text_are_text():
+    ids = TOKENIZER.encode_prompt("<s>a</s><unk><0x41>")
+    assert ids.count(1) == 1
+    assert 2 not in ids
+    assert TOKENIZER.decode(ids) == "<s>a</s><unk><0x41>"
+
+
+def test_decode_ignores_padding_unknown_ids_and_what_follows_eos():
+    ids = TOKENIZER.encode_prompt("a red star")
+    assert TOKENIZER.decode([0, *ids, 99999, -4, 2, *ids]) == "a red star"
+    assert TOKENIZER.decode(np.array(ids)) == "a red star"
+    assert TOKENIZER.decode([]) == ""
+
+
+def test_invalid_unicode_is_an_input_error():
+    with pytest.raises(InputError, match="ud800"):
+        TOKENIZER.encode_prompt("a \ud800")
+
+
+def test_captions_too_long_for_every_bucket_are_input_errors():
+    with pytest.raises(InputError, match="tokens"):
+        TOKENIZER.encode_captions(["English caption:"], ["x y " * 200])
+    with pytest.raises(InputError, match="17 tokens"):
+        pad_ids([[1] * 17], (8, 16))
+
+
+def test_a_caption_that_merges_with_its_prompt_is_an_input_error():
+    with pytest.raises(InputError, match="merge"):
+        TOKENIZER.encode_captions(["English cap"], ["tion"])
+
+
+def test_tokenizers_that_cannot_be_read_are_checkpoint_errors(tmp_path):
+    file = tmp_path / "tokenizer.model"
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
+        Tokenizer(file)
+    file.write_bytes(b"no model")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
+        Tokenizer(file)
+    file.write_bytes(b"")
+    with pytest.raises(CheckpointError):
+        Tokenizer(file)
+
+
+def test_tokenizer_reads_a_file(tmp_path: Path):
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(TOKENIZER.model)
+    assert Tokenizer(file).encode_prompt("a star") == TOKENIZER.encode_prompt("a star")

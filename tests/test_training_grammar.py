@@ -1,0 +1,81 @@
+"""Captions: exact words, one for each meaning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ivl_export.training.grammar import LANGUAGES, caption, class_prompts, corpus, words
+from ivl_export.training.scenes import ALL_COMBINATIONS, BACKGROUNDS, Obj, Scene, sample_scene
+
+PAIR = (Obj("star", "red", "small"), Obj("ring", "blue", "large"))
+
+
+@pytest.mark.parametrize(
+    ("objects", "relation", "english", "chinese"),
+    [
+        ((Obj("circle", "red", "small"),), None, "a small red circle", "一个红色的小圆形"),
+        ((Obj("cross", "orange", "large", 2),), None, "two large orange crosses", "两个橙色的大十字形"),
+        ((Obj("star", "blue", "large", 3),), None, "three large blue stars", "三个蓝色的大五角星"),
+        (
+            PAIR,
+            "left of",
+            "a small red star left of a large blue ring",
+            "一个红色的小五角星在一个蓝色的大圆环左边",
+        ),
+        (
+            PAIR,
+            "right of",
+            "a small red star right of a large blue ring",
+            "一个红色的小五角星在一个蓝色的大圆环右边",
+        ),
+        (
+            PAIR,
+            "above",
+            "a small red star above a large blue ring",
+            "一个红色的小五角星在一个蓝色的大圆环上方",
+        ),
+        (
+            PAIR,
+            "below",
+            "a small red star below a large blue ring",
+            "一个红色的小五角星在一个蓝色的大圆环下方",
+        ),
+    ],
+)
+def test_captions(objects, relation, english, chinese):
+    scene = Scene(objects, relation, "noise", 0)
+    assert caption(scene) == english
+    assert caption(scene, "zh") == chinese
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_captions_are_equal_exactly_when_the_meaning_is(lang):
+    rng = np.random.default_rng(0)
+    meaning_of = {}
+    for _ in range(3000):
+        scene = sample_scene(rng, "heldout")
+        text = caption(scene, lang)
+        assert meaning_of.setdefault(text, scene.meaning) == scene.meaning
+        other = BACKGROUNDS[(BACKGROUNDS.index(scene.background) + 1) % 4]
+        assert caption(replace(scene, seed=1, background=other), lang) == text
+    assert len(meaning_of) == len(set(meaning_of.values())) > 1000
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_class_prompts_are_captions_of_the_class(lang):
+    prompts = [p for shape, color in ALL_COMBINATIONS for p in class_prompts(shape, color, lang)]
+    assert len(set(prompts)) == 2 * len(ALL_COMBINATIONS)
+    for size in ("small", "large"):
+        scene = Scene((Obj("ring", "green", size),), None, "noise", 0)
+        assert caption(scene, lang) in class_prompts("ring", "green", lang)
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_corpus_holds_every_word(lang):
+    known = {w for text in corpus() for w in text}
+    rng = np.random.default_rng(1)
+    for _ in range(500):
+        assert set(words(sample_scene(rng, "heldout"), lang)) <= known
