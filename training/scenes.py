@@ -173,8 +173,8 @@ def _layout(scene: Scene, rng: np.random.Generator) -> tuple[Placement, ...]:
     for obj, radius, (x, y) in zip(flat, radii, points, strict=True):
         angle = math.radians(15.0) * (2.0 * rng.random() - 1.0)
         r, g, b = (
-            int(np.clip(c + d, 0, 255))
-            for c, d in zip(COLORS[obj.color], rng.integers(-_JITTER, _JITTER + 1, 3), strict=True)
+            min(255, max(0, c + d))
+            for c, d in zip(COLORS[obj.color], rng.integers(-_JITTER, _JITTER + 1, 3).tolist(), strict=True)
         )
         placed.append(Placement(obj.shape, float(x), float(y), float(radius), angle, (r, g, b)))
     return tuple(placed)
@@ -287,15 +287,17 @@ def _background(rng: np.random.Generator, kind: str, size: int) -> Image8:
     elif kind == "stripes":
         texture = np.sin(2.0 * math.pi * (rng.random() + (3.0 + 7.0 * rng.random()) * ramp))
     elif kind == "checker":
-        cells = np.floor((x + rng.random()) * (5.0 + 7.0 * rng.random())).astype(np.int64)
-        texture = ((cells[None, :] + cells[:, None]) % 2) * 2.0 - 1.0
+        cells = np.floor((x + rng.random()) * (5.0 + 7.0 * rng.random())) % 2
+        texture = (cells[None, :] != cells[:, None]) * 2.0 - 1.0
     else:
         grid = 14 + int(rng.integers(29))
         index = np.arange(size) * grid // size
-        texture = (2.0 * rng.random((grid, grid)) - 1.0)[index[:, None], index[None, :]]
+        texture = (2.0 * rng.random((grid, grid)) - 1.0)[index][:, index]
     grain = (
         np.frombuffer(rng.bytes(size * size), np.uint8).reshape(size, size) * np.float32(10.0 / 255.0) - 5.0
     )
     shade = (texture * swing + grain).astype(np.float32)
-    pixels: Image8 = np.clip(shade[..., None] + base.astype(np.float32), 0, 255).astype(np.uint8)
+    pixels = np.empty((size, size, 3), np.uint8)
+    for channel in range(3):  # all values are within 60..200
+        pixels[..., channel] = shade + np.float32(base[channel])
     return pixels
