@@ -337,7 +337,7 @@ class Tokenizer:
         """Ids of a caption prompt, ``English caption:``: bos, no eos."""
         return [self.bos, *self._ids(text)]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Array) -> str:
         """Text of ``ids`` up to the first eos, without bos, padding and ids that the model does not know."""
         kept: list[int] = []
         for i in map(int, ids):

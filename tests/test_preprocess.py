@@ -7,6 +7,7 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from ivl_export.errors import CheckpointError, InputError
 from ivl_export.preprocess import (
     MODES,
     PAD_COLOR,
+    Array,
     ImageSettings,
+    ResizeMode,
     Tokenizer,
     load_image,
     pad_ids,
@@ -39,7 +42,7 @@ def photo(width: int = 60, height: int = 40) -> Image.Image:
     )
 
 
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -60,7 +63,7 @@ def png_header(width: int, height: int) -> bytes:
 # --- images: what is read ---
 
 
-def test_path_bytes_image_and_array_give_the_same_picture(tmp_path):
+def test_path_bytes_image_and_array_give_the_same_picture(tmp_path: Path) -> None:
     image = photo()
     file = tmp_path / "photo.png"
     image.save(file)
@@ -70,7 +73,7 @@ def test_path_bytes_image_and_array_give_the_same_picture(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_exif_orientation_is_applied(orientation, kind):
+def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     upright = np.zeros((40, 60, 3), np.uint8)
     upright[:20, :30] = (255, 0, 0)
     undo = {
@@ -92,7 +95,7 @@ def test_exif_orientation_is_applied(orientation, kind):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_alpha_is_put_on_white(mode):
+def test_alpha_is_put_on_white(mode: str) -> None:
     rgba = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     rgba.paste((0, 0, 0, 255), (0, 0, 4, 8))
     shown = np.asarray(load_image(rgba.convert(mode)))
@@ -100,7 +103,7 @@ def test_alpha_is_put_on_white(mode):
     assert (shown[:, 4:] == 255).all()
 
 
-def test_transparent_palette_and_transparent_color_are_put_on_white():
+def test_transparent_palette_and_transparent_color_are_put_on_white() -> None:
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.putpixel((0, 0), 0)
@@ -114,12 +117,12 @@ def test_transparent_palette_and_transparent_color_are_put_on_white():
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("block", [b"MM\x00*\x00\x00\x00\x08\xff\xff\x01", b"no TIFF header", b""])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_broken_exif_does_not_cost_the_picture(block, kind):
+def test_broken_exif_does_not_cost_the_picture(block: bytes, kind: str) -> None:
     data = encoded(photo(), kind, exif=b"Exif\x00\x00" + block)
     assert load_image(data).size == (60, 40)
 
 
-def test_exif_orientation_survives_alpha():
+def test_exif_orientation_survives_alpha() -> None:
     image = Image.new("RGBA", (6, 4), (10, 20, 30, 255))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -127,19 +130,19 @@ def test_exif_orientation_survives_alpha():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
-def test_other_modes_become_rgb(mode):
+def test_other_modes_become_rgb(mode: str) -> None:
     shown = load_image(Image.new("RGB", (5, 5), (255, 255, 255)).convert(mode))
     assert shown.mode == "RGB"
     assert (np.asarray(shown) >= 250).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_keeps_its_brightness(kind):
+def test_sixteen_bit_grey_keeps_its_brightness(kind: str) -> None:
     grey = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
     assert np.asarray(load_image(encoded(grey, kind)))[0, :, 1].tolist() == [0, 128, 255]
 
 
-def test_animation_shows_its_first_frame():
+def test_animation_shows_its_first_frame() -> None:
     frames = [Image.new("RGB", (6, 6), color) for color in ("red", "blue")]
     for kind in ("GIF", "PNG", "WEBP"):
         data = encoded(
@@ -162,7 +165,7 @@ def test_animation_shows_its_first_frame():
         (np.zeros((3, 4, 4), np.uint8), [255] * 3),
     ],
 )
-def test_arrays(array, pixel):
+def test_arrays(array: Array, pixel: list[int]) -> None:
     image = load_image(array)
     assert image.size == (4, 3)
     assert np.asarray(image)[0, 0].tolist() == pixel
@@ -190,7 +193,7 @@ def bad_files() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", list(bad_files()))
-def test_bad_files_give_an_input_error_that_names_them(tmp_path, name):
+def test_bad_files_give_an_input_error_that_names_them(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.write_bytes(bad_files()[name])
     for given_as in (file, file.read_bytes()):
@@ -202,13 +205,13 @@ def test_bad_files_give_an_input_error_that_names_them(tmp_path, name):
         load_image(file)
 
 
-def test_missing_files_and_folders_are_input_errors(tmp_path):
+def test_missing_files_and_folders_are_input_errors(tmp_path: Path) -> None:
     for path in (tmp_path / "none.png", tmp_path):
         with pytest.raises(InputError, match=path.name):
             load_image(path)
 
 
-def test_bombs_are_refused_before_their_pixels_are_read(monkeypatch):
+def test_bombs_are_refused_before_their_pixels_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     data = png_header(9000, 9000)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(InputError, match="9000 x 9000"):
@@ -228,14 +231,14 @@ def test_bombs_are_refused_before_their_pixels_are_read(monkeypatch):
         np.zeros((1, 500, 3), np.uint8),
     ],
 )
-def test_bad_arrays_are_input_errors(array):
+def test_bad_arrays_are_input_errors(array: Array) -> None:
     with pytest.raises(InputError):
         load_image(array, "frame 7")
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_damaged_files_never_raise_anything_but_input_errors(data):
+def test_damaged_files_never_raise_anything_but_input_errors(data: Any) -> None:
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]))
     raw = bytearray(encoded(photo(24, 16), kind))
     for _ in range(data.draw(st.integers(1, 6))):
@@ -251,7 +254,7 @@ def test_damaged_files_never_raise_anything_but_input_errors(data):
 # --- pixel values ---
 
 
-def test_values_are_normalised_pixels():
+def test_values_are_normalised_pixels() -> None:
     config = ImageSettings(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     values = preprocess_images([image, image[::-1].copy()], config)
@@ -262,14 +265,14 @@ def test_values_are_normalised_pixels():
     np.testing.assert_allclose(values[1], want[::-1].transpose(2, 0, 1), atol=2e-6)
 
 
-def test_square_is_a_bicubic_stretch():
+def test_square_is_a_bicubic_stretch() -> None:
     image = photo(90, 50)
     want = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))
     assert np.array_equal(np.asarray(resize(image, ImageSettings(32))), want)
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_center_crop_keeps_the_middle(turned):
+def test_center_crop_keeps_the_middle(turned: bool) -> None:
     image = Image.new("RGB", (300, 100), "black")
     image.paste("white", (100, 0, 200, 100))
     if turned:
@@ -279,14 +282,14 @@ def test_center_crop_keeps_the_middle(turned):
     assert (shown[3:-3, 3:-3] == 255).all()
 
 
-def test_pad_keeps_the_whole_picture_between_bars():
+def test_pad_keeps_the_whole_picture_between_bars() -> None:
     shown = np.asarray(resize(Image.new("RGB", (120, 60), "white"), ImageSettings(60, mode="pad")))
     assert (shown[18:42] == 255).all()
     assert (shown[:12] == PAD_COLOR).all()
     assert (shown[-12:] == PAD_COLOR).all()
 
 
-def test_pad_refuses_what_would_not_fit_in_memory(monkeypatch):
+def test_pad_refuses_what_would_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess, "MAX_PIXELS", 1000)
     with pytest.raises(InputError, match="pad"):
         resize(Image.new("RGB", (100, 2)), ImageSettings(8, mode="pad"))
@@ -299,7 +302,7 @@ def test_pad_refuses_what_would_not_fit_in_memory(monkeypatch):
     st.sampled_from(MODES),
     st.integers(1, 40),
 )
-def test_any_size_becomes_the_square(width, height, mode, side):
+def test_any_size_becomes_the_square(width: int, height: int, mode: ResizeMode, side: int) -> None:
     values = preprocess_images([photo(width, height)] * 2, ImageSettings(side, mode=mode))
     assert values.shape == (2, 3, side, side)
     assert np.isfinite(values).all()
@@ -308,12 +311,12 @@ def test_any_size_becomes_the_square(width, height, mode, side):
 
 @settings(max_examples=40, deadline=None)
 @given(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=20)))
-def test_any_grey_array_has_three_equal_channels(array):
+def test_any_grey_array_has_three_equal_channels(array: Array) -> None:
     shown = np.asarray(load_image(array))
     assert np.array_equal(shown, np.stack([array] * 3, -1))
 
 
-def test_no_images_give_an_empty_batch():
+def test_no_images_give_an_empty_batch() -> None:
     assert preprocess_images([], ImageSettings(8)).shape == (0, 3, 8, 8)
 
 
@@ -321,7 +324,7 @@ def test_no_images_give_an_empty_batch():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_settings_round_trip(tmp_path, mode):
+def test_settings_round_trip(tmp_path: Path, mode: ResizeMode) -> None:
     config = ImageSettings(112, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), mode)
     config.save(tmp_path / "preprocessor_config.json")
     assert ImageSettings.load(tmp_path / "preprocessor_config.json") == config
@@ -336,7 +339,7 @@ def test_settings_round_trip(tmp_path, mode):
         ({"size": {"shortest_edge": 336}, "do_center_crop": True, "resize_mode": "pad"}, 336, "pad"),
     ],
 )
-def test_published_settings_are_read(extra, size, mode):
+def test_published_settings_are_read(extra: dict[str, Any], size: int, mode: ResizeMode) -> None:
     published = {
         "do_normalize": True,
         "do_resize": True,
@@ -369,14 +372,14 @@ def test_published_settings_are_read(extra, size, mode):
         {"size": 224, "image_mean": None},
     ],
 )
-def test_settings_that_cannot_be_followed_are_checkpoint_errors(tmp_path, data):
+def test_settings_that_cannot_be_followed_are_checkpoint_errors(tmp_path: Path, data: Any) -> None:
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
         ImageSettings.load(file)
 
 
-def test_unreadable_settings_are_checkpoint_errors(tmp_path):
+def test_unreadable_settings_are_checkpoint_errors(tmp_path: Path) -> None:
     file = tmp_path / "preprocessor_config.json"
     with pytest.raises(CheckpointError):
         ImageSettings.load(file)
@@ -392,7 +395,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"
 
 @settings(max_examples=300, deadline=None)
 @given(TEXT)
-def test_any_text_survives_the_tokenizer(text):
+def test_any_text_survives_the_tokenizer(text: str) -> None:
     ids = TOKENIZER.encode_prompt(text)
     assert ids[0] == TOKENIZER.bos
     assert all(0 < i < len(TOKENIZER) for i in ids)  # id 0 would be masked inside the text
@@ -402,7 +405,7 @@ def test_any_text_survives_the_tokenizer(text):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(TEXT, min_size=1, max_size=4))
-def test_contrastive_rows_are_bos_text_eos_padding(texts):
+def test_contrastive_rows_are_bos_text_eos_padding(texts: list[str]) -> None:
     ids, lengths = TOKENIZER.encode_contrastive(texts)
     assert ids.dtype == lengths.dtype == np.int64
     assert ids.shape[1] in preprocess.BUCKETS
@@ -416,7 +419,7 @@ def test_contrastive_rows_are_bos_text_eos_padding(texts):
         assert row[: length - 1].tolist() == whole[: 80 - 1]
 
 
-def test_long_texts_are_cut_and_keep_their_eos():
+def test_long_texts_are_cut_and_keep_their_eos() -> None:
     text = "a large red star above a small blue ring " * 40
     ids, lengths = TOKENIZER.encode_contrastive([text, "a"], max_length=20, buckets=(16,))
     assert ids.shape == (2, 20)
@@ -425,44 +428,44 @@ def test_long_texts_are_cut_and_keep_their_eos():
     assert TOKENIZER.encode_contrastive([text])[0].shape == (1, 80)
 
 
-def test_short_texts_get_the_smallest_bucket():
+def test_short_texts_get_the_smallest_bucket() -> None:
     assert TOKENIZER.encode_contrastive(["a"])[0].shape == (1, 16)
     assert TOKENIZER.encode_contrastive(["a"], buckets=())[0].shape == (1, 80)
     assert TOKENIZER.encode_contrastive(["a", "a small ring " * 7])[0].shape == (2, 32)
 
 
-def test_special_tokens_written_in_a_text_are_text():
+def test_special_tokens_written_in_a_text_are_text() -> None:
     ids = TOKENIZER.encode_prompt("<s>a</s><unk><0x41>")
     assert ids.count(1) == 1
     assert 2 not in ids
     assert TOKENIZER.decode(ids) == "<s>a</s><unk><0x41>"
 
 
-def test_decode_ignores_padding_unknown_ids_and_what_follows_eos():
+def test_decode_ignores_padding_unknown_ids_and_what_follows_eos() -> None:
     ids = TOKENIZER.encode_prompt("a red star")
     assert TOKENIZER.decode([0, *ids, 99999, -4, 2, *ids]) == "a red star"
     assert TOKENIZER.decode(np.array(ids)) == "a red star"
     assert TOKENIZER.decode([]) == ""
 
 
-def test_invalid_unicode_is_an_input_error():
+def test_invalid_unicode_is_an_input_error() -> None:
     with pytest.raises(InputError, match="ud800"):
         TOKENIZER.encode_prompt("a \ud800")
 
 
-def test_captions_too_long_for_every_bucket_are_input_errors():
+def test_captions_too_long_for_every_bucket_are_input_errors() -> None:
     with pytest.raises(InputError, match="tokens"):
         TOKENIZER.encode_captions(["English caption:"], ["x y " * 200])
     with pytest.raises(InputError, match="17 tokens"):
         pad_ids([[1] * 17], (8, 16))
 
 
-def test_a_caption_that_merges_with_its_prompt_is_an_input_error():
+def test_a_caption_that_merges_with_its_prompt_is_an_input_error() -> None:
     with pytest.raises(InputError, match="merge"):
         TOKENIZER.encode_captions(["English cap"], ["tion"])
 
 
-def test_tokenizers_that_cannot_be_read_are_checkpoint_errors(tmp_path):
+def test_tokenizers_that_cannot_be_read_are_checkpoint_errors(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.model"
     with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
         Tokenizer(file)
@@ -474,7 +477,7 @@ def test_tokenizers_that_cannot_be_read_are_checkpoint_errors(tmp_path):
         Tokenizer(file)
 
 
-def test_tokenizer_reads_a_file(tmp_path: Path):
+def test_tokenizer_reads_a_file(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.model"
     file.write_bytes(TOKENIZER.model)
     assert Tokenizer(file).encode_prompt("a star") == TOKENIZER.encode_prompt("a star")

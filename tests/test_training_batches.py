@@ -11,7 +11,7 @@ from ivl_export.training.grammar import caption
 from ivl_export.training.scenes import render
 
 
-def test_a_batch_holds_its_scenes_pictures_and_captions():
+def test_a_batch_holds_its_scenes_pictures_and_captions() -> None:
     batch = make_batch(3, 5, "train", 12)
     assert batch.images.shape == (12, 112, 112, 3)
     for i, scene in enumerate(batch.scenes):
@@ -20,7 +20,7 @@ def test_a_batch_holds_its_scenes_pictures_and_captions():
         assert not scene.novel
 
 
-def test_resuming_gives_the_batches_that_would_have_come():
+def test_resuming_gives_the_batches_that_would_have_come() -> None:
     whole = list(itertools.islice(batches(1, "train", 4), 6))
     resumed = list(itertools.islice(batches(1, "train", 4, start=4), 2))
     for a, b in zip(whole[4:], resumed, strict=True):
@@ -29,7 +29,7 @@ def test_resuming_gives_the_batches_that_would_have_come():
         assert np.array_equal(a.images, b.images)
 
 
-def test_seeds_indices_and_splits_are_independent_streams():
+def test_seeds_indices_and_splits_are_independent_streams() -> None:
     drawn = [
         tuple(batch_scenes(seed, index, split, 4)[0])
         for seed in (0, 1)
@@ -39,7 +39,7 @@ def test_seeds_indices_and_splits_are_independent_streams():
     assert len(set(drawn)) == len(drawn)
 
 
-def test_captions_of_a_batch_differ_and_mix_languages():
+def test_captions_of_a_batch_differ_and_mix_languages() -> None:
     scenes, languages = batch_scenes(0, 0, "train", 256, lang_mix=0.25)
     assert len({s.meaning for s in scenes}) == 256
     assert 0.15 < languages.count("zh") / 256 < 0.35

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ivl_export.training.grammar import LANGUAGES, caption, class_prompts, corpus, words
+from ivl_export.training.grammar import LANGUAGES, Language, caption, class_prompts, corpus, words
 from ivl_export.training.scenes import ALL_COMBINATIONS, BACKGROUNDS, Obj, Scene, sample_scene
 
 PAIR = (Obj("star", "red", "small"), Obj("ring", "blue", "large"))
@@ -45,16 +45,16 @@ PAIR = (Obj("star", "red", "small"), Obj("ring", "blue", "large"))
         ),
     ],
 )
-def test_captions(objects, relation, english, chinese):
+def test_captions(objects: tuple[Obj, ...], relation: str | None, english: str, chinese: str) -> None:
     scene = Scene(objects, relation, "noise", 0)
     assert caption(scene) == english
     assert caption(scene, "zh") == chinese
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_captions_are_equal_exactly_when_the_meaning_is(lang):
+def test_captions_are_equal_exactly_when_the_meaning_is(lang: Language) -> None:
     rng = np.random.default_rng(0)
-    meaning_of = {}
+    meaning_of: dict[str, tuple[tuple[Obj, ...], str | None]] = {}
     for _ in range(3000):
         scene = sample_scene(rng, "heldout")
         text = caption(scene, lang)
@@ -65,7 +65,7 @@ def test_captions_are_equal_exactly_when_the_meaning_is(lang):
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_class_prompts_are_captions_of_the_class(lang):
+def test_class_prompts_are_captions_of_the_class(lang: Language) -> None:
     prompts = [p for shape, color in ALL_COMBINATIONS for p in class_prompts(shape, color, lang)]
     assert len(set(prompts)) == 2 * len(ALL_COMBINATIONS)
     for size in ("small", "large"):
@@ -74,7 +74,7 @@ def test_class_prompts_are_captions_of_the_class(lang):
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_corpus_holds_every_word(lang):
+def test_corpus_holds_every_word(lang: Language) -> None:
     known = {w for text in corpus() for w in text}
     rng = np.random.default_rng(1)
     for _ in range(500):

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ivl_export.training import tasks
-from ivl_export.training.grammar import LANGUAGES, caption
-from ivl_export.training.scenes import HELD_OUT, render
-from ivl_export.training.tasks import Score, best, classify, describe, eval_scenes, evaluate, retrieve
+from ivl_export.training.grammar import LANGUAGES, Language, caption
+from ivl_export.training.scenes import HELD_OUT, Image8, Kind, Scene, render
+from ivl_export.training.tasks import Array, Score, best, classify, describe, eval_scenes, evaluate, retrieve
 
-SETTINGS = {"n_classify": 60, "n_retrieve": 40, "n_caption": 30, "n_caption_zh": 10, "n_galleries": 2}
+SETTINGS: dict[str, Any] = {
+    "n_classify": 60,
+    "n_retrieve": 40,
+    "n_caption": 30,
+    "n_caption_zh": 10,
+    "n_galleries": 2,
+}
 
 
 class Oracle:
@@ -21,20 +29,21 @@ class Oracle:
     ``blind`` words are unknown to it; ``noise`` is added to image embeddings.
     """
 
-    def __init__(self, seed=0, blind=(), noise=0.0):
+    def __init__(self, seed: int = 0, blind: Sequence[str] = (), noise: float = 0.0) -> None:
         self.blind, self.noise, self.rng = set(blind), noise, np.random.default_rng(9)
+        plan: list[tuple[int, int, int, Kind | None, bool]]
         plan = [(tasks._CLASSIFY, 60, 0, "single", False)]
         plan += [(tasks._RETRIEVE, 40, part, None, True) for part in range(2)]
         plan += [(tasks._CAPTION, 30, 0, None, False)]
-        self.scene = {}
+        self.scene: dict[bytes, Scene] = {}
         for task, n, part, kind, distinct in plan:
             for scene in eval_scenes(task, n, seed, kind=kind, part=part, distinct=distinct):
                 self.scene[render(scene).tobytes()] = scene
 
-    def encode_text(self, texts):
+    def encode_text(self, texts: Sequence[str]) -> Array:
         return np.stack([self.embed(text) for text in texts])
 
-    def embed(self, text):
+    def embed(self, text: str) -> Array:
         words = text.split()
         features = [f"{i >= len(words) // 2}{w}" for i, w in enumerate(words) if w not in self.blind]
         vector = np.zeros(4096)
@@ -42,12 +51,12 @@ class Oracle:
             vector += np.random.default_rng(list(feature.encode())).standard_normal(4096)
         return vector
 
-    def encode_image(self, images, mode):
+    def encode_image(self, images: Image8, mode: str) -> Array:
         assert images.dtype == np.uint8
         embeds = np.stack([self.embed(caption(self.scene[i.tobytes()])) for i in images])
         return embeds + self.noise * self.rng.standard_normal(embeds.shape)
 
-    def caption(self, images, lang):
+    def caption(self, images: Image8, lang: Language) -> list[str]:
         said = []
         for image in images:
             text = caption(self.scene[image.tobytes()], lang)
@@ -57,7 +66,7 @@ class Oracle:
         return said
 
 
-def test_the_truth_scores_one():
+def test_the_truth_scores_one() -> None:
     result = evaluate(Oracle(), **SETTINGS)
     for mode in tasks.MODES:
         for task, total in (("classify", 60), ("text_to_image", 80), ("image_to_text", 80)):
@@ -70,7 +79,7 @@ def test_the_truth_scores_one():
     assert json.loads(json.dumps(result)) == result
 
 
-def test_a_color_blind_model_fails_where_color_decides():
+def test_a_color_blind_model_fails_where_color_decides() -> None:
     model = Oracle(blind=("red", "orange", "yellow", "green", "blue", "purple", "white", "black"))
     result = evaluate(model, **SETTINGS, modes=("InternVL-C",))
     assert result["InternVL-C"]["classify"]["accuracy"] == 0.0  # eight classes tie
@@ -79,7 +88,7 @@ def test_a_color_blind_model_fails_where_color_decides():
     assert result["caption"]["zh"]["accuracy"] == 1.0
 
 
-def test_noise_costs_retrieval_and_classification():
+def test_noise_costs_retrieval_and_classification() -> None:
     noisy = Oracle(noise=40.0)
     assert classify(noisy, "InternVL-C", 60).all.accuracy < 0.9
     t2i, i2t = retrieve(noisy, "InternVL-C", 40, galleries=2)
@@ -87,14 +96,14 @@ def test_noise_costs_retrieval_and_classification():
     assert i2t.all.total == 80
 
 
-def test_a_constant_model_and_nan_score_nothing():
+def test_a_constant_model_and_nan_score_nothing() -> None:
     class Constant(Oracle):
         value = 1.0
 
-        def encode_image(self, images, mode):
+        def encode_image(self, images: Image8, mode: str) -> Array:
             return np.full((len(images), 8), self.value)
 
-        def encode_text(self, texts):
+        def encode_text(self, texts: Sequence[str]) -> Array:
             return np.ones((len(texts), 8))
 
     model = Constant()
@@ -103,17 +112,17 @@ def test_a_constant_model_and_nan_score_nothing():
         assert retrieve(model, "InternVL-C", 40)[0].all.correct == 0
 
 
-def test_best_wants_the_one_highest_entry():
+def test_best_wants_the_one_highest_entry() -> None:
     similarity = np.array([[1.0, 0.5], [0.5, 0.5], [0.2, 0.1], [np.nan, 1.0]])
     assert best(similarity, np.array([0, 0, 1, 1])).tolist() == [True, False, False, False]
     assert similarity[0].tolist() == [1.0, 0.5]
 
 
-def test_scores_by_combination_add_up():
+def test_scores_by_combination_add_up() -> None:
     scenes = eval_scenes(tasks._CAPTION, 30, 0)
 
     class OnlySeen(Oracle):
-        def caption(self, images, lang):
+        def caption(self, images: Image8, lang: Language) -> list[str]:
             shown = [self.scene[i.tobytes()] for i in images]
             return ["" if s.novel else caption(s, lang) for s in shown]
 
@@ -127,27 +136,32 @@ def test_scores_by_combination_add_up():
     # Wilson 95% intervals as published tables give them (10/10, 0/10, 15/20 and 81/263).
     [(10, 10, 0.7225, 1.0), (0, 10, 0.0, 0.2775), (15, 20, 0.5313, 0.8881), (81, 263, 0.2553, 0.3662)],
 )
-def test_wilson_interval(correct, total, low, high):
+def test_wilson_interval(correct: int, total: int, low: float, high: float) -> None:
     assert Score(correct, total).interval == pytest.approx((low, high), abs=1e-4)
 
 
-def test_no_answers_say_nothing():
+def test_no_answers_say_nothing() -> None:
     assert Score(0, 0).accuracy == 0.0
     assert Score(0, 0).interval == (0.0, 1.0)
 
 
-def test_evaluation_scenes_are_seeded_held_out_and_distinct():
+def test_evaluation_scenes_are_seeded_held_out_and_distinct() -> None:
     a = eval_scenes(tasks._RETRIEVE, 200, 0, distinct=True)
     assert a == eval_scenes(tasks._RETRIEVE, 200, 0, distinct=True)
     assert a[:50] == eval_scenes(tasks._RETRIEVE, 50, 0, distinct=True)
-    for other in ({"seed": 1}, {"part": 1, "seed": 0}, {"task": tasks._CAPTION, "seed": 0}):
+    others: tuple[dict[str, Any], ...] = (
+        {"seed": 1},
+        {"part": 1, "seed": 0},
+        {"task": tasks._CAPTION, "seed": 0},
+    )
+    for other in others:
         assert a != eval_scenes(**{"task": tasks._RETRIEVE, "n": 200, "distinct": True, **other})
     for lang in LANGUAGES:
         assert len({caption(s, lang) for s in a}) == 200
     assert any((o.shape, o.color) in HELD_OUT for s in a for o in s.objects)
 
 
-def test_sizes_of_zero_leave_tasks_out():
+def test_sizes_of_zero_leave_tasks_out() -> None:
     result = evaluate(Oracle(), n_classify=0, n_retrieve=0, n_caption=0, n_caption_zh=0)
     assert result["InternVL-C"] == {}
     assert "caption" not in result

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ivl_export.preprocess import CAPTION_PROMPT, Tokenizer
-from ivl_export.training.grammar import LANGUAGES, caption, words
+from ivl_export.training.grammar import LANGUAGES, Language, caption, words
 from ivl_export.training.scenes import sample_scene
 from ivl_export.training.tokenizer import VOCAB_SIZE, train_tokenizer, write_tokenizer
 
@@ -20,7 +21,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(train_tokenizer())
 
 
-def test_training_is_reproducible_in_another_process(tmp_path):
+def test_training_is_reproducible_in_another_process(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "tokenizer.model")
     script = (
         "import hashlib; from ivl_export.training.tokenizer import train_tokenizer;"
@@ -37,14 +38,16 @@ def test_training_is_reproducible_in_another_process(tmp_path):
     assert other.stdout.strip() == here
 
 
-def test_sizes_and_special_ids(tokenizer):
+def test_sizes_and_special_ids(tokenizer: Tokenizer) -> None:
     assert len(tokenizer) == VOCAB_SIZE
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
     assert tokenizer.encode_prompt("") == [1]
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_a_caption_has_one_token_a_word_and_fits_the_first_bucket(tokenizer, lang):
+def test_a_caption_has_one_token_a_word_and_fits_the_first_bucket(
+    tokenizer: Tokenizer, lang: Language
+) -> None:
     rng = np.random.default_rng(2)
     scenes = [sample_scene(rng, "heldout") for _ in range(400)]
     texts = [caption(s, lang) for s in scenes]
@@ -55,7 +58,7 @@ def test_a_caption_has_one_token_a_word_and_fits_the_first_bucket(tokenizer, lan
     assert tokenizer.encode_contrastive(texts)[0].shape == (400, 16)
 
 
-def test_captions_train_with_the_prompt_that_inference_starts_from(tokenizer):
+def test_captions_train_with_the_prompt_that_inference_starts_from(tokenizer: Tokenizer) -> None:
     texts = ["a small red circle", "一个红色的小圆形"]
     ids, lengths, prompts = tokenizer.encode_captions(list(CAPTION_PROMPT.values()), texts)
     for row, length, prompt, start, text in zip(
