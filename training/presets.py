@@ -1,0 +1,81 @@
+"""What is trained, and how: the model's sizes and the schedule of every stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..models.config import InternVLConfig, QLlamaConfig, VisionConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the paper's section 3.3.
+
+    Args:
+        name: for the log and checkpoints.
+        loss: ``contrastive`` (stage 1) or ``generative`` (stage 2: itc + itm + itg).
+        steps: optimiser steps.
+        batch: images a step.
+        lr: peak learning rate; linear warm-up, then a cosine to zero.
+        warmup: steps of warm-up.
+        trainable: name patterns of the parameters that learn; the others are frozen.
+    """
+
+    name: str
+    loss: Literal["contrastive", "generative"]
+    steps: int
+    batch: int
+    lr: float
+    warmup: int
+    trainable: tuple[str, ...] = ("*",)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model trained from scratch on drawn scenes."""
+
+    name: str
+    model: InternVLConfig
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    chinese: float = 0.25
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
+
+
+# Every width is a multiple of 16 and every head at least 32 wide: FP8 and INT8 kernels ask for that.
+_NANO = InternVLConfig(
+    vision=VisionConfig(
+        hidden_size=128,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        intermediate_size=512,
+        image_size=112,
+        patch_size=14,
+    ),
+    qllama=QLlamaConfig(
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=352,
+        vocab_size=512,
+        max_position_embeddings=128,
+    ),
+    clip_embed_dim=64,
+    attn_pool_num_heads=4,
+    num_query_token=16,
+)
+
+# The published stage 2 freezes InternViT and LLaMA, which come trained. Here LLaMA has read nothing but
+# captions by then, so all of it goes on learning.
+NANO = Preset(
+    name="nano",
+    model=_NANO,
+    stages=(
+        Stage("stage1", "contrastive", steps=600, batch=128, lr=1.5e-3, warmup=60),
+        Stage("stage2", "generative", steps=1200, batch=96, lr=1.2e-3, warmup=60),
+    ),
+)
+
+PRESETS = {NANO.name: NANO}

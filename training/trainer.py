@@ -1,0 +1,205 @@
+"""The training loop: AdamW, warm-up and cosine, checkpoints, exact resume.
+
+State is written after every ``save_every`` steps to one file that replaces the last one; a run that was
+killed goes on from it and ends with the same weights bit for bit (same machine, same number of threads).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Subset
+
+from ..errors import InputError
+from ..models.internvl import InternVL
+from ..preprocess import ImageSettings
+from .collate import Drawn, SceneBatches, normalise
+from .losses import Text, stage1_loss, stage2_losses
+from .presets import Preset, Stage
+
+MAX_LOGIT_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished step: stage, step within it, all steps of the run done and to do, and the losses."""
+
+    stage: str
+    step: int
+    done: int
+    total: int
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, apart from what is trained."""
+
+    work_dir: Path
+    save_every: int = 100
+    workers: int = 1
+    bf16: bool = True
+
+
+def train(
+    preset: Preset, tokenizer: bytes, options: Options, report: Callable[[Progress], None]
+) -> InternVL:
+    """Run all stages of ``preset`` and return the trained model (fp32, eval mode).
+
+    Raises:
+        InputError: ``work_dir`` holds the state of a run with other settings.
+    """
+    state_file = options.work_dir / "state.pt"
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    model = initialised(preset)
+    identity = {"preset": repr(preset), "tokenizer": tokenizer.hex()[:64]}
+    state: dict[str, Any] = {"stage": 0, "step": 0, "optimizer": None}
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        if state["identity"] != identity:
+            raise InputError(
+                f"{options.work_dir} holds another run.",
+                "Its preset, seed or tokenizer differs from what is asked now.",
+                "Use another --work-dir, or delete that one.",
+            )
+        model.load_state_dict(state["model"])
+    done = sum(s.steps for s in preset.stages[: state["stage"]])
+    total = sum(s.steps for s in preset.stages)
+    for number, stage in enumerate(preset.stages):
+        if number < state["stage"]:
+            continue
+        optimizer = _optimizer(model, stage, preset.weight_decay)
+        first = 0
+        if number == state["stage"]:
+            first = state["step"]
+            if state["optimizer"] is not None:
+                optimizer.load_state_dict(state["optimizer"])
+        for step, drawn in enumerate(_batches(preset, stage, tokenizer, first, options.workers), first):
+            losses = _step(model, optimizer, stage, preset, drawn, step, options.bf16)
+            report(Progress(stage.name, step + 1, done + step + 1, total, losses))
+            if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
+                _save(state_file, model, optimizer, number, step + 1, identity)
+        done += stage.steps
+    return model.eval()
+
+
+def initialised(preset: Preset) -> InternVL:
+    """The untrained model: normal weights of std 0.02, residual outputs scaled down by depth (as GPT-2)."""
+    torch.manual_seed(preset.seed)
+    model = InternVL(preset.model)
+    layers = {"vision_model": preset.model.vision, "qllama": preset.model.qllama}
+    for name, parameter in model.named_parameters():
+        depth = next((c.num_hidden_layers for part, c in layers.items() if name.startswith(part)), 1)
+        residual = name.endswith(("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight"))
+        if name.endswith((".ls1", ".ls2")):
+            nn.init.constant_(parameter, 1.0)  # so shallow a ViT needs no damping
+        elif parameter.dim() >= 2:
+            nn.init.trunc_normal_(parameter, std=0.04 / (2 * depth) ** 0.5 if residual else 0.04)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    return model
+
+
+def _batches(
+    preset: Preset, stage: Stage, tokenizer: bytes, first: int, workers: int
+) -> Iterator[Drawn]:
+    # Each stage draws from its own stream.
+    seed = preset.seed * 100 + preset.stages.index(stage)
+    size = preset.model.vision.image_size
+    data = SceneBatches(seed, stage, preset.chinese, size, tokenizer)
+    rest: Subset[Drawn] = Subset(data, range(first, stage.steps))
+    return iter(
+        DataLoader(rest, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
+    )
+
+
+def _optimizer(model: InternVL, stage: Stage, weight_decay: float) -> torch.optim.AdamW:
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(fnmatch(name, pattern) for pattern in stage.trainable))
+        if parameter.requires_grad:
+            (decayed if parameter.dim() >= 2 and "embed" not in name else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98))
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Linear warm-up to ``stage.lr``, then half a cosine down to zero at the last step."""
+    if step < stage.warmup:
+        return stage.lr * (step + 1) / stage.warmup
+    return stage.lr * 0.5 * (1 + math.cos(math.pi * (step - stage.warmup) / (stage.steps - stage.warmup)))
+
+
+def _step(
+    model: InternVL,
+    optimizer: torch.optim.Optimizer,
+    stage: Stage,
+    preset: Preset,
+    drawn: Drawn,
+    step: int,
+    bf16: bool,
+) -> dict[str, float]:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(stage, step)
+    model.train()
+    settings = ImageSettings()
+    pixels = normalise(drawn.images, settings.mean, settings.std)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
+        parts = _losses(model, stage, drawn, pixels)
+    loss = torch.stack(list(parts.values())).sum()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    learning = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.clip_grad_norm_(learning, preset.max_grad_norm, error_if_nonfinite=True)
+    optimizer.step()
+    with torch.no_grad():
+        model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+    return {**{k: float(v.detach()) for k, v in parts.items()}, "grad_norm": float(norm)}
+
+
+def _losses(model: InternVL, stage: Stage, drawn: Drawn, pixels: Tensor) -> dict[str, Tensor]:
+    if stage.loss == "contrastive":
+        return {"itc": stage1_loss(model, pixels, _trim(drawn.summarize))}
+    result = stage2_losses(model, drawn.stage2(pixels))
+    assert result.itg is not None
+    return {"itc": result.itc, "itm": result.itm, "itg": result.itg}
+
+
+def _trim(text: Text) -> Text:
+    longest = int(text.lengths().max())
+    return Text(text.input_ids[:, :longest], text.mask[:, :longest])
+
+
+def _save(
+    path: Path, model: InternVL, optimizer: torch.optim.Optimizer, stage: int, step: int, identity: Any
+) -> None:
+    state = {
+        "identity": identity,
+        "stage": stage,
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def shortened(preset: Preset, steps: int, batch: int) -> Preset:
+    """``preset`` with few steps and a small batch, for tests and dry runs."""
+    stages = tuple(replace(s, steps=steps, batch=batch, warmup=1) for s in preset.stages)
+    return replace(preset, stages=stages)
+
+
+def summary(preset: Preset) -> dict[str, Any]:
+    """The preset as plain data, for the model card."""
+    return asdict(preset)
