@@ -7,7 +7,7 @@ rows never reach an embedding or a token and so must not widen a range.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -20,8 +20,15 @@ from .dataset import Batch
 if TYPE_CHECKING:
     import torch
 
+    from ..models.checkpoint import Checkpoint
+
 Arrays: TypeAlias = "dict[str, Array]"
 Runner = Callable[[Arrays], Arrays]
+
+
+ORDER = ("vision", "qllama_query", "qllama_text", "qllama_step")
+NEEDS = {"qllama_query": ("vision",), "qllama_step": ("vision", "qllama_query")}
+"""Components whose outputs a component takes."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,39 @@ def torch_runner(module: torch.nn.Module | Callable[..., object], spec: Componen
         return {name: t.float().numpy() for name, t in zip(names, found, strict=True)}
 
     return run
+
+
+def reference_modules(
+    checkpoint: Checkpoint, components: Iterable[str]
+) -> tuple[dict[str, torch.nn.Module], dict[str, ComponentSpec]]:
+    """fp32 modules and specs of ``components`` and of those they need inputs from, in the order they run.
+
+    Weights exist once: modules that read the same tensor share it.
+
+    Raises:
+        CapabilityError: a component that the checkpoint has no weights for.
+        UsageError: no such component.
+    """
+    import torch
+
+    from ..export.components import component_module, component_spec
+
+    wanted = set(components)
+    for component in list(wanted):
+        wanted.update(NEEDS.get(component, ()))
+    order = [c for c in ORDER if c in wanted] + sorted(wanted - set(ORDER))
+    loaded: dict[str, torch.Tensor] = {}
+    modules, specs = {}, {}
+    for component in order:
+        with torch.device("meta"):
+            module = component_module(component, checkpoint.config, checkpoint.contrastive_only)
+        for name in module.state_dict():
+            if name not in loaded:
+                loaded[name] = checkpoint.load(name, torch.float32)
+        module.load_state_dict({name: loaded[name] for name in module.state_dict()}, assign=True)
+        modules[component] = module.eval().requires_grad_(False)
+        specs[component] = component_spec(component, checkpoint.config)
+    return modules, specs
 
 
 def _run(runners: Mapping[str, Runner], component: str, inputs: Arrays) -> Step:

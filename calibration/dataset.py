@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..preprocess import MAX_LENGTH, Array, ImageSettings, Tokenizer, preprocess_images
+from ..preprocess import Array, ImageSettings, Tokenizer, preprocess_images
 
 if TYPE_CHECKING:
     from ..training.scenes import Scene
@@ -25,6 +25,9 @@ SMALL = 32
 MAX_FILE_BYTES = 1 << 29
 PROMPTS = {"en": "English caption:", "zh": "中文描述:"}
 """What the caption decoder is started with, by the language of the caption."""
+
+MAX_STEP = 32
+"""Prompt and caption are cut to this many tokens: the longest step that engines are built for by default."""
 
 FALLBACK_CAPTIONS = (
     "a photo of a person standing in front of a building",
@@ -186,7 +189,7 @@ class CalibrationSet:
             texts = [sample.text for sample in part]
             ids, lengths = tokenizer.encode_contrastive(texts)
             prompts = tuple(
-                tuple(tokenizer.encode_prompt(prompt_for(text) + text)[:MAX_LENGTH]) for text in texts
+                tuple(tokenizer.encode_prompt(prompt_for(text) + text)[:MAX_STEP]) for text in texts
             )
             yield Batch(np.concatenate([s.pixels(settings) for s in part]), ids, lengths, prompts)
 

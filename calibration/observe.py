@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import BuildError, CapabilityError, UsageError
-from .chain import Runner, run_chain
-from .dataset import Batch
+from ..preprocess import ImageSettings, Tokenizer
+from ..specs import ComponentSpec
+from .chain import Arrays, Runner, reference_modules, run_chain, torch_runner
+from .dataset import Batch, CalibrationSet
+from .scales import Scales
 
 if TYPE_CHECKING:
     import torch
+
+    from ..models.checkpoint import Checkpoint
 
 ALGORITHMS = ("max", "percentile")
 
@@ -63,59 +67,71 @@ class PercentileObserver:
         return float(self._calibrator.compute_amax("percentile", percentile=self._percentile))
 
 
-@dataclass
 class Watch:
-    """Hooks on all linears of a model; ``component`` says under which heading they record.
+    """Hooks on the linears of component modules; they record while their own component runs, and only then.
 
     Args:
+        modules: component -> module; parts may be shared between modules.
         make: makes the observer of one layer in one component.
-        component: the component that runs now; None records nothing.
     """
 
-    make: Callable[[], Observer]
-    component: str | None = None
-    found: dict[str, dict[str, Observer]] = field(default_factory=dict)
+    def __init__(self, modules: Mapping[str, torch.nn.Module], make: Callable[[], Observer]) -> None:
+        self.modules, self.make = modules, make
+        self.running: str | None = None
+        self.found: dict[str, dict[str, Observer]] = {component: {} for component in modules}
 
-    def see(self, layer: str, x: torch.Tensor) -> None:
+    def see(self, component: str, layer: str, x: torch.Tensor) -> None:
         """Record one input of ``layer``; BuildError when it holds NaN or infinity."""
-        if self.component is None:
+        if component != self.running:
             return
-        observers = self.found.setdefault(self.component, {})
         x = x.detach()
         peak = float(x.abs().amax())
         if not math.isfinite(peak):
             raise BuildError(
                 f"Calibration stopped: the input of {layer} holds NaN or infinity.",
-                f"Seen in component {self.component}, shape {list(x.shape)}.",
-                "Check the checkpoint with `--precision bf16` first; calibration runs in fp32.",
+                f"Seen in component {component}, shape {list(x.shape)}.",
+                "Check the weights before this layer; calibration runs in fp32.",
             )
+        observers = self.found[component]
         if layer not in observers:
             observers[layer] = self.make()
         observers[layer].collect(x, peak)
 
     @contextmanager
-    def on(self, model: torch.nn.Module) -> Iterator[Watch]:
+    def hooks(self) -> Iterator[None]:
         """Hooks are in place inside the ``with`` block only."""
         import torch
 
         handles = []
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear):
-
-                def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...], layer: str = name) -> None:
-                    self.see(layer, args[0])
-
-                handles.append(module.register_forward_pre_hook(hook))
+        for component, module in self.modules.items():
+            for name, part in module.named_modules():
+                if isinstance(part, torch.nn.Linear):
+                    handles.append(part.register_forward_pre_hook(self._hook(component, name)))
         try:
-            yield self
+            yield
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _hook(self, component: str, layer: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+        return lambda _, args: self.see(component, layer, args[0])
+
+    def runner(self, component: str, runner: Runner) -> Runner:
+        """``runner``, with :attr:`running` set while it runs."""
+
+        def run(inputs: Arrays) -> Arrays:
+            self.running = component
+            try:
+                return runner(inputs)
+            finally:
+                self.running = None
+
+        return run
+
 
 def observe(
-    model: torch.nn.Module,
-    runners: Mapping[str, Runner],
+    modules: Mapping[str, torch.nn.Module],
+    specs: Mapping[str, ComponentSpec],
     batches: Iterable[Batch],
     *,
     algorithm: str = "max",
@@ -125,27 +141,27 @@ def observe(
     """Activation amax of every linear, for each component it runs in.
 
     Args:
-        model: the module that ``runners`` run, in fp32; its ``named_modules`` give the layers their names.
-        runners: component -> torch runner (:func:`.chain.torch_runner`).
+        modules: component -> fp32 module (:func:`.chain.reference_modules`) of these and all before them.
+        specs: component -> its spec.
         batches: one in memory at a time.
         algorithm: one of :data:`ALGORITHMS`.
         percentile: of the magnitudes, for ``percentile``.
         progress: called with the number of samples done.
 
     Returns:
-        component -> layer -> amax, all over 0.
+        component -> layer (published name without ``.weight``) -> amax, all over 0.
 
     Raises:
         BuildError: NaN, infinity, or nothing but zeros at a layer's input (named); no batch at all.
         UsageError: an unknown algorithm or percentile.
         CapabilityError: ``percentile`` without ModelOpt.
     """
-    watch = Watch(_observers(algorithm, percentile))
-    tracked = {name: _tracked(watch, name, runner) for name, runner in runners.items()}
+    watch = Watch(modules, _observers(algorithm, percentile))
+    runners = {c: watch.runner(c, torch_runner(module, specs[c])) for c, module in modules.items()}
     done = 0
-    with watch.on(model):
+    with watch.hooks():
         for batch in batches:
-            for _ in run_chain(tracked, batch):
+            for _ in run_chain(runners, batch):
                 pass
             done += len(batch.pixel_values)
             if progress is not None:
@@ -164,20 +180,39 @@ def observe(
     return found
 
 
+def calibrate(
+    checkpoint: Checkpoint,
+    components: Sequence[str],
+    chosen: CalibrationSet,
+    settings: ImageSettings,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int = 8,
+    algorithm: str = "max",
+    percentile: float = 99.99,
+    progress: Callable[[int], None] | None = None,
+) -> Scales:
+    """Measure a checkpoint on a calibration set; arguments and errors as :func:`observe`.
+
+    Components that ``components`` need inputs from are run too, and measured.
+    """
+    modules, specs = reference_modules(checkpoint, components)
+    batches = chosen.batches(settings, tokenizer, batch_size)
+    amax = observe(modules, specs, batches, algorithm=algorithm, percentile=percentile, progress=progress)
+    return Scales(
+        amax=amax,
+        algorithm=algorithm_name(algorithm, percentile),
+        samples=len(chosen),
+        set_hash=chosen.hash,
+        synthetic=chosen.synthetic,
+        without_caption=chosen.without_caption,
+        model=checkpoint.revision,
+    )
+
+
 def algorithm_name(algorithm: str, percentile: float = 99.99) -> str:
     """As recorded in ``scales.json``."""
     return f"percentile-{percentile:g}" if algorithm == "percentile" else algorithm
-
-
-def _tracked(watch: Watch, component: str, runner: Runner) -> Runner:
-    def run(inputs: dict[str, Any]) -> dict[str, Any]:
-        watch.component = component
-        try:
-            return runner(inputs)
-        finally:
-            watch.component = None
-
-    return run
 
 
 def _observers(algorithm: str, percentile: float) -> Callable[[], Observer]:
