@@ -1,1 +1,81 @@
-""""""
+"""The ``ivl-export`` command: :func:`main` runs a verb of :mod:`.app` and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    0 is success, 2 wrong usage, 3 to 8 errors of :mod:`ivl_export.errors`, 130 Ctrl-C, 1 the rest.
+    Errors go to stderr: what, why and fix, or one JSON object with ``--json``. ``--debug`` raises them.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    end = args.index("--") if "--" in args else len(args)
+    debug, as_json = "--debug" in args[:end], "--json" in args[:end]
+    args = [a for a in args[:end] if a != "--debug"] + args[end:]
+
+    from ..errors import IvlError
+    from .app import app
+
+    try:
+        code = app(args or ["--help"], prog_name="ivl-export", standalone_mode=False)
+    except IvlError as error:
+        if debug:
+            raise
+        report(error, as_json)
+        return error.exit_code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own: wrong usage, named with the command's usage line
+            return _usage(error, as_json)
+        if debug:
+            raise
+        if type(error).__name__ == "Abort":  # what older typer releases make of Ctrl-C
+            code = INTERRUPTED
+        else:
+            what = f"Unexpected {type(error).__name__}: {error}".splitlines()[0]
+            report(IvlError(what, "This is a bug in ivl-export.", "Run with --debug for details."), as_json)
+            return 1
+    if code == INTERRUPTED:
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def report(error: object, as_json: bool) -> None:
+    """Print an :class:`~ivl_export.errors.IvlError` to stderr."""
+    import json
+
+    from ..errors import IvlError
+
+    assert isinstance(error, IvlError)
+    if as_json:
+        print(json.dumps(error.to_json()), file=sys.stderr)
+        return
+    color = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    red, plain = ("\x1b[1;31m", "\x1b[0m") if color else ("", "")
+    print(f"{red}error:{plain} {_printable(error.what)}", file=sys.stderr)
+    for name, text in (("why", error.why), ("fix", error.fix)):
+        if text:
+            print(f"  {name}: {_printable(text)}", file=sys.stderr)
+
+
+def _usage(error: Exception, as_json: bool) -> int:
+    from ..errors import UsageError
+
+    if as_json:
+        report(UsageError(str(error.format_message())), as_json)  # type: ignore[attr-defined]
+    else:
+        error.show()  # type: ignore[attr-defined]
+    return int(getattr(error, "exit_code", UsageError.exit_code))
+
+
+def _printable(text: str) -> str:
+    """Without terminal escapes that a file name or manifest may carry."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)

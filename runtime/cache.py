@@ -46,7 +46,7 @@ class KVCache:
         return {f"{name}.{i}": self.data[kind, i] for kind, name in enumerate(names) for i in layers}
 
     def append(self, outputs: dict[str, Array], mask: NDArray[np.int64]) -> None:
-        """Write ``key.{i}``, ``value.{i}`` [rows, heads, n, head_dim] of new positions, ``mask`` [rows, n]."""
+        """Write new positions: ``key.{i}``, ``value.{i}`` [rows, heads, n, head_dim], ``mask`` [rows, n]."""
         end = self.length + mask.shape[1]
         if end > self.data.shape[4]:
             raise ValueError(f"{end} positions in a cache of {self.data.shape[4]}")

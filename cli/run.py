@@ -1,0 +1,285 @@
+"""``ivl-export run``: a bundle's engines on images. Torch is not imported."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import BuildError, InputError, UsageError
+from .inputs import ImageFiles
+from .output import print_json, print_table
+
+if TYPE_CHECKING:
+    from ..runtime import InternVL, Mode
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Run a bundle on images, through its engines only."
+)
+
+
+class Head(str, Enum):
+    """Which image embedding: ``C`` the vision model's, ``G`` with QLLaMA's queries."""
+
+    C = "C"
+    G = "G"
+
+    @property
+    def mode(self) -> Mode:
+        """The library's name for it."""
+        return "InternVL-C" if self is Head.C else "InternVL-G"
+
+
+class Prompts(str, Enum):
+    """A shipped list of classification templates (``runtime.zero_shot.TEMPLATES``)."""
+
+    plain = "plain"
+    photo = "photo"
+
+
+BundleArg = Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)]
+ImagesArg = Annotated[list[Path], typer.Argument(help="Image files and folders.", show_default=False)]
+HeadOpt = Annotated[Head, typer.Option("--mode", help="InternVL-C or InternVL-G embeddings.")]
+BackendOpt = Annotated[str, typer.Option(help="Whose engines: onnxruntime, tensorrt-rtx, ...")]
+TargetOpt = Annotated[str | None, typer.Option(help="Which engines of the backend: sm89, ...")]
+ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads of an engine.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def embed(
+    bundle: BundleArg,
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Image files and folders.", show_default=False)
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text to embed too; repeat for more.")] = None,
+    mode: HeadOpt = Head.C,
+    out: Annotated[Path | None, typer.Option(help="Save all embeddings [N, E] as this .npy file.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to length 1.")] = False,
+    backend: BackendOpt = "onnxruntime",
+    target: TargetOpt = None,
+    threads: ThreadsOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Embed images and texts: one row each, images first."""
+    if not images and not text:
+        raise UsageError("Nothing to embed.", "No images and no --text were given.", "Name some.")
+    import numpy as np
+
+    from ..runtime.zero_shot import l2
+
+    with _session(bundle, backend, target, threads, as_json) as (model, report):
+        rows, names = [], []
+        if images:
+            files = ImageFiles.find(images)
+            for found, pictures in files.read():
+                rows.append(model.encode_image(pictures, mode.mode))
+                names += [{"file": str(f)} for f in found]
+            report["skipped"] = files.skipped
+        if text:
+            rows.append(model.encode_text(text))
+            names += [{"text": t} for t in text]
+        vectors = np.concatenate(rows)
+        norms = np.linalg.norm(vectors, axis=1).tolist()
+        if normalize:
+            vectors = l2(vectors)
+        report.update(mode=mode.mode, shape=list(vectors.shape))
+        report["items"] = [{**name, "norm": norm} for name, norm in zip(names, norms, strict=True)]
+        if out is not None:
+            report["out"] = str(_save(vectors, out))
+        elif as_json:
+            for item, vector in zip(report["items"], vectors, strict=True):
+                item["embedding"] = [round(v, 7) for v in vector.tolist()]
+        report["table"] = (
+            f"{mode.mode} embeddings {list(vectors.shape)}" + (f", saved as {out}" if out else ""),
+            ("item", "norm", "first values"),
+            [
+                (name.get("file") or f'"{name["text"]}"', norm, [f"{v:.3f}" for v in row[:4]] + ["…"])
+                for name, norm, row in zip(names, norms, vectors, strict=True)
+            ],
+        )
+
+
+@app.command()
+def classify(
+    bundle: BundleArg,
+    images: ImagesArg,
+    labels: Annotated[str | None, typer.Option(help="Labels with commas between.")] = None,
+    labels_file: Annotated[Path | None, typer.Option(help="A text file with one label a line.")] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help="A text with {} for the label; repeat to average.")
+    ] = None,
+    prompts: Annotated[Prompts, typer.Option(help="Templates, where --template gives none.")] = Prompts.plain,
+    mode: HeadOpt = Head.C,
+    top: Annotated[int, typer.Option(min=1, help="Labels shown an image.")] = 3,
+    backend: BackendOpt = "onnxruntime",
+    target: TargetOpt = None,
+    threads: ThreadsOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Zero-shot classification: which label fits each image."""
+    names, files = _labels(labels, labels_file), ImageFiles.find(images)
+    from ..runtime.zero_shot import TEMPLATES
+
+    with _session(bundle, backend, target, threads, as_json) as (model, report):
+        classes = model.class_embeddings(names, template or TEMPLATES[prompts.value])
+        items = []
+        for found, pictures in files.read():
+            for file, row in zip(found, model.classify(pictures, classes, mode=mode.mode), strict=True):
+                best = row.argsort()[::-1][:top]
+                pairs = [{"label": names[i], "probability": float(row[i])} for i in best]
+                items.append({"file": str(file), "label": names[best[0]], "top": pairs})
+        report.update(mode=mode.mode, labels=names, items=items, skipped=files.skipped)
+        report["table"] = (
+            f"Zero-shot classification, {mode.mode}, {len(names)} labels",
+            ("image", "label", "probability", "next"),
+            [
+                (
+                    item["file"],
+                    item["label"],
+                    item["top"][0]["probability"],
+                    [f"{p['label']} {p['probability']:.3f}" for p in item["top"][1:]],
+                )
+                for item in items
+            ],
+        )
+
+
+@app.command()
+def retrieve(
+    bundle: BundleArg,
+    images: ImagesArg,
+    query: Annotated[list[str] | None, typer.Option(help="A text to look for; repeat for more.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Images shown a query.")] = 5,
+    mode: HeadOpt = Head.C,
+    backend: BackendOpt = "onnxruntime",
+    target: TargetOpt = None,
+    threads: ThreadsOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Rank images by how well they fit a text."""
+    if not query:
+        raise UsageError("No query was given.", "", "Add --query TEXT.")
+    files = ImageFiles.find(images)
+    import numpy as np
+
+    from ..runtime.zero_shot import rank
+
+    with _session(bundle, backend, target, threads, as_json) as (model, report):
+        names, rows = [], []
+        for found, pictures in files.read():
+            names += [str(f) for f in found]
+            rows.append(model.encode_image(pictures, mode.mode, resize="square"))
+        order, scores = rank(model.encode_text(query), np.concatenate(rows), top)
+        items: list[dict[str, Any]] = [
+            {
+                "query": q,
+                "results": [{"file": names[i], "cosine": float(s)} for i, s in zip(best, row, strict=True)],
+            }
+            for q, best, row in zip(query, order, scores, strict=True)
+        ]
+        report.update(mode=mode.mode, images=len(names), items=items, skipped=files.skipped)
+        report["table"] = (
+            f"Retrieval among {len(names)} images, {mode.mode}",
+            ("query", "rank", "cosine", "image"),
+            [
+                (item["query"] if n == 1 else "", n, r["cosine"], r["file"])
+                for item in items
+                for n, r in enumerate(item["results"], 1)
+            ],
+        )
+
+
+@app.command()
+def caption(
+    bundle: BundleArg,
+    images: ImagesArg,
+    prompt: Annotated[
+        str | None, typer.Option(help="What the answer starts from.", show_default="English caption:")
+    ] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beams kept; 1 is greedy (published captions: 5).")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit.")] = 30,
+    min_new_tokens: Annotated[int, typer.Option(min=0, help="Least length (published captions: 8).")] = 0,
+    backend: BackendOpt = "onnxruntime",
+    target: TargetOpt = None,
+    threads: ThreadsOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write a caption for each image."""
+    from ..preprocess import CAPTION_PROMPT
+
+    files, prompt = ImageFiles.find(images), CAPTION_PROMPT["en"] if prompt is None else prompt
+    with _session(bundle, backend, target, threads, as_json) as (model, report):
+        items = []
+        for found, pictures in files.read():
+            texts = model.caption(pictures, prompt, beams, max_new_tokens, min_new_tokens)
+            items += [{"file": str(f), "caption": t} for f, t in zip(found, texts, strict=True)]
+        report.update(prompt=prompt, beams=beams, items=items, skipped=files.skipped)
+        report["table"] = ("Captions", ("image", "caption"), [(i["file"], i["caption"]) for i in items])
+
+
+@contextmanager
+def _session(
+    bundle: Path, backend: str, target: str | None, threads: int | None, as_json: bool
+) -> Iterator[tuple[InternVL, dict[str, Any]]]:
+    """A loaded bundle and the report that the verb fills; printed when the verb is done.
+
+    ``report["table"]`` (title, columns, rows) is for people and left out of JSON.
+    """
+    from ..runtime import InternVL
+
+    start = time.perf_counter()
+    report: dict[str, Any] = {"bundle": str(bundle), "backend": backend}
+    with InternVL.load(bundle, backend, threads=threads, target=target) as model:
+        report["precision"] = model.bundle.manifest.precision
+        yield model, report
+        report["seconds"] = time.perf_counter() - start
+        report["timings"] = {k: {"calls": t.calls, "seconds": t.seconds} for k, t in model.timings.items()}
+    table = report.pop("table")
+    if as_json:
+        print_json(report)
+        return
+    print_table(*table)
+    stages = ", ".join(f"{name} {t['seconds']:.3f}" for name, t in report["timings"].items())
+    typer.echo(f"{report['precision']} on {backend}: {report['seconds']:.2f} s ({stages})")
+    for skip in report.get("skipped", ()):
+        typer.echo(f"skipped: {skip['why']}", err=True)
+
+
+def _labels(text: str | None, file: Path | None) -> list[str]:
+    if (text is None) == (file is None):
+        raise UsageError("Labels are needed once.", "", "Give --labels cat,dog or --labels-file FILE.")
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"Cannot read the labels in {file}.", str(error), "Use a UTF-8 text.") from error
+    else:
+        lines = (text or "").split(",")
+    labels = [line.strip() for line in lines if line.strip()]
+    if not labels:
+        raise InputError("There are no labels.", f"{file or '--labels'} is empty.", "Give at least one.")
+    if len(set(labels)) != len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise InputError(f"The label {twice!r} is given twice.", "", "Remove one.")
+    return labels
+
+
+def _save(vectors: Any, out: Path) -> Path:
+    """Write ``out`` whole or not at all."""
+    import numpy as np
+
+    part = out.with_name(f".{out.name}.part")
+    try:
+        with part.open("wb") as file:
+            np.save(file, vectors)
+        part.replace(out)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise BuildError(f"Cannot write {out}.", str(error), "Choose another place for --out.") from error
+    return out

@@ -1,0 +1,80 @@
+"""A bundle's engines, each opened on first use, fed in batches that it was built for, and timed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..engines import Engine, open_engine
+from ..errors import InputError
+from ..specs import ComponentSpec
+from .timings import Timings
+
+Array = np.ndarray[Any, Any]
+
+
+class Components:
+    """Engines of one backend and target by component name. Safe to use from several threads.
+
+    Args:
+        bundle: an opened bundle.
+        backend: ``onnxruntime`` or another backend that the bundle has engines for.
+        target: which of them (``sm89``); None takes the first.
+        options: passed on to the backend (``threads``).
+    """
+
+    def __init__(self, bundle: Bundle, backend: str, target: str | None = None, **options: Any) -> None:
+        self.bundle, self.backend, self.target, self.options = bundle, backend, target, options
+        self.timings = Timings()
+        self._engines: dict[str, Engine] = {}
+        self._locks = {name: threading.Lock() for name in bundle.manifest.components}
+        self._closed = False
+
+    def spec(self, name: str) -> ComponentSpec:
+        """The contract of component ``name``."""
+        return self.bundle.spec(name)
+
+    def max_batch(self, name: str) -> int:
+        """Rows that one engine call of ``name`` takes."""
+        return self.spec(name).axis("batch").max
+
+    def open(self, name: str) -> Engine:
+        """The engine of ``name``, opened if it is not yet; IntegrityError or CapabilityError."""
+        spec = self.spec(name)
+        with self._locks[name]:
+            if self._closed:
+                raise InputError("The model was closed.", fix="Load it again.")
+            if name not in self._engines:
+                entry = self.bundle.engine(name, self.backend, self.target)
+                with self.timings.measure(f"open {name}"):
+                    path = self.bundle.path(entry.file)
+                    self._engines[name] = open_engine(self.backend, spec, path, **self.options)
+            return self._engines[name]
+
+    def run(
+        self, name: str, inputs: dict[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Run ``name`` over any number of rows (at least one), split into batches the engine takes.
+
+        ``outputs`` names the outputs wanted (None: all); each has the rows of all batches, in order.
+        """
+        engine, limit = self.open(name), self.max_batch(name)
+        rows = len(next(iter(inputs.values())))
+        parts = []
+        for start in range(0, rows, limit):
+            part = {key: array[start : start + limit] for key, array in inputs.items()}
+            with self.timings.measure(name):
+                parts.append(engine.run(part, outputs))
+        return parts[0] if len(parts) == 1 else {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+    def close(self) -> None:
+        """Close all engines; the model cannot be used afterwards."""
+        self._closed = True
+        for name, lock in self._locks.items():
+            with lock:
+                if name in self._engines:
+                    self._engines.pop(name).close()

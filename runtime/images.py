@@ -1,0 +1,51 @@
+"""Images in engine batches: while one batch is used, the next is read in another thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+from typing import TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..preprocess import ImageInput, ImageSettings, preprocess_images
+from .timings import Timings
+
+Floats: TypeAlias = NDArray[np.float32]
+Images: TypeAlias = "Sequence[ImageInput] | Floats"
+
+
+def pixel_batches(images: Images, settings: ImageSettings, size: int, timings: Timings) -> Iterator[Floats]:
+    """``pixel_values`` float32 [<= size, 3, S, S] of ``images``, in order.
+
+    An array is taken as ready ``pixel_values``. Reading is timed as ``preprocess``. Raises InputError for
+    what is no sequence of images, and as :func:`~ivl_export.preprocess.load_image`.
+    """
+    if isinstance(images, str | bytes | PathLike):
+        raise InputError("One image was given.", "A sequence of images is needed.", "Use [image].")
+    if isinstance(images, np.ndarray):
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.float32:
+            raise InputError(
+                "This array is not pixel_values.",
+                f"It is {images.dtype} {list(images.shape)}; float32 [B, 3, S, S] is needed.",
+                "Give pictures as a list of [H, W, 3] arrays.",
+            )
+        yield from (images[i : i + size] for i in range(0, len(images), size))
+        return
+
+    def read(start: int) -> Floats:
+        with timings.measure("preprocess"):
+            return cast(Floats, preprocess_images(images[start : start + size], settings))
+
+    if len(images) <= size:
+        yield from [read(0)] if len(images) else []
+        return
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, 0)
+        for start in range(size, len(images), size):
+            pixels, ahead = ahead.result(), reader.submit(read, start)
+            yield pixels
+        yield ahead.result()

@@ -1,0 +1,290 @@
+"""InternVL on a bundle's engines: embeddings, zero-shot classification, retrieval, captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle import Bundle, Verify
+from ..decoding import Ids, Limits
+from ..errors import InputError, UsageError
+from ..preprocess import (
+    BUCKETS,
+    CAPTION_PROMPT,
+    MAX_LENGTH,
+    ImageSettings,
+    ResizeMode,
+    Tokenizer,
+)
+from . import zero_shot
+from .components import Components
+from .generation import generate, pad_prompts
+from .images import Floats, Images, pixel_batches
+from .timings import Timing
+
+Mode = Literal["InternVL-C", "InternVL-G"]
+MODES: tuple[Mode, ...] = ("InternVL-C", "InternVL-G")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Per query the best images: ``indices`` [Q, K] and cosines ``scores`` [Q, K], best first."""
+
+    indices: NDArray[np.int64]
+    scores: Floats
+
+
+class InternVL:
+    """A loaded bundle. All methods may be called from several threads at once.
+
+    Wherever images are taken: a sequence of any number of paths, file contents, PIL images or [H, W, 3]
+    arrays; or ready ``pixel_values``, a float32 array [B, 3, S, S]. ``resize`` says how an image is made
+    square (``square``, ``center_crop``, ``pad``; None: as the checkpoint's preprocessor says). InputError
+    names an image that cannot be read.
+    """
+
+    def __init__(self, bundle: Bundle, components: Components) -> None:
+        self.bundle, self.components = bundle, components
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        backend: str = "onnxruntime",
+        components: Iterable[str] | None = None,
+        threads: int | None = None,
+        target: str | None = None,
+        verify: Verify | None = "size",
+    ) -> InternVL:
+        """Open the bundle in ``path``.
+
+        Args:
+            path: the bundle's folder.
+            backend: whose engines to run.
+            components: opened now; the others (None: all) are opened when they are first used.
+            threads: of each engine (ONNX Runtime on the CPU); None: as many as there are cores.
+            target: which engines of the backend (``sm89``); None: the first.
+            verify: see :meth:`ivl_export.bundle.Bundle.open`.
+
+        Raises:
+            IntegrityError: the bundle is damaged.
+            CapabilityError: it has no such component or engine, or the backend is not installed.
+        """
+        bundle = Bundle.open(path, verify)
+        options = {} if threads is None else {"threads": threads}
+        engines = Components(bundle, backend, target, **options)
+        for name in components or ():
+            engines.open(name)
+        return cls(bundle, engines)
+
+    def close(self) -> None:
+        """Free the engines; the model cannot be used afterwards."""
+        self.components.close()
+
+    def __enter__(self) -> InternVL:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def timings(self) -> dict[str, Timing]:
+        """Wall time by stage since loading: components, ``open <name>``, ``preprocess``, ``tokenize``."""
+        return self.components.timings.snapshot()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer."""
+        return Tokenizer(self.bundle.path("preprocess/tokenizer.model"))
+
+    @cached_property
+    def image_settings(self) -> ImageSettings:
+        """The checkpoint's image settings, with the size that the engines were built for."""
+        settings = ImageSettings.load(self.bundle.path("preprocess/preprocessor_config.json"))
+        return replace(settings, size=_size(self.components.spec("vision").inputs[0].shape[2]))
+
+    def encode_image(
+        self, images: Images, mode: Mode = "InternVL-C", resize: ResizeMode | None = None
+    ) -> Floats:
+        """Embeddings [B, E] float32, not normalised: InternVL-C, or InternVL-G (with the queries' head)."""
+        if mode not in MODES:
+            raise UsageError(f"Unknown mode {mode!r}.", fix=f"Use {' or '.join(MODES)}.")
+        wanted = ["image_embed"] if mode == "InternVL-C" else ["image_embed", "tokens"]
+        width = _size(self._output("vision", "image_embed")[1])
+        parts = [np.zeros((0, width), np.float32)]
+        for pixels in self._pixels(images, resize):
+            out = self.components.run("vision", {"pixel_values": pixels}, wanted)
+            embed = out["image_embed"]
+            if mode == "InternVL-G":
+                query = self.components.run("qllama_query", {"tokens": out["tokens"]}, ["query_embed"])
+                embed = zero_shot.l2(embed) + zero_shot.l2(query["query_embed"])
+            parts.append(embed)
+        return np.concatenate(parts).astype(np.float32, copy=False)
+
+    def encode_text(self, texts: Sequence[str]) -> Floats:
+        """Embeddings [B, E] float32, not normalised; the same in InternVL-C and InternVL-G.
+
+        Texts are cut to 80 tokens. Short ones run in shorter batches: padding on the right never changes an
+        embedding.
+        """
+        axis = self.components.spec("qllama_text").axis("text")
+        longest = min(MAX_LENGTH, axis.max)
+        buckets = sorted({max(axis.min, min(b, longest)) for b in (*BUCKETS, longest)})
+        out = np.zeros((len(texts), _size(self._output("qllama_text", "text_embed")[1])), np.float32)
+        if not texts:
+            return out
+        with self.components.timings.measure("tokenize"):
+            ids, lengths = self.tokenizer.encode_contrastive(texts, longest, buckets)
+        bucket = np.searchsorted(buckets, lengths)
+        for which in np.unique(bucket):
+            rows = np.flatnonzero(bucket == which)
+            feeds = {"input_ids": ids[rows, : buckets[which]], "lengths": lengths[rows]}
+            out[rows] = self.components.run("qllama_text", feeds, ["text_embed"])["text_embed"]
+        return out
+
+    def dense(self, images: Images, resize: ResizeMode | None = None) -> Floats:
+        """Last hidden state of the vision model [B, N, D] float32: the class token, then patches by row."""
+        shape = [_size(d) for d in self._output("vision", "tokens")[1:]]
+        parts = [
+            self.components.run("vision", {"pixel_values": pixels}, ["tokens"])["tokens"]
+            for pixels in self._pixels(images, resize)
+        ]
+        return np.concatenate([np.zeros((0, *shape), np.float32), *parts]).astype(np.float32, copy=False)
+
+    def class_embeddings(
+        self, labels: Sequence[str], templates: Sequence[str] = zero_shot.TEMPLATES["plain"]
+    ) -> Floats:
+        """One unit vector a label [L, E], averaged over ``templates`` (texts with ``{}`` for the label)."""
+        if not labels or not templates:
+            raise UsageError("Zero-shot classification needs labels and templates.", "One list is empty.")
+        texts = [zero_shot.fill(template, label) for label in labels for template in templates]
+        return zero_shot.ensemble(self.encode_text(texts), len(labels))
+
+    def classify(
+        self,
+        images: Images,
+        labels: Sequence[str] | Floats,
+        templates: Sequence[str] = zero_shot.TEMPLATES["plain"],
+        mode: Mode = "InternVL-C",
+        resize: ResizeMode | None = "center_crop",
+    ) -> Floats:
+        """Probabilities [B, L] float32 of each label.
+
+        ``labels`` may be :meth:`class_embeddings` of them, computed once for many calls.
+        """
+        classes = labels if isinstance(labels, np.ndarray) else self.class_embeddings(labels, templates)
+        scale = self.bundle.manifest.model.logit_scale
+        return zero_shot.probabilities(self.encode_image(images, mode, resize), classes, scale)
+
+    def retrieve(
+        self,
+        queries: Sequence[str],
+        images: Images,
+        top: int = 5,
+        mode: Mode = "InternVL-C",
+        resize: ResizeMode | None = "square",
+    ) -> Ranking:
+        """The ``top`` images for each query text.
+
+        To ask often, keep :meth:`encode_image`'s result and use :func:`~ivl_export.runtime.zero_shot.rank`.
+        """
+        images_embedded = self.encode_image(images, mode, resize)
+        return Ranking(*zero_shot.rank(self.encode_text(queries), images_embedded, top))
+
+    def caption(
+        self,
+        images: Images,
+        prompt: str | Sequence[str] = CAPTION_PROMPT["en"],
+        num_beams: int = 1,
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 0,
+        resize: ResizeMode | None = "square",
+    ) -> list[str]:
+        """One caption an image; ``prompt`` is one for all or one for each.
+
+        Published captions were made with 5 beams and at least 8 tokens.
+        """
+        prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != len(images):
+            raise UsageError(f"{len(prompts)} prompts for {len(images)} images.", "", "Give one for each.")
+        captions: list[str] = []
+        for pixels in self._pixels(images, resize):
+            start = len(captions)
+            with self.components.timings.measure("tokenize"):
+                rows = [self.tokenizer.encode_prompt(p) for p in prompts[start : start + len(pixels)]]
+            ids, mask = pad_prompts(rows, self._limits(0, 0).pad)
+            tokens = self.generate(pixels, ids, mask, max_new_tokens, num_beams, min_new_tokens)
+            captions += [self.tokenizer.decode(row.tolist()).strip() for row in tokens]
+        return captions
+
+    def generate(
+        self,
+        pixel_values: Floats,
+        prompt_ids: Ids,
+        attention_mask: Ids | None = None,
+        max_new_tokens: int = 30,
+        num_beams: int = 1,
+        min_new_tokens: int = 0,
+    ) -> Ids:
+        """New token ids [B, <= max_new_tokens], padded after each row's EOS.
+
+        Args:
+            pixel_values: float32 [B, 3, S, S].
+            prompt_ids: int64 [B, T], as :meth:`Tokenizer.encode_prompt` makes them.
+            attention_mask: int64 [B, T], 0 at padding (either side); None: no padding.
+            max_new_tokens: at most this many.
+            num_beams: beams kept; 1 is greedy.
+            min_new_tokens: EOS may not come before.
+        """
+        if num_beams < 1 or max_new_tokens < 1 or min_new_tokens < 0:
+            raise UsageError(
+                "These generation settings cannot be right.",
+                f"num_beams {num_beams}, max_new_tokens {max_new_tokens}, min_new_tokens {min_new_tokens}.",
+            )
+        limits, spec = self._limits(max_new_tokens, min_new_tokens), self.components.spec("qllama_step")
+        names = [t.name for t in self.components.spec("qllama_query").outputs if "." in t.name]
+        step = partial(self.components.run, "qllama_step")
+        # As many images at once as fill the step engine with all their beams.
+        size = max(1, min(self.components.max_batch("vision"), spec.axis("batch").max // num_beams))
+        parts = []
+        for start in range(0, len(pixel_values), size):
+            rows = slice(start, start + size)
+            tokens = self.components.run("vision", {"pixel_values": pixel_values[rows]}, ["tokens"])
+            queries = self.components.run("qllama_query", tokens, names)
+            mask = None if attention_mask is None else attention_mask[rows]
+            parts.append(generate(step, spec, queries, prompt_ids[rows], mask, limits, num_beams))
+        out = np.full((len(pixel_values), max((p.shape[1] for p in parts), default=0)), limits.pad, np.int64)
+        for i, part in enumerate(parts):
+            out[i * size : i * size + len(part), : part.shape[1]] = part
+        return out
+
+    def _limits(self, max_new_tokens: int, min_new_tokens: int) -> Limits:
+        config: Any = self.bundle.manifest.model.config.get("qllama_config") or {}
+        eos, pad = config.get("eos_token_id"), config.get("pad_token_id")
+        return Limits(
+            self.tokenizer.eos if eos is None else int(eos),
+            0 if pad is None else int(pad),
+            max_new_tokens,
+            min_new_tokens,
+        )
+
+    def _pixels(self, images: Images, resize: ResizeMode | None) -> Iterator[Floats]:
+        """``pixel_values`` in batches of the vision engine."""
+        settings = self.image_settings if resize is None else replace(self.image_settings, mode=resize)
+        return pixel_batches(images, settings, self.components.max_batch("vision"), self.components.timings)
+
+    def _output(self, component: str, name: str) -> tuple[int | str, ...]:
+        outputs = {t.name: t.shape for t in self.components.spec(component).outputs}
+        return outputs[name]
+
+
+def _size(size: int | str) -> int:
+    if not isinstance(size, int):
+        raise InputError("This bundle cannot be run.", f"Its contract leaves {size!r} open.")
+    return size

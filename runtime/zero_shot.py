@@ -1,0 +1,64 @@
+"""Zero-shot classification and retrieval on embeddings. Pure numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UsageError
+
+Array = np.ndarray[Any, Any]
+Floats = NDArray[np.float32]
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "plain": ("{}",),
+    # The seven that CLIP's authors found to do as well as their eighty (CLIP repository, notebooks).
+    "photo": (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+}
+
+
+def l2(embeddings: Array) -> Floats:
+    """Rows [.., E] scaled to length 1 (a zero row stays zero, as in ``torch.nn.functional.normalize``)."""
+    norm = np.linalg.norm(embeddings, axis=-1, keepdims=True)
+    return np.asarray(embeddings / np.maximum(norm, 1e-12), np.float32)
+
+
+def fill(template: str, label: str) -> str:
+    """``template`` with ``{}`` replaced by ``label``; UsageError if there is no ``{}``."""
+    if "{}" not in template:
+        raise UsageError(f"The template {template!r} has no {{}}.", "The label goes there.")
+    return template.replace("{}", label)
+
+
+def ensemble(text_embeddings: Array, labels: int) -> Floats:
+    """Embeddings [labels * templates, E], a label's templates together -> a unit vector a label [labels, E].
+
+    The mean of the normalised template embeddings, normalised again (CLIP paper, section 3.1.4).
+    """
+    per_label = l2(text_embeddings).reshape(labels, -1, text_embeddings.shape[-1])
+    return l2(per_label.mean(1))
+
+
+def probabilities(images: Array, classes: Array, logit_scale: float) -> Floats:
+    """softmax(exp(logit_scale) * cosine) over the classes: [B, E], [L, E] -> [B, L]."""
+    logits = np.exp(logit_scale) * (l2(images) @ l2(classes).T)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.asarray(weights / weights.sum(-1, keepdims=True), np.float32)
+
+
+def rank(queries: Array, items: Array, top: int) -> tuple[NDArray[np.int64], Floats]:
+    """The ``top`` items by cosine for each query: indices [Q, K] and cosines [Q, K], best first."""
+    cosine = l2(queries) @ l2(items).T
+    top = min(top, cosine.shape[1])
+    order = np.argsort(-cosine, axis=1, kind="stable")[:, :top]
+    return order, np.take_along_axis(cosine, order, 1)

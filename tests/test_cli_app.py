@@ -1,0 +1,190 @@
+"""The command line's frame: fast start, exit codes, errors without tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivl_export import __version__, cli
+from ivl_export.cli import inputs
+from ivl_export.cli.app import VERBS
+from ivl_export.errors import InputError, IvlError
+
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "tensorrt_rtx",
+    "transformers",
+    "modelopt",
+    "matplotlib",
+)
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_help_lists_every_verb_and_starts_fast() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = run_python("import sys; from ivl_export.cli import main; sys.exit(main(['--help']))")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert all(f" {verb} " in done.stdout for verb in VERBS)
+    # 0.25 s alone on the development machine; the margin is for machines that are busy with other tests
+    assert min(seconds) < 1.0
+
+
+@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["inspect", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(args: list[str]) -> None:
+    code = f"""
+import sys
+from ivl_export.cli import main
+assert main({args!r}) == 0
+heavy = sorted(set({HEAVY!r}) & set(sys.modules))
+assert not heavy, heavy
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_every_verb_loads_and_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"ivl-export {verb}" in out
+    assert "--install-completion" not in out
+
+
+def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"ivl-export {__version__}"
+    assert cli.main([]) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["inspekt", "x"], "Did you mean 'inspect'"),
+        (["inspect"], "Missing argument"),
+        (["inspect", "--nope", "x"], "--nope"),
+        (["run", "classify", "b", "i", "--top", "0", "--labels", "a"], "--top"),
+        (["run", "classify", "b", "i", "--mode", "X", "--labels", "a"], "--mode"),
+        (["run", "classify", "b", "i"], "--labels"),
+        (["run", "retrieve", "b", "i"], "--query"),
+        (["run", "embed", "b"], "--text"),
+    ],
+)
+def test_wrong_usage_exits_2(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(args) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert "Traceback" not in captured.err
+    assert not captured.out
+    assert cli.main([*args, "--json"]) == 2
+    error = json.loads(capsys.readouterr().err)
+    assert error["exit_code"] == 2
+    assert error["error"] == "UsageError"
+
+
+def test_errors_say_what_why_and_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(tmp_path)]) == 8
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {tmp_path} is not a bundle.\n  why: ")
+    assert "\n  fix: " in captured.err
+    assert cli.main(["inspect", str(tmp_path), "--json"]) == 8
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert json.loads(captured.err)["error"] == "IntegrityError"
+    with pytest.raises(IvlError):
+        cli.main(["inspect", str(tmp_path), "--debug"])
+
+
+def test_file_names_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["inspect", str(tmp_path / "\x1b[2Jx")])
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_unexpected_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("first\nsecond")
+
+    monkeypatch.setattr("ivl_export.bundle.Bundle.open", broken)
+    assert cli.main(["inspect", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert "Unexpected ZeroDivisionError: first" in err
+    assert "--debug" in err
+    assert "Traceback" not in err
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["--debug", "inspect", str(tmp_path)])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_exits_130(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")  # opening it waits for a writer that never comes
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; from ivl_export.cli import main; print('up', flush=True); "
+         f"sys.exit(main(['inspect', {str(tmp_path)!r}]))"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Interrupted" in err
+    assert "Traceback" not in err
+
+
+def test_completion_offers_verbs_and_their_commands() -> None:
+    code = "import sys; from ivl_export.cli import main; sys.exit(main([]))"
+    for typed, offered in (("ivl-export ", "inspect"), ("ivl-export run ", "retrieve")):
+        env = {**os.environ, "_IVL_EXPORT_COMPLETE": "complete_bash", "COMP_WORDS": typed}
+        env["COMP_CWORD"] = str(len(typed.split()))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        assert offered in done.stdout.split(), done.stderr
+
+
+def write_image(path: Path) -> Path:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), "red").save(path)
+    return path
+
+
+def test_folders_are_searched_and_broken_files_skipped(tmp_path: Path) -> None:
+    good = [write_image(tmp_path / name) for name in ("a.png", "deep/b.JPG")]
+    (tmp_path / "c.png").write_bytes(b"not a picture")
+    (tmp_path / "notes.txt").write_text("x")
+    files = inputs.ImageFiles.find([tmp_path])
+    found = [file for piece, images in files.read() for file, _ in zip(piece, images, strict=True)]
+    assert found == good
+    assert [Path(s["file"]).name for s in files.skipped] == ["c.png"]
+
+
+def test_broken_files_that_were_named_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "c.png").write_bytes(b"not a picture")
+    with pytest.raises(InputError, match=r"c\.png"):
+        list(inputs.ImageFiles.find([tmp_path / "c.png"]).read())
+    with pytest.raises(InputError, match="No image could be read"):
+        list(inputs.ImageFiles.find([tmp_path]).read())
+    (tmp_path / "empty").mkdir()
+    for paths in ([tmp_path / "empty"], [tmp_path / "missing.png"], []):
+        with pytest.raises(InputError):
+            inputs.ImageFiles.find(paths)
