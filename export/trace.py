@@ -1,0 +1,128 @@
+"""Tracing a component to an ONNX graph that holds no weights.
+
+The module stands on the meta device, so a 14-billion-parameter model is traced in the memory of its graph.
+Every initializer is left unbound (name, type, shape; no data) under its published key; :mod:`.weights` binds
+them to stored bytes.
+
+One trace serves all compute types: it is made in bf16, where every deliberate fp32 region shows as a pair of
+Casts, and retyped before anything is folded. So fp32, bf16 and fp16 graphs have the same structure.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from ..errors import BuildError
+from ..models.checkpoint import Checkpoint
+from ..models.config import InternVLConfig
+from ..specs import ComponentSpec
+from .components import component_module, component_spec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+OPSET = 24  # the first with 16-bit Attention
+COMPUTE_DTYPES = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "float16": "FLOAT16"}
+_TRACED = "bfloat16"
+_NOISY_LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnx_ir", "onnxscript")
+
+
+def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bfloat16") -> ir.Model:
+    """The graph of component ``name``, initializers unbound.
+
+    Inputs, outputs and symbolic dimensions are named as in the component's spec. Every linear layer is
+    ``weight [out, in] -> Transpose -> MatMul``, and the MatMul node is named as its weight, without
+    ``.weight``; other nodes are named ``<module path>/<operator>``.
+
+    Args:
+        name: a component that ``checkpoint`` has.
+        checkpoint: gives the sizes; no weights are read.
+        compute_dtype: ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        UsageError, CapabilityError: no such component, or not in this checkpoint.
+        BuildError: the exporter produced a graph that does not fit the spec.
+    """
+    from .graph import finish, retype
+
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype {compute_dtype!r} is none of {sorted(COMPUTE_DTYPES)}")
+    config, spec = checkpoint.config, component_spec(name, checkpoint.config)
+    model = _trace(name, config, checkpoint.contrastive_only).clone()
+    retype(model, COMPUTE_DTYPES[_TRACED], COMPUTE_DTYPES[compute_dtype])
+    with _quiet():
+        finish(model, spec)
+    strangers = [
+        key
+        for key, v in model.graph.initializers.items()
+        if not v.const_value and key not in checkpoint.tensors
+    ]
+    if strangers:
+        raise BuildError(f"Graph {name} reads weights that no checkpoint has.", ", ".join(strangers[:5]))
+    return model
+
+
+@lru_cache(maxsize=8)
+def _trace(name: str, config: InternVLConfig, contrastive_only: bool) -> ir.Model:
+    """The exporter's graph in bf16, unoptimised, weights dropped."""
+    import torch
+
+    spec = component_spec(name, config)
+    with torch.device("meta"):
+        module = component_module(name, config, contrastive_only).to(getattr(torch, _TRACED))
+        args, shapes = _example(spec)
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+        exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+    if exported is None:
+        raise BuildError(f"Component {name} could not be exported.", "torch.onnx.export returned nothing.")
+    model: ir.Model = exported.model
+    for value in model.graph.initializers.values():
+        value.const_value = None
+    model.graph.name = name
+    return model
+
+
+def _example(spec: ComponentSpec) -> tuple[tuple[torch.Tensor, ...], list[object]]:
+    """Inputs of distinct small sizes on the meta device, and which of their dimensions are dynamic.
+
+    The ranges of the spec do not enter: one graph serves every engine profile. ``total`` is derived from past
+    and text, which the exporter finds out for itself.
+    """
+    import torch
+
+    sizes = {axis.name: 3 + 2 * i for i, axis in enumerate(spec.axes)}
+    dims = {name: torch.export.Dim(name, min=1) for name in sizes}
+    if "total" in sizes:
+        sizes["total"] = sizes["past"] + sizes["text"]
+        dims["total"] = torch.export.Dim.DYNAMIC
+    args, shapes = [], []
+    for tensor in spec.inputs:
+        dtype = getattr(torch, _TRACED if tensor.dtype == "float" else tensor.dtype)
+        args.append(torch.zeros([d if isinstance(d, int) else sizes[d] for d in tensor.shape], dtype=dtype))
+        shapes.append({i: dims[d] for i, d in enumerate(tensor.shape) if isinstance(d, str)})
+    flat = 3 if spec.name == "qllama_step" else len(shapes)  # what follows is the variadic past
+    rest = [tuple(shapes[flat:])] if flat < len(shapes) else []
+    return tuple(args), [*shapes[:flat], *rest]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's notes on packages it does not need and on unbound initializers."""
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
