@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-from ..engines import Engine, open_engine
+from ..engines.protocol import Engine, open_engine
 from ..errors import InputError
 from ..specs import ComponentSpec
 from .timings import Timings
