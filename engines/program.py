@@ -125,7 +125,9 @@ def _kernels(text: str, path: Path) -> tuple[tuple[Kernel, ...], bool]:
             fused = any(isinstance(v, _Node) and v.get("name") == _FUSED_REGION for _, v in node.pairs)
         elif section == "descriptors":
             _read_types(node, types)
-        elif not section.startswith("shape_"):
+        elif section.startswith("shape_"):
+            break  # the last section: sizes computed on the host
+        else:
             kernels += [_kernel(op, value, types) for op, value in node.pairs if isinstance(value, _Node)]
     return tuple(kernels), fused
 

@@ -1,0 +1,149 @@
+"""The matrix products and attentions of an ONNX graph, and what the graph says about their precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .graph import Graph, Node
+
+_FORWARDING = frozenset({"Transpose", "Cast", "Identity", "Reshape", "DequantizeLinear"})
+_BEFORE_SOFTMAX = frozenset({"Add", "Where", "Mul", "Div", "Cast", "Identity"})
+_AFTER_SOFTMAX = frozenset({"Cast", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
+_MAX_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Product:
+    """A MatMul or Gemm.
+
+    ``weight`` is the initializer it multiplies by (empty: both factors are computed), ``k`` and ``n`` the
+    weight's in and out features (0: unknown). ``activation`` and ``stored`` are the 8-bit types its factors
+    are dequantised from (``fp8``, ``int8``), empty where the graph does not quantise that factor.
+    """
+
+    node: str
+    weight: str = ""
+    k: int = 0
+    n: int = 0
+    activation: str = ""
+    stored: str = ""
+
+    @property
+    def scheme(self) -> str:
+        """What the graph asks for: ``fp8`` or ``int8`` if both factors are quantised so, else empty."""
+        return self.activation if self.activation == self.stored else ""
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """An ``Attention`` node, or the two products around a Softmax; ``nodes`` are the ONNX names."""
+
+    nodes: tuple[str, ...]
+
+
+def node_name(node: Node) -> str:
+    """The node's name, or one made from its operator and output where the graph gives none."""
+    return node.name or f"{node.op}:{node.outputs[0] if node.outputs else ''}"
+
+
+def find_products(graph: Graph) -> tuple[Product, ...]:
+    """Every MatMul and Gemm, in file order."""
+    producers = graph.producers()
+    return tuple(
+        _product(node, graph, producers)
+        for node in graph.nodes
+        if node.op in ("MatMul", "Gemm") and len(node.inputs) >= 2
+    )
+
+
+def find_attention(graph: Graph) -> tuple[AttentionBlock, ...]:
+    """Every ``Attention`` node, and every Softmax between two products of computed factors."""
+    producers, users = graph.producers(), _users(graph.nodes)
+    blocks = []
+    for node in graph.nodes:
+        if node.op == "Attention":
+            blocks.append(AttentionBlock((node_name(node),)))
+        elif node.op == "Softmax":
+            scores = _walk(
+                node.inputs[:1], _BEFORE_SOFTMAX, lambda v: [producers[v]] if v in producers else []
+            )
+            mixed = _walk(node.outputs, _AFTER_SOFTMAX, lambda v: users.get(v, []))
+            if scores and mixed:
+                blocks.append(AttentionBlock((node_name(scores), node_name(node), node_name(mixed))))
+    return tuple(blocks)
+
+
+def _product(node: Node, graph: Graph, producers: dict[str, Node]) -> Product:
+    weight, stored = _source(node.inputs[1], graph, producers)
+    _, activation = _source(node.inputs[0], graph, producers)
+    if not weight:
+        return Product(node_name(node), activation=activation, stored=stored)
+    dims = graph.initializers[weight][1]
+    k, n = (dims[0], dims[1]) if len(dims) == 2 else (0, 0)
+    if _transposed(node, producers):
+        k, n = n, k
+    return Product(node_name(node), weight, k, n, activation, stored)
+
+
+def _source(value: str, graph: Graph, producers: dict[str, Node]) -> tuple[str, str]:
+    """The initializer behind ``value`` (empty: it is computed) and the 8-bit type it is dequantised from."""
+    scheme = ""
+    for _ in range(_MAX_STEPS):
+        if value in graph.initializers:
+            return value, scheme
+        node = producers.get(value)
+        if node is None or node.op not in _FORWARDING:
+            return "", scheme
+        if node.op == "DequantizeLinear":
+            scheme = _quantised_type(node, graph, producers)
+        value = node.inputs[0]
+    return "", scheme
+
+
+def _quantised_type(node: Node, graph: Graph, producers: dict[str, Node]) -> str:
+    """Element type of a DequantizeLinear's input: the initializer's, or its zero point's."""
+    if node.inputs[0] in graph.initializers:
+        return graph.initializers[node.inputs[0]][0]
+    source = producers.get(node.inputs[0])
+    for candidate in (node, source):
+        if candidate is not None and len(candidate.inputs) > 2 and candidate.inputs[2] in graph.initializers:
+            return graph.initializers[candidate.inputs[2]][0]
+    return "uint8"  # ONNX's default without a zero point
+
+
+def _transposed(node: Node, producers: dict[str, Node]) -> bool:
+    """Whether the weight is stored [out, in]."""
+    turned = bool(node.ints.get("transB", 0))
+    value = node.inputs[1]
+    for _ in range(_MAX_STEPS):
+        source = producers.get(value)
+        if source is None or source.op not in _FORWARDING:
+            break
+        turned ^= source.op == "Transpose"
+        value = source.inputs[0]
+    return turned
+
+
+def _users(nodes: Iterable[Node]) -> dict[str, list[Node]]:
+    users: dict[str, list[Node]] = {}
+    for node in nodes:
+        for value in node.inputs:
+            users.setdefault(value, []).append(node)
+    return users
+
+
+def _walk(
+    values: Iterable[str], through: frozenset[str], step: Callable[[str], list[Node]], left: int = _MAX_STEPS
+) -> Node | None:
+    """The first MatMul reached from ``values`` by ``step`` through operators of ``through`` only."""
+    for value in values:
+        for node in step(value):
+            if node.op == "MatMul":
+                return node
+            if node.op in through and left:
+                upwards = value in node.outputs
+                found = _walk(node.inputs if upwards else node.outputs, through, step, left - 1)
+                if found is not None:
+                    return found
+    return None

@@ -1,0 +1,96 @@
+"""What every backend is: an engine that maps named arrays to named arrays, and a registry of loaders."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from ..errors import UsageError
+from ..specs import ComponentSpec
+
+Array = np.ndarray[Any, Any]
+
+
+class Engine(Protocol):
+    """A loaded component. Use as a context manager, or call :meth:`close`."""
+
+    @property
+    def spec(self) -> ComponentSpec:
+        """The contract this engine was loaded with."""
+        ...
+
+    def run(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run once.
+
+        Args:
+            inputs: every input of the spec; ``float`` inputs as float32, whatever the graph computes in.
+            outputs: names to compute, all if None.
+
+        Returns:
+            The outputs asked for; ``float`` outputs as float32.
+
+        Raises:
+            InputError: inputs that do not fit the spec.
+            UsageError: an output that the spec does not have.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the engine's memory; it cannot run any more. A second call does nothing."""
+        ...
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Loader(Protocol):
+    """What opens an engine file."""
+
+    def __call__(self, spec: ComponentSpec, path: Path, **options: Any) -> Engine:
+        """Open ``path`` for a component; ``options`` are the backend's own."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run engines: its name, what installs it, and ``module:function`` of its :class:`Loader`."""
+
+    name: str
+    install: str
+    loader: str
+
+    def load(self) -> Loader:
+        """Import the loader (the backend's library is imported when an engine is opened)."""
+        module, _, function = self.loader.partition(":")
+        return cast(Loader, getattr(importlib.import_module(module, __package__), function))
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("onnxruntime", "pip install onnxruntime", ".onnxruntime_backend:open_onnxruntime"),
+    )
+}
+
+
+def open_engine(backend: str, spec: ComponentSpec, path: Path, **options: Any) -> Engine:
+    """Open the engine file ``path`` of component ``spec`` with ``backend``.
+
+    Raises:
+        UsageError: an unknown backend; the known ones are listed with the line that installs them.
+        CapabilityError: the backend's library is not installed.
+        IntegrityError: the file is missing or damaged.
+    """
+    if backend not in BACKENDS:
+        known = "; ".join(f"{b.name} ({b.install})" for b in BACKENDS.values())
+        raise UsageError(f"Unknown backend {backend!r}.", f"Known: {known}.", "Name one of these.")
+    return BACKENDS[backend].load()(spec, path, **options)
