@@ -17,6 +17,7 @@ from .. import __version__
 
 #: verb -> (module in this package, line of help)
 VERBS: dict[str, tuple[str, str]] = {
+    "train": ("train", "Train a small InternVL from scratch on drawn scenes."),
     "run": ("run", "Embed, classify, retrieve or caption images through a bundle's engines."),
     "inspect": ("inspect", "Show what a bundle holds, what it promises, and whether its files are intact."),
 }

@@ -30,7 +30,7 @@ class Drawn:
     labels: Tensor
 
     def stage2(self, pixel_values: Tensor) -> Stage2Batch:
-        """The batch of the stage-2 losses. All captions of a batch differ, so every image is its own class."""
+        """The batch of the stage-2 losses; all captions of a batch differ: each image is its own class."""
         ids = torch.arange(len(pixel_values))
         return Stage2Batch(
             pixel_values, self.positive, self.negative, self.summarize, self.caption, self.labels, ids

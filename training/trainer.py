@@ -7,9 +7,8 @@ killed goes on from it and ends with the same weights bit for bit (same machine,
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -50,9 +49,7 @@ class Options:
     bf16: bool = True
 
 
-def train(
-    preset: Preset, tokenizer: bytes, options: Options, report: Callable[[Progress], None]
-) -> InternVL:
+def train(preset: Preset, tokenizer: bytes, options: Options, report: Callable[[Progress], None]) -> InternVL:
     """Run all stages of ``preset`` and return the trained model (fp32, eval mode).
 
     Raises:
@@ -109,9 +106,7 @@ def initialised(preset: Preset) -> InternVL:
     return model
 
 
-def _batches(
-    preset: Preset, stage: Stage, tokenizer: bytes, first: int, workers: int
-) -> Iterator[Drawn]:
+def _batches(preset: Preset, stage: Stage, tokenizer: bytes, first: int, workers: int) -> Iterator[Drawn]:
     # Each stage draws from its own stream.
     seed = preset.seed * 100 + preset.stages.index(stage)
     size = preset.model.vision.image_size
@@ -123,7 +118,8 @@ def _batches(
 
 
 def _optimizer(model: InternVL, stage: Stage, weight_decay: float) -> torch.optim.AdamW:
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatch(name, pattern) for pattern in stage.trainable))
         if parameter.requires_grad:
@@ -191,15 +187,15 @@ def _save(
     }
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
-def shortened(preset: Preset, steps: int, batch: int) -> Preset:
-    """``preset`` with few steps and a small batch, for tests and dry runs."""
-    stages = tuple(replace(s, steps=steps, batch=batch, warmup=1) for s in preset.stages)
+def shortened(preset: Preset, steps: int | None, batch: int | None) -> Preset:
+    """``preset`` with fewer steps a stage or a smaller batch, for tests and dry runs."""
+    stages = tuple(
+        replace(
+            s, steps=steps or s.steps, batch=batch or s.batch, warmup=min(s.warmup, (steps or s.steps) // 2)
+        )
+        for s in preset.stages
+    )
     return replace(preset, stages=stages)
-
-
-def summary(preset: Preset) -> dict[str, Any]:
-    """The preset as plain data, for the model card."""
-    return asdict(preset)

@@ -1,0 +1,47 @@
+"""The PyTorch model as the evaluation tasks know a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from ..models.internvl import InternVL, Mode
+from ..preprocess import CAPTION_PROMPT, Array, ImageSettings, Tokenizer
+from .collate import BUCKETS, normalise
+from .grammar import Language
+from .scenes import Image8
+from .tasks import Array as TaskArray
+
+
+class TorchModel:
+    """Adapts a model, its tokenizer and its image settings to :class:`.tasks.Model`; any dtype."""
+
+    def __init__(self, model: InternVL, tokenizer: Tokenizer, settings: ImageSettings) -> None:
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+
+    @torch.no_grad()
+    def encode_image(self, images: Image8, mode: str) -> TaskArray:
+        """Embeddings [B, E] in float32."""
+        return _numpy(self.model.encode_image(self._pixels(images), cast(Mode, mode)))
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> TaskArray:
+        """Embeddings [B, E] in float32."""
+        ids, _ = self.tokenizer.encode_contrastive(texts, buckets=BUCKETS)
+        return _numpy(self.model.encode_text(torch.from_numpy(ids)))
+
+    def caption(self, images: Image8, lang: Language) -> list[str]:
+        """Greedy captions."""
+        prompt = torch.tensor([self.tokenizer.encode_prompt(CAPTION_PROMPT[lang])] * len(images))
+        ids = self.model.generate(self._pixels(images), prompt, torch.ones_like(prompt))
+        return [self.tokenizer.decode(row) for row in ids.tolist()]
+
+    def _pixels(self, images: Image8) -> torch.Tensor:
+        return normalise(torch.from_numpy(images), self.settings.mean, self.settings.std)
+
+
+def _numpy(x: torch.Tensor) -> Array:
+    out: Array = x.float().numpy()
+    return out
