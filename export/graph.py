@@ -33,7 +33,7 @@ def retype(model: ir.Model, traced: str, wanted: str) -> None:
         values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
         for value in values:
             if value.dtype == old:
-                value.dtype = new
+                value.type = ir.TensorType(new)  # setting dtype would reach the clones that share the type
         for node in graph:
             for attribute in node.attributes.values():
                 if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == old:
