@@ -1,9 +1,10 @@
 """ONNX Runtime on the CPU: the backend that runs everywhere.
 
-Two session settings follow from the graph. FP8: ONNX Runtime's Q/DQ fusion produces an invalid graph from FP8
+Session settings follow from the graph. FP8: ONNX Runtime's Q/DQ fusion produces an invalid graph from FP8
 (microsoft/onnxruntime#22269), so ``session.disable_quant_qdq`` is set; products then run in fp32 on values
 rounded to FP8. INT8: x86 processors without VNNI saturate 16-bit sums of int8 products, which
-``session.x64quantprecision`` avoids at half the speed; it is set only where VNNI is absent.
+``session.x64quantprecision`` avoids at half the speed; it is set only where VNNI is absent. And products of
+matrices (not of batches of them) are kept from becoming Gemm, for which there is no such INT8 kernel.
 """
 
 from __future__ import annotations
@@ -148,7 +149,12 @@ def _session(
     for key, value in {**_settings(graph.element_types), **settings}.items():
         options.add_session_config_entry(key, value)
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            str(path),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers={"MatMulAddFusion"} if "int8" in graph.element_types else None,
+        )
     except Exception as error:  # its exceptions share no base class but this
         message = _first_line(error)
         if "NOT_IMPLEMENTED" in message or "INVALID_GRAPH" in message:

@@ -144,7 +144,7 @@ def proof_from_onnxruntime(graph: Path) -> KernelReport:
     """
     products, blocks = _products(read_graph(graph))
     nodes = optimized_nodes(graph)
-    runs = {node_name(n): n.op for n in nodes}
+    runs = {_unfused_name(node_name(n)): n.op for n in nodes}
     gemms = []
     for product in products:
         op = runs.get(product.node, "")
@@ -269,6 +269,11 @@ def _attention(block: AttentionBlock, programs: tuple[Program, ...]) -> Attentio
         return AttentionProof(block.nodes, False, "", _find(block.nodes[0], programs[0])[1])
     types = tuple(kind for kind in whole[0].args if kind in _FLOATS)
     return AttentionProof(block.nodes, True, whole[0].name, types)
+
+
+def _unfused_name(name: str) -> str:
+    """The product's own name; ``fused x/MatMulAddFusion`` is x with a bias and an activation."""
+    return name.removeprefix("fused ").removesuffix("/MatMulAddFusion")
 
 
 def _is_cast(kernel: Kernel) -> bool:
