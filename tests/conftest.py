@@ -1,0 +1,97 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "goldens" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(request: pytest.FixtureRequest) -> Path:
+    """A sealed bundle of the tiny golden model: fp32 graphs of all four components, a small tokenizer.
+
+    Tracing takes most of a minute, so the bundle is kept in pytest's cache under the hash of all it is made
+    from. Tests must not change it.
+    """
+    pytest.importorskip("onnxscript")
+    digest = hashlib.sha256()
+    sources = [ROOT / name for name in ("specs.py", "bundle.py", "manifest.py")]
+    sources += [*(ROOT / "models").glob("*.py"), *(ROOT / "export").glob("*.py")]
+    for path in [*sorted(sources), Path(__file__), TINY / "config.json", TINY / "model.safetensors"]:
+        digest.update(path.read_bytes())
+    digest.update(" ".join(version(p) for p in ("torch", "onnx", "onnxscript", "onnx-ir")).encode())
+    folder = request.config.cache.mkdir("tiny_bundle")
+    bundle = folder / digest.hexdigest()[:16]
+    with (folder / "lock").open("w") as lock:
+        if os.name != "nt":
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)  # xdist workers: one builds, the others wait
+        if not bundle.exists():
+            for old in folder.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old)
+            build_tiny_bundle(bundle)
+    return bundle
+
+
+def build_tiny_bundle(out: Path) -> None:
+    import sentencepiece
+
+    from ivl_export.bundle import seal
+    from ivl_export.export.binding import bind, save_graph, unbound
+    from ivl_export.export.components import component_spec
+    from ivl_export.export.trace import export_component
+    from ivl_export.export.weights import open_store, write_store
+    from ivl_export.manifest import Component, Manifest, Model
+    from ivl_export.models.checkpoint import open_checkpoint
+    from ivl_export.preprocess import ImageSettings
+    from ivl_export.training.grammar import corpus
+
+    staging = out.with_name(f"{out.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    checkpoint = open_checkpoint(TINY)
+    graphs = {name: export_component(name, checkpoint, "float32") for name in checkpoint.components}
+    store = staging / "onnx" / "weights" / "model.safetensors"
+    write_store(checkpoint, (key for graph in graphs.values() for key in unbound(graph)), store, "float32")
+    for name, graph in graphs.items():
+        bind(graph, open_store(store), staging / "onnx")
+        save_graph(graph, staging / "onnx" / f"{name}.fp32.onnx")
+    (staging / "preprocess").mkdir()
+    ImageSettings(size=checkpoint.config.vision.image_size).save(
+        staging / "preprocess" / "preprocessor_config.json"
+    )
+    tokenizer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(  # 200 ids leave no room for LLaMA's 256 byte pieces
+        sentence_iterator=("".join(words) for words in corpus()), model_writer=tokenizer,
+        model_type="bpe", vocab_size=190, pad_id=-1, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    (staging / "preprocess" / "tokenizer.model").write_bytes(tokenizer.getvalue())
+    manifest = Manifest(
+        model=Model(
+            "tiny",
+            "tests/goldens/tiny",
+            {"checkpoint": checkpoint.revision},
+            checkpoint.config.to_published(),
+            float(checkpoint.load("logit_scale")),
+            sum(ref.nbytes for ref in checkpoint.tensors.values()) // 4,
+        ),
+        precision="fp32",
+        compute_dtype="fp32",
+        recipe={},
+        calibration=None,
+        components={
+            name: Component(component_spec(name, checkpoint.config), {"fp32": f"onnx/{name}.fp32.onnx"})
+            for name in graphs
+        },
+    )
+    seal(staging, manifest, out)
