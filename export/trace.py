@@ -49,6 +49,7 @@ def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bf
         UsageError, CapabilityError: no such component, or not in this checkpoint.
         BuildError: the exporter produced a graph that does not fit the spec.
     """
+    from .binding import unbound
     from .graph import finish, retype
 
     if compute_dtype not in COMPUTE_DTYPES:
@@ -58,11 +59,7 @@ def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bf
     retype(model, COMPUTE_DTYPES[_TRACED], COMPUTE_DTYPES[compute_dtype])
     with _quiet():
         finish(model, spec)
-    strangers = [
-        key
-        for key, v in model.graph.initializers.items()
-        if not v.const_value and key not in checkpoint.tensors
-    ]
+    strangers = [key for key in unbound(model) if key not in checkpoint.tensors]
     if strangers:
         raise BuildError(f"Graph {name} reads weights that no checkpoint has.", ", ".join(strangers[:5]))
     return model

@@ -1,14 +1,12 @@
 """The weights store: one safetensors file that all graphs of a bundle point into.
 
-Graphs hold names, types and shapes; :func:`bind` makes each initializer point at its bytes (file, offset,
-length), so a tensor that several components and both graph variants use is stored once. Any safetensors
-reader opens the store.
-
-ONNX and ONNX Runtime refuse external data outside the graph's folder, so the store lies below it.
+A tensor that several components and both graph variants use is stored once; :mod:`.binding` points their
+initializers at it. Any safetensors reader opens the store.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -23,7 +21,6 @@ from ..models.checkpoint import Checkpoint
 from ..models.storage import TensorRef, read_header
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     import torch
 
 ALIGNMENT = 4096  # a page: what memory maps and direct reads like
@@ -35,14 +32,6 @@ _SAFETENSORS = {
     "int8": "I8",
 }
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
-_ONNX = {
-    "float32": "FLOAT",
-    "bfloat16": "BFLOAT16",
-    "float16": "FLOAT16",
-    "F8_E4M3": "FLOAT8E4M3FN",
-    "I8": "INT8",
-}
-_FLOATS = ("FLOAT", "BFLOAT16", "FLOAT16")
 
 Store = dict[str, TensorRef]
 """Stored name to its place, over all files of a store."""
@@ -103,7 +92,7 @@ class StoreWriter:
             self._file.truncate(self._data + end)
         except OSError as error:
             self._abandon()
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         return self
 
     def write(self, name: str, values: torch.Tensor) -> None:
@@ -127,7 +116,7 @@ class StoreWriter:
             self._file.seek(self._data + self._begin[name] + done)
             self._file.write(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         self._written[name] = done + nbytes
 
     def __exit__(
@@ -148,14 +137,12 @@ class StoreWriter:
             self._temporary.replace(self.path)
         except OSError as failure:
             self._abandon()
-            raise _cannot_write(self.path, failure) from failure
+            raise cannot_write(self.path, failure) from failure
 
     def _abandon(self) -> None:
         if self._file is not None:
-            try:
+            with contextlib.suppress(OSError):  # the buffered rest may not fit either; the file goes anyway
                 self._file.close()
-            except OSError:  # the buffered rest does not fit either; the file goes anyway
-                pass
         self._temporary.unlink(missing_ok=True)
 
 
@@ -211,104 +198,13 @@ def open_store(*paths: Path) -> Store:
     return store
 
 
-def unbound(model: ir.Model) -> list[str]:
-    """Names of the initializers that have no data yet: what a store must hold."""
-    return [name for name, value in model.graph.initializers.items() if value.const_value is None]
-
-
-def bind(model: ir.Model, store: Store, folder: Path) -> None:
-    """Point every unbound initializer of ``model`` at its bytes in ``store``, in place.
-
-    Where the graph computes in another float type than the store holds, the initializer takes the stored
-    type and a Cast follows it; engines fold that when they load.
-
-    Args:
-        model: a graph of :func:`.trace.export_component`, quantised or not.
-        store: from :func:`open_store`.
-        folder: where the graph will be saved; the store's files must lie below it.
-
-    Raises:
-        BuildError: a tensor is missing, or has another shape or type, or its file is not below ``folder``.
-    """
-    import onnx_ir as ir
-
-    for name in unbound(model):
-        value, ref = model.graph.initializers[name], store.get(name)
-        if ref is None:
-            raise BuildError(f"Graph {model.graph.name} needs {name}.", "It is not in the weights store.")
-        shape = ir.Shape(ref.shape)
-        onnx_type = _ONNX.get(ref.dtype, ref.dtype)
-        wanted = value.dtype.name if value.dtype is not None else "an unknown type"
-        if value.shape != shape or (wanted != onnx_type and not {wanted, onnx_type} <= set(_FLOATS)):
-            raise BuildError(
-                f"Graph {model.graph.name} and the weights store differ in {name}.",
-                f"The graph has {wanted} {value.shape}, the store {onnx_type} {shape}.",
-            )
-        stored = ir.DataType[onnx_type]
-        value.const_value = ir.ExternalTensor(
-            _below(ref.file, folder), ref.offset, ref.nbytes, stored, shape=shape, name=name, base_dir=folder
-        )
-        if wanted != onnx_type:
-            _cast(model.graph, value, stored, ir.DataType[wanted])
-
-
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Check ``model`` (all initializers bound) and write it; the file appears whole or not at all.
-
-    Raises:
-        BuildError: unbound initializers, onnx.checker finds fault, or the file cannot be written.
-    """
-    import onnx
-    import onnx_ir as ir
-
-    loose = unbound(model)
-    if loose:
-        raise BuildError(f"Graph {model.graph.name} has {len(loose)} weights without data.", loose[0])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ir.save(model, temporary, format="protobuf")
-        onnx.checker.check_model(str(temporary), full_check=True)
-        temporary.replace(path)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BuildError(f"Graph {model.graph.name} is not valid ONNX.", str(error)) from error
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _cast(graph: ir.Graph, value: ir.Value, stored: ir.DataType, wanted: ir.DataType) -> None:
-    import onnx_ir as ir
-
-    users = list(value.uses())
-    value.dtype = stored
-    cast = ir.node("Cast", [value], {"to": int(wanted)}, name=f"{value.name}/Cast")
-    output = cast.outputs[0]
-    output.name = f"{value.name}.{wanted.name.lower()}"
-    output.dtype, output.shape = wanted, value.shape
-    graph.insert_before(graph[0], cast)
-    for node, index in users:
-        node.replace_input_with(index, output)
-
-
-def _below(file: Path, folder: Path) -> str:
-    try:
-        return file.resolve().relative_to(folder.resolve()).as_posix()
-    except ValueError:
-        raise BuildError(
-            f"Weights in {file} cannot be used by graphs in {folder}.",
-            "ONNX readers refuse external data outside the graph's folder.",
-            "Write the store below the graphs.",
-        ) from None
-
-
 def _power_of_two(nbytes: int) -> int:
     """The largest power of two that divides ``nbytes``, at most a page."""
     return min(nbytes & -nbytes or ALIGNMENT, ALIGNMENT)
 
 
-def _cannot_write(path: Path, error: OSError) -> BuildError:
+def cannot_write(path: Path, error: OSError) -> BuildError:
+    """The error for a file that could not be written."""
     return BuildError(
         f"{path} cannot be written.",
         error.strerror or str(error),

@@ -1,0 +1,118 @@
+"""Pointing a graph's initializers at the weights store, and saving the graph.
+
+Graphs hold names, types and shapes; an initializer becomes external data (file, offset, length). ONNX and
+ONNX Runtime refuse external data outside the graph's folder, so the store lies below it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import BuildError
+from .weights import Store, cannot_write
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_ONNX = {
+    "float32": "FLOAT",
+    "bfloat16": "BFLOAT16",
+    "float16": "FLOAT16",
+    "F8_E4M3": "FLOAT8E4M3FN",
+    "I8": "INT8",
+}
+_FLOATS = ("FLOAT", "BFLOAT16", "FLOAT16")
+
+
+def unbound(model: ir.Model) -> list[str]:
+    """Names of the initializers that have no data yet: what a store must hold."""
+    return [name for name, value in model.graph.initializers.items() if value.const_value is None]
+
+
+def bind(model: ir.Model, store: Store, folder: Path) -> None:
+    """Point every unbound initializer of ``model`` at its bytes in ``store``, in place.
+
+    Where the graph computes in another float type than the store holds, the initializer takes the stored
+    type and a Cast follows it; engines fold that when they load.
+
+    Args:
+        model: a graph of :func:`.trace.export_component`, quantised or not.
+        store: from :func:`.weights.open_store`.
+        folder: where the graph will be saved; the store's files must lie below it.
+
+    Raises:
+        BuildError: a tensor is missing, or has another shape or type, or its file is not below ``folder``.
+    """
+    import onnx_ir as ir
+
+    for name in unbound(model):
+        value, ref = model.graph.initializers[name], store.get(name)
+        if ref is None:
+            raise BuildError(f"Graph {model.graph.name} needs {name}.", "It is not in the weights store.")
+        shape = ir.Shape(ref.shape)
+        onnx_type = _ONNX.get(ref.dtype, ref.dtype)
+        wanted = value.dtype.name if value.dtype is not None else "an unknown type"
+        if value.shape != shape or (wanted != onnx_type and not {wanted, onnx_type} <= set(_FLOATS)):
+            raise BuildError(
+                f"Graph {model.graph.name} and the weights store differ in {name}.",
+                f"The graph has {wanted} {value.shape}, the store {onnx_type} {shape}.",
+            )
+        stored = ir.DataType[onnx_type]
+        value.const_value = ir.ExternalTensor(
+            _below(ref.file, folder), ref.offset, ref.nbytes, stored, shape=shape, name=name, base_dir=folder
+        )
+        if wanted != onnx_type:
+            _cast(model.graph, value, stored, ir.DataType[wanted])
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Check ``model`` (all initializers bound) and write it; the file appears whole or not at all.
+
+    Raises:
+        BuildError: unbound initializers, onnx.checker finds fault, or the file cannot be written.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    loose = unbound(model)
+    if loose:
+        raise BuildError(f"Graph {model.graph.name} has {len(loose)} weights without data.", loose[0])
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ir.save(model, temporary, format="protobuf")
+        onnx.checker.check_model(str(temporary), full_check=True)
+        temporary.replace(path)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BuildError(f"Graph {model.graph.name} is not valid ONNX.", str(error)) from error
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cast(graph: ir.Graph, value: ir.Value, stored: ir.DataType, wanted: ir.DataType) -> None:
+    import onnx_ir as ir
+
+    users = list(value.uses())
+    value.type = ir.TensorType(stored)
+    cast = ir.node("Cast", [value], {"to": int(wanted)}, name=f"{value.name}/Cast")
+    output = cast.outputs[0]
+    output.name = f"{value.name}.{wanted.name.lower()}"
+    output.type, output.shape = ir.TensorType(wanted), value.shape
+    graph.insert_before(graph[0], cast)
+    for node, index in users:
+        node.replace_input_with(index, output)
+
+
+def _below(file: Path, folder: Path) -> str:
+    try:
+        return file.resolve().relative_to(folder.resolve()).as_posix()
+    except ValueError:
+        raise BuildError(
+            f"Weights in {file} cannot be used by graphs in {folder}.",
+            "ONNX readers refuse external data outside the graph's folder.",
+            "Write the store below the graphs.",
+        ) from None
