@@ -101,7 +101,7 @@ class Manifest:
 
     def dumps(self) -> str:
         """``manifest.json`` as text; ValueError or TypeError if a free-form part is not plain JSON."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
 
     def with_files(self, files: dict[str, FileEntry]) -> Manifest:
         """A copy that lists ``files``."""

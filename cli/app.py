@@ -17,9 +17,11 @@ from .. import __version__
 
 #: verb -> (module in this package, line of help)
 VERBS: dict[str, tuple[str, str]] = {
+    "build": ("build", "Checkpoint in, verified bundle out: export, calibrate, quantise, engines, proof."),
     "train": ("train", "Train a small InternVL from scratch on drawn scenes."),
     "run": ("run", "Embed, classify, retrieve or caption images through a bundle's engines."),
     "inspect": ("inspect", "Show what a bundle holds, what it promises, and whether its files are intact."),
+    "profile": ("profile", "Time a bundle on this machine; count FLOPs and bytes from its graphs."),
 }
 
 

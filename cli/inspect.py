@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,8 @@ import typer
 from ..bundle import Bundle
 from ..specs import ComponentSpec, TensorSpec
 from .output import human_bytes, print_json, print_table, show
+
+MAX_ROWS = 40  # of one receipt's table
 
 app = typer.Typer(add_completion=False)
 
@@ -38,6 +41,8 @@ def inspect(
 
 def _overview(bundle: Bundle, checked: str) -> None:
     m = bundle.manifest
+    same = m.precision == m.compute_dtype
+    precision = m.precision if same else f"{m.precision} ({m.compute_dtype} elsewhere)"
     calibration: object = None
     if m.calibration is not None:
         kind = "synthetic" if m.calibration.synthetic else "real"
@@ -49,7 +54,7 @@ def _overview(bundle: Bundle, checked: str) -> None:
         [
             ("model", f"{m.model.name}, {m.model.parameters:,} parameters"),
             ("source", m.model.source),
-            ("precision", f"{m.precision} ({m.compute_dtype} elsewhere)"),
+            ("precision", precision),
             ("calibration", calibration),
             ("size", human_bytes(sum(f.size for f in m.files.values()))),
             ("checked", f"{checked}: intact"),
@@ -111,27 +116,52 @@ def _files(bundle: Bundle) -> None:
 
 
 def _receipt(name: str, receipt: Any) -> None:
-    """Any receipt as tables: scalars together, each object of objects or list of objects as one table."""
-    if not isinstance(receipt, dict):
-        receipt = {"": receipt}
-    scalars = [(k, show(v)) for k, v in receipt.items() if not isinstance(v, dict) and not _records(v)]
-    if scalars:
-        print_table(f"Receipt: {name}", ("", ""), scalars)
-    for key, value in receipt.items():
-        records = _records(value)
-        if isinstance(value, dict) and not records:
-            print_table(f"Receipt: {name}, {key}", ("", ""), [(k, show(v)) for k, v in value.items()])
-        elif records:
-            columns = list(dict.fromkeys(k for record in records for k in record))
-            print_table(
-                f"Receipt: {name}, {key}", columns, [[r.get(column) for column in columns] for r in records]
-            )
+    """Any receipt as tables: its records (objects with plain values), those of equal columns together."""
+    tables: dict[tuple[str, ...], list[tuple[str, dict[str, object]]]] = {}
+    for path, record in _records("", receipt):
+        tables.setdefault(tuple(record), []).append((path, record))
+    for columns, rows in tables.items():
+        if len(rows) == 1:
+            path, record = rows[0]
+            title = f"Receipt: {name}{f', {path}' if path else ''}"
+            print_table(title, ("", ""), [(key, show(value)) for key, value in record.items()])
+            continue
+        shown = [(path, *record.values()) for path, record in rows[:MAX_ROWS]]
+        if len(rows) > MAX_ROWS:
+            shown.append((f"… {len(rows) - MAX_ROWS} more with --json", *[""] * len(columns)))
+        print_table(f"Receipt: {name}", ("", *columns), shown)
 
 
-def _records(value: Any) -> list[dict[str, Any]]:
-    """``value`` as rows of a table if it is an object of objects or a list of objects; empty if not."""
-    if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
-        return [{"": key, **inner} for key, inner in value.items()]
-    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-        return value
-    return []
+def _records(path: str, value: Any) -> Iterator[tuple[str, dict[str, object]]]:
+    """Records below ``value`` with their paths. Long lists inside a record are only counted."""
+    if isinstance(value, list):
+        value = {str(i): item for i, item in enumerate(value, 1)}
+    if not isinstance(value, dict):
+        yield path, {"value": value}
+        return
+    if any(_plain(v) for v in value.values()):
+        yield path, {k: _cell(v) for k, v in value.items() if not _deep(v)}
+        value = {k: v for k, v in value.items() if _deep(v)}
+    for key, inner in value.items():
+        yield from _records(f"{path} {key}".strip(), inner)
+
+
+def _plain(value: Any) -> bool:
+    return not isinstance(value, dict | list) or (isinstance(value, list) and not any(map(_nested, value)))
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, dict | list)
+
+
+def _deep(value: Any) -> bool:
+    """Whether ``value`` is an object that does not fit a cell."""
+    return isinstance(value, dict) and any(map(_nested, value.values()))
+
+
+def _cell(value: Any) -> object:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {show(inner)}" for key, inner in value.items())
+    if isinstance(value, list) and any(map(_nested, value)):
+        return f"{len(value)} entries"
+    return value

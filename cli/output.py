@@ -21,18 +21,20 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     from rich.text import Text
 
     cells = [list(row) for row in rows]
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
     for i, column in enumerate(columns):
         numbers = bool(cells) and all(_is_number(row[i]) for row in cells)
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in cells:
         table.add_row(*(Text(show(cell)) for cell in row))
-    Console().print(table)
+    console = Console()
+    console.print(Text(show(title), style="bold"))  # apart: a table's own title wraps at its width
+    console.print(table)
 
 
 def show(value: object) -> str:
     """A cell: floats with four significant digits, nothing as a dash, lists joined."""
-    if value is None:
+    if value is None or value == []:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"

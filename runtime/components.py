@@ -24,11 +24,21 @@ class Components:
         bundle: an opened bundle.
         backend: ``onnxruntime`` or another backend that the bundle has engines for.
         target: which of them (``sm89``); None takes the first.
+        batch: images run at once; None: on the CPU what the engines were tuned for (more only takes memory
+            there), elsewhere the most they take.
         options: passed on to the backend (``threads``).
     """
 
-    def __init__(self, bundle: Bundle, backend: str, target: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str,
+        target: str | None = None,
+        batch: int | None = None,
+        **options: Any,
+    ) -> None:
         self.bundle, self.backend, self.target, self.options = bundle, backend, target, options
+        self._batch = batch
         self.timings = Timings()
         self._engines: dict[str, Engine] = {}
         self._locks = {name: threading.Lock() for name in bundle.manifest.components}
@@ -38,9 +48,12 @@ class Components:
         """The contract of component ``name``."""
         return self.bundle.spec(name)
 
-    def max_batch(self, name: str) -> int:
-        """Rows that one engine call of ``name`` takes."""
-        return self.spec(name).axis("batch").max
+    @property
+    def batch(self) -> int:
+        """Images run at once."""
+        axis = self.spec("vision").axis("batch")
+        usual = axis.opt if self.backend == "onnxruntime" else axis.max
+        return min(self._batch or usual, axis.max)
 
     def open(self, name: str) -> Engine:
         """The engine of ``name``, opened if it is not yet; IntegrityError or CapabilityError."""
@@ -62,7 +75,7 @@ class Components:
 
         ``outputs`` names the outputs wanted (None: all); each has the rows of all batches, in order.
         """
-        engine, limit = self.open(name), self.max_batch(name)
+        engine, limit = self.open(name), self.spec(name).axis("batch").max
         rows = len(next(iter(inputs.values())))
         parts = []
         for start in range(0, rows, limit):

@@ -60,6 +60,7 @@ class InternVL:
         components: Iterable[str] | None = None,
         threads: int | None = None,
         target: str | None = None,
+        batch: int | None = None,
         verify: Verify | None = "size",
     ) -> InternVL:
         """Open the bundle in ``path``.
@@ -70,6 +71,8 @@ class InternVL:
             components: opened now; the others (None: all) are opened when they are first used.
             threads: of each engine (ONNX Runtime on the CPU); None: as many as there are cores.
             target: which engines of the backend (``sm89``); None: the first.
+            batch: images run at once; None: on the CPU what the engines were tuned for, else the most they
+                take.
             verify: see :meth:`ivl_export.bundle.Bundle.open`.
 
         Raises:
@@ -78,7 +81,7 @@ class InternVL:
         """
         bundle = Bundle.open(path, verify)
         options = {} if threads is None else {"threads": threads}
-        engines = Components(bundle, backend, target, **options)
+        engines = Components(bundle, backend, target, batch, **options)
         for name in components or ():
             engines.open(name)
         return cls(bundle, engines)
@@ -251,7 +254,7 @@ class InternVL:
         names = [t.name for t in self.components.spec("qllama_query").outputs if "." in t.name]
         step = partial(self.components.run, "qllama_step")
         # As many images at once as fill the step engine with all their beams.
-        size = max(1, min(self.components.max_batch("vision"), spec.axis("batch").max // num_beams))
+        size = max(1, min(self.components.batch, spec.axis("batch").max // num_beams))
         parts = []
         for start in range(0, len(pixel_values), size):
             rows = slice(start, start + size)
@@ -277,7 +280,7 @@ class InternVL:
     def _pixels(self, images: Images, resize: ResizeMode | None) -> Iterator[Floats]:
         """``pixel_values`` in batches of the vision engine."""
         settings = self.image_settings if resize is None else replace(self.image_settings, mode=resize)
-        return pixel_batches(images, settings, self.components.max_batch("vision"), self.components.timings)
+        return pixel_batches(images, settings, self.components.batch, self.components.timings)
 
     def _output(self, component: str, name: str) -> tuple[int | str, ...]:
         outputs = {t.name: t.shape for t in self.components.spec(component).outputs}

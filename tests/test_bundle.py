@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from ivl_export.bundle import Bundle, seal
 from ivl_export.errors import BuildError, CapabilityError, IntegrityError
 from ivl_export.manifest import Calibration, Component, EngineFile, FileEntry, Manifest, Model

@@ -25,9 +25,13 @@ def bundle(tmp_path: Path) -> Bundle:
         "receipts/accuracy.json": json.dumps(
             {
                 "samples": 512,
-                "components": {"vision": {"cosine": 0.99912345, "sqnr_db": 31.5}},
-                "rows": [{"task": "caption", "fp32": 0.9}, {"task": "recall", "fp8": 0.8}],
                 "budget": {"fp8": 1.0},
+                "gemms": [{"node": f"gemm{i}"} for i in range(5)],
+                "chained": {
+                    "vision": {"tokens": {"cosine": 0.99912345, "sqnr_db": 31.5}},
+                    "qllama_text": {"text_embed": {"cosine": 0.98, "sqnr_db": None}},
+                },
+                "layers": {f"layer{i}": {"cause": "unaligned", "loss": i} for i in range(50)},
             }
         ),
     }
@@ -67,9 +71,14 @@ def test_tables_show_what_the_bundle_says(
         "2.9 KiB",
         "0.9991",
         "31.5",
-        "recall",
+        "chained qllama_text text_embed",
+        "fp8 1",
+        "5 entries",
+        "layers layer39",
+        "10 more with --json",
     ):
         assert text in out, text
+    assert "layer40" not in out
 
 
 def test_json_is_the_manifest_and_the_receipts(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,15 +143,24 @@ def test_captions_equal_torch_and_mixed_prompts_equal_single_ones(model: InternV
         assert text == model.tokenizer.decode(tokens[0].tolist()).strip()
 
 
-def test_more_images_than_a_batch_are_split(model: InternVL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_images_than_a_batch_are_split(model: InternVL, tiny_bundle: Path) -> None:
     images = pictures(7)
     whole = model.encode_image(images, "InternVL-G"), model.caption(images, "a", 2, max_new_tokens=5)
-    monkeypatch.setattr(model.components, "max_batch", lambda name: 3)
-    before = model.timings["vision"].calls
-    split = model.encode_image(images, "InternVL-G")
-    assert model.timings["vision"].calls == before + 3
-    np.testing.assert_allclose(split, whole[0], atol=1e-5)
-    assert model.caption(images, "a", 2, max_new_tokens=5) == whole[1]
+    with InternVL.load(tiny_bundle, threads=1, batch=3) as small:
+        split = small.encode_image(images, "InternVL-G")
+        assert small.timings["vision"].calls == small.timings["preprocess"].calls == 3
+        np.testing.assert_allclose(split, whole[0], atol=1e-5)
+        assert small.caption(images, "a", 2, max_new_tokens=5) == whole[1]
+
+
+def test_more_rows_than_the_engine_takes_are_split(model: InternVL) -> None:
+    limit = model.components.spec("qllama_text").axis("batch").max
+    labels = [f"{a} {b}" for a in "abcdefghijkl" for b in "mnopqrstuvwx"]
+    assert limit < len(labels) < 2 * limit
+    before = model.timings["qllama_text"].calls
+    out = model.encode_text(labels)
+    assert model.timings["qllama_text"].calls == before + 2
+    np.testing.assert_allclose(out[-1], model.encode_text(labels[-1:])[0], atol=1e-5)
 
 
 def test_nothing_in_nothing_out(model: InternVL) -> None:

@@ -37,7 +37,7 @@ assert seconds < 1.5, seconds
 
 def test_l2_keeps_zero_rows() -> None:
     out = zero_shot.l2(np.array([[3.0, 4.0], [0.0, 0.0]], np.float32))
-    assert np.allclose(out, [[0.6, 0.8], [0, 0]])
+    assert np.allclose(out, np.array([[0.6, 0.8], [0.0, 0.0]]))
     assert out.dtype == np.float32
 
 

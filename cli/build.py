@@ -1,0 +1,145 @@
+"""``ivl-export build``: a checkpoint to a verified bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import human_bytes, print_json, print_table
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def build(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint: a folder of the published layout, or an older .pth file; else nano."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="bf16, fp16, fp8, int8, or a recipe file.")] = "fp8",
+    out: Annotated[
+        Path | None, typer.Option(help="The bundle's folder; else bundles/MODEL-PRECISION.")
+    ] = None,
+    calib: Annotated[
+        Path | None, typer.Option(help="Images and captions to calibrate on: a folder, or a JSONL.")
+    ] = None,
+    calib_samples: Annotated[int, typer.Option(help="How many of them.", min=1)] = 256,
+    targets: Annotated[str, typer.Option(help="GPU generations for TensorRT-RTX: sm89,sm120.")] = "sm89",
+    backend: Annotated[
+        str | None, typer.Option(help="Engines to build: onnxruntime,tensorrt-rtx; else all installed.")
+    ] = None,
+    components: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
+    allow_accuracy_loss: Annotated[
+        bool, typer.Option(help="Report a loss over the accuracy budget instead of failing.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check everything, say what would be done, write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Export, calibrate, quantise, build engines, and prove accuracy and kernel precision.
+
+    With nothing else it builds internvl-nano, the small model that ships with the package. What is there
+    already is not made again: a build that was stopped goes on, a second one does nothing.
+    """
+    from ..pipeline.build import build as run_build
+    from ..pipeline.build import preview
+    from ..pipeline.report import describe
+    from ..pipeline.request import Job, Request, nano_folder
+    from .progress import Bars
+
+    with Bars() as bars:
+        name = (model or nano_folder()).resolve().name.removesuffix(".pth")
+        request = Request(
+            out=out
+            or Path("bundles") / f"{'internvl-' if model is None else ''}{name}-{Path(precision).stem}",
+            model=model,
+            precision=precision,
+            calib=calib,
+            calib_samples=calib_samples,
+            targets=targets,
+            backends=_list(backend),
+            components=_list(components),
+            allow_accuracy_loss=allow_accuracy_loss,
+        )
+        bars.started("open", None)
+        job = Job(request, lambda done, total: bars.counted(done, total))
+        bars.finished("open", 0.0, False)
+        if dry_run:
+            planned = preview(job, bars)
+        else:
+            result = run_build(job, bars)
+    if dry_run:
+        rows = [(p.step, "reuse" if p.known else "run") for p in planned]
+        _print_dry_run(as_json, rows, job)
+        return
+    report = describe(result, job.notices)
+    if as_json:
+        print_json(report)
+    else:
+        print_report(report)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report of a finished build as tables."""
+    for notice in report["notices"]:
+        typer.echo(f"note: {notice}")
+    if report["over_budget"]:
+        typer.secho(f"warning: {report['over_budget']} (allowed)", fg="yellow")
+    accuracy = [
+        (c, output, round(m["cosine"], 6), m["sqnr_db"], m["samples"])
+        for c, outputs in report["components"].items()
+        for output, m in outputs.items()
+    ]
+    print_table(
+        f"{report['precision']} against fp32, chained, held-out inputs (ONNX Runtime)",
+        ("component", "output", "cosine", "SQNR dB", "samples"),
+        accuracy,
+    )
+    if report["tasks"]:
+        names = list(report["tasks"])
+        figures = list(report["tasks"][names[0]])
+        rows = [(f, *(f"{report['tasks'][n][f]:.1%}" for n in names)) for f in figures]
+        print_table("Accuracy on held-out scenes", ("task", *names), rows)
+    kernels = [
+        (
+            engine,
+            component,
+            proof["promised"],
+            ", ".join(f"{n} {kind}" for kind, n in proof["precisions"].items()),
+            f"{proof['fused_attention']} of {proof['attention']}",
+            proof["fallbacks"] or "none",
+        )
+        for engine, found in report["kernels"].items()
+        for component, proof in found.items()
+    ]
+    print_table(
+        "What really runs: matrix products by operand types, read from the engines",
+        ("engine", "component", "promised", "products", "fused attention", "fallbacks"),
+        kernels,
+    )
+    for cause in report["fallback_causes"]:
+        typer.echo(f"note: {cause}")
+    steps = [(s["step"], s["seconds"], "reused" if s["reused"] else "run") for s in report["steps"]]
+    print_table("Steps", ("step", "seconds", ""), steps)
+    typer.echo(f"bundle: {report['bundle']} ({human_bytes(report['bytes'])}, {report['files']} files)")
+
+
+def _print_dry_run(as_json: bool, rows: list[tuple[str, str]], job: Any) -> None:
+    schemes: dict[str, int] = {}
+    for scheme in job.plan.schemes.values():
+        schemes[scheme] = schemes.get(scheme, 0) + 1
+    if as_json:
+        steps = [{"step": step, "action": action} for step, action in rows]
+        print_json({"steps": steps, "layers": schemes, "notices": list(job.notices)})
+        return
+    for notice in job.notices:
+        typer.echo(f"note: {notice}")
+    print_table(f"Would build {job.request.out}", ("step", "action"), rows)
+    print_table("Linear layers", ("scheme", "layers"), list(schemes.items()))
+
+
+def _list(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()

@@ -1,0 +1,211 @@
+"""``ivl-export profile``: times of a bundle on this machine, FLOPs and bytes of its graphs, Table 19."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError
+from .output import human_bytes, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..profiles.latency import Case, Progress
+    from ..profiles.report import Profile
+    from ..profiles.table19 import Row, Table19
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def profile(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
+    batch: Annotated[
+        str | None, typer.Option(help="Batch sizes with commas between.", show_default="1,8")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="Whose engines: onnxruntime, tensorrt-rtx, ...")
+    ] = "onnxruntime",
+    target: Annotated[str | None, typer.Option(help="Which engines of the backend: sm89, ...")] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, help="Time limit of one measurement; it ends sooner when stable.")
+    ] = 3.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of an engine.")] = None,
+    table19: Annotated[
+        bool, typer.Option("--table19", help="Print the paper's cost table for any model.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the receipt, with raw samples, here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
+) -> None:
+    """Time a bundle's components and chained calls here; count FLOPs and bytes from its graphs."""
+    batches = None if batch is None else _batches(batch)
+    from ..profiles import report
+    from ..profiles.measure import StopRule
+
+    with _progress() as progress:
+        result = report.profile(
+            bundle, backend, target, threads, batches, StopRule(seconds), table19, progress
+        )
+    receipt = result.to_json() if as_json or out is not None else None
+    if out is not None:
+        report.write(receipt, out)
+    if as_json:
+        print_json(receipt)
+        return
+    _about(result)
+    _components(result)
+    _chained(result)
+    _costs(result)
+    if result.table19 is not None:
+        _table19(result.table19)
+    for note in result.notes:
+        typer.echo(note)
+    if out is not None:
+        typer.echo(f"Receipt with raw samples: {out}")
+
+
+def _batches(text: str) -> list[int]:
+    sizes = [part.strip() for part in text.split(",")]
+    if not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
+        raise UsageError(f"--batch {text!r} is no list of batch sizes.", "", "Write --batch 1,8,32.")
+    return [int(size) for size in sizes]
+
+
+@contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """A bar on stderr where that is a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console, transient=True, refresh_per_second=2) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def progress(case: str, done: int, total: int) -> None:
+            bar.update(task, description=case, completed=done, total=total)
+
+        yield progress
+
+
+def _about(result: Profile) -> None:
+    machine, settings = result.machine, result.settings
+    memory = None if machine.memory_bytes is None else human_bytes(machine.memory_bytes)
+    peak = None if result.peak_memory_bytes is None else human_bytes(result.peak_memory_bytes)
+    engines = f"{settings.backend}{f'-{settings.target}' if settings.target else ''}"
+    threads = f", {settings.threads} threads" if settings.threads else ""
+    print_table(
+        f"Profile of {result.subject.name}",
+        ("", ""),
+        [
+            ("model", f"{result.subject.model}, {result.subject.parameters:,} parameters"),
+            ("engines", f"{result.subject.precision} on {engines}{threads}"),
+            ("CPU", f"{machine.cpu}, {machine.cores} cores, {memory or 'unknown'} of memory"),
+            *[("GPU", f"{gpu.name}, {gpu.memory_mib} MiB, driver {gpu.driver}") for gpu in machine.gpus],
+            ("load average before", machine.load_average),
+            ("loading", [f"{name} {seconds:.2f} s" for name, seconds in result.load_seconds.items()]),
+            ("peak memory of the process", peak),
+        ],
+    )
+
+
+_TIMES = ("p50 ms", "p90 ms", "p99 ms", "per second", "calls", "steady")
+
+
+def _times(case: Case) -> tuple[object, ...]:
+    s = case.measurement.summary
+    steady = "yes" if case.measurement.stable else f"no: {case.measurement.ended}"
+    return s.p50_ms, s.p90_ms, s.p99_ms, f"{case.per_second:.4g} {case.unit}", s.samples, steady
+
+
+def _components(result: Profile) -> None:
+    rows = []
+    for case in result.cases:
+        if case.kind == "component":
+            cost = result.cost(case)
+            rate = None if cost is None else cost.macs / case.measurement.summary.p50_ms / 1e6
+            rows.append((case.name, case.batch, _sizes(case), *_times(case), rate))
+    print_table("Components alone", ("component", "batch", "sizes", *_TIMES, "GMAC/s"), rows)
+    _boundaries(result, "component")
+
+
+def _chained(result: Profile) -> None:
+    rows = []
+    for case in result.cases:
+        if case.kind == "chained":
+            rest = case.mean_ms - case.components_ms
+            means = (case.mean_ms, case.components_ms, rest)
+            rows.append((case.name, case.batch, _sizes(case), *_times(case), *means))
+    if rows:
+        columns = ("call", "batch", "sizes", *_TIMES, "mean ms", "in components", "the rest")
+        print_table("Chained", columns, rows)
+        _boundaries(result, "chained")
+
+
+def _boundaries(result: Profile, kind: str) -> None:
+    boundaries: dict[str, list[str]] = {}
+    for case in result.cases:
+        if case.kind == kind:
+            names = boundaries.setdefault(case.boundary, [])
+            names += [] if case.name in names else [case.name]
+    for boundary, names in boundaries.items():
+        which = "" if kind == "component" else f" {', '.join(names)}"
+        typer.echo(f"timed{which}: {boundary}")
+    typer.echo("")
+
+
+def _sizes(case: Case) -> str:
+    return ", ".join(f"{k} {v}" for k, v in case.sizes.items() if k not in ("batch", "total")) or "-"
+
+
+def _costs(result: Profile) -> None:
+    if not result.costs:
+        return
+    rows, layers, seen = [], [], set()
+    for cost in result.costs:
+        sizes = ", ".join(f"{k} {v}" for k, v in cost.sizes.items() if k != "total")
+        moved = human_bytes(cost.input_bytes + cost.output_bytes)
+        rows.append(
+            (cost.component, sizes, cost.macs / 1e9, cost.flops / 1e9, human_bytes(cost.weight_bytes), moved,
+             cost.intensity)
+        )  # fmt: skip
+        if cost.component not in seen:  # a component's layers once, at its first sizes
+            seen.add(cost.component)
+            for layer in sorted(cost.layers, key=lambda layer: -layer.macs):
+                share = f"{layer.macs / cost.macs:.1%}"
+                layers.append(
+                    (cost.component, layer.layer, layer.count, layer.macs / 1e6, share,
+                     human_bytes(layer.weight_bytes))
+                )  # fmt: skip
+    columns = ("component", "sizes", "GMAC", "GFLOP", "weights read", "in and out", "FLOP/byte")
+    print_table("Work of one call, counted from the graphs", columns, rows)
+    heads = ("component", "layers", "count", "MMAC", "share", "weights")
+    print_table("By layer type", heads, layers)
+
+
+def _table19(table: Table19) -> None:
+    from ..profiles.table19 import SOURCE
+
+    def cells(row: Row | None) -> tuple[object, ...]:
+        if row is None:
+            return (None,) * 5
+        return row.vit_ms, row.qllama_image_ms, row.qllama_text_ms, row.total_ms, row.pairs_per_s
+
+    here = "here" if table.batch is None else f"here, batch {table.batch}"
+    rows: list[tuple[object, ...]] = []
+    for paper, mine in zip(table.paper, table.measured, strict=True):
+        rows.append((paper.method, paper.image_size, "paper", *cells(paper)))
+        rows.append(("", "", here, *cells(mine)))
+    columns = ("method", "pixels", "", "ViT ms", "QLLaMA image ms", "QLLaMA text ms", "total ms", "pairs/s")
+    print_table("Table 19: time of one image-text pair", columns, rows)
+    typer.echo(f"paper: {SOURCE}")
+    for note in table.notes:
+        typer.echo(note)

@@ -1,0 +1,76 @@
+"""Progress of long work on stderr: a bar for what runs, a line for what is done."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+
+class Bars:
+    """A :class:`..pipeline.workspace.Reporter` that draws; only lines where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def started(self, step: str, total: int | None) -> None:
+        """Show a bar for ``step``."""
+        self._clear()
+        self._task = self._progress.add_task(step, total=total, rate="")
+
+    def advanced(self, done: int) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            speed = self._progress.tasks[self._progress.task_ids.index(self._task)].speed
+            rate = f"{speed:.1f}/s" if speed else ""
+            self._progress.update(self._task, completed=done, rate=rate)
+
+    def counted(self, done: int, total: int) -> None:
+        """Move the bar, whose end is known only now."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=total)
+
+    def finished(self, step: str, seconds: float, reused: bool) -> None:
+        """Replace the bar by a line."""
+        self._clear()
+        how = "reused" if reused else f"{seconds:.1f} s"
+        self._console.print(f"[green]done[/] {step} [dim]{how}[/]", highlight=False)
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
