@@ -44,7 +44,8 @@ def run_chain(runners: Mapping[str, Runner], batch: Batch) -> Iterator[Step]:
     """Run every component that has a runner, and whose inputs others made, on ``batch``.
 
     The caption decoder is fed prompt and caption at once behind the cache of the query pass (teacher
-    forcing): the activations are those of the same tokens decoded one at a time.
+    forcing): the activations are those of the same tokens decoded one at a time, but ``lm_head``, which only
+    the last position reaches, sees one row a sample.
     """
     made: Arrays = {}
     if "vision" in runners:
@@ -70,10 +71,10 @@ def step_inputs(ids: Array, cache: Arrays) -> Arrays:
     """Inputs of ``qllama_step`` for tokens [B, T] that follow the keys and values of the query pass."""
     batch, length = ids.shape
     past = next(iter(cache.values())).shape[2]
-    positions = np.broadcast_to(np.arange(past, past + length, dtype=np.int64), (batch, length))
+    positions = np.tile(np.arange(past, past + length, dtype=np.int64), (batch, 1))
     return {
         "input_ids": ids,
-        "positions": np.ascontiguousarray(positions),
+        "positions": positions,
         "attention_mask": np.ones((batch, past + length), np.int64),
         **{f"past_{name}": array for name, array in cache.items()},
     }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,15 +34,27 @@ CONFIG = InternVLConfig(
 )
 
 
+def written(folder: Path, config: InternVLConfig) -> Checkpoint:
+    """Random bf16 weights in the published layout."""
+    torch.manual_seed(0)
+    model = InternVL(config).to(torch.bfloat16)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.to_published()))
+    return open_checkpoint(folder)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A tiny InternVL with random bf16 weights, in the published layout."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    model = InternVL(CONFIG).to(torch.bfloat16)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG.to_published()))
-    return open_checkpoint(folder)
+    """A tiny InternVL."""
+    return written(tmp_path_factory.mktemp("tiny"), CONFIG)
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """One layer of each kind: what the tests trace, which takes seconds a layer."""
+    vision = replace(CONFIG.vision, num_hidden_layers=1)
+    qllama = replace(CONFIG.qllama, num_hidden_layers=1)
+    return written(tmp_path_factory.mktemp("shallow"), replace(CONFIG, vision=vision, qllama=qllama))
 
 
 @pytest.fixture(scope="session")

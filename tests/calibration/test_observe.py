@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ivl_export.calibration.chain import reference_modules, run_chain, torch_runner
+from ivl_export.calibration.dataset import CalibrationSet
+from ivl_export.calibration.observe import calibrate, observe
+from ivl_export.calibration.scales import Scales
+from ivl_export.errors import BuildError, InputError, UsageError
+from ivl_export.models.checkpoint import Checkpoint
+from ivl_export.models.load import load_model
+from ivl_export.preprocess import ImageSettings, Tokenizer
+
+Sets = tuple[CalibrationSet, CalibrationSet]
+ALL = ("vision", "qllama_query", "qllama_text", "qllama_step")
+
+
+@pytest.fixture(scope="module")
+def scales(checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer) -> Scales:
+    return calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, batch_size=4)
+
+
+def test_every_linear_of_the_graphs_has_a_range_of_its_own(scales: Scales) -> None:
+    parts = {c: {n.split(".")[-1] for n in layers} for c, layers in scales.amax.items()}
+    llama = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert parts["vision"] == {"qkv", "proj", "fc1", "fc2"}
+    assert parts["qllama_query"] == llama | {"proj"}
+    assert parts["qllama_text"] == llama
+    assert parts["qllama_step"] == llama | {"lm_head"}
+    cross = {n for n in scales.amax["qllama_query"] if "qllama.model" in n and "cross_attn" in n}
+    assert cross == {f"qllama.model.layers.0.cross_attn.{p}_proj" for p in "qkvo"}
+    name = "qllama.model.layers.0.mlp.down_proj"
+    assert len({scales.amax[c][name] for c in ALL[1:]}) == 3
+    q, k, v = (scales.amax["qllama_text"][f"qllama.model.layers.1.self_attn.{p}_proj"] for p in "qkv")
+    assert q == k == v
+
+
+def test_ranges_equal_hooks_on_the_whole_model(
+    checkpoint: Checkpoint, scales: Scales, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+) -> None:
+    """The model's own methods, one unpadded sample at a time, decoding one token at a time."""
+    from ivl_export.models.generate import extend, text_step
+
+    model = load_model(checkpoint)
+    seen: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, a, n=name: seen.__setitem__(n, max(seen.get(n, 0.0), float(a[0].abs().max())))
+            )
+    found = {}
+    batches = list(scenes[0].batches(settings, tokenizer, 1))
+    queries = model.config.num_query_token
+    with torch.no_grad():
+        for batch in batches:
+            model.pool_image(model.vision(torch.from_numpy(batch.pixel_values)), None)
+        found["vision"] = dict(seen)
+        seen.clear()
+        for batch in batches:
+            model.encode_text(torch.from_numpy(batch.input_ids[:, : batch.lengths[0]]))
+        found["qllama_text"] = dict(seen)
+        seen.clear()
+        for batch in batches:
+            past = model.query_pass(model.vision(torch.from_numpy(batch.pixel_values)))[1]
+            seen_before = dict(seen)
+            for i, token in enumerate(batch.caption_ids[0]):
+                ids, position = torch.tensor([[token]]), torch.tensor([[queries + i]])
+                if i == 0:
+                    seen.clear()
+                    seen.update(found.get("qllama_step", {}))
+                _, new = text_step(model, ids, position, torch.ones(1, queries + i + 1), past)
+                past = extend(past, new)
+            found["qllama_step"] = dict(seen)
+            seen.clear()
+            seen.update(seen_before)
+    for component, layers in found.items():
+        assert set(layers) == set(scales.amax[component])
+        for layer, value in layers.items():
+            if layer == "qllama.lm_head":  # teacher forcing shows it the last position only
+                assert scales.amax[component][layer] <= value
+                continue
+            assert scales.amax[component][layer] == pytest.approx(value, rel=1e-4), (component, layer)
+
+
+def test_only_what_is_asked_and_what_it_needs(
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+) -> None:
+    done: list[int] = []
+    one = replace(scenes[0], samples=scenes[0].samples[:3])
+    found = calibrate(
+        checkpoint, ["qllama_query"], one, settings, tokenizer, batch_size=2, progress=done.append
+    )
+    assert list(found.amax) == ["vision", "qllama_query"]
+    assert done == [2, 3]
+    assert (found.samples, found.synthetic, found.set_hash) == (3, True, one.hash)
+    assert found.model == checkpoint.revision
+
+
+def test_modules_share_weights(checkpoint: Checkpoint) -> None:
+    modules, _ = reference_modules(checkpoint, ALL)
+    name = "qllama.model.layers.0.mlp.up_proj.weight"
+    pointers = {modules[c].get_parameter(name).data_ptr() for c in ALL[1:]}
+    assert len(pointers) == 1
+    assert modules["qllama_text"].get_parameter(name).dtype == torch.float32
+
+
+def test_chain_equals_the_models_own_methods(
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+) -> None:
+    modules, specs = reference_modules(checkpoint, ALL)
+    model = load_model(checkpoint)
+    batch = next(scenes[0].batches(settings, tokenizer, 5))
+    steps = list(run_chain({c: torch_runner(modules[c], specs[c]) for c in ALL}, batch))
+    pixels = torch.from_numpy(batch.pixel_values)
+    with torch.no_grad():
+        image = model.encode_image(pixels).numpy()
+        text = model.encode_text(torch.from_numpy(batch.input_ids)).numpy()
+    np.testing.assert_allclose(steps[0].outputs["image_embed"], image, atol=1e-5)
+    got = np.concatenate([s.outputs["text_embed"] for s in steps if s.component == "qllama_text"])
+    rows = np.argsort(batch.lengths, kind="stable")
+    np.testing.assert_allclose(got, text[rows], atol=1e-5)
+    for step in steps:
+        specs[step.component].check(step.inputs)
+
+
+def test_percentile_cuts_outliers(
+    checkpoint: Checkpoint, scales: Scales, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+) -> None:
+    pytest.importorskip("modelopt.torch.quantization")
+    found = calibrate(
+        checkpoint, ["vision"], scenes[0], settings, tokenizer, algorithm="percentile", percentile=99.0
+    )
+    assert found.algorithm == "percentile-99"
+    for layer, value in found.amax["vision"].items():
+        assert 0 < value < scales.amax["vision"][layer]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("0.ls1", float("nan"), "input of vision_model.encoder.layers.0.mlp.fc1"),
+        (
+            "1.norm1.weight",
+            0.0,
+            "no range for vision_model.encoder.layers.1.attn.qkv",
+        ),
+        (
+            "1.norm2.weight",
+            float("inf"),
+            "layers.1.mlp.fc1 holds NaN or infinity",
+        ),
+    ],
+)
+def test_dead_and_broken_inputs_are_named(
+    name: str,
+    value: float,
+    message: str,
+    checkpoint: Checkpoint,
+    scenes: Sets,
+    settings: ImageSettings,
+    tokenizer: Tokenizer,
+) -> None:
+    modules, specs = reference_modules(checkpoint, ["vision"])
+    modules["vision"].get_parameter(f"vision_model.encoder.layers.{name}").data.fill_(value)
+    with pytest.raises(BuildError, match=message):
+        observe(modules, specs, scenes[0].batches(settings, tokenizer, 2))
+    assert not modules["vision"].get_submodule("vision_model.encoder.layers.0.attn.qkv")._forward_pre_hooks
+
+
+def test_no_batch_and_unknown_algorithms(checkpoint: Checkpoint) -> None:
+    modules, specs = reference_modules(checkpoint, ["vision"])
+    with pytest.raises(BuildError, match="no batch"):
+        observe(modules, specs, [])
+    with pytest.raises(UsageError, match="Unknown calibration algorithm"):
+        observe(modules, specs, [], algorithm="magic")
+    with pytest.raises(UsageError, match="out of range"):
+        observe(modules, specs, [], algorithm="percentile", percentile=3)
+
+
+def test_scales_round_trip_and_are_checked(scales: Scales, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "scales.json"
+    scales.save(path)
+    assert Scales.load(path) == scales
+    linears = {name.removesuffix(".weight") for name in checkpoint.tensors}
+    scales.check(linears, ALL, checkpoint.revision)
+    with pytest.raises(InputError, match=r"1 layers it does not have, .*0\.attn\.qkv"):
+        scales.check(linears - {"vision_model.encoder.layers.0.attn.qkv"}, ALL, checkpoint.revision)
+    with pytest.raises(InputError, match="nothing about vision_chat"):
+        scales.check(linears, ["vision_chat"], checkpoint.revision)
+    with pytest.raises(InputError, match="other weights"):
+        scales.check(linears, ALL, "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"amax": {"vision": {"a": 0}}}, "vision, a has no usable range"),
+        ({"amax": {"vision": {"a": True}}}, "no usable range"),
+        ({"amax": {"vision": {"a": 1e999}}}, "not valid JSON|no usable range"),
+        ({"amax": {"vision": [1]}}, "no table of layers"),
+        ({"version": 2}, "no scales of version 1"),
+        ({"samples": "3"}, r"Entries \['samples'\]"),
+        ({"extra": 1}, r"Entries \['extra'\]"),
+    ],
+)
+def test_bad_scales_files(change: dict[str, object], message: str, scales: Scales, tmp_path: Path) -> None:
+    path = tmp_path / "scales.json"
+    scales.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=message):
+        Scales.load(path)
+
+
+def test_missing_scales_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        Scales.load(tmp_path / "none.json")
