@@ -13,6 +13,7 @@ from ..errors import UsageError
 from .output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
+    from ..profiles.flops import ComponentCost
     from ..profiles.latency import Case, Progress
     from ..profiles.report import Profile
     from ..profiles.table19 import Row, Table19
@@ -117,78 +118,113 @@ def _about(result: Profile) -> None:
     )
 
 
-_TIMES = ("p50 ms", "p90 ms", "p99 ms", "per second", "calls", "steady")
+_TIMES = ("batch", "tokens", "p50", "p90", "p99", "per second", "calls", "steady")
 
 
 def _times(case: Case) -> tuple[object, ...]:
     s = case.measurement.summary
-    steady = "yes" if case.measurement.stable else f"no: {case.measurement.ended}"
-    return s.p50_ms, s.p90_ms, s.p99_ms, f"{case.per_second:.4g} {case.unit}", s.samples, steady
+    rate = f"{case.per_second:.4g} {case.unit}"
+    where = (case.batch, _tokens(case.sizes))
+    return (*where, s.p50_ms, s.p90_ms, s.p99_ms, rate, s.samples, case.measurement.stable)
+
+
+def _tokens(sizes: dict[str, int]) -> str | None:
+    """The lengths in play: of a text, of a step's past and itself, of a prompt and its caption."""
+    for new, before in (("text", "past"), ("new_tokens", "prompt"), ("tokens", "")):
+        if new in sizes:
+            return f"{sizes[before]}+{sizes[new]}" if before in sizes else str(sizes[new])
+    return None
 
 
 def _components(result: Profile) -> None:
-    rows = []
-    for case in result.cases:
-        if case.kind == "component":
-            cost = result.cost(case)
-            rate = None if cost is None else cost.macs / case.measurement.summary.p50_ms / 1e6
-            rows.append((case.name, case.batch, _sizes(case), *_times(case), rate))
-    print_table("Components alone", ("component", "batch", "sizes", *_TIMES, "GMAC/s"), rows)
-    _boundaries(result, "component")
+    cases = [case for case in result.cases if case.kind == "component"]
+    rows = [(case.name, *_times(case)) for case in cases]
+    print_table("Components alone, times in ms", ("component", *_TIMES), rows)
+    if any("past" in case.sizes for case in cases):
+        typer.echo("tokens of a step: those in its past + new ones")
+    _footnotes(result, cases)
 
 
 def _chained(result: Profile) -> None:
-    rows = []
-    for case in result.cases:
-        if case.kind == "chained":
-            rest = case.mean_ms - case.components_ms
-            means = (case.mean_ms, case.components_ms, rest)
-            rows.append((case.name, case.batch, _sizes(case), *_times(case), *means))
-    if rows:
-        columns = ("call", "batch", "sizes", *_TIMES, "mean ms", "in components", "the rest")
-        print_table("Chained", columns, rows)
-        _boundaries(result, "chained")
+    cases = [case for case in result.cases if case.kind == "chained"]
+    if cases:
+        rows = [
+            (_call(case), *_times(case), case.components_ms, case.mean_ms - case.components_ms)
+            for case in cases
+        ]
+        print_table("Chained, times in ms", ("call", *_TIMES, "parts", "rest"), rows)
+        typer.echo("parts: in the components, mean of all calls; rest: the chain's own time beside them")
+        if any("prompt" in case.sizes for case in cases):
+            typer.echo("tokens of a caption: its prompt + new ones")
+        _footnotes(result, cases)
 
 
-def _boundaries(result: Profile, kind: str) -> None:
+def _call(case: Case) -> str:
+    return case.name.replace("InternVL-", "")
+
+
+def _footnotes(result: Profile, cases: list[Case]) -> None:
+    """What was timed, and what an unsteady row means."""
     boundaries: dict[str, list[str]] = {}
-    for case in result.cases:
-        if case.kind == kind:
-            names = boundaries.setdefault(case.boundary, [])
-            names += [] if case.name in names else [case.name]
+    for case in cases:
+        names = boundaries.setdefault(case.boundary, [])
+        names += [] if _call(case) in names else [_call(case)]
     for boundary, names in boundaries.items():
-        which = "" if kind == "component" else f" {', '.join(names)}"
+        which = f" {', '.join(names)}" if len(boundaries) > 1 else ""
         typer.echo(f"timed{which}: {boundary}")
+    if not all(case.measurement.stable for case in cases):
+        tolerance = result.settings.stop.tolerance
+        typer.echo(
+            f"not steady: when the limit came, the medians of the last windows still differed by more than "
+            f"{tolerance:.0%}; the figures are those of all calls"
+        )
     typer.echo("")
-
-
-def _sizes(case: Case) -> str:
-    return ", ".join(f"{k} {v}" for k, v in case.sizes.items() if k not in ("batch", "total")) or "-"
 
 
 def _costs(result: Profile) -> None:
     if not result.costs:
         return
-    rows, layers, seen = [], [], set()
-    for cost in result.costs:
-        sizes = ", ".join(f"{k} {v}" for k, v in cost.sizes.items() if k != "total")
-        moved = human_bytes(cost.input_bytes + cost.output_bytes)
-        rows.append(
-            (cost.component, sizes, cost.macs / 1e9, cost.flops / 1e9, human_bytes(cost.weight_bytes), moved,
-             cost.intensity)
-        )  # fmt: skip
-        if cost.component not in seen:  # a component's layers once, at its first sizes
-            seen.add(cost.component)
-            for layer in sorted(cost.layers, key=lambda layer: -layer.macs):
-                share = f"{layer.macs / cost.macs:.1%}"
-                layers.append(
-                    (cost.component, layer.layer, layer.count, layer.macs / 1e6, share,
-                     human_bytes(layer.weight_bytes))
-                )  # fmt: skip
-    columns = ("component", "sizes", "GMAC", "GFLOP", "weights read", "in and out", "FLOP/byte")
+    rows = []
+    for case in result.cases:
+        cost = result.cost(case) if case.kind == "component" else None
+        if cost is not None:
+            rate = cost.flops / case.measurement.summary.p50_ms / 1e6
+            moved = human_bytes(cost.weight_bytes), human_bytes(cost.input_bytes + cost.output_bytes)
+            work = (cost.macs / 1e9, cost.flops / 1e9, *moved, rate)
+            rows.append((case.name, case.batch, _tokens(case.sizes), *work))
+    columns = ("component", "batch", "tokens", "GMAC", "GFLOP", "weights read", "in and out", "GFLOP/s")
     print_table("Work of one call, counted from the graphs", columns, rows)
+    first = {cost.component: cost for cost in reversed(result.costs)}
     heads = ("component", "layers", "count", "MMAC", "share", "weights")
-    print_table("By layer type", heads, layers)
+    layers = [
+        row for name in dict.fromkeys(c.component for c in result.costs) for row in _layers(first[name])
+    ]
+    print_table("By layer type, batch and tokens as in the component's first line above", heads, layers)
+
+
+def _layers(cost: ComponentCost) -> list[tuple[object, ...]]:
+    """A component's layer types, the largest first; those below 2% of the work together."""
+    layers = sorted(cost.layers, key=lambda layer: -layer.macs)
+    large = [layer for layer in layers if layer.macs >= 0.02 * cost.macs]
+    rest = layers[len(large) :]
+    names = [(layer.layer.rpartition("layers.*.")[2], layer) for layer in large]
+    rows = [(name, la.count, la.macs, la.weight_bytes) for name, la in names]
+    if rest:
+        sums = [
+            sum(values) for values in zip(*((r.count, r.macs, r.weight_bytes) for r in rest), strict=True)
+        ]
+        rows.append((f"{len(rest)} smaller types", *sums))
+    return [
+        (
+            cost.component if i == 0 else "",
+            name,
+            count,
+            macs / 1e6,
+            f"{macs / cost.macs:.1%}",
+            human_bytes(size),
+        )
+        for i, (name, count, macs, size) in enumerate(rows)
+    ]
 
 
 def _table19(table: Table19) -> None:
