@@ -77,7 +77,7 @@ def _beam(first: Scores, step: Step, limits: Limits, beams: int) -> Ids:
         length = tokens.shape[1] + 1
         scores = _bar_eos(_log_softmax(logits), tokens.shape[1], limits)
         scores = (scores + totals.reshape(-1, 1)).reshape(batch, beams * vocab)
-        ranked = np.argsort(-scores, axis=1, kind="stable")[:, : 2 * beams]
+        ranked = _top(scores, 2 * beams)
         parents = np.zeros((batch, beams), np.int64)
         chosen = np.full((batch, beams), limits.pad, np.int64)
         totals = np.zeros((batch, beams), np.float32)
@@ -141,6 +141,15 @@ def _bar_eos(scores: Scores, produced: int, limits: Limits) -> Scores:
     scores = scores.copy()
     scores[:, limits.eos] = -np.inf
     return scores
+
+
+def _top(scores: Scores, count: int) -> Ids:
+    """Indices [B, count] of each row's highest scores, best first, equal ones in their order."""
+    if count >= scores.shape[1]:
+        return np.argsort(-scores, axis=1, kind="stable")
+    best = np.sort(np.argpartition(-scores, count, axis=1)[:, :count], axis=1)
+    order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1, kind="stable")
+    return np.take_along_axis(best, order, 1)
 
 
 def _log_softmax(logits: Scores) -> Scores:

@@ -35,15 +35,18 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_lists_every_verb_and_starts_fast() -> None:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = run_python("import sys; from ivl_export.cli import main; sys.exit(main(['--help']))")
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-    assert all(f" {verb} " in done.stdout for verb in VERBS)
-    # 0.25 s alone on the development machine; the margin is for machines that are busy with other tests
-    assert min(seconds) < 1.0
+    # processor time, since other tests may run beside; 0.2 s on the development machine
+    code = """
+import sys, time
+from ivl_export.cli import main
+code = main(['--help'])
+print(time.process_time(), file=sys.stderr)
+sys.exit(code)
+"""
+    runs = [run_python(code) for _ in range(3)]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    assert all(f" {verb} " in runs[0].stdout for verb in VERBS)
+    assert min(float(run.stderr) for run in runs) < 0.5
 
 
 @pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["inspect", "--help"], ["--version"]])
