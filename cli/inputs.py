@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 PIECE = 64  # decoded images held at a time
+
+
+def _track(starts: range) -> Iterable[int]:
+    """With a progress bar on stderr where there is more than one piece and someone to see it."""
+    if len(starts) < 2 or not sys.stderr.isatty():
+        return starts
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(starts, f"{starts.stop} images", console=Console(stderr=True), transient=True)
 
 
 @dataclass
@@ -52,7 +63,7 @@ class ImageFiles:
     def read(self) -> Iterator[tuple[list[Path], list[Image]]]:
         """Files and their images, up to 64 at a time; InputError if not one could be read."""
         anything = False
-        for start in range(0, len(self.files), PIECE):
+        for start in _track(range(0, len(self.files), PIECE)):
             read = [(file, self._read(file)) for file in self.files[start : start + PIECE]]
             good = [(file, image) for file, image in read if image is not None]
             if good:

@@ -10,7 +10,9 @@ from typing import Any
 
 def print_json(data: Any) -> None:
     """``data`` as one JSON document on stdout."""
-    print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    # The bytes of a file name that are no UTF-8 are lone surrogates here; as \udcXX they are JSON again.
+    print(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

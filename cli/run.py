@@ -13,7 +13,7 @@ import typer
 
 from ..errors import BuildError, InputError, UsageError
 from .inputs import ImageFiles
-from .output import print_json, print_table
+from .output import print_json, print_table, show
 
 if TYPE_CHECKING:
     from ..runtime import InternVL, Mode
@@ -248,7 +248,7 @@ def _session(
     stages = ", ".join(f"{name} {t['seconds']:.3f}" for name, t in report["timings"].items())
     typer.echo(f"{report['precision']} on {backend}: {report['seconds']:.2f} s ({stages})")
     for skip in report.get("skipped", ()):
-        typer.echo(f"skipped: {skip['why']}", err=True)
+        typer.echo(f"skipped: {show(skip['why'])}", err=True)
 
 
 def _labels(text: str | None, file: Path | None) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ivl_export import __version__, cli
-from ivl_export.cli import inputs
+from ivl_export.cli import inputs, output
 from ivl_export.cli.app import VERBS
 from ivl_export.errors import InputError, IvlError
 
@@ -161,6 +161,13 @@ def test_completion_offers_verbs_and_their_commands() -> None:
         env["COMP_CWORD"] = str(len(typed.split()))
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
         assert offered in done.stdout.split(), done.stderr
+
+
+def test_json_survives_file_names_that_are_no_utf8(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    output.print_json({"file": os.fsdecode(b"\xff.png"), "text": "圆形"})
+    out = capsysbinary.readouterr().out
+    assert "圆形".encode() in out
+    assert os.fsencode(json.loads(out)["file"]) == b"\xff.png"
 
 
 def write_image(path: Path) -> Path:
