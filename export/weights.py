@@ -140,10 +140,11 @@ class StoreWriter:
             raise cannot_write(self.path, failure) from failure
 
     def _abandon(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # the buffered rest may not fit either; the file goes anyway
+        with contextlib.suppress(OSError):  # what is buffered may not fit on the disk either
+            if self._file is not None:
                 self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._temporary.unlink()
 
 
 def write_store(checkpoint: Checkpoint, keys: Iterable[str], path: Path, dtype: str) -> None:

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import errno
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from ivl_export.errors import BuildError, CheckpointError
+from ivl_export.export.binding import bind, save_graph, unbound
+from ivl_export.export.weights import ALIGNMENT, StoredTensor, StoreWriter, open_store, write_store
+from ivl_export.models.checkpoint import open_checkpoint
+
+TINY = Path(__file__).parent / "goldens" / "tiny"
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
+
+
+def filled(dtype: str, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * 20).to(getattr(torch, dtype))
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    as_bytes = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*as_bytes)
+
+
+shapes = st.lists(st.integers(1, 40), max_size=3).map(tuple)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), shapes), max_size=12), st.randoms(use_true_random=False))
+def test_any_layout_reads_back_with_the_safetensors_library(
+    tmp_path_factory: pytest.TempPathFactory, plan: list[tuple[str, tuple[int, ...]]], random: Any
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "store.safetensors"
+    tensors = {f"t.{i}": filled(dtype, shape, i) for i, (dtype, shape) in enumerate(plan)}
+    listed = [StoredTensor(f"t.{i}", dtype, shape) for i, (dtype, shape) in enumerate(plan)]
+    pieces = {name: list(t.split(7)) if t.dim() else [t] for name, t in tensors.items()}
+    with StoreWriter(path, listed) as store:
+        while left := [name for name, rows in pieces.items() if rows]:
+            name = random.choice(left)
+            store.write(name, pieces[name].pop(0))
+    back = load_file(path)
+    assert set(back) == set(tensors)
+    assert all(same(back[name], tensor) for name, tensor in tensors.items())
+    for name, ref in open_store(path).items():
+        assert ref.offset is not None
+        whole = min(tensors[name].nbytes & -tensors[name].nbytes, ALIGNMENT)
+        assert ref.offset % whole == 0, "as aligned as its size allows"
+        assert path.read_bytes()[ref.offset : ref.offset + ref.nbytes] == (
+            tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+
+
+def test_large_tensors_start_on_pages(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    plan = [StoredTensor("bias", "bfloat16", (3,)), StoredTensor("weight", "bfloat16", (64, 96))]
+    with StoreWriter(path, plan) as store:
+        for t in plan:
+            store.write(t.name, filled(t.dtype, t.shape))
+    refs = open_store(path)
+    assert refs["weight"].offset == ALIGNMENT
+    assert refs["bias"].offset == ALIGNMENT + 64 * 96 * 2
+
+
+def test_nothing_stays_after_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    path.write_bytes(b"before")
+    with pytest.raises(KeyboardInterrupt), StoreWriter(path, [StoredTensor("a", "int8", (4,))]):
+        raise KeyboardInterrupt
+    with pytest.raises(BuildError, match="1 tensors of the weights store are incomplete"):
+        half_written(path)
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def half_written(path: Path) -> None:
+    with StoreWriter(path, [StoredTensor("a", "int8", (4,))]) as store:
+        store.write("a", torch.zeros(3, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(
+    "values", [torch.zeros(5, dtype=torch.int8), torch.zeros(4), torch.zeros(4, dtype=torch.uint8)]
+)
+def test_wrong_values_are_refused(values: torch.Tensor, tmp_path: Path) -> None:
+    path, right = tmp_path / "s.safetensors", torch.ones(4, dtype=torch.int8)
+    with StoreWriter(path, [StoredTensor("a", "int8", (4,))]) as store:
+        with pytest.raises(BuildError, match="wrong values for a"):
+            store.write("a", values)
+        store.write("a", right)
+    assert same(load_file(path)["a"], right)
+
+
+def test_names_are_listed_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="listed twice"):
+        StoreWriter(tmp_path / "s", [StoredTensor("a", "int8", (4,)), StoredTensor("a", "int8", (4,))])
+
+
+class FullDisk(io.FileIO):
+    def write(self, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "open", lambda self, mode: FullDisk(self, "w"))
+    with (
+        pytest.raises(BuildError, match=r"cannot be written\. No space left"),
+        StoreWriter(tmp_path / "s.safetensors", [StoredTensor("a", "int8", (4,))]),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BuildError, match="cannot be written"):
+        write_store(open_checkpoint(TINY), ["logit_scale"], tmp_path / "file" / "s.safetensors", "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_checkpoint_tensors_are_stored_once_in_the_asked_type(dtype: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(TINY)
+    keys = [
+        "text_projection",
+        "logit_scale",
+        "text_projection",
+        "vision_model.embeddings.patch_embedding.weight",
+    ]
+    write_store(checkpoint, keys, tmp_path / "s.safetensors", dtype)
+    back = load_file(tmp_path / "s.safetensors")
+    assert set(back) == set(keys)
+    for key, tensor in back.items():
+        assert same(tensor, checkpoint.load(key, getattr(torch, dtype)))
+
+
+def test_absent_and_overflowing_tensors(tmp_path: Path) -> None:
+    tensors = load_file(TINY / "model.safetensors")
+    tensors["logit_scale"] = torch.tensor(1e6)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((TINY / "config.json").read_bytes())
+    checkpoint, path = open_checkpoint(tmp_path), tmp_path / "s.safetensors"
+    with pytest.raises(CheckpointError, match=r"logit_scale holds values too large for float16\. .*1e\+06"):
+        write_store(checkpoint, ["logit_scale"], path, "float16")
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors\. nothing"):
+        write_store(checkpoint, ["nothing"], path, "float32")
+    assert not path.exists()
+
+
+def graph_of(name: str, shape: tuple[int, ...], dtype: str) -> ir.Model:
+    """One unbound initializer added to itself."""
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType[dtype]))
+    node = ir.node("Add", [value, value], name="add")
+    node.outputs[0].name = "out"
+    node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType[dtype]), ir.Shape(shape)
+    graph = ir.Graph([], node.outputs, nodes=[node], opset_imports={"": 24}, name="small")
+    graph.initializers.add(value)
+    return ir.Model(graph, ir_version=10)
+
+
+def store_of(folder: Path, name: str, dtype: str, shape: tuple[int, ...]) -> Path:
+    path = folder / "weights" / f"{name}.safetensors"
+    with StoreWriter(path, [StoredTensor(name, dtype, shape)]) as store:
+        store.write(name, filled(dtype, shape))
+    return path
+
+
+def test_binding_casts_between_float_types_only(tmp_path: Path) -> None:
+    store = open_store(store_of(tmp_path, "w", "bfloat16", (6,)))
+    model = graph_of("w", (6,), "FLOAT")
+    assert unbound(model) == ["w"]
+    bind(model, store, tmp_path)
+    assert unbound(model) == []
+    save_graph(model, tmp_path / "m.onnx")
+    assert [n.op_type for n in ir.load(tmp_path / "m.onnx").graph] == ["Cast", "Add"]
+
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {})[0], 2 * filled("bfloat16", (6,)).float().numpy())
+
+    with pytest.raises(BuildError, match=r"differ in w\. The graph has INT8"):
+        bind(graph_of("w", (6,), "INT8"), store, tmp_path)
+    with pytest.raises(BuildError, match=r"The graph has FLOAT \[5\], the store BFLOAT16 \[6\]"):
+        bind(graph_of("w", (5,), "FLOAT"), store, tmp_path)
+    with pytest.raises(BuildError, match=r"needs v\. It is not in the weights store"):
+        bind(graph_of("v", (6,), "FLOAT"), store, tmp_path)
+
+
+def test_fp8_and_int8_are_bound_as_they_are(tmp_path: Path) -> None:
+    for dtype, kind in (("int8", "INT8"), ("float8_e4m3fn", "FLOAT8E4M3FN")):
+        model = graph_of(kind, (4,), kind)
+        bind(model, open_store(store_of(tmp_path, kind, dtype, (4,))), tmp_path)
+        tensor = model.graph.initializers[kind].const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        assert tensor.tobytes() == filled(dtype, (4,)).view(torch.uint8).numpy().tobytes()
+        assert str(tensor.location) == f"weights/{kind}.safetensors"
+
+
+def test_a_store_outside_the_folder_is_refused(tmp_path: Path) -> None:
+    store = open_store(store_of(tmp_path, "w", "float32", (2,)))
+    with pytest.raises(BuildError, match="Write the store below the graphs"):
+        bind(graph_of("w", (2,), "FLOAT"), store, tmp_path / "onnx")
+
+
+def test_one_name_in_two_stores(tmp_path: Path) -> None:
+    path = store_of(tmp_path, "w", "float32", (2,))
+    other = path.with_name("other.safetensors")
+    other.write_bytes(path.read_bytes())
+    with pytest.raises(BuildError, match="1 tensors are in two weights stores"):
+        open_store(path, other)
+
+
+def test_unbound_and_invalid_graphs_are_not_saved(tmp_path: Path) -> None:
+    model, path = graph_of("w", (2,), "FLOAT"), tmp_path / "m.onnx"
+    with pytest.raises(BuildError, match=r"1 weights without data\. w"):
+        save_graph(model, path)
+    bind(model, open_store(store_of(tmp_path, "w", "float32", (2,))), tmp_path)
+    model.graph[0].op_type = "Nonsense"
+    with pytest.raises(BuildError, match="not valid ONNX"):
+        save_graph(model, path)
+    assert not list(tmp_path.glob("*.onnx*"))
+    assert not list(tmp_path.glob(".*"))
