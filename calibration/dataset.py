@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..preprocess import Array, ImageSettings, Tokenizer, preprocess_images
+from ..preprocess import CAPTION_PROMPT, Array, ImageSettings, Tokenizer, preprocess_images
 
 if TYPE_CHECKING:
     from ..training.scenes import Scene
@@ -23,9 +23,6 @@ SMALL = 32
 """Fewer samples than this get a notice."""
 
 MAX_FILE_BYTES = 1 << 29
-PROMPTS = {"en": "English caption:", "zh": "中文描述:"}
-"""What the caption decoder is started with, by the language of the caption."""
-
 MAX_STEP = 32
 """Prompt and caption are cut to this many tokens: the longest step that engines are built for by default."""
 
@@ -206,7 +203,7 @@ class CalibrationSet:
 
 def prompt_for(caption: str) -> str:
     """The caption prompt for the language of ``caption`` (Chinese if it has a Han character)."""
-    return PROMPTS["zh" if any("\u4e00" <= c <= "\u9fff" for c in caption) else "en"]
+    return CAPTION_PROMPT["zh" if any("\u4e00" <= c <= "\u9fff" for c in caption) else "en"]
 
 
 def read_bytes(path: Path) -> bytes:

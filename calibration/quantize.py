@@ -8,10 +8,10 @@ the same values.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
+from ..export.weights import StoredTensor
 from .recipe import QUANTISED
 
 if TYPE_CHECKING:
@@ -24,15 +24,6 @@ BASE_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 CHUNK_VALUES = 1 << 22
 """Weights quantised at a time: 16 MiB in fp32, whatever the size of the tensor."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor for the weights store: its name there, dtype (torch's name) and shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def stored_names(layer: str, scheme: str, base: str) -> tuple[str, str, str]:
