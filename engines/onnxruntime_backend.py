@@ -1,10 +1,13 @@
 """ONNX Runtime on the CPU: the backend that runs everywhere.
 
-Session settings follow from the graph. FP8: ONNX Runtime's Q/DQ fusion produces an invalid graph from FP8
-(microsoft/onnxruntime#22269), so ``session.disable_quant_qdq`` is set; products then run in fp32 on values
-rounded to FP8. INT8: x86 processors without VNNI saturate 16-bit sums of int8 products, which
-``session.x64quantprecision`` avoids at half the speed; it is set only where VNNI is absent. And products of
-matrices (not of batches of them) are kept from becoming Gemm, for which there is no such INT8 kernel.
+Settings follow from the graph, each for a fault or a limit of ONNX Runtime 1.31:
+
+* FP8: its Q/DQ fusion makes an invalid graph (microsoft/onnxruntime#22269), so
+  ``session.disable_quant_qdq`` is set; products then run in fp32 on values rounded to FP8. A Relu before an
+  FP8 QuantizeLinear is dropped as if the zero point were unsigned, so that rewrite is off.
+* INT8: x86 processors without VNNI saturate the 16-bit sums of int8 products;
+  ``session.x64quantprecision`` avoids it at half the speed and is set only there. MatMul and Add of plain
+  matrices would become Gemm, for which there is no such INT8 kernel, so that fusion is off.
 """
 
 from __future__ import annotations
@@ -153,7 +156,7 @@ def _session(
             str(path),
             options,
             providers=["CPUExecutionProvider"],
-            disabled_optimizers={"MatMulAddFusion"} if "int8" in graph.element_types else None,
+            disabled_optimizers=_disabled(graph.element_types),
         )
     except Exception as error:  # its exceptions share no base class but this
         message = _first_line(error)
@@ -175,6 +178,12 @@ def _settings(types: frozenset[str]) -> dict[str, str]:
     if "int8" in types and not _exact_int8():
         settings["session.x64quantprecision"] = "1"
     return settings
+
+
+def _disabled(types: frozenset[str]) -> set[str]:
+    return ({"MatMulAddFusion"} if "int8" in types else set()) | (
+        {"ReluQuantRewrite"} if "fp8" in types else set()
+    )
 
 
 def _exact_int8() -> bool:

@@ -20,6 +20,7 @@ class Product:
     ``weight`` is the initializer it multiplies by (empty: both factors are computed), ``k`` and ``n`` the
     weight's in and out features (0: unknown). ``activation`` and ``stored`` are the 8-bit types its factors
     are dequantised from (``fp8``, ``int8``), empty where the graph does not quantise that factor.
+    ``split`` says that the result is cut into pieces at once (a joint q/k/v).
     """
 
     node: str
@@ -28,6 +29,7 @@ class Product:
     n: int = 0
     activation: str = ""
     stored: str = ""
+    split: bool = False
 
     @property
     def scheme(self) -> str:
@@ -49,9 +51,9 @@ def node_name(node: Node) -> str:
 
 def find_products(graph: Graph) -> tuple[Product, ...]:
     """Every MatMul and Gemm, in file order."""
-    producers = graph.producers()
+    producers, users = graph.producers(), _users(graph.nodes)
     return tuple(
-        _product(node, graph, producers)
+        _product(node, graph, producers, users)
         for node in graph.nodes
         if node.op in ("MatMul", "Gemm") and len(node.inputs) >= 2
     )
@@ -74,7 +76,7 @@ def find_attention(graph: Graph) -> tuple[AttentionBlock, ...]:
     return tuple(blocks)
 
 
-def _product(node: Node, graph: Graph, producers: dict[str, Node]) -> Product:
+def _product(node: Node, graph: Graph, producers: dict[str, Node], users: dict[str, list[Node]]) -> Product:
     weight, stored = _source(node.inputs[1], graph, producers)
     _, activation = _source(node.inputs[0], graph, producers)
     if not weight:
@@ -83,7 +85,8 @@ def _product(node: Node, graph: Graph, producers: dict[str, Node]) -> Product:
     k, n = (dims[0], dims[1]) if len(dims) == 2 else (0, 0)
     if _transposed(node, producers):
         k, n = n, k
-    return Product(node_name(node), weight, k, n, activation, stored)
+    cut = any(user.op in ("Split", "Slice", "Gather") for out in node.outputs for user in users.get(out, []))
+    return Product(node_name(node), weight, k, n, activation, stored, cut)
 
 
 def _source(value: str, graph: Graph, producers: dict[str, Node]) -> tuple[str, str]:

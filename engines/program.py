@@ -26,6 +26,7 @@ _START = b"header {\n"
 _TOKEN = re.compile(r'"[^"]*"|[{}=]|[^\s{}="]+')
 _LAYER = re.compile(r"\[ONNX Layer: ([^\]\x1f]*)\]")
 _SHORT = {"fp8_e4m3": "fp8", "half": "fp16", "float": "fp32", "double": "fp64"}
+_NO_KERNELS = frozenset({"shape_call", "signal", "wait"})
 _FUSED_REGION = "runtime-fusion-consts"
 _OPERAND_KEYS = ("input_args", "input")
 _RESULT_KEYS = ("output_args", "output")
@@ -128,7 +129,11 @@ def _kernels(text: str, path: Path) -> tuple[tuple[Kernel, ...], bool]:
         elif section.startswith("shape_"):
             break  # the last section: sizes computed on the host
         else:
-            kernels += [_kernel(op, value, types) for op, value in node.pairs if isinstance(value, _Node)]
+            kernels += [
+                _kernel(op, value, types)
+                for op, value in node.pairs
+                if isinstance(value, _Node) and op not in _NO_KERNELS
+            ]
     return tuple(kernels), fused
 
 

@@ -302,6 +302,8 @@ def _cause(product: Product, precision: str) -> str:
     odd = [f"{name} = {size}" for name, size in (("K", product.k), ("N", product.n)) if size % 16]
     if odd:
         return f"{' and '.join(odd)}: 8-bit kernels want multiples of 16"
+    if product.split:
+        return "its result is split at once, so the builder splits its weight, dequantised first"
     return "the builder chose a 16- or 32-bit kernel for this target"
 
 

@@ -106,7 +106,21 @@ def parse_network(lib: Library, graph: Path) -> Network:
             " ".join(errors) or parsed.reasons(),
             "Leave the named operators out of the graph, or run this component with --backend onnxruntime.",
         )
+    _let_attention_decompose(trt, network)
     return parsed
+
+
+def _let_attention_decompose(trt: Any, network: Any) -> None:
+    """Let attentions without a fused kernel (head size 8, say) be built from plain products.
+
+    Otherwise the builder refuses the whole network. Which ones are fused is in the proof.
+    """
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)  # TensorRT 10.14 and RTX 1.2 on
+    for i in range(network.num_layers if kind is not None else 0):
+        layer = network.get_layer(i)
+        if layer.type == kind:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings hand out the base class
+            layer.attention.decomposable = True
 
 
 def builder_config(

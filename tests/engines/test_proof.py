@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ivl_export.engines.build import build_engine
+from ivl_export.engines.program import read_programs
+from ivl_export.engines.proof import KernelReport, check_promise, proof_from_engine
+from ivl_export.errors import BuildError, IntegrityError, UsageError
+
+
+@pytest.fixture
+def prove(make, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+
+    def run(kind, target="sm89", **options):
+        sample = make(kind, **options)
+        engine = tmp_path / "part.engine"
+        build_engine(sample.path, sample.spec, engine, target=target)
+        return sample, proof_from_engine(engine, sample.path)
+
+    return run
+
+
+@pytest.mark.parametrize(("scheme", "target"), [("fp8", "sm89"), ("fp8", "sm120"), ("int8", "sm80")])
+def test_every_promised_product_runs_in_eight_bits(prove, scheme, target):
+    sample, report = prove("vit", target, dtype="bf16", scheme=scheme)
+    assert report.precisions == {f"{scheme}x{scheme}": 4}
+    assert report.fallbacks == ()
+    assert [g.weight for g in report.gemms] == [f"{g.node}.weight" for g in report.gemms]
+    assert all(g.cause == "" and g.scheme == scheme for g in report.gemms)
+    assert (report.fused_attention, len(report.attention), report.profiles) == (1, 1, 1)
+    assert report.attention[0].types == ("bf16", "bf16", "bf16")
+    check_promise(report, sample.promised)
+    check_promise(report, {f"{name}.weight": s for name, s in sample.promised.items()})
+    assert KernelReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_merged_products_keep_their_names(prove):
+    sample, report = prove("step", dtype="bf16", scheme="fp8")
+    gemms = {g.node: g for g in report.gemms}
+    qkv = ("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj")
+    assert all(gemms[name].merged == qkv for name in qkv)
+    assert gemms["mlp.up_proj"].merged == ("mlp.gate_proj", "mlp.up_proj")
+    assert gemms["mlp.down_proj"].merged == ()
+    assert gemms["lm_head"].precision == "bf16xbf16"
+    assert gemms["lm_head"].cause == "the graph quantises neither factor"
+    assert report.fused_attention == 1
+    check_promise(report, sample.promised)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_bf16_runs_in_bf16(prove, decomposed):
+    _, report = prove("vit", dtype="bf16", decomposed=decomposed)
+    assert report.precisions == {"bf16xbf16": 4}
+    assert report.fused_attention == len(report.attention) == 1
+    check_promise(report, dict.fromkeys(["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], "bf16"))
+
+
+def test_a_broken_promise_names_layer_and_cause(prove):
+    sample, report = prove("vit", dtype="bf16", scheme="fp8", plain=("mlp.fc2",))
+    check_promise(report, sample.promised)
+    with pytest.raises(BuildError) as caught:
+        check_promise(report, {**sample.promised, "mlp.fc2": "fp8"})
+    assert caught.value.why == ("mlp.fc2: promised fp8, runs bf16xbf16 (the graph quantises neither factor).")
+    assert caught.value.exit_code == 6
+    with pytest.raises(BuildError, match=r"attn\.qkv: promised int8, runs fp8xfp8"):
+        check_promise(report, {**sample.promised, "attn.qkv": "int8"})
+    with pytest.raises(BuildError, match=r"absent: promised fp8, the graph has no such"):
+        check_promise(report, {**sample.promised, "absent": "fp8"})
+    with pytest.raises(BuildError, match=r"attn\.proj: runs fp8xfp8, which nothing promised"):
+        check_promise(report, {k: v for k, v in sample.promised.items() if k != "attn.proj"})
+    with pytest.raises(UsageError, match="Unknown scheme 'int3'"):
+        check_promise(report, {"attn.qkv": "int3"})
+
+
+def test_an_engine_of_another_graph_is_found_out(make, tmp_path):
+    """The promise is held against the engine, not the graph: a bf16 engine of the same layers fails."""
+    pytest.importorskip("tensorrt_rtx")
+    plain, promised = make("vit", dtype="bf16"), make("vit", dtype="bf16", scheme="fp8")
+    engine = tmp_path / "part.engine"
+    build_engine(plain.path, plain.spec, engine)
+    report = proof_from_engine(engine, promised.path)
+    assert [g.node for g in report.fallbacks] == list(promised.promised)
+    with pytest.raises(BuildError, match=r"4 of 4 promised .* \(the builder chose a 16- or 32-bit kernel"):
+        check_promise(report, promised.promised)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+def test_a_real_fallback_fails_the_promise(prove, scheme):
+    """Without norms behind q and k, TensorRT-RTX 1.7 cuts the joint q/k/v weight and leaves 8 bits."""
+    sample, report = prove("vit", dtype="bf16", scheme=scheme, qk_norm=False)
+    assert [(g.node, g.precision) for g in report.fallbacks] == [("attn.qkv", "bf16xbf16")]
+    with pytest.raises(BuildError, match=r"attn\.qkv: .* \(its result is split at once"):
+        check_promise(report, sample.promised)
+
+
+def test_an_attention_without_a_kernel_is_built_and_reported_unfused(prove):
+    _, report = prove("vit", dtype="bf16", width=32, heads=4, decomposed=True)
+    assert [(a.nodes, a.fused) for a in report.attention] == [(("qk", "softmax", "pv"), False)]
+    _, report = prove("vit", dtype="bf16", width=32, heads=4)
+    assert len(report.attention) == 1
+
+
+def test_profiles_are_reported_together(make, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    from ivl_export.engines.build import BuildOptions
+
+    sample, engine = make("mlp", dtype="bf16", scheme="int8"), tmp_path / "part.engine"
+    options = BuildOptions(profiles=({}, {"batch": (1, 1, 1)}))
+    build_engine(sample.path, sample.spec, engine, options=options)
+    report = proof_from_engine(engine, sample.path)
+    assert report.profiles == 2
+    check_promise(report, sample.promised)
+
+
+def test_files_that_are_no_engine_are_refused(make, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    sample, engine = make("mlp", dtype="bf16"), tmp_path / "part.engine"
+    build_engine(sample.path, sample.spec, engine)
+    whole = engine.read_bytes()
+    start = whole.index(b"header {\n")
+    cases = {
+        "empty": b"",
+        "graph": sample.path.read_bytes(),
+        "headless": whole[:start] + whole[-1000:],
+        "cut": whole[: start + 5000],
+        "unbalanced": whole[: whole.index(b"descriptors {\n") + 200] + b"\0",
+        "deep": b"vtrt" + b"header {\n\ndescriptors {\n" + b"a={ " * 1000 + b"\0",
+    }
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(IntegrityError):
+            read_programs(tmp_path / name)
+    with pytest.raises(IntegrityError):
+        read_programs(tmp_path / "absent")
