@@ -1,1 +1,1 @@
-"""Calibration sets, precision recipes, activation ranges, Q/DQ graphs, 8-bit weights and accuracy receipts."""
+"""Calibration sets, precision recipes, activation ranges, Q/DQ graphs, 8-bit weights, accuracy."""
