@@ -11,8 +11,9 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import CapabilityError, UsageError
 from ..specs import ComponentSpec
+from .trt import BUILDERS
 
 Array = np.ndarray[Any, Any]
 
@@ -87,9 +88,15 @@ def open_engine(backend: str, spec: ComponentSpec, path: Path, **options: Any) -
 
     Raises:
         UsageError: an unknown backend; the known ones are listed with the line that installs them.
-        CapabilityError: the backend's library is not installed.
+        CapabilityError: the backend's library is not installed, or engines of that kind are only built.
         IntegrityError: the file is missing or damaged.
     """
+    if backend in BUILDERS:
+        raise CapabilityError(
+            f"This release builds {backend} engines and does not run them.",
+            f"{path} is such an engine.",
+            "Give --backend onnxruntime, or load the file with the TensorRT release that built it.",
+        )
     if backend not in BACKENDS:
         known = "; ".join(f"{b.name} ({b.install})" for b in BACKENDS.values())
         raise UsageError(f"Unknown backend {backend!r}.", f"Known: {known}.", "Name one of these.")

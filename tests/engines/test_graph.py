@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import onnx
 import pytest
 
@@ -64,3 +66,18 @@ def test_broken_files_are_refused(make, tmp_path):
             read_graph(tmp_path / name)
     with pytest.raises(IntegrityError, match="no ONNX graph"):
         read_graph(tmp_path / "absent")
+
+
+def test_damaged_bytes_never_do_worse_than_refuse(make, tmp_path):
+    whole, random_ = make("vit", dtype="bf16", scheme="fp8").path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(random_.choice([1, 3, 20])):
+            data[random_.randrange(len(data))] = random_.randrange(256)
+        (tmp_path / "damaged").write_bytes(data)
+        try:
+            find_attention(read_graph(tmp_path / "damaged"))
+        except IntegrityError:
+            refused += 1
+    assert 20 < refused <= 200
