@@ -43,6 +43,12 @@ def profile(
 ) -> None:
     """Time a bundle's components and chained calls here; count FLOPs and bytes from its graphs."""
     batches = None if batch is None else _batches(batch)
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise UsageError(
+            f"--out {out} is no file that can be written.",
+            "It is a folder, or its folder does not exist.",
+            "Name a file in a folder that is there.",
+        )
     from ..profiles import report
     from ..profiles.measure import StopRule
 

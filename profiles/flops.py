@@ -144,7 +144,13 @@ def _resolved(path: Path, spec: ComponentSpec, sizes: Mapping[str, int]) -> Any:
     except Exception as error:  # protobuf's and the file system's
         raise IntegrityError(f"{path} is no ONNX graph.", str(error), "Rebuild the bundle.") from error
     graph = model.graph
-    del graph.value_info[:]  # symbolic sizes, to be inferred anew
+    # What the exporter noted for inner values helps where inference gives up (the length of a Range).
+    for value in graph.value_info:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
+            elif dim.HasField("dim_param"):
+                dim.ClearField("dim_param")
     shapes = {t.name: t.shape for t in spec.inputs}
     for value in graph.input:
         wanted = shapes.get(value.name, ())
