@@ -29,7 +29,7 @@ class StopRule:
         window_calls: least calls of a window.
         window_share: least length of a window, as a share of ``seconds`` (or ``max_window_calls`` calls).
         max_window_calls: most calls of a window.
-        min_samples: least calls before agreement counts, so that p99 means something.
+        min_samples: least calls in the windows that agree, so that p99 means something.
         max_samples: most calls kept.
         warmup_calls, warmup_share: calls made before, fewer once that share of ``seconds`` has passed.
     """
@@ -136,6 +136,7 @@ def measure(
     samples: list[int] = []
     sizes: list[int] = []
     medians: list[float] = []
+    steady = 0
     start = clock()
     limit = start + round(rule.seconds * 1e9)
     ended: Ended | None = None
@@ -145,9 +146,9 @@ def measure(
         medians.append(float(np.median(samples[-sizes[-1] :])))
         # A window that a limit cut off takes no part in the verdict.
         agree = len(medians) >= rule.windows and _agree(medians[-rule.windows :], rule.tolerance)
-        if ended is None and agree and len(samples) >= rule.min_samples:
+        steady = _steady_from(medians, sizes, rule) if ended is None and agree else 0
+        if ended is None and agree and len(samples) - steady >= rule.min_samples:
             ended = "stable"
-    steady = _steady_from(medians, sizes, rule) if ended == "stable" else 0
     return Measurement(tuple(samples), tuple(sizes), steady, ended, warmup)
 
 
