@@ -1,0 +1,83 @@
+"""The proof on what the exporter and the Q/DQ writer really produce."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ivl_export.engines.build import build_engine
+from ivl_export.engines.proof import check_promise, proof_from_engine, proof_from_onnxruntime
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """One ViT layer without QK-norm, one QLLaMA layer, random weights, in the published layout."""
+    import torch
+    from safetensors.torch import save_file
+
+    from ivl_export.models.checkpoint import open_checkpoint
+    from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
+    from ivl_export.models.internvl import InternVL
+
+    vision = VisionConfig(64, 1, 2, 128, image_size=28, patch_size=14, qk_normalization=False)
+    qllama = QLlamaConfig(64, 1, 2, 128, vocab_size=64)
+    config = InternVLConfig(vision, qllama, clip_embed_dim=32, attn_pool_num_heads=2, num_query_token=4)
+    torch.manual_seed(0)
+    state = {name: value.contiguous() for name, value in InternVL(config).state_dict().items()}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_published()))
+    save_file(state, folder / "model.safetensors")
+    return open_checkpoint(folder)
+
+
+def export(checkpoint, folder, scheme, compute, style):
+    """The quantised vision graph and its promise."""
+    from ivl_export.calibration.qdq import write_qdq
+    from ivl_export.calibration.quantize import quantise, stored_names
+    from ivl_export.export.binding import bind, save_graph
+    from ivl_export.export.trace import export_component
+    from ivl_export.export.weights import StoredTensor, StoreWriter, open_store
+
+    model = export_component("vision", checkpoint, compute)
+    weights = {}
+    for name in list(model.graph.initializers):
+        if name in checkpoint.tensors:
+            weights[name] = checkpoint.load(name)
+    layers = [name.removesuffix(".weight") for name in weights if name.endswith(("qkv.weight", "fc1.weight"))]
+    promised = write_qdq(
+        model, dict.fromkeys(layers, scheme), dict.fromkeys(layers, 4.0), compute=compute, style=style
+    )
+    for layer in layers:
+        values, scale = quantise(weights.pop(f"{layer}.weight"), scheme)
+        parts = (values, scale.flatten().bfloat16(), scale.flatten())
+        weights.update(zip(stored_names(layer, scheme, "bf16"), parts, strict=True))
+    folder.mkdir()
+    entries = [
+        StoredTensor(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in weights.items()
+    ]
+    with StoreWriter(folder / "store.safetensors", entries) as store:
+        for name, tensor in weights.items():
+            store.write(name, tensor)
+    bind(model, open_store(folder / "store.safetensors"), folder)
+    save_graph(model, folder / "vision.onnx")
+    return folder / "vision.onnx", promised
+
+
+def test_quantised_exports_keep_their_promise(checkpoint, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    from ivl_export.export.components import component_spec
+
+    spec = component_spec("vision", checkpoint.config)
+    names = {"vision_model.encoder.layers.0.attn.qkv", "vision_model.encoder.layers.0.mlp.fc1"}
+    for scheme in ("fp8", "int8"):
+        graph, promised = export(checkpoint, tmp_path / scheme, scheme, "bfloat16", "tensorrt")
+        assert set(promised) == names
+        build_engine(graph, spec, tmp_path / f"{scheme}.engine")
+        report = proof_from_engine(tmp_path / f"{scheme}.engine", graph)
+        check_promise(report, promised)
+        assert report.precisions[f"{scheme}x{scheme}"] == 2
+        assert len(report.attention) == 2  # the block's and the pooling head's
+    graph, promised = export(checkpoint, tmp_path / "cpu", "int8", "float32", "onnxruntime")
+    check_promise(proof_from_onnxruntime(graph), promised)
