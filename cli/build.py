@@ -47,14 +47,13 @@ def build(
     from ..pipeline.build import build as run_build
     from ..pipeline.build import preview
     from ..pipeline.report import describe
-    from ..pipeline.request import Job, Request, nano_folder
+    from ..pipeline.request import Job, Request
     from .progress import Bars
 
     with Bars() as bars:
-        name = (model or nano_folder()).resolve().name.removesuffix(".pth")
+        name = "internvl-nano" if model is None else model.resolve().name.removesuffix(".pth")
         request = Request(
-            out=out
-            or Path("bundles") / f"{'internvl-' if model is None else ''}{name}-{Path(precision).stem}",
+            out=out or Path("bundles") / f"{name}-{Path(precision).stem}",
             model=model,
             precision=precision,
             calib=calib,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .grammar import Language, caption
-from .scenes import SIZE, Image8, Scene, Split, render, sample_scene
+from .scenes import SIZE, Image8, Scene, Split, near_copy, render, sample_scene
 
 # Keeps the random streams of the splits apart, whatever their seeds are.
 _STREAM: dict[Split, int] = {"train": 0x7A1, "heldout": 0xE7A}
@@ -25,9 +25,11 @@ class Batch:
 
 
 def batch_scenes(
-    seed: int, index: int, split: Split, batch: int, lang_mix: float = 0.25
+    seed: int, index: int, split: Split, batch: int, lang_mix: float = 0.25, near: float = 0.0
 ) -> tuple[list[Scene], list[Language]]:
     """Scenes and caption languages of batch ``index``; a share of ``lang_mix`` is Chinese.
+
+    A share of ``near`` are near copies of the scene before them (:func:`.scenes.near_copy`).
 
     No two scenes of a batch mean the same (unless 32 draws find nothing new): equal captions would be false
     negatives of the contrastive loss.
@@ -36,8 +38,9 @@ def batch_scenes(
     scenes: list[Scene] = []
     seen = set()
     for _ in range(batch):
+        copy = bool(scenes) and near > 0 and rng.random() < near
         for _ in range(32):
-            scene = sample_scene(rng, split)
+            scene = near_copy(rng, scenes[-1]) if copy else sample_scene(rng, split)
             if scene.meaning not in seen:
                 break
         seen.add(scene.meaning)
@@ -47,10 +50,16 @@ def batch_scenes(
 
 
 def make_batch(
-    seed: int, index: int, split: Split, batch: int, lang_mix: float = 0.25, size: int = SIZE
+    seed: int,
+    index: int,
+    split: Split,
+    batch: int,
+    lang_mix: float = 0.25,
+    size: int = SIZE,
+    near: float = 0.0,
 ) -> Batch:
     """Batch ``index``, rendered."""
-    scenes, languages = batch_scenes(seed, index, split, batch, lang_mix)
+    scenes, languages = batch_scenes(seed, index, split, batch, lang_mix, near)
     images = np.stack([render(scene, size) for scene in scenes])
     captions = [caption(scene, lang) for scene, lang in zip(scenes, languages, strict=True)]
     return Batch(images, captions, languages, scenes)

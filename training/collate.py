@@ -48,7 +48,9 @@ class SceneBatches(Dataset[Drawn]):
         return self.stage.steps
 
     def __getitem__(self, index: int) -> Drawn:
-        drawn = make_batch(self.seed, index, "train", self.stage.batch, self.chinese, self.size)
+        drawn = make_batch(
+            self.seed, index, "train", self.stage.batch, self.chinese, self.size, self.stage.near
+        )
         return collate(drawn.images, drawn.captions, list(drawn.languages), Tokenizer(self.tokenizer))
 
 

@@ -19,6 +19,7 @@ class Stage:
         batch: images a step.
         lr: peak learning rate; linear warm-up, then a cosine to zero.
         warmup: steps of warm-up.
+        near: share of a batch that differs from its neighbour in one word (hard negatives).
         trainable: name patterns of the parameters that learn; the others are frozen.
     """
 
@@ -28,6 +29,7 @@ class Stage:
     batch: int
     lr: float
     warmup: int
+    near: float = 0.5
     trainable: tuple[str, ...] = ("*",)
 
 
@@ -73,8 +75,8 @@ NANO = Preset(
     name="nano",
     model=_NANO,
     stages=(
-        Stage("stage1", "contrastive", steps=600, batch=128, lr=1.5e-3, warmup=60),
-        Stage("stage2", "generative", steps=1200, batch=96, lr=1.2e-3, warmup=60),
+        Stage("stage1", "contrastive", steps=700, batch=64, lr=1.2e-3, warmup=80),
+        Stage("stage2", "generative", steps=2600, batch=64, lr=1.2e-3, warmup=80),
     ),
 )
 

@@ -37,7 +37,8 @@ def publish(model: InternVL, preset: Preset, tokenizer: bytes, run: Run, folder:
     settings.save(folder / "preprocessor_config.json")
     parameters = sum(p.numel() for p in model.parameters())
     (folder / "README.md").write_text(model_card(preset, run, parameters), encoding="utf-8")
-    (folder / "accuracy.json").write_text(json.dumps(run.accuracy, indent=1) + "\n")
+    evaluation = {"tasks": "scenes", "accuracy": run.accuracy}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
 
 
 def model_card(preset: Preset, run: Run, parameters: int) -> str:

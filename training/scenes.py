@@ -8,12 +8,14 @@ the scene. Some (shape, colour) combinations never occur in the ``train`` split:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+Value = TypeVar("Value")
 Split = Literal["train", "heldout"]
 Kind = Literal["single", "group", "pair"]
 Image8 = np.ndarray[Any, np.dtype[np.uint8]]
@@ -46,7 +48,7 @@ TRAIN_COMBINATIONS: tuple[tuple[str, str], ...] = tuple(c for c in ALL_COMBINATI
 _NOVEL_SHARE = 0.3
 # Radius in pixels of a 112 px image; a shape's circumscribed circle is that times its factor, which
 # evens out the areas so that "small" and "large" look alike for all shapes.
-_RADIUS = {"small": (11.0, 13.0), "large": (18.5, 21.0)}
+_RADIUS = {"small": (13.5, 15.0), "large": (20.5, 22.5)}
 _REACH = {"circle": 1.0, "square": 1.12, "triangle": 1.18, "star": 1.2, "cross": 1.12, "ring": 1.02}
 _GAP = 3.0
 _TRIES = 48
@@ -149,6 +151,38 @@ def sample_scene(rng: np.random.Generator, split: Split, kind: Kind | None = Non
     return Scene(objects, relation, background, int(rng.integers(2**62)))
 
 
+def near_copy(rng: np.random.Generator, scene: Scene) -> Scene:
+    """A training scene that differs from ``scene`` in one word of its caption, drawn elsewhere anew.
+
+    Contrasting such pairs teaches the details that tell them apart: shapes and relations above all.
+    """
+    objects, relation = list(scene.objects), scene.relation
+    which = int(rng.integers(len(objects)))
+    obj = objects[which]
+    u = rng.random()
+    if relation is not None and u < 0.3:
+        relation = _other(rng, RELATIONS, relation)
+    elif u < 0.65:
+        objects[which] = replace(obj, shape=_other(rng, SHAPES, obj.shape))
+    elif u < 0.8:
+        objects[which] = replace(obj, size=_other(rng, SIZES, obj.size))
+    elif relation is None:
+        objects[which] = replace(obj, count=_other(rng, range(1, MAX_COUNT + 1), obj.count))
+    else:
+        objects[which] = replace(obj, color=_other(rng, tuple(COLORS), obj.color))
+    if any((o.shape, o.color) in HELD_OUT for o in objects):
+        return scene
+    objects.sort(key=lambda o: o.order)
+    if len(objects) == 2 and objects[0].order[:2] == objects[1].order[:2]:
+        return scene
+    return Scene(tuple(objects), relation, scene.background, int(rng.integers(2**62)))
+
+
+def _other(rng: np.random.Generator, values: Sequence[Value], value: Value) -> Value:
+    rest = [v for v in values if v != value]
+    return rest[int(rng.integers(len(rest)))]
+
+
 def _sample_object(rng: np.random.Generator, pool: tuple[tuple[str, str], ...]) -> Obj:
     shape, color = pool[int(rng.integers(len(pool)))]
     return Obj(shape, color, SIZES[int(rng.integers(len(SIZES)))])
@@ -171,7 +205,7 @@ def _layout(scene: Scene, rng: np.random.Generator) -> tuple[Placement, ...]:
     points = _place(rng, radii, scene.relation)
     placed = []
     for obj, radius, (x, y) in zip(flat, radii, points, strict=True):
-        angle = math.radians(15.0) * (2.0 * rng.random() - 1.0)
+        angle = math.radians(8.0) * (2.0 * rng.random() - 1.0)
         r, g, b = (
             min(255, max(0, c + d))
             for c, d in zip(COLORS[obj.color], rng.integers(-_JITTER, _JITTER + 1, 3).tolist(), strict=True)
@@ -278,7 +312,7 @@ def _background(rng: np.random.Generator, kind: str, size: int) -> Image8:
     """A greyish texture [size, size, 3]: mid brightness and low saturation, so that no object hides in it."""
     texture: np.ndarray[Any, Any]
     base = 128.0 + 44.0 * (rng.random() - 0.5) + 24.0 * (rng.random(3) - 0.5)
-    swing = 8.0 + 14.0 * rng.random()
+    swing = 5.0 + 9.0 * rng.random()
     x = (np.arange(size, dtype=np.float32) - size / 2) / size
     angle = 2.0 * math.pi * rng.random()
     ramp = math.cos(angle) * x[None, :] + math.sin(angle) * x[:, None]

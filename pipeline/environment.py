@@ -1,0 +1,49 @@
+"""What a build's result depends on besides its inputs: library versions and our own code."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from .. import __version__
+
+TOOLS = (
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt-rtx",
+    "tensorrt",
+    "numpy",
+    "pillow",
+)
+CODE = ("models", "training", "export", "calibration", "engines", "runtime", "pipeline")
+
+
+@cache
+def tool_versions() -> dict[str, str]:
+    """Installed versions of :data:`TOOLS` and of this package; what is not installed is left out."""
+    installed = {name: version for name in TOOLS if (version := _version(name)) is not None}
+    return {"ivl-export": __version__, **installed}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def code_digest() -> str:
+    """Hash of this package's source files: a changed line makes old steps stale."""
+    root = Path(__file__).parent.parent
+    files = [*root.glob("*.py"), *(p for folder in CODE for p in (root / folder).glob("*.py"))]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()

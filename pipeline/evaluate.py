@@ -1,0 +1,153 @@
+"""Accuracy steps: components against fp32, and the tasks of a model that has an evaluation set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..calibration.accuracy import Receipt, component_accuracy
+from ..calibration.chain import reference_modules, torch_runner
+from ..engines.protocol import open_engine
+from ..manifest import Manifest
+from ..preprocess import CAPTION_PROMPT, Array, preprocess_images
+from .environment import code_digest, tool_versions
+from .request import ORT, Job
+
+if TYPE_CHECKING:
+    from ..runtime import InternVL
+    from ..training.grammar import Language
+
+SIZES = {"n_classify": 600, "n_retrieve": 200, "n_galleries": 3, "n_caption": 300, "n_caption_zh": 60}
+HEADLINES = {
+    "C classify": ("InternVL-C", "classify"),
+    "C text to image R@1": ("InternVL-C", "text_to_image"),
+    "G classify": ("InternVL-G", "classify"),
+    "G text to image R@1": ("InternVL-G", "text_to_image"),
+    "caption exact": ("caption", "en"),
+}
+"""The figures that budgets are held to, and where :func:`..training.tasks.evaluate` puts them."""
+
+
+def component_receipt(job: Job, graphs: Mapping[str, Path], progress: Callable[[int], None]) -> Receipt:
+    """Cosine and SQNR of every component's fp32-computing graph in ONNX Runtime against fp32 torch."""
+    modules, specs = reference_modules(job.checkpoint, job.components)
+    reference = {name: torch_runner(module, specs[name]) for name, module in modules.items()}
+    engines = {name: open_engine(ORT, specs[name], path) for name, path in graphs.items()}
+    candidate = {name: engine.run for name, engine in engines.items()}
+
+    def batches() -> Any:
+        for done, batch in enumerate(job.held_out.batches(job.settings, job.tokenizer), 1):
+            yield batch
+            progress(done)
+
+    try:
+        forced, chained = component_accuracy(reference, candidate, batches())
+    finally:
+        for engine in engines.values():
+            engine.close()
+    held_out = job.held_out is not job.calibration
+    return Receipt(job.recipe.name, ORT, job.held_out.hash, len(job.held_out), held_out, forced, chained)
+
+
+class EngineModel:
+    """A bundle's engines as the evaluation tasks know a model.
+
+    The tasks ask about the same images once a mode; the last embeddings are kept so that each image runs
+    through the engines once.
+    """
+
+    def __init__(self, model: InternVL) -> None:
+        self.model = model
+        self._seen: dict[bytes, tuple[Array, Array]] = {}
+
+    def encode_image(self, images: Array, mode: str) -> Array:
+        """Embeddings [B, E]."""
+        key = hashlib.sha256(images.tobytes()).digest()
+        if key not in self._seen:
+            pixels = preprocess_images(list(images), self.model.image_settings)
+            out = self.model.components.run("vision", {"pixel_values": pixels}, ["image_embed", "tokens"])
+            query = self.model.components.run("qllama_query", {"tokens": out["tokens"]}, ["query_embed"])
+            embed = out["image_embed"]
+            self._seen[key] = embed, _l2(embed) + _l2(query["query_embed"])
+        return self._seen[key][mode == "InternVL-G"]
+
+    def encode_text(self, texts: Sequence[str]) -> Array:
+        """Embeddings [B, E]."""
+        return self.model.encode_text(texts)
+
+    def caption(self, images: Array, lang: Language) -> list[str]:
+        """Greedy captions."""
+        return self.model.caption(list(images), CAPTION_PROMPT[lang])
+
+
+def evaluate_torch(job: Job, dtype: str) -> dict[str, Any]:
+    """Task scores of the PyTorch model in ``dtype`` (``float32``, ``bfloat16``)."""
+    import torch
+
+    from ..models.load import load_model
+    from ..training import tasks
+    from ..training.evaluate import TorchModel
+
+    model = load_model(job.checkpoint, getattr(torch, dtype))
+    return tasks.evaluate(TorchModel(model, job.tokenizer, job.settings), **cast(Any, SIZES))
+
+
+def evaluate_engines(root: Path, manifest: Manifest) -> dict[str, Any]:
+    """Task scores of the graphs below ``root``, through the runtime and ONNX Runtime."""
+    from ..runtime import InternVL
+    from ..runtime.components import Components
+    from ..training import tasks
+
+    bundle = Bundle(root, manifest)
+    with InternVL(bundle, Components(bundle, ORT)) as model:
+        return tasks.evaluate(EngineModel(model), **cast(Any, SIZES))
+
+
+def headlines(scores: Mapping[str, Any]) -> dict[str, float]:
+    """The accuracies (0..1) that budgets are held to."""
+    return {name: scores[group][task]["accuracy"] for name, (group, task) in HEADLINES.items()}
+
+
+def cached(content: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A result that follows from ``content`` alone, kept for later builds of other bundles.
+
+    The cache is ``$IVL_EXPORT_CACHE`` or ``ivl-export`` in the user's cache folder; without a folder to
+    write to there is none.
+    """
+    parts = [content, SIZES, tool_versions(), code_digest()]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    path = cache_folder() / "evaluations" / f"{digest}.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError):
+        pass  # not there yet, or half a file of a full disk: made again below
+    result = compute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump(result, file)
+        Path(file.name).replace(path)
+    except OSError:
+        pass  # a cache that cannot be written costs time, not correctness
+    return result
+
+
+def cache_folder() -> Path:
+    """Where results that several builds share are kept."""
+    if own := os.environ.get("IVL_EXPORT_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl-export"
+
+
+def _l2(x: Array) -> Array:
+    out: Array = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    return out

@@ -1,0 +1,123 @@
+"""Steps that write the weights store and the graphs of every component."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..calibration.qdq import Style, write_qdq
+from ..calibration.quantize import quantise_layer, stored_tensors
+from ..calibration.recipe import Plan, Recipe
+from ..calibration.scales import Scales
+from ..export.binding import bind, save_graph
+from ..export.components import component_module
+from ..export.trace import export_component
+from ..export.weights import StoreWriter, open_store, write_store
+from ..models.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+GRAPHS = Path("onnx")
+BASE_STORE = GRAPHS / "weights" / "base.safetensors"
+LOW_STORE = GRAPHS / "weights" / "quantised.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What graphs are made from.
+
+    Args:
+        checkpoint: the weights.
+        recipe: gives the base type.
+        plan: scheme of every linear layer.
+        scales: activation ranges; None where nothing is quantised.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    plan: Plan
+    scales: Scales | None
+
+    def variants(self) -> tuple[tuple[str, Style], ...]:
+        """Compute type and runtime of the graphs of a component."""
+        return (("fp32", "onnxruntime"), (self.recipe.base, "tensorrt"))
+
+
+def graph_path(component: str, compute: str) -> Path:
+    """Where the graph that computes in ``compute`` lies in a bundle."""
+    return GRAPHS / f"{component}.{compute}.onnx"
+
+
+def component_weights(source: Source, components: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(keys kept in the base type, quantised layers) that ``components`` need, each once and in order."""
+    import torch
+
+    keys: dict[str, None] = {}
+    for component in components:
+        with torch.device("meta"):
+            module = component_module(component, source.checkpoint.config, source.checkpoint.contrastive_only)
+        keys.update(dict.fromkeys(module.state_dict()))
+    quantised = [name for name in source.plan.quantised if f"{name}.weight" in keys]
+    low = {f"{name}.weight" for name in quantised}
+    return [key for key in keys if key not in low], quantised
+
+
+def write_base_store(source: Source, keys: Sequence[str], root: Path) -> list[str]:
+    """The tensors that stay in the base type; returns the files written, relative to ``root``."""
+    (root / BASE_STORE).parent.mkdir(parents=True, exist_ok=True)
+    write_store(source.checkpoint, keys, root / BASE_STORE, DTYPES[source.recipe.base])
+    return [BASE_STORE.as_posix()]
+
+
+def write_quantised_store(
+    source: Source, layers: Sequence[str], root: Path, progress: Callable[[int], None] = lambda done: None
+) -> list[str]:
+    """FP8 / INT8 values and scales of ``layers``, one block of rows in memory at a time."""
+    base, tensors = source.recipe.base, source.checkpoint.tensors
+    layout = [
+        stored
+        for name in layers
+        for stored in stored_tensors(name, source.plan.schemes[name], base, _shape(tensors, name))
+    ]
+    (root / LOW_STORE).parent.mkdir(parents=True, exist_ok=True)
+
+    def read(name: str) -> torch.Tensor:
+        return source.checkpoint.load(name)
+
+    with StoreWriter(root / LOW_STORE, layout) as store:
+        for done, name in enumerate(layers, 1):
+            quantise_layer(read, store.write, name, source.plan.schemes[name], base)
+            progress(done)
+    return [LOW_STORE.as_posix()]
+
+
+def write_graph(source: Source, component: str, root: Path, compute: str, style: Style) -> dict[str, str]:
+    """Trace ``component``, quantise the graph, bind it to the stores below ``root`` and save it.
+
+    Returns:
+        Node name -> scheme of the quantised GEMMs: what engines must keep.
+    """
+    model = export_component(component, source.checkpoint, DTYPES[compute])
+    promised: dict[str, str] = {}
+    if source.scales is not None:
+        promised = write_qdq(
+            model,
+            source.plan.quantised,
+            source.scales.amax[component],
+            compute=DTYPES[compute],
+            base=source.recipe.base,
+            style=style,
+        )
+    stores = [root / path for path in (BASE_STORE, LOW_STORE) if (root / path).is_file()]
+    bind(model, open_store(*stores), root / GRAPHS)
+    save_graph(model, root / graph_path(component, compute))
+    return promised
+
+
+def _shape(tensors: dict[str, Any], layer: str) -> tuple[int, int]:
+    out_features, in_features = tensors[f"{layer}.weight"].shape
+    return out_features, in_features

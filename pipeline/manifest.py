@@ -1,0 +1,58 @@
+"""The manifest of a build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..export.components import component_spec
+from ..manifest import Calibration, Component, EngineFile, Manifest, Model
+from .environment import tool_versions
+from .graphs import DTYPES, graph_path
+from .request import ORT, RTX, Job
+from .workspace import Record
+
+
+def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]) -> Manifest:
+    """What the bundle of ``job`` says about itself, without the hashes of its files."""
+    checkpoint = job.checkpoint
+    computes = dict.fromkeys(("fp32", job.recipe.base))
+    components = {
+        name: Component(
+            component_spec(name, checkpoint.config), {c: graph_path(name, c).as_posix() for c in computes}
+        )
+        for name in job.components
+    }
+    engines = [EngineFile(c, ORT, "cpu", graph_path(c, "fp32").as_posix(), "") for c in job.components]
+    for record in records.values():
+        if record.data.get("backend") == RTX:
+            data, (file, *_) = record.data, record.files
+            engines.append(EngineFile(data["component"], RTX, data["target"], file, data["release"]))
+    calibration = None
+    if job.recipe.quantises:
+        chosen = job.calibration
+        calibration = Calibration(chosen.hash, len(chosen), len(chosen.skipped), chosen.synthetic)
+    return Manifest(
+        model=Model(
+            name=job.folder.resolve().name,
+            source=str(job.request.model or "internvl-nano (shipped)"),
+            revision={"checkpoint": checkpoint.revision},
+            config=checkpoint.config.to_published(),
+            logit_scale=float(checkpoint.load("logit_scale").float()),
+            parameters=sum(ref.nbytes // _item(ref.dtype) for ref in checkpoint.tensors.values()),
+        ),
+        precision=job.recipe.name,
+        compute_dtype=DTYPES[job.recipe.base],
+        recipe=job.recipe.to_json(),
+        calibration=calibration,
+        components=components,
+        engines=tuple(engines),
+        tools=tool_versions(),
+        receipts=tuple(receipts),
+        steps={name: record.digest for name, record in records.items()},
+    )
+
+
+def _item(dtype: str) -> int:
+    from ..models.storage import ITEM_BYTES
+
+    return ITEM_BYTES[dtype]

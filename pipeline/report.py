@@ -1,0 +1,61 @@
+"""The report of a finished build as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .build import Result
+from .evaluate import headlines
+
+
+def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, kernels and steps of ``result``, read from the bundle's receipts."""
+    bundle, manifest = result.bundle, result.bundle.manifest
+    kernels = bundle.receipt("kernels")
+    tasks: dict[str, Any] = {}
+    if "tasks" in manifest.receipts:
+        scores = bundle.receipt("tasks")["scores"]
+        tasks = {precision: headlines(found) for precision, found in scores.items()}
+    return {
+        "bundle": str(bundle.root),
+        "precision": manifest.precision,
+        "bytes": sum(f.size for f in manifest.files.values()),
+        "files": len(manifest.files),
+        "notices": list(notices),
+        "over_budget": result.over_budget,
+        "components": bundle.receipt("accuracy")["chained"],
+        "tasks": tasks,
+        "kernels": {
+            engine: {name: _summary(proof) for name, proof in found.items()}
+            for engine, found in kernels.items()
+        },
+        "fallback_causes": _causes(kernels),
+        "steps": [
+            {"step": name, "seconds": round(record.seconds, 2), "reused": name not in result.ran}
+            for name, record in result.records.items()
+        ],
+    }
+
+
+def _summary(proof: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "promised": len(proof["promised"]),
+        "precisions": proof["precisions"],
+        "fused_attention": proof["fused_attention"],
+        "attention": len(proof["attention"]),
+        "fallbacks": len(proof["fallbacks"]),
+        "kernels": proof["kernels"],
+    }
+
+
+def _causes(kernels: dict[str, Any]) -> list[str]:
+    """Why quantised products do not run in 8 bits, each cause once for an engine."""
+    found: dict[str, None] = {}
+    for engine, components in kernels.items():
+        for component, proof in components.items():
+            fallbacks = set(proof["fallbacks"])
+            for gemm in proof["gemms"]:
+                if gemm["node"] in fallbacks:
+                    found[f"{engine}, {component}: {gemm['cause'] or 'unknown cause'}"] = None
+    return list(found)

@@ -1,0 +1,189 @@
+"""What is asked of a build, checked before anything runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..calibration.dataset import CalibrationSet
+from ..calibration.recipe import Plan, Recipe, load_recipe, plan
+from ..calibration.sources import open_calibration, scenes_calibration
+from ..engines.targets import check_types, parse_targets
+from ..errors import CapabilityError, CheckpointError, InputError, UsageError
+from ..models.checkpoint import Checkpoint, open_checkpoint
+from ..preprocess import ImageSettings, Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ORT = "onnxruntime"
+RTX = "tensorrt-rtx"
+BACKENDS = (ORT, RTX)
+EVALUATION = "evaluation.json"
+HELD_OUT = 32
+"""Calibration samples kept back to measure accuracy on."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of ``ivl-export build``.
+
+    Args:
+        out: the bundle's folder.
+        model: a checkpoint; None is the shipped internvl-nano.
+        precision: a shipped recipe or a recipe file.
+        calib: folder or JSONL of images and captions; None: drawn scenes for a model trained on them.
+        calib_samples: how many of them.
+        targets: GPU generations, ``sm89,sm120``.
+        backends: engines to build; empty: ONNX Runtime, and TensorRT-RTX if it is installed.
+        components: empty: all that the checkpoint has.
+        allow_accuracy_loss: report a loss over budget instead of failing.
+    """
+
+    out: Path
+    model: Path | None = None
+    precision: str = "fp8"
+    calib: Path | None = None
+    calib_samples: int = 256
+    targets: str = "sm89"
+    backends: tuple[str, ...] = ()
+    components: tuple[str, ...] = ()
+    allow_accuracy_loss: bool = False
+
+
+def nano_folder() -> Path:
+    """The shipped internvl-nano."""
+    return Path(__file__).parent.parent / "models" / "nano"
+
+
+class Job:
+    """A request together with what it names, opened and checked.
+
+    Raises (on construction):
+        UsageError: unknown precision, target, backend or component.
+        CheckpointError: the checkpoint or what belongs to it cannot be read.
+        CapabilityError: a target lacks the precision, or a backend that was asked for is not installed.
+        InputError: no usable calibration data, or none given where some is needed.
+    """
+
+    def __init__(self, request: Request, progress: Callable[[int, int], None] | None = None) -> None:
+        self.request = request
+        self.recipe: Recipe = load_recipe(request.precision)
+        self.targets = tuple(t.name for t in parse_targets(request.targets))
+        self.backends, self.notices = _backends(request.backends)
+        source = request.model or nano_folder()
+        self.checkpoint: Checkpoint = open_checkpoint(source)
+        self.folder = source if source.is_dir() else source.parent
+        self.components = _components(self.checkpoint, request.components)
+        self.plan: Plan = plan(self.recipe, self.linear_shapes)
+        if RTX in self.backends:
+            types = frozenset({self.recipe.base, *self.plan.quantised.values()})
+            check_types(f"Precision {self.recipe.name}", types, parse_targets(request.targets))
+        self.tokenizer = Tokenizer(self._beside("tokenizer.model"))
+        settings = ImageSettings.load(self._beside("preprocessor_config.json"))
+        self.settings = _sized(settings, self.checkpoint.config.vision.image_size)
+        self.evaluation = _evaluation(self.folder)
+        self.calibration, self.held_out = self._calibration(progress)
+        self.notices += self.calibration.notices if self.recipe.quantises else ()
+        self.notices += tuple(
+            f"{e.layer} stays {self.recipe.base}: {e.reason}." for e in self.plan.exclusions
+        )
+
+    @cached_property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Every linear layer of the model and its weight's shape [out, in]."""
+        from torch import nn
+
+        from ..models.load import meta_model
+
+        modules = meta_model(self.checkpoint).named_modules()
+        return {n: (m.out_features, m.in_features) for n, m in modules if isinstance(m, nn.Linear)}
+
+    def _beside(self, name: str) -> Path:
+        path = self.folder / name
+        if not path.is_file():
+            raise CheckpointError(
+                f"No {name} in {self.folder}.",
+                "A bundle carries it, so that nothing is fetched at run time.",
+                f"Copy the {name} of the published model there.",
+            )
+        return path
+
+    def _calibration(
+        self, progress: Callable[[int, int], None] | None
+    ) -> tuple[CalibrationSet, CalibrationSet]:
+        samples = self.request.calib_samples + HELD_OUT
+        if self.request.calib is not None:
+            chosen = open_calibration(self.request.calib, samples, progress=progress)
+        elif self.evaluation == "scenes":
+            chosen = scenes_calibration(samples)
+        elif self.recipe.quantises:
+            raise InputError(
+                f"Precision {self.recipe.name} needs calibration data.",
+                "The ranges of activations are measured on images and captions like those you will serve.",
+                "Give --calib a folder of images, or a JSONL with an image and a caption a line.",
+            )
+        else:
+            # Only to compare the 16-bit graphs with fp32: any images will do for that.
+            chosen = scenes_calibration(min(samples, HELD_OUT))
+        return chosen.split(HELD_OUT)
+
+
+def _backends(asked: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    from importlib.util import find_spec
+
+    unknown = [b for b in asked if b not in BACKENDS]
+    if unknown:
+        raise UsageError(
+            f"Unknown backend {unknown[0]!r}.", f"Known: {', '.join(BACKENDS)}.", f"Give --backend {ORT}."
+        )
+    installed = find_spec("tensorrt_rtx") is not None
+    if RTX in asked and not installed:
+        raise CapabilityError(
+            "tensorrt-rtx is not installed.", "It builds the engines.", "pip install 'ivl-export[rtx]'"
+        )
+    if asked:
+        return tuple(dict.fromkeys((ORT, *asked))), ()
+    if installed:
+        return BACKENDS, ()
+    notice = "tensorrt-rtx is not installed: no GPU engines are built (pip install 'ivl-export[rtx]')."
+    return (ORT,), (notice,)
+
+
+def _components(checkpoint: Checkpoint, asked: tuple[str, ...]) -> tuple[str, ...]:
+    from ..models.layout import COMPONENTS
+
+    unknown = [c for c in asked if c not in COMPONENTS]
+    if unknown:
+        raise UsageError(f"Unknown component {unknown[0]!r}.", f"Known: {', '.join(COMPONENTS)}.")
+    missing = [c for c in asked if not checkpoint.has(c)]
+    if missing:
+        raise CapabilityError(
+            f"This checkpoint has no weights for {', '.join(missing)}.",
+            f"It has {', '.join(checkpoint.components)}.",
+        )
+    return tuple(c for c in checkpoint.components if not asked or c in asked)
+
+
+def _sized(settings: ImageSettings, size: int) -> ImageSettings:
+    from dataclasses import replace
+
+    return replace(settings, size=size)
+
+
+def _evaluation(folder: Path) -> str | None:
+    """What the model can be evaluated on, as its folder says; None where it says nothing."""
+    path = folder / EVALUATION
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        tasks = data["tasks"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read.", str(error), "Remove it or repair it.") from error
+    if tasks != "scenes":
+        raise CheckpointError(f"{path} names unknown tasks {tasks!r}.", fix="'scenes' is known.")
+    return "scenes"

@@ -1,0 +1,274 @@
+"""The steps of a build, as data: name, what decides the result, and how to make it.
+
+preprocess, calibrate, weights, quantise, a graph for each component, an engine for each component and target,
+kernels (the proof), accuracy of the components, accuracy on the tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..calibration.observe import calibrate
+from ..calibration.recipe import load_recipe, plan
+from ..calibration.scales import Scales
+from ..engines.build import build_engine
+from ..engines.proof import KernelReport, check_promise, proof_from_engine, proof_from_onnxruntime
+from ..export.components import component_spec
+from ..manifest import Component, FileEntry, Manifest
+from . import evaluate, graphs
+from .graphs import Source, graph_path
+from .manifest import manifest_of
+from .request import ORT, RTX, Job
+from .workspace import Data, Workspace, step_digest
+
+SCALES = "scales.json"
+CALIBRATION_BATCH = 16
+COMPARED = ("fp8", "int8")
+"""Recipes whose task accuracy is shown beside fp32, bf16 and what is built."""
+
+Made = tuple[list[str], Data]
+"""Files a step made, relative to the staging folder, and what it found out."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step; ``run(space, advanced)`` makes its files in ``space.root`` and calls ``advanced(done)``.
+
+    ``inputs`` decides the result; ``total`` is what ``advanced`` counts to.
+    """
+
+    name: str
+    inputs: Data
+    run: Callable[[Workspace, Callable[[int], None]], Made]
+    total: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """Content hash."""
+        return step_digest(self.name, self.inputs)
+
+
+def steps(job: Job) -> list[Step]:
+    """All steps of ``job`` in the order they run; a step's inputs hold the hashes of those it reads."""
+    found = [_preprocess(job)]
+    scales: list[Step] = []
+    if job.recipe.quantises:
+        scales = [_calibrate(job)]
+    stores = _stores(job)
+    graph_steps = {c: _graph(job, c, [*scales, *stores]) for c in job.components}
+    engine_steps = [
+        _engine(job, component, target, graph_steps[component])
+        for component in job.components
+        for target in (job.targets if RTX in job.backends else ())
+    ]
+    found += [*scales, *stores, *graph_steps.values(), *engine_steps]
+    found.append(_kernels(job, [*graph_steps.values(), *engine_steps]))
+    found.append(_accuracy(job, list(graph_steps.values())))
+    if job.evaluation and set(job.components) == set(job.checkpoint.components):
+        found.append(_tasks(job, [*scales, *graph_steps.values()]))
+    return found
+
+
+def source(job: Job, root: Path) -> Source:
+    """What the graphs of ``job`` are made from, once calibration is done."""
+    scales = Scales.load(root / SCALES) if job.recipe.quantises else None
+    return Source(job.checkpoint, job.recipe, job.plan, scales)
+
+
+def graph_manifest(job: Job, manifest: Manifest, root: Path) -> Manifest:
+    """``manifest`` with the files that are in ``root``, unhashed: enough to run them from there."""
+    files = {
+        p.relative_to(root).as_posix(): FileEntry("", p.stat().st_size)
+        for p in root.rglob("*")
+        if p.is_file() and p.name != "manifest.json"
+    }
+    components = {
+        c: Component(component_spec(c, job.checkpoint.config), {"fp32": graph_path(c, "fp32").as_posix()})
+        for c in job.components
+    }
+    return replace(manifest, components=components, engines=(), files=files)
+
+
+def engine_path(component: str, target: str) -> Path:
+    """Where the TensorRT-RTX engine of ``component`` lies in a bundle."""
+    return Path("engines") / f"{RTX}-{target}" / f"{component}.engine"
+
+
+def _preprocess(job: Job) -> Step:
+    settings, model = job.settings.to_json(), job.tokenizer.model
+
+    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        folder = space.root / "preprocess"
+        folder.mkdir(exist_ok=True)
+        job.settings.save(folder / "preprocessor_config.json")
+        (folder / "tokenizer.model").write_bytes(model)
+        return ["preprocess/preprocessor_config.json", "preprocess/tokenizer.model"], {}
+
+    return Step("preprocess", {"settings": settings, "tokenizer": hashlib.sha256(model).hexdigest()}, run)
+
+
+def _calibrate(job: Job) -> Step:
+    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        scales = calibrate(
+            job.checkpoint,
+            job.components,
+            job.calibration,
+            job.settings,
+            job.tokenizer,
+            batch_size=CALIBRATION_BATCH,
+            progress=advanced,
+        )
+        scales.save(space.root / SCALES)
+        return [SCALES], {"samples": scales.samples, "layers": sum(len(v) for v in scales.amax.values())}
+
+    inputs = {**_model(job), "set": job.calibration.hash, "components": list(job.components)}
+    return Step("calibrate", {**inputs, "settings": job.settings.to_json()}, run, len(job.calibration))
+
+
+def _stores(job: Job) -> list[Step]:
+    made = Source(job.checkpoint, job.recipe, job.plan, None)
+    keys, layers = graphs.component_weights(made, job.components)
+    inputs = {**_model(job), "base": job.recipe.base}
+
+    def base(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        return graphs.write_base_store(made, keys, space.root), {"tensors": len(keys)}
+
+    def low(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        files = graphs.write_quantised_store(made, layers, space.root, advanced)
+        return files, {"layers": len(layers)}
+
+    found = [Step("weights", {**inputs, "keys": keys}, base)]
+    if layers:
+        schemes = {name: job.plan.schemes[name] for name in layers}
+        found.append(Step("quantise", {**inputs, "schemes": schemes}, low, len(layers)))
+    return found
+
+
+def _graph(job: Job, component: str, before: list[Step]) -> Step:
+    spec = component_spec(component, job.checkpoint.config)
+
+    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        made, files = source(job, space.root), []
+        promised: dict[str, dict[str, str]] = {}
+        for done, (compute, style) in enumerate(made.variants(), 1):
+            promised[compute] = graphs.write_graph(made, component, space.root, compute, style)
+            files.append(graph_path(component, compute).as_posix())
+            advanced(done)
+        return files, {"promised": promised}
+
+    return Step(f"graph-{component}", {"spec": spec.to_json(), **_after(before)}, run, 2)
+
+
+def _engine(job: Job, component: str, target: str, graph: Step) -> Step:
+    spec = component_spec(component, job.checkpoint.config)
+
+    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        out = engine_path(component, target)
+        path = space.root / graph_path(component, job.recipe.base)
+        record = build_engine(path, spec, space.root / out, backend=RTX, target=target)
+        return [out.as_posix()], record.to_json()
+
+    return Step(f"engine-{component}-{target}", {"target": target, **_after([graph])}, run)
+
+
+def _kernels(job: Job, before: list[Step]) -> Step:
+    """The proof: what really runs in 8 bits. A broken promise fails the build."""
+
+    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        proofs: dict[str, dict[str, Any]] = {}
+        for component in job.components:
+            promised = space.records[f"graph-{component}"].data["promised"]
+            report = proof_from_onnxruntime(space.root / graph_path(component, "fp32"))
+            # ONNX Runtime has no FP8 kernels on a CPU: there only INT8 is held to its promise.
+            int8 = {node: s for node, s in promised["fp32"].items() if s == "int8"}
+            if int8:
+                check_promise(report, int8)
+            proofs.setdefault(f"{ORT}-cpu", {})[component] = _proof(report, promised["fp32"])
+            for target in job.targets if RTX in job.backends else ():
+                path = space.root / graph_path(component, job.recipe.base)
+                report = proof_from_engine(space.root / engine_path(component, target), path)
+                check_promise(report, promised[job.recipe.base])
+                proofs.setdefault(f"{RTX}-{target}", {})[component] = _proof(
+                    report, promised[job.recipe.base]
+                )
+        return [_receipt(space, "kernels", proofs)], {}
+
+    return Step("kernels", _after(before), run)
+
+
+def _accuracy(job: Job, before: list[Step]) -> Step:
+    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        paths = {c: space.root / graph_path(c, "fp32") for c in job.components}
+        receipt = evaluate.component_receipt(job, paths, advanced)
+        return [_receipt(space, "accuracy", receipt.to_json())], {}
+
+    inputs = {"held_out": job.held_out.hash, **_after(before)}
+    return Step("accuracy", inputs, run, job.held_out.steps())
+
+
+def _tasks(job: Job, before: list[Step]) -> Step:
+    """Task accuracy in fp32, bf16, FP8, INT8 and in what is built, all on the same questions."""
+
+    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+
+        model, made = _model(job), source(job, space.root)
+        torch_scores = partial(evaluate.evaluate_torch, job)
+        scores = {"fp32": evaluate.cached([model, "fp32"], partial(torch_scores, "float32"))}
+        advanced(1)
+        scores["bf16"] = evaluate.cached([model, "bf16"], partial(torch_scores, "bfloat16"))
+        for done, other in enumerate(_compared(job, made), 2):
+            advanced(done)
+            key = [model, other.recipe.to_json(), asdict(other.scales) if other.scales else None]
+            scores[other.recipe.name] = evaluate.cached(key, partial(_graph_scores, job, other, space))
+        return [_receipt(space, "tasks", {"scores": scores, "sizes": evaluate.SIZES})], {}
+
+    return Step("tasks", {"sizes": evaluate.SIZES, **_after(before)}, run, 5)
+
+
+def _compared(job: Job, made: Source) -> list[Source]:
+    """What is built, and the other quantised recipes on the same scales."""
+    names = [n for n in COMPARED if job.recipe.quantises and n != job.recipe.name]
+    recipes = [load_recipe(n) for n in names]
+    return [made, *(replace(made, recipe=r, plan=plan(r, job.linear_shapes)) for r in recipes)]
+
+
+def _graph_scores(job: Job, made: Source, space: Workspace) -> dict[str, Any]:
+    blank = manifest_of(job, {}, ())
+    if made.recipe == job.recipe:
+        return evaluate.evaluate_engines(space.root, graph_manifest(job, blank, space.root))
+    with tempfile.TemporaryDirectory(dir=space.home) as folder:
+        root = Path(folder)
+        keys, layers = graphs.component_weights(made, job.components)
+        graphs.write_base_store(made, keys, root)
+        graphs.write_quantised_store(made, layers, root)
+        for component in job.components:
+            graphs.write_graph(made, component, root, "fp32", "onnxruntime")
+        shutil.copytree(space.root / "preprocess", root / "preprocess")
+        return evaluate.evaluate_engines(root, graph_manifest(job, blank, root))
+
+
+def _proof(report: KernelReport, promised: dict[str, str]) -> Data:
+    return {"promised": promised, **report.to_json()}
+
+
+def _receipt(space: Workspace, name: str, data: Any) -> str:
+    path = space.root / "receipts" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return path.relative_to(space.root).as_posix()
+
+
+def _model(job: Job) -> Data:
+    return {"revision": job.checkpoint.revision}
+
+
+def _after(before: list[Step]) -> Data:
+    return {"after": {step.name: step.digest for step in before}}

@@ -1,0 +1,217 @@
+"""The staging folder of a build, and its content-hashed steps.
+
+A bundle ``out`` is made in ``.<name>.build/bundle`` beside it, at the same relative paths; the records of
+finished steps lie in ``.<name>.build/steps``. A step's hash covers
+everything its files follow from: its inputs, the library versions, and this package's own code. A step whose
+record has that hash, and whose files are there, is not run again; neither is one that the finished bundle
+already holds. So a build that was killed goes on, and one that is asked for twice does nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..bundle import Bundle
+from ..errors import BuildError, IntegrityError
+from ..strict_json import read_json
+
+RECEIPT = "build"
+Data = dict[str, Any]
+
+
+class Reporter(Protocol):
+    """Hears how a build goes."""
+
+    def started(self, step: str, total: int | None) -> None:
+        """A step begins; ``total`` is what :meth:`advanced` counts to, if known."""
+        ...
+
+    def advanced(self, done: int) -> None:
+        """Progress within the step."""
+        ...
+
+    def finished(self, step: str, seconds: float, reused: bool) -> None:
+        """A step ended."""
+        ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished step: its hash, its files (relative path to size), its seconds, and what it found out."""
+
+    digest: str
+    files: dict[str, int]
+    seconds: float
+    data: Data = field(default_factory=dict)
+
+
+class Workspace:
+    """Steps of one build into ``out``. Use as a context manager: it holds a lock on the staging folder."""
+
+    def __init__(self, out: Path, reporter: Reporter) -> None:
+        self.out, self.reporter = out.absolute(), reporter
+        self.home = self.out.parent / f".{self.out.name}.build"
+        self.root, self._steps = self.home / "bundle", self.home / "steps"
+        self.records: dict[str, Record] = {}
+        self.ran: list[str] = []
+        self._previous = _sealed_records(self.out)
+
+    def __enter__(self) -> Workspace:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._steps.mkdir(exist_ok=True)
+        except OSError as error:
+            raise BuildError(
+                f"Cannot write to {self.home.parent}.", str(error), "Give --out a folder you may write to."
+            ) from error
+        self._lock = os.open(self._steps, os.O_RDONLY)
+        try:
+            import fcntl
+
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise BuildError(
+                f"Another build into {self.out} is running.", str(error), "Wait for it, or use another --out."
+            ) from error
+        except ImportError:
+            pass  # no flock on this system: two builds into one folder are not kept apart
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._lock)
+
+    def step(
+        self,
+        name: str,
+        inputs: Data,
+        run: Callable[[Path], tuple[list[str], Data]],
+        total: int | None = None,
+    ) -> Record:
+        """The record of step ``name``, which is run only if it has to be.
+
+        Args:
+            name: unique in the build; it becomes part of a file name.
+            inputs: plain data that decides the result.
+            run: makes files below the folder it is given; returns their relative paths and plain data.
+            total: what progress counts to.
+        """
+        digest = step_digest(name, inputs)
+        record = self._staged(name, digest) or self._from_bundle(name, digest)
+        if record is not None:
+            self.reporter.finished(name, record.seconds, True)
+        else:
+            self.reporter.started(name, total)
+            started = time.perf_counter()
+            with disk_errors(self.out):
+                files, data = run(self.root)
+                seconds = time.perf_counter() - started
+                sizes = {rel: (self.root / rel).stat().st_size for rel in files}
+                record = Record(digest, sizes, seconds, data)
+                self._write(name, record)
+            self.ran.append(name)
+            self.reporter.finished(name, seconds, False)
+        self.records[name] = record
+        return record
+
+    def known(self, name: str, inputs: Data) -> bool:
+        """Whether :meth:`step` would find its result already there."""
+        digest = step_digest(name, inputs)
+        kept = self._previous.get(name)
+        return self._staged(name, digest) is not None or (kept is not None and kept.digest == digest)
+
+    def finish(self) -> None:
+        """Leave only what the steps of this build made, and their records as ``receipts/build.json``."""
+        wanted = {rel for record in self.records.values() for rel in record.files}
+        receipt = self.root / "receipts" / f"{RECEIPT}.json"
+        receipt.parent.mkdir(exist_ok=True)
+        with disk_errors(self.out):
+            receipt.write_text(json.dumps({n: asdict(r) for n, r in self.records.items()}, indent=1) + "\n")
+        wanted.add(receipt.relative_to(self.root).as_posix())
+        for file in [p for p in self.root.rglob("*") if not p.is_dir()]:
+            if file.relative_to(self.root).as_posix() not in wanted:
+                file.unlink()
+        for folder in sorted((p for p in self.root.rglob("*") if p.is_dir()), reverse=True):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+    def discard(self) -> None:
+        """Remove the staging folder: the bundle has all of it."""
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def _staged(self, name: str, digest: str) -> Record | None:
+        record = _read_record(self._steps / f"{name}.json")
+        if record is None or record.digest != digest:
+            return None
+        return record if _present(self.root, record) else None
+
+    def _from_bundle(self, name: str, digest: str) -> Record | None:
+        record = self._previous.get(name)
+        if record is None or record.digest != digest or not _present(self.out, record):
+            return None
+        with disk_errors(self.out):
+            for rel in record.files:
+                target = self.root / rel
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.unlink(missing_ok=True)
+                try:
+                    target.hardlink_to(self.out / rel)
+                except OSError:  # another file system, or one without hard links
+                    shutil.copyfile(self.out / rel, target)
+            self._write(name, record)
+        return record
+
+    def _write(self, name: str, record: Record) -> None:
+        path = self._steps / f"{name}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(record)))
+        partial.replace(path)
+
+
+def step_digest(name: str, inputs: Data) -> str:
+    """Content hash of a step: its inputs, library versions and this package's code."""
+    from .environment import code_digest, tool_versions
+
+    content = [name, inputs, tool_versions(), code_digest()]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn an OSError of the file system into a BuildError."""
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(
+            f"Writing the bundle {out} failed.",
+            error.strerror or str(error),
+            "Free some space or give --out a folder on another disk; 'build' again goes on from here.",
+        ) from error
+
+
+def _sealed_records(out: Path) -> dict[str, Record]:
+    try:
+        data = Bundle.open(out).receipt(RECEIPT)
+        return {name: Record(**record) for name, record in data.items()}
+    except (IntegrityError, TypeError, AttributeError):
+        return {}  # none there, or damaged: everything is made again
+
+
+def _read_record(path: Path) -> Record | None:
+    try:
+        return Record(**read_json(path))
+    except (IntegrityError, OSError, TypeError):
+        return None
+
+
+def _present(root: Path, record: Record) -> bool:
+    return all((root / rel).is_file() and (root / rel).stat().st_size == n for rel, n in record.files.items())
