@@ -1,0 +1,40 @@
+# make demo   set up, then build nano in FP8 and INT8, and run it
+# make test   set up, then lint, types and all tests
+# make setup  the environment alone
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXTRAS := cpu,rtx,quant,serve,train,dev
+
+.PHONY: setup demo test lint types clean
+
+setup: $(READY)
+
+# The link lets mypy see the package under its own name, whatever this folder is called.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/ivl_export
+	touch $(READY)
+
+demo: setup
+	$(BIN)/ivl-export build --precision fp8 --targets sm89 --out bundles/internvl-nano-fp8
+	$(BIN)/ivl-export build --precision int8 --targets sm89 --out bundles/internvl-nano-int8
+	$(BIN)/python -m ivl_export.training.draw bundles/scenes
+	$(BIN)/ivl-export run caption bundles/internvl-nano-fp8 bundles/scenes
+	$(BIN)/ivl-export profile bundles/internvl-nano-fp8 --batch 1,8 --seconds 0.3
+
+test: setup lint types
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	MYPYPATH=$(VENV)/typing $(BIN)/mypy -p ivl_export
+
+clean:
+	rm -rf $(VENV) bundles runs .pytest_cache .mypy_cache .ruff_cache
