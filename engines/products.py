@@ -76,6 +76,30 @@ def find_attention(graph: Graph) -> tuple[AttentionBlock, ...]:
     return tuple(blocks)
 
 
+def why_not_8_bits(product: Product, precision: str) -> str:
+    """The likely cause why ``product`` runs as ``precision``, from the graph; empty if that is 8 bits."""
+    if precision in ("fp8xfp8", "int8xint8"):
+        return ""
+    if not precision:
+        return "the engine has no kernel of this name: it was folded away or renamed"
+    if not product.weight and not product.scheme:
+        return "both factors are computed and not quantised"
+    if not product.stored and not product.activation:
+        return "the graph quantises neither factor"
+    if not product.stored:
+        return "the graph quantises its input only, not its weight"
+    if not product.activation:
+        return "the graph quantises its weight only, not its input"
+    if product.stored != product.activation:
+        return f"its weight is {product.stored}, its input {product.activation}"
+    odd = [f"{name} = {size}" for name, size in (("K", product.k), ("N", product.n)) if size % 16]
+    if odd:
+        return f"{' and '.join(odd)}: 8-bit kernels want multiples of 16"
+    if product.split:
+        return "its result is split at once, so the builder splits its weight, dequantised first"
+    return "the builder chose a 16- or 32-bit kernel for this target"
+
+
 def _product(node: Node, graph: Graph, producers: dict[str, Node], users: dict[str, list[Node]]) -> Product:
     weight, stored = _source(node.inputs[1], graph, producers)
     _, activation = _source(node.inputs[0], graph, producers)

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import BuildError, UsageError
 from .graph import Graph, read_graph
 from .onnxruntime_backend import optimized_nodes
-from .products import AttentionBlock, Product, find_attention, find_products, node_name
+from .products import AttentionBlock, Product, find_attention, find_products, node_name, why_not_8_bits
 from .program import Kernel, Program, read_programs
 
 SCHEMES = ("fp8", "int8", "bf16", "fp16", "fp32")
@@ -150,7 +150,7 @@ def proof_from_onnxruntime(graph: Path) -> KernelReport:
         op = runs.get(product.node, "")
         kind = "int8" if op in _ORT_INT8 else "fp32" if op in _ORT_FLOAT else ""
         precision = _both(kind) if kind else ""
-        cause = _cause(product, precision)
+        cause = why_not_8_bits(product, precision)
         if precision and product.scheme == "fp8":
             cause = "ONNX Runtime has no FP8 kernels on the CPU: it multiplies the rounded values in fp32"
         elif product.scheme == "int8" and kind == "fp32":
@@ -232,7 +232,7 @@ def _gemm(product: Product, programs: Iterable[Program], names: frozenset[str]) 
         precision,
         kernel.name if kernel is not None else "",
         tuple(sorted(together)) if len(together) > 1 else (),
-        _cause(product, precision),
+        why_not_8_bits(product, precision),
     )
 
 
@@ -281,30 +281,6 @@ def _is_cast(kernel: Kernel) -> bool:
         return False
     kinds = set(kernel.args + kernel.results)
     return kinds <= _FLOATS and len(kinds) > 1
-
-
-def _cause(product: Product, precision: str) -> str:
-    """Why a product is not 8-bit in the engine, from what the graph says; empty if it is."""
-    if precision in (_both("fp8"), _both("int8")):
-        return ""
-    if not precision:
-        return "the engine has no kernel of this name: it was folded away or renamed"
-    if not product.weight and not product.scheme:
-        return "both factors are computed and not quantised"
-    if not product.stored and not product.activation:
-        return "the graph quantises neither factor"
-    if not product.stored:
-        return "the graph quantises its input only, not its weight"
-    if not product.activation:
-        return "the graph quantises its weight only, not its input"
-    if product.stored != product.activation:
-        return f"its weight is {product.stored}, its input {product.activation}"
-    odd = [f"{name} = {size}" for name, size in (("K", product.k), ("N", product.n)) if size % 16]
-    if odd:
-        return f"{' and '.join(odd)}: 8-bit kernels want multiples of 16"
-    if product.split:
-        return "its result is split at once, so the builder splits its weight, dequantised first"
-    return "the builder chose a 16- or 32-bit kernel for this target"
 
 
 def _because(gemm: GemmProof) -> str:

@@ -18,7 +18,7 @@ from ivl_export.engines.targets import TARGETS, check_types, parse_targets
 from ivl_export.errors import BuildError, CapabilityError, IntegrityError, UsageError
 
 
-def test_targets_are_parsed_in_order_and_once():
+def test_targets_are_parsed_in_order_and_once() -> None:
     assert [t.name for t in parse_targets("sm120, SM89+sm120")] == ["sm120", "sm89"]
     for bad in ("sm90", "", "sm89,,sm120"):
         with pytest.raises(UsageError) as caught:
@@ -30,7 +30,7 @@ def test_targets_are_parsed_in_order_and_once():
 @pytest.mark.parametrize(
     ("kind", "name", "able"), [("fp8", "sm86", "sm89 (L4"), ("bf16", "sm75", "sm80 (A100")]
 )
-def test_a_type_that_a_target_lacks_is_refused(kind, name, able):
+def test_a_type_that_a_target_lacks_is_refused(kind: str, name: str, able: str) -> None:
     with pytest.raises(CapabilityError, match=f"no {kind.upper()}") as caught:
         check_types("vision", frozenset({kind, "int8"}), parse_targets(f"sm120+{name}"))
     assert able in caught.value.fix
@@ -38,7 +38,7 @@ def test_a_type_that_a_target_lacks_is_refused(kind, name, able):
     check_types("vision", frozenset({"int8", "fp16"}), tuple(TARGETS.values()))
 
 
-def test_an_engine_is_built_and_recorded(make, tmp_path):
+def test_an_engine_is_built_and_recorded(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample = make("step", dtype="bf16", scheme="fp8")
     out = tmp_path / "engines" / "tensorrt-rtx-sm89" / "step.engine"
@@ -53,7 +53,7 @@ def test_an_engine_is_built_and_recorded(make, tmp_path):
     assert [p.name for p in out.parent.iterdir()] == ["step.engine"]
 
 
-def test_several_targets_and_profiles_share_a_file(make, tmp_path):
+def test_several_targets_and_profiles_share_a_file(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample = make("step", dtype="bf16", scheme="int8")
     decode = {"text": (1, 1, 1), "total": (5, 9, 13)}
@@ -67,7 +67,7 @@ def test_several_targets_and_profiles_share_a_file(make, tmp_path):
 @pytest.mark.parametrize(
     ("target", "error"), [("sm86", CapabilityError), ("sm99", UsageError), (NATIVE, UsageError)]
 )
-def test_targets_are_refused_before_anything_is_written(make, tmp_path, target, error):
+def test_targets_are_refused_before_anything_is_written(make: Make, tmp_path: Path, target: str, error: type[IvlError]) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample = make("mlp", dtype="bf16", scheme="fp8")
     with pytest.raises(error):
@@ -75,7 +75,7 @@ def test_targets_are_refused_before_anything_is_written(make, tmp_path, target, 
     assert not (tmp_path / "new").exists()
 
 
-def test_a_refused_node_is_named_with_the_reason(make, tmp_path):
+def test_a_refused_node_is_named_with_the_reason(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample = make("mlp", dtype="bf16")
     model = onnx.load(sample.path, load_external_data=False)
@@ -87,7 +87,7 @@ def test_a_refused_node_is_named_with_the_reason(make, tmp_path):
     assert not (tmp_path / "x.engine").exists()
 
 
-def test_a_network_that_cannot_be_compiled_gives_the_builders_reason(make, tmp_path):
+def test_a_network_that_cannot_be_compiled_gives_the_builders_reason(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample = make("mlp", dtype="bf16", scheme="int8")
     model = onnx.load(sample.path)
@@ -100,7 +100,7 @@ def test_a_network_that_cannot_be_compiled_gives_the_builders_reason(make, tmp_p
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".onnx", ".weights"]
 
 
-def test_graph_and_spec_must_agree(make, tmp_path):
+def test_graph_and_spec_must_agree(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample = make("step", dtype="bf16")
     with pytest.raises(BuildError, match="not the graph of component part"):
@@ -109,7 +109,7 @@ def test_graph_and_spec_must_agree(make, tmp_path):
         build_engine(tmp_path / "absent.onnx", sample.spec, tmp_path / "x.engine")
 
 
-def test_a_full_disk_leaves_the_old_engine(make, tmp_path):
+def test_a_full_disk_leaves_the_old_engine(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample = make("mlp", dtype="bf16")
     out = tmp_path / "x.engine"
@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_the_old_engine(make, tmp_path):
     assert not list(tmp_path.glob(".*tmp"))
 
 
-def test_a_missing_library_names_the_line_that_installs_it(make, tmp_path, monkeypatch):
+def test_a_missing_library_names_the_line_that_installs_it(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = make("mlp")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(CapabilityError, match="pip install tensorrt-rtx"):
@@ -136,7 +136,7 @@ def test_a_missing_library_names_the_line_that_installs_it(make, tmp_path, monke
         build_engine(sample.path, sample.spec, tmp_path / "x.engine", backend="openvino")
 
 
-def test_a_library_that_builds_for_its_own_gpu_refuses_targets():
+def test_a_library_that_builds_for_its_own_gpu_refuses_targets() -> None:
     config = SimpleNamespace()
     module = SimpleNamespace(IBuilderConfig=SimpleNamespace)
     library = trt.Library("tensorrt", module, "10.16.0")
@@ -148,7 +148,7 @@ def test_a_library_that_builds_for_its_own_gpu_refuses_targets():
     assert trt.builder_config(parsed, [], []) is config
 
 
-def test_the_missing_driver_is_told_only_when_it_is_the_reason():
+def test_the_missing_driver_is_told_only_when_it_is_the_reason() -> None:
     library = trt.Library("tensorrt-rtx", None, "1.7")
     driver = "Cuda Runtime (cudaError 35: CUDA driver version is insufficient)"
     parsed = trt.Network(library, None, SimpleNamespace(errors=[driver, "bad node", "bad node"]), None, None)  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def test_the_missing_driver_is_told_only_when_it_is_the_reason():
     assert parsed.reasons() == driver
 
 
-def test_a_killed_build_leaves_no_engine(make, tmp_path):
+def test_a_killed_build_leaves_no_engine(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample = make("mlp", dtype="bf16")
     code = f"""

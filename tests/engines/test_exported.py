@@ -65,19 +65,18 @@ def export(checkpoint, folder, scheme, compute, style):
     return folder / "vision.onnx", promised
 
 
-def test_quantised_exports_keep_their_promise(checkpoint, tmp_path):
+def test_quantised_exports_keep_their_promise(checkpoint: Checkpoint, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     from ivl_export.export.components import component_spec
 
     spec = component_spec("vision", checkpoint.config)
     names = {"vision_model.encoder.layers.0.attn.qkv", "vision_model.encoder.layers.0.mlp.fc1"}
-    for scheme in ("fp8", "int8"):
-        graph, promised = export(checkpoint, tmp_path / scheme, scheme, "bfloat16", "tensorrt")
-        assert set(promised) == names
-        build_engine(graph, spec, tmp_path / f"{scheme}.engine")
-        report = proof_from_engine(tmp_path / f"{scheme}.engine", graph)
-        check_promise(report, promised)
-        assert report.precisions[f"{scheme}x{scheme}"] == 2
-        assert len(report.attention) == 2  # the block's and the pooling head's
+    graph, promised = export(checkpoint, tmp_path / "gpu", "fp8", "bfloat16", "tensorrt")
+    assert set(promised) == names
+    build_engine(graph, spec, tmp_path / "vision.engine")
+    report = proof_from_engine(tmp_path / "vision.engine", graph)
+    check_promise(report, promised)
+    assert report.precisions["fp8xfp8"] == 2
+    assert len(report.attention) == 2  # the block's and the pooling head's
     graph, promised = export(checkpoint, tmp_path / "cpu", "int8", "float32", "onnxruntime")
     check_promise(proof_from_onnxruntime(graph), promised)

@@ -40,7 +40,7 @@ def sqnr(value, exact):
 
 
 @pytest.mark.parametrize(("scheme", "exactness"), [(None, 110), ("int8", 100), ("fp8", 100)])
-def test_runs_what_the_graph_says(make, scheme, exactness):
+def test_runs_what_the_graph_says(make: Make, scheme: str | None, exactness: int) -> None:
     sample = make("mlp", scheme=scheme)
     x = np.random.default_rng(1).standard_normal((3, 5, 64)).astype(np.float32)
     with open_engine("onnxruntime", sample.spec, sample.path, threads=1) as engine:
@@ -51,7 +51,7 @@ def test_runs_what_the_graph_says(make, scheme, exactness):
     assert scheme is None or 20 < sqnr(y, plain) < 50  # it does round
 
 
-def test_step_with_past_equals_one_long_step(make):
+def test_step_with_past_equals_one_long_step(make: Make) -> None:
     sample = make("step")
     ids = np.array([[3, 5, 7]], np.int64)
     cache = np.zeros((1, 4, 4, 32), np.float32)
@@ -71,7 +71,7 @@ def test_step_with_past_equals_one_long_step(make):
     np.testing.assert_allclose(last["logits"], whole["logits"], atol=1e-5)
 
 
-def test_inputs_and_outputs_are_checked(make):
+def test_inputs_and_outputs_are_checked(make: Make) -> None:
     sample = make("mlp")
     with open_engine("onnxruntime", sample.spec, sample.path) as engine:
         good = np.zeros((1, 5, 64), np.float32)
@@ -85,7 +85,7 @@ def test_inputs_and_outputs_are_checked(make):
     engine.close()
 
 
-def test_int8_products_fuse_only_with_a_quantizer_of_their_own(make):
+def test_int8_products_fuse_only_with_a_quantizer_of_their_own(make: Make) -> None:
     own = make("step", scheme="int8")
     assert optimized_ops(own.path)["MatMulIntegerToFloat"] == 7
     check_promise(proof_from_onnxruntime(own.path), own.promised)
@@ -94,7 +94,7 @@ def test_int8_products_fuse_only_with_a_quantizer_of_their_own(make):
         check_promise(proof_from_onnxruntime(shared.path), shared.promised)
 
 
-def test_fp8_is_reported_as_fp32_on_rounded_values(make):
+def test_fp8_is_reported_as_fp32_on_rounded_values(make: Make) -> None:
     report = proof_from_onnxruntime(make("vit", scheme="fp8").path)
     assert report.precisions == {"fp32xfp32": 4}
     assert [g.node for g in report.fallbacks] == ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -102,7 +102,7 @@ def test_fp8_is_reported_as_fp32_on_rounded_values(make):
     assert report.fused_attention == len(report.attention) == 1
 
 
-def test_damaged_and_foreign_files_are_refused(make, tmp_path):
+def test_damaged_and_foreign_files_are_refused(make: Make, tmp_path: Path) -> None:
     sample = make("mlp")
     other = make("vit").path
     with pytest.raises(IntegrityError, match="not the graph of component part"):
@@ -118,7 +118,7 @@ def test_damaged_and_foreign_files_are_refused(make, tmp_path):
         open_engine("onnxruntime", half.spec, half.path)
 
 
-def test_unknown_backend_and_missing_library(make, monkeypatch):
+def test_unknown_backend_and_missing_library(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = make("mlp")
     with pytest.raises(UsageError, match=r"onnxruntime \(pip install onnxruntime\)"):
         open_engine("openvino", sample.spec, sample.path)
@@ -129,7 +129,7 @@ def test_unknown_backend_and_missing_library(make, monkeypatch):
         open_engine("onnxruntime", sample.spec, sample.path)
 
 
-def test_importing_loads_no_backend():
+def test_importing_loads_no_backend() -> None:
     modules = ["build", "proof", "protocol", "onnxruntime_backend", "trt", "targets", "graph"]
     heavy = ["onnx", "onnxruntime", "torch", "tensorrt_rtx", "tensorrt"]
     code = "import sys\n" + "".join(f"import ivl_export.engines.{m}\n" for m in modules)

@@ -24,7 +24,7 @@ def prove(make, tmp_path):
 
 
 @pytest.mark.parametrize(("scheme", "target"), [("fp8", "sm89"), ("fp8", "sm120"), ("int8", "sm80")])
-def test_every_promised_product_runs_in_eight_bits(prove, scheme, target):
+def test_every_promised_product_runs_in_eight_bits(prove: Prove, scheme: str, target: str) -> None:
     sample, report = prove("vit", target, dtype="bf16", scheme=scheme)
     assert report.precisions == {f"{scheme}x{scheme}": 4}
     assert report.fallbacks == ()
@@ -37,7 +37,7 @@ def test_every_promised_product_runs_in_eight_bits(prove, scheme, target):
     assert KernelReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
-def test_merged_products_keep_their_names(prove):
+def test_merged_products_keep_their_names(prove: Prove) -> None:
     sample, report = prove("step", dtype="bf16", scheme="fp8")
     gemms = {g.node: g for g in report.gemms}
     qkv = ("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj")
@@ -51,14 +51,14 @@ def test_merged_products_keep_their_names(prove):
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
-def test_bf16_runs_in_bf16(prove, decomposed):
+def test_bf16_runs_in_bf16(prove: Prove, decomposed: bool) -> None:
     _, report = prove("vit", dtype="bf16", decomposed=decomposed)
     assert report.precisions == {"bf16xbf16": 4}
     assert report.fused_attention == len(report.attention) == 1
     check_promise(report, dict.fromkeys(["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], "bf16"))
 
 
-def test_a_broken_promise_names_layer_and_cause(prove):
+def test_a_broken_promise_names_layer_and_cause(prove: Prove) -> None:
     sample, report = prove("vit", dtype="bf16", scheme="fp8", plain=("mlp.fc2",))
     check_promise(report, sample.promised)
     with pytest.raises(BuildError) as caught:
@@ -75,7 +75,7 @@ def test_a_broken_promise_names_layer_and_cause(prove):
         check_promise(report, {"attn.qkv": "int3"})
 
 
-def test_an_engine_of_another_graph_is_found_out(make, tmp_path):
+def test_an_engine_of_another_graph_is_found_out(make: Make, tmp_path: Path) -> None:
     """The promise is held against the engine, not the graph: a bf16 engine of the same layers fails."""
     pytest.importorskip("tensorrt_rtx")
     plain, promised = make("vit", dtype="bf16"), make("vit", dtype="bf16", scheme="fp8")
@@ -88,7 +88,7 @@ def test_an_engine_of_another_graph_is_found_out(make, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "int8"])
-def test_a_real_fallback_fails_the_promise(prove, scheme):
+def test_a_real_fallback_fails_the_promise(prove: Prove, scheme: str) -> None:
     """Without norms behind q and k, TensorRT-RTX 1.7 cuts the joint q/k/v weight and leaves 8 bits."""
     sample, report = prove("vit", dtype="bf16", scheme=scheme, qk_norm=False)
     assert [(g.node, g.precision) for g in report.fallbacks] == [("attn.qkv", "bf16xbf16")]
@@ -96,14 +96,14 @@ def test_a_real_fallback_fails_the_promise(prove, scheme):
         check_promise(report, sample.promised)
 
 
-def test_an_attention_without_a_kernel_is_built_and_reported_unfused(prove):
+def test_an_attention_without_a_kernel_is_built_and_reported_unfused(prove: Prove) -> None:
     _, report = prove("vit", dtype="bf16", width=32, heads=4, decomposed=True)
     assert [(a.nodes, a.fused) for a in report.attention] == [(("qk", "softmax", "pv"), False)]
     _, report = prove("vit", dtype="bf16", width=32, heads=4)
     assert [(a.nodes, a.fused) for a in report.attention] == [(("attn/sdpa",), False)]
 
 
-def test_profiles_are_reported_together(make, tmp_path):
+def test_profiles_are_reported_together(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     from ivl_export.engines.build import BuildOptions
 
@@ -115,7 +115,7 @@ def test_profiles_are_reported_together(make, tmp_path):
     check_promise(report, sample.promised)
 
 
-def test_files_that_are_no_engine_are_refused(make, tmp_path):
+def test_files_that_are_no_engine_are_refused(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample, engine = make("mlp", dtype="bf16"), tmp_path / "part.engine"
     build_engine(sample.path, sample.spec, engine)
