@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from ..errors import BuildError
 from ..specs import ComponentSpec
+from .blocks import SCOPES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # the exporter's name for the top level
 _SYMBOL = re.compile(r"\bs\d+\b")
 
@@ -155,7 +155,7 @@ def _name_nodes(graph: ir.Graph) -> None:
     taken: Counter[str] = Counter()
     modules: dict[ir.Node | None, str] = {}
     for node in graph:
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         if len(scopes) > 1:
             module = "" if scopes[-2] == _NO_MODULE else scopes[-2]
         else:  # made by the optimizer: stands where its input was made

@@ -21,6 +21,7 @@ from ..errors import BuildError
 from ..models.checkpoint import Checkpoint
 from ..models.config import InternVLConfig
 from ..specs import ComponentSpec
+from .blocks import block_prefix, one_period, repeat_blocks
 from .components import component_module, component_spec
 
 if TYPE_CHECKING:
@@ -68,6 +69,17 @@ def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bf
 @lru_cache(maxsize=8)
 def _trace(name: str, config: InternVLConfig, contrastive_only: bool) -> ir.Model:
     """The exporter's graph in bf16, unoptimised, weights dropped."""
+    traced, times = one_period(name, config)
+    model = _trace_all(name, traced, contrastive_only)
+    if times > 1:
+        spec = component_spec(name, config)
+        inputs, outputs = (sum(t.name.endswith(".0") for t in part) for part in (spec.inputs, spec.outputs))
+        layers = traced.qllama.num_hidden_layers
+        repeat_blocks(model.graph, block_prefix(name), times, inputs * layers, outputs * layers)
+    return model
+
+
+def _trace_all(name: str, config: InternVLConfig, contrastive_only: bool) -> ir.Model:
     import torch
 
     spec = component_spec(name, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from ivl_export.decoding import Limits
 from ivl_export.errors import BuildError, CapabilityError, UsageError
+from ivl_export.export import trace
 from ivl_export.export.binding import bind, save_graph, unbound
+from ivl_export.export.blocks import SCOPES, one_period, repeat_blocks
 from ivl_export.export.components import component_module, component_names, component_spec
 from ivl_export.export.graph import finish, retype
 from ivl_export.export.trace import COMPUTE_DTYPES, export_component
@@ -230,12 +232,70 @@ def test_layers_are_named_after_their_weights(small: Built, name: str) -> None:
     assert sum(c.nbytes for c in constants) < 20_000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layers"), [("qllama_query", 4), ("qllama_step", 2)])
+def test_repeated_blocks_equal_traced_ones(name: str, layers: int) -> None:
+    """Node for node: names, operators, attributes, wiring and shapes."""
+    config = replace(SMALL, qllama=replace(SMALL.qllama, num_hidden_layers=layers))
+    spec = component_spec(name, config)
+
+    def nodes(model: ir.Model) -> list[Any]:
+        model = model.clone()
+        finish(model, spec)
+        producers = {v: f"{n.name}:{i}" for n in model.graph for i, v in enumerate(n.outputs)}
+
+        def source(node: ir.Node, value: ir.Value | None) -> Any:
+            if value is None or value in producers:
+                return producers.get(value)
+            constant = value.const_value
+            if constant is not None:
+                return str(constant.dtype), constant.numpy().tolist()
+            # the length of the past is read from any of its tensors
+            return str(value.name).split(".")[0] if node.op_type == "Shape" else value.name
+
+        return [
+            (
+                n.name,
+                n.op_type,
+                [source(n, v) for v in n.inputs],
+                {k: a.value for k, a in n.attributes.items()},
+                [(str(v.dtype), str(v.shape)) for v in n.outputs],
+            )
+            for n in model.graph
+        ]
+
+    repeated = trace._trace(name, config, False)
+    assert nodes(repeated) == nodes(trace._trace_all(name, config, False))
+
+
+def test_stacks_that_are_no_whole_number_of_periods_are_traced_whole() -> None:
+    config = replace(SMALL, cross_attention_frequency=3)
+    assert one_period("qllama_query", config) == (config, 1)
+    short, times = one_period("qllama_text", config)
+    assert (short.qllama.num_hidden_layers, times) == (1, 2)
+
+
+def test_blocks_that_form_no_chain_are_refused() -> None:
+    model = trace._trace_all("qllama_text", one_period("qllama_text", SMALL)[0], False)
+    with pytest.raises(BuildError, match="no blocks under nothing"):
+        repeat_blocks(model.graph, "nothing", 2, 0, 0)
+    inner = next(n for n in model.graph if "layers.0" in n.metadata_props.get(SCOPES, ""))
+    model.graph.append(ir.node("Identity", [inner.outputs[0]], name="outside"))
+    with pytest.raises(BuildError, match="do not form one chain"):
+        repeat_blocks(model.graph, "qllama.model.layers", 2, 0, 0)
+
+
 def test_compute_types_share_one_structure(small: Built) -> None:
     def nodes(dtype: str) -> list[str]:
         graph = export_component("qllama_text", small.checkpoint, dtype).graph
         return sorted(str(n.name) for n in graph if n.op_type != "Cast")
 
     assert nodes("float32") == nodes("bfloat16") == nodes("float16")
+    for dtype in ("float32", "bfloat16"):  # one trace serves both: neither may change it
+        graph = export_component("qllama_text", small.checkpoint, dtype).graph
+        assert {
+            str(graph.initializers[k].dtype) for k in small.checkpoint.tensors if k in graph.initializers
+        } == {COMPUTE_DTYPES[dtype]}
 
 
 def test_bf16_graphs_compute_rotary_tables_in_fp32(small: Built) -> None:
@@ -350,6 +410,15 @@ def test_older_checkpoints_have_two_components(tmp_path: Path) -> None:
     close(built.run("qllama_text", inputs), reference(built, "qllama_text")(inputs))
     with pytest.raises(CapabilityError, match="qllama_step cannot be made"):
         export_component("qllama_step", older)
+
+
+def test_no_qk_norm(tmp_path: Path) -> None:
+    config = InternVLConfig(
+        VisionConfig(48, 2, 3, 20, 28, 14, qk_normalization=False), QLlamaConfig(16, 2, 2, 24, 30), 12, 2, 3
+    )
+    built = Built(tmp_path, open_checkpoint(random_checkpoint(config, tmp_path, torch.float32)), "float32")
+    inputs = random_inputs(built.spec("vision"), config, {"batch": 3}, 0)
+    close(built.run("vision", inputs), reference(built, "vision")(inputs))
 
 
 def test_unknown_component(small: Built) -> None:

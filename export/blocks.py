@@ -1,0 +1,144 @@
+"""Repeating a traced block instead of tracing it again.
+
+A transformer is one block many times over, and the exporter spends its time on symbolic shapes: 48 blocks
+take 48 times as long as one. So one period of blocks is traced, and its nodes are copied for the rest with
+the block number changed in the weights' names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import BuildError
+from ..models.config import InternVLConfig
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def block_prefix(component: str) -> str:
+    """Where the blocks of a component stand in its module."""
+    return "vision_model.encoder.layers" if component == "vision" else "qllama.model.layers"
+
+
+def one_period(component: str, config: InternVLConfig) -> tuple[InternVLConfig, int]:
+    """A config with just as many blocks as must be traced, and how many times they come.
+
+    Query passes alternate between blocks with and without cross-attention; all others repeat one block.
+    """
+    stack = config.vision if component == "vision" else config.qllama
+    period = config.cross_attention_frequency if component == "qllama_query" else 1
+    if stack.num_hidden_layers % period:
+        return config, 1
+    times = stack.num_hidden_layers // period
+    if component == "vision":
+        return replace(config, vision=replace(config.vision, num_hidden_layers=period)), times
+    return replace(config, qllama=replace(config.qllama, num_hidden_layers=period)), times
+
+
+def repeat_blocks(graph: ir.Graph, prefix: str, times: int, inputs: int, outputs: int) -> None:
+    """Make ``times`` copies of the blocks under ``prefix`` in an unoptimised graph, chained; in place.
+
+    Args:
+        graph: holds blocks 0 to period - 1.
+        prefix: module path of the stack: its blocks' nodes have ``<prefix>.<i>`` among their scopes, and
+            their weights' names begin with it.
+        times: how many periods there shall be.
+        inputs: how many inputs of the graph, its last ones, belong to the blocks (a past).
+        outputs: how many outputs, its last ones, belong to them (new keys and values).
+
+    Raises:
+        BuildError: the blocks do not form one chain.
+    """
+    number = re.compile(rf"(?<![\w.])({re.escape(prefix)}\.)(\d+)(?!\w)")
+    scoped = re.compile(rf"['\"]{re.escape(prefix)}\.(\d+)\b")
+    blocks = [n for n in graph if scoped.search(n.metadata_props.get(SCOPES, ""))]
+    if not blocks:
+        raise BuildError(f"Graph {graph.name} has no blocks under {prefix}.", "They cannot be repeated.")
+    period = 1 + max(int(m[1]) for n in blocks for m in scoped.finditer(n.metadata_props[SCOPES]))
+    first = next(node for node in blocks if node.op_type == "RMSNormalization").inputs[0]
+    last = blocks[-1].outputs[0]
+    own = {v for node in blocks for v in node.outputs}
+    block_inputs = list(graph.inputs[len(graph.inputs) - inputs :])
+    block_outputs = list(graph.outputs[len(graph.outputs) - outputs :]) if outputs else []
+    leaving = {v for v in own if any(user not in set(blocks) for user in v.consumers())}
+    if first is None or first in own or leaving - {last} or not set(block_outputs) <= own:
+        raise BuildError(f"The blocks of graph {graph.name} do not form one chain.", f"Under {prefix}.")
+
+    users = [(node, i) for node, i in last.uses() if node not in set(blocks)]
+    behind, x = blocks[-1], last
+    for k in range(1, times):
+        copy = _Copy(graph, first, x, block_inputs, number, k * period, f".{k}")
+        nodes = [copy.node(node) for node in blocks]
+        graph.insert_after(behind, nodes)
+        graph.outputs.extend(copy.values[v] for v in block_outputs)
+        behind, x = nodes[-1], copy.values[last]
+    for node, i in users:
+        node.replace_input_with(i, x)
+    for i, value in enumerate(graph.outputs):
+        if value is last:
+            graph.outputs[i] = x
+
+
+class _Copy:
+    """One more copy of the blocks: what its values are in terms of the first."""
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        first: ir.Value,
+        x: ir.Value,
+        block_inputs: list[ir.Value],
+        number: re.Pattern[str],
+        shift: int,
+        suffix: str,
+    ) -> None:
+        import onnx_ir as ir
+
+        self.graph, self.number, self.shift, self.suffix = graph, number, shift, suffix
+        self.values = {first: x}
+        for value in block_inputs:
+            self.values[value] = ir.Value(name=f"{value.name}{suffix}", type=value.type, shape=value.shape)
+            graph.inputs.append(self.values[value])
+
+    def node(self, node: ir.Node) -> ir.Node:
+        import onnx_ir as ir
+
+        outputs = []
+        for value in node.outputs:
+            self.values[value] = ir.Value(
+                name=f"{value.name}{self.suffix}", type=value.type, shape=value.shape
+            )
+            outputs.append(self.values[value])
+        made = ir.Node(
+            node.domain,
+            node.op_type,
+            [self._value(v) for v in node.inputs],
+            node.attributes.values(),
+            overload=node.overload,
+            outputs=outputs,
+            version=node.version,
+            name=f"{node.name}{self.suffix}",
+        )
+        made.metadata_props[SCOPES] = self._shifted(node.metadata_props[SCOPES])
+        return made
+
+    def _value(self, value: ir.Value | None) -> ir.Value | None:
+        """The copy's value: its own, its block's weight, or the one that all blocks share."""
+        import onnx_ir as ir
+
+        if value is None or value in self.values:
+            return None if value is None else self.values[value]
+        name = self._shifted(value.name or "")
+        if name == value.name or not value.is_initializer():
+            return value
+        if name not in self.graph.initializers:
+            self.graph.initializers.add(ir.Value(name=name, type=value.type, shape=value.shape))
+        return self.graph.initializers[name]
+
+    def _shifted(self, text: str) -> str:
+        return self.number.sub(lambda m: f"{m[1]}{int(m[2]) + self.shift}", text)
