@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ivl_export.errors import CheckpointError, UsageError
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
-from ivl_export.models.internvl import InternVL
+from ivl_export.models.internvl import InternVL, Mode
 from ivl_export.models.vit import resize_positions
 
 GOLDENS = Path(__file__).parent / "goldens" / "tiny"
@@ -78,9 +78,10 @@ def test_queries_and_text(model: InternVL, contrastive: dict[str, Tensor]) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("head", ["C", "G"])
-def test_embeddings_and_logits(model: InternVL, contrastive: dict[str, Tensor], head: str) -> None:
-    mode = "InternVL-C" if head == "C" else "InternVL-G"
+@pytest.mark.parametrize(("head", "mode"), [("C", "InternVL-C"), ("G", "InternVL-G")])
+def test_embeddings_and_logits(
+    model: InternVL, contrastive: dict[str, Tensor], head: str, mode: Mode
+) -> None:
     pixels, ids = contrastive["pixel_values"], contrastive["input_ids"]
     near(model.encode_image(pixels, mode), contrastive[f"{head}_image_embeds"], FEATURES)
     near(model.encode_text(ids), contrastive[f"{head}_text_embeds"], FEATURES)
@@ -102,7 +103,8 @@ def test_greedy_and_beam_with_min_length(model: InternVL, generated: dict[str, T
     assert model.generate(*call, 30, 1, 8).tolist() == expected["greedy_min8_max30_new_tokens"]
     assert model.generate(*call, 30, 5, 8).tolist() == expected["beam5_min8_max30_batch3_new_tokens"]
     for row, golden in enumerate(expected["beam5_min8_max30"]):
-        one = model.generate(*(x[row : row + 1] for x in call), 30, 5, 8)
+        pixels, ids, mask = (x[row : row + 1] for x in call)
+        one = model.generate(pixels, ids, mask, 30, 5, 8)
         assert one[0].tolist() == golden["new_tokens"]
 
 
@@ -192,7 +194,7 @@ def test_other_sizes_work(
     pixels, ids = torch.randn(2, 3, 7 * grid, 7 * grid), torch.tensor([[1, 5, 2], [1, 2, 0]])
     assert model.vision(pixels).shape == (2, grid * grid + 1, width)
     for mode in ("InternVL-C", "InternVL-G"):
-        assert torch.isfinite(model.logits(pixels, ids, mode)).all()  # type: ignore[arg-type]
+        assert torch.isfinite(model.logits(pixels, ids, mode)).all()
     out = model.generate(pixels, ids, (ids > 0).long(), max_new_tokens=3)
     assert out.shape[0] == 2
     assert out.shape[1] <= 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,6 +19,9 @@ from ivl_export.profiles.latency import Case
 from ivl_export.profiles.measure import Measurement
 from ivl_export.profiles.table19 import PAPER, Table19, table19
 from ivl_export.specs import Axis, ComponentSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
 
 FULL_PARAMETERS = 13_834_975_747
 PUBLISHED_GMAC = {224: (1537, 787), 336: (3507, 925), 448: (6370, 1118)}
@@ -101,7 +106,7 @@ def test_only_the_rows_looked_up_are_read(tiny_bundle: Path) -> None:
 
 
 def save(
-    path: Path, nodes: list[object], weights: dict[str, tuple[str, list[int]]], out: list[object]
+    path: Path, nodes: list[NodeProto], weights: dict[str, tuple[str, list[int]]], out: Sequence[str | int]
 ) -> Path:
     """A graph with input x [batch, 3, 8, 8] or whatever its first node takes, and zero weights."""
     import onnx

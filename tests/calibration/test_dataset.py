@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_no_data(kind: str, tmp_path: Path) -> None:
         open_calibration(path)
 
 
-def manifest(folder: Path, rows: list[object]) -> Path:
+def manifest(folder: Path, rows: Sequence[object]) -> Path:
     path = folder / "set.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return path

@@ -66,7 +66,8 @@ def bound(model: ir.Model, shallow: Checkpoint, schemes: Mapping[str, str]) -> b
                 array = tensor.contiguous().numpy()
             assert list(value.shape or ()) == list(tensor.shape)
             value.const_value = ir.tensor(array, dtype=value.dtype, name=name)
-    return ir.to_proto(model).SerializeToString()
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
 
 
 def runner(graph: bytes, fp8: bool, optimised: str = "") -> Runner:

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import onnx
 import pytest
@@ -15,7 +17,10 @@ from ivl_export.engines import trt
 from ivl_export.engines.build import NATIVE, BuildOptions, build_engine
 from ivl_export.engines.program import read_programs
 from ivl_export.engines.targets import TARGETS, check_types, parse_targets
-from ivl_export.errors import BuildError, CapabilityError, IntegrityError, UsageError
+from ivl_export.errors import BuildError, CapabilityError, IntegrityError, IvlError, UsageError
+
+if TYPE_CHECKING:
+    from .conftest import Make
 
 
 def test_targets_are_parsed_in_order_and_once() -> None:
@@ -67,7 +72,9 @@ def test_several_targets_and_profiles_share_a_file(make: Make, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("target", "error"), [("sm86", CapabilityError), ("sm99", UsageError), (NATIVE, UsageError)]
 )
-def test_targets_are_refused_before_anything_is_written(make: Make, tmp_path: Path, target: str, error: type[IvlError]) -> None:
+def test_targets_are_refused_before_anything_is_written(
+    make: Make, tmp_path: Path, target: str, error: type[IvlError]
+) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample = make("mlp", dtype="bf16", scheme="fp8")
     with pytest.raises(error):
@@ -127,7 +134,9 @@ def test_a_full_disk_leaves_the_old_engine(make: Make, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*tmp"))
 
 
-def test_a_missing_library_names_the_line_that_installs_it(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_names_the_line_that_installs_it(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sample = make("mlp")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(CapabilityError, match="pip install tensorrt-rtx"):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ivl_export.engines.build import build_engine
 from ivl_export.engines.proof import check_promise, proof_from_engine, proof_from_onnxruntime
 
+if TYPE_CHECKING:
+    from ivl_export.calibration.qdq import Style
+    from ivl_export.models.checkpoint import Checkpoint
+
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path: Path) -> Checkpoint:
     """One ViT layer without QK-norm, one QLLaMA layer, random weights, in the published layout."""
     import torch
     from safetensors.torch import save_file
@@ -32,7 +38,9 @@ def checkpoint(tmp_path):
     return open_checkpoint(folder)
 
 
-def export(checkpoint, folder, scheme, compute, style):
+def export(
+    checkpoint: Checkpoint, folder: Path, scheme: str, compute: str, style: Style
+) -> tuple[Path, dict[str, str]]:
     """The quantised vision graph and its promise."""
     from ivl_export.calibration.qdq import write_qdq
     from ivl_export.calibration.quantize import quantise, stored_names

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 import pytest
@@ -8,6 +10,9 @@ import pytest
 from ivl_export.engines.graph import read_graph
 from ivl_export.engines.products import find_attention, find_products
 from ivl_export.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from .conftest import Make
 
 
 @pytest.mark.parametrize(("kind", "dtype", "scheme"), [("vit", "bf16", "fp8"), ("step", "fp32", "int8")])

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -12,17 +14,20 @@ from ivl_export.engines.proof import check_promise, proof_from_onnxruntime
 from ivl_export.engines.protocol import open_engine
 from ivl_export.errors import BuildError, CapabilityError, InputError, IntegrityError, UsageError
 
+if TYPE_CHECKING:
+    from .conftest import Array, Make, Sample
+
 LIMITS = {"fp8": 448.0, "int8": 127.0}
 AMAX = 4.0
 
 
-def rounded(x, scheme, scale):
+def rounded(x: Array, scheme: str, scale: Array | np.float32) -> Array:
     if scheme == "fp8":
         return np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
     return np.clip(np.round(x / scale), -128, 127) * scale
 
 
-def reference(sample, x):
+def reference(sample: Sample, x: Array) -> Array:
     """The MLP in numpy, with its factors rounded as the graph rounds them."""
     for i, (name, weight) in enumerate(sample.weights.items()):
         scheme = sample.promised.get(name)
@@ -35,8 +40,8 @@ def reference(sample, x):
     return x
 
 
-def sqnr(value, exact):
-    return 10 * np.log10((exact**2).sum() / ((value - exact) ** 2).sum())
+def sqnr(value: Array, exact: Array) -> float:
+    return float(10 * np.log10((exact**2).sum() / ((value - exact) ** 2).sum()))
 
 
 @pytest.mark.parametrize(("scheme", "exactness"), [(None, 110), ("int8", 100), ("fp8", 100)])
@@ -56,7 +61,7 @@ def test_step_with_past_equals_one_long_step(make: Make) -> None:
     ids = np.array([[3, 5, 7]], np.int64)
     cache = np.zeros((1, 4, 4, 32), np.float32)
 
-    def inputs(ids, key, value, mask):
+    def inputs(ids: Array, key: Array, value: Array, mask: Array) -> dict[str, Array]:
         return {"input_ids": ids, "attention_mask": mask, "past_key.0": key, "past_value.0": value}
 
     hidden = np.zeros((1, 4), np.int64)  # the four empty cache rows

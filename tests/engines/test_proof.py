@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -9,12 +12,17 @@ from ivl_export.engines.program import read_programs
 from ivl_export.engines.proof import KernelReport, check_promise, proof_from_engine
 from ivl_export.errors import BuildError, IntegrityError, UsageError
 
+if TYPE_CHECKING:
+    from .conftest import Make, Sample
+
+    Prove = Callable[..., tuple[Sample, KernelReport]]
+
 
 @pytest.fixture
-def prove(make, tmp_path):
+def prove(make: Make, tmp_path: Path) -> Prove:
     pytest.importorskip("tensorrt_rtx")
 
-    def run(kind, target="sm89", **options):
+    def run(kind: str, target: str = "sm89", **options: Any) -> tuple[Sample, KernelReport]:
         sample = make(kind, **options)
         engine = tmp_path / "part.engine"
         build_engine(sample.path, sample.spec, engine, target=target)
