@@ -39,7 +39,8 @@ def bind(model: ir.Model, store: Store, folder: Path) -> None:
 
     Args:
         model: a graph of :func:`.trace.export_component`, quantised or not.
-        store: from :func:`.weights.open_store`.
+        store: from :func:`.weights.open_store`, or a safetensors checkpoint's ``tensors``: then nothing is
+            copied, and the graph must be saved beside the shards.
         folder: where the graph will be saved; the store's files must lie below it.
 
     Raises:
@@ -51,6 +52,12 @@ def bind(model: ir.Model, store: Store, folder: Path) -> None:
         value, ref = model.graph.initializers[name], store.get(name)
         if ref is None:
             raise BuildError(f"Graph {model.graph.name} needs {name}.", "It is not in the weights store.")
+        if ref.offset is None:
+            raise BuildError(
+                f"Graph {model.graph.name} cannot use {name} where it is stored.",
+                f"{ref.file} does not say at which byte it begins.",
+                "Copy the weights with write_store.",
+            )
         shape = ir.Shape(ref.shape)
         onnx_type = _ONNX.get(ref.dtype, ref.dtype)
         wanted = value.dtype.name if value.dtype is not None else "an unknown type"

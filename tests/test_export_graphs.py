@@ -412,6 +412,35 @@ def test_older_checkpoints_have_two_components(tmp_path: Path) -> None:
         export_component("qllama_step", older)
 
 
+def test_graphs_can_use_the_checkpoint_itself(tmp_path: Path) -> None:
+    config = replace(SMALL, qllama=replace(SMALL.qllama, num_hidden_layers=1))
+    checkpoint = open_checkpoint(random_checkpoint(config, tmp_path, torch.bfloat16))
+    model = export_component("qllama_text", checkpoint, "float32")
+    bind(model, checkpoint.tensors, tmp_path)
+    save_graph(model, tmp_path / "qllama_text.onnx")
+    built = Built(tmp_path, checkpoint, "")
+    session = onnxruntime.InferenceSession(tmp_path / "qllama_text.onnx", providers=["CPUExecutionProvider"])
+    inputs = random_inputs(built.spec("qllama_text"), config, {"batch": 2, "text": 4}, 0)
+    close({"text_embed": session.run(None, inputs)[0]}, reference(built, "qllama_text")(inputs))
+
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(BuildError, match="does not say at which byte"):
+        bind(export_component("qllama_text", checkpoint), open_checkpoint(tmp_path).tensors, tmp_path)
+
+
+def test_full_size_components_use_every_published_tensor() -> None:
+    used: set[str] = set()
+    with torch.device("meta"):
+        for name in component_names():
+            used |= set(component_module(name, InternVLConfig()).state_dict())
+    assert set(expected_shapes(InternVLConfig())) - used == {
+        "logit_scale",
+        "itm_head.weight",
+        "itm_head.bias",
+    }
+
+
 def test_no_qk_norm(tmp_path: Path) -> None:
     config = InternVLConfig(
         VisionConfig(48, 2, 3, 20, 28, 14, qk_normalization=False), QLlamaConfig(16, 2, 2, 24, 30), 12, 2, 3
