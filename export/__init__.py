@@ -1,1 +1,1 @@
-""""""
+"""Components with their specs, tracing without weights, the weights store."""
