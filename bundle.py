@@ -153,7 +153,7 @@ def seal(staging: Path, manifest: Manifest, out: Path, progress: Progress | None
         BuildError: the disk is full, ``staging`` holds links, ``out`` is something that is no bundle, or the
             manifest refers to files that are not there.
     """
-    with _disk_errors(out):
+    with disk_errors(out):
         files = {}
         for file in _walk(staging):
             rel = file.relative_to(staging).as_posix()
@@ -179,18 +179,39 @@ def seal(staging: Path, manifest: Manifest, out: Path, progress: Progress | None
     return Bundle(out, sealed)
 
 
+def refuse_foreign(out: Path) -> None:
+    """BuildError if ``out`` exists and is neither a bundle nor an empty folder: it is never replaced."""
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise BuildError(
+            f"{out} is not replaced.",
+            "It exists and is not a bundle.",
+            "Give --out a new folder, or remove that one.",
+        )
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn an OSError that comes up while the bundle ``out`` is made into a BuildError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "Check that place, or give --out another folder; 'build' again goes on from here."
+        if full:
+            fix = "Free some space or give --out a folder on another disk; 'build' again goes on from here."
+        elif error.errno == errno.EXDEV:
+            fix = "The staging folder must be on the same file system as --out."
+        what = "The disk is full" if full else "The file system refused"
+        raise BuildError(f"{what} while making the bundle {out}.", str(error), fix) from error
+
+
 def _swap(staging: Path, out: Path) -> None:
     parent = out.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     old = parent / f".{out.name}.old.{os.getpid()}"
     with _locked(parent):
         _restore(out)
-        if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise BuildError(
-                f"{out} is not replaced.",
-                "It exists and is not a bundle.",
-                "Give --out a new folder, or remove that one.",
-            )
+        refuse_foreign(out)
         for leftover in _leftovers(out):
             _remove(leftover)
         replaced = out.exists()
@@ -241,21 +262,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "Write to a disk with room: --out DIR."
-        if full:
-            fix = "Free some space or give --out a folder on another disk; 'build' again goes on from here."
-        elif error.errno == errno.EXDEV:
-            fix = "The staging folder must be on the same file system as --out."
-        what = "The disk is full" if full else "The file system refused"
-        raise BuildError(f"{what} while writing the bundle {out}.", str(error), fix) from error
 
 
 def _walk(root: Path) -> Iterator[Path]:

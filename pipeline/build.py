@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..bundle import Bundle, seal
 from ..calibration.accuracy import BUDGETS, check_budget
-from ..errors import AccuracyError, IntegrityError
+from ..errors import AccuracyError
 from ..manifest import Manifest
 from ..strict_json import read_json
 from .evaluate import headlines
@@ -56,19 +58,19 @@ def build(job: Job, reporter: Reporter) -> Result:
         BuildError: a step failed, or an engine breaks its promise.
         AccuracyError: a task loses more than its budget, and that was not allowed.
     """
+    plan = steps(job)
     with Workspace(job.request.out, reporter) as space:
-        for step in steps(job):
-            _run(space, step)
-        over_budget = _check_accuracy(job, space)
-        receipts = [rel for r in space.records.values() for rel in r.files if rel.startswith("receipts/")]
-        names = [rel.removeprefix("receipts/").removesuffix(".json") for rel in receipts]
-        manifest = manifest_of(job, space.records, [*names, RECEIPT])
-        bundle = _unchanged(space, manifest)
-        if bundle is None:
+        result = _unchanged(job, space, plan)
+        if result is None:
+            for step in plan:
+                _run(space, step)
+            over_budget = _check_accuracy(job, space.root, space.records)
+            manifest = _manifest(job, space.records)
             space.finish()
             bundle = seal(space.root, manifest, job.request.out)
+            result = Result(bundle, tuple(space.ran), dict(space.records), over_budget)
         space.discard()
-        return Result(bundle, tuple(space.ran), dict(space.records), over_budget)
+        return result
 
 
 def _run(space: Workspace, step: Step) -> None:
@@ -77,11 +79,11 @@ def _run(space: Workspace, step: Step) -> None:
     )
 
 
-def _check_accuracy(job: Job, space: Workspace) -> str:
+def _check_accuracy(job: Job, root: Path, records: Mapping[str, Record]) -> str:
     """The loss over budget in words, empty if there is none; AccuracyError where it is not allowed."""
-    if "tasks" not in space.records:
+    if "tasks" not in records:
         return ""
-    scores = read_json(space.root / "receipts" / "tasks.json")["scores"]
+    scores = read_json(root / "receipts" / "tasks.json")["scores"]
     budget = BUDGETS.get(job.recipe.name, DEFAULT_BUDGET)
     try:
         check_budget(
@@ -94,11 +96,21 @@ def _check_accuracy(job: Job, space: Workspace) -> str:
     return ""
 
 
-def _unchanged(space: Workspace, manifest: Manifest) -> Bundle | None:
-    """The bundle that is there, if it is what this build would seal."""
-    try:
-        bundle = Bundle.open(space.out)
-    except IntegrityError:
+def _manifest(job: Job, records: Mapping[str, Record]) -> Manifest:
+    receipts = [rel for r in records.values() for rel in r.files if rel.startswith("receipts/")]
+    names = [rel.removeprefix("receipts/").removesuffix(".json") for rel in receipts]
+    return manifest_of(job, records, [*names, RECEIPT])
+
+
+def _unchanged(job: Job, space: Workspace, plan: Sequence[Step]) -> Result | None:
+    """The bundle that is there, if it is what this build would seal; nothing of it is read or copied."""
+    bundle, kept = space.sealed
+    if bundle is None or any(s.name not in kept or kept[s.name].digest != s.digest for s in plan):
         return None
-    same = replace(bundle.manifest, files={}) == replace(manifest, files={})
-    return bundle if same and not space.ran else None
+    records = {step.name: kept[step.name] for step in plan}
+    if replace(bundle.manifest, files={}) != _manifest(job, records):
+        return None
+    over_budget = _check_accuracy(job, bundle.root, records)
+    for name, record in records.items():
+        space.reporter.finished(name, record.seconds, True)
+    return Result(bundle, (), records, over_budget)

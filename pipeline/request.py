@@ -83,6 +83,13 @@ class Job:
             types = frozenset({self.recipe.base, *self.plan.quantised.values()})
             check_types(f"Precision {self.recipe.name}", types, parse_targets(request.targets))
         self.tokenizer = Tokenizer(self._beside("tokenizer.model"))
+        if len(self.tokenizer) > self.checkpoint.config.qllama.vocab_size:
+            raise CheckpointError(
+                f"{self.folder / 'tokenizer.model'} is not of this model.",
+                f"It has {len(self.tokenizer)} pieces, the model knows "
+                f"{self.checkpoint.config.qllama.vocab_size}.",
+                "Copy the tokenizer.model of the published model there.",
+            )
         settings = ImageSettings.load(self._beside("preprocessor_config.json"))
         self.settings = _sized(settings, self.checkpoint.config.vision.image_size)
         self.evaluation = _evaluation(self.folder)

@@ -58,10 +58,11 @@ class Step:
 
 def steps(job: Job) -> list[Step]:
     """All steps of ``job`` in the order they run; a step's inputs hold the hashes of those it reads."""
-    found = [_preprocess(job)]
+    preprocess = _preprocess(job)
+    found = [preprocess]
     scales: list[Step] = []
     if job.recipe.quantises:
-        scales = [_calibrate(job)]
+        scales = [_calibrate(job, preprocess)]
     stores = _stores(job)
     graph_steps = {c: _graph(job, c, [*scales, *stores]) for c in job.components}
     engine_steps = [
@@ -71,9 +72,9 @@ def steps(job: Job) -> list[Step]:
     ]
     found += [*scales, *stores, *graph_steps.values(), *engine_steps]
     found.append(_kernels(job, [*graph_steps.values(), *engine_steps]))
-    found.append(_accuracy(job, list(graph_steps.values())))
+    found.append(_accuracy(job, [preprocess, *graph_steps.values()]))
     if job.evaluation and set(job.components) == set(job.checkpoint.components):
-        found.append(_tasks(job, [*scales, *graph_steps.values()]))
+        found.append(_tasks(job, preprocess, [*scales, *graph_steps.values()]))
     return found
 
 
@@ -115,7 +116,7 @@ def _preprocess(job: Job) -> Step:
     return Step("preprocess", {"settings": settings, "tokenizer": hashlib.sha256(model).hexdigest()}, run)
 
 
-def _calibrate(job: Job) -> Step:
+def _calibrate(job: Job, preprocess: Step) -> Step:
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
         scales = calibrate(
             job.checkpoint,
@@ -130,7 +131,7 @@ def _calibrate(job: Job) -> Step:
         return [SCALES], {"samples": scales.samples, "layers": sum(len(v) for v in scales.amax.values())}
 
     inputs = {**_model(job), "set": job.calibration.hash, "components": list(job.components)}
-    return Step("calibrate", {**inputs, "settings": job.settings.to_json()}, run, len(job.calibration))
+    return Step("calibrate", {**inputs, **_after([preprocess])}, run, len(job.calibration))
 
 
 def _stores(job: Job) -> list[Step]:
@@ -214,12 +215,11 @@ def _accuracy(job: Job, before: list[Step]) -> Step:
     return Step("accuracy", inputs, run, job.held_out.steps())
 
 
-def _tasks(job: Job, before: list[Step]) -> Step:
+def _tasks(job: Job, preprocess: Step, before: list[Step]) -> Step:
     """Task accuracy in fp32, bf16, FP8, INT8 and in what is built, all on the same questions."""
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
-
-        model, made = _model(job), source(job, space.root)
+        model, made = {**_model(job), **_after([preprocess])}, source(job, space.root)
         torch_scores = partial(evaluate.evaluate_torch, job)
         scores = {"fp32": evaluate.cached([model, "fp32"], partial(torch_scores, "float32"))}
         advanced(1)
@@ -230,7 +230,7 @@ def _tasks(job: Job, before: list[Step]) -> Step:
             scores[other.recipe.name] = evaluate.cached(key, partial(_graph_scores, job, other, space))
         return [_receipt(space, "tasks", {"scores": scores, "sizes": evaluate.SIZES})], {}
 
-    return Step("tasks", {"sizes": evaluate.SIZES, **_after(before)}, run, 5)
+    return Step("tasks", {"sizes": evaluate.SIZES, **_after([preprocess, *before])}, run, 5)
 
 
 def _compared(job: Job, made: Source) -> list[Source]:

@@ -3,8 +3,8 @@
 A bundle ``out`` is made in ``.<name>.build/bundle`` beside it, at the same relative paths; the records of
 finished steps lie in ``.<name>.build/steps``. A step's hash covers
 everything its files follow from: its inputs, the library versions, and this package's own code. A step whose
-record has that hash, and whose files are there, is not run again; neither is one that the finished bundle
-already holds. So a build that was killed goes on, and one that is asked for twice does nothing.
+record has that hash, and whose files are there, is not run again; of one that the finished bundle holds the
+files are copied. So a build that was killed goes on, and one that is asked for again runs what changed.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..bundle import Bundle
+from ..bundle import Bundle, disk_errors, refuse_foreign
 from ..errors import BuildError, IntegrityError
-from ..strict_json import read_json
+from ..strict_json import Node, read_json
 
 RECEIPT = "build"
 Data = dict[str, Any]
@@ -53,9 +52,20 @@ class Record:
     seconds: float
     data: Data = field(default_factory=dict)
 
+    @classmethod
+    def from_json(cls, data: Any) -> Record:
+        """Read what ``asdict`` gave; IntegrityError if it is something else, or names files elsewhere."""
+        node = Node("", data).keys({"digest", "files", "seconds", "data"})
+        files = node["files"].map(Node.integer, Node.path)
+        return cls(node["digest"].sha256(), files, node["seconds"].number(), node["data"].object().data)
+
 
 class Workspace:
-    """Steps of one build into ``out``. Use as a context manager: it holds a lock on the staging folder."""
+    """Steps of one build into ``out``. Use as a context manager: it holds a lock on the staging folder.
+
+    ``sealed`` is the bundle that is there already and its steps' records; BuildError if ``out`` is something
+    else.
+    """
 
     def __init__(self, out: Path, reporter: Reporter) -> None:
         self.out, self.reporter = out.absolute(), reporter
@@ -63,7 +73,8 @@ class Workspace:
         self.root, self._steps = self.home / "bundle", self.home / "steps"
         self.records: dict[str, Record] = {}
         self.ran: list[str] = []
-        self._previous = _sealed_records(self.out)
+        refuse_foreign(self.out)
+        self.sealed = _sealed(self.out)
 
     def __enter__(self) -> Workspace:
         try:
@@ -113,6 +124,7 @@ class Workspace:
             self.reporter.started(name, total)
             started = time.perf_counter()
             with disk_errors(self.out):
+                self._forget(name)
                 files, data = run(self.root)
                 seconds = time.perf_counter() - started
                 sizes = {rel: (self.root / rel).stat().st_size for rel in files}
@@ -126,15 +138,15 @@ class Workspace:
     def known(self, name: str, inputs: Data) -> bool:
         """Whether :meth:`step` would find its result already there."""
         digest = step_digest(name, inputs)
-        kept = self._previous.get(name)
+        kept = self.sealed[1].get(name)
         return self._staged(name, digest) is not None or (kept is not None and kept.digest == digest)
 
     def finish(self) -> None:
         """Leave only what the steps of this build made, and their records as ``receipts/build.json``."""
         wanted = {rel for record in self.records.values() for rel in record.files}
         receipt = self.root / "receipts" / f"{RECEIPT}.json"
-        receipt.parent.mkdir(exist_ok=True)
         with disk_errors(self.out):
+            receipt.parent.mkdir(exist_ok=True)
             receipt.write_text(json.dumps({n: asdict(r) for n, r in self.records.items()}, indent=1) + "\n")
         wanted.add(receipt.relative_to(self.root).as_posix())
         for file in [p for p in self.root.rglob("*") if not p.is_dir()]:
@@ -149,32 +161,48 @@ class Workspace:
         shutil.rmtree(self.home, ignore_errors=True)
 
     def _staged(self, name: str, digest: str) -> Record | None:
-        record = _read_record(self._steps / f"{name}.json")
+        record = _read_record(self._record_path(name))
         if record is None or record.digest != digest:
             return None
         return record if _present(self.root, record) else None
 
     def _from_bundle(self, name: str, digest: str) -> Record | None:
-        record = self._previous.get(name)
-        if record is None or record.digest != digest or not _present(self.out, record):
+        """The record of a step whose files are copied from the bundle; None if that has no intact ones.
+
+        Not as hard links: onnx.checker refuses weights that have a second name.
+        """
+        bundle, records = self.sealed
+        record = records.get(name)
+        if bundle is None or record is None or record.digest != digest:
             return None
         with disk_errors(self.out):
-            for rel in record.files:
-                target = self.root / rel
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.unlink(missing_ok=True)
-                try:
-                    target.hardlink_to(self.out / rel)
-                except OSError:  # another file system, or one without hard links
-                    shutil.copyfile(self.out / rel, target)
+            self._forget(name)
+            try:
+                for rel in record.files:
+                    _copy(bundle, rel, self.root / rel)
+            except IntegrityError:
+                return None  # damaged since: the step is run again
             self._write(name, record)
         return record
 
+    def _forget(self, name: str) -> None:
+        """Remove what an earlier run of step ``name`` left.
+
+        The record goes before the new files come: with it, a run killed half way would pass for the old one.
+        """
+        old = _read_record(self._record_path(name))
+        self._record_path(name).unlink(missing_ok=True)
+        for rel in old.files if old is not None else ():
+            (self.root / rel).unlink(missing_ok=True)
+
     def _write(self, name: str, record: Record) -> None:
-        path = self._steps / f"{name}.json"
+        path = self._record_path(name)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(record)))
         partial.replace(path)
+
+    def _record_path(self, name: str) -> Path:
+        return self._steps / f"{name}.json"
 
 
 def step_digest(name: str, inputs: Data) -> str:
@@ -185,32 +213,33 @@ def step_digest(name: str, inputs: Data) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-@contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turn an OSError of the file system into a BuildError."""
+def _sealed(out: Path) -> tuple[Bundle | None, dict[str, Record]]:
+    """The bundle in ``out`` and the records of its steps; nothing if there is none, or a damaged one."""
     try:
-        yield
-    except OSError as error:
-        raise BuildError(
-            f"Writing the bundle {out} failed.",
-            error.strerror or str(error),
-            "Free some space or give --out a folder on another disk; 'build' again goes on from here.",
-        ) from error
-
-
-def _sealed_records(out: Path) -> dict[str, Record]:
-    try:
-        data = Bundle.open(out).receipt(RECEIPT)
-        return {name: Record(**record) for name, record in data.items()}
-    except (IntegrityError, TypeError, AttributeError):
-        return {}  # none there, or damaged: everything is made again
+        bundle = Bundle.open(out)
+        return bundle, Node("", bundle.receipt(RECEIPT)).map(lambda node: Record.from_json(node.data))
+    except (IntegrityError, OSError):
+        return None, {}
 
 
 def _read_record(path: Path) -> Record | None:
     try:
-        return Record(**read_json(path))
-    except (IntegrityError, OSError, TypeError):
+        return Record.from_json(read_json(path))
+    except (IntegrityError, OSError):
         return None
+
+
+def _copy(bundle: Bundle, rel: str, target: Path) -> None:
+    """Copy a file out of ``bundle``; IntegrityError if its content is not what the manifest says."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with bundle.path(rel).open("rb") as source, target.open("wb") as copy:
+        while block := source.read(1 << 20):
+            digest.update(block)
+            copy.write(block)
+    if digest.hexdigest() != bundle.manifest.files[rel].sha256:
+        target.unlink()
+        raise IntegrityError(f"{rel} in {bundle.root} is damaged.")
 
 
 def _present(root: Path, record: Record) -> bool:
