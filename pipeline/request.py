@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,7 +136,9 @@ class Job:
         else:
             # Only to compare the 16-bit graphs with fp32: any images will do for that.
             chosen = scenes_calibration(min(samples, HELD_OUT))
-        return chosen.split(HELD_OUT)
+        # A small set keeps fewer samples back: what is left over is more than was asked for.
+        rest, held_out = chosen.split(HELD_OUT)
+        return replace(rest, samples=rest.samples[: self.request.calib_samples]), held_out
 
 
 def _backends(asked: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -176,8 +178,6 @@ def _components(checkpoint: Checkpoint, asked: tuple[str, ...]) -> tuple[str, ..
 
 
 def _sized(settings: ImageSettings, size: int) -> ImageSettings:
-    from dataclasses import replace
-
     return replace(settings, size=size)
 
 

@@ -44,9 +44,34 @@ def tiny_bundle(request: pytest.FixtureRequest) -> Path:
     return bundle
 
 
-def build_tiny_bundle(out: Path) -> None:
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny golden checkpoint with a tokenizer and a preprocessor beside it. Tests must not change it."""
+    from ivl_export.preprocess import ImageSettings
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(TINY / name, folder / name)
+    (folder / "tokenizer.model").write_bytes(small_tokenizer())
+    ImageSettings(size=56).save(folder / "preprocessor_config.json")
+    return folder
+
+
+def small_tokenizer() -> bytes:
+    """One for the tiny model, whose 200 ids leave no room for LLaMA's 256 byte pieces."""
     import sentencepiece
 
+    from ivl_export.training.grammar import corpus
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=("".join(words) for words in corpus()), model_writer=model,
+        model_type="bpe", vocab_size=190, pad_id=-1, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def build_tiny_bundle(out: Path) -> None:
     from ivl_export.bundle import seal
     from ivl_export.export.binding import bind, save_graph, unbound
     from ivl_export.export.components import component_spec
@@ -55,7 +80,6 @@ def build_tiny_bundle(out: Path) -> None:
     from ivl_export.manifest import Component, Manifest, Model
     from ivl_export.models.checkpoint import open_checkpoint
     from ivl_export.preprocess import ImageSettings
-    from ivl_export.training.grammar import corpus
 
     staging = out.with_name(f"{out.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
@@ -70,12 +94,7 @@ def build_tiny_bundle(out: Path) -> None:
     ImageSettings(size=checkpoint.config.vision.image_size).save(
         staging / "preprocess" / "preprocessor_config.json"
     )
-    tokenizer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(  # 200 ids leave no room for LLaMA's 256 byte pieces
-        sentence_iterator=("".join(words) for words in corpus()), model_writer=tokenizer,
-        model_type="bpe", vocab_size=190, pad_id=-1, minloglevel=2, num_threads=1,
-    )  # fmt: skip
-    (staging / "preprocess" / "tokenizer.model").write_bytes(tokenizer.getvalue())
+    (staging / "preprocess" / "tokenizer.model").write_bytes(small_tokenizer())
     manifest = Manifest(
         model=Model(
             "tiny",

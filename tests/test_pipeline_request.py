@@ -1,0 +1,285 @@
+"""What is asked of a build is checked before anything runs, each refusal with its own exit code."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ivl_export.errors import CapabilityError, CheckpointError, InputError, IvlError, UsageError
+from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
+from ivl_export.pipeline import request
+from ivl_export.pipeline.request import ORT, RTX, Job, Request
+from ivl_export.pipeline.steps import steps
+from ivl_export.training.tokenizer import train_tokenizer
+
+Ask = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty images with captions."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a photo number {i}")
+    return folder
+
+
+@pytest.fixture
+def ask(tmp_path: Path, tiny_model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """``ask(precision=...)`` opens the tiny model's job; TensorRT-RTX passes for installed."""
+    pretend(monkeypatch, installed=True)
+
+    def make(**options: Any) -> Job:
+        progress = options.pop("progress", None)
+        asked = {"out": tmp_path / "out", "model": tiny_model, "calib": photos, **options}
+        return Job(Request(**asked), progress)
+
+    return make
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    real = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
+        if name == "tensorrt_rtx":
+            return ModuleSpec(name, None) if installed else None
+        return real(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+
+
+def copied(model: Path, folder: Path) -> Path:
+    shutil.copytree(model, folder)
+    return folder
+
+
+def test_a_job_holds_what_was_asked(ask: Ask, tmp_path: Path) -> None:
+    job = ask(targets="sm89,sm120", components=("qllama_text", "vision"))
+    assert job.backends == (ORT, RTX)
+    assert job.targets == ("sm89", "sm120")
+    assert job.components == ("vision", "qllama_text")
+    assert (len(job.calibration), len(job.held_out)) == (15, 5)
+    assert not {s.name for s in job.calibration.samples} & {s.name for s in job.held_out.samples}
+    assert job.settings.size == 56
+    names = [step.name for step in steps(job)]
+    assert "engine-vision-sm120" in names
+    assert "tasks" not in names
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"precision": "fp4"}, UsageError, r"Unknown precision 'fp4'.*bf16, fp16, fp8, int8"),
+        ({"precision": "none.yaml"}, UsageError, r"none\.yaml cannot be read"),
+        ({"targets": "sm90"}, UsageError, r"(?s)sm90.*sm89"),
+        ({"targets": ""}, UsageError, "sm89"),
+        ({"targets": "sm86"}, CapabilityError, r"no FP8.*sm89"),
+        ({"targets": "sm89,sm80"}, CapabilityError, r"sm80.*FP8|FP8.*sm80"),
+        ({"precision": "bf16", "targets": "sm75"}, CapabilityError, "no BF16"),
+        ({"backends": ("openvino",)}, UsageError, "Unknown backend 'openvino'.*onnxruntime, tensorrt-rtx"),
+        ({"components": ("vision", "decoder")}, UsageError, "Unknown component 'decoder'.*qllama_step"),
+        ({"calib": None}, InputError, "fp8 needs calibration data.*--calib"),
+        ({"calib": None, "precision": "int8"}, InputError, "int8 needs calibration data"),
+        ({"calib": Path("nowhere")}, InputError, "No calibration data at nowhere"),
+        ({"model": Path("nowhere")}, CheckpointError, "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    ask: Ask, options: dict[str, Any], error: type[IvlError], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=says) as caught:
+        ask(**options)
+    assert type(caught.value) is error
+    exit_codes = {UsageError: 2, InputError: 3, CheckpointError: 4, CapabilityError: 5}
+    assert caught.value.exit_code == exit_codes[error]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_cpu_takes_any_precision(ask: Ask) -> None:
+    """Targets are those of TensorRT-RTX: a build for ONNX Runtime alone does not ask them."""
+    job = ask(backends=(ORT,), targets="sm86")
+    assert job.backends == (ORT,)
+    assert not [s.name for s in steps(job) if s.name.startswith("engine-")]
+
+
+def test_components_that_the_checkpoint_lacks(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an InternVL-C file of the older layout, which has no query pass and no captions."""
+
+    def narrow(path: Path) -> Checkpoint:
+        return replace(open_checkpoint(path), contrastive_only=True)
+
+    monkeypatch.setattr(request, "open_checkpoint", narrow)
+    with pytest.raises(CapabilityError, match=r"no weights for qllama_step\. It has vision, qllama_text"):
+        ask(components=("vision", "qllama_step"))
+    assert ask(components=("vision",)).components == ("vision",)
+
+
+def test_sixteen_bits_need_no_calibration_data(ask: Ask) -> None:
+    job = ask(calib=None, precision="bf16")
+    assert job.notices == ()
+    assert "calibrate" not in [step.name for step in steps(job)]
+    assert len(job.held_out) > 0
+
+
+def test_a_model_trained_on_scenes_is_calibrated_and_evaluated_on_them(
+    ask: Ask, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = copied(tiny_model, tmp_path / "scenes")
+    (model / "evaluation.json").write_text('{"tasks": "scenes"}')
+    job = ask(model=model, calib=None, calib_samples=40)
+    assert job.calibration.synthetic
+    assert (len(job.calibration), len(job.held_out)) == (40, 18)
+    assert any("synthetic" in notice for notice in job.notices)
+    assert steps(job)[-1].name == "tasks"
+    # a part of the model cannot do the tasks
+    assert "tasks" not in [s.name for s in steps(ask(model=model, calib=None, components=("vision",)))]
+    for text in ("{", "[]", "{}", '{"tasks": "imagenet"}', '{"tasks": ["scenes"]}'):
+        (model / "evaluation.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"evaluation\.json|imagenet"):
+            ask(model=model)
+
+
+def test_an_empty_folder(ask: Ask, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    with pytest.raises(InputError, match="It has no image") as caught:
+        ask(calib=tmp_path / "empty")
+    assert caught.value.exit_code == 3
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="It has no line"):
+        ask(calib=tmp_path / "empty.jsonl")
+
+
+@pytest.mark.parametrize(("corrupt", "fails"), [(1, False), (2, False), (3, True), (20, True)])
+def test_corrupt_images_are_skipped_up_to_a_tenth(
+    ask: Ask, photos: Path, tmp_path: Path, corrupt: int, fails: bool
+) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(photos, folder)
+    for i in range(corrupt):
+        whole = (folder / f"{i}.png").read_bytes()
+        (folder / f"{i}.png").write_bytes(whole[: len(whole) // 2])
+    counted: list[tuple[int, int]] = []
+    if fails:
+        with pytest.raises(InputError, match=f"{corrupt} of 20 calibration images.* over 10%") as caught:
+            ask(calib=folder)
+        assert caught.value.exit_code == 3
+        assert ".png: " in caught.value.why
+        return
+    job = ask(calib=folder, progress=lambda done, total: counted.append((done, total)))
+    assert len(job.calibration) + len(job.held_out) == 20 - corrupt
+    assert len(job.calibration.skipped) == corrupt
+    assert any(f"{corrupt} files were skipped, the first: " in notice for notice in job.notices)
+    assert counted[-1] == (20 - corrupt, 20)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "preprocessor_config.json", "config.json"])
+def test_files_beside_the_weights_must_be_there(
+    ask: Ask, tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    model = copied(tiny_model, tmp_path / "model")
+    (model / name).unlink()
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as caught:
+        ask(model=model)
+    assert caught.value.exit_code == 4
+
+
+def test_a_tokenizer_that_is_none_or_of_another_model(ask: Ask, tiny_model: Path, tmp_path: Path) -> None:
+    model = copied(tiny_model, tmp_path / "model")
+    (model / "tokenizer.model").write_bytes(b"\xff" * 100)
+    with pytest.raises(CheckpointError, match=r"Cannot read .*tokenizer\.model"):
+        ask(model=model)
+    (model / "tokenizer.model").write_bytes(train_tokenizer())
+    with pytest.raises(CheckpointError, match=r"not of this model\. It has 512 pieces, the model knows 200"):
+        ask(model=model)
+
+
+def test_truncated_weights(ask: Ask, tiny_model: Path, tmp_path: Path) -> None:
+    model = copied(tiny_model, tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        ask(model=model)
+
+
+def test_a_missing_nano_is_named(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request, "nano_folder", lambda: tmp_path / "nano")
+    with pytest.raises(CheckpointError, match="nano"):
+        ask(model=None)
+
+
+def test_tensorrt_rtx_that_is_not_installed(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, installed=False)
+    with pytest.raises(CapabilityError, match=r"tensorrt-rtx is not installed.*pip install") as caught:
+        ask(backends=(RTX,))
+    assert caught.value.exit_code == 5
+    job = ask(targets="sm86")  # says nothing of targets that are not built for
+    assert job.backends == (ORT,)
+    assert "tensorrt-rtx is not installed: no GPU engines" in job.notices[0]
+    assert not [s.name for s in steps(job) if s.name.startswith("engine-")]
+
+
+def test_layers_without_fp8_kernels_stay_in_sixteen_bits_and_are_named(ask: Ask) -> None:
+    """The tiny vision tower is 60 wide, which is no multiple of 16; QLLaMA's 64 is one."""
+    job = ask()
+    quantised = job.plan.quantised
+    assert not [name for name in quantised if name.startswith("vision_model.")]
+    assert "qllama.model.layers.0.self_attn.q_proj" in quantised
+    assert "qllama.model.layers.0.cross_attn.q_proj" in quantised
+    assert "qllama.model.layers.0.cross_attn.k_proj" not in quantised  # takes vision tokens
+    stay = [notice for notice in job.notices if " stays bf16: " in notice]
+    assert len(stay) == 3 * 4 + 2 * 2
+    assert any("vision_model.encoder.layers.2.mlp.fc2" in n and "multiples of 16" in n for n in stay)
+    int8 = ask(precision="int8")
+    assert len(int8.plan.quantised) == len(quantised) + len(stay)
+    assert not [notice for notice in int8.notices if "stays" in notice]
+
+
+def digests(job: Job) -> dict[str, str]:
+    return {step.name: step.digest for step in steps(job)}
+
+
+def test_steps_depend_on_what_they_read(ask: Ask, tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+    base = digests(ask())
+    assert digests(ask()) == base
+
+    def changed(**options: Any) -> set[str]:
+        return {name for name, digest in digests(ask(**options)).items() if base.get(name) != digest}
+
+    graphs = {f"graph-{c}" for c in ("vision", "qllama_query", "qllama_text", "qllama_step")}
+    after_scales = graphs | {n for n in base if n.startswith("engine-")} | {"kernels", "accuracy"}
+    engines = {name.replace("graph", "engine") + "-sm120" for name in graphs}
+    assert changed(targets="sm120") == {*engines, "kernels"}
+    assert changed(calib_samples=5) == {"calibrate", *after_scales}
+    assert changed(precision="int8") == {"weights", "quantise", *after_scales}  # more layers quantised
+
+    settings = copied(tiny_model, tmp_path / "settings")
+    data = json.loads((settings / "preprocessor_config.json").read_text())
+    data["image_mean"] = [0.5, 0.5, 0.5]
+    (settings / "preprocessor_config.json").write_text(json.dumps(data))
+    assert changed(model=settings) == {"preprocess", "calibrate", *after_scales}
+
+    words = copied(tiny_model, tmp_path / "words")  # the same pieces, another training text
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abc def ghi jkl"] * 50), model_writer=model, model_type="char",
+        pad_id=-1, vocab_size=15, minloglevel=2,
+    )  # fmt: skip
+    (words / "tokenizer.model").write_bytes(model.getvalue())
+    assert changed(model=words) == {"preprocess", "calibrate", *after_scales}
