@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,8 +65,9 @@ def build(
             allow_accuracy_loss=allow_accuracy_loss,
         )
         bars.started("open", None)
+        started = time.perf_counter()
         job = Job(request, lambda done, total: bars.counted(done, total))
-        bars.finished("open", 0.0, False)
+        bars.finished("open", time.perf_counter() - started, False)
         if dry_run:
             planned = preview(job, bars)
         else:

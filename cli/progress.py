@@ -39,13 +39,15 @@ class Bars:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Bars:
-        self._progress.start()
+        if self._console.is_terminal:  # elsewhere rich would leave an empty line
+            self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def started(self, step: str, total: int | None) -> None:
         """Show a bar for ``step``."""

@@ -138,7 +138,8 @@ class Job:
             chosen = scenes_calibration(min(samples, HELD_OUT))
         # A small set keeps fewer samples back: what is left over is more than was asked for.
         rest, held_out = chosen.split(HELD_OUT)
-        return replace(rest, samples=rest.samples[: self.request.calib_samples]), held_out
+        asked = self.request.calib_samples
+        return replace(rest, samples=rest.samples[:asked], asked=asked), held_out
 
 
 def _backends(asked: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -1,0 +1,176 @@
+"""``ivl-export build`` on the tiny golden model: dry runs, exit codes, and a build of one component."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ivl_export.bundle import Bundle
+from ivl_export.cli import main
+from ivl_export.pipeline import request
+
+COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Eight images without captions."""
+    folder, rng = tmp_path / "photos", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IVL_EXPORT_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_dry_run_says_what_would_be_done(
+    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    args = ["build", "--model", str(tiny_model), "--calib", str(photos), "--out", str(tmp_path / "out")]
+    assert main([*args, "--targets", "sm89,sm120", "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    engines = [f"engine-{c}-{target}" for c in COMPONENTS for target in ("sm89", "sm120")]
+    assert plan["steps"] == [
+        {"step": step, "action": "run"}
+        for step in ("preprocess", "calibrate", "weights", "quantise", *(f"graph-{c}" for c in COMPONENTS),
+                     *engines, "kernels", "accuracy")
+    ]  # fmt: skip
+    assert plan["layers"] == {"bf16": 26, "fp8": 32}
+    assert sum(" stays bf16: " in notice for notice in plan["notices"]) == 16
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.build").exists()
+
+
+def test_a_bundle_is_named_after_model_and_precision(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, tmp_path / "my model")
+    assert main(["build", "--model", "my model", "--precision", "bf16", "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    assert "Would build bundles/my model-bf16" in captured.out
+    assert captured.err.startswith("done open ")
+    assert not (tmp_path / "bundles").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "error"),
+    [
+        (["--precision", "fp4"], 2, "UsageError"),
+        (["--precision", "missing.yaml"], 2, "UsageError"),
+        (["--targets", "sm99"], 2, "UsageError"),
+        (["--backend", "openvino"], 2, "UsageError"),
+        (["--components", "decoder"], 2, "UsageError"),
+        (["--calib-samples", "0"], 2, "UsageError"),
+        (["--calib", "EMPTY"], 3, "InputError"),
+        (["--calib", "CORRUPT"], 3, "InputError"),
+        (["--calib", "missing"], 3, "InputError"),
+        ([], 3, "InputError"),  # fp8 without calibration data
+        (["--model", "missing"], 4, "CheckpointError"),
+        (["--model", "EMPTY"], 4, "CheckpointError"),
+        (["--out", "CORRUPT", "--precision", "bf16"], 6, "BuildError"),  # a folder that is no bundle
+    ],
+)
+def test_errors_have_their_exit_codes(
+    args: list[str],
+    code: int,
+    error: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "corrupt").mkdir()
+    (tmp_path / "corrupt" / "a.png").write_bytes(b"no image")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    places = {"EMPTY": tmp_path / "empty", "CORRUPT": tmp_path / "corrupt", "missing": tmp_path / "missing"}
+    asked = [str(places.get(a, a)) for a in args]
+    if "--model" not in args:
+        asked += ["--model", str(tiny_model)]
+    if "--out" not in args:
+        asked += ["--out", str(tmp_path / "out")]
+    assert main(["build", *asked]) == code
+    captured = capsys.readouterr()
+    assert "error: " in captured.err or "Invalid value" in captured.err
+    assert "Traceback" not in captured.err
+    assert not captured.out
+    assert main(["build", *asked, "--json"]) == code
+    captured = capsys.readouterr()
+    said = json.loads(captured.err.splitlines()[-1])
+    assert (said["error"], said["exit_code"]) == (error, code)
+    assert said["what"]
+    assert not captured.out
+    assert sorted(p.name for p in tmp_path.iterdir()) == before  # nothing half-written
+
+
+def test_a_target_without_fp8(
+    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    args = ["build", "--model", str(tiny_model), "--calib", str(photos), "--out", str(tmp_path / "out")]
+    assert main([*args, "--targets", "sm86"]) == 5
+    said = capsys.readouterr().err
+    assert "no FP8" in said
+    assert "fix: " in said
+
+
+def test_without_arguments_it_is_nano_that_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(request, "nano_folder", lambda: tmp_path / "absent" / "nano")
+    assert main(["build"]) == 4
+    assert "nano" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_one_component_is_built_reused_and_rebuilt(
+    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """INT8 on the CPU: 28 promised products run as int8 x int8 in ONNX Runtime."""
+    args = ["build", "--model", str(tiny_model), "--calib", str(photos), "--out", str(tmp_path / "out"),
+            "--precision", "int8", "--components", "qllama_text", "--backend", "onnxruntime",
+            "--json"]  # fmt: skip
+
+    def build() -> tuple[dict[str, Any], list[str]]:
+        assert main(args) == 0
+        report = json.loads(capsys.readouterr().out)
+        return report, [s["step"] for s in report["steps"] if not s["reused"]]
+
+    every = ["preprocess", "calibrate", "weights", "quantise", "graph-qllama_text", "kernels", "accuracy"]
+    report, ran = build()
+    assert ran == every
+    proof = report["kernels"]["onnxruntime-cpu"]["qllama_text"]
+    assert proof["promised"] == proof["precisions"]["int8xint8"] == 4 * 7
+    assert (proof["fallbacks"], proof["fused_attention"], proof["attention"]) == (0, 4, 4)
+    accuracy = report["components"]["qllama_text"]["text_embed"]
+    assert accuracy["cosine"] > 0.98
+    assert 10 < accuracy["sqnr_db"] < 60  # it does round
+    assert report["tasks"] == {}
+    bundle = Bundle.open(tmp_path / "out", verify="hash")
+    assert set(bundle.manifest.components) == {"qllama_text"}
+    assert bundle.manifest.calibration is not None
+    assert bundle.manifest.calibration.samples == 6
+
+    manifest = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
+    again, ran = build()
+    assert ran == []
+    assert again["components"] == report["components"]
+    assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == manifest
+
+    (photos / "3.png").unlink()  # other calibration data: what does not follow from it is reused
+    _, ran = build()
+    assert ran == ["calibrate", "graph-qllama_text", "kernels", "accuracy"]
+    Bundle.open(tmp_path / "out", verify="hash")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "photos"}
