@@ -1,8 +1,8 @@
 """Captions of scenes, in English and Chinese: one right answer for each scene and language.
 
-    a small red circle                        一个红色的小圆形
-    three large blue stars                    三个蓝色的大五角星
-    a small red star above a large blue ring  一个红色的小五角星在一个蓝色的大圆环上方
+    a small red square                         一个红色的小正方形
+    three large blue crosses                   三个蓝色的大十字形
+    a small red cross above a large blue ring  一个红色的小十字形在一个蓝色的大圆环上方
 
 Two objects are named in the order of their colour in :data:`~.scenes.COLORS`, then of their shape.
 """
@@ -33,10 +33,8 @@ _COLOR_ZH = {
     "black": "黑色",
 }
 _SHAPE_ZH = {
-    "circle": "圆形",
     "square": "正方形",
     "triangle": "三角形",
-    "star": "五角星",
     "cross": "十字形",
     "ring": "圆环",
 }
@@ -79,7 +77,7 @@ def corpus() -> Iterator[list[str]]:
                         yield from ([*prompt, *text] for prompt in prompts)
         for relation in RELATIONS:
             for size in SIZES:
-                pair = (Obj("circle", "red", size), Obj("star", "blue", size))
+                pair = (Obj(SHAPES[0], "red", size), Obj(SHAPES[1], "blue", size))
                 text = words(Scene(pair, relation, "noise", 0), lang)
                 for _ in range(24):
                     yield from ([*prompt, *text] for prompt in prompts)

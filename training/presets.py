@@ -17,7 +17,8 @@ class Stage:
         loss: ``contrastive`` (stage 1) or ``generative`` (stage 2: itc + itm + itg).
         steps: optimiser steps.
         batch: images a step.
-        lr: peak learning rate; linear warm-up, then a cosine to zero.
+        lr: peak learning rate of AdamW; linear warm-up, then a cosine to zero.
+        matrix_lr: the same of Muon, which trains the matrices of the blocks.
         warmup: steps of warm-up.
         near: share of a batch that differs from its neighbour in one word (hard negatives).
         trainable: name patterns of the parameters that learn; the others are frozen.
@@ -28,6 +29,7 @@ class Stage:
     steps: int
     batch: int
     lr: float
+    matrix_lr: float
     warmup: int
     near: float = 0.5
     trainable: tuple[str, ...] = ("*",)
@@ -75,8 +77,8 @@ NANO = Preset(
     name="nano",
     model=_NANO,
     stages=(
-        Stage("stage1", "contrastive", steps=700, batch=64, lr=1.2e-3, warmup=80),
-        Stage("stage2", "generative", steps=2600, batch=64, lr=1.2e-3, warmup=80),
+        Stage("stage1", "contrastive", steps=600, batch=64, lr=1.5e-3, matrix_lr=0.02, warmup=40),
+        Stage("stage2", "generative", steps=1500, batch=64, lr=1.5e-3, matrix_lr=0.02, warmup=40),
     ),
 )
 
