@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
 from ..bundle import Bundle
 from ..calibration.accuracy import Receipt, component_accuracy
 from ..calibration.chain import reference_modules, torch_runner
 from ..engines.protocol import open_engine
 from ..manifest import Manifest
 from ..preprocess import CAPTION_PROMPT, Array, preprocess_images
+from ..runtime.zero_shot import l2
+from ..training.tasks import BothHeads
 from .environment import code_digest, tool_versions
 from .request import ORT, Job
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..runtime import InternVL
     from ..training.grammar import Language
 
-SIZES = {"n_classify": 600, "n_retrieve": 200, "n_galleries": 3, "n_caption": 300, "n_caption_zh": 60}
+SIZES = {"n_classify": 500, "n_retrieve": 200, "n_galleries": 2, "n_caption": 250, "n_caption_zh": 50}
 HEADLINES = {
     "C classify": ("InternVL-C", "classify"),
     "C text to image R@1": ("InternVL-C", "text_to_image"),
@@ -57,27 +57,19 @@ def component_receipt(job: Job, graphs: Mapping[str, Path], progress: Callable[[
     return Receipt(job.recipe.name, ORT, job.held_out.hash, len(job.held_out), held_out, forced, chained)
 
 
-class EngineModel:
-    """A bundle's engines as the evaluation tasks know a model.
-
-    The tasks ask about the same images once a mode; the last embeddings are kept so that each image runs
-    through the engines once.
-    """
+class EngineModel(BothHeads):
+    """A bundle's engines as the evaluation tasks know a model."""
 
     def __init__(self, model: InternVL) -> None:
+        super().__init__(self._both)
         self.model = model
-        self._seen: dict[bytes, tuple[Array, Array]] = {}
 
-    def encode_image(self, images: Array, mode: str) -> Array:
-        """Embeddings [B, E]."""
-        key = hashlib.sha256(images.tobytes()).digest()
-        if key not in self._seen:
-            pixels = preprocess_images(list(images), self.model.image_settings)
-            out = self.model.components.run("vision", {"pixel_values": pixels}, ["image_embed", "tokens"])
-            query = self.model.components.run("qllama_query", {"tokens": out["tokens"]}, ["query_embed"])
-            embed = out["image_embed"]
-            self._seen[key] = embed, _l2(embed) + _l2(query["query_embed"])
-        return self._seen[key][mode == "InternVL-G"]
+    def _both(self, images: Array) -> dict[str, Array]:
+        pixels = preprocess_images(list(images), self.model.image_settings)
+        out = self.model.components.run("vision", {"pixel_values": pixels}, ["image_embed", "tokens"])
+        query = self.model.components.run("qllama_query", {"tokens": out["tokens"]}, ["query_embed"])
+        embed = out["image_embed"]
+        return {"InternVL-C": embed, "InternVL-G": l2(embed) + l2(query["query_embed"])}
 
     def encode_text(self, texts: Sequence[str]) -> Array:
         """Embeddings [B, E]."""
@@ -146,8 +138,3 @@ def cache_folder() -> Path:
     if own := os.environ.get("IVL_EXPORT_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl-export"
-
-
-def _l2(x: Array) -> Array:
-    out: Array = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-    return out

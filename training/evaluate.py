@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 
-from ..models.internvl import InternVL, Mode
+from ..models.internvl import InternVL
 from ..preprocess import CAPTION_PROMPT, Array, ImageSettings, Tokenizer
 from .collate import BUCKETS, normalise
 from .grammar import Language
 from .scenes import Image8
-from .tasks import Array as TaskArray
+from .tasks import BothHeads
 
 
-class TorchModel:
+class TorchModel(BothHeads):
     """Adapts a model, its tokenizer and its image settings to :class:`.tasks.Model`; any dtype."""
 
     def __init__(self, model: InternVL, tokenizer: Tokenizer, settings: ImageSettings) -> None:
+        super().__init__(self._both)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
 
     @torch.no_grad()
-    def encode_image(self, images: Image8, mode: str) -> TaskArray:
-        """Embeddings [B, E] in float32."""
-        return _numpy(self.model.encode_image(self._pixels(images), cast(Mode, mode)))
+    def _both(self, images: Image8) -> dict[str, Array]:
+        tokens = self.model.vision(self._pixels(images))
+        queries = self.model.query_pass(tokens)[0]
+        return {
+            "InternVL-C": _numpy(self.model.pool_image(tokens, None)),
+            "InternVL-G": _numpy(self.model.pool_image(tokens, queries)),
+        }
 
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str]) -> TaskArray:
+    def encode_text(self, texts: Sequence[str]) -> Array:
         """Embeddings [B, E] in float32."""
         ids, _ = self.tokenizer.encode_contrastive(texts, buckets=BUCKETS)
         return _numpy(self.model.encode_text(torch.from_numpy(ids)))

@@ -6,6 +6,7 @@ precision answer the same questions. All data follow from ``seed``, in random st
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +38,25 @@ class Model(Protocol):
     def caption(self, images: Image8, lang: Language) -> list[str]:
         """One caption for each image, in ``lang``."""
         ...
+
+
+class BothHeads:
+    """``encode_image`` for :class:`Model` from a function that gives the embeddings of both modes at once.
+
+    The tasks ask about the same images once a mode; what was answered is kept, so that an image runs through
+    the model once.
+    """
+
+    def __init__(self, embed: Callable[[Image8], dict[str, Array]]) -> None:
+        self._embed = embed
+        self._seen: dict[bytes, dict[str, Array]] = {}
+
+    def encode_image(self, images: Image8, mode: str) -> Array:
+        """Embeddings [B, E] of ``images`` in ``mode``."""
+        key = hashlib.sha256(images.tobytes()).digest()
+        if key not in self._seen:
+            self._seen[key] = self._embed(images)
+        return self._seen[key][mode]
 
 
 @dataclass(frozen=True)
