@@ -66,9 +66,7 @@ class ComponentSpec:
 
     def shape(self, tensor: TensorSpec, which: str) -> tuple[int, ...]:
         """Concrete shape with every dynamic axis at its ``min``, ``opt`` or ``max``."""
-        return tuple(
-            d if isinstance(d, int) else int(getattr(self.axis(d), which)) for d in tensor.shape
-        )
+        return tuple(d if isinstance(d, int) else int(getattr(self.axis(d), which)) for d in tensor.shape)
 
     def check(self, inputs: dict[str, np.ndarray[Any, Any]]) -> None:
         """Raise InputError when names, ranks, sizes or shared axes of ``inputs`` do not fit."""

@@ -34,7 +34,7 @@ class Ranges:
     batch: Range = (1, 8, 128)
     text: Range = (1, 16, 80)
     prompt: Range = (1, 1, 32)
-    caption: Range = (0, 16, 128)
+    caption: Range = (0, 36, 128)
 
 
 def component_names(contrastive_only: bool = False) -> tuple[str, ...]:
