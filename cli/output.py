@@ -31,7 +31,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in cells:
         table.add_row(*(Text(show(cell)) for cell in row))
-    console = Console()
+    # Piped output is read in files and logs, where rich would fold tables at 80 columns.
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+    console = Console(width=wide)
     console.print(Text(show(title), style="bold"))  # apart: a table's own title wraps at its width
     console.print(table)
 
