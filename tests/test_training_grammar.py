@@ -10,38 +10,38 @@ import pytest
 from ivl_export.training.grammar import LANGUAGES, Language, caption, class_prompts, corpus, words
 from ivl_export.training.scenes import ALL_COMBINATIONS, BACKGROUNDS, Obj, Scene, sample_scene
 
-PAIR = (Obj("star", "red", "small"), Obj("ring", "blue", "large"))
+PAIR = (Obj("cross", "red", "small"), Obj("ring", "blue", "large"))
 
 
 @pytest.mark.parametrize(
     ("objects", "relation", "english", "chinese"),
     [
-        ((Obj("circle", "red", "small"),), None, "a small red circle", "一个红色的小圆形"),
+        ((Obj("square", "red", "small"),), None, "a small red square", "一个红色的小正方形"),
         ((Obj("cross", "orange", "large", 2),), None, "two large orange crosses", "两个橙色的大十字形"),
-        ((Obj("star", "blue", "large", 3),), None, "three large blue stars", "三个蓝色的大五角星"),
+        ((Obj("triangle", "blue", "large", 3),), None, "three large blue triangles", "三个蓝色的大三角形"),
         (
             PAIR,
             "left of",
-            "a small red star left of a large blue ring",
-            "一个红色的小五角星在一个蓝色的大圆环左边",
+            "a small red cross left of a large blue ring",
+            "一个红色的小十字形在一个蓝色的大圆环左边",
         ),
         (
             PAIR,
             "right of",
-            "a small red star right of a large blue ring",
-            "一个红色的小五角星在一个蓝色的大圆环右边",
+            "a small red cross right of a large blue ring",
+            "一个红色的小十字形在一个蓝色的大圆环右边",
         ),
         (
             PAIR,
             "above",
-            "a small red star above a large blue ring",
-            "一个红色的小五角星在一个蓝色的大圆环上方",
+            "a small red cross above a large blue ring",
+            "一个红色的小十字形在一个蓝色的大圆环上方",
         ),
         (
             PAIR,
             "below",
-            "a small red star below a large blue ring",
-            "一个红色的小五角星在一个蓝色的大圆环下方",
+            "a small red cross below a large blue ring",
+            "一个红色的小十字形在一个蓝色的大圆环下方",
         ),
     ],
 )

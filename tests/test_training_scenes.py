@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from skimage.measure import label, regionprops
 
+from ivl_export.training.grammar import caption
 from ivl_export.training.scenes import (
     ALL_COMBINATIONS,
     BACKGROUNDS,
@@ -23,6 +24,7 @@ from ivl_export.training.scenes import (
     Scene,
     Split,
     layout,
+    near_copy,
     render,
     sample_scene,
 )
@@ -64,6 +66,59 @@ def test_every_held_out_shape_and_color_is_trained_on_in_other_combinations() ->
     assert {s.background for s in drawn} == set(BACKGROUNDS)
 
 
+def changes(a: Scene, b: Scene) -> int:
+    """How many attributes tell ``a`` from ``b``, with objects paired off as favourably as can be."""
+
+    def attributes(scene: Scene, order: tuple[int, ...]) -> list[object]:
+        shown = [scene.objects[i] for i in order]
+        return [scene.relation, *(v for o in shown for v in (o.shape, o.color, o.size, o.count))]
+
+    assert len(a.objects) == len(b.objects)
+    orders: list[tuple[int, ...]] = [(0,)] if len(a.objects) == 1 else [(0, 1), (1, 0)]
+    first = attributes(a, orders[0])
+    return min(sum(x != y for x, y in zip(first, attributes(b, o), strict=True)) for o in orders)
+
+
+def differing_words(a: Scene, b: Scene) -> list[tuple[str, str]]:
+    pairs = zip(caption(a).split(), caption(b).split(), strict=True)
+    return [(x, y) for x, y in pairs if x != y]
+
+
+def test_near_copies_differ_in_one_attribute_of_a_train_scene() -> None:
+    rng = np.random.default_rng(3)
+    kept = 0
+    changed = set()
+    for scene in scenes(3000, "train"):
+        copy = near_copy(rng, scene)
+        if copy is scene:
+            kept += 1
+            continue
+        assert changes(scene, copy) == 1
+        assert not copy.novel
+        assert copy.seed != scene.seed
+        assert not np.array_equal(layout(copy), layout(scene))
+        if scene.relation != copy.relation:
+            changed.add("relation")
+        elif scene.relation is None and scene.objects[0].count == copy.objects[0].count:
+            (word,) = differing_words(scene, copy)  # one word of the caption, whatever the shape
+            changed.add("size" if word[0] in SIZES else "shape")
+        elif scene.relation is None:
+            changed.add("count")
+        elif sorted(o.shape for o in scene.objects) == sorted(o.shape for o in copy.objects):
+            changed.add("color or size")
+    assert changed == {"relation", "size", "shape", "count", "color or size"}
+    assert 0 < kept < 600  # what would be held out, or two equal objects
+
+
+def test_near_copies_are_deterministic() -> None:
+    first, second = (
+        [near_copy(rng, s) for s in scenes(200, "train")] for rng in map(np.random.default_rng, (4, 4))
+    )
+    assert first == second
+    third = np.random.default_rng(5)
+    assert first != [near_copy(third, s) for s in scenes(200, "train")]
+
+
 def test_render_depends_on_the_scene_alone() -> None:
     for scene in scenes(20, "heldout"):
         first = render(scene)
@@ -103,18 +158,51 @@ def test_relation_is_what_the_layout_shows() -> None:
         assert along > 20
 
 
+# Width or height of an upright shape, in radii of its circumscribed circle.
+EXTENT = {"square": math.sqrt(2), "triangle": math.sqrt(3), "cross": 1.91, "ring": 2.0}
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_pixels_show_as_many_shapes_of_the_color_as_the_scene_says(shape: str, size: str) -> None:
+def test_pixels_show_as_many_shapes_of_the_color_and_size_as_the_scene_says(shape: str, size: str) -> None:
     for i, color in enumerate(COLORS):
         for count in (1, 2, 3):
             scene = Scene((Obj(shape, color, size, count),), None, BACKGROUNDS[i % 4], 100 * i + count)
             found = regions(scene, color)
             assert len(found) == count, (color, count)
-            low, high = (17, 34) if size == "small" else (29, 54)
+            radii = [p.radius for p in layout(scene)]
             for region in found:
                 top, left, bottom, right = region.bbox
-                assert low <= max(bottom - top, right - left) <= high
+                extent = max(bottom - top, right - left)
+                assert EXTENT[shape] * min(radii) - 4 <= extent <= EXTENT[shape] * max(radii) + 4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_large_is_clearly_larger_than_small(shape: str) -> None:
+    radii: dict[str, list[float]] = {
+        size: [
+            layout(Scene((Obj(shape, "red", size),), None, "noise", seed))[0].radius for seed in range(100)
+        ]
+        for size in SIZES
+    }
+    assert min(radii["large"]) > 1.3 * max(radii["small"])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pixels_show_the_shape(size: str) -> None:
+    for i, color in enumerate(COLORS):
+        shown = {
+            shape: regions(Scene((Obj(shape, color, size),), None, BACKGROUNDS[i % 4], i), color)[0]
+            for shape in SHAPES
+        }
+        assert {shape: r.euler_number for shape, r in shown.items()} == {
+            shape: 0 if shape == "ring" else 1  # 0: one hole
+            for shape in SHAPES
+        }
+        assert shown["square"].extent > 0.85  # fills its bounding box
+        assert shown["triangle"].extent < 0.65  # half of it
+        assert shown["triangle"].solidity > 0.9  # and is convex
+        assert shown["cross"].solidity < 0.85
 
 
 def test_pixels_show_the_relation() -> None:
@@ -134,7 +222,7 @@ def test_pixels_show_the_relation() -> None:
 
 
 def test_crowded_scenes_fall_back_to_a_valid_layout() -> None:
-    big = Obj("star", "red", "large", 3)
+    big = Obj("triangle", "red", "large", 3)  # the widest shape
     for seed in range(150):
         placed = layout(Scene((big,), None, "noise", seed))
         for i, a in enumerate(placed):
@@ -155,17 +243,17 @@ def test_other_resolutions_show_the_same_picture() -> None:
     [
         ((), None, "noise"),
         ((Obj("heart", "red", "small"),), None, "noise"),
-        ((Obj("star", "mauve", "small"),), None, "noise"),
-        ((Obj("star", "red", "huge"),), None, "noise"),
-        ((Obj("star", "red", "small", 4),), None, "noise"),
-        ((Obj("star", "red", "small", 0),), None, "noise"),
-        ((Obj("star", "red", "small"),), "above", "noise"),
-        ((Obj("star", "red", "small"),), None, "sky"),
-        ((Obj("star", "red", "small"), Obj("ring", "blue", "small")), None, "noise"),
-        ((Obj("star", "red", "small"), Obj("ring", "blue", "small")), "inside", "noise"),
-        ((Obj("star", "red", "small", 2), Obj("ring", "blue", "small")), "above", "noise"),
-        ((Obj("ring", "blue", "small"), Obj("star", "red", "small")), "above", "noise"),
-        ((Obj("star", "red", "small"), Obj("star", "red", "large")), "above", "noise"),
+        ((Obj("cross", "mauve", "small"),), None, "noise"),
+        ((Obj("cross", "red", "huge"),), None, "noise"),
+        ((Obj("cross", "red", "small", 4),), None, "noise"),
+        ((Obj("cross", "red", "small", 0),), None, "noise"),
+        ((Obj("cross", "red", "small"),), "above", "noise"),
+        ((Obj("cross", "red", "small"),), None, "sky"),
+        ((Obj("cross", "red", "small"), Obj("ring", "blue", "small")), None, "noise"),
+        ((Obj("cross", "red", "small"), Obj("ring", "blue", "small")), "inside", "noise"),
+        ((Obj("cross", "red", "small", 2), Obj("ring", "blue", "small")), "above", "noise"),
+        ((Obj("ring", "blue", "small"), Obj("cross", "red", "small")), "above", "noise"),
+        ((Obj("cross", "red", "small"), Obj("cross", "red", "large")), "above", "noise"),
     ],
 )
 def test_impossible_scenes_are_refused(

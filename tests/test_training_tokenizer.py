@@ -59,7 +59,7 @@ def test_a_caption_has_one_token_a_word_and_fits_the_first_bucket(
 
 
 def test_captions_train_with_the_prompt_that_inference_starts_from(tokenizer: Tokenizer) -> None:
-    texts = ["a small red circle", "一个红色的小圆形"]
+    texts = ["a small red ring", "一个红色的小圆环"]
     ids, lengths, prompts = tokenizer.encode_captions(list(CAPTION_PROMPT.values()), texts)
     for row, length, prompt, start, text in zip(
         ids, lengths, prompts, CAPTION_PROMPT.values(), texts, strict=True

@@ -30,7 +30,6 @@ def batch_scenes(
     """Scenes and caption languages of batch ``index``; a share of ``lang_mix`` is Chinese.
 
     A share of ``near`` are near copies of the scene before them (:func:`.scenes.near_copy`).
-
     No two scenes of a batch mean the same (unless 32 draws find nothing new): equal captions would be false
     negatives of the contrastive loss.
     """

@@ -20,7 +20,7 @@ class Stage:
         lr: peak learning rate of AdamW; linear warm-up, then a cosine to zero.
         matrix_lr: the same of Muon, which trains the matrices of the blocks.
         warmup: steps of warm-up.
-        near: share of a batch that differs from its neighbour in one word (hard negatives).
+        near: share of a batch that differs from its neighbour in one attribute (hard negatives).
         trainable: name patterns of the parameters that learn; the others are frozen.
     """
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ..models.internvl import InternVL
 from ..preprocess import ImageSettings
 from .presets import Preset
-from .scenes import ALL_COMBINATIONS, HELD_OUT
+from .scenes import ALL_COMBINATIONS, BACKGROUNDS, COLORS, HELD_OUT, MAX_COUNT, RELATIONS, SHAPES, SIZES
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,15 @@ def publish(model: InternVL, preset: Preset, tokenizer: bytes, run: Run, folder:
 def model_card(preset: Preset, run: Run, parameters: int) -> str:
     """The card in Markdown: what it is, data, recipe, seed, commit, accuracy."""
     config = preset.model
-    stages = "\n".join(f"| {s.name} | {s.loss} | {s.steps} | {s.batch} | {s.lr:g} |" for s in preset.stages)
+    stages = "\n".join(
+        f"| {s.name} | {s.loss} | {s.steps} | {s.batch} | {s.near:.0%} | {s.matrix_lr:g} | {s.lr:g} |"
+        for s in preset.stages
+    )
     rows = "\n".join(_accuracy_rows(run.accuracy))
+    data = (
+        f"{len(SHAPES)} shapes, {len(COLORS)} colours, {len(SIZES)} sizes, counts 1-{MAX_COUNT}, "
+        f"{' / '.join(RELATIONS)}, {len(BACKGROUNDS)} textured backgrounds"
+    )
     return f"""# internvl-{preset.name}
 
 A real InternVL with {parameters:,} parameters, trained from scratch on drawn scenes. It is small: it knows
@@ -56,16 +63,16 @@ cannot be had: export, quantisation and engines are measured on it end to end.
   {config.vision.image_size} px / patch {config.vision.patch_size}; QLLaMA
   {config.qllama.num_hidden_layers} x {config.qllama.hidden_size}, {config.num_query_token} queries,
   cross-attention every {config.cross_attention_frequency} layers; {config.clip_embed_dim}-d embeddings.
-- **Data**: scenes from `training/scenes.py` (6 shapes, 8 colours, 2 sizes, counts 1-3, left of / right of /
-  above / below, 4 textured backgrounds), captions from `training/grammar.py`, English and
+- **Data**: scenes from `training/scenes.py` ({data}), captions from `training/grammar.py`, English and
   {preset.chinese:.0%} Chinese. {len(HELD_OUT)} of {len(ALL_COMBINATIONS)} (shape, colour) combinations never
   occur in training: {", ".join(f"{color} {shape}" for shape, color in HELD_OUT)}.
-- **Recipe**: AdamW, bf16 autocast, seed {preset.seed}, {run.minutes:.0f} minutes on {run.threads} CPU
-  threads, commit {_commit()}. `ivl-export train --preset {preset.name}` repeats it.
+- **Recipe**: Muon for the blocks' matrices, AdamW for the rest, bf16 autocast, seed {preset.seed},
+  {run.minutes:.0f} minutes on {run.threads} CPU threads, commit {_commit()}.
+  `ivl-export train --preset {preset.name}` repeats it.
 - **Unlike the paper**, stage 2 trains all of the model: its LLaMA does not come pretrained.
 
-| stage | loss | steps | batch | peak lr |
-|---|---|---:|---:|---:|
+| stage | loss | steps | batch | hard negatives | peak lr, Muon | peak lr, AdamW |
+|---|---|---:|---:|---:|---:|---:|
 {stages}
 
 Accuracy in fp32 on held-out scenes (Wilson 95% interval; "novel" are scenes with a combination never trained

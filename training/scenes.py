@@ -152,8 +152,9 @@ def sample_scene(rng: np.random.Generator, split: Split, kind: Kind | None = Non
 
 
 def near_copy(rng: np.random.Generator, scene: Scene) -> Scene:
-    """A training scene that differs from ``scene`` in one word of its caption, drawn elsewhere anew.
+    """A training scene that differs from ``scene`` in one attribute, drawn elsewhere anew.
 
+    ``scene`` itself where the change would make it one that is held out, or its two objects alike.
     Contrasting such pairs teaches the details that tell them apart: shapes and relations above all.
     """
     objects, relation = list(scene.objects), scene.relation

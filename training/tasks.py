@@ -149,7 +149,7 @@ def evaluate(
 
 
 def classify(model: Model, mode: str, n: int, seed: int = 0, batch: int = 64) -> TaskScore:
-    """Zero-shot classification of ``n`` single shapes into all 48 (shape, colour) classes.
+    """Zero-shot classification of ``n`` single shapes into all 32 (shape, colour) classes.
 
     A class is the mean of its prompts' normalised embeddings, normalised again.
     """

@@ -161,7 +161,7 @@ def _optimizers(model: InternVL, stage: Stage, weight_decay: float) -> list[torc
 
 
 def schedule(stage: Stage, step: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then half a cosine down to zero at the last step."""
+    """Share of the peak learning rate: linear warm-up, then half a cosine down to almost zero."""
     if step < stage.warmup:
         return (step + 1) / stage.warmup
     return 0.5 * (1 + math.cos(math.pi * (step - stage.warmup) / (stage.steps - stage.warmup)))
