@@ -245,8 +245,10 @@ def test_repeated_blocks_equal_traced_ones(name: str, layers: int) -> None:
         producers = {v: f"{n.name}:{i}" for n in model.graph for i, v in enumerate(n.outputs)}
 
         def source(node: ir.Node, value: ir.Value | None) -> Any:
-            if value is None or value in producers:
-                return producers.get(value)
+            if value is None:
+                return None
+            if value in producers:
+                return producers[value]
             constant = value.const_value
             if constant is not None:
                 return str(constant.dtype), constant.numpy().tolist()
@@ -347,7 +349,8 @@ def test_chain_equals_the_goldens(tiny: Built) -> None:
     np.testing.assert_allclose(queries["query_hidden"], want["get_image_features_queries"], atol=2e-5)
 
     def unit(x: Array) -> Array:
-        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+        scaled: Array = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        return scaled
 
     both = unit(vision["image_embed"]) + unit(queries["query_embed"])
     np.testing.assert_allclose(both, want["G_image_embeds"], atol=2e-5)
@@ -381,8 +384,8 @@ def test_captions_equal_the_models(small: Built, beams: int) -> None:
     pixels = np.random.default_rng(1).standard_normal((3, 3, 56, 56)).astype(np.float32)
     ids = np.array([[1, 5, 8, 20], [0, 1, 5, 6], [1, 40, 41, 42]])
     mask = (ids > 0).astype(np.int64)
-    args = (torch.from_numpy(x) for x in (pixels, ids, mask))
-    want = small.model.generate(*args, max_new_tokens=12, num_beams=beams)
+    images, prompt, seen = (torch.from_numpy(x) for x in (pixels, ids, mask))
+    want = small.model.generate(images, prompt, seen, max_new_tokens=12, num_beams=beams)
     _, queries = chain(small, pixels)
     q = SMALL.qllama
     got = generate(

@@ -1,0 +1,272 @@
+"""``ivl-export build`` of the shipped nano in FP8: killed, continued, proven, and used. One build in all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from ivl_export.bundle import Bundle
+from ivl_export.cli import main
+from ivl_export.models.config import InternVLConfig
+from ivl_export.training import tasks
+from ivl_export.training.grammar import caption
+from ivl_export.training.scenes import ALL_COMBINATIONS, Scene, render
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("tensorrt_rtx")
+
+COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
+FLOORS = {"classify": 0.9, "R@1": 0.7, "caption": 0.7}
+"""What internvl-nano is trained to reach on held-out scenes."""
+BUDGETS = {"fp8": 0.010, "int8": 0.015}
+RUN = "import sys\nfrom ivl_export.cli import main\nsys.exit(main(sys.argv[1:]))"
+# The same, in a process that must not come to import torch or onnx.
+LIGHT = """
+import sys
+from ivl_export.cli import main
+code = main(sys.argv[1:])
+heavy = sorted({"torch", "onnx", "onnxscript", "tensorrt_rtx"} & set(sys.modules))
+sys.exit(f"imported {heavy}" if heavy else code)
+"""
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A build that was stopped by SIGKILL: the steps recorded until then, and whether a bundle was there."""
+
+    out: Path
+    steps: frozenset[str]
+    bundle_was_there: bool
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """The bundle of the build that went on, and its report."""
+
+    root: Path
+    report: dict[str, Any]
+    bundle: Bundle
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IVL_EXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.chdir(tmp_path_factory.mktemp("work"))  # bundles/internvl-nano-fp8 is the default
+        yield
+
+
+@pytest.fixture(scope="module")
+def killed(cache: Any) -> Killed:
+    """``ivl-export build``, killed when the second graph is there."""
+    out = Path("bundles/internvl-nano-fp8").absolute()
+    steps = out.parent / ".internvl-nano-fp8.build" / "steps"
+    build = subprocess.Popen([sys.executable, "-c", RUN, "build"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (steps / "graph-qllama_query.json").exists():
+        if build.poll() is not None or time.monotonic() > deadline:
+            build.kill()
+            pytest.fail(f"no second graph: {build.communicate()[1][-3000:]}")
+        time.sleep(0.02)
+    os.kill(build.pid, signal.SIGKILL)
+    build.communicate()
+    return Killed(out, frozenset(p.stem for p in steps.glob("*.json")), out.exists(), build.returncode)
+
+
+def build_again() -> dict[str, Any]:
+    said = StringIO()
+    with redirect_stdout(said):
+        code = main(["build", "--json"])
+    assert code == 0
+    report: dict[str, Any] = json.loads(said.getvalue())
+    return report
+
+
+@pytest.fixture(scope="module")
+def built(killed: Killed) -> Built:
+    """The same command again."""
+    report = build_again()
+    return Built(killed.out, report, Bundle.open(killed.out, verify="hash"))
+
+
+def layers(config: InternVLConfig) -> dict[str, int]:
+    """How many linear layers of each component FP8 is for, counted from the config alone."""
+    q = config.qllama
+    crossing = len(range(0, q.num_hidden_layers, config.cross_attention_frequency))
+    text = q.num_hidden_layers * 7  # q, k, v, o, gate, up, down
+    vision = config.vision.num_hidden_layers * 4  # qkv, proj, fc1, fc2
+    return {"vision": vision, "qllama_query": text + crossing * 4, "qllama_text": text, "qllama_step": text}
+
+
+def test_a_killed_build_leaves_no_bundle_and_goes_on(killed: Killed, built: Built) -> None:
+    assert killed.exit_code == -signal.SIGKILL
+    assert not killed.bundle_was_there
+    done = {"preprocess", "calibrate", "weights", "quantise", "graph-vision", "graph-qllama_query"}
+    assert done <= killed.steps
+    steps = {step["step"]: step["reused"] for step in built.report["steps"]}
+    assert {name for name, reused in steps.items() if reused} == killed.steps
+    assert not steps["tasks"]
+    assert [p.name for p in built.root.parent.iterdir()] == [built.root.name]
+
+
+def test_every_promised_layer_runs_in_fp8(built: Built) -> None:
+    expected = layers(InternVLConfig.from_published(built.bundle.manifest.model.config))
+    engines = built.report["kernels"]["tensorrt-rtx-sm89"]
+    assert set(engines) == set(expected) == set(COMPONENTS)
+    for component, proof in engines.items():
+        assert proof["promised"] == proof["precisions"]["fp8xfp8"] == expected[component], component
+        assert proof["fallbacks"] == 0
+        assert proof["fused_attention"] == proof["attention"] > 0
+    # ONNX Runtime multiplies the same rounded values in fp32, and that is said.
+    for component, proof in built.report["kernels"]["onnxruntime-cpu"].items():
+        assert (proof["promised"], proof["fallbacks"]) == (expected[component], expected[component])
+    assert all("no FP8 kernels" in cause for cause in built.report["fallback_causes"])
+
+
+def test_accuracy_stays_within_budget(built: Built) -> None:
+    scores = built.report["tasks"]
+    assert set(scores) == {"fp32", "bf16", "fp8", "int8"}
+    assert built.report["over_budget"] == ""
+    for figure, full in scores["fp32"].items():
+        floor = next(value for name, value in FLOORS.items() if name in figure)
+        assert full >= floor, figure
+        for precision, budget in BUDGETS.items():
+            assert scores[precision][figure] >= full - budget - 1e-9, (precision, figure)
+    assert scores["fp8"] != scores["fp32"] or scores["int8"] != scores["fp32"]  # rounding shows somewhere
+    for outputs in built.report["components"].values():
+        for figures in outputs.values():
+            assert figures["cosine"] > 0.99
+            assert 15 < figures["sqnr_db"] < 70  # close, and yet rounded
+
+
+def test_the_bundle_tells_what_it_is(built: Built) -> None:
+    manifest = built.bundle.manifest
+    assert (manifest.precision, manifest.compute_dtype, manifest.model.name) == ("fp8", "bfloat16", "nano")
+    assert manifest.calibration is not None
+    assert (manifest.calibration.samples, manifest.calibration.synthetic) == (256, True)
+    assert {(e.component, e.backend, e.target) for e in manifest.engines} == {
+        (c, *where) for c in COMPONENTS for where in (("onnxruntime", "cpu"), ("tensorrt-rtx", "sm89"))
+    }
+    assert {"accuracy", "kernels", "tasks", "build"} <= set(manifest.receipts)
+    assert str(Path.home()) not in manifest.dumps()
+    stored = (built.root / "onnx" / "weights" / "quantised.safetensors").stat().st_size
+    values = 0
+    for step in ("quantised", "base"):
+        path = built.root / "onnx" / "weights" / f"{step}.safetensors"
+        header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
+        values += sum(1 for name, t in header.items() if name != "__metadata__" and t["dtype"] == "F8_E4M3")
+    assert values == layers(InternVLConfig.from_published(manifest.model.config))["qllama_query"] + (
+        4 * InternVLConfig.from_published(manifest.model.config).vision.num_hidden_layers
+    )
+    assert stored < built.bundle.manifest.model.parameters * 1.2  # a byte a weight and some scales
+
+
+def test_a_second_build_reuses_every_step(built: Built) -> None:
+    before = {p: p.stat().st_mtime_ns for p in built.root.rglob("*")}
+    report = build_again()
+    assert all(step["reused"] for step in report["steps"])
+    assert report["tasks"] == built.report["tasks"]
+    assert {p: p.stat().st_mtime_ns for p in built.root.rglob("*")} == before
+    assert [p.name for p in built.root.parent.iterdir()] == [built.root.name]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Scene]]:
+    """Sixteen held-out scenes of single shapes as PNG files, and what they show."""
+    folder = tmp_path_factory.mktemp("scenes")
+    found = tasks.eval_scenes(9, 16, 7, kind="single", distinct=True)
+    for i, scene in enumerate(found):
+        Image.fromarray(render(scene)).save(folder / f"{i:02}.png")
+    return folder, found
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from skimage import data
+
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in ("astronaut", "coffee", "chelsea", "camera"):  # the last has one channel
+        Image.fromarray(getattr(data, name)()).save(folder / f"{name}.jpg", quality=90)
+    return folder
+
+
+def use(*args: str | Path) -> Any:
+    """The JSON that a verb prints, in a process that must not import torch."""
+    command = [sys.executable, "-c", LIGHT, *map(str, args), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_embed(built: Built, photographs: Path, scenes: tuple[Path, list[Scene]]) -> None:
+    size = built.bundle.manifest.model.config["clip_embed_dim"]
+    for mode in ("C", "G"):
+        out = use("run", "embed", built.root, photographs, scenes[0], "--text", "a red ring", "--mode", mode)
+        assert out["shape"] == [4 + 16 + 1, size]
+        assert all(len(item["embedding"]) == size and item["norm"] > 0.1 for item in out["items"])
+        assert len({tuple(item["embedding"]) for item in out["items"]}) == 21
+        assert out["skipped"] == []
+
+
+def test_classify(built: Built, photographs: Path, scenes: tuple[Path, list[Scene]]) -> None:
+    folder, shown = scenes
+    labels = ",".join(f"{color} {shape}" for shape, color in ALL_COMBINATIONS)
+    ask = ["--labels", labels, "--template", "a small {}", "--template", "a large {}", "--mode", "G"]
+    out = use("run", "classify", built.root, folder, *ask)
+    truth = [f"{s.objects[0].color} {s.objects[0].shape}" for s in shown]
+    right = sum(item["label"] == want for item, want in zip(out["items"], truth, strict=True))
+    assert right >= 12, [(i["label"], want) for i, want in zip(out["items"], truth, strict=True)]
+    out = use("run", "classify", built.root, photographs, *ask, "--top", "5")
+    for item in out["items"]:
+        assert [p["label"] in labels for p in item["top"]] == [True] * 5
+        assert 0 < sum(p["probability"] for p in item["top"]) <= 1 + 1e-6
+
+
+def test_retrieve(built: Built, photographs: Path, scenes: tuple[Path, list[Scene]]) -> None:
+    folder, shown = scenes
+    asked = [text for scene in shown for text in ("--query", caption(scene))]
+    out = use("run", "retrieve", built.root, folder, photographs, *asked, "--top", "1")
+    assert out["images"] == 20
+    found = [Path(item["results"][0]["file"]).name for item in out["items"]]
+    right = sum(name == f"{i:02}.png" for i, name in enumerate(found))
+    assert right >= 10, found
+
+
+def test_caption(built: Built, photographs: Path, scenes: tuple[Path, list[Scene]]) -> None:
+    folder, shown = scenes
+    out = use("run", "caption", built.root, folder)
+    said = [item["caption"].strip() for item in out["items"]]
+    truth = [caption(scene) for scene in shown]
+    assert sum(a == b for a, b in zip(said, truth, strict=True)) >= 9, list(zip(said, truth, strict=True))
+    chinese = use("run", "caption", built.root, folder / "00.png", "--prompt", "中文描述:")
+    assert any("\u4e00" <= c <= "\u9fff" for c in chinese["items"][0]["caption"])
+    out = use("run", "caption", built.root, photographs, "--beams", "3")
+    assert all(item["caption"].strip() for item in out["items"])  # of scenes only: right for no photograph
+
+
+def test_inspect_and_profile(built: Built) -> None:
+    out = use("inspect", built.root, "--verify")
+    assert out["manifest"]["precision"] == "fp8"
+    assert set(out["receipts"]) == set(built.bundle.manifest.receipts)
+    said = StringIO()
+    with redirect_stdout(said):
+        assert main(["profile", str(built.root), "--batch", "1", "--seconds", "0.2", "--json"]) == 0
+    receipt = json.loads(said.getvalue())
+    cases = {case["name"]: case["measurement"]["summary"] for case in receipt["cases"]}
+    assert set(COMPONENTS) < set(cases)
+    for summary in cases.values():
+        assert 0 < summary["p50_ms"] <= summary["p90_ms"] <= summary["p99_ms"]
+    assert len(receipt["costs"]) >= len(COMPONENTS)
