@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 from PIL import Image
 
 from ivl_export.bundle import Bundle
+from ivl_export.calibration.qdq import write_qdq
 from ivl_export.cli import main
-from ivl_export.pipeline import request
+from ivl_export.pipeline import graphs, request
 
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
 
@@ -134,14 +136,17 @@ def test_without_arguments_it_is_nano_that_is_built(
     assert "nano" in capsys.readouterr().err
 
 
+def one_component(model: Path, photos: Path, out: Path, precision: str) -> list[str]:
+    return ["build", "--model", str(model), "--calib", str(photos), "--out", str(out), "--json",
+            "--precision", precision, "--components", "qllama_text", "--backend", "onnxruntime"]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_one_component_is_built_reused_and_rebuilt(
     tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """INT8 on the CPU: 28 promised products run as int8 x int8 in ONNX Runtime."""
-    args = ["build", "--model", str(tiny_model), "--calib", str(photos), "--out", str(tmp_path / "out"),
-            "--precision", "int8", "--components", "qllama_text", "--backend", "onnxruntime",
-            "--json"]  # fmt: skip
+    args = one_component(tiny_model, photos, tmp_path / "out", "int8")
 
     def build() -> tuple[dict[str, Any], list[str]]:
         assert main(args) == 0
@@ -174,3 +179,59 @@ def test_one_component_is_built_reused_and_rebuilt(
     assert ran == ["calibrate", "graph-qllama_text", "kernels", "accuracy"]
     Bundle.open(tmp_path / "out", verify="hash")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "photos"}
+
+
+@pytest.mark.slow
+def test_a_full_disk_fails_and_the_next_build_goes_on(
+    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file may grow over 300 kB: the tokenizer fits, the 16-bit weights do not."""
+    args = one_component(tiny_model, photos, tmp_path / "out", "bf16")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        code = main(args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    captured = capsys.readouterr()
+    error = json.loads(captured.err.splitlines()[-1])
+    assert (code, error["exit_code"], error["error"]) == (6, 6, "BuildError")
+    assert "base.safetensors" in error["what"] + error["why"]
+    assert error["fix"]
+    assert not captured.out
+    assert {p.name for p in tmp_path.iterdir()} == {"photos", ".out.build"}
+    assert main(args) == 0
+    steps = {s["step"]: s["reused"] for s in json.loads(capsys.readouterr().out)["steps"]}
+    assert steps == {"preprocess": True} | dict.fromkeys(
+        ("weights", "graph-qllama_text", "kernels", "accuracy"), False
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {"photos", "out"}
+
+
+@pytest.mark.slow
+def test_a_broken_promise_fails_the_build(
+    tiny_model: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The writer forgets a layer that was promised: what ONNX Runtime really runs gives it away."""
+    layer = "qllama.model.layers.1.mlp.up_proj"
+
+    def forgetful(model: Any, schemes: dict[str, str], *args: Any, **options: Any) -> dict[str, str]:
+        kept = {name: scheme for name, scheme in schemes.items() if name != layer}
+        return {**write_qdq(model, kept, *args, **options), layer: "int8"}
+
+    monkeypatch.setattr(graphs, "write_qdq", forgetful)
+    every = graphs.component_weights
+
+    def with_layer(*args: Any) -> tuple[list[str], list[str]]:
+        keys, layers = every(*args)
+        return [*keys, f"{layer}.weight"], layers
+
+    monkeypatch.setattr(graphs, "component_weights", with_layer)
+    assert main(one_component(tiny_model, photos, tmp_path / "out", "int8")) == 6
+    error = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert f"{layer}: promised int8, runs fp32xfp32" in error["why"]
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,65 @@
+"""The accuracy budget that a build is held to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ivl_export.errors import AccuracyError
+from ivl_export.pipeline.build import _check_accuracy
+from ivl_export.pipeline.evaluate import HEADLINES
+from ivl_export.pipeline.request import ORT, Job, Request
+from ivl_export.pipeline.workspace import Record
+
+TASKS = {"tasks": Record("0" * 64, {"receipts/tasks.json": 1}, 1.0)}
+
+
+def job(model: Path, precision: str, allow: bool = False) -> Job:
+    out = model.parent / "out"
+    return Job(Request(out, model, precision, backends=(ORT,), allow_accuracy_loss=allow))
+
+
+def write_scores(root: Path, lost: dict[str, float], precision: str) -> None:
+    """Scores of 90% in fp32, less ``lost`` points (figure -> points) in ``precision``."""
+    scores: dict[str, dict[str, dict[str, dict[str, float]]]] = {"fp32": {}, precision: {}}
+    for figure, (group, task) in HEADLINES.items():
+        scores["fp32"].setdefault(group, {})[task] = {"accuracy": 0.9}
+        loss = lost.get(figure, 0.0) / 100
+        scores[precision].setdefault(group, {})[task] = {"accuracy": 0.9 - loss}
+    (root / "receipts").mkdir(exist_ok=True)
+    (root / "receipts" / "tasks.json").write_text(json.dumps({"scores": scores}))
+
+
+@pytest.fixture
+def nano_like(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model, as one that is evaluated on scenes."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_model.iterdir():
+        (folder / file.name).hardlink_to(file)
+    (folder / "evaluation.json").write_text('{"tasks": "scenes"}')
+    return folder
+
+
+@pytest.mark.parametrize(("precision", "budget"), [("fp8", 1.0), ("int8", 1.5), ("bf16", 1.0)])
+@pytest.mark.parametrize("figure", list(HEADLINES))
+def test_each_figure_has_the_budget_of_its_precision(
+    nano_like: Path, tmp_path: Path, precision: str, budget: float, figure: str
+) -> None:
+    asked = job(nano_like, precision)
+    write_scores(tmp_path, {figure: budget}, precision)
+    assert _check_accuracy(asked, tmp_path, TASKS) == ""
+    write_scores(tmp_path, {figure: -5.0}, precision)  # better is no loss
+    assert _check_accuracy(asked, tmp_path, TASKS) == ""
+    write_scores(tmp_path, {figure: budget + 0.2}, precision)
+    with pytest.raises(AccuracyError, match=figure.replace("@", ".")) as caught:
+        _check_accuracy(asked, tmp_path, TASKS)
+    assert caught.value.exit_code == 7
+    assert "--allow-accuracy-loss" in caught.value.fix
+    assert figure in _check_accuracy(job(nano_like, precision, allow=True), tmp_path, TASKS)
+
+
+def test_without_tasks_there_is_no_budget(nano_like: Path, tmp_path: Path) -> None:
+    assert _check_accuracy(job(nano_like, "fp8"), tmp_path, {}) == ""
