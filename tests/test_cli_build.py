@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +239,21 @@ def test_a_broken_promise_fails_the_build(
     error = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert f"{layer}: promised int8, runs fp32xfp32" in error["why"]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_done(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+    args = one_component(tiny_model, photos, tmp_path / "out", "bf16")
+    code = "import sys; from ivl_export.cli import main; sys.exit(main(sys.argv[1:]))"
+    build = subprocess.Popen([sys.executable, "-c", code, *args], stderr=subprocess.PIPE, text=True)
+    steps, deadline = tmp_path / ".out.build" / "steps", time.monotonic() + 60
+    while not (steps / "weights.json").exists() and build.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    build.send_signal(signal.SIGINT)  # in the middle of tracing, which takes seconds
+    said = build.communicate(timeout=60)[1]
+    assert build.returncode == 130, said
+    assert "Interrupted. The same command goes on from here." in said
+    assert "Traceback" not in said
+    assert {p.stem for p in steps.glob("*.json")} == {"preprocess", "weights"}
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / ".out.build" / "bundle").rglob("*.tmp"))
