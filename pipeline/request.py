@@ -72,6 +72,12 @@ class Job:
     def __init__(self, request: Request, progress: Callable[[int, int], None] | None = None) -> None:
         self.request = request
         self.recipe: Recipe = load_recipe(request.precision)
+        if self.recipe.name == "fp32":
+            raise UsageError(
+                "A recipe cannot be called fp32.",
+                "The accuracy report compares with the unquantised model under that name.",
+                "Rename it.",
+            )
         self.targets = tuple(t.name for t in parse_targets(request.targets))
         self.backends, self.notices = _backends(request.backends)
         source = request.model or nano_folder()

@@ -1,15 +1,16 @@
-"""The accuracy budget that a build is held to."""
+"""The accuracy budget that a build is held to, and the cache of evaluations that builds share."""
 
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
 
 from ivl_export.errors import AccuracyError
 from ivl_export.pipeline.build import _check_accuracy
-from ivl_export.pipeline.evaluate import HEADLINES
+from ivl_export.pipeline.evaluate import HEADLINES, cached
 from ivl_export.pipeline.request import ORT, Job, Request
 from ivl_export.pipeline.workspace import Record
 
@@ -63,3 +64,36 @@ def test_each_figure_has_the_budget_of_its_precision(
 
 def test_without_tasks_there_is_no_budget(nano_like: Path, tmp_path: Path) -> None:
     assert _check_accuracy(job(nano_like, "fp8"), tmp_path, {}) == ""
+
+
+def test_evaluations_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IVL_EXPORT_CACHE", str(tmp_path / "cache"))
+    made: list[int] = []
+
+    def compute() -> dict[str, int]:
+        made.append(1)
+        return {"n": len(made)}
+
+    assert cached(["a", {"x": 1}], compute) == {"n": 1}
+    assert cached(["a", {"x": 1}], compute) == {"n": 1}
+    assert cached(["a", {"x": 2}], compute) == {"n": 2}
+    (file, _) = sorted((tmp_path / "cache" / "evaluations").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    file.write_text(file.read_text()[:3])  # cut by a crash
+    assert cached(["a", {"x": 1}], compute) == {"n": 3}
+    assert cached(["a", {"x": 1}], compute) == {"n": 3}
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IVL_EXPORT_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("in the way")
+    assert cached("a", lambda: {"n": 1}) == {"n": 1}
+    monkeypatch.setenv("IVL_EXPORT_CACHE", str(tmp_path / "full"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        assert cached("a", lambda: {"n": "x" * 1000}) == {"n": "x" * 1000}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "full" / "evaluations").iterdir())

@@ -107,6 +107,15 @@ def test_what_cannot_be_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_recipe_cannot_pass_for_the_reference(ask: Ask, tmp_path: Path) -> None:
+    rule = '{"pattern": "*.mlp.fc1", "scheme": "int8"}'
+    (tmp_path / "own.json").write_text(f'{{"name": "own", "rules": [{rule}]}}')
+    assert set(ask(precision=str(tmp_path / "own.json")).plan.quantised.values()) == {"int8"}
+    (tmp_path / "fp32.json").write_text(f'{{"name": "fp32", "rules": [{rule}]}}')
+    with pytest.raises(UsageError, match="cannot be called fp32"):
+        ask(precision=str(tmp_path / "fp32.json"))
+
+
 def test_the_cpu_takes_any_precision(ask: Ask) -> None:
     """Targets are those of TensorRT-RTX: a build for ONNX Runtime alone does not ask them."""
     job = ask(backends=(ORT,), targets="sm86")
