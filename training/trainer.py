@@ -154,10 +154,10 @@ def _optimizers(model: InternVL, stage: Stage, weight_decay: float) -> list[torc
         else:
             (decayed if parameter.dim() >= 2 and "embed" not in name else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [
-        torch.optim.Muon(matrices, lr=stage.matrix_lr, weight_decay=weight_decay),
-        torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98)),
-    ]
+    adamw = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98))
+    if not matrices:  # a stage that trains heads alone
+        return [adamw]
+    return [torch.optim.Muon(matrices, lr=stage.matrix_lr, weight_decay=weight_decay), adamw]
 
 
 def schedule(stage: Stage, step: int) -> float:
@@ -176,7 +176,8 @@ def _step(
     step: int,
     bf16: bool,
 ) -> dict[str, float]:
-    for optimizer, peak in zip(optimizers, (stage.matrix_lr, stage.lr), strict=True):
+    for optimizer in optimizers:
+        peak = stage.matrix_lr if isinstance(optimizer, torch.optim.Muon) else stage.lr
         for group in optimizer.param_groups:
             group["lr"] = peak * schedule(stage, step)
     model.train()
