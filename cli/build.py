@@ -90,9 +90,9 @@ def print_report(report: dict[str, Any]) -> None:
     if report["over_budget"]:
         typer.secho(f"warning: {report['over_budget']} (allowed)", fg="yellow")
     accuracy = [
-        (c, output, round(m["cosine"], 6), m["sqnr_db"], m["samples"])
-        for c, outputs in report["components"].items()
-        for output, m in outputs.items()
+        (component, output, round(m["cosine"], 6), m["sqnr_db"], m["samples"])
+        for component, outputs in report["components"].items()
+        for output, m in _worst_of_layers(outputs).items()
     ]
     print_table(
         f"{report['precision']} against fp32, chained, held-out inputs (ONNX Runtime)",
@@ -126,6 +126,18 @@ def print_report(report: dict[str, Any]) -> None:
     steps = [(s["step"], s["seconds"], "reused" if s["reused"] else "run") for s in report["steps"]]
     print_table("Steps", ("step", "seconds", ""), steps)
     typer.echo(f"bundle: {report['bundle']} ({human_bytes(report['bytes'])}, {report['files']} files)")
+
+
+def _worst_of_layers(outputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Outputs of every layer (``key.0``, ``key.1``, ...) as one row, that of the worst layer."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, metrics in outputs.items():
+        stem, _, layer = name.partition(".")
+        label = f"{stem}, worst layer" if layer else name
+        # No SQNR means bit-equal.
+        if label not in found or (metrics["sqnr_db"] or 1e9) < (found[label]["sqnr_db"] or 1e9):
+            found[label] = metrics
+    return found
 
 
 def _print_dry_run(as_json: bool, rows: list[tuple[str, str]], job: Any) -> None:
