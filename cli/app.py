@@ -19,6 +19,7 @@ from .. import __version__
 VERBS: dict[str, tuple[str, str]] = {
     "build": ("build", "Checkpoint in, verified bundle out: export, calibrate, quantise, engines, proof."),
     "train": ("train", "Train a small InternVL from scratch on drawn scenes."),
+    "scenes": ("scenes", "Draw scenes with captions, to try internvl-nano on or to calibrate with."),
     "run": ("run", "Embed, classify, retrieve or caption images through a bundle's engines."),
     "inspect": ("inspect", "Show what a bundle holds, what it promises, and whether its files are intact."),
     "profile": ("profile", "Time a bundle on this machine; count FLOPs and bytes from its graphs."),
