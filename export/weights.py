@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 4096  # a page: what memory maps and direct reads like
+BLOCK_VALUES = 1 << 22
+"""Weights copied at a time, whatever the size of the tensor."""
 _SAFETENSORS = {
     "float32": "F32",
     "bfloat16": "BF16",
@@ -147,14 +149,21 @@ class StoreWriter:
             self._temporary.unlink()
 
 
-def write_store(checkpoint: Checkpoint, keys: Iterable[str], path: Path, dtype: str) -> None:
-    """Copy tensors of ``checkpoint`` to the store ``path``, one at a time.
+def write_store(
+    checkpoint: Checkpoint,
+    keys: Iterable[str],
+    path: Path,
+    dtype: str | None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Copy tensors of ``checkpoint`` to the store ``path``, a block of rows at a time.
 
     Args:
         checkpoint: where they come from.
         keys: published keys; a key given twice is stored once.
         path: the file to write, ``<graph folder>/weights/<name>.safetensors``.
-        dtype: what they are stored as: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: what they are stored as: ``float32``, ``bfloat16`` or ``float16``; None: as they are.
+        progress: hears how many bytes of the store are written.
 
     Raises:
         CheckpointError: no such tensor, or a value too large for float16.
@@ -162,22 +171,36 @@ def write_store(checkpoint: Checkpoint, keys: Iterable[str], path: Path, dtype: 
     """
     import torch
 
-    wanted: torch.dtype = getattr(torch, dtype)
     listed = list(dict.fromkeys(keys))
-    absent = [key for key in listed if key not in checkpoint.tensors]
+    refs = checkpoint.tensors
+    absent = [key for key in listed if key not in refs]
     if absent:
         raise CheckpointError(f"{checkpoint.path} lacks {len(absent)} tensors.", ", ".join(absent[:5]))
-    with StoreWriter(path, [StoredTensor(k, dtype, checkpoint.tensors[k].shape) for k in listed]) as store:
-        for key in listed:
-            values = checkpoint.load(key)
-            stored = values.to(wanted)
-            if wanted == torch.float16 and bool((torch.isinf(stored) & torch.isfinite(values)).any()):
-                raise CheckpointError(
-                    f"{key} holds values too large for float16.",
-                    f"Its largest magnitude is {float(values.abs().max()):.3g}, float16 ends at 65504.",
-                    "Use --precision bf16, or fp8 / int8, which build on bf16.",
-                )
-            store.write(key, stored)
+    listed.sort(key=lambda key: (refs[key].file, refs[key].offset or 0))  # read from front to back
+    layout = [StoredTensor(k, dtype or refs[k].dtype, refs[k].shape) for k in listed]
+    done = 0
+    with StoreWriter(path, layout) as store:
+        for tensor in layout:
+            wanted: torch.dtype = getattr(torch, tensor.dtype)
+            for rows in _row_blocks(checkpoint.load(tensor.name)):
+                stored = rows.to(wanted)
+                if wanted == torch.float16 and bool((torch.isinf(stored) & torch.isfinite(rows)).any()):
+                    raise CheckpointError(
+                        f"{tensor.name} holds values too large for float16.",
+                        f"One has a magnitude of {float(rows.abs().max()):.3g}, float16 ends at 65504.",
+                        "Use --precision bf16, or fp8 / int8, which build on bf16.",
+                    )
+                store.write(tensor.name, stored)
+                done += stored.numel() * stored.element_size()
+                progress(done)
+
+
+def _row_blocks(values: torch.Tensor) -> Sequence[torch.Tensor]:
+    """``values`` in blocks of whole rows; views, of about :data:`BLOCK_VALUES`."""
+    if not values.dim() or values.numel() <= BLOCK_VALUES:
+        return [values]
+    step = max(1, BLOCK_VALUES * values.shape[0] // values.numel())
+    return [values[i : i + step] for i in range(0, values.shape[0], step)]
 
 
 def open_store(*paths: Path) -> Store:

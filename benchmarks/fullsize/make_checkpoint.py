@@ -1,0 +1,226 @@
+"""A seeded full-size InternVL-14B checkpoint in the published layout, for measuring what size costs.
+
+Written as a stream, a block of rows at a time: memory does not depend on the size. Values resemble a trained
+model's where tools are sensitive to them: heavy tails, a few massive channels in the residual stream, norms
+that keep activations finite. They mean nothing: the model's answers are noise.
+
+The published InternVL-14B layout only; InternViT-6B alone and the chat models have other layouts.
+
+    python -m ivl_export.benchmarks.fullsize.make_checkpoint OUT --blocks 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ivl_export.models.config import InternVLConfig
+from ivl_export.models.layout import Shape, expected_shapes
+from ivl_export.preprocess import ImageSettings
+from ivl_export.training.tokenizer import train_tokenizer
+
+BLOCK_VALUES = 1 << 22
+ITEM_BYTES = 2  # bf16
+MASSIVE = 4
+"""Channels of each residual stream that are far larger than the rest."""
+
+# Projections back into the residual stream.
+_RESIDUAL = (".attn.proj.weight", ".mlp.fc2.weight", "attn.o_proj.weight", ".mlp.down_proj.weight")
+_EMBEDDINGS = ("class_embedding", "position_embedding", "embed_tokens.weight", "query_tokens")
+
+
+def sliced(config: InternVLConfig, vision: int, qllama: int) -> InternVLConfig:
+    """``config`` with other depths."""
+    return replace(
+        config,
+        vision=replace(config.vision, num_hidden_layers=vision),
+        qllama=replace(config.qllama, num_hidden_layers=qllama),
+    )
+
+
+def make_checkpoint(
+    out: Path,
+    config: InternVLConfig,
+    depth: int = 48,
+    seed: int = 0,
+    shard_bytes: int = 5 * 10**9,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Path]:
+    """Write shards, index, ``config.json``, ``tokenizer.model`` and ``preprocessor_config.json`` to ``out``.
+
+    Args:
+        out: a folder; files of these names in it are replaced.
+        config: the sizes.
+        depth: layers of the model this is a slice of: residual projections are scaled by it.
+        seed: a tensor depends on it, its name and its shape alone: two slices share their common layers.
+        shard_bytes: largest shard (one tensor at least).
+        progress: hears bytes done and in all.
+
+    Returns:
+        The shards.
+    """
+    shapes = expected_shapes(config)
+    shards = list(_shards(shapes, shard_bytes))
+    total, done = sum(_nbytes(s) for s in shapes.values()), 0
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    if free < total:
+        raise SystemExit(f"{out}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.")
+    index: dict[str, str] = {}
+    paths = []
+    for i, keys in enumerate(shards, 1):
+        path = out / f"model-{i:05}-of-{len(shards):05}.safetensors"
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("wb") as file:
+            file.write(_header({key: shapes[key] for key in keys}))
+            for key in keys:
+                for rows in tensor_blocks(key, shapes[key], depth, seed):
+                    file.write(rows.view(torch.uint8).numpy().data)
+                    done += rows.numel() * ITEM_BYTES
+                    progress(done, total)
+        temporary.replace(path)
+        index.update(dict.fromkeys(keys, path.name))
+        paths.append(path)
+    _json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    _json(out / "config.json", {**config.to_published(), "torch_dtype": "bfloat16"})
+    (out / "tokenizer.model").write_bytes(train_tokenizer())
+    ImageSettings(size=config.vision.image_size).save(out / "preprocessor_config.json")
+    return paths
+
+
+def tensor_blocks(key: str, shape: Shape, depth: int, seed: int) -> Iterator[torch.Tensor]:
+    """Tensor ``key`` in bf16, flat, a block of rows at a time."""
+    generator = _generator(seed, key)
+    if key == "logit_scale":
+        yield torch.tensor([math.log(100)], dtype=torch.bfloat16)  # where CLIP's training ends
+        return
+    last = shape[-1]
+    if key.endswith(_EMBEDDINGS):
+        rows, columns = math.prod(shape[:-1]), 0.02 * _peaks(last, seed, 12)
+        scale = torch.ones(rows)
+    elif len(shape) > 1:  # a matrix product or the patch convolution: [out, in ...]
+        fan_in = shape[0] if key == "text_projection" else math.prod(shape[1:])
+        rows, last = shape[0], math.prod(shape[1:])
+        # Lognormal factors of rows and columns make the tails heavy, as in trained weights.
+        scale = torch.empty(rows).normal_(generator=generator).mul_(0.3).exp_() / math.sqrt(fan_in)
+        columns = torch.empty(last).normal_(generator=generator).mul_(0.4).exp_()
+        if key.endswith("patch_embedding.weight"):
+            scale *= _peaks(rows, seed, 12) / 10
+        elif key.endswith(_RESIDUAL):
+            scale *= _peaks(rows, seed, 12)
+            if key.startswith("qllama"):  # InternViT has its layer scales
+                scale /= math.sqrt(2 * depth)
+    else:
+        yield _vector(key, shape[0], seed, generator).bfloat16()
+        return
+    step = max(1, BLOCK_VALUES // last)
+    for start in range(0, rows, step):
+        some = scale[start : start + step, None]
+        values = torch.empty(some.shape[0], last).normal_(generator=generator)
+        yield values.mul_(some).mul_(columns).bfloat16().reshape(-1)
+
+
+def _vector(key: str, size: int, seed: int, generator: torch.Generator) -> torch.Tensor:
+    values = torch.empty(size).normal_(generator=generator)
+    if key.endswith("bias"):
+        return values * 0.02
+    if key.endswith((".ls1", ".ls2")):  # InternViT starts its layer scales at 0.1
+        return (values * 0.3).exp() * 0.1
+    # Norm weights: training makes them small where a channel is massive.
+    return (values * 0.1).exp() / _peaks(size, seed, 4)
+
+
+def _peaks(width: int, seed: int, height: float) -> torch.Tensor:
+    """Ones, and ``height`` at the massive channels of a residual stream of that width."""
+    chosen = torch.randperm(width, generator=_generator(seed, f"massive channels of {width}"))[:MASSIVE]
+    peaks = torch.ones(width)
+    peaks[chosen] = height
+    return peaks
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def _shards(shapes: dict[str, Shape], limit: int) -> Iterator[list[str]]:
+    keys: list[str] = []
+    size = 0
+    for key, shape in shapes.items():
+        if keys and size + _nbytes(shape) > limit:
+            yield keys
+            keys, size = [], 0
+        keys.append(key)
+        size += _nbytes(shape)
+    yield keys
+
+
+def _header(shapes: dict[str, Shape]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, shape in shapes.items():
+        begin, end = end, end + _nbytes(shape)
+        entries[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _nbytes(shape: Shape) -> int:
+    return math.prod(shape) * ITEM_BYTES
+
+
+def _json(path: Path, data: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write a seeded full-size InternVL-14B checkpoint.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--config", type=Path, help="a config.json; else InternVL-14B's sizes")
+    parser.add_argument("--blocks", type=int, help="blocks of both towers; else all of them")
+    parser.add_argument("--vision-blocks", type=int, help="blocks of InternViT")
+    parser.add_argument("--qllama-blocks", type=int, help="blocks of QLLaMA")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest shard, in GB")
+    args = parser.parse_args(argv)
+    config = InternVLConfig.load(args.config) if args.config else InternVLConfig()
+    full = config.vision.num_hidden_layers, config.qllama.num_hidden_layers
+    vision: int = args.vision_blocks or args.blocks or full[0]
+    qllama: int = args.qllama_blocks or args.blocks or full[1]
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        paths = make_checkpoint(
+            args.out,
+            sliced(config, vision, qllama),
+            max(full),
+            args.seed,
+            int(args.shard_gb * 1e9),
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    size = sum(path.stat().st_size for path in paths)
+    print(f"{args.out}: {vision} + {qllama} blocks, {len(paths)} shards, {size / 1e9:.2f} GB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

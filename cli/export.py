@@ -1,0 +1,83 @@
+"""``ivl-export export``: a checkpoint to plain ONNX graphs, with a copy of the weights or without one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import human_bytes, print_json, print_table
+from .progress import Bars
+
+app = typer.Typer(add_completion=False)
+
+MEGABYTE = 10**6
+
+
+@app.command()
+def export(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint: a folder of the published layout, or an older .pth file; else nano."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A new folder; else onnx/MODEL-DTYPE. With --zero-copy: the shards', or above."),
+    ] = None,
+    components: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
+    dtype: Annotated[str, typer.Option(help="What the graphs compute in: bf16 or fp32.")] = "bf16",
+    zero_copy: Annotated[
+        bool, typer.Option("--zero-copy", help="Write graphs beside the shards that refer to their bytes.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write plain ONNX graphs of a checkpoint's components: no calibration, no quantisation, no engines."""
+    from ..export.plain import export_plain
+    from ..models.checkpoint import open_checkpoint
+    from ..pipeline.request import nano_folder
+
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(model or nano_folder())
+    shards = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    name = "internvl-nano" if model is None else model.resolve().name.removesuffix(".pth")
+    folder = out or (shards if zero_copy else Path("onnx") / f"{name}-{dtype}")
+    chosen = tuple(part.strip() for part in (components or "").split(",") if part.strip())
+    with Bars() as bars:
+        made = export_plain(checkpoint, folder, chosen, dtype, zero_copy, _Steps(bars))
+    seconds = time.perf_counter() - started
+    if as_json:
+        print_json(
+            {
+                "graphs": {component: str(path) for component, path in made.graphs.items()},
+                "store": str(made.store) if made.store else None,
+                "dtype": dtype,
+                "zero_copy": zero_copy,
+                "bytes_written": made.bytes_written,
+                "bytes_referred": made.bytes_referred,
+                "seconds": seconds,
+            }
+        )
+        return
+    weights = made.store or f"the {len({r.file for r in checkpoint.tensors.values()})} files of {shards}"
+    rows = [(component, str(path)) for component, path in made.graphs.items()]
+    print_table(f"{dtype} graphs of {checkpoint.path}", ("component", "graph"), rows)
+    typer.echo(f"weights: {weights} ({human_bytes(made.bytes_referred)} used)")
+    typer.echo(f"written: {human_bytes(made.bytes_written)} in {seconds:.1f} s")
+
+
+class _Steps:
+    """Shows the steps of an export as bars; bytes in MB, so that the rate is MB/s."""
+
+    def __init__(self, bars: Bars) -> None:
+        self.bars, self.step, self.began = bars, "", 0.0
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        unit = MEGABYTE if step == "weights" else 1
+        if step != self.step:
+            self.step, self.began = step, time.perf_counter()
+            self.bars.started("weights (MB)" if unit > 1 else step, -(-total // unit))
+        self.bars.advanced(-(-done // unit))
+        if done == total:
+            self.bars.finished(step, time.perf_counter() - self.began, False)

@@ -1,0 +1,95 @@
+"""The checkpoint maker and the full-size report, at small widths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ivl_export.benchmarks.fullsize.make_checkpoint import MASSIVE, main, make_checkpoint, sliced
+from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
+from ivl_export.models.checkpoint import open_checkpoint
+from ivl_export.models.qllama import Visible
+from ivl_export.preprocess import ImageSettings, Tokenizer
+
+NARROW = InternVLConfig(
+    VisionConfig(320, 6, 5, 640, 56, 14),
+    QLlamaConfig(256, 4, 4, 384, 1500),
+    clip_embed_dim=24,
+    attn_pool_num_heads=4,
+    num_query_token=5,
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("made")
+    shards = make_checkpoint(out, NARROW, depth=48, shard_bytes=4_000_000)
+    assert len(shards) > 2
+    return out
+
+
+def test_it_is_a_published_checkpoint_that_runs(made: Path) -> None:
+    checkpoint = open_checkpoint(made)
+    assert checkpoint.config == NARROW
+    assert {ref.dtype for ref in checkpoint.tensors.values()} == {"bfloat16"}
+    total = json.loads((made / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    assert total == sum(ref.nbytes for ref in checkpoint.tensors.values())
+    model = load_model(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        pixels = torch.randn(2, 3, 56, 56, generator=generator)
+        tokens = model.vision_model(pixels)
+        positions = torch.arange(5)[None]
+        hidden, _ = model.qllama(model.query_tokens.expand(2, -1, -1), positions, Visible(), tokens, 5)
+    for values in (tokens, hidden):
+        assert torch.isfinite(values).all()
+        assert 1e-3 < float(values.std()) < 1e3
+
+
+def test_activations_have_massive_channels(made: Path) -> None:
+    model = load_model(made)
+    with torch.no_grad():
+        tokens = model.vision_model(torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1)))
+    assert torch.isfinite(tokens).all()
+    rms = tokens.square().mean((0, 1)).sqrt()
+    largest = rms.sort(descending=True).values
+    assert largest[MASSIVE - 1] > 5 * rms.median(), "as many channels as said stand out"
+
+
+def test_weights_have_heavy_tails(made: Path) -> None:
+    weight = open_checkpoint(made).load("vision_model.encoder.layers.1.mlp.fc1.weight", torch.float32)
+    kurtosis = float(weight.pow(4).mean() / weight.square().mean().square())
+    assert 4 < kurtosis < 40, "a normal distribution has 3"
+    assert 0.7 < float(weight.std()) * weight.shape[1] ** 0.5 < 1.8
+
+
+def test_a_slice_has_the_layers_of_the_whole(made: Path, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, sliced(NARROW, 2, 1), depth=48)
+    part, whole = open_checkpoint(tmp_path), open_checkpoint(made)
+    assert part.config.vision.num_hidden_layers == 2
+    assert set(part.tensors) < set(whole.tensors)
+    assert all(torch.equal(part.load(key), whole.load(key)) for key in part.tensors)
+
+
+def test_seeds_differ_and_repeat(made: Path, tmp_path: Path) -> None:
+    small = sliced(NARROW, 1, 1)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_checkpoint(tmp_path / name, small, seed=seed)
+    a, b, c = (open_checkpoint(tmp_path / name).revision for name in "abc")
+    assert a == b != c
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "narrow.json").write_text(json.dumps(NARROW.to_published()))
+    out = tmp_path / "out"
+    args = [str(out), "--config", str(tmp_path / "narrow.json"), "--blocks", "2", "--qllama-blocks", "1"]
+    assert main(args) == 0
+    assert "2 + 1 blocks, 1 shards" in capsys.readouterr().out
+    config = open_checkpoint(out).config
+    assert (config.vision.num_hidden_layers, config.qllama.num_hidden_layers) == (2, 1)
+    # What 'build' needs beside the weights.
+    assert len(Tokenizer(out / "tokenizer.model")) <= config.qllama.vocab_size
+    assert ImageSettings.load(out / "preprocessor_config.json").size == 56
