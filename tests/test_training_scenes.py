@@ -50,7 +50,7 @@ def test_held_out_combinations_never_occur_in_train() -> None:
 
 def test_held_out_split_shows_every_combination_and_many_held_out_ones() -> None:
     drawn = scenes(4000, "heldout")
-    assert 0.33 < np.mean([s.novel for s in drawn]) < 0.5
+    assert 0.18 < np.mean([s.novel for s in drawn]) < 0.33
     assert {(o.shape, o.color) for s in drawn for o in s.objects} == set(ALL_COMBINATIONS)
 
 

@@ -45,7 +45,7 @@ HELD_OUT: tuple[tuple[str, str], ...] = tuple(
 TRAIN_COMBINATIONS: tuple[tuple[str, str], ...] = tuple(c for c in ALL_COMBINATIONS if c not in HELD_OUT)
 
 # Share of held-out scenes whose first draw is a held-out combination (the rest draw from all of them).
-_NOVEL_SHARE = 0.3
+_NOVEL_SHARE = 0.1
 # Radius in pixels of a 112 px image; a shape's circumscribed circle is that times its factor, which
 # evens out the areas so that "small" and "large" look alike for all shapes.
 _RADIUS = {"small": (15.0, 16.0), "large": (22.0, 23.0)}
@@ -128,7 +128,7 @@ class Placement:
 def sample_scene(rng: np.random.Generator, split: Split, kind: Kind | None = None) -> Scene:
     """Draw a scene: 30% one shape, 30% two or three equal ones, 40% pairs, unless ``kind`` says which.
 
-    ``train`` never shows a :data:`HELD_OUT` combination; ``heldout`` shows one in about 4 scenes of 10.
+    ``train`` never shows a :data:`HELD_OUT` combination; ``heldout`` shows one in about a quarter of its scenes.
     """
     if kind is None:
         u = rng.random()
