@@ -77,7 +77,9 @@ def train(
     settings = ImageSettings(size=chosen.model.vision.image_size)
     # The published weights are bf16: measure what is shipped.
     model = model.bfloat16().float()
-    small: dict[str, Any] = {"n_classify": 50, "n_galleries": 1, "n_caption": 20} if steps else {}
+    small: dict[str, Any] = {}
+    if steps:
+        small = {"n_classify": 50, "n_retrieve": 40, "n_galleries": 1, "n_caption": 20, "n_caption_zh": 10}
     with console.status("evaluating"):
         accuracy = tasks.evaluate(TorchModel(model, Tokenizer(tokenizer), settings), **small)
     publish(model, chosen, tokenizer, Run(minutes, torch.get_num_threads(), accuracy), out)
