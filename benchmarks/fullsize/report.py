@@ -1,0 +1,243 @@
+"""What each step costs at full width: seconds, peak anonymous memory, bytes written, ratio to ``cp``.
+
+Every step runs in a process of its own and starts with the checkpoint's files out of the page cache. ``cp``
+of the shards, measured in the same run, is the floor: a ratio is the seconds per byte that the step reads,
+over those of ``cp``.
+
+    python -m ivl_export.benchmarks.fullsize.report --work FOLDER --blocks 4 --out receipt.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ivl_export.benchmarks.fullsize.measured import Run, StepFailed, run
+from ivl_export.profiles.machine import commit, machine, versions
+
+HERE = "ivl_export.benchmarks.fullsize"
+FREE_AFTER = 20 * 10**9
+"""Disk that a run leaves free."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of the table.
+
+    ``bytes_read`` are those of the weights it has to read, ``ratio`` is to ``cp`` of as many (None where it
+    reads none: zero copy); ``error`` says why a step has no figures.
+    """
+
+    step: str
+    seconds: float | None = None
+    cpu_seconds: float | None = None
+    peak_anonymous: int | None = None
+    bytes_read: int = 0
+    bytes_written: int = 0
+    ratio: float | None = None
+    details: dict[str, Any] | None = None
+    error: str | None = None
+
+
+class Report:
+    """Runs steps one after another in the folder ``work``."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.model = work, work / "model"
+        self.rows: list[Row] = []
+        self.floor: float | None = None
+        """Seconds a byte of ``cp``."""
+
+    def step(
+        self,
+        name: str,
+        command: Sequence[str],
+        written: Callable[[], int],
+        read: int = 0,
+        details: Callable[[Run], dict[str, Any]] | None = None,
+    ) -> None:
+        """Run ``command`` and add its row; ``written`` counts its output's bytes afterwards."""
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        self._evict()
+        try:
+            done = run(command)
+        except StepFailed as error:
+            self.rows.append(Row(name, error=str(error)))
+            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+            return
+        if name == "cp":
+            self.floor = done.seconds / read
+        ratio = done.seconds / (read * self.floor) if self.floor and read else None
+        self.rows.append(
+            Row(
+                name,
+                done.seconds,
+                done.cpu_seconds,
+                done.peak_anonymous,
+                read,
+                written(),
+                ratio,
+                details(done) if details else None,
+            )
+        )
+        print(f"{name}: {done.seconds:.1f} s", file=sys.stderr, flush=True)
+
+    def shards(self) -> list[Path]:
+        """The checkpoint's weight files."""
+        return sorted(self.model.glob("*.safetensors"))
+
+    def _evict(self) -> None:
+        """Write back what is dirty and drop the shards from the page cache: every step starts cold."""
+        os.sync()
+        for path in self.shards():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+
+def measure_all(report: Report, blocks: tuple[int, int], steps: Sequence[str], components: str) -> None:
+    """Run ``steps`` (of :data:`STEPS`) on a checkpoint with so many blocks in its two towers."""
+    from ivl_export.export.plain import weight_keys
+    from ivl_export.models.checkpoint import open_checkpoint
+
+    work, model = report.work, report.model
+    python, tool = [sys.executable, "-m"], [sys.executable, "-m", f"{HERE}.tool"]
+    depth = ["--vision-blocks", str(blocks[0]), "--qllama-blocks", str(blocks[1])]
+    report.step("make", [*python, f"{HERE}.make_checkpoint", str(model), *depth], lambda: _size(model))
+    if not report.shards():
+        return
+    checkpoint = open_checkpoint(model)
+    used = sum(checkpoint.tensors[k].nbytes for k in weight_keys(checkpoint, components.split(",")))
+    export = [*tool, "cli", "export", "--model", str(model), "--components", components, "--json"]
+    scratch = work / "scratch"
+
+    def fresh() -> Path:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        return scratch
+
+    if "cp" in steps:
+        shards = report.shards()
+        copy = ["cp", *map(str, shards), str(fresh())]
+        report.step("cp", copy, lambda: _size(scratch), sum(p.stat().st_size for p in shards))
+    if "zero-copy" in steps:
+        report.step("zero-copy", [*export, "--zero-copy"], lambda: _size(model, "*.onnx"))
+    if "copy" in steps:
+        out = fresh() / "copy"
+        report.step("copy", [*export, "--out", str(out)], lambda: _size(out), used)
+    if "quantise" in steps:
+        out = fresh() / "low"
+        command = [*tool, "quantise", str(model), str(out), components]
+        report.step("quantise", command, lambda: _size(out), used, _printed)
+    if "engine" in steps:
+        out = fresh() / "engine"
+        prepare = [*tool, "prepare", str(model), str(out), "vision"]
+        report.step("calibrate and write", prepare, lambda: _size(out), used, _printed)
+        before = _size(out)
+        build = [*tool, "engine", str(model), str(out), "vision"]
+        report.step("engine", build, lambda: _size(out) - before, 0, _printed)
+    fresh()
+
+
+STEPS = ("cp", "zero-copy", "copy", "quantise", "engine")
+
+
+def print_report(rows: Sequence[Row], title: str) -> None:
+    """The table on stdout."""
+    from ivl_export.cli.output import print_table
+
+    columns = ("step", "seconds", "CPU seconds", "anonymous GB", "GB read", "GB written", "x cp")
+    cells = [
+        (
+            row.step,
+            row.seconds and round(row.seconds, 1),
+            row.cpu_seconds and round(row.cpu_seconds, 1),
+            row.peak_anonymous and round(row.peak_anonymous / 1e9, 2),
+            round(row.bytes_read / 1e9, 2),
+            round(row.bytes_written / 1e9, 3),
+            row.ratio and round(row.ratio, 2),
+        )
+        for row in rows
+    ]
+    print_table(title, columns, cells)
+    for row in rows:
+        if row.error:
+            print(f"{row.step}: {row.error}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure every step at full width.")
+    parser.add_argument("--work", type=Path, required=True, help="an empty or new folder, removed at the end")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of both towers")
+    parser.add_argument("--qllama-blocks", type=int, help="blocks of QLLaMA, if different")
+    parser.add_argument("--components", default="vision", help="exported and quantised, joined by commas")
+    parser.add_argument("--steps", default=",".join(STEPS))
+    parser.add_argument("--out", type=Path, required=True, help="the receipt, a JSON file")
+    args = parser.parse_args(argv)
+    steps = args.steps.split(",")
+    if unknown := set(steps) - set(STEPS):
+        parser.error(f"unknown steps {', '.join(sorted(unknown))}; known: {', '.join(STEPS)}")
+    blocks = (args.blocks, args.qllama_blocks or args.blocks)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if any(args.work.iterdir()):
+        parser.error(f"{args.work} is not empty")
+    needed, free = _needed(blocks, steps) + FREE_AFTER, shutil.disk_usage(args.work).free
+    if free < needed:
+        parser.error(f"{needed / 1e9:.0f} GB of disk are needed (20 stay free), {free / 1e9:.0f} GB are free")
+    report = Report(args.work)
+    where = machine()
+    try:
+        measure_all(report, blocks, steps, args.components)
+    finally:
+        shutil.rmtree(args.work)
+    title = (
+        f"{blocks[0]} InternViT and {blocks[1]} QLLaMA blocks at full width, components: {args.components}"
+    )
+    data = {
+        "title": title,
+        "blocks": {"vision": blocks[0], "qllama": blocks[1]},
+        "components": args.components.split(","),
+        "machine": asdict(where),
+        "versions": versions(),
+        "commit": commit(),
+        "rows": [asdict(row) for row in report.rows],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print_report(report.rows, title)
+    return int(any(row.error for row in report.rows))
+
+
+def _needed(blocks: tuple[int, int], steps: Sequence[str]) -> int:
+    """Most bytes on the disk at once: the checkpoint, and one step's output of at most that size."""
+    from math import prod
+
+    from ivl_export.benchmarks.fullsize.make_checkpoint import sliced
+    from ivl_export.models.config import InternVLConfig
+    from ivl_export.models.layout import expected_shapes
+
+    shapes = expected_shapes(sliced(InternVLConfig(), *blocks))
+    size = 2 * sum(prod(shape) for shape in shapes.values())
+    return size * (2 if set(steps) - {"zero-copy"} else 1)
+
+
+def _printed(done: Run) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(done.stdout)
+    return data
+
+
+def _size(folder: Path, pattern: str = "*") -> int:
+    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
