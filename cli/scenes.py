@@ -102,12 +102,14 @@ def _make_room(out: Path, force: bool) -> None:
 
 
 def _split(name: str) -> Split:
-    if name == "train" or name == "heldout":
-        return name
+    known: dict[str, Split] = {"heldout": "heldout", "train": "train"}
+    if name in known:
+        return known[name]
     raise UsageError(f"Unknown split {name!r}.", fix="Use 'heldout' or 'train'.")
 
 
 def _language(name: str) -> Language:
-    if name == "en" or name == "zh":
-        return name
+    known: dict[str, Language] = {"en": "en", "zh": "zh"}
+    if name in known:
+        return known[name]
     raise UsageError(f"Unknown language {name!r}.", fix="Use 'en' or 'zh'.")

@@ -128,7 +128,8 @@ class Placement:
 def sample_scene(rng: np.random.Generator, split: Split, kind: Kind | None = None) -> Scene:
     """Draw a scene: 30% one shape, 30% two or three equal ones, 40% pairs, unless ``kind`` says which.
 
-    ``train`` never shows a :data:`HELD_OUT` combination; ``heldout`` shows one in about a quarter of its scenes.
+    ``train`` never shows a :data:`HELD_OUT` combination; ``heldout`` shows one in about a quarter of
+    its scenes.
     """
     if kind is None:
         u = rng.random()
