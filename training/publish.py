@@ -95,7 +95,7 @@ def _accuracy_rows(accuracy: dict[str, Any]) -> list[str]:
             rows.append(
                 f"| {group} {task.replace('_', ' ')} | {score['accuracy']:.1%} "
                 f"| {score['low']:.1%} - {score['high']:.1%} | {score['total']} "
-                f"| {score['novel']['accuracy']:.1%} |"
+                f"| {score['novel']['accuracy']:.1%} of {score['novel']['total']} |"
             )
     return rows
 
