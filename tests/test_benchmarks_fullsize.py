@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from ivl_export.benchmarks.fullsize import report, tool
 from ivl_export.benchmarks.fullsize.make_checkpoint import MASSIVE, main, make_checkpoint, sliced
+from ivl_export.benchmarks.fullsize.measured import StepFailed, run
+from ivl_export.calibration.quantize import quantise, stored_names
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.qllama import Visible
+from ivl_export.pipeline.graphs import BASE_STORE, LOW_STORE
 from ivl_export.preprocess import ImageSettings, Tokenizer
 
 NARROW = InternVLConfig(
@@ -93,3 +99,69 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     # What 'build' needs beside the weights.
     assert len(Tokenizer(out / "tokenizer.model")) <= config.qllama.vocab_size
     assert ImageSettings.load(out / "preprocessor_config.json").size == 56
+
+
+def test_memory_that_no_file_backs_is_what_is_measured(tmp_path: Path) -> None:
+    mapped = tmp_path / "mapped"
+    mapped.write_bytes(bytes(64 << 20))
+    touch = (
+        "import mmap, sys, time; f = open(sys.argv[1]); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ);"
+        "print(sum(m[::4096])); time.sleep(0.3)"
+    )
+    held = "import time; held = bytearray(200 << 20); time.sleep(0.3); print(len(held))"
+    nested = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    plain = run([sys.executable, "-c", held])
+    assert plain.stdout == f"{200 << 20}\n"
+    assert plain.seconds > 0.3
+    for result in (plain, run([sys.executable, "-c", nested, held])):
+        assert 200 << 20 <= result.peak_anonymous < 260 << 20
+    assert run([sys.executable, "-c", touch, str(mapped)]).peak_anonymous < 40 << 20
+    with pytest.raises(StepFailed, match=r"exit code 3: no such thing"):
+        run([sys.executable, "-c", "import sys; print('no such thing', file=sys.stderr); sys.exit(3)"])
+
+
+def test_one_pass_over_the_shards_quantises_as_memory_does(made: Path, tmp_path: Path) -> None:
+    done = tool.quantise(made, tmp_path, ["vision"])
+    assert done["layers"] == 6 * 4
+    low, kept = (load_file(tmp_path / store) for store in (LOW_STORE, BASE_STORE))
+    assert len(kept) == done["kept"]
+    checkpoint = open_checkpoint(made)
+    for i in range(6):
+        layer = f"vision_model.encoder.layers.{i}.mlp.fc2"
+        values, scale = quantise(checkpoint.load(f"{layer}.weight"), "fp8")
+        names = stored_names(layer, "fp8", "bf16")
+        assert torch.equal(low[names[0]].view(torch.uint8), values.view(torch.uint8))
+        assert torch.equal(low[names[2]], scale)
+    assert not {name for name in low if not name.startswith("vision_model")}
+
+
+def test_the_report_measures_and_cleans_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "narrow.json").write_text(json.dumps(NARROW.to_published()))
+    work, out = tmp_path / "work", tmp_path / "receipts" / "narrow.json"
+    args = ["--work", str(work), "--out", str(out), "--config", str(tmp_path / "narrow.json")]
+    assert report.main([*args, "--blocks", "3", "--qllama-blocks", "1", "--steps", "cp,quantise"]) == 0
+    assert not work.exists()
+    receipt = json.loads(out.read_text())
+    rows = {row["step"]: row for row in receipt["rows"]}
+    assert list(rows) == ["make", "cp", "quantise"]
+    assert receipt["config"]["vision_config"]["num_hidden_layers"] == 3
+    assert rows["cp"]["bytes_written"] == rows["cp"]["bytes_read"] < rows["make"]["bytes_written"]
+    assert 0 < rows["quantise"]["bytes_written"] < rows["quantise"]["bytes_read"] < rows["cp"]["bytes_read"]
+    assert rows["quantise"]["peak_anonymous"] > 50e6, "torch alone takes more"
+    assert rows["quantise"]["details"]["layers"] == 3 * 4
+    assert rows["cp"]["ratio"] == pytest.approx(1)
+    assert receipt["versions"]["torch"] == torch.__version__
+    assert "quantise" in capsys.readouterr().out
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(SystemExit):
+        report.main(["--work", str(tmp_path / "full"), "--out", str(out)])
+    assert (tmp_path / "full" / "mine").exists()
+
+
+def test_a_step_that_fails_is_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = report.Report(tmp_path)
+    found.step("broken", [sys.executable, "-c", "raise SystemExit('the reason')"], lambda: 0)
+    report.print_report(found.rows, "title")
+    assert "broken: exit code 1: the reason" in capsys.readouterr().out
+    assert found.rows[0].seconds is None

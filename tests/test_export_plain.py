@@ -213,6 +213,13 @@ def test_nothing_stays_after_an_error_and_nothing_is_overwritten(source: Path, t
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
 
 
+def test_tensors_that_components_share_are_counted_once(source: Path) -> None:
+    checkpoint = open_checkpoint(source)
+    text, step = (weight_keys(checkpoint, [name]) for name in ("qllama_text", "qllama_step"))
+    both = weight_keys(checkpoint, ["qllama_text", "qllama_step"])
+    assert len(both) == len(set(both)) == len({*text, *step}) < len(text) + len(step)
+
+
 def test_what_is_asked_for_wrongly(source: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(source)
     with pytest.raises(UsageError, match="Unknown dtype 'fp8'"):

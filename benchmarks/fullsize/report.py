@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -19,7 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ivl_export.benchmarks.fullsize.make_checkpoint import sliced
 from ivl_export.benchmarks.fullsize.measured import Run, StepFailed, run
+from ivl_export.models.config import InternVLConfig
+from ivl_export.models.layout import expected_shapes
 from ivl_export.profiles.machine import commit, machine, versions
 
 HERE = "ivl_export.benchmarks.fullsize"
@@ -104,15 +108,14 @@ class Report:
                 os.close(fd)
 
 
-def measure_all(report: Report, blocks: tuple[int, int], steps: Sequence[str], components: str) -> None:
-    """Run ``steps`` (of :data:`STEPS`) on a checkpoint with so many blocks in its two towers."""
+def measure_all(report: Report, sizes: Sequence[str], steps: Sequence[str], components: str) -> None:
+    """Run ``steps`` (of :data:`STEPS`) on a checkpoint that the maker makes with options ``sizes``."""
     from ivl_export.export.plain import weight_keys
     from ivl_export.models.checkpoint import open_checkpoint
 
     work, model = report.work, report.model
     python, tool = [sys.executable, "-m"], [sys.executable, "-m", f"{HERE}.tool"]
-    depth = ["--vision-blocks", str(blocks[0]), "--qllama-blocks", str(blocks[1])]
-    report.step("make", [*python, f"{HERE}.make_checkpoint", str(model), *depth], lambda: _size(model))
+    report.step("make", [*python, f"{HERE}.make_checkpoint", str(model), *sizes], lambda: _size(model))
     if not report.shards():
         return
     checkpoint = open_checkpoint(model)
@@ -177,6 +180,7 @@ def print_report(rows: Sequence[Row], title: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure every step at full width.")
     parser.add_argument("--work", type=Path, required=True, help="an empty or new folder, removed at the end")
+    parser.add_argument("--config", type=Path, help="a config.json; else InternVL-14B's widths")
     parser.add_argument("--blocks", type=int, default=4, help="blocks of both towers")
     parser.add_argument("--qllama-blocks", type=int, help="blocks of QLLaMA, if different")
     parser.add_argument("--components", default="vision", help="exported and quantised, joined by commas")
@@ -190,21 +194,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     if any(args.work.iterdir()):
         parser.error(f"{args.work} is not empty")
-    needed, free = _needed(blocks, steps) + FREE_AFTER, shutil.disk_usage(args.work).free
+    config = sliced(InternVLConfig.load(args.config) if args.config else InternVLConfig(), *blocks)
+    needed, free = _needed(config, steps) + FREE_AFTER, shutil.disk_usage(args.work).free
     if free < needed:
         parser.error(f"{needed / 1e9:.0f} GB of disk are needed (20 stay free), {free / 1e9:.0f} GB are free")
     report = Report(args.work)
     where = machine()
     try:
-        measure_all(report, blocks, steps, args.components)
+        sizes = ["--vision-blocks", str(blocks[0]), "--qllama-blocks", str(blocks[1])]
+        sizes += ["--config", str(args.config)] if args.config else []
+        measure_all(report, sizes, steps, args.components)
     finally:
         shutil.rmtree(args.work)
-    title = (
+    title = f"{blocks[0]} InternViT and {blocks[1]} QLLaMA blocks; components: {args.components}"
         f"{blocks[0]} InternViT and {blocks[1]} QLLaMA blocks at full width, components: {args.components}"
     )
     data = {
         "title": title,
-        "blocks": {"vision": blocks[0], "qllama": blocks[1]},
+        "config": config.to_published(),
         "components": args.components.split(","),
         "machine": asdict(where),
         "versions": versions(),
@@ -217,16 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(row.error for row in report.rows))
 
 
-def _needed(blocks: tuple[int, int], steps: Sequence[str]) -> int:
+def _needed(config: InternVLConfig, steps: Sequence[str]) -> int:
     """Most bytes on the disk at once: the checkpoint, and one step's output of at most that size."""
-    from math import prod
-
-    from ivl_export.benchmarks.fullsize.make_checkpoint import sliced
-    from ivl_export.models.config import InternVLConfig
-    from ivl_export.models.layout import expected_shapes
-
-    shapes = expected_shapes(sliced(InternVLConfig(), *blocks))
-    size = 2 * sum(prod(shape) for shape in shapes.values())
+    size = 2 * sum(math.prod(shape) for shape in expected_shapes(config).values())
     return size * (2 if set(steps) - {"zero-copy"} else 1)
 
 
