@@ -207,8 +207,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         shutil.rmtree(args.work)
     title = f"{blocks[0]} InternViT and {blocks[1]} QLLaMA blocks; components: {args.components}"
-        f"{blocks[0]} InternViT and {blocks[1]} QLLaMA blocks at full width, components: {args.components}"
-    )
     data = {
         "title": title,
         "config": config.to_published(),
