@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ivl_export.errors import BuildError, CheckpointError
+from ivl_export.export import weights
 from ivl_export.export.binding import bind, save_graph, unbound
 from ivl_export.export.weights import ALIGNMENT, StoredTensor, StoreWriter, open_store, write_store
 from ivl_export.models.checkpoint import open_checkpoint
@@ -228,3 +230,24 @@ def test_unbound_and_invalid_graphs_are_not_saved(tmp_path: Path) -> None:
         save_graph(model, path)
     assert not list(tmp_path.glob("*.onnx*"))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_bytes_are_copied_in_blocks_and_a_file_cut_short_is_said(tmp_path: Path) -> None:
+    big = torch.randn(3, 700_001, generator=torch.Generator().manual_seed(0))  # two blocks and a rest
+    save_file({"big": big}, tmp_path / "source.safetensors")
+    ref = open_store(tmp_path / "source.safetensors")["big"]
+    assert ref.nbytes > 2 * weights.BLOCK_BYTES
+    layout, path, heard = [StoredTensor("copy", "float32", (3, 700_001))], tmp_path / "s.safetensors", [0]
+    with StoreWriter(path, layout) as store:
+        store.copy("copy", ref, heard.append)
+    assert torch.equal(load_file(path)["copy"], big)
+    assert sum(heard) == ref.nbytes
+    assert len(heard) == 4
+    path.unlink()
+    with (tmp_path / "source.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(CheckpointError, match="has become shorter"), StoreWriter(path, layout) as store:
+        store.copy("copy", ref, heard.append)
+    with pytest.raises(ValueError, match="cannot be copied"), StoreWriter(path, layout) as store:
+        store.copy("copy", replace(ref, offset=None), heard.append)
+    assert not path.exists()
