@@ -27,7 +27,7 @@ demo: setup
 	$(BIN)/ivl-export profile bundles/internvl-nano-fp8 --batch 1,8 --seconds 0.3
 
 test: setup lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
