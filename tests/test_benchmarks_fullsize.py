@@ -88,6 +88,15 @@ def test_seeds_differ_and_repeat(made: Path, tmp_path: Path) -> None:
     assert a == b != c
 
 
+def test_holes_have_the_sizes_of_the_whole_model(tmp_path: Path) -> None:
+    shards = make_checkpoint(tmp_path, InternVLConfig(), holes=True)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config == InternVLConfig()
+    assert len(checkpoint.tensors) == 1048, "as published"
+    assert 27e9 < sum(path.stat().st_size for path in shards) < 29e9
+    assert sum(path.stat().st_blocks for path in shards) * 512 < 1e6
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "narrow.json").write_text(json.dumps(NARROW.to_published()))
     out = tmp_path / "out"

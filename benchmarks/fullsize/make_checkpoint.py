@@ -55,6 +55,7 @@ def make_checkpoint(
     depth: int = 48,
     seed: int = 0,
     shard_bytes: int = 5 * 10**9,
+    holes: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
     """Write shards, index, ``config.json``, ``tokenizer.model`` and ``preprocessor_config.json`` to ``out``.
@@ -65,6 +66,7 @@ def make_checkpoint(
         depth: layers of the model this is a slice of: residual projections are scaled by it.
         seed: a tensor depends on it, its name and its shape alone: two slices share their common layers.
         shard_bytes: largest shard (one tensor at least).
+        holes: no values, only sizes: sparse files that take no disk, for what reads no weights.
         progress: hears bytes done and in all.
 
     Returns:
@@ -75,7 +77,7 @@ def make_checkpoint(
     total, done = sum(_nbytes(s) for s in shapes.values()), 0
     out.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out).free
-    if free < total:
+    if free < total and not holes:
         raise SystemExit(f"{out}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.")
     index: dict[str, str] = {}
     paths = []
@@ -84,7 +86,9 @@ def make_checkpoint(
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("wb") as file:
             file.write(_header({key: shapes[key] for key in keys}))
-            for key in keys:
+            if holes:
+                file.truncate(file.tell() + sum(_nbytes(shapes[key]) for key in keys))
+            for key in () if holes else keys:
                 for rows in tensor_blocks(key, shapes[key], depth, seed):
                     file.write(rows.view(torch.uint8).numpy().data)
                     done += rows.numel() * ITEM_BYTES
@@ -195,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vision-blocks", type=int, help="blocks of InternViT")
     parser.add_argument("--qllama-blocks", type=int, help="blocks of QLLaMA")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--holes", action="store_true", help="no values: sparse files that take no disk")
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest shard, in GB")
     args = parser.parse_args(argv)
     config = InternVLConfig.load(args.config) if args.config else InternVLConfig()
@@ -215,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             max(full),
             args.seed,
             int(args.shard_gb * 1e9),
+            args.holes,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
     size = sum(path.stat().st_size for path in paths)

@@ -184,18 +184,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, default=4, help="blocks of both towers")
     parser.add_argument("--qllama-blocks", type=int, help="blocks of QLLaMA, if different")
     parser.add_argument("--components", default="vision", help="exported and quantised, joined by commas")
+    parser.add_argument(
+        "--holes",
+        action="store_true",
+        help="a checkpoint of sparse files: for zero-copy, which reads no weights",
+    )
     parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--out", type=Path, required=True, help="the receipt, a JSON file")
     args = parser.parse_args(argv)
     steps = args.steps.split(",")
     if unknown := set(steps) - set(STEPS):
         parser.error(f"unknown steps {', '.join(sorted(unknown))}; known: {', '.join(STEPS)}")
+    if args.holes and steps != ["zero-copy"]:
+        parser.error("--holes has no weights to read: give --steps zero-copy")
     blocks = (args.blocks, args.qllama_blocks or args.blocks)
     args.work.mkdir(parents=True, exist_ok=True)
     if any(args.work.iterdir()):
         parser.error(f"{args.work} is not empty")
     config = sliced(InternVLConfig.load(args.config) if args.config else InternVLConfig(), *blocks)
-    needed, free = _needed(config, steps) + FREE_AFTER, shutil.disk_usage(args.work).free
+    needed, free = (
+        (0 if args.holes else _needed(config, steps)) + FREE_AFTER,
+        shutil.disk_usage(args.work).free,
+    )
     if free < needed:
         parser.error(f"{needed / 1e9:.0f} GB of disk are needed (20 stay free), {free / 1e9:.0f} GB are free")
     report = Report(args.work)
@@ -203,12 +213,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sizes = ["--vision-blocks", str(blocks[0]), "--qllama-blocks", str(blocks[1])]
         sizes += ["--config", str(args.config)] if args.config else []
+        sizes += ["--holes"] if args.holes else []
         measure_all(report, sizes, steps, args.components)
     finally:
         shutil.rmtree(args.work)
     title = f"{blocks[0]} InternViT and {blocks[1]} QLLaMA blocks; components: {args.components}"
     data = {
         "title": title,
+        "holes": args.holes,
         "config": config.to_published(),
         "components": args.components.split(","),
         "machine": asdict(where),
@@ -234,7 +246,9 @@ def _printed(done: Run) -> dict[str, Any]:
 
 
 def _size(folder: Path, pattern: str = "*") -> int:
-    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
+    """Bytes of the files in ``folder``; a hole counts nothing."""
+    stats = [path.stat() for path in folder.rglob(pattern) if path.is_file()]
+    return sum(min(s.st_size, s.st_blocks * 512) for s in stats)
 
 
 if __name__ == "__main__":
