@@ -77,8 +77,8 @@ NANO = Preset(
     name="nano",
     model=_NANO,
     stages=(
-        Stage("stage1", "contrastive", steps=400, batch=64, lr=1.5e-3, matrix_lr=0.02, warmup=40),
-        Stage("stage2", "generative", steps=1300, batch=64, lr=1.5e-3, matrix_lr=0.02, warmup=40),
+        Stage("stage1", "contrastive", steps=600, batch=64, lr=1.5e-3, matrix_lr=0.02, warmup=40),
+        Stage("stage2", "generative", steps=1500, batch=64, lr=1.5e-3, matrix_lr=0.02, warmup=40),
     ),
 )
 

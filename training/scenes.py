@@ -64,12 +64,18 @@ class Obj:
     size: str
     count: int = 1
 
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Rank in the canonical order of captions: by colour, then shape, then size."""
+        return tuple(COLORS).index(self.color), SHAPES.index(self.shape), SIZES.index(self.size)
+
 
 @dataclass(frozen=True)
 class Scene:
-    """One group of 1-3 equal shapes, or a large and a small one with ``objects[0] relation objects[1]``.
+    """One group of 1-3 equal shapes, or two single shapes with ``objects[0] relation objects[1]``.
 
-    The large object of a pair is named first, so a scene has exactly one description.
+    The two objects of a pair differ in shape or colour and stand in canonical order (:attr:`Obj.order`), so a
+    scene has exactly one description.
     """
 
     objects: tuple[Obj, ...]
@@ -93,8 +99,8 @@ class Scene:
         first, second = self.objects
         if first.count != 1 or second.count != 1:
             raise ValueError("the objects of a pair are single")
-        if (first.size, second.size) != ("large", "small"):
-            raise ValueError("the large object of a pair comes first, the small one second")
+        if first.order[:2] >= second.order[:2]:
+            raise ValueError("the objects of a pair differ and stand in canonical order")
 
     @property
     def novel(self) -> bool:
@@ -138,8 +144,9 @@ def sample_scene(rng: np.random.Generator, split: Split, kind: Kind | None = Non
         objects = (Obj(first.shape, first.color, first.size, count),)
     elif kind == "pair":
         second = _sample_object(rng, pool)
-        large, small = (first, second) if rng.random() < 0.5 else (second, first)
-        objects = (replace(large, size="large"), replace(small, size="small"))
+        while second.order[:2] == first.order[:2]:
+            second = _sample_object(rng, pool)
+        objects = (first, second) if first.order < second.order else (second, first)
         relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
     background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
     return Scene(objects, relation, background, int(rng.integers(2**62)))
@@ -155,17 +162,20 @@ def near_copy(rng: np.random.Generator, scene: Scene) -> Scene:
     which = int(rng.integers(len(objects)))
     obj = objects[which]
     u = rng.random()
-    if relation is not None and u < 0.4:
+    if relation is not None and u < 0.3:
         relation = _other(rng, RELATIONS, relation)
-    elif u < 0.7:
+    elif u < 0.65:
         objects[which] = replace(obj, shape=_other(rng, SHAPES, obj.shape))
-    elif relation is not None or u < 0.75:
-        objects[which] = replace(obj, color=_other(rng, tuple(COLORS), obj.color))
-    elif u < 0.87:
+    elif u < 0.8:
         objects[which] = replace(obj, size=_other(rng, SIZES, obj.size))
-    else:
+    elif relation is None:
         objects[which] = replace(obj, count=_other(rng, range(1, MAX_COUNT + 1), obj.count))
+    else:
+        objects[which] = replace(obj, color=_other(rng, tuple(COLORS), obj.color))
     if any((o.shape, o.color) in HELD_OUT for o in objects):
+        return scene
+    objects.sort(key=lambda o: o.order)
+    if len(objects) == 2 and objects[0].order[:2] == objects[1].order[:2]:
         return scene
     return Scene(tuple(objects), relation, scene.background, int(rng.integers(2**62)))
 
