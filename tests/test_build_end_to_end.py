@@ -139,7 +139,7 @@ def test_accuracy_stays_within_budget(built: Built) -> None:
     assert set(scores) == {"fp32", "bf16", "fp8", "int8"}
     assert built.report["over_budget"] == ""
     for figure, full in scores["fp32"].items():
-        assert full > 0.6, figure  # of a model that can do nothing, nothing is lost
+        assert full > 0.5, figure  # of a model that can do nothing, nothing is lost
         for precision, budget in BUDGETS.items():
             assert scores[precision][figure] >= full - budget - 1e-9, (precision, figure)
     assert scores["fp8"] != scores["fp32"] or scores["int8"] != scores["fp32"]  # rounding shows somewhere
