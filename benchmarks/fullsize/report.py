@@ -158,7 +158,7 @@ def print_report(rows: Sequence[Row], title: str) -> None:
     """The table on stdout."""
     from ivl_export.cli.output import print_table
 
-    columns = ("step", "seconds", "CPU seconds", "anonymous GB", "GB read", "GB written", "x cp")
+    columns = ("step", "seconds", "CPU seconds", "anonymous GB", "GB read", "MB written", "x cp")
     cells = [
         (
             row.step,
@@ -166,7 +166,7 @@ def print_report(rows: Sequence[Row], title: str) -> None:
             row.cpu_seconds and round(row.cpu_seconds, 1),
             row.peak_anonymous and round(row.peak_anonymous / 1e9, 2),
             round(row.bytes_read / 1e9, 2),
-            round(row.bytes_written / 1e9, 3),
+            round(row.bytes_written / 1e6, 1),
             row.ratio and round(row.ratio, 2),
         )
         for row in rows
