@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_export.errors import InputError
@@ -205,7 +205,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tokenizer: bytes, tmp_path: Pat
     assert not (tmp_path / "state.pt").exists()
 
 
-@given(st.integers(1, 3000), st.data())
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 1000), st.data())
 def test_schedule_warms_up_and_cools_down(steps: int, data: st.DataObject) -> None:
     warmup = data.draw(st.integers(0, steps - 1))
     stage = replace(STAGES[0], steps=steps, warmup=warmup)
@@ -215,7 +216,7 @@ def test_schedule_warms_up_and_cools_down(steps: int, data: st.DataObject) -> No
     rising, falling = shares[: warmup + 1], shares[warmup:]
     assert rising == sorted(rising)
     assert falling == sorted(falling, reverse=True)
-    assert len(set(falling)) == len(falling) or steps > 1000
+    assert len(set(falling)) == len(falling)
     assert np.allclose(np.diff(shares[:warmup]), 1 / max(warmup, 1))
     if steps - warmup >= 100:
         assert shares[-1] < 1e-3
