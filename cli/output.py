@@ -34,7 +34,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     # Piped output is read in files and logs, where rich would fold tables at 80 columns.
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
     console = Console(width=wide)
-    console.print(Text(show(title), style="bold"))  # apart: a table's own title wraps at its width
+    # Apart and unwrapped: a table's own title wraps at its width, and titles hold paths.
+    console.print(Text(show(title), style="bold"), soft_wrap=True)
     console.print(table)
 
 

@@ -139,8 +139,10 @@ def test_unexpected_errors_are_one_line(
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_exits_130(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "manifest.json")  # opening it waits for a writer that never comes
+    # The test run itself may stand in the background, where shells ignore Ctrl-C for all children.
     process = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; from ivl_export.cli import main; print('up', flush=True); "
+        [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+         f"import sys; from ivl_export.cli import main; print('up', flush=True); "
          f"sys.exit(main(['inspect', {str(tmp_path)!r}]))"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -244,7 +244,11 @@ def test_a_broken_promise_fails_the_build(
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
     args = one_component(tiny_model, photos, tmp_path / "out", "bf16")
-    code = "import sys; from ivl_export.cli import main; sys.exit(main(sys.argv[1:]))"
+    # The test run itself may stand in the background, where shells ignore Ctrl-C for all children.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from ivl_export.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     build = subprocess.Popen([sys.executable, "-c", code, *args], stderr=subprocess.PIPE, text=True)
     steps, deadline = tmp_path / ".out.build" / "steps", time.monotonic() + 60
     while not (steps / "weights.json").exists() and build.poll() is None and time.monotonic() < deadline:
