@@ -156,9 +156,9 @@ STEPS = ("cp", "zero-copy", "copy", "quantise", "engine")
 
 def print_report(rows: Sequence[Row], title: str) -> None:
     """The table on stdout."""
-    from ivl_export.cli.output import print_table
+    from ivl_export.cli.output import human_bytes, print_table
 
-    columns = ("step", "seconds", "CPU seconds", "anonymous GB", "GB read", "MB written", "x cp")
+    columns = ("step", "seconds", "CPU seconds", "anonymous GB", "GB read", "written", "x cp")
     cells = [
         (
             row.step,
@@ -166,7 +166,7 @@ def print_report(rows: Sequence[Row], title: str) -> None:
             row.cpu_seconds and round(row.cpu_seconds, 1),
             row.peak_anonymous and round(row.peak_anonymous / 1e9, 2),
             round(row.bytes_read / 1e9, 2),
-            round(row.bytes_written / 1e6, 1),
+            human_bytes(row.bytes_written),
             row.ratio and round(row.ratio, 2),
         )
         for row in rows
