@@ -24,7 +24,8 @@ MANIFEST = "manifest.json"
 class Model:
     """The checkpoint a bundle was built from.
 
-    ``revision`` maps each source file to its sha256, ``config`` is the published ``config.json``,
+    ``revision`` maps ``checkpoint`` to the identity of config and weights
+    (:attr:`ivl_export.models.checkpoint.Checkpoint.revision`), ``config`` is the published ``config.json``,
     ``logit_scale`` the stored logarithm (the temperature is its exponential).
     """
 
