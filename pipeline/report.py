@@ -16,7 +16,8 @@ def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     if "tasks" in manifest.receipts:
         scores = bundle.receipt("tasks")["scores"]
-        tasks = {precision: headlines(found) for precision, found in scores.items()}
+        order = sorted(scores, key=lambda name: ({"fp32": 0, "bf16": 1}.get(name, 2), name))
+        tasks = {precision: headlines(scores[precision]) for precision in order}
     return {
         "bundle": str(bundle.root),
         "precision": manifest.precision,

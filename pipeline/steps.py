@@ -224,6 +224,11 @@ def _tasks(job: Job, preprocess: Step, before: list[Step]) -> Step:
         scores = {"fp32": evaluate.cached([model, "fp32"], partial(torch_scores, "float32"))}
         advanced(1)
         scores["bf16"] = evaluate.cached([model, "bf16"], partial(torch_scores, "bfloat16"))
+        if not job.recipe.quantises:
+            # ONNX Runtime computes these graphs in fp32: torch shows what 16-bit arithmetic costs.
+            base = job.recipe.base
+            run_base = partial(torch_scores, graphs.DTYPES[base])
+            scores[job.recipe.name] = evaluate.cached([model, base], run_base)
         for done, other in enumerate(_compared(job, made), 2):
             advanced(done)
             key = [model, other.recipe.to_json(), asdict(other.scales) if other.scales else None]
@@ -234,9 +239,10 @@ def _tasks(job: Job, preprocess: Step, before: list[Step]) -> Step:
 
 
 def _compared(job: Job, made: Source) -> list[Source]:
-    """What is built, and the other quantised recipes on the same scales."""
-    names = [n for n in COMPARED if job.recipe.quantises and n != job.recipe.name]
-    recipes = [load_recipe(n) for n in names]
+    """What is built, if it is quantised, and the other quantised recipes on the same scales."""
+    if not job.recipe.quantises:
+        return []
+    recipes = [load_recipe(n) for n in COMPARED if n != job.recipe.name]
     return [made, *(replace(made, recipe=r, plan=plan(r, job.linear_shapes)) for r in recipes)]
 
 
