@@ -1,7 +1,7 @@
 """The training loop: Muon for the blocks' matrices, AdamW for the rest, checkpoints, exact resume.
 
-Muon (orthogonalised momentum) is what makes minutes on two cores enough: in a probe that trained the ViT alone
-to name four shapes, 150 steps gave 87%, with AdamW for everything 51%.
+Muon (orthogonalised momentum) is what makes minutes on two cores enough: in a probe that trained the ViT
+alone to name four shapes, 150 steps gave 87%, with AdamW for everything 51%.
 
 State is written after every ``save_every`` steps to one file that replaces the last one; a run that was
 killed goes on from it and ends with the same weights bit for bit (same machine, same number of threads).
