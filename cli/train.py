@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +28,10 @@ def train(
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores if not given.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train InternVL from scratch on drawn scenes (stage 1 contrastive, stage 2 itc + itm + itg)."""
+    """Train InternVL from scratch on drawn scenes.
+
+    Stage 1 is contrastive, stage 2 is itc + itm + itg.
+    """
     from ..errors import UsageError
     from ..training.presets import PRESETS
 
@@ -51,7 +53,6 @@ def train(
     if steps or batch:
         chosen = trainer.shortened(chosen, steps, batch)
     tokenizer = train_tokenizer()
-    started = time.perf_counter()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -64,7 +65,7 @@ def train(
     console = Console(stderr=True)
     with Progress(*columns, console=console) as bar:
         total = sum(s.steps for s in chosen.stages)
-        task = bar.add_task("stage1", total=total, rate="", loss="")
+        task = bar.add_task(chosen.stages[0].name, total=total, rate="", loss="")
 
         def report(p: trainer.Progress) -> None:
             rate = f"{bar.tasks[0].speed or 0:.2f} steps/s"
@@ -72,8 +73,7 @@ def train(
             bar.update(task, completed=p.done, description=p.stage, rate=rate, loss=losses)
 
         options = trainer.Options(work_dir or out.with_name(out.name + ".work"))
-        model = trainer.train(chosen, tokenizer, options, report)
-    minutes = (time.perf_counter() - started) / 60
+        model, seconds = trainer.train(chosen, tokenizer, options, report)
     settings = ImageSettings(size=chosen.model.vision.image_size)
     # The published weights are bf16: measure what is shipped.
     model = model.bfloat16().float()
@@ -82,9 +82,9 @@ def train(
         small = {"n_classify": 50, "n_retrieve": 40, "n_galleries": 1, "n_caption": 20, "n_caption_zh": 10}
     with console.status("evaluating"):
         accuracy = tasks.evaluate(TorchModel(model, Tokenizer(tokenizer), settings), **small)
-    publish(model, chosen, tokenizer, Run(minutes, torch.get_num_threads(), accuracy), out)
+    publish(model, chosen, tokenizer, Run(seconds / 60, torch.get_num_threads(), accuracy), out)
     if as_json:
-        print_json({"model": str(out), "minutes": minutes, "accuracy": accuracy})
+        print_json({"model": str(out), "minutes": seconds / 60, "accuracy": accuracy})
         return
     rows = [
         (group, name, f"{score['accuracy']:.1%}", score["total"])

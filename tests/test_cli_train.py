@@ -56,7 +56,7 @@ def test_two_steps_write_a_model_and_a_second_run_only_loads_them(
 
     work = tmp_path / "nano.work"
     state = torch.load(work / "state.pt", weights_only=True)
-    assert (state["stage"], state["step"]) == (1, 2)
+    assert (state["stage"], state["step"]) == (2, 2)
     weights = (out / "model.safetensors").read_bytes()
     other = tmp_path / "again"
     assert main([*args[:-1], str(other), "--work-dir", str(work)]) == 0

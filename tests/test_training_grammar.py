@@ -10,7 +10,7 @@ import pytest
 from ivl_export.training.grammar import LANGUAGES, Language, caption, class_prompts, corpus, words
 from ivl_export.training.scenes import ALL_COMBINATIONS, BACKGROUNDS, Obj, Scene, sample_scene
 
-PAIR = (Obj("cross", "red", "small"), Obj("ring", "blue", "large"))
+PAIR = (Obj("cross", "red", "small"), Obj("ring", "blue", "small"))
 
 
 @pytest.mark.parametrize(
@@ -22,26 +22,26 @@ PAIR = (Obj("cross", "red", "small"), Obj("ring", "blue", "large"))
         (
             PAIR,
             "left of",
-            "a small red cross left of a large blue ring",
-            "一个红色的小十字形在一个蓝色的大圆环左边",
+            "a small red cross left of a small blue ring",
+            "一个红色的小十字形在一个蓝色的小圆环左边",
         ),
         (
             PAIR,
             "right of",
-            "a small red cross right of a large blue ring",
-            "一个红色的小十字形在一个蓝色的大圆环右边",
+            "a small red cross right of a small blue ring",
+            "一个红色的小十字形在一个蓝色的小圆环右边",
         ),
         (
             PAIR,
             "above",
-            "a small red cross above a large blue ring",
-            "一个红色的小十字形在一个蓝色的大圆环上方",
+            "a small red cross above a small blue ring",
+            "一个红色的小十字形在一个蓝色的小圆环上方",
         ),
         (
             PAIR,
             "below",
-            "a small red cross below a large blue ring",
-            "一个红色的小十字形在一个蓝色的大圆环下方",
+            "a small red cross below a small blue ring",
+            "一个红色的小十字形在一个蓝色的小圆环下方",
         ),
     ],
 )

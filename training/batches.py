@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .grammar import Language, caption
-from .scenes import SIZE, Image8, Scene, Split, near_copy, render, sample_scene
+from .scenes import PAIRS, SIZE, Image8, Scene, Split, near_copy, render, sample_scene
 
 # Keeps the random streams of the splits apart, whatever their seeds are.
 _STREAM: dict[Split, int] = {"train": 0x7A1, "heldout": 0xE7A}
@@ -25,11 +25,18 @@ class Batch:
 
 
 def batch_scenes(
-    seed: int, index: int, split: Split, batch: int, lang_mix: float = 0.25, near: float = 0.0
+    seed: int,
+    index: int,
+    split: Split,
+    batch: int,
+    lang_mix: float = 0.25,
+    near: float = 0.0,
+    pairs: float = PAIRS,
 ) -> tuple[list[Scene], list[Language]]:
     """Scenes and caption languages of batch ``index``; a share of ``lang_mix`` is Chinese.
 
-    A share of ``near`` are near copies of the scene before them (:func:`.scenes.near_copy`).
+    A share of ``pairs`` are pairs; a share of ``near`` are near copies of the scene before them
+    (:func:`.scenes.near_copy`).
     No two scenes of a batch mean the same (unless 32 draws find nothing new): equal captions would be false
     negatives of the contrastive loss.
     """
@@ -39,7 +46,7 @@ def batch_scenes(
     for _ in range(batch):
         copy = bool(scenes) and near > 0 and rng.random() < near
         for _ in range(32):
-            scene = near_copy(rng, scenes[-1]) if copy else sample_scene(rng, split)
+            scene = near_copy(rng, scenes[-1]) if copy else sample_scene(rng, split, pairs=pairs)
             if scene.meaning not in seen:
                 break
         seen.add(scene.meaning)
@@ -56,9 +63,10 @@ def make_batch(
     lang_mix: float = 0.25,
     size: int = SIZE,
     near: float = 0.0,
+    pairs: float = PAIRS,
 ) -> Batch:
     """Batch ``index``, rendered."""
-    scenes, languages = batch_scenes(seed, index, split, batch, lang_mix, near)
+    scenes, languages = batch_scenes(seed, index, split, batch, lang_mix, near, pairs)
     images = np.stack([render(scene, size) for scene in scenes])
     captions = [caption(scene, lang) for scene, lang in zip(scenes, languages, strict=True)]
     return Batch(images, captions, languages, scenes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,11 +11,15 @@ from torch.utils.data import Dataset
 
 from ..preprocess import CAPTION_PROMPT, Array, Tokenizer
 from .batches import make_batch
+from .grammar import LANGUAGES, caption
 from .losses import IGNORE, Stage2Batch, Text
 from .presets import Stage
+from .scenes import RELATIONS, Obj, Scene
 
 # Tight buckets: the captions of scenes have 8 to 20 tokens.
 BUCKETS = (16, 20, 24, 28, 32)
+# Keeps the random stream of hidden labels apart from those of the scenes.
+_FOCUS_STREAM = 0xF0C
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,30 @@ class SceneBatches(Dataset[Drawn]):
         return self.stage.steps
 
     def __getitem__(self, index: int) -> Drawn:
+        stage, tokenizer = self.stage, Tokenizer(self.tokenizer)
         drawn = make_batch(
-            self.seed, index, "train", self.stage.batch, self.chinese, self.size, self.stage.near
+            self.seed, index, "train", stage.batch, self.chinese, self.size, stage.near, stage.pairs
         )
-        return collate(drawn.images, drawn.captions, list(drawn.languages), Tokenizer(self.tokenizer))
+        whole = collate(drawn.images, drawn.captions, list(drawn.languages), tokenizer)
+        rng = np.random.default_rng([_FOCUS_STREAM, self.seed, index])
+        return replace(whole, labels=focused(whole.labels, stage.focus, relation_ids(tokenizer), rng))
+
+
+def relation_ids(tokenizer: Tokenizer) -> Array:
+    """Ids of the pieces that tell one relation from another, int64."""
+    ring = Obj("ring", "red", "small")
+    scene = Scene((ring, ring), RELATIONS[0], "noise", 0)
+    found: set[int] = set()
+    for lang in LANGUAGES:
+        said = [set(tokenizer.encode_prompt(caption(replace(scene, relation=r), lang))) for r in RELATIONS]
+        found |= said[0].union(*said) - said[0].intersection(*said)
+    return np.array(sorted(found), np.int64)
+
+
+def focused(labels: Tensor, share: float, keep: Array, rng: np.random.Generator) -> Tensor:
+    """``labels`` [B, T] with a ``share`` of those that are not among ``keep`` set to -100."""
+    hidden = torch.from_numpy(rng.random(labels.shape) < share)
+    return labels.masked_fill(hidden & ~torch.isin(labels, torch.from_numpy(keep)), IGNORE)
 
 
 def collate(images: Array, captions: list[str], languages: list[str], tokenizer: Tokenizer) -> Drawn:

@@ -2,9 +2,9 @@
 
     a small red square                         一个红色的小正方形
     three large blue crosses                   三个蓝色的大十字形
-    a small red cross above a large blue ring  一个红色的小十字形在一个蓝色的大圆环上方
+    a small red cross above a small blue ring  一个红色的小十字形在一个蓝色的小圆环上方
 
-Two objects are named in the order of their colour in :data:`~.scenes.COLORS`, then of their shape.
+Of two objects the one in the middle of the image is named last.
 """
 
 from __future__ import annotations
@@ -76,11 +76,10 @@ def corpus() -> Iterator[list[str]]:
                         yield text
                         yield from ([*prompt, *text] for prompt in prompts)
         for relation in RELATIONS:
-            for size in SIZES:
-                pair = (Obj(SHAPES[0], "red", size), Obj(SHAPES[1], "blue", size))
-                text = words(Scene(pair, relation, "noise", 0), lang)
-                for _ in range(24):
-                    yield from ([*prompt, *text] for prompt in prompts)
+            pair = (Obj(SHAPES[0], "red", "small"), Obj(SHAPES[1], "blue", "small"))
+            text = words(Scene(pair, relation, "noise", 0), lang)
+            for _ in range(48):
+                yield from ([*prompt, *text] for prompt in prompts)
 
 
 def _object_words(obj: Obj, lang: Language) -> list[str]:

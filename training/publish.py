@@ -45,7 +45,8 @@ def model_card(preset: Preset, run: Run, parameters: int) -> str:
     """The card in Markdown: what it is, data, recipe, seed, commit, accuracy."""
     config = preset.model
     stages = "\n".join(
-        f"| {s.name} | {s.loss} | {s.steps} | {s.batch} | {s.near:.0%} | {s.matrix_lr:g} | {s.lr:g} |"
+        f"| {s.name} | {s.loss} | {s.steps} | {s.batch} | {s.pairs:.0%} | {s.near:.0%} "
+        f"| {s.matrix_lr:g} | {s.lr:g} |"
         for s in preset.stages
     )
     rows = "\n".join(_accuracy_rows(run.accuracy))
@@ -69,10 +70,12 @@ cannot be had: export, quantisation and engines are measured on it end to end.
 - **Recipe**: Muon for the blocks' matrices, AdamW for the rest, bf16 autocast, seed {preset.seed},
   {run.minutes:.0f} minutes on {run.threads} CPU threads, commit {_commit()}.
   `ivl-export train --preset {preset.name}` repeats it.
-- **Unlike the paper**, stage 2 trains all of the model: its LLaMA does not come pretrained.
+- **Unlike the paper**, a short stage before the two published ones teaches where things stand
+  ({preset.stages[0].focus:.0%} of the caption tokens that are no words of relation are left out of its loss),
+  and stage 2 trains all of the model: its LLaMA does not come pretrained.
 
-| stage | loss | steps | batch | hard negatives | peak lr, Muon | peak lr, AdamW |
-|---|---|---:|---:|---:|---:|---:|
+| stage | loss | steps | batch | pairs | hard negatives | peak lr, Muon | peak lr, AdamW |
+|---|---|---:|---:|---:|---:|---:|---:|
 {stages}
 
 Accuracy in fp32 on held-out scenes (Wilson 95% interval; "novel" are scenes with a combination never trained

@@ -36,6 +36,8 @@ SIZES = ("small", "large")
 RELATIONS = ("left of", "right of", "above", "below")
 BACKGROUNDS = ("noise", "stripes", "gradient", "checker")
 MAX_COUNT = 3
+PAIRS = 0.4
+"""Share of scenes that show a pair."""
 
 ALL_COMBINATIONS: tuple[tuple[str, str], ...] = tuple((s, c) for s in SHAPES for c in COLORS)
 #: One colour of every shape, each colour at most once: 4 of 32 combinations that no training scene has.
@@ -51,6 +53,8 @@ _NOVEL_SHARE = 0.1
 _RADIUS = {"small": (15.0, 16.0), "large": (22.0, 23.0)}
 _REACH = {"square": 1.12, "triangle": 1.18, "cross": 1.12, "ring": 1.02}
 _GAP = 3.0
+# How far, along each axis, the second object of a pair may stand from the middle of the image.
+_MIDDLE = 3.0
 _TRIES = 48
 _JITTER = 14
 
@@ -64,18 +68,12 @@ class Obj:
     size: str
     count: int = 1
 
-    @property
-    def order(self) -> tuple[int, int, int]:
-        """Rank in the canonical order of captions: by colour, then shape, then size."""
-        return tuple(COLORS).index(self.color), SHAPES.index(self.shape), SIZES.index(self.size)
-
 
 @dataclass(frozen=True)
 class Scene:
-    """One group of 1-3 equal shapes, or two single shapes with ``objects[0] relation objects[1]``.
+    """One group of 1-3 equal shapes, or two small ones with ``objects[0] relation objects[1]``.
 
-    The two objects of a pair differ in shape or colour and stand in canonical order (:attr:`Obj.order`), so a
-    scene has exactly one description.
+    The second object of a pair stands in the middle of the image, so a scene has exactly one description.
     """
 
     objects: tuple[Obj, ...]
@@ -99,8 +97,8 @@ class Scene:
         first, second = self.objects
         if first.count != 1 or second.count != 1:
             raise ValueError("the objects of a pair are single")
-        if first.order[:2] >= second.order[:2]:
-            raise ValueError("the objects of a pair differ and stand in canonical order")
+        if (first.size, second.size) != ("small", "small"):
+            raise ValueError("the objects of a pair are small")
 
     @property
     def novel(self) -> bool:
@@ -125,15 +123,17 @@ class Placement:
     rgb: tuple[int, int, int]
 
 
-def sample_scene(rng: np.random.Generator, split: Split, kind: Kind | None = None) -> Scene:
-    """Draw a scene: 30% one shape, 30% two or three equal ones, 40% pairs, unless ``kind`` says which.
+def sample_scene(
+    rng: np.random.Generator, split: Split, kind: Kind | None = None, pairs: float = PAIRS
+) -> Scene:
+    """Draw a scene: a share of ``pairs``; of the rest, half one shape and half two or three equal ones.
 
-    ``train`` never shows a :data:`HELD_OUT` combination; ``heldout`` shows one in about a quarter of
-    its scenes.
+    ``kind`` says which instead. ``train`` never shows a :data:`HELD_OUT` combination; ``heldout`` shows one
+    in about a quarter of its scenes.
     """
     if kind is None:
         u = rng.random()
-        kind = "single" if u < 0.3 else "group" if u < 0.6 else "pair"
+        kind = "pair" if u < pairs else "single" if u < (1 + pairs) / 2 else "group"
     pool = TRAIN_COMBINATIONS if split == "train" else ALL_COMBINATIONS
     novel = split == "heldout" and rng.random() < _NOVEL_SHARE
     first = _sample_object(rng, HELD_OUT if novel else pool)
@@ -143,20 +143,19 @@ def sample_scene(rng: np.random.Generator, split: Split, kind: Kind | None = Non
         count = 2 + int(rng.integers(MAX_COUNT - 1))
         objects = (Obj(first.shape, first.color, first.size, count),)
     elif kind == "pair":
-        second = _sample_object(rng, pool)
-        while second.order[:2] == first.order[:2]:
-            second = _sample_object(rng, pool)
-        objects = (first, second) if first.order < second.order else (second, first)
+        other = _sample_object(rng, pool)
+        outer, middle = (first, other) if rng.random() < 0.5 else (other, first)
+        objects = (replace(outer, size="small"), replace(middle, size="small"))
         relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
     background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
     return Scene(objects, relation, background, int(rng.integers(2**62)))
 
 
 def near_copy(rng: np.random.Generator, scene: Scene) -> Scene:
-    """A training scene that differs from ``scene`` in one attribute, drawn elsewhere anew.
+    """A training scene that differs from ``scene`` in one attribute, or whose objects have changed places.
 
-    ``scene`` itself where the change would make it one that is held out, or its two objects alike.
-    Contrasting such pairs teaches the details that tell them apart: shapes and relations above all.
+    ``scene`` itself where the change would make it one that is held out. Contrasting such scenes teaches the
+    details that tell them apart: shapes and relations above all.
     """
     objects, relation = list(scene.objects), scene.relation
     which = int(rng.integers(len(objects)))
@@ -164,18 +163,17 @@ def near_copy(rng: np.random.Generator, scene: Scene) -> Scene:
     u = rng.random()
     if relation is not None and u < 0.3:
         relation = _other(rng, RELATIONS, relation)
-    elif u < 0.65:
+    elif relation is not None and u < 0.4:
+        objects.reverse()
+    elif u < 0.7:
         objects[which] = replace(obj, shape=_other(rng, SHAPES, obj.shape))
-    elif u < 0.8:
-        objects[which] = replace(obj, size=_other(rng, SIZES, obj.size))
-    elif relation is None:
-        objects[which] = replace(obj, count=_other(rng, range(1, MAX_COUNT + 1), obj.count))
-    else:
+    elif relation is not None or u < 0.75:
         objects[which] = replace(obj, color=_other(rng, tuple(COLORS), obj.color))
+    elif u < 0.87:
+        objects[which] = replace(obj, size=_other(rng, SIZES, obj.size))
+    else:
+        objects[which] = replace(obj, count=_other(rng, range(1, MAX_COUNT + 1), obj.count))
     if any((o.shape, o.color) in HELD_OUT for o in objects):
-        return scene
-    objects.sort(key=lambda o: o.order)
-    if len(objects) == 2 and objects[0].order[:2] == objects[1].order[:2]:
         return scene
     return Scene(tuple(objects), relation, scene.background, int(rng.integers(2**62)))
 
@@ -193,7 +191,8 @@ def _sample_object(rng: np.random.Generator, pool: tuple[tuple[str, str], ...]) 
 def layout(scene: Scene) -> tuple[Placement, ...]:
     """Where everything stands. Shapes never overlap or leave the image.
 
-    In a pair the distance along the relation's axis is at least 1.75 times the distance across it.
+    The second object of a pair stands within 9 px of the middle; the distance of the two along the relation's
+    axis is at least 1.75 times the distance across it.
     """
     return _layout(scene, np.random.default_rng([scene.seed, 0]))
 
@@ -221,26 +220,32 @@ def _place(
 ) -> np.ndarray[Any, Any]:
     n = len(radii)
     low = radii + 1.0
-    span = SIZE - 2.0 * low
-    tries = low[:, None] + rng.random((_TRIES, n, 2)) * span[:, None]
+    tries = low[:, None] + rng.random((_TRIES, n, 2)) * (SIZE - 2.0 * low)[:, None]
     valid = np.ones(_TRIES, dtype=bool)
+    if relation is not None:
+        axis, sign = _direction(relation)
+        middle = SIZE / 2.0 + _MIDDLE * (2.0 * rng.random((_TRIES, 2)) - 1.0)
+        # The outer object needs the room of both circles between itself and its border.
+        room = low[0] + radii.sum() + _GAP
+        tries[:, 1] = middle
+        tries[:, 1, axis] = (
+            np.maximum(middle[:, axis], room) if sign > 0 else np.minimum(middle[:, axis], SIZE - room)
+        )
+        delta = tries[:, 1] - tries[:, 0]
+        valid &= delta[:, axis] * sign >= 1.75 * np.abs(delta[:, 1 - axis])
     for i in range(n):
         for j in range(i + 1, n):
             delta = tries[:, i] - tries[:, j]
             valid &= (delta * delta).sum(1) >= (radii[i] + radii[j] + _GAP) ** 2
-    if relation is not None:
-        axis, sign = _direction(relation)
-        delta = tries[:, 1] - tries[:, 0]
-        valid &= delta[:, axis] * sign >= 1.75 * np.abs(delta[:, 1 - axis])
     good = np.flatnonzero(valid)
     if len(good):
         return tries[good[0]]  # type: ignore[no-any-return]
-    # Crowded scenes: at opposite borders along the axis, or one shape in each quarter of the image.
+    # Crowded scenes: at the border along the axis, or one shape in each quarter of the image.
     if relation is not None:
-        points = np.full((2, 2), SIZE / 2.0)
-        first, second = (0, 1) if sign > 0 else (1, 0)
-        points[first, axis], points[second, axis] = low[first], SIZE - low[second]
-        return points
+        points = tries[0]
+        points[0] = points[1]
+        points[0, axis] = low[0] if sign > 0 else SIZE - low[0]
+        return points  # type: ignore[no-any-return]
     quarters = rng.permutation(4)[:n]
     corner = np.stack([quarters % 2, quarters // 2], 1)
     return np.where(corner == 0, low[:, None], SIZE - low[:, None])

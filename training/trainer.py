@@ -10,6 +10,7 @@ killed goes on from it and ends with the same weights bit for bit (same machine,
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -33,13 +34,17 @@ MAX_LOGIT_SCALE = math.log(100)
 
 @dataclass(frozen=True)
 class Progress:
-    """One finished step: stage, step within it, all steps of the run done and to do, and the losses."""
+    """One finished step: stage, step within it, all steps of the run done and to do, and the losses.
+
+    ``seconds`` is the time of all steps done, those before a resume too.
+    """
 
     stage: str
     step: int
     done: int
     total: int
     losses: dict[str, float]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,10 @@ class Options:
     bf16: bool = True
 
 
-def train(preset: Preset, tokenizer: bytes, options: Options, report: Callable[[Progress], None]) -> InternVL:
-    """Run all stages of ``preset`` and return the trained model (fp32, eval mode).
+def train(
+    preset: Preset, tokenizer: bytes, options: Options, report: Callable[[Progress], None]
+) -> tuple[InternVL, float]:
+    """Run all stages of ``preset``: the trained model (fp32, eval mode) and the seconds its steps took.
 
     Raises:
         InputError: ``work_dir`` holds the state of a run with other settings.
@@ -62,7 +69,7 @@ def train(preset: Preset, tokenizer: bytes, options: Options, report: Callable[[
     options.work_dir.mkdir(parents=True, exist_ok=True)
     model = initialised(preset)
     identity = {"preset": repr(preset), "tokenizer": tokenizer.hex()[:64]}
-    state: dict[str, Any] = {"stage": 0, "step": 0, "optimizers": []}
+    state: dict[str, Any] = {"stage": 0, "step": 0, "optimizers": [], "seconds": 0.0}
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         if state["identity"] != identity:
@@ -74,6 +81,8 @@ def train(preset: Preset, tokenizer: bytes, options: Options, report: Callable[[
         model.load_state_dict(state["model"])
     done = sum(s.steps for s in preset.stages[: state["stage"]])
     total = sum(s.steps for s in preset.stages)
+    seconds: float = state["seconds"]
+    started = time.perf_counter() - seconds
     for number, stage in enumerate(preset.stages):
         if number < state["stage"]:
             continue
@@ -85,11 +94,13 @@ def train(preset: Preset, tokenizer: bytes, options: Options, report: Callable[[
                 optimizer.load_state_dict(kept)
         for step, drawn in enumerate(_batches(preset, stage, tokenizer, first, options.workers), first):
             losses = _step(model, optimizers, stage, preset, drawn, step, options.bf16)
-            report(Progress(stage.name, step + 1, done + step + 1, total, losses))
+            seconds = time.perf_counter() - started
+            report(Progress(stage.name, step + 1, done + step + 1, total, losses, seconds))
             if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
-                _save(state_file, model, optimizers, number, step + 1, identity)
+                place = {"identity": identity, "stage": number, "step": step + 1, "seconds": seconds}
+                _save(state_file, model, optimizers, place)
         done += stage.steps
-    return model.eval()
+    return model.eval(), seconds
 
 
 def initialised(preset: Preset) -> InternVL:
@@ -211,20 +222,10 @@ def _trim(text: Text) -> Text:
 
 
 def _save(
-    path: Path,
-    model: InternVL,
-    optimizers: list[torch.optim.Optimizer],
-    stage: int,
-    step: int,
-    identity: Any,
+    path: Path, model: InternVL, optimizers: list[torch.optim.Optimizer], place: dict[str, Any]
 ) -> None:
-    state = {
-        "identity": identity,
-        "stage": stage,
-        "step": step,
-        "model": model.state_dict(),
-        "optimizers": [o.state_dict() for o in optimizers],
-    }
+    optimizer_states = [o.state_dict() for o in optimizers]
+    state = {**place, "model": model.state_dict(), "optimizers": optimizer_states}
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)
