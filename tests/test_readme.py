@@ -1,0 +1,82 @@
+"""What the README shows works as it stands: every command line, and the Python example."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from ivl_export.cli import main
+from ivl_export.cli.app import VERBS, app
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+LINES = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.startswith("ivl-export ")
+]
+# What takes long, or needs the published weights: it is parsed, not run.
+HEAVY = ("build", "export", "train", "profile")
+
+
+@pytest.fixture
+def folder(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the files that the README's lines name."""
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    (tmp_path / "photos").mkdir()
+    for name in ("photo.jpg", "photos/a.jpg", "photos/b.jpg"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "InternVL-14B-224px").mkdir()
+    (tmp_path / "BUNDLE").symlink_to(tiny_bundle)
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "internvl-nano-fp8").symlink_to(tiny_bundle)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def parse(arguments: list[str]) -> None:
+    """Resolve verb, options and arguments as the command line would, without running anything."""
+    command: Any = typer.main.get_command(app)
+    context = None
+    while True:
+        context = command.make_context(command.name, list(arguments), parent=context)
+        if not hasattr(command, "resolve_command"):
+            return
+        _, command, arguments = command.resolve_command(context, arguments)
+
+
+def test_the_readme_shows_every_verb() -> None:
+    assert {line.split()[1] for line in LINES} == set(VERBS)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_command_lines(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = shlex.split(line)[1:]
+    if arguments[0] in HEAVY:
+        parse(arguments)
+    else:
+        if arguments[0] == "scenes":
+            shutil.rmtree("photos")  # where they are drawn to
+        assert main(arguments) == 0, capsys.readouterr().err
+
+
+def test_a_wrong_line_would_be_seen(folder: Path) -> None:
+    with pytest.raises(Exception, match="No such option"):
+        parse(shlex.split("build --precisions fp8"))
+
+
+def test_python_example(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["images"].shape[0] == names["texts"].shape[0] == 1
+    assert names["images"].shape == names["texts"].shape
+    assert capsys.readouterr().out.startswith("[")
