@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .output import human_bytes, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..pipeline.build import Planned
+    from ..pipeline.request import Job
 
 app = typer.Typer(add_completion=False)
 
@@ -73,8 +77,7 @@ def build(
         else:
             result = run_build(job, bars)
     if dry_run:
-        rows = [(p.step, "reuse" if p.known else "run") for p in planned]
-        _print_dry_run(as_json, rows, job)
+        _print_dry_run(as_json, planned, job)
         return
     report = describe(result, job.notices)
     if as_json:
@@ -140,17 +143,24 @@ def _worst_of_layers(outputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     return found
 
 
-def _print_dry_run(as_json: bool, rows: list[tuple[str, str]], job: Any) -> None:
+def _print_dry_run(as_json: bool, planned: list[Planned], job: Job) -> None:
     schemes: dict[str, int] = {}
     for scheme in job.plan.schemes.values():
         schemes[scheme] = schemes.get(scheme, 0) + 1
     if as_json:
-        steps = [{"step": step, "action": action} for step, action in rows]
+        steps = [
+            {"step": p.step, "action": "reuse" if p.known else "run", "writes_bytes": p.writes}
+            for p in planned
+        ]
         print_json({"steps": steps, "layers": schemes, "notices": list(job.notices)})
         return
     for notice in job.notices:
         typer.echo(f"note: {notice}")
-    print_table(f"Would build {job.request.out}", ("step", "action"), rows)
+    rows = [
+        (p.step, "reuse" if p.known else "run", human_bytes(p.writes) if p.writes and not p.known else "")
+        for p in planned
+    ]
+    print_table(f"Would build {job.request.out}", ("step", "action", "writes about"), rows)
     print_table("Linear layers", ("scheme", "layers"), list(schemes.items()))
 
 

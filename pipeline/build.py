@@ -14,6 +14,7 @@ from ..strict_json import read_json
 from .evaluate import headlines
 from .manifest import manifest_of
 from .request import Job
+from .resources import check_disk
 from .steps import Step, steps
 from .workspace import RECEIPT, Record, Reporter, Workspace
 
@@ -39,29 +40,37 @@ class Result:
 
 @dataclass(frozen=True)
 class Planned:
-    """A step of a dry run, and whether its result is there already."""
+    """A step of a dry run, whether its result is there already, and about how many bytes it writes."""
 
     step: str
     known: bool
+    writes: int
 
 
 def preview(job: Job, reporter: Reporter) -> list[Planned]:
-    """What :func:`build` would do; nothing is written."""
+    """What :func:`build` would do; nothing is written.
+
+    Raises:
+        BuildError: there is too little disk for it.
+    """
     space = Workspace(job.request.out, reporter)
-    return [Planned(step.name, space.known(step.name, step.inputs)) for step in steps(job)]
+    plan = steps(job)
+    check_disk(job.request.out, _to_write(space, plan))
+    return [Planned(step.name, space.known(step.name, step.inputs), step.writes) for step in plan]
 
 
 def build(job: Job, reporter: Reporter) -> Result:
     """Run the steps that have to be run, hold the result to its accuracy budget, and seal the bundle.
 
     Raises:
-        BuildError: a step failed, or an engine breaks its promise.
+        BuildError: too little disk; a step failed, or an engine breaks its promise.
         AccuracyError: a task loses more than its budget, and that was not allowed.
     """
     plan = steps(job)
     with Workspace(job.request.out, reporter) as space:
         result = _unchanged(job, space, plan)
         if result is None:
+            check_disk(job.request.out, _to_write(space, plan))
             for step in plan:
                 _run(space, step)
             over_budget = _check_accuracy(job, space.root, space.records)
@@ -71,6 +80,11 @@ def build(job: Job, reporter: Reporter) -> Result:
             result = Result(bundle, tuple(space.ran), dict(space.records), over_budget)
         space.discard()
         return result
+
+
+def _to_write(space: Workspace, plan: Sequence[Step]) -> list[Step]:
+    """Steps that are run, or whose files are copied from the bundle that is there."""
+    return [step for step in plan if not space.staged(step.name, step.inputs)]
 
 
 def _run(space: Workspace, step: Step) -> None:

@@ -27,6 +27,7 @@ from . import evaluate, graphs
 from .graphs import Source, graph_path
 from .manifest import manifest_of
 from .request import ORT, RTX, Job
+from .resources import stored_bytes
 from .workspace import Data, Workspace, step_digest
 
 SCALES = "scales.json"
@@ -42,13 +43,15 @@ Made = tuple[list[str], Data]
 class Step:
     """One step; ``run(space, advanced)`` makes its files in ``space.root`` and calls ``advanced(done)``.
 
-    ``inputs`` decides the result; ``total`` is what ``advanced`` counts to.
+    ``inputs`` decides the result; ``total`` is what ``advanced`` counts to; ``writes`` are about the bytes of
+    disk it takes, where they are many.
     """
 
     name: str
     inputs: Data
     run: Callable[[Workspace, Callable[[int], None]], Made]
     total: int | None = None
+    writes: int = 0
 
     @property
     def digest(self) -> str:
@@ -146,10 +149,11 @@ def _stores(job: Job) -> list[Step]:
         files = graphs.write_quantised_store(made, layers, space.root, advanced)
         return files, {"layers": len(layers)}
 
-    found = [Step("weights", {**inputs, "keys": keys}, base)]
+    kept, quantised = stored_bytes(made, job.components)
+    found = [Step("weights", {**inputs, "keys": keys}, base, writes=kept)]
     if layers:
         schemes = {name: job.plan.schemes[name] for name in layers}
-        found.append(Step("quantise", {**inputs, "schemes": schemes}, low, len(layers)))
+        found.append(Step("quantise", {**inputs, "schemes": schemes}, low, len(layers), quantised))
     return found
 
 
@@ -177,7 +181,9 @@ def _engine(job: Job, component: str, target: str, graph: Step) -> Step:
         record = build_engine(path, spec, space.root / out, backend=RTX, target=target)
         return [out.as_posix()], record.to_json()
 
-    return Step(f"engine-{component}-{target}", {"target": target, **_after([graph])}, run)
+    # An engine carries a copy of the weights it reads.
+    size = sum(stored_bytes(Source(job.checkpoint, job.recipe, job.plan, None), [component]))
+    return Step(f"engine-{component}-{target}", {"target": target, **_after([graph])}, run, writes=size)
 
 
 def _kernels(job: Job, before: list[Step]) -> Step:

@@ -137,9 +137,12 @@ class Workspace:
 
     def known(self, name: str, inputs: Data) -> bool:
         """Whether :meth:`step` would find its result already there."""
-        digest = step_digest(name, inputs)
         kept = self.sealed[1].get(name)
-        return self._staged(name, digest) is not None or (kept is not None and kept.digest == digest)
+        return self.staged(name, inputs) or (kept is not None and kept.digest == step_digest(name, inputs))
+
+    def staged(self, name: str, inputs: Data) -> bool:
+        """Whether the result of a step is in the staging folder, where it takes no more disk."""
+        return self._staged(name, step_digest(name, inputs)) is not None
 
     def finish(self) -> None:
         """Leave only what the steps of this build made, and their records as ``receipts/build.json``."""
