@@ -23,6 +23,8 @@ ORT = "onnxruntime"
 RTX = "tensorrt-rtx"
 BACKENDS = (ORT, RTX)
 EVALUATION = "evaluation.json"
+OWN_CALIBRATION = ("calibration.jsonl", "calibration")
+"""A manifest or folder beside the weights: the calibration set that a checkpoint brings along."""
 HELD_OUT = 32
 """Calibration samples kept back to measure accuracy on."""
 
@@ -35,7 +37,8 @@ class Request:
         out: the bundle's folder.
         model: a checkpoint; None is the shipped internvl-nano.
         precision: a shipped recipe or a recipe file.
-        calib: folder or JSONL of images and captions; None: drawn scenes for a model trained on them.
+        calib: folder or JSONL of images and captions; None: :data:`OWN_CALIBRATION` beside the weights, or
+            drawn scenes for a model trained on them.
         calib_samples: how many of them.
         targets: GPU generations, ``sm89,sm120``.
         backends: engines to build; empty: ONNX Runtime, and TensorRT-RTX if it is installed.
@@ -129,8 +132,10 @@ class Job:
         self, progress: Callable[[int, int], None] | None
     ) -> tuple[CalibrationSet, CalibrationSet]:
         samples = self.request.calib_samples + HELD_OUT
-        if self.request.calib is not None:
-            chosen = open_calibration(self.request.calib, samples, progress=progress)
+        own = next((p for name in OWN_CALIBRATION if (p := self.folder / name).exists()), None)
+        source = self.request.calib or own
+        if source is not None:
+            chosen = open_calibration(source, samples, progress=progress)
         elif self.evaluation == "scenes":
             chosen = scenes_calibration(samples)
         elif self.recipe.quantises:

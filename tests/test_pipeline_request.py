@@ -107,6 +107,21 @@ def test_what_cannot_be_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", request.OWN_CALIBRATION)
+def test_a_checkpoint_may_bring_its_calibration_set(
+    name: str, ask: Ask, tiny_model: Path, photos: Path, tmp_path: Path
+) -> None:
+    model = copied(tiny_model, tmp_path / "model")
+    shutil.copytree(photos, model / "calibration")
+    if name.endswith(".jsonl"):
+        line = json.dumps({"image": "calibration/7.png", "caption": "seven"})
+        (model / name).write_text(line + "\n")
+    job = ask(model=model, calib=None)
+    assert len(job.calibration) == (1 if name.endswith(".jsonl") else 15)
+    assert not job.calibration.synthetic
+    assert ask(model=model).calibration.source == str(photos)  # what is asked for goes first
+
+
 def test_a_recipe_cannot_pass_for_the_reference(ask: Ask, tmp_path: Path) -> None:
     rule = '{"pattern": "*.mlp.fc1", "scheme": "int8"}'
     (tmp_path / "own.json").write_text(f'{{"name": "own", "rules": [{rule}]}}')
