@@ -15,7 +15,7 @@ from .evaluate import headlines
 from .manifest import manifest_of
 from .request import Job
 from .resources import check_disk
-from .steps import Step, steps
+from .steps import Made, Step, steps
 from .workspace import RECEIPT, Record, Reporter, Workspace
 
 DEFAULT_BUDGET = 1.0
@@ -88,9 +88,10 @@ def _to_write(space: Workspace, plan: Sequence[Step]) -> list[Step]:
 
 
 def _run(space: Workspace, step: Step) -> None:
-    space.step(
-        step.name, step.inputs, lambda root: step.run(space, space.reporter.advanced), total=step.total
-    )
+    def run(root: Path) -> Made:
+        return step.run(space, space.reporter.advanced)
+
+    space.step(step.name, step.inputs, run, step.total, step.unit)
 
 
 def _check_accuracy(job: Job, root: Path, records: Mapping[str, Record]) -> str:

@@ -66,10 +66,15 @@ def component_weights(source: Source, components: Sequence[str]) -> tuple[list[s
     return [key for key in keys if key not in low], quantised
 
 
-def write_base_store(source: Source, keys: Sequence[str], root: Path) -> list[str]:
-    """The tensors that stay in the base type; returns the files written, relative to ``root``."""
+def write_base_store(
+    source: Source, keys: Sequence[str], root: Path, progress: Callable[[int], None] = lambda done: None
+) -> list[str]:
+    """The tensors that stay in the base type; returns the files written, relative to ``root``.
+
+    ``progress`` hears the bytes written so far.
+    """
     (root / BASE_STORE).parent.mkdir(parents=True, exist_ok=True)
-    write_store(source.checkpoint, keys, root / BASE_STORE, DTYPES[source.recipe.base])
+    write_store(source.checkpoint, keys, root / BASE_STORE, DTYPES[source.recipe.base], progress)
     return [BASE_STORE.as_posix()]
 
 

@@ -32,6 +32,7 @@ from .workspace import Data, Workspace, step_digest
 
 SCALES = "scales.json"
 CALIBRATION_BATCH = 16
+MEGABYTE = 10**6
 COMPARED = ("fp8", "int8")
 """Recipes whose task accuracy is shown beside fp32, bf16 and what is built."""
 
@@ -43,8 +44,8 @@ Made = tuple[list[str], Data]
 class Step:
     """One step; ``run(space, advanced)`` makes its files in ``space.root`` and calls ``advanced(done)``.
 
-    ``inputs`` decides the result; ``total`` is what ``advanced`` counts to; ``writes`` are about the bytes of
-    disk it takes, where they are many.
+    ``inputs`` decides the result; ``total`` is what ``advanced`` counts to, in ``unit``; ``writes`` are about
+    the bytes of disk it takes, where they are many.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Step:
     run: Callable[[Workspace, Callable[[int], None]], Made]
     total: int | None = None
     writes: int = 0
+    unit: str = ""
 
     @property
     def digest(self) -> str:
@@ -143,14 +145,15 @@ def _stores(job: Job) -> list[Step]:
     inputs = {**_model(job), "base": job.recipe.base}
 
     def base(space: Workspace, advanced: Callable[[int], None]) -> Made:
-        return graphs.write_base_store(made, keys, space.root), {"tensors": len(keys)}
+        files = graphs.write_base_store(made, keys, space.root, lambda done: advanced(done // MEGABYTE))
+        return files, {"tensors": len(keys)}
 
     def low(space: Workspace, advanced: Callable[[int], None]) -> Made:
         files = graphs.write_quantised_store(made, layers, space.root, advanced)
         return files, {"layers": len(layers)}
 
     kept, quantised = stored_bytes(made, job.components)
-    found = [Step("weights", {**inputs, "keys": keys}, base, writes=kept)]
+    found = [Step("weights", {**inputs, "keys": keys}, base, kept // MEGABYTE, kept, "MB")]
     if layers:
         schemes = {name: job.plan.schemes[name] for name in layers}
         found.append(Step("quantise", {**inputs, "schemes": schemes}, low, len(layers), quantised))

@@ -107,6 +107,7 @@ class Workspace:
         inputs: Data,
         run: Callable[[Path], tuple[list[str], Data]],
         total: int | None = None,
+        unit: str = "",
     ) -> Record:
         """The record of step ``name``, which is run only if it has to be.
 
@@ -115,13 +116,14 @@ class Workspace:
             inputs: plain data that decides the result.
             run: makes files below the folder it is given; returns their relative paths and plain data.
             total: what progress counts to.
+            unit: of what, for the reader.
         """
         digest = step_digest(name, inputs)
         record = self._staged(name, digest) or self._from_bundle(name, digest)
         if record is not None:
             self.reporter.finished(name, record.seconds, True)
         else:
-            self.reporter.started(name, total)
+            self.reporter.started(f"{name} ({unit})" if unit else name, total)
             started = time.perf_counter()
             with disk_errors(self.out):
                 self._forget(name)
