@@ -27,8 +27,8 @@ SIZES: dict[str, Any] = {
     "n_caption": 150,
     "n_caption_zh": 50,
 }
-# Captions are meant to reach 0.7: this model says left, right, above and below at chance (see its card).
-AT_LEAST = {"classify": 0.9, "text_to_image": 0.7, "caption": 0.5}
+
+AT_LEAST = {"classify": 0.9, "text_to_image": 0.7, "caption": 0.7}
 
 
 @pytest.fixture(autouse=True, scope="module")
