@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from .config import InternVLConfig
-from .layout import COMPONENTS, expected_shapes, infer_config, is_ignored, published_key
+from .chat_config import ChatConfig, InternViTConfig, ModelConfig, load_config, tower_configs
+from .config import InternVLConfig, read_json
+from .layout import (
+    CHAT_TOWER,
+    VISION,
+    components_of,
+    expected_shapes,
+    infer_config,
+    is_ignored,
+    published_key,
+)
 from .storage import (
     ITEM_BYTES,
     TensorRef,
@@ -46,21 +55,33 @@ class Checkpoint:
 
     Args:
         path: the folder or file it was opened from.
-        config: the model's sizes.
+        model: the model's sizes; their class says which kind of model it is.
         tensors: published key to where the tensor lies.
         contrastive_only: InternVL-C alone (the older layout).
     """
 
     path: Path
-    config: InternVLConfig
+    model: ModelConfig
     tensors: dict[str, TensorRef]
     contrastive_only: bool = False
     _readers: dict[Path, Reader] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The components this checkpoint has weights for; an InternVL-C file has no query or caption pass."""
-        return ("vision", "qllama_text") if self.contrastive_only else COMPONENTS
+        """The components this checkpoint has weights for."""
+        return components_of(self.model, self.contrastive_only)
+
+    @property
+    def config(self) -> InternVLConfig:
+        """The sizes of an InternVL; CheckpointError for a chat model or an InternViT alone."""
+        if isinstance(self.model, InternVLConfig):
+            return self.model
+        chat = isinstance(self.model, ChatConfig)
+        raise CheckpointError(
+            f"{self.path} is not an InternVL-C or InternVL-G.",
+            f"It is {'an InternVL-Chat' if chat else 'an InternViT alone'}.",
+            "Use an InternVL-14B-224px checkpoint; ivl-export export takes the others.",
+        )
 
     def has(self, component: str) -> bool:
         """Whether ``component`` can be made from this checkpoint."""
@@ -102,7 +123,7 @@ class Checkpoint:
         run changes every such sample, but single flipped bits pass. File hashes find those.
         """
         full = sum(r.nbytes for r in self.tensors.values()) <= FULL_HASH_BYTES
-        digest = hashlib.sha256(json.dumps(self.config.to_published(), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.model.to_published(), sort_keys=True).encode())
         for key in sorted(self.tensors):
             ref = self.tensors[key]
             digest.update(json.dumps([key, ref.dtype, ref.shape, ref.nbytes]).encode())
@@ -127,8 +148,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Args:
         path: a folder with ``config.json`` and ``model.safetensors``, ``pytorch_model.bin`` or the index of
-            their shards; or one older ``internvl_c`` file (``.pth``), whose sizes come from a ``config.json``
-            beside it or else from its tensors (see :func:`.layout.infer_config` for what that assumes).
+            their shards: an InternVL, an InternViT alone, or an InternVL-Chat, whose vision tower may be a
+            checkpoint of its own (see :func:`.chat_config.load_config`). Or one older ``internvl_c`` file
+            (``.pth``), whose sizes come from a ``config.json`` beside it or else from its tensors (see
+            :func:`.layout.infer_config` for what that assumes).
 
     Raises:
         CheckpointError: files or tensors missing, surplus, twice, truncated, of a wrong shape or type; a
@@ -143,13 +166,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             "There is no such file or folder.",
             "Check the path given as --model.",
         )
-    config = InternVLConfig.load(path / "config.json")
-    source = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
-    if source is None:
-        raise CheckpointError(f"No weights in {path}.", f"Looked for {', '.join(WEIGHT_FILES)}.")
+    config = load_config(path / "config.json")
     readers: dict[Path, Reader] = {}
-    stored = _read_shards(source, readers) if source.suffix == ".json" else _read_file(source, readers)
-    tensors = {name: ref for name, ref in stored.items() if not is_ignored(name)}
+    source, stored = _read_folder(path, readers)
+    prefix = VISION if isinstance(config, InternViTConfig) else ""
+    tensors = {prefix + name: ref for name, ref in stored.items() if not is_ignored(name)}
+    if isinstance(config, ChatConfig) and not any(key.startswith(CHAT_TOWER) for key in tensors):
+        tensors.update(_tower(path, readers))
     _check(source, tensors, expected_shapes(config))
     return Checkpoint(path, config, tensors, _readers=readers)
 
@@ -207,6 +230,27 @@ def _open_older(path: Path) -> Checkpoint:
         config = infer_config({k: r.shape for k, r in tensors.items()}, str(path))
     _check(path, tensors, expected_shapes(config, contrastive_only=True))
     return Checkpoint(path, config, tensors, contrastive_only=True, _readers=readers)
+
+
+def _tower(chat: Path, readers: dict[Path, Reader]) -> dict[str, TensorRef]:
+    """The vision tower's tensors, by their keys in the chat model, from the folder its config lies in."""
+    data = read_json(chat / "config.json")
+    folder = next((p.parent for p in tower_configs(chat, data)[1:] if p.is_file()), None)
+    if folder is None:
+        raise CheckpointError(
+            f"{chat} has no weights of its vision tower.",
+            f"They are not among its own, and no checkpoint {data.get('mm_vision_tower')} lies beside it.",
+            "Put the folder of the InternViT checkpoint it was trained with beside it, under that name.",
+        )
+    return {CHAT_TOWER + name: ref for name, ref in _read_folder(folder, readers)[1].items()}
+
+
+def _read_folder(folder: Path, readers: dict[Path, Reader]) -> tuple[Path, dict[str, TensorRef]]:
+    """The file that stands for a folder's weights, and the tensors by their stored names."""
+    source = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if source is None:
+        raise CheckpointError(f"No weights in {folder}.", f"Looked for {', '.join(WEIGHT_FILES)}.")
+    return source, _read_shards(source, readers) if source.suffix == ".json" else _read_file(source, readers)
 
 
 def _read_file(path: Path, readers: dict[Path, Reader]) -> dict[str, TensorRef]:

@@ -116,38 +116,18 @@ class InternVLConfig:
                     f"It has no {part!r} section.",
                     "Point --model at a folder of the InternVL-14B-224px layout.",
                 )
-        for where, section in (("the top level", data), ("qllama_config", data["qllama_config"])):
-            if section.get("tie_word_embeddings", False):
-                raise CheckpointError(
-                    f"{source} ties the word embeddings at {where}.",
-                    "InternVL's lm_head is a tensor of its own; tying would overwrite the embeddings.",
-                    'Set "tie_word_embeddings": false.',
-                )
-        vision, qllama = dict(data["vision_config"]), dict(data["qllama_config"])
-        _require(vision, "hidden_act", {"gelu"}, f"{source}: vision_config")
-        _require(qllama, "hidden_act", {"silu"}, f"{source}: qllama_config")
-        if qllama.get("rope_scaling") is not None:
-            raise CheckpointError(
-                f"{source} asks for rope_scaling.", "QLLaMA uses plain rotary embeddings.", "Remove it."
-            )
-        heads = qllama.get("num_attention_heads")
-        if qllama.get("num_key_value_heads") not in (None, heads):
-            raise CheckpointError(
-                f"{source} asks for grouped-query attention.",
-                f"num_key_value_heads is {qllama['num_key_value_heads']}, num_attention_heads {heads}.",
-                "QLLaMA has one key-value head for each query head.",
-            )
+        vision, qllama = dict(data["vision_config"]), data["qllama_config"]
+        check_untied(data, source, "the top level")
+        check_untied(qllama, source, "qllama_config")
+        require(vision, "hidden_act", "gelu", f"{source}: vision_config")
+        check_llama(qllama, source, "qllama_config")
         if data.get("force_image_size"):
             vision["image_size"] = data["force_image_size"]
         try:
             return cls(
-                vision=VisionConfig(**_known(VisionConfig, vision)),
-                qllama=QLlamaConfig(**_known(QLlamaConfig, qllama)),
-                **{
-                    k: v
-                    for k, v in _known(cls, data).items()
-                    if k not in ("vision", "qllama") and v is not None
-                },
+                vision=VisionConfig(**known(VisionConfig, vision)),
+                qllama=QLlamaConfig(**known(QLlamaConfig, qllama)),
+                **{k: v for k, v in known(cls, data).items() if k not in ("vision", "qllama")},
             )
         except TypeError as error:
             raise CheckpointError(f"{source} cannot be read.", str(error)) from error
@@ -155,29 +135,60 @@ class InternVLConfig:
     @classmethod
     def load(cls, path: Path) -> InternVLConfig:
         """Read ``path`` (a ``config.json``)."""
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"No config.json in {path.parent}.", "The model's sizes are read from it.", f"Add {path}."
-            ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not JSON.", str(error), "Download it again.") from error
-        if not isinstance(data, dict):
-            raise CheckpointError(f"{path} is not an InternVL config.", "It holds no JSON object.")
-        return cls.from_published(data, str(path))
+        return cls.from_published(read_json(path), str(path))
 
 
-def _known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path`` (a ``config.json``); CheckpointError where there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"No {path.name} in {path.parent}.", "The model's sizes are read from it.", f"Add {path}."
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON.", str(error), "Download it again.") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not an InternVL config.", "It holds no JSON object.")
+    return data
+
+
+def check_untied(section: dict[str, Any], source: str, where: str) -> None:
+    """CheckpointError where ``section`` ties lm_head to the embeddings."""
+    if section.get("tie_word_embeddings", False):
+        raise CheckpointError(
+            f"{source} ties the word embeddings at {where}.",
+            "InternVL's lm_head is a tensor of its own; tying would overwrite the embeddings.",
+            'Set "tie_word_embeddings": false.',
+        )
+
+
+def check_llama(section: dict[str, Any], source: str, where: str) -> None:
+    """CheckpointError where ``section`` asks for a LLaMA that is not the published models'."""
+    require(section, "hidden_act", "silu", f"{source}: {where}")
+    if section.get("rope_scaling") is not None:
+        raise CheckpointError(
+            f"{source} asks for rope_scaling.", "The decoder uses plain rotary embeddings.", "Remove it."
+        )
+    heads = section.get("num_attention_heads")
+    if section.get("num_key_value_heads") not in (None, heads):
+        raise CheckpointError(
+            f"{source} asks for grouped-query attention.",
+            f"num_key_value_heads is {section['num_key_value_heads']}, num_attention_heads {heads}.",
+            "The decoder has one key-value head for each query head.",
+        )
+
+
+def known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
+    """What ``data`` says of the fields of dataclass ``cls``."""
     names = {f.name for f in fields(cls)}
     return {k: v for k, v in data.items() if k in names and v is not None}
 
 
-def _require(section: dict[str, Any], key: str, allowed: set[str], where: str) -> None:
-    if section.get(key, next(iter(allowed))) not in allowed:
-        raise CheckpointError(
-            f"{where}.{key} is {section[key]!r}.", f"This model is defined with {sorted(allowed)[0]!r}."
-        )
+def require(section: dict[str, Any], key: str, value: str, where: str) -> None:
+    """CheckpointError where ``section`` has ``key``, and not as ``value``."""
+    if section.get(key, value) != value:
+        raise CheckpointError(f"{where}.{key} is {section[key]!r}.", f"This model is defined with {value!r}.")
 
 
 def _divides(where: str, width: int, heads: int) -> None:

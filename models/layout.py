@@ -9,16 +9,20 @@ import re
 from collections.abc import Mapping
 
 from ..errors import CheckpointError
+from .chat_config import ChatConfig, InternViTConfig, ModelConfig
 from .config import InternVLConfig, QLlamaConfig, VisionConfig
 
 Shape = tuple[int, ...]
 
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
+CHAT_COMPONENTS = ("vision_chat", "decoder_embed", "decoder")
+VISION = "vision_model."
+CHAT_TOWER = "model.vision_tower.vision_tower."
 PUBLISHED_HEAD_DIM = 128
 PUBLISHED_POOL_HEADS = 16
 
 # Old transformers releases stored the rotary frequencies as a buffer; they follow from the config.
-_ROTARY = re.compile(r"(qllama\.model|transformer)\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_ROTARY = re.compile(r"(qllama\.model|transformer|model)\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def is_ignored(name: str) -> bool:
@@ -26,17 +30,33 @@ def is_ignored(name: str) -> bool:
     return _ROTARY.fullmatch(name) is not None
 
 
-def expected_shapes(config: InternVLConfig, contrastive_only: bool = False) -> dict[str, Shape]:
+def components_of(config: ModelConfig, contrastive_only: bool = False) -> tuple[str, ...]:
+    """The components of a model of ``config``; an InternVL-C file has no query and no caption pass."""
+    if isinstance(config, ChatConfig):
+        return CHAT_COMPONENTS
+    if isinstance(config, InternViTConfig):
+        return ("vision",)
+    return ("vision", "qllama_text") if contrastive_only else COMPONENTS
+
+
+def expected_shapes(config: ModelConfig, contrastive_only: bool = False) -> dict[str, Shape]:
     """Published key to shape, for every tensor a model of ``config`` has.
+
+    The keys of an InternViT alone are those it has as a part of InternVL.
 
     Args:
         config: the model's sizes.
         contrastive_only: InternVL-C alone (no queries, cross-attention, second pooling head, ITM head or
             lm_head), which is what the older layout holds.
     """
-    v, q = config.vision, config.qllama
+    v = config.vision
+    if isinstance(config, InternViTConfig):
+        return _vision(v, VISION)
+    if isinstance(config, ChatConfig):
+        return _chat(config)
+    q = config.qllama
     shapes: dict[str, Shape] = {"text_projection": (q.hidden_size, config.clip_embed_dim), "logit_scale": ()}
-    shapes.update(_vision(v))
+    shapes.update(_vision(v, VISION))
     shapes["qllama.model.embed_tokens.weight"] = (q.vocab_size, q.hidden_size)
     for i in range(q.num_hidden_layers):
         cross = config.has_cross_attention(i) and not contrastive_only
@@ -52,9 +72,22 @@ def expected_shapes(config: InternVLConfig, contrastive_only: bool = False) -> d
     return shapes
 
 
-def _vision(v: VisionConfig) -> dict[str, Shape]:
+def _chat(config: ChatConfig) -> dict[str, Shape]:
+    v, q = config.vision, config.decoder
+    shapes = {"model.embed_tokens.weight": (q.vocab_size, q.hidden_size), **_vision(v, CHAT_TOWER)}
+    shapes["model.mm_projector.0.weight"] = (q.hidden_size, v.hidden_size)
+    shapes["model.mm_projector.2.weight"] = (q.hidden_size, q.hidden_size)
+    shapes["model.mm_projector.0.bias"] = shapes["model.mm_projector.2.bias"] = (q.hidden_size,)
+    for i in range(q.num_hidden_layers):
+        shapes.update(_qllama_layer(f"model.layers.{i}.", q, v.hidden_size, cross=False))
+    shapes["model.norm.weight"] = (q.hidden_size,)
+    shapes["lm_head.weight"] = (q.vocab_size, q.hidden_size)
+    return shapes
+
+
+def _vision(v: VisionConfig, prefix: str) -> dict[str, Shape]:
     width, mlp = v.hidden_size, v.intermediate_size
-    base = "vision_model.embeddings."
+    base = f"{prefix}embeddings."
     shapes: dict[str, Shape] = {
         base + "class_embedding": (1, 1, width),
         base + "position_embedding": (1, v.num_tokens, width),
@@ -62,7 +95,7 @@ def _vision(v: VisionConfig) -> dict[str, Shape]:
         base + "patch_embedding.bias": (width,),
     }
     for i in range(v.num_hidden_layers):
-        layer = f"vision_model.encoder.layers.{i}."
+        layer = f"{prefix}encoder.layers.{i}."
         shapes[layer + "attn.qkv.weight"] = (3 * width, width)
         if v.qkv_bias:
             shapes[layer + "attn.qkv.bias"] = (3 * width,)

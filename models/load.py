@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 
+from ..errors import CheckpointError
+from .chat import InternVLChat
+from .chat_config import ChatConfig
 from .checkpoint import Checkpoint, load_state, open_checkpoint
 from .internvl import InternVL
 
@@ -23,10 +26,35 @@ def load_model(
         device: where they go. On the CPU in the stored type the parameters stay views of the mapped file.
 
     Raises:
-        CheckpointError: the checkpoint is not whole or not InternVL's.
+        CheckpointError: the checkpoint is not whole or not InternVL's (see :func:`load_chat`).
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     model = meta_model(checkpoint)
+    load_state(model, checkpoint, dtype, device)
+    return model
+
+
+def load_chat(
+    path: str | Path | Checkpoint,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+) -> InternVLChat:
+    """The chat model of a checkpoint in the LLaVA layout; arguments as :func:`load_model`.
+
+    Blocks of the vision tower behind the one that is read are left out.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole or no chat model.
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    if not isinstance(checkpoint.model, ChatConfig):
+        raise CheckpointError(
+            f"{checkpoint.path} is not an InternVL-Chat.",
+            "Its config.json has no model_type that begins with llava.",
+            "Use load_model for an InternVL.",
+        )
+    with torch.device("meta"):
+        model = InternVLChat(checkpoint.model).eval()
     load_state(model, checkpoint, dtype, device)
     return model
 

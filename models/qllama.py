@@ -6,6 +6,7 @@ vision tokens, ungated. Text alone skips that: the same weights are then a plain
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,8 +32,12 @@ class QLlama(nn.Module):
 
     def __init__(self, config: InternVLConfig, lm_head: bool = True, cross_attention: bool = True) -> None:
         super().__init__()
-        self.model = Decoder(config, cross_attention)
         llama = config.qllama
+        crossing = [
+            config.vision.hidden_size if cross_attention and config.has_cross_attention(i) else None
+            for i in range(llama.num_hidden_layers)
+        ]
+        self.model = Decoder(llama, crossing)
         if lm_head:
             self.lm_head = nn.Linear(llama.hidden_size, llama.vocab_size, bias=False)
 
@@ -63,32 +68,38 @@ class QLlama(nn.Module):
         Returns:
             Hidden states after the final norm [B, T, H], and the keys and values of the T new positions.
         """
-        x = inputs_embeds
-        rotary = rotary_tables(positions, self.model.config, x.dtype)
-        new: list[KeyValue] = []
-        for i, layer in enumerate(self.model.layers):
-            x, keys_values = layer(x, rotary, visible, vision, num_queries, past[i] if past else None)
-            new.append(keys_values)
-        out: Tensor = self.model.norm(x)
-        return out, new
+        return run_layers(self.model, inputs_embeds, positions, visible, vision, num_queries, past)
+
+
+def run_layers(
+    decoder: Decoder,
+    x: Tensor,
+    positions: Tensor,
+    visible: Visible,
+    vision: Tensor | None = None,
+    num_queries: int = 0,
+    past: list[KeyValue] | None = None,
+) -> tuple[Tensor, list[KeyValue]]:
+    """All layers and the final norm; arguments and result as :meth:`QLlama.forward`."""
+    rotary = rotary_tables(positions, decoder.config, x.dtype)
+    new: list[KeyValue] = []
+    for i, layer in enumerate(decoder.layers):
+        x, keys_values = layer(x, rotary, visible, vision, num_queries, past[i] if past else None)
+        new.append(keys_values)
+    out: Tensor = decoder.norm(x)
+    return out, new
 
 
 class Decoder(nn.Module):
     """Embeddings, layers and final norm (a module of its own for the published key names)."""
 
-    def __init__(self, config: InternVLConfig, cross_attention: bool) -> None:
+    def __init__(self, config: QLlamaConfig, crossing: Sequence[int | None]) -> None:
+        """``crossing``: for each layer, the width of the vision tokens it attends to, or None."""
         super().__init__()
-        llama = config.qllama
-        self.config = llama
-        self.embed_tokens = nn.Embedding(llama.vocab_size, llama.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(
-                llama,
-                config.vision.hidden_size if cross_attention and config.has_cross_attention(i) else None,
-            )
-            for i in range(llama.num_hidden_layers)
-        )
-        self.norm = RMSNorm(llama.hidden_size, llama.rms_norm_eps)
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, width) for width in crossing)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class DecoderLayer(nn.Module):

@@ -11,13 +11,18 @@ from .layers import RMSNorm, attention, split_heads
 
 
 class InternViT(nn.Module):
-    """Pixels to tokens. No norm before or after the blocks, no pooler."""
+    """Pixels to tokens. No norm before or after the blocks, no pooler.
 
-    def __init__(self, config: VisionConfig) -> None:
+    Args:
+        config: sizes.
+        blocks: how many blocks, where fewer than the config's are run.
+    """
+
+    def __init__(self, config: VisionConfig, blocks: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.embeddings = PatchEmbeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, config.num_hidden_layers if blocks is None else blocks)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[B, 3, S, S] normalised pixels -> [B, 1 + (S / patch)^2, D], class token first."""
@@ -70,9 +75,9 @@ def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
 class Encoder(nn.Module):
     """The stack of blocks (a module of its own for the published key names)."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, blocks: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(blocks))
 
 
 class Block(nn.Module):

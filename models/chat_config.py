@@ -1,0 +1,213 @@
+"""Sizes of InternVL-Chat (LLaVA layout) and of an InternViT published alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CapabilityError, CheckpointError
+from ..preprocess import ImageSettings
+from .config import (
+    InternVLConfig,
+    QLlamaConfig,
+    VisionConfig,
+    check_llama,
+    check_untied,
+    known,
+    read_json,
+    require,
+)
+
+VICUNA_7B = QLlamaConfig(vocab_size=32000, rms_norm_eps=1e-5, max_position_embeddings=4096)
+VICUNA_13B = QLlamaConfig(
+    5120, 40, 40, 13824, vocab_size=32000, rms_norm_eps=1e-5, max_position_embeddings=4096
+)
+TOWER_CONFIG = "vision_tower_config.json"
+IMAGE_SIZE = 336
+_FEATURES = ("patch", "cls_patch")
+
+
+@dataclass(frozen=True)
+class InternViTConfig:
+    """An InternViT alone (the layout of InternViT-6B-224px)."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+
+    def to_published(self) -> dict[str, Any]:
+        """The ``config.json`` of the published layout."""
+        return {
+            "architectures": ["InternVisionModel"],
+            "model_type": "intern_vit_6b",
+            **asdict(self.vision),
+            "hidden_act": "gelu",
+        }
+
+    @classmethod
+    def from_published(cls, data: dict[str, Any], source: str = "config.json") -> InternViTConfig:
+        """Read a published ``config.json``; CheckpointError where it says what this model is not."""
+        require(data, "hidden_act", "gelu", source)
+        sizes = dict(data)
+        if data.get("force_image_size"):
+            sizes["image_size"] = data["force_image_size"]
+        return cls(VisionConfig(**known(VisionConfig, sizes)))
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """InternVL-Chat: InternViT, a two-layer projector and a LLaMA decoder (paper section 3.3).
+
+    Args:
+        vision: the tower as stored; its ``image_size`` is the grid of the stored position embedding.
+        decoder: LLaMA's sizes.
+        image_size: side of the images in pixels; the position embedding is resized to it.
+        select_layer: which of the tower's L + 1 hidden states (the embeddings are the first) is read.
+        select_feature: ``patch`` drops the class token, ``cls_patch`` keeps it.
+
+    Raises:
+        CheckpointError: the tower has no such state, or the images do not split into patches.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    decoder: QLlamaConfig = VICUNA_7B
+    image_size: int = IMAGE_SIZE
+    select_layer: int = -4
+    select_feature: str = "patch"
+
+    def __post_init__(self) -> None:
+        states = self.vision.num_hidden_layers + 1
+        if not -states <= self.select_layer < states:
+            raise CheckpointError(
+                f"mm_vision_select_layer is {self.select_layer}.", f"The vision tower has {states} states."
+            )
+        if self.select_feature not in _FEATURES:
+            raise CheckpointError(
+                f"mm_vision_select_feature is {self.select_feature!r}.", f"Known: {', '.join(_FEATURES)}."
+            )
+        if self.image_size < 1 or self.image_size % self.vision.patch_size:
+            raise CheckpointError(
+                f"Images of {self.image_size} pixels do not split into patches of {self.vision.patch_size}.",
+                "The size is read from preprocessor_config.json.",
+            )
+
+    @property
+    def vision_blocks(self) -> int:
+        """How many of the tower's blocks are run."""
+        return self.select_layer % (self.vision.num_hidden_layers + 1)
+
+    @property
+    def num_visual(self) -> int:
+        """Visual embeddings of one image: what an image placeholder in the prompt becomes."""
+        return (self.image_size // self.vision.patch_size) ** 2 + (self.select_feature == "cls_patch")
+
+    def to_published(self) -> dict[str, Any]:
+        """The ``config.json`` of the LLaVA layout; the tower's own is :meth:`InternViTConfig.to_published`.
+
+        ``mm_image_size`` is not of that layout: it says the image size where no preprocessor's settings do.
+        """
+        return {
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "model_type": "llava_llama",
+            **asdict(self.decoder),
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "mm_hidden_size": self.vision.hidden_size,
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_tower": "intern_vit_6b_224px",
+            "mm_vision_select_layer": self.select_layer,
+            "mm_vision_select_feature": self.select_feature,
+            "mm_image_size": self.image_size,
+            "vision_config": asdict(self.vision),
+            "image_aspect_ratio": "pad",
+        }
+
+    @classmethod
+    def from_published(
+        cls,
+        data: dict[str, Any],
+        source: str = "config.json",
+        tower: VisionConfig | None = None,
+        image_size: int | None = None,
+    ) -> ChatConfig:
+        """Read a LLaVA ``config.json``.
+
+        Args:
+            data: its content.
+            source: its name in messages.
+            tower: the vision tower's sizes; None: from a ``vision_config`` section, else InternViT-6B's.
+            image_size: side of the images; None: ``mm_image_size``, else 336.
+
+        Raises:
+            CheckpointError: it says what this model is not.
+            CapabilityError: the model has a projector for which no weights were published.
+        """
+        check_untied(data, source, "the top level")
+        check_llama(data, source, "the top level")
+        projector = data.get("mm_projector_type", "mlp2x_gelu")
+        if projector != "mlp2x_gelu":
+            raise CapabilityError(
+                f"{source} asks for the projector {projector!r}.",
+                "Only the two-layer projector on InternViT (mlp2x_gelu) has published weights.",
+                "Use InternVL-Chat-ViT-6B-Vicuna-7B or -13B.",
+            )
+        section = data.get("vision_config")
+        if tower is None and isinstance(section, dict):
+            tower = InternViTConfig.from_published(section, f"{source}: vision_config").vision
+        tower = tower or VisionConfig()
+        width = data.get("mm_hidden_size", tower.hidden_size)
+        if width != tower.hidden_size:
+            raise CheckpointError(
+                f"{source} does not fit its vision tower.",
+                f"mm_hidden_size is {width}, the tower's width {tower.hidden_size}.",
+                f"Put the tower's own config beside it, as {TOWER_CONFIG}.",
+            )
+        return cls(
+            tower,
+            QLlamaConfig(**known(QLlamaConfig, data)),
+            image_size or data.get("mm_image_size") or IMAGE_SIZE,
+            data.get("mm_vision_select_layer", -4),
+            data.get("mm_vision_select_feature", "patch"),
+        )
+
+
+ModelConfig = InternVLConfig | ChatConfig | InternViTConfig
+
+
+def load_config(path: Path) -> ModelConfig:
+    """Read the ``config.json`` at ``path``, of whichever kind its ``model_type`` says; InternVL without one.
+
+    A chat model's tower is described by ``vision_tower_config.json`` beside it, or by the ``config.json`` of
+    the folder that ``mm_vision_tower`` names, if it lies beside or inside the checkpoint. Its image size is
+    that of ``preprocessor_config.json``.
+
+    Raises:
+        CheckpointError, CapabilityError: no such model.
+    """
+    data = read_json(path)
+    try:
+        return _config(data, path)
+    except TypeError as error:  # a size that is no number
+        raise CheckpointError(f"{path} cannot be read.", str(error)) from error
+
+
+def _config(data: dict[str, Any], path: Path) -> ModelConfig:
+    kind = str(data.get("model_type", ""))
+    if kind.startswith("intern_vit"):
+        return InternViTConfig.from_published(data, str(path))
+    if not kind.startswith("llava"):
+        return InternVLConfig.from_published(data, str(path))
+    tower = next((p for p in tower_configs(path.parent, data) if p.is_file()), None)
+    settings = path.parent / "preprocessor_config.json"
+    return ChatConfig.from_published(
+        data,
+        str(path),
+        InternViTConfig.from_published(read_json(tower), str(tower)).vision if tower else None,
+        ImageSettings.load(settings).size if settings.is_file() else None,
+    )
+
+
+def tower_configs(folder: Path, data: dict[str, Any]) -> list[Path]:
+    """Where the config of a chat checkpoint's vision tower may lie."""
+    name = Path(str(data.get("mm_vision_tower") or "")).name
+    beside = [folder / name / "config.json", folder.absolute().parent / name / "config.json"]
+    return [folder / TOWER_CONFIG, *(beside if name not in ("", ".", "..") else [])]
