@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,14 +141,14 @@ def compare(reference: Array, candidate: Array) -> Metrics:
 
 
 def component_accuracy(
-    reference: Mapping[str, Runner], candidate: Mapping[str, Runner], batches: Iterable[Batch]
+    reference: Iterable[tuple[Batch, Sequence[Step]]], candidate: Mapping[str, Runner]
 ) -> tuple[dict[str, dict[str, Metrics]], dict[str, dict[str, Metrics]]]:
-    """Run both on ``batches``.
+    """Run ``candidate`` on what the fp32 model was run on.
 
     Args:
-        reference: fp32 torch runners of all components that ``candidate`` has, and of those before them.
+        reference: held-out batches, and the fp32 steps of :func:`.chain.run_chain` on each, of all components
+            that ``candidate`` has.
         candidate: runners of the graphs or engines under test.
-        batches: held-out samples.
 
     Returns:
         (teacher forced, chained): component -> output -> metrics. Chained leaves out components whose
@@ -156,8 +156,8 @@ def component_accuracy(
     """
     forced: dict[str, dict[str, Comparison]] = {}
     chained: dict[str, dict[str, Comparison]] = {}
-    for batch in batches:
-        steps = [step for step in run_chain(reference, batch) if step.component in candidate]
+    for batch, made in reference:
+        steps = [step for step in made if step.component in candidate]
         for step in steps:
             _add(forced, step, candidate[step.component](step.inputs))
         remaining = list(steps)

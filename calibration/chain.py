@@ -7,7 +7,7 @@ rows never reach an embedding or a token and so must not widen a range.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -20,15 +20,8 @@ from .dataset import Batch
 if TYPE_CHECKING:
     import torch
 
-    from ..models.checkpoint import Checkpoint
-
 Arrays: TypeAlias = "dict[str, Array]"
 Runner = Callable[[Arrays], Arrays]
-
-
-ORDER = ("vision", "qllama_query", "qllama_text", "qllama_step")
-NEEDS = {"qllama_query": ("vision",), "qllama_step": ("vision", "qllama_query")}
-"""Components whose outputs a component takes."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +51,24 @@ def run_chain(runners: Mapping[str, Runner], batch: Batch) -> Iterator[Step]:
         cache = {name: array for name, array in step.outputs.items() if name.startswith(("key.", "value."))}
         yield step
     if "qllama_text" in runners:
-        for rows, length in _groups(batch.lengths.tolist()):
+        for rows, length in groups(batch.lengths.tolist()):
             inputs = {"input_ids": batch.input_ids[rows, :length], "lengths": batch.lengths[rows]}
             yield _run(runners, "qllama_text", inputs)
     if "qllama_step" in runners and cache:
-        for rows, _ in _groups([len(ids) for ids in batch.caption_ids]):
+        for rows, _ in groups([len(ids) for ids in batch.caption_ids]):
             ids = np.array([batch.caption_ids[row] for row in rows], np.int64)
-            yield _run(runners, "qllama_step", step_inputs(ids, {n: a[rows] for n, a in cache.items()}))
+            past = {f"past_{name}": array[rows] for name, array in cache.items()}
+            inputs = {**step_inputs(ids, past["past_key.0"].shape[2]), **past}
+            yield _run(runners, "qllama_step", inputs)
 
 
-def step_inputs(ids: Array, cache: Arrays) -> Arrays:
-    """Inputs of ``qllama_step`` for tokens [B, T] that follow the keys and values of the query pass."""
+def step_inputs(ids: Array, past: int) -> Arrays:
+    """Inputs of ``qllama_step`` for tokens [B, T] that follow ``past`` positions, without their cache."""
     batch, length = ids.shape
-    past = next(iter(cache.values())).shape[2]
-    positions = np.tile(np.arange(past, past + length, dtype=np.int64), (batch, 1))
     return {
         "input_ids": ids,
-        "positions": positions,
+        "positions": np.tile(np.arange(past, past + length, dtype=np.int64), (batch, 1)),
         "attention_mask": np.ones((batch, past + length), np.int64),
-        **{f"past_{name}": array for name, array in cache.items()},
     }
 
 
@@ -96,43 +88,10 @@ def torch_runner(module: torch.nn.Module | Callable[..., object], spec: Componen
     return run
 
 
-def reference_modules(
-    checkpoint: Checkpoint, components: Iterable[str]
-) -> tuple[dict[str, torch.nn.Module], dict[str, ComponentSpec]]:
-    """fp32 modules and specs of ``components`` and of those they need inputs from, in the order they run.
-
-    Weights exist once: modules that read the same tensor share it.
-
-    Raises:
-        CapabilityError: a component that the checkpoint has no weights for.
-        UsageError: no such component.
-    """
-    import torch
-
-    from ..export.components import component_module, component_spec
-
-    wanted = set(components)
-    for component in list(wanted):
-        wanted.update(NEEDS.get(component, ()))
-    order = [c for c in ORDER if c in wanted] + sorted(wanted - set(ORDER))
-    loaded: dict[str, torch.Tensor] = {}
-    modules, specs = {}, {}
-    for component in order:
-        with torch.device("meta"):
-            module = component_module(component, checkpoint.config, checkpoint.contrastive_only)
-        for name in module.state_dict():
-            if name not in loaded:
-                loaded[name] = checkpoint.load(name, torch.float32)
-        module.load_state_dict({name: loaded[name] for name in module.state_dict()}, assign=True)
-        modules[component] = module.eval().requires_grad_(False)
-        specs[component] = component_spec(component, checkpoint.config)
-    return modules, specs
-
-
 def _run(runners: Mapping[str, Runner], component: str, inputs: Arrays) -> Step:
     return Step(component, inputs, runners[component](inputs))
 
 
-def _groups(lengths: list[int]) -> list[tuple[list[int], int]]:
+def groups(lengths: list[int]) -> list[tuple[list[int], int]]:
     """Rows of equal length together: (rows, length), shortest first."""
     return [([i for i, n in enumerate(lengths) if n == length], length) for length in sorted(set(lengths))]

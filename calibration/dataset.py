@@ -91,13 +91,26 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Texts of one batch.
+
+    Args:
+        input_ids, lengths: contrastive texts, int64 [B, T] and [B].
+        caption_ids: for each sample the tokens a caption decoder is fed: bos, prompt, caption (no eos).
+    """
+
+    input_ids: Array
+    lengths: Array
+    caption_ids: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
 class Batch:
     """Model inputs.
 
     Args:
         pixel_values: float32 [B, 3, S, S].
-        input_ids, lengths: contrastive texts, int64 [B, T] and [B].
-        caption_ids: for each sample the tokens a caption decoder is fed: bos, prompt, caption (no eos).
+        input_ids, lengths, caption_ids: as in :class:`Texts`.
     """
 
     pixel_values: Array
@@ -177,18 +190,32 @@ class CalibrationSet:
         """How many batches :meth:`batches` yields."""
         return -(-len(self) // batch_size)
 
-    def batches(self, settings: ImageSettings, tokenizer: Tokenizer, batch_size: int = 8) -> Iterator[Batch]:
-        """Preprocessed batches, one in memory at a time."""
-        import numpy as np
-
-        for start in range(0, len(self), batch_size):
-            part = self.samples[start : start + batch_size]
+    def texts(self, tokenizer: Tokenizer, batch_size: int = 8) -> Iterator[Texts]:
+        """The texts of each batch; no image is read."""
+        for part in self._parts(batch_size):
             texts = [sample.text for sample in part]
             ids, lengths = tokenizer.encode_contrastive(texts)
             prompts = tuple(
                 tuple(tokenizer.encode_prompt(prompt_for(text) + text)[:MAX_STEP]) for text in texts
             )
-            yield Batch(np.concatenate([s.pixels(settings) for s in part]), ids, lengths, prompts)
+            yield Texts(ids, lengths, prompts)
+
+    def pixels(self, settings: ImageSettings, batch_size: int = 8) -> Iterator[Array]:
+        """The images of each batch, float32 [B, 3, S, S], one batch in memory at a time."""
+        import numpy as np
+
+        for part in self._parts(batch_size):
+            yield np.concatenate([sample.pixels(settings) for sample in part])
+
+    def batches(self, settings: ImageSettings, tokenizer: Tokenizer, batch_size: int = 8) -> Iterator[Batch]:
+        """Preprocessed batches, one in memory at a time."""
+        pixels = self.pixels(settings, batch_size)
+        for texts, images in zip(self.texts(tokenizer, batch_size), pixels, strict=True):
+            yield Batch(images, texts.input_ids, texts.lengths, texts.caption_ids)
+
+    def _parts(self, batch_size: int) -> Iterator[tuple[Sample, ...]]:
+        for start in range(0, len(self), batch_size):
+            yield self.samples[start : start + batch_size]
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest and ``scales.json`` keep of the set (no paths of this machine)."""

@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..bundle import Bundle
 from ..calibration.accuracy import Receipt, component_accuracy
-from ..calibration.chain import reference_modules, torch_runner
+from ..calibration.calibrate import calibration_units
+from ..calibration.chain import Step as ChainStep
+from ..calibration.dataset import Batch
+from ..calibration.recording import Recording
 from ..engines.protocol import open_engine
+from ..export.components import component_spec
 from ..manifest import Manifest
 from ..preprocess import CAPTION_PROMPT, Array, preprocess_images
 from ..runtime.zero_shot import l2
@@ -35,25 +40,46 @@ HEADLINES = {
 """The figures that budgets are held to, and where :func:`..training.tasks.evaluate` puts them."""
 
 
-def component_receipt(job: Job, graphs: Mapping[str, Path], progress: Callable[[int], None]) -> Receipt:
-    """Cosine and SQNR of every component's fp32-computing graph in ONNX Runtime against fp32 torch."""
-    modules, specs = reference_modules(job.checkpoint, job.components)
-    reference = {name: torch_runner(module, specs[name]) for name, module in modules.items()}
-    engines = {name: open_engine(ORT, specs[name], path) for name, path in graphs.items()}
-    candidate = {name: engine.run for name, engine in engines.items()}
+def component_receipt(
+    job: Job, graphs: Mapping[str, Path], home: Path, progress: Callable[[int], None]
+) -> Receipt:
+    """Cosine and SQNR of every component's fp32-computing graph in ONNX Runtime against fp32 torch.
 
-    def batches() -> Any:
-        for done, batch in enumerate(job.held_out.batches(job.settings, job.tokenizer), 1):
-            yield batch
-            progress(done)
+    Args:
+        job: the build.
+        graphs: component to its graph.
+        home: a folder on whose disk fp32 activations and outputs are kept meanwhile.
+        progress: hears how much of :func:`receipt_units` is done.
+    """
+    config = job.checkpoint.config
+    specs = {name: component_spec(name, config) for name in graphs}
+    base = calibration_units(config, job.components, len(job.held_out))
+    with tempfile.TemporaryDirectory(dir=home, prefix="accuracy-") as folder:
+        inputs = (job.checkpoint, job.components, job.held_out, job.settings, job.tokenizer)
+        recording = Recording(*inputs, Path(folder), progress=progress)
 
-    try:
-        forced, chained = component_accuracy(reference, candidate, batches())
-    finally:
-        for engine in engines.values():
-            engine.close()
+        def reference() -> Iterator[tuple[Batch, list[ChainStep]]]:
+            done = base
+            for batch, steps in recording:
+                yield batch, steps
+                done += len(batch.pixel_values)
+                progress(done)
+
+        engines = {name: open_engine(ORT, specs[name], path) for name, path in graphs.items()}
+        try:
+            candidate = {name: engine.run for name, engine in engines.items()}
+            forced, chained = component_accuracy(reference(), candidate)
+        finally:
+            for engine in engines.values():
+                engine.close()
     held_out = job.held_out is not job.calibration
     return Receipt(job.recipe.name, ORT, job.held_out.hash, len(job.held_out), held_out, forced, chained)
+
+
+def receipt_units(job: Job) -> int:
+    """What the progress of :func:`component_receipt` counts to."""
+    count = len(job.held_out)
+    return calibration_units(job.checkpoint.config, job.components, count) + count
 
 
 class EngineModel(BothHeads):

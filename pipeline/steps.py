@@ -16,8 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..calibration.observe import calibrate
+from ..calibration.calibrate import (
+    PartTime,
+    calibrate,
+    calibration_units,
+    seconds_per_block,
+    spilled_bytes,
+)
 from ..calibration.recipe import load_recipe, plan
+from ..calibration.recording import recorded_bytes
 from ..calibration.scales import Scales
 from ..engines.build import build_engine
 from ..engines.proof import KernelReport, check_promise, proof_from_engine, proof_from_onnxruntime
@@ -122,7 +129,15 @@ def _preprocess(job: Job) -> Step:
 
 
 def _calibrate(job: Job, preprocess: Step) -> Step:
+    inputs = {
+        **_model(job),
+        "set": job.calibration.hash,
+        "components": list(job.components),
+        **_after([preprocess]),
+    }
+
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        times: list[PartTime] = []
         scales = calibrate(
             job.checkpoint,
             job.components,
@@ -130,13 +145,29 @@ def _calibrate(job: Job, preprocess: Step) -> Step:
             job.settings,
             job.tokenizer,
             batch_size=CALIBRATION_BATCH,
+            folder=space.home / "calibrate",
+            key=step_digest("calibrate", inputs),
             progress=advanced,
+            timed=times.append,
         )
         scales.save(space.root / SCALES)
-        return [SCALES], {"samples": scales.samples, "layers": sum(len(v) for v in scales.amax.values())}
+        layers = sum(len(v) for v in scales.amax.values())
+        seconds = seconds_per_block(times)
+        return [SCALES], {
+            "samples": scales.samples,
+            "layers": layers,
+            "seconds_per_sample_and_block": seconds,
+        }
 
-    inputs = {**_model(job), "set": job.calibration.hash, "components": list(job.components)}
-    return Step("calibrate", {**inputs, **_after([preprocess])}, run, len(job.calibration))
+    config, samples = job.checkpoint.config, len(job.calibration)
+    return Step(
+        "calibrate",
+        inputs,
+        run,
+        calibration_units(config, job.components, samples),
+        spilled_bytes(config, job.components, samples),
+        "samples x blocks",
+    )
 
 
 def _stores(job: Job) -> list[Step]:
@@ -217,11 +248,12 @@ def _kernels(job: Job, before: list[Step]) -> Step:
 def _accuracy(job: Job, before: list[Step]) -> Step:
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
         paths = {c: space.root / graph_path(c, "fp32") for c in job.components}
-        receipt = evaluate.component_receipt(job, paths, advanced)
+        receipt = evaluate.component_receipt(job, paths, space.home, advanced)
         return [_receipt(space, "accuracy", receipt.to_json())], {}
 
     inputs = {"held_out": job.held_out.hash, **_after(before)}
-    return Step("accuracy", inputs, run, job.held_out.steps())
+    writes = recorded_bytes(job.checkpoint.config, job.components, len(job.held_out))
+    return Step("accuracy", inputs, run, evaluate.receipt_units(job), writes, "samples x blocks")
 
 
 def _tasks(job: Job, preprocess: Step, before: list[Step]) -> Step:

@@ -18,11 +18,14 @@ from ivl_export.calibration.accuracy import (
     compare,
     component_accuracy,
 )
-from ivl_export.calibration.chain import Arrays, Runner, reference_modules, torch_runner
+from ivl_export.calibration.chain import Arrays, Runner, run_chain
 from ivl_export.calibration.dataset import CalibrationSet
+from ivl_export.calibration.recording import Recording
 from ivl_export.errors import AccuracyError, BuildError
+from ivl_export.export.components import component_spec
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.tests.calibration.reference import reference_runners
 
 Sets = tuple[CalibrationSet, CalibrationSet]
 
@@ -87,14 +90,38 @@ def noisy(runner: Runner, scale: float) -> Runner:
     return run
 
 
-def test_teacher_forced_and_chained(
-    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+def test_a_recording_is_what_whole_modules_give(
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    modules, specs = reference_modules(checkpoint, ["qllama_step", "qllama_text"])
-    reference = {c: torch_runner(m, specs[c]) for c, m in modules.items()}
-    batches = list(scenes[1].batches(settings, tokenizer, 2))
+    reference, count = reference_runners(checkpoint, ["qllama_step", "qllama_text"]), 0
+    recording = Recording(checkpoint, list(reference), scenes[1], settings, tokenizer, tmp_path, batch_size=3)
+    for batch, steps in recording:
+        for got, want in zip(steps, run_chain(reference, batch), strict=True):
+            assert got.component == want.component
+            for mine, theirs in ((got.inputs, want.inputs), (got.outputs, want.outputs)):
+                assert set(mine) == set(theirs)
+                for name, array in theirs.items():
+                    np.testing.assert_array_equal(mine[name], array)
+            count += 1
+    assert count > 2 * 3
 
-    forced, chained = component_accuracy(reference, reference, batches)
+
+def test_teacher_forced_and_chained(
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    reference = reference_runners(checkpoint, ["qllama_step", "qllama_text"])
+    recording = Recording(
+        checkpoint,
+        ["qllama_step", "qllama_text"],
+        scenes[1],
+        settings,
+        tokenizer,
+        tmp_path,
+        batch_size=2,
+    )
+    specs = {c: component_spec(c, checkpoint.config) for c in reference}
+
+    forced, chained = component_accuracy(recording, reference)
     assert list(forced) == list(chained) == ["vision", "qllama_query", "qllama_text", "qllama_step"]
     for table in (forced, chained):
         for component, outputs in table.items():
@@ -102,16 +129,14 @@ def test_teacher_forced_and_chained(
             assert all(m.samples == 4 and m.sqnr_db > 100 for m in outputs.values())
 
     # noise of the vision tower reaches the queries only where components are chained
-    forced, chained = component_accuracy(
-        reference, {**reference, "vision": noisy(reference["vision"], 0.1)}, batches
-    )
+    forced, chained = component_accuracy(recording, {**reference, "vision": noisy(reference["vision"], 0.1)})
     assert 19 < forced["vision"]["tokens"].sqnr_db < 21
     assert forced["qllama_query"]["query_hidden"].sqnr_db > 100
     assert chained["qllama_query"]["query_hidden"].sqnr_db < 60
     assert chained["qllama_text"]["text_embed"].sqnr_db > 100
 
     # a component alone is compared on fp32 inputs; nothing makes its inputs when chained
-    forced, chained = component_accuracy(reference, {"qllama_step": reference["qllama_step"]}, batches)
+    forced, chained = component_accuracy(recording, {"qllama_step": reference["qllama_step"]})
     assert list(forced) == ["qllama_step"]
     assert chained == {}
 

@@ -11,17 +11,19 @@ import pytest
 import torch
 
 from ivl_export.calibration.accuracy import compare
-from ivl_export.calibration.chain import Runner, reference_modules, run_chain, torch_runner
+from ivl_export.calibration.calibrate import calibrate
+from ivl_export.calibration.chain import Runner, run_chain, torch_runner
 from ivl_export.calibration.dataset import CalibrationSet
-from ivl_export.calibration.observe import calibrate
 from ivl_export.calibration.qdq import Style, activation_scale, quantised_gemms, write_qdq
 from ivl_export.calibration.quantize import LIMITS, dequantise, quantise, stored_names
 from ivl_export.calibration.recipe import load_recipe, plan
 from ivl_export.calibration.scales import Scales
 from ivl_export.errors import BuildError
+from ivl_export.export.components import component_spec
 from ivl_export.export.trace import export_component
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.tests.calibration.reference import reference_modules, reference_runners
 
 Sets = tuple[CalibrationSet, CalibrationSet]
 COMPONENTS = ("vision", "qllama_query", "qllama_step")
@@ -119,11 +121,11 @@ def test_onnxruntime_equals_modelopts_fake_quantisation(
     settings: ImageSettings,
     tokenizer: Tokenizer,
 ) -> None:
-    modules, specs = reference_modules(shallow, COMPONENTS)
-    fakes, _ = reference_modules(shallow, COMPONENTS)
+    fakes = reference_modules(shallow, COMPONENTS)
+    specs = {c: component_spec(c, shallow.config) for c in COMPONENTS}
     planned = schemes(scheme)
     batch = next(scenes[1].batches(settings, tokenizer, 4))
-    steps = list(run_chain({c: torch_runner(modules[c], specs[c]) for c in COMPONENTS}, batch))
+    steps = list(run_chain(reference_runners(shallow, COMPONENTS), batch))
     for component in COMPONENTS:
         model = export_component(component, shallow, "float32")
         promised = write_qdq(model, planned, scales.amax[component], compute="float32", style="onnxruntime")

@@ -1,0 +1,236 @@
+"""Measuring activation ranges: the fp32 model runs on a calibration set, block by block.
+
+Memory holds one block and one batch, whatever the model's size; what stands between two blocks lies on disk.
+After every part its ranges are kept, so that a run that was killed goes on there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BuildError
+from ..preprocess import MAX_LENGTH, ImageSettings, Tokenizer
+from .dataset import MAX_STEP, CalibrationSet
+from .observe import algorithm_name, observers
+from .scales import Scales
+
+if TYPE_CHECKING:
+    from ..models.checkpoint import Checkpoint
+    from ..models.config import InternVLConfig
+    from .parts import Part
+
+STATE = "state.json"
+
+Amax = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """What one part of a tower took.
+
+    Args:
+        tower: ``vision`` or ``qllama`` (query, text and step pass together).
+        block: its number; None for the entry and the exit.
+        seconds: wall clock, with reading the weights.
+        samples: how many went through.
+    """
+
+    tower: str
+    block: int | None
+    seconds: float
+    samples: int
+
+
+def calibration_units(config: InternVLConfig, components: Sequence[str], samples: int) -> int:
+    """What the progress of :func:`calibrate` counts to: samples times parts."""
+    from .parts import needed, parts
+
+    return samples * len(parts(config, needed(components)))
+
+
+def spilled_bytes(config: InternVLConfig, components: Sequence[str], samples: int) -> int:
+    """At most what :func:`calibrate` keeps on disk at a time: two copies of each tower's hidden states."""
+    from .parts import needed
+
+    vision, qllama, order = config.vision, config.qllama, needed(components)
+    rows = {"qllama_query": config.num_query_token, "qllama_text": MAX_LENGTH, "qllama_step": MAX_STEP}
+    values = vision.num_tokens * vision.hidden_size * ("vision" in order)
+    values += sum(rows.get(component, 0) for component in order) * qllama.hidden_size
+    return 2 * 4 * samples * values
+
+
+def seconds_per_block(times: Sequence[PartTime]) -> dict[str, float]:
+    """Tower -> mean seconds of one sample in one block, with reading the block's weights."""
+    found = {}
+    for tower in dict.fromkeys(part.tower for part in times):
+        blocks = [part for part in times if part.tower == tower and part.block is not None]
+        if blocks:
+            found[tower] = sum(b.seconds for b in blocks) / sum(b.samples for b in blocks)
+    return found
+
+
+def calibration_seconds(
+    config: InternVLConfig, per_block: Mapping[str, float], samples: int, devices: int = 1, speedup: float = 1
+) -> float:
+    """Seconds to calibrate all blocks of ``config`` on ``samples``, spread over ``devices``.
+
+    Assumes: data parallel over samples, so that every device streams all blocks over its own share and the
+    largest magnitudes are merged at the end, which is exact for ``max``; no device waits for another; weights
+    are read as fast by all of them as by the one that was measured; entry and exit are left out (under one
+    block's time).
+
+    Args:
+        config: the model, at full depth.
+        per_block: tower -> seconds of one sample in one block, as measured (:func:`seconds_per_block`).
+        samples: of the whole set.
+        devices: how many share it.
+        speedup: how many times faster one of them is than what was measured.
+    """
+    depths = {"vision": config.vision.num_hidden_layers, "qllama": config.qllama.num_hidden_layers}
+    share = math.ceil(samples / devices)
+    return share * sum(depths[tower] * seconds for tower, seconds in per_block.items()) / speedup
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    components: Sequence[str],
+    chosen: CalibrationSet,
+    settings: ImageSettings,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int = 8,
+    algorithm: str = "max",
+    percentile: float = 99.99,
+    device: str = "cpu",
+    folder: Path | None = None,
+    key: str = "",
+    progress: Callable[[int], None] = lambda done: None,
+    timed: Callable[[PartTime], None] = lambda part: None,
+) -> Scales:
+    """Activation amax of every linear, for each component it runs in.
+
+    Components that ``components`` need inputs from are run too, and measured.
+
+    Args:
+        checkpoint: its weights are read a block at a time.
+        components: what will be quantised.
+        chosen: the calibration set.
+        settings, tokenizer: of the model.
+        batch_size: samples in memory at a time.
+        algorithm: one of :data:`.observe.ALGORITHMS`.
+        percentile: of the magnitudes, for ``percentile``.
+        device: where blocks run: one block's weights and one batch are there at a time.
+        folder: where activations are spilled and from where a killed run goes on; removed when done. None: a
+            temporary folder.
+        key: whatever else must be equal for a killed run to go on.
+        progress: hears how much of :func:`calibration_units` is done.
+        timed: hears every part that was run.
+
+    Raises:
+        BuildError: NaN, infinity, or nothing but zeros at a layer's input (named); too little disk.
+        UsageError: an unknown algorithm, percentile or component.
+        CapabilityError: ``percentile`` without ModelOpt; a component without weights.
+    """
+    from .observe import Watch
+    from .parts import Modules, needed, parts
+    from .stream import Flow, samples_of, visit
+
+    watch_with = observers(algorithm, percentile)
+    order = needed(components)
+    modules = Modules(checkpoint, order, device=device)
+    samples = samples_of(chosen, settings, tokenizer, checkpoint.config, order, batch_size)
+    plan = parts(checkpoint.config, order)
+    watch = Watch(modules.by_name, watch_with)
+    recorded = algorithm_name(algorithm, percentile)
+    identity = _identity(
+        [checkpoint.revision, chosen.hash, recorded, order, batch_size, device, key],
+        [settings.to_json(), hashlib.sha256(tokenizer.model).hexdigest()],
+    )
+    with nullcontext(folder) if folder else tempfile.TemporaryDirectory(prefix="ivl-calibrate-") as name:
+        state = _State(Path(name), identity, order)
+        flow = Flow(modules, samples, state.folder)
+        try:
+            done = state.resumable(flow.whole, plan)
+            for number, part in enumerate(plan[done:], done):
+                started = time.perf_counter()
+                with watch.hooks():
+                    for _ in visit(part, samples, [flow], progress, number * samples.count):
+                        pass
+                state.finished(number + 1, watch.take())
+                block = None if part.entry or part.exit else part.block
+                timed(PartTime(part.tower, block, time.perf_counter() - started, samples.count))
+        finally:
+            flow.close()
+        amax = state.amax
+        shutil.rmtree(state.folder, ignore_errors=True)
+    return Scales(
+        amax=amax,
+        algorithm=recorded,
+        samples=len(chosen),
+        set_hash=chosen.hash,
+        synthetic=chosen.synthetic,
+        without_caption=chosen.without_caption,
+        model=checkpoint.revision,
+    )
+
+
+class _State:
+    """How far a run has come, in a small file that is replaced after every part."""
+
+    def __init__(self, folder: Path, identity: str, order: Sequence[str]) -> None:
+        self.folder, self.identity = folder, identity
+        self.order, self.done = list(order), 0
+        self.amax: Amax = {component: {} for component in order}
+        found = self._read()
+        if found is None:
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BuildError(f"Cannot write to {folder}.", error.strerror or str(error)) from error
+        else:
+            self.done, self.amax = found["done"], {c: found["amax"][c] for c in order}
+
+    def resumable(self, whole: Callable[[Part], bool], plan: Sequence[Part]) -> int:
+        """How many parts of ``plan`` need not run again; none if the activations they left are gone."""
+        if self.done < len(plan) and not whole(plan[self.done]):
+            self.done, self.amax = 0, {component: {} for component in self.order}
+        return self.done
+
+    def finished(self, done: int, amax: Amax) -> None:
+        """``done`` parts have run; ``amax`` is what the last one saw."""
+        for component, layers in amax.items():
+            self.amax[component].update(layers)
+        self.done = done
+        path = self.folder / STATE
+        partial = path.with_suffix(".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump({"identity": self.identity, "done": done, "amax": self.amax}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+    def _read(self) -> Any:
+        """The state of an earlier run of just this kind, or None."""
+        try:
+            found = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if found.get("identity") == self.identity else None
+
+
+def _identity(*content: Any) -> str:
+    import torch
+
+    return hashlib.sha256(json.dumps([torch.__version__, *content]).encode()).hexdigest()

@@ -1,0 +1,190 @@
+"""Component modules a part at a time: what stands before their blocks, each block, what stands behind.
+
+The four components are two towers: InternViT, and the QLLaMA layers that query, text and step passes share.
+Modules stay on the meta device; a part's weights are there while the part runs, and no longer, so memory
+follows one block and not the model. A part computes just what the component's ``forward`` computes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..export.blocks import block_prefix
+from ..export.components import component_module
+from ..models.config import InternVLConfig
+from ..models.generate import step_mask
+from ..models.qllama import KeyValue, Visible, rotary_tables
+
+if TYPE_CHECKING:
+    from ..models.checkpoint import Checkpoint
+
+ORDER = ("vision", "qllama_query", "qllama_text", "qllama_step")
+NEEDS = {"qllama_query": ("vision",), "qllama_step": ("vision", "qllama_query")}
+"""Components whose outputs a component takes."""
+
+TOWERS = {"vision": ORDER[:1], "qllama": ORDER[1:]}
+"""Components that run through the same blocks."""
+
+ENTRY = ("vision_model.embeddings.", "query_tokens", "qllama.model.embed_tokens.")
+"""Weights that stand before the blocks."""
+
+Load = Callable[[str], Tensor]
+"""An fp32 weight by its published key."""
+
+
+def needed(components: Iterable[str]) -> list[str]:
+    """``components`` and those they take inputs from, in the order they run."""
+    wanted = set(components)
+    for component in list(wanted):
+        wanted.update(NEEDS.get(component, ()))
+    return [c for c in ORDER if c in wanted] + sorted(wanted - set(ORDER))
+
+
+class Part(NamedTuple):
+    """One part of a tower: its ``block``, or the entry (-1) or the exit (its depth)."""
+
+    tower: str
+    block: int
+    depth: int
+
+    @property
+    def entry(self) -> bool:
+        """Whether it stands before the blocks."""
+        return self.block < 0
+
+    @property
+    def exit(self) -> bool:
+        """Whether it stands behind the blocks."""
+        return self.block == self.depth
+
+    def holds(self, component: str, key: str) -> bool:
+        """Whether weight ``key`` of ``component`` belongs to it."""
+        prefix = f"{block_prefix(component)}."
+        if key.startswith(prefix):
+            return key.startswith(f"{prefix}{self.block}.")
+        return self.entry if key.startswith(ENTRY) else self.exit
+
+
+def parts(config: InternVLConfig, components: Iterable[str]) -> list[Part]:
+    """All parts of the towers of ``components``, in the order they run."""
+    names = set(components)
+    depths = {"vision": config.vision.num_hidden_layers, "qllama": config.qllama.num_hidden_layers}
+    return [
+        Part(tower, block, depth)
+        for tower, depth in depths.items()
+        if names & set(TOWERS[tower])
+        for block in range(-1, depth + 1)
+    ]
+
+
+class Modules:
+    """The modules of ``components`` without weights; :meth:`filled` gives one part its own.
+
+    Raises (on construction):
+        CapabilityError: a component that the checkpoint has no weights for.
+        UsageError: no such component.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, components: Iterable[str], load: Load | None = None, device: str = "cpu"
+    ) -> None:
+        self.config, self.device = checkpoint.config, device
+        self.load: Load = load or (lambda key: checkpoint.load(key, torch.float32, device))
+        self.by_name: dict[str, nn.Module] = {}
+        for component in components:
+            with torch.device("meta"):
+                module = component_module(component, checkpoint.config, checkpoint.contrastive_only)
+            self.by_name[component] = module.requires_grad_(False)
+        self.keys = {component: list(module.state_dict()) for component, module in self.by_name.items()}
+
+    @contextmanager
+    def filled(self, part: Part) -> Iterator[None]:
+        """The weights of ``part`` are there inside the ``with`` block; components share them."""
+        keys = {
+            component: [key for key in self.keys[component] if part.holds(component, key)]
+            for component in TOWERS[part.tower]
+            if component in self.by_name
+        }
+        loaded: dict[str, Tensor] = {}
+        try:
+            for component, names in keys.items():
+                for key in names:
+                    if key not in loaded:
+                        loaded[key] = self.load(key).to(self.device)
+                    _put(self.by_name[component], key, loaded[key])
+            yield
+        finally:
+            for component, names in keys.items():
+                for key in names:
+                    module = self.by_name[component]
+                    _put(module, key, torch.empty_like(module.get_parameter(key), device="meta"))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a component takes besides its hidden states.
+
+    Args:
+        inputs: its inputs as arrays turned into tensors: ids, lengths, positions, mask, pixels.
+        rows: samples in the batch.
+        tokens: vision tokens [B, N, D], for the query pass.
+        past: keys and values of this layer in the query pass, for the step.
+    """
+
+    inputs: Mapping[str, Tensor]
+    rows: int
+    tokens: Tensor | None = None
+    past: KeyValue | None = None
+
+
+def enter(component: str, module: Any, given: Context) -> Tensor:
+    """The first hidden states [B, T, H]."""
+    if component == "vision":
+        out: Tensor = module.vision_model.embeddings(given.inputs["pixel_values"])
+    elif component == "qllama_query":
+        out = module.query_tokens.expand(given.rows, -1, -1)
+    else:
+        out = module.qllama.embed(given.inputs["input_ids"])
+    return out
+
+
+def run_block(component: str, module: Any, block: int, x: Tensor, given: Context) -> tuple[Tensor, Any]:
+    """[B, T, H] -> [B, T, H], and a QLLaMA layer's new keys and values (None from InternViT)."""
+    if component == "vision":
+        return module.vision_model.encoder.layers[block](x), None
+    visible, count = Visible(causal=component == "qllama_text"), 0
+    positions = given.inputs.get("positions")
+    if positions is None:
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+    if component == "qllama_query":
+        count = x.shape[1]
+    if component == "qllama_step":
+        visible = Visible(step_mask(given.inputs["attention_mask"], x.shape[1]))
+    model = module.qllama.model
+    rotary = rotary_tables(positions, model.config, x.dtype)
+    made: tuple[Tensor, KeyValue] = model.layers[block](x, rotary, visible, given.tokens, count, given.past)
+    return made
+
+
+def leave(component: str, module: Any, x: Tensor, given: Context) -> dict[str, Tensor]:
+    """The component's outputs but keys and values, from the last block's hidden states."""
+    if component == "vision":
+        return {"tokens": x, "image_embed": module.clip_projector(x)}
+    hidden = module.qllama.model.norm(x)
+    if component == "qllama_query":
+        return {"query_hidden": hidden, "query_embed": module.clip_projector2(hidden)}
+    if component == "qllama_text":
+        last = (given.inputs["lengths"] - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        return {"text_embed": (hidden.gather(1, last) @ module.text_projection).squeeze(1)}
+    return {"logits": module.qllama.lm_head(hidden[:, -1:]).squeeze(1)}
+
+
+def _put(module: nn.Module, key: str, tensor: Tensor) -> None:
+    owner, _, leaf = key.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

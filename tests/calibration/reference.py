@@ -1,0 +1,45 @@
+"""Whole modules in memory: what running block by block is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from ivl_export.calibration.chain import Runner, run_chain, torch_runner
+from ivl_export.calibration.dataset import Batch
+from ivl_export.calibration.observe import Watch, observers
+from ivl_export.calibration.parts import needed
+from ivl_export.export.components import component_module, component_spec
+from ivl_export.models.checkpoint import Checkpoint, load_state
+
+
+def reference_modules(checkpoint: Checkpoint, components: Iterable[str]) -> dict[str, torch.nn.Module]:
+    """fp32 modules of ``components`` and of those they need inputs from."""
+    modules = {}
+    for component in needed(components):
+        with torch.device("meta"):
+            module = component_module(component, checkpoint.config, checkpoint.contrastive_only)
+        load_state(module.requires_grad_(False), checkpoint, torch.float32)
+        modules[component] = module
+    return modules
+
+
+def reference_runners(checkpoint: Checkpoint, components: Iterable[str]) -> dict[str, Runner]:
+    """The same as runners."""
+    modules = reference_modules(checkpoint, components)
+    return {c: torch_runner(m, component_spec(c, checkpoint.config)) for c, m in modules.items()}
+
+
+def whole_amax(
+    checkpoint: Checkpoint, components: Iterable[str], batches: Iterable[Batch], algorithm: str = "max"
+) -> dict[str, dict[str, float]]:
+    """Activation amax of every linear: component -> layer -> amax."""
+    modules = reference_modules(checkpoint, components)
+    runners = {c: torch_runner(m, component_spec(c, checkpoint.config)) for c, m in modules.items()}
+    watch = Watch(modules, observers(algorithm))
+    with watch.hooks():
+        for batch in batches:
+            for _ in run_chain(runners, batch):
+                pass
+    return watch.take()

@@ -1,0 +1,189 @@
+"""Calibration block by block: the same scales as whole modules, also after it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ivl_export.calibration.calibrate import (
+    PartTime,
+    calibrate,
+    calibration_seconds,
+    calibration_units,
+    seconds_per_block,
+    spilled_bytes,
+)
+from ivl_export.calibration.dataset import CalibrationSet
+from ivl_export.calibration.scales import Scales
+from ivl_export.calibration.sources import scenes_calibration
+from ivl_export.calibration.spill import Spill
+from ivl_export.errors import BuildError
+from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
+from ivl_export.models.config import InternVLConfig
+from ivl_export.pipeline.request import nano_folder
+from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.tests.calibration.reference import whole_amax
+
+Sets = tuple[CalibrationSet, CalibrationSet]
+ALL = ("vision", "qllama_query", "qllama_text", "qllama_step")
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ivl_export.calibration.calibrate import calibrate
+from ivl_export.calibration.sources import scenes_calibration
+from ivl_export.models.checkpoint import open_checkpoint
+from ivl_export.preprocess import ImageSettings, Tokenizer
+
+model, tokenizer, folder, at = sys.argv[1:]
+
+def progress(done):
+    if done >= int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+calibrate(
+    open_checkpoint(model), ["vision", "qllama_query", "qllama_text", "qllama_step"],
+    scenes_calibration(20).split(4)[0], ImageSettings(size=28), Tokenizer(tokenizer),
+    batch_size=4, folder=Path(folder), progress=progress,
+)
+"""
+
+
+@pytest.mark.parametrize("components", [ALL, ("qllama_text",), ("qllama_query",)])
+def test_nano_scales_equal_those_of_whole_modules(components: tuple[str, ...], tmp_path: Path) -> None:
+    folder = nano_folder()
+    checkpoint = open_checkpoint(folder)
+    settings = ImageSettings.load(folder / "preprocessor_config.json")
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    chosen = scenes_calibration(11)
+    spill = tmp_path / "spill"
+    found = calibrate(checkpoint, components, chosen, settings, tokenizer, batch_size=4, folder=spill)
+    assert found.amax == whole_amax(checkpoint, components, chosen.batches(settings, tokenizer, 4))
+    assert not spill.exists()
+
+
+def test_percentiles_equal_those_of_whole_modules(
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+) -> None:
+    pytest.importorskip("modelopt.torch.quantization")
+    found = calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, algorithm="percentile")
+    batches = scenes[0].batches(settings, tokenizer)
+    assert found.amax == whole_amax(checkpoint, ALL, batches, "percentile")
+
+
+@pytest.mark.parametrize("at", [16 * 2 + 5, 16 * 4, 16 * 6 + 9])
+def test_a_killed_run_goes_on_at_its_block(
+    at: int,
+    checkpoint: Checkpoint,
+    scenes: Sets,
+    settings: ImageSettings,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+) -> None:
+    """Within a block of InternViT, at the end of a part, and within a layer of QLLaMA."""
+    model, folder = tmp_path / "tokenizer.model", tmp_path / "spill"
+    model.write_bytes(tokenizer.model)
+    command = [sys.executable, "-c", KILLED, str(checkpoint.path), str(model), str(folder), str(at)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    parts_done = json.loads((folder / "state.json").read_text())["done"]
+    assert parts_done == (at - 1) // 16, "the part that was running does not count"
+
+    heard: list[int] = []
+    ran: list[PartTime] = []
+    found = calibrate(
+        checkpoint,
+        ALL,
+        scenes[0],
+        settings,
+        tokenizer,
+        batch_size=4,
+        folder=folder,
+        progress=heard.append,
+        timed=ran.append,
+    )
+    assert heard[0] > parts_done * 16
+    assert len(ran) == calibration_units(checkpoint.config, ALL, 1) - parts_done
+    assert found == calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, batch_size=4)
+
+
+def test_another_set_or_lost_activations_start_afresh(
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "spill"
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int) -> None:
+        if done > 3 * 16:
+            raise Stopped
+
+    def run(chosen: CalibrationSet, stopped: bool = False) -> tuple[Scales | None, int]:
+        ran: list[PartTime] = []
+        try:
+            found = calibrate(
+                checkpoint,
+                ["vision"],
+                chosen,
+                settings,
+                tokenizer,
+                batch_size=4,
+                folder=folder,
+                progress=stop if stopped else lambda done: None,
+                timed=ran.append,
+            )
+        except Stopped:
+            return None, len(ran)
+        return found, len(ran)
+
+    assert run(scenes[0], stopped=True) == (None, 3)
+    whole, parts = run(scenes[1])
+    assert parts == 4, "embeddings, two blocks, the head: none of the other set's"
+    assert whole == calibrate(checkpoint, ["vision"], scenes[1], settings, tokenizer, batch_size=4)
+
+    run(scenes[0], stopped=True)
+    for file in folder.glob("states-vision.*"):
+        file.unlink()
+    assert run(scenes[0])[1] == 4
+
+
+def test_spilled_bytes_bound_what_lies_on_disk(
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    folder, most = tmp_path / "spill", 0
+
+    def look(done: int) -> None:
+        nonlocal most
+        most = max(most, sum(p.stat().st_size for p in folder.glob("states-*")))
+
+    calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, folder=folder, progress=look)
+    bound = spilled_bytes(checkpoint.config, ALL, 16)
+    assert bound / 4 < most <= bound
+
+
+def test_a_small_disk_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="not enough disk space for the activations"):
+        Spill(tmp_path, "states", [(1 << 20, 1 << 20, 8)])
+
+
+def test_estimate() -> None:
+    times = [
+        PartTime("vision", None, 9.0, 4),
+        PartTime("vision", 0, 8.0, 4),
+        PartTime("vision", 1, 4.0, 4),
+        PartTime("qllama", 0, 2.0, 4),
+    ]
+    per_block = seconds_per_block(times)
+    assert per_block == {"vision": 1.5, "qllama": 0.5}
+    one = calibration_seconds(InternVLConfig(), per_block, 512)
+    assert one == 512 * (48 * 1.5 + 32 * 0.5)
+    assert calibration_seconds(InternVLConfig(), per_block, 512, devices=20, speedup=2) == 26 * 88 / 2
