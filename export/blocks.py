@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError
-from ..models.config import InternVLConfig
+from ..models.chat_config import ChatConfig, InternViTConfig, ModelConfig
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,21 +22,38 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 def block_prefix(component: str) -> str:
     """Where the blocks of a component stand in its module."""
-    return "vision_model.encoder.layers" if component == "vision" else "qllama.model.layers"
+    places = {
+        "vision": "vision_model.encoder.layers",
+        "vision_chat": "model.vision_tower.vision_tower.encoder.layers",
+        "decoder": "model.layers",
+    }
+    return places.get(component, "qllama.model.layers")
 
 
-def one_period(component: str, config: InternVLConfig) -> tuple[InternVLConfig, int]:
+def one_period(component: str, config: ModelConfig) -> tuple[ModelConfig, int]:
     """A config with just as many blocks as must be traced, and how many times they come.
 
     Query passes alternate between blocks with and without cross-attention; all others repeat one block.
     """
-    stack = config.vision if component == "vision" else config.qllama
-    period = config.cross_attention_frequency if component == "qllama_query" else 1
-    if stack.num_hidden_layers % period:
-        return config, 1
-    times = stack.num_hidden_layers // period
+    if isinstance(config, ChatConfig):
+        if component == "decoder_embed":
+            return config, 1
+        if component == "decoder":
+            layers = config.decoder.num_hidden_layers
+            return replace(config, decoder=replace(config.decoder, num_hidden_layers=1)), layers
+        if not config.vision_blocks:
+            return config, 1
+        one = replace(config.vision, num_hidden_layers=1)
+        return replace(config, vision=one, select_layer=1), config.vision_blocks
     if component == "vision":
-        return replace(config, vision=replace(config.vision, num_hidden_layers=period)), times
+        layers = config.vision.num_hidden_layers
+        return replace(config, vision=replace(config.vision, num_hidden_layers=1)), layers
+    if isinstance(config, InternViTConfig):
+        raise ValueError(f"an InternViT alone has no {component}")
+    period = config.cross_attention_frequency if component == "qllama_query" else 1
+    if config.qllama.num_hidden_layers % period:
+        return config, 1
+    times = config.qllama.num_hidden_layers // period
     return replace(config, qllama=replace(config.qllama, num_hidden_layers=period)), times
 
 

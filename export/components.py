@@ -6,18 +6,21 @@ traced graph's initializers keep their names. Sizes come from the config, ranges
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import CapabilityError, UsageError
-from ..models.config import InternVLConfig
-from ..models.layout import COMPONENTS
+from ..models.chat_config import ChatConfig, InternViTConfig, ModelConfig
+from ..models.config import QLlamaConfig
+from ..models.layout import CHAT_COMPONENTS, COMPONENTS, components_of
 from ..specs import Axis, ComponentSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
 Range = tuple[int, int, int]
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -29,63 +32,98 @@ class Ranges:
         text: tokens of a ``qllama_text`` row; 80 is the longest the model was trained on.
         prompt: new tokens of one ``qllama_step``: 1 while decoding, the prompt's length at first.
         caption: text positions that a ``qllama_step`` may find in its past, behind the queries.
+        chats: rows of a chat model's decoder, whose cache is half a megabyte a token and more.
+        turn: new positions of one ``decoder`` step: 1 while decoding; an image is 576 at first.
+        history: positions of the cache that a ``decoder`` step is given; the mask hides the empty ones.
     """
 
     batch: Range = (1, 8, 128)
     text: Range = (1, 16, 80)
     prompt: Range = (1, 1, 32)
     caption: Range = (0, 36, 128)
+    chats: Range = (1, 1, 8)
+    turn: Range = (1, 1, 1024)
+    history: Range = (1, 1024, 2048)
 
 
-def component_names(contrastive_only: bool = False) -> tuple[str, ...]:
-    """The components of a model; InternVL-C alone (the older files) has no query and no caption pass."""
-    return ("vision", "qllama_text") if contrastive_only else COMPONENTS
-
-
-def component_spec(name: str, config: InternVLConfig, ranges: Ranges | None = None) -> ComponentSpec:
+def component_spec(name: str, config: ModelConfig, ranges: Ranges | None = None) -> ComponentSpec:
     """Inputs, outputs and axes of component ``name`` (see docs/architecture.md, "Components").
 
-    ``total`` is the second axis of ``attention_mask``: past plus text.
+    ``total`` is the second axis of ``attention_mask``: past plus text. An InternViT alone has no
+    ``image_embed``.
 
     Raises:
-        UsageError: no such component.
+        UsageError: the model has no such component.
     """
     ranges = ranges or Ranges()
-    v, q = config.vision, config.qllama
-    queries, embed = config.num_query_token, config.clip_embed_dim
+    if isinstance(config, ChatConfig):
+        return _chat_spec(name, config, ranges)
+    v = config.vision
     batch = Axis("batch", *ranges.batch)
     tokens = TensorSpec("tokens", "float", ("batch", v.num_tokens, v.hidden_size))
     if name == "vision":
         pixels = TensorSpec("pixel_values", "float", ("batch", 3, v.image_size, v.image_size))
-        out = (tokens, TensorSpec("image_embed", "float", ("batch", embed)))
-        return ComponentSpec(name, (pixels,), out, (batch,))
+        if isinstance(config, InternViTConfig):
+            return ComponentSpec(name, (pixels,), (tokens,), (batch,))
+        image_embed = TensorSpec("image_embed", "float", ("batch", config.clip_embed_dim))
+        return ComponentSpec(name, (pixels,), (tokens, image_embed), (batch,))
+    if isinstance(config, InternViTConfig):
+        raise _unknown(name, components_of(config))
+    q, queries, embed = config.qllama, config.num_query_token, config.clip_embed_dim
     if name == "qllama_query":
         hidden = TensorSpec("query_hidden", "float", ("batch", queries, q.hidden_size))
         pooled = TensorSpec("query_embed", "float", ("batch", embed))
-        return ComponentSpec(name, (tokens,), (hidden, pooled, *_key_values(config, "", queries)), (batch,))
+        return ComponentSpec(name, (tokens,), (hidden, pooled, *_key_values(q, "", queries)), (batch,))
     ids = TensorSpec("input_ids", "int64", ("batch", "text"))
     if name == "qllama_text":
         lengths = TensorSpec("lengths", "int64", ("batch",))
         pooled = TensorSpec("text_embed", "float", ("batch", embed))
         return ComponentSpec(name, (ids, lengths), (pooled,), (batch, Axis("text", *ranges.text)))
     if name == "qllama_step":
-        text = Axis("text", *ranges.prompt)
-        past = Axis("past", *(queries + n for n in ranges.caption))
-        total = Axis("total", past.min + text.min, past.opt + text.opt, past.max + text.max)
-        positions = TensorSpec("positions", "int64", ("batch", "text"))
-        mask = TensorSpec("attention_mask", "int64", ("batch", "total"))
-        logits = TensorSpec("logits", "float", ("batch", q.vocab_size))
-        return ComponentSpec(
-            name,
-            (ids, positions, mask, *_key_values(config, "past_", "past")),
-            (logits, *_key_values(config, "", "text")),
-            (batch, text, past, total),
-        )
-    raise UsageError(f"Unknown component {name!r}.", fix=f"Choose from {', '.join(COMPONENTS)}.")
+        past = tuple(queries + n for n in ranges.caption)
+        return _step_spec(name, ids, q, (batch, *_lengths(ranges.prompt, past)))
+    raise _unknown(name, COMPONENTS)
 
 
-def _key_values(config: InternVLConfig, prefix: str, length: int | str) -> list[TensorSpec]:
-    q = config.qllama
+def _chat_spec(name: str, config: ChatConfig, ranges: Ranges) -> ComponentSpec:
+    width, side = config.decoder.hidden_size, config.image_size
+    rows, (text, past, total) = Axis("batch", *ranges.chats), _lengths(ranges.turn, ranges.history)
+    embeds = TensorSpec("input_embeds", "float", ("batch", "text", width))
+    if name == "vision_chat":
+        pixels = TensorSpec("pixel_values", "float", ("batch", 3, side, side))
+        visual = TensorSpec("visual_embeds", "float", ("batch", config.num_visual, width))
+        return ComponentSpec(name, (pixels,), (visual,), (Axis("batch", *ranges.batch),))
+    if name == "decoder_embed":
+        ids = TensorSpec("input_ids", "int64", ("batch", "text"))
+        return ComponentSpec(name, (ids,), (embeds,), (rows, text))
+    if name == "decoder":
+        return _step_spec(name, embeds, config.decoder, (rows, text, past, total))
+    raise _unknown(name, CHAT_COMPONENTS)
+
+
+def _step_spec(name: str, first: TensorSpec, llama: QLlamaConfig, axes: tuple[Axis, ...]) -> ComponentSpec:
+    """A LLaMA over a cache: ``first`` holds the new positions, [batch, text] or [batch, text, H]."""
+    positions = TensorSpec("positions", "int64", ("batch", "text"))
+    mask = TensorSpec("attention_mask", "int64", ("batch", "total"))
+    logits = TensorSpec("logits", "float", ("batch", llama.vocab_size))
+    return ComponentSpec(
+        name,
+        (first, positions, mask, *_key_values(llama, "past_", "past")),
+        (logits, *_key_values(llama, "", "text")),
+        axes,
+    )
+
+
+def _lengths(text: Range, past: tuple[int, ...]) -> tuple[Axis, Axis, Axis]:
+    """The axes ``text``, ``past`` and their sum."""
+    return (
+        Axis("text", *text),
+        Axis("past", *past),
+        Axis("total", *(a + b for a, b in zip(text, past, strict=True))),
+    )
+
+
+def _key_values(q: QLlamaConfig, prefix: str, length: int | str) -> list[TensorSpec]:
     shape = ("batch", q.num_attention_heads, length, q.head_dim)
     return [
         TensorSpec(f"{prefix}{kind}.{i}", "float", shape)
@@ -94,7 +132,11 @@ def _key_values(config: InternVLConfig, prefix: str, length: int | str) -> list[
     ]
 
 
-def component_module(name: str, config: InternVLConfig, contrastive_only: bool = False) -> nn.Module:
+def _unknown(name: str, known: tuple[str, ...]) -> UsageError:
+    return UsageError(f"Unknown component {name!r}.", fix=f"Choose from {', '.join(known)}.")
+
+
+def component_module(name: str, config: ModelConfig, contrastive_only: bool = False) -> nn.Module:
     """The module of component ``name``; build it on the meta device and fill it with ``load_state``.
 
     ``forward`` takes the spec's inputs and returns the spec's outputs, both in the spec's order.
@@ -105,18 +147,20 @@ def component_module(name: str, config: InternVLConfig, contrastive_only: bool =
     """
     from . import modules
 
-    classes: dict[str, type[nn.Module]] = {
-        "vision": modules.Vision,
-        "qllama_query": modules.Query,
-        "qllama_text": modules.Text,
-        "qllama_step": modules.Step,
-    }
-    if name not in classes:
-        raise UsageError(f"Unknown component {name!r}.", fix=f"Choose from {', '.join(COMPONENTS)}.")
-    if name not in component_names(contrastive_only):
+    if isinstance(config, ChatConfig):
+        return _made(name, config, modules.CHAT)
+    if isinstance(config, InternViTConfig):
+        return _made(name, config, modules.INTERNVIT)
+    if name in COMPONENTS and name not in components_of(config, contrastive_only):
         raise CapabilityError(
             f"Component {name} cannot be made from this checkpoint.",
             "It is an InternVL-C file, without queries, cross-attention and lm_head.",
             "Use an InternVL-14B-224px checkpoint, or leave the component out.",
         )
-    return classes[name](config).eval()
+    return _made(name, config, modules.INTERNVL)
+
+
+def _made(name: str, config: C, makers: Mapping[str, Callable[[C], nn.Module]]) -> nn.Module:
+    if name not in makers:
+        raise _unknown(name, tuple(makers))
+    return makers[name](config).eval()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..models.chat import VisionTower, projector
+from ..models.chat_config import ChatConfig, InternViTConfig
 from ..models.config import InternVLConfig
 from ..models.generate import step_mask
 from ..models.heads import AttentionPool
-from ..models.qllama import KeyValue, QLlama, Visible
+from ..models.qllama import Decoder, KeyValue, QLlama, Visible, run_layers
 from ..models.vit import InternViT
 
 
@@ -82,6 +84,77 @@ class Step(nn.Module):
         pairs = list(zip(past[::2], past[1::2], strict=True))
         hidden, new = self.qllama(self.qllama.embed(input_ids), positions, visible, past=pairs)
         return (self.qllama.lm_head(hidden[:, -1:]).squeeze(1), *_flat(new))
+
+
+class VisionTokens(nn.Module):
+    """InternViT alone."""
+
+    def __init__(self, config: InternViTConfig) -> None:
+        super().__init__()
+        self.vision_model = InternViT(config.vision)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
+        """[B, 3, S, S] -> tokens [B, N, D]."""
+        return (self.vision_model(pixel_values),)
+
+
+class ChatVision(nn.Module):
+    """The blocks of InternViT that a chat model reads, and its projector."""
+
+    def __init__(self, config: ChatConfig) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"vision_tower": VisionTower(config), "mm_projector": projector(config)})
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
+        """[B, 3, S, S] -> visual_embeds [B, V, H]."""
+        return (self.model["mm_projector"](self.model["vision_tower"](pixel_values)),)
+
+
+class ChatEmbed(nn.Module):
+    """The token embeddings of a chat model, apart from its decoder: visual embeddings go between them."""
+
+    def __init__(self, config: ChatConfig) -> None:
+        super().__init__()
+        llama = config.decoder
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(llama.vocab_size, llama.hidden_size)})
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+        """[B, T] -> [B, T, H]."""
+        return (self.model["embed_tokens"](input_ids),)
+
+
+class ChatStep(nn.Module):
+    """New positions over a cache of keys and values: the chat model's LLaMA."""
+
+    def __init__(self, config: ChatConfig) -> None:
+        super().__init__()
+        llama = config.decoder
+        self.model = Decoder(llama, [None] * llama.num_hidden_layers)
+        del self.model.embed_tokens
+        self.lm_head = nn.Linear(llama.hidden_size, llama.vocab_size, bias=False)
+
+    def forward(
+        self, input_embeds: Tensor, positions: Tensor, attention_mask: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        """[B, T, H], [B, T], [B, P + T], 2 L x [B, heads, P, d] -> [B, V], 2 L x [B, heads, T, d]."""
+        visible = Visible(step_mask(attention_mask, input_embeds.shape[1]))
+        pairs = list(zip(past[::2], past[1::2], strict=True))
+        hidden, new = run_layers(self.model, input_embeds, positions, visible, past=pairs)
+        return (self.lm_head(hidden[:, -1:]).squeeze(1), *_flat(new))
+
+
+INTERNVL: dict[str, type[Vision | Query | Text | Step]] = {
+    "vision": Vision,
+    "qllama_query": Query,
+    "qllama_text": Text,
+    "qllama_step": Step,
+}
+INTERNVIT = {"vision": VisionTokens}
+CHAT: dict[str, type[ChatVision | ChatEmbed | ChatStep]] = {
+    "vision_chat": ChatVision,
+    "decoder_embed": ChatEmbed,
+    "decoder": ChatStep,
+}
 
 
 def _flat(pairs: list[KeyValue]) -> list[Tensor]:

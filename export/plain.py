@@ -13,7 +13,7 @@ from ..errors import BuildError, CapabilityError, UsageError
 from ..models.checkpoint import Checkpoint
 from ..models.storage import ITEM_BYTES
 from .binding import bind, save_graph
-from .components import component_module, component_names
+from .components import component_module
 from .trace import export_component
 from .weights import Store, cannot_write, open_store, write_store
 
@@ -60,7 +60,7 @@ def export_plain(
     Args:
         checkpoint: the weights. Torch files (``.bin``, ``.pth``) can only be copied.
         out: a new folder; with ``zero_copy`` the one that holds the shards, or one above it.
-        components: names of :func:`.components.component_names`.
+        components: names of ``checkpoint.components``.
         dtype: what the graphs compute in, ``bf16`` or ``fp32``.
         zero_copy: write no weights.
         progress: see :data:`Progress`.
@@ -72,7 +72,7 @@ def export_plain(
     """
     if dtype not in DTYPES:
         raise UsageError(f"Unknown dtype {dtype!r}.", f"Known: {', '.join(DTYPES)}.", "Give --dtype bf16.")
-    names = list(dict.fromkeys(components)) or list(component_names(checkpoint.contrastive_only))
+    names = list(dict.fromkeys(components)) or list(checkpoint.components)
     keys = weight_keys(checkpoint, names)
     used = sum(checkpoint.tensors[key].nbytes for key in keys)
     if zero_copy:
@@ -103,7 +103,7 @@ def weight_keys(checkpoint: Checkpoint, components: Sequence[str]) -> list[str]:
     keys: dict[str, None] = {}
     for name in components:
         with torch.device("meta"):
-            module = component_module(name, checkpoint.config, checkpoint.contrastive_only)
+            module = component_module(name, checkpoint.model, checkpoint.contrastive_only)
         keys.update(dict.fromkeys(module.state_dict()))
     return list(keys)
 

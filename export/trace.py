@@ -18,8 +18,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError
+from ..models.chat_config import ModelConfig
 from ..models.checkpoint import Checkpoint
-from ..models.config import InternVLConfig
 from ..specs import ComponentSpec
 from .blocks import block_prefix, one_period, repeat_blocks
 from .components import component_module, component_spec
@@ -55,8 +55,8 @@ def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bf
 
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype {compute_dtype!r} is none of {sorted(COMPUTE_DTYPES)}")
-    config, spec = checkpoint.config, component_spec(name, checkpoint.config)
-    model = _trace(name, config, checkpoint.contrastive_only).clone()
+    spec = component_spec(name, checkpoint.model)
+    model = _trace(name, checkpoint.model, checkpoint.contrastive_only).clone()
     retype(model, COMPUTE_DTYPES[_TRACED], COMPUTE_DTYPES[compute_dtype])
     with _quiet():
         finish(model, spec)
@@ -67,25 +67,24 @@ def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bf
 
 
 @lru_cache(maxsize=8)
-def _trace(name: str, config: InternVLConfig, contrastive_only: bool) -> ir.Model:
+def _trace(name: str, config: ModelConfig, contrastive_only: bool) -> ir.Model:
     """The exporter's graph in bf16, unoptimised, weights dropped."""
     traced, times = one_period(name, config)
     model = _trace_all(name, traced, contrastive_only)
     if times > 1:
-        spec = component_spec(name, config)
-        inputs, outputs = (sum(t.name.endswith(".0") for t in part) for part in (spec.inputs, spec.outputs))
-        layers = traced.qllama.num_hidden_layers
-        repeat_blocks(model.graph, block_prefix(name), times, inputs * layers, outputs * layers)
+        spec = component_spec(name, traced)
+        inputs, outputs = (sum(t.name[-1].isdigit() for t in part) for part in (spec.inputs, spec.outputs))
+        repeat_blocks(model.graph, block_prefix(name), times, inputs, outputs)
     return model
 
 
-def _trace_all(name: str, config: InternVLConfig, contrastive_only: bool) -> ir.Model:
+def _trace_all(name: str, config: ModelConfig, contrastive_only: bool) -> ir.Model:
     import torch
 
     spec = component_spec(name, config)
     with torch.device("meta"):
         module = component_module(name, config, contrastive_only).to(getattr(torch, _TRACED))
-        args, shapes = _example(spec)
+        args, shapes = example_inputs(spec)
     with _quiet(), torch.no_grad():
         program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
@@ -98,7 +97,7 @@ def _trace_all(name: str, config: InternVLConfig, contrastive_only: bool) -> ir.
     return model
 
 
-def _example(spec: ComponentSpec) -> tuple[tuple[torch.Tensor, ...], list[object]]:
+def example_inputs(spec: ComponentSpec) -> tuple[tuple[torch.Tensor, ...], list[object]]:
     """Inputs of distinct small sizes on the meta device, and which of their dimensions are dynamic.
 
     The ranges of the spec do not enter: one graph serves every engine profile. ``total`` is derived from past
@@ -116,7 +115,7 @@ def _example(spec: ComponentSpec) -> tuple[tuple[torch.Tensor, ...], list[object
         dtype = getattr(torch, _TRACED if tensor.dtype == "float" else tensor.dtype)
         args.append(torch.zeros([d if isinstance(d, int) else sizes[d] for d in tensor.shape], dtype=dtype))
         shapes.append({i: dims[d] for i, d in enumerate(tensor.shape) if isinstance(d, str)})
-    flat = 3 if spec.name == "qllama_step" else len(shapes)  # what follows is the variadic past
+    flat = sum(not t.name.startswith("past_") for t in spec.inputs)  # what follows is the variadic past
     rest = [tuple(shapes[flat:])] if flat < len(shapes) else []
     return tuple(args), [*shapes[:flat], *rest]
 

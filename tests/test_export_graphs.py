@@ -24,14 +24,14 @@ from ivl_export.errors import BuildError, CapabilityError, UsageError
 from ivl_export.export import trace
 from ivl_export.export.binding import bind, save_graph, unbound
 from ivl_export.export.blocks import SCOPES, one_period, repeat_blocks
-from ivl_export.export.components import component_module, component_names, component_spec
+from ivl_export.export.components import component_module, component_spec
 from ivl_export.export.graph import finish, retype
 from ivl_export.export.trace import COMPUTE_DTYPES, export_component
 from ivl_export.export.weights import open_store, write_store
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.internvl import InternVL
-from ivl_export.models.layout import expected_shapes
+from ivl_export.models.layout import COMPONENTS, expected_shapes
 from ivl_export.runtime.generation import generate
 from ivl_export.specs import ComponentSpec, TensorSpec
 
@@ -159,7 +159,7 @@ def close(got: dict[str, Array], want: dict[str, Array]) -> None:
         )
 
 
-@pytest.mark.parametrize("name", component_names())
+@pytest.mark.parametrize("name", COMPONENTS)
 def test_graph_equals_module_at_any_size(small: Built, name: str) -> None:
     spec, torch_run = small.spec(name), reference(small, name)
 
@@ -178,7 +178,7 @@ def test_graph_equals_module_at_any_size(small: Built, name: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", component_names())
+@pytest.mark.parametrize("name", COMPONENTS)
 @pytest.mark.parametrize("dtype", sorted(COMPUTE_DTYPES))
 def test_graph_is_valid_small_and_named(small: Built, name: str, dtype: str) -> None:
     path = small.path(name, dtype)
@@ -202,7 +202,7 @@ def test_graph_is_valid_small_and_named(small: Built, name: str, dtype: str) -> 
     assert all(v.shape is not None and v.dtype is not None for node in graph for v in node.outputs)
 
 
-@pytest.mark.parametrize("name", component_names())
+@pytest.mark.parametrize("name", COMPONENTS)
 def test_layers_are_named_after_their_weights(small: Built, name: str) -> None:
     model = export_component(name, small.checkpoint)
     graph = model.graph
@@ -274,6 +274,7 @@ def test_stacks_that_are_no_whole_number_of_periods_are_traced_whole() -> None:
     config = replace(SMALL, cross_attention_frequency=3)
     assert one_period("qllama_query", config) == (config, 1)
     short, times = one_period("qllama_text", config)
+    assert isinstance(short, InternVLConfig)
     assert (short.qllama.num_hidden_layers, times) == (1, 2)
 
 
@@ -407,7 +408,7 @@ def test_older_checkpoints_have_two_components(tmp_path: Path) -> None:
     folder = random_checkpoint(config, tmp_path / "c", torch.float32, c_only=True)
     torch.save(load_file(folder / "model.safetensors"), folder / "internvl_c.pth")
     older = open_checkpoint(folder / "internvl_c.pth")
-    assert older.components == component_names(contrastive_only=True) == ("vision", "qllama_text")
+    assert older.components == ("vision", "qllama_text")
     built = Built(tmp_path, older, "float32")
     inputs = random_inputs(built.spec("qllama_text"), config, {"batch": 2, "text": 4}, 0)
     close(built.run("qllama_text", inputs), reference(built, "qllama_text")(inputs))
@@ -435,7 +436,7 @@ def test_graphs_can_use_the_checkpoint_itself(tmp_path: Path) -> None:
 def test_full_size_components_use_every_published_tensor() -> None:
     used: set[str] = set()
     with torch.device("meta"):
-        for name in component_names():
+        for name in COMPONENTS:
             used |= set(component_module(name, InternVLConfig()).state_dict())
     assert set(expected_shapes(InternVLConfig())) - used == {
         "logit_scale",
