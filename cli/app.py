@@ -22,7 +22,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("train", "Train a small InternVL from scratch on drawn scenes."),
     "scenes": ("scenes", "Draw scenes with captions, to try internvl-nano on or to calibrate with."),
     "run": ("run", "Embed, classify, retrieve or caption images through a bundle's engines."),
+    "eval": ("eval", "Measure a bundle on your own copy of a benchmark, beside the paper's number."),
     "inspect": ("inspect", "Show what a bundle holds, what it promises, and whether its files are intact."),
+    "compare": ("compare", "Show two bundles side by side: sizes, accuracy with its intervals, kernels."),
     "profile": ("profile", "Time a bundle on this machine; count FLOPs and bytes from its graphs."),
 }
 

@@ -23,8 +23,8 @@ LINES = [
     for line in block.splitlines()
     if line.startswith("ivl-export ")
 ]
-# What takes long, or needs the published weights: it is parsed, not run.
-HEAVY = ("build", "export", "train", "profile")
+# What takes long, or needs the published weights or data: it is parsed, not run.
+HEAVY = ("build", "eval", "export", "train", "profile")
 
 
 @pytest.fixture

@@ -1,0 +1,85 @@
+"""``ivl-export eval``: published benchmarks on a user's own copy of the data. Torch is not imported."""
+
+from __future__ import annotations
+
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import print_json, print_table, show
+from .progress import Bars
+from .run import BackendOpt, BundleArg, JsonOpt, TargetOpt, ThreadsOpt
+
+app = typer.Typer(add_completion=False)
+
+
+class Task(str, Enum):
+    """``evaluation.tasks.TASKS``."""
+
+    imagenet = "imagenet"
+    flickr30k = "flickr30k"
+    coco_retrieval = "coco-retrieval"
+    coco_caption = "coco-caption"
+    xtd = "xtd"
+    video = "video"
+
+
+class Head(str, Enum):
+    """Which image embedding."""
+
+    C = "InternVL-C"
+    G = "InternVL-G"
+
+
+@app.command()
+def evaluate(
+    bundle: BundleArg,
+    task: Annotated[Task, typer.Option(help="What is measured.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="The data set's folder, as published.", show_default=False)],
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use so many images, chosen by the hash of their names.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images run at once.")] = None,
+    mode: Annotated[Head, typer.Option(help="Which image embedding; captions have one way only.")] = Head.C,
+    language: Annotated[
+        str, typer.Option(help="Of class names (en, zh, jp, ar, it) or XTD's captions (and es, fr, ko, ru).")
+    ] = "en",
+    frames: Annotated[int, typer.Option(min=1, help="Frames used of a video.")] = 8,
+    backend: BackendOpt = "onnxruntime",
+    target: TargetOpt = None,
+    threads: ThreadsOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Measure a bundle on your own copy of a benchmark, beside the paper's number."""
+    from ..evaluation.tasks import check_task
+    from ..evaluation.tasks import evaluate as run
+    from ..runtime import InternVL
+
+    check_task(task.value, language)
+    start = time.perf_counter()
+    with InternVL.load(bundle, backend, threads=threads, target=target, batch=batch) as model, Bars() as bars:
+        precision = model.bundle.manifest.precision
+        result = run(model, task.value, data, mode.value, language, limit, frames, bars)
+    seconds = time.perf_counter() - start
+    if as_json:
+        about = {"bundle": str(bundle), "precision": precision, "backend": backend, "seconds": seconds}
+        print_json({**about, **result.to_json()})
+        return
+    print_table(
+        f"{result.task} ({result.language}), {result.mode}, {precision} on {backend}",
+        ("measure", "result", "95% interval", "questions", "paper"),
+        [
+            (m.name, f"{m.value:.1f}", f"{m.low:.1f} to {m.high:.1f}", m.samples, m.reference)
+            for m in result.measures
+        ],
+    )
+    used = f"{result.samples} of {result.available} samples, {seconds:.1f} s"
+    settings = ", ".join(f"{name} {show(value)}" for name, value in result.settings.items())
+    typer.echo(f"{used} ({settings}); paper: arXiv 2312.14238, {result.source}")
+    if not result.whole:
+        typer.echo("The paper used its whole set; a smaller one is easier or harder, not comparable.")
+    for skip in result.skipped:
+        typer.echo(f"skipped {show(skip['file'])}: {show(skip['why'])}", err=True)

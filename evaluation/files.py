@@ -1,0 +1,156 @@
+"""Reading strangers' data sets: named errors, no path that leaves the folder, broken images skipped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_BYTES = 1 << 30  # the largest published split file, COCO's, has 144 MB
+MAX_SKIPPED = 0.1
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+class Item(Protocol):
+    """One question: its name, and the image files that belong to it."""
+
+    @property
+    def name(self) -> str:
+        """Name, the same on every machine."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Image files; several are frames of a video."""
+        ...
+
+
+T = TypeVar("T", bound=Item)
+
+
+def read_text(path: Path, what: str) -> str:
+    """A UTF-8 file; InputError says which file to provide (``what`` it holds) or what is wrong with it."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing.", f"It holds {what}.", f"Put {path.name} into {path.parent}.")
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is refused.", f"It is larger than {MAX_BYTES} bytes.")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read.", str(error), "Download it again.") from error
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The JSON value in ``path``; errors as :func:`read_text`."""
+    try:
+        return json.loads(read_text(path, what))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON.", f"{error}.", "Download it again.") from error
+
+
+def inside(root: Path, text: str, where: str) -> Path:
+    """``root / text``; InputError naming ``where`` if that leaves ``root`` (``..``, absolute, a link)."""
+    try:
+        text.encode()  # JSON can name lone surrogates
+        path = (root / text).resolve()
+        good = path.is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{where} has an impossible path.", f"{text[:200]!r}: {error}") from error
+    if not good:
+        raise InputError(
+            f"{where} points outside the data folder.",
+            f"{text[:200]!r} is not below {root}.",
+            "Use the published file, or correct the path.",
+        )
+    return path
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Image files right in ``folder``, sorted by name; hidden files are none."""
+    return [p for p in _visible(folder) if p.suffix.lower() in SUFFIXES and p.is_file()]
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Folders right in ``folder``, sorted by name, without hidden ones."""
+    return [p for p in _visible(folder) if p.is_dir()]
+
+
+def _visible(folder: Path) -> list[Path]:
+    try:
+        return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"Cannot read {folder}.", str(error), "Check its permissions.") from error
+
+
+def choose(items: Sequence[T], limit: int | None) -> list[T]:
+    """``limit`` of ``items`` (None: all) by the hash of their names: the same ones on every machine."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return sorted(items, key=lambda item: hashlib.sha256(_plain(item.name)).digest())[:limit]
+
+
+def fingerprint(questions: Sequence[str]) -> str:
+    """sha256 of the questions asked, in order: two runs with the same one asked the same."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(_plain(question) + b"\n")
+    return digest.hexdigest()
+
+
+@dataclass
+class Reader:
+    """Decodes items in pieces; ``skipped`` fills with what cannot be read, and why."""
+
+    total: int
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def pieces(self, items: Sequence[T], size: int) -> Iterator[tuple[list[T], list[list[Image]]]]:
+        """Items with their images, about ``size`` images in memory at a time.
+
+        InputError as soon as more than a tenth of all items cannot be read.
+        """
+        kept: list[T] = []
+        images: list[list[Image]] = []
+        held = 0
+        for item in items:
+            read = self._read(item)
+            if read is None:
+                continue
+            kept.append(item)
+            images.append(read)
+            held += len(read)
+            if held >= size:
+                yield kept, images
+                kept, images, held = [], [], 0
+        if kept:
+            yield kept, images
+
+    def _read(self, item: Item) -> list[Image] | None:
+        from ..preprocess import load_image
+
+        try:
+            if not item.files:
+                raise InputError(f"{item.name} has no image.")
+            return [load_image(file) for file in item.files]
+        except InputError as error:
+            self.skipped.append({"file": item.name, "why": f"{error.what} {error.why}".strip()})
+        if len(self.skipped) > MAX_SKIPPED * self.total:
+            listed = "; ".join(s["why"] for s in self.skipped[:5])
+            raise InputError(
+                f"{len(self.skipped)} of {self.total} samples cannot be read, over {MAX_SKIPPED:.0%}.",
+                listed + (" ..." if len(self.skipped) > 5 else ""),
+                "Repair or download them again; check that the images lie where the data set puts them.",
+            )
+        return None
+
+
+def _plain(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")

@@ -1,0 +1,126 @@
+"""Questions put to a model in pieces: unit embeddings of texts and images, captions, and their scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import numpy as np
+
+from ..runtime.zero_shot import ensemble, fill, l2
+from .cider import check_cider, cider
+from .datasets import Captioned, Classes, Labelled
+from .files import Item, Reader
+from .scores import Array, Measure, mean, ranks, share
+
+if TYPE_CHECKING:
+    from ..preprocess import ResizeMode
+    from ..runtime import InternVL, Mode
+
+PIECE = 32  # decoded images, or texts, held at a time
+BEAMS, MIN_TOKENS, MAX_TOKENS = 5, 8, 30
+
+T = TypeVar("T", bound=Item)
+
+
+class Progress(Protocol):
+    """Told what runs: a stage and its size, how far it is, that it is done."""
+
+    def started(self, step: str, total: int | None) -> None:
+        """A stage begins."""
+        ...
+
+    def advanced(self, done: int) -> None:
+        """``done`` of it are done."""
+        ...
+
+    def finished(self, step: str, seconds: float, reused: bool) -> None:
+        """It is done."""
+        ...
+
+
+class Runner:
+    """A model, the mode its images are embedded in, and who is told of progress."""
+
+    def __init__(self, model: InternVL, mode: Mode, progress: Progress | None = None) -> None:
+        self.model, self.mode, self.progress = model, mode, progress
+
+    def classify(
+        self, classes: Classes, items: Sequence[Labelled], reader: Reader
+    ) -> tuple[list[Labelled], list[Measure]]:
+        """Zero-shot accuracy of ``items``: top-1, top-5, their mean, and recall averaged over classes."""
+        texts = [fill(t, name) for name in classes.names for t in classes.templates]
+        weights = ensemble(self.texts(texts, "class prompts"), len(classes.names))
+        kept, embeds = self.images(items, reader, "center_crop")
+        place = ranks(embeds, weights, [np.array([item.label]) for item in kept])
+        labels = np.array([item.label for item in kept])
+        recalls = [(place[labels == label] == 0).mean() for label in np.unique(labels)]
+        measures = [share("top-1", place < 1), share("top-5", place < 5)]
+        measures.append(mean("mean of top-1 and top-5", ((place < 1) + 1.0 * (place < 5)) / 2))
+        return kept, [*measures, mean("mean recall of the classes", recalls)]
+
+    def retrieve(self, items: Sequence[Captioned], reader: Reader) -> tuple[list[Captioned], list[Measure]]:
+        """Recall at 1, 5 and 10 both ways; an image is found by any of its captions."""
+        kept, images = self.images(items, reader, "square")
+        owner = np.repeat(np.arange(len(kept)), [len(item.captions) for item in kept])
+        texts = l2(self.texts([text for item in kept for text in item.captions], "captions"))
+        own = [np.flatnonzero(owner == i) for i in range(len(kept))]
+        found = {
+            "image to text": ranks(images, texts, own),
+            "text to image": ranks(texts, images, [np.array([i]) for i in owner]),
+        }
+        return kept, [share(f"{way} R@{k}", place < k) for way, place in found.items() for k in (1, 5, 10)]
+
+    def caption(self, items: Sequence[Captioned], reader: Reader) -> tuple[list[Captioned], list[Measure]]:
+        """CIDEr of the model's captions."""
+        check_cider()
+        kept: list[Captioned] = []
+        said: list[str] = []
+        with self._stage("captions", len(items)) as advanced:
+            for piece, images in reader.pieces(items, PIECE):
+                flat = [image for group in images for image in group]
+                said += self.model.caption(
+                    flat, num_beams=BEAMS, max_new_tokens=MAX_TOKENS, min_new_tokens=MIN_TOKENS
+                )
+                kept += piece
+                advanced(len(kept) + len(reader.skipped))
+        return kept, [mean("CIDEr", cider(said, [item.captions for item in kept]))]
+
+    def texts(self, texts: Sequence[str], stage: str) -> Array:
+        """Embeddings [len(texts), E], not normalised."""
+        parts = []
+        with self._stage(stage, len(texts)) as advanced:
+            for start in range(0, len(texts), PIECE):
+                parts.append(self.model.encode_text(texts[start : start + PIECE]))
+                advanced(min(start + PIECE, len(texts)))
+        return np.concatenate(parts)
+
+    def images(self, items: Sequence[T], reader: Reader, resize: ResizeMode) -> tuple[list[T], Array]:
+        """The items that could be read and a unit vector for each [N, E]: the mean over its frames."""
+        kept: list[T] = []
+        parts = []
+        with self._stage("images", len(items)) as advanced:
+            for piece, images in reader.pieces(items, PIECE):
+                flat = [image for group in images for image in group]
+                embeds = l2(self.model.encode_image(flat, self.mode, resize))
+                starts = np.cumsum([0, *(len(group) for group in images[:-1])])
+                parts.append(l2(np.add.reduceat(embeds, starts, axis=0)))
+                kept += piece
+                advanced(len(kept) + len(reader.skipped))
+        return kept, np.concatenate(parts)
+
+    @contextmanager
+    def _stage(self, name: str, total: int) -> Iterator[_Advanced]:
+        start, told = time.perf_counter(), self.progress
+        if told is None:
+            yield lambda done: None
+            return
+        told.started(name, total)
+        yield told.advanced
+        told.finished(name, time.perf_counter() - start, False)
+
+
+class _Advanced(Protocol):
+    def __call__(self, done: int, /) -> None: ...

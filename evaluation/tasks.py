@@ -1,0 +1,148 @@
+"""The benchmarks by name, run through :class:`ivl_export.runtime.InternVL` on the backend it was loaded with.
+
+Protocol: classes are ensembles of prompts; images are cropped for classification and made square for
+retrieval and captions; the frames of a video are embedded one by one and their unit embeddings averaged;
+captions come from 5 beams with 8 to 30 tokens. Images are decoded in pieces, only embeddings are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from .datasets import imagenet, karpathy, videos, xtd
+from .files import Reader, choose, fingerprint
+from .published import PUBLISHED
+from .runner import BEAMS, MAX_TOKENS, MIN_TOKENS, Progress, Runner
+from .scores import Measure
+
+if TYPE_CHECKING:
+    from ..runtime import InternVL, Mode
+
+FRAMES = 8  # a video, as published
+LANGUAGES: dict[str, tuple[str, ...]] = {
+    "imagenet": ("en", "zh", "jp", "ar", "it"),
+    "xtd": ("en", "es", "fr", "zh", "it", "ko", "ru", "jp"),
+}
+TASKS = tuple(PUBLISHED)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task gave.
+
+    ``samples`` images or videos of the ``available`` ones were used; ``questions`` is the hash of what was
+    asked; ``source`` is the paper's table; ``whole`` says whether the set is as large as the paper's: if not,
+    the paper's numbers answer other questions. Captions have the mode InternVL-G, whose queries they read.
+    """
+
+    task: str
+    mode: str
+    language: str
+    samples: int
+    available: int
+    whole: bool
+    questions: str
+    source: str
+    settings: dict[str, Any]
+    measures: tuple[Measure, ...]
+    skipped: tuple[dict[str, str], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What one kind of task gave; ``variant`` is the paper's row beside the mode."""
+
+    kept: int
+    available: int
+    questions: list[str]
+    variant: str
+    settings: dict[str, Any]
+    measures: list[Measure]
+    skipped: list[dict[str, str]]
+
+
+def evaluate(
+    model: InternVL,
+    task: str,
+    data: Path,
+    mode: Mode = "InternVL-C",
+    language: str = "en",
+    limit: int | None = None,
+    frames: int = FRAMES,
+    progress: Progress | None = None,
+) -> Result:
+    """Run ``task`` (one of :data:`TASKS`) on the data set in the folder ``data``.
+
+    Raises:
+        UsageError: no such task, or it does not exist in this language.
+        InputError: files are missing or wrong, or over a tenth of the images cannot be read.
+        CapabilityError: the bundle lacks a component, or CIDEr cannot be computed here.
+    """
+    check_task(task, language)
+    runner = Runner(model, mode, progress)
+    if task in ("imagenet", "video"):
+        answers = _classify(runner, task, data, language, limit, frames)
+    else:
+        answers = _pairs(runner, task, data, language, limit)
+    shown = "InternVL-G" if task == "coco-caption" else mode
+    published = PUBLISHED[task]
+    numbers = published.numbers.get((shown, answers.variant), {})
+    if task == "video" and frames != FRAMES:
+        numbers = {}
+    return Result(
+        task,
+        shown,
+        language,
+        answers.kept,
+        answers.available,
+        answers.kept == (published.samples or answers.available),
+        fingerprint(answers.questions),
+        published.source,
+        answers.settings,
+        tuple(replace(m, reference=numbers.get(m.name)) for m in answers.measures),
+        tuple(answers.skipped),
+    )
+
+
+def check_task(task: str, language: str) -> None:
+    """UsageError if there is no such task, or not in this language."""
+    if task not in TASKS:
+        raise UsageError(f"Unknown task {task!r}.", "", f"Use one of {', '.join(TASKS)}.")
+    known = LANGUAGES.get(task, ("en",))
+    if language not in known:
+        raise UsageError(f"{task} does not exist in {language!r}.", "", f"Use {' or '.join(known)}.")
+
+
+def _classify(
+    runner: Runner, task: str, data: Path, language: str, limit: int | None, frames: int
+) -> _Answers:
+    classes = imagenet(data, language) if task == "imagenet" else videos(data, frames)
+    items = choose(classes.items, limit)
+    reader = Reader(len(items))
+    kept, measures = runner.classify(classes, items, reader)
+    questions = [*classes.names, *classes.templates, *(f"{item.name} {item.label}" for item in kept)]
+    settings: dict[str, Any] = {"classes": len(classes.names), "templates": len(classes.templates)}
+    variant = language
+    if task == "video":
+        variant, settings["frames"] = str(len(classes.names)), frames
+    return _Answers(len(kept), len(classes.items), questions, variant, settings, measures, reader.skipped)
+
+
+def _pairs(runner: Runner, task: str, data: Path, language: str, limit: int | None) -> _Answers:
+    pairs = xtd(data, language) if task == "xtd" else karpathy(data, task.split("-")[0])
+    items = choose(pairs, limit)
+    reader = Reader(len(items))
+    captions = task == "coco-caption"
+    kept, measures = (runner.caption if captions else runner.retrieve)(items, reader)
+    questions = [text for item in kept for text in (item.name, *item.captions)]
+    settings: dict[str, Any] = {"captions": sum(len(item.captions) for item in kept)}
+    if captions:
+        settings |= {"beams": BEAMS, "min_new_tokens": MIN_TOKENS, "max_new_tokens": MAX_TOKENS}
+    return _Answers(len(kept), len(pairs), questions, language, settings, measures, reader.skipped)
