@@ -80,6 +80,6 @@ def evaluate(
     settings = ", ".join(f"{name} {show(value)}" for name, value in result.settings.items())
     typer.echo(f"{used} ({settings}); paper: arXiv 2312.14238, {result.source}")
     if not result.whole:
-        typer.echo("The paper used its whole set; a smaller one is easier or harder, not comparable.")
+        typer.echo("The paper's numbers are of its whole set: not comparable.")
     for skip in result.skipped:
         typer.echo(f"skipped {show(skip['file'])}: {show(skip['why'])}", err=True)

@@ -58,8 +58,12 @@ def imagenet(root: Path, language: str = "en") -> Classes:
         InputError: a file is missing or wrong, or there are not as many folders as class names.
     """
     code = FILE_LANGUAGE.get(language, language)
-    names = _texts(root / f"{code}_classnames.json", f"ImageNet's class names ({language})", "imagenet1k")
-    what = f"ImageNet's prompt templates ({language})"
+    names = _texts(
+        root / f"{code}_classnames.json",
+        f"ImageNet's class names ({language}), as LAION's CLIP_benchmark has them",
+        "imagenet1k",
+    )
+    what = f"ImageNet's prompt templates ({language}), as LAION's CLIP_benchmark has them"
     templates = _texts(root / f"{code}_zeroshot_classification_templates.json", what, "imagenet1k")
     folder = root / "val" if (root / "val").is_dir() else root
     folders = _folders(folder, "A folder for each class is needed, as in val/n01440764/.")
