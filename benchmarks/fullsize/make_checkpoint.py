@@ -1,12 +1,13 @@
-"""A seeded full-size InternVL-14B checkpoint in the published layout, for measuring what size costs.
+"""A seeded full-size checkpoint in a published layout, for measuring what size costs.
 
 Written as a stream, a block of rows at a time: memory does not depend on the size. Values resemble a trained
 model's where tools are sensitive to them: heavy tails, a few massive channels in the residual stream, norms
 that keep activations finite. They mean nothing: the model's answers are noise.
 
-The published InternVL-14B layout only; InternViT-6B alone and the chat models have other layouts.
+Layouts: InternVL-14B, InternViT-6B alone, and InternVL-Chat with Vicuna-7B or -13B, in names, shapes and
+config; the files are safetensors throughout (InternViT-6B and the chat models were published as ``.bin``).
 
-    python -m ivl_export.benchmarks.fullsize.make_checkpoint OUT --blocks 4
+    python -m ivl_export.benchmarks.fullsize.make_checkpoint OUT --layout chat-7b --blocks 4
 """
 
 from __future__ import annotations
@@ -21,12 +22,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from ivl_export.models.chat_config import (
+    TOWER_CONFIG,
+    VICUNA_7B,
+    VICUNA_13B,
+    ChatConfig,
+    InternViTConfig,
+    ModelConfig,
+    load_config,
+)
 from ivl_export.models.config import InternVLConfig
-from ivl_export.models.layout import Shape, expected_shapes
+from ivl_export.models.layout import VISION, Shape, expected_shapes
 from ivl_export.preprocess import ImageSettings
 from ivl_export.training.tokenizer import train_tokenizer
 
@@ -35,30 +45,49 @@ ITEM_BYTES = 2  # bf16
 MASSIVE = 4
 """Channels of each residual stream that are far larger than the rest."""
 
+LAYOUTS: dict[str, ModelConfig] = {
+    "internvl-14b": InternVLConfig(),
+    "internvit-6b": InternViTConfig(),
+    "chat-7b": ChatConfig(decoder=VICUNA_7B),
+    "chat-13b": ChatConfig(decoder=VICUNA_13B),
+}
+C = TypeVar("C", bound=ModelConfig)
+
 # Projections back into the residual stream.
 _RESIDUAL = (".attn.proj.weight", ".mlp.fc2.weight", "attn.o_proj.weight", ".mlp.down_proj.weight")
 _EMBEDDINGS = ("class_embedding", "position_embedding", "embed_tokens.weight", "query_tokens")
 
 
-def sliced(config: InternVLConfig, vision: int, qllama: int) -> InternVLConfig:
-    """``config`` with other depths."""
-    return replace(
-        config,
-        vision=replace(config.vision, num_hidden_layers=vision),
-        qllama=replace(config.qllama, num_hidden_layers=qllama),
-    )
+def depths(config: ModelConfig) -> tuple[int, int]:
+    """Blocks of InternViT that are run, and of QLLaMA or the chat decoder (0: the model has none)."""
+    if isinstance(config, ChatConfig):
+        return config.vision_blocks, config.decoder.num_hidden_layers
+    text = config.qllama.num_hidden_layers if isinstance(config, InternVLConfig) else 0
+    return config.vision.num_hidden_layers, text
+
+
+def sliced(config: C, vision: int, text: int) -> C:
+    """``config`` with other depths; a chat model keeps the blocks of its tower that are never run."""
+    unread = config.vision.num_hidden_layers - depths(config)[0]
+    parts: dict[str, Any] = {"vision": replace(config.vision, num_hidden_layers=vision + unread)}
+    if isinstance(config, ChatConfig):
+        parts["decoder"] = replace(config.decoder, num_hidden_layers=text)
+        parts["select_layer"] = -(unread + 1)
+    elif isinstance(config, InternVLConfig):
+        parts["qllama"] = replace(config.qllama, num_hidden_layers=text)
+    return replace(config, **parts)
 
 
 def make_checkpoint(
     out: Path,
-    config: InternVLConfig,
+    config: ModelConfig,
     depth: int = 48,
     seed: int = 0,
     shard_bytes: int = 5 * 10**9,
     holes: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
-    """Write shards, index, ``config.json``, ``tokenizer.model`` and ``preprocessor_config.json`` to ``out``.
+    """Write shards, index, configs and, for a model that reads text, ``tokenizer.model`` to ``out``.
 
     Args:
         out: a folder; files of these names in it are replaced.
@@ -85,7 +114,7 @@ def make_checkpoint(
         path = out / f"model-{i:05}-of-{len(shards):05}.safetensors"
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("wb") as file:
-            file.write(_header({key: shapes[key] for key in keys}))
+            file.write(_header({_stored(key, config): shapes[key] for key in keys}))
             if holes:
                 file.truncate(file.tell() + sum(_nbytes(shapes[key]) for key in keys))
             for key in () if holes else keys:
@@ -94,12 +123,17 @@ def make_checkpoint(
                     done += rows.numel() * ITEM_BYTES
                     progress(done, total)
         temporary.replace(path)
-        index.update(dict.fromkeys(keys, path.name))
+        index.update({_stored(key, config): path.name for key in keys})
         paths.append(path)
     _json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     _json(out / "config.json", {**config.to_published(), "torch_dtype": "bfloat16"})
-    (out / "tokenizer.model").write_bytes(train_tokenizer())
-    ImageSettings(size=config.vision.image_size).save(out / "preprocessor_config.json")
+    settings = ImageSettings(config.vision.image_size)
+    if isinstance(config, ChatConfig):
+        _json(out / TOWER_CONFIG, InternViTConfig(config.vision).to_published())
+        settings = ImageSettings(config.image_size, mode="pad")
+    settings.save(out / "preprocessor_config.json")
+    if not isinstance(config, InternViTConfig):
+        (out / "tokenizer.model").write_bytes(train_tokenizer())
     return paths
 
 
@@ -123,7 +157,7 @@ def tensor_blocks(key: str, shape: Shape, depth: int, seed: int) -> Iterator[tor
             scale *= _peaks(rows, seed, 12) / 10
         elif key.endswith(_RESIDUAL):
             scale *= _peaks(rows, seed, 12)
-            if key.startswith("qllama"):  # InternViT has its layer scales
+            if key.endswith(("o_proj.weight", "down_proj.weight")):  # InternViT has its layer scales
                 scale /= math.sqrt(2 * depth)
     else:
         yield _vector(key, shape[0], seed, generator).bfloat16()
@@ -181,6 +215,11 @@ def _header(shapes: dict[str, Shape]) -> bytes:
     return len(raw).to_bytes(8, "little") + raw
 
 
+def _stored(key: str, config: ModelConfig) -> str:
+    """The name in the file: an InternViT alone has no prefix."""
+    return key.removeprefix(VISION) if isinstance(config, InternViTConfig) else key
+
+
 def _nbytes(shape: Shape) -> int:
     return math.prod(shape) * ITEM_BYTES
 
@@ -192,20 +231,21 @@ def _json(path: Path, data: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write a seeded full-size InternVL-14B checkpoint.")
+    parser = argparse.ArgumentParser(description="Write a seeded full-size checkpoint.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--config", type=Path, help="a config.json; else InternVL-14B's sizes")
+    parser.add_argument("--layout", choices=LAYOUTS, default="internvl-14b", help="which published model")
+    parser.add_argument("--config", type=Path, help="a config.json; else the layout's published sizes")
     parser.add_argument("--blocks", type=int, help="blocks of both towers; else all of them")
-    parser.add_argument("--vision-blocks", type=int, help="blocks of InternViT")
-    parser.add_argument("--qllama-blocks", type=int, help="blocks of QLLaMA")
+    parser.add_argument("--vision-blocks", type=int, help="blocks of InternViT that are run")
+    parser.add_argument("--qllama-blocks", type=int, help="blocks of QLLaMA or of the chat decoder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--holes", action="store_true", help="no values: sparse files that take no disk")
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest shard, in GB")
     args = parser.parse_args(argv)
-    config = InternVLConfig.load(args.config) if args.config else InternVLConfig()
-    full = config.vision.num_hidden_layers, config.qllama.num_hidden_layers
+    config = load_config(args.config) if args.config else LAYOUTS[args.layout]
+    full = depths(config)
     vision: int = args.vision_blocks or args.blocks or full[0]
-    qllama: int = args.qllama_blocks or args.blocks or full[1]
+    text: int = (args.qllama_blocks or args.blocks or full[1]) if full[1] else 0
 
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
@@ -216,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         task = bar.add_task("", total=None)
         paths = make_checkpoint(
             args.out,
-            sliced(config, vision, qllama),
+            sliced(config, vision, text),
             max(full),
             args.seed,
             int(args.shard_gb * 1e9),
@@ -224,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lambda done, total: bar.update(task, completed=done, total=total),
         )
     size = sum(path.stat().st_size for path in paths)
-    print(f"{args.out}: {vision} + {qllama} blocks, {len(paths)} shards, {size / 1e9:.2f} GB")
+    print(f"{args.out}: {vision} + {text} blocks, {len(paths)} shards, {size / 1e9:.2f} GB")
     return 0
 
 
