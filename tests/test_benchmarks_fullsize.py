@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ivl_export.benchmarks.fullsize import report, tool
+from ivl_export.benchmarks.fullsize import document, report, tool
 from ivl_export.benchmarks.fullsize.make_checkpoint import MASSIVE, main, make_checkpoint, sliced
 from ivl_export.benchmarks.fullsize.measured import StepFailed, run
 from ivl_export.calibration.quantize import quantise, stored_names
+from ivl_export.export.plain import weight_keys
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
 from ivl_export.models.checkpoint import open_checkpoint
+from ivl_export.models.layout import expected_shapes
 from ivl_export.models.qllama import Visible
 from ivl_export.pipeline.graphs import BASE_STORE, LOW_STORE
 from ivl_export.preprocess import ImageSettings, Tokenizer
@@ -174,3 +179,89 @@ def test_a_step_that_fails_is_in_the_table(tmp_path: Path, capsys: pytest.Captur
     report.print_report(found.rows, "title")
     assert "broken: exit code 1: the reason" in capsys.readouterr().out
     assert found.rows[0].seconds is None
+
+
+def test_a_killed_run_keeps_what_it_measured(tmp_path: Path) -> None:
+    out = tmp_path / "receipt.json"
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from ivl_export.benchmarks.fullsize.report import Report, write\n"
+        "out = Path(sys.argv[1])\n"
+        "keep = lambda rows: write({'rows': [row.step for row in rows]}, out)\n"
+        "found = Report(out.parent, keep)\n"
+        "found.step('first', [sys.executable, '-c', ''], lambda: 0)\n"
+        "found.step('second', ['kill', '-9', str(os.getpid())], lambda: 0)\n"
+        "found.step('third', ['sleep', '60'], lambda: 0)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(out)], stderr=subprocess.DEVNULL, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert json.loads(out.read_text())["rows"][0] == "first"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_calibration_is_timed_by_block_and_its_scales_make_the_graphs(made: Path, tmp_path: Path) -> None:
+    done = tool.calibrate(made, tmp_path, ["vision"])
+    assert set(done["seconds_per_sample_and_block"]) == {"vision"}
+    per_block = done["seconds_per_sample_and_block"]["vision"]
+    assert done["estimate"]["seconds"] == pytest.approx(per_block * 48 * -(-512 // 20)), "at full depth"
+    assert tool.graphs(made, tmp_path, ["vision"]) == {"promised": {"vision": 6 * 4}}
+    assert (tmp_path / "onnx" / "vision.bf16.onnx").is_file()
+
+
+def test_the_plain_route_writes_the_same_weights(tmp_path: Path) -> None:
+    """Holds every weight that ours refers to, or its cost would compare with nothing."""
+    import onnx
+
+    model, out = tmp_path / "model", tmp_path / "plain"
+    make_checkpoint(model, sliced(NARROW, 1, 1))
+    tool.plain(model, out, ["qllama_text"])
+    graph = out / "qllama_text.onnx"
+    assert (out / "qllama_text.onnx.data").stat().st_size > 20 * graph.stat().st_size > 0
+    loaded = onnx.load(graph)
+    assert [value.name for value in loaded.graph.input] == ["input_ids", "lengths"]
+    checkpoint = open_checkpoint(model)
+    needed = sum(checkpoint.tensors[key].nbytes for key in weight_keys(checkpoint, ["qllama_text"]))
+    stored = sum(len(tensor.raw_data) for tensor in loaded.graph.initializer)
+    assert stored == pytest.approx(needed, rel=0.01), "all weights, each once"
+
+
+def test_the_disk_that_a_run_needs() -> None:
+    size = 2 * sum(math.prod(shape) for shape in expected_shapes(NARROW).values())
+    assert report._needed(NARROW, ["zero-copy"], ["vision"]) == size
+    assert report._needed(NARROW, ["cp", "plain"], ["vision"]) == 2 * size
+    everything = ["vision", "qllama_query", "qllama_text", "qllama_step"]
+    assert 2.5 * size < report._needed(NARROW, ["plain"], everything) < 4 * size, "QLLaMA three times"
+
+
+def test_the_document_is_written_from_the_receipts(tmp_path: Path) -> None:
+    text = f"before\n{document.BEGIN}\nold\n{document.END}\nafter\n"
+    row = {"step": "plain", "seconds": 12.34, "peak_anonymous": 5 * 10**9, "bytes_read": 10**9, "ratio": 3.21}
+    row |= {
+        "bytes_written": 0,
+        "error": None,
+        "details": {"times_seconds_of_copy": 4, "times_memory_of_copy": 9},
+    }
+    failed = {**row, "seconds": None, "error": "exit code 1: a | b\nc", "details": None}
+    receipt = {
+        "config": NARROW.to_published(),
+        "components": ["vision"],
+        "holes": False,
+        "rows": [row, failed],
+    }
+    path = tmp_path / "fullsize-x.json"
+    path.write_text(json.dumps(receipt))
+    new = document.render(text, [path])
+    figures = "| 6 + 4 | vision | plain | 12.3 | 5.00 | 1.00 | 0.00 | 3.21 |"
+    assert f"{figures} 4.0x the seconds of copy; 9.0x its memory |" in new.splitlines()
+    assert "| failed: exit code 1: a / b c |" in new
+    assert "old" not in new
+    assert new.startswith("before\n")
+    assert new.endswith("\nafter\n")
+    assert document.render(new, [path]) == new
+    with pytest.raises(ValueError, match="must each stand once"):
+        document.render("no marks", [path])
+
+
+def test_the_document_is_not_stale() -> None:
+    assert document.main(["--check"]) == 0, "run python -m ivl_export.benchmarks.fullsize.document"

@@ -4,6 +4,8 @@ Every step runs in a process of its own and starts with the checkpoint's files o
 of the shards, measured in the same run, is the floor: a ratio is the seconds per byte that the step reads,
 over those of ``cp``.
 
+The receipt is rewritten after every step, so a run that is killed keeps what it measured.
+
     python -m ivl_export.benchmarks.fullsize.report --work FOLDER --blocks 4 --out receipt.json
 """
 
@@ -17,10 +19,11 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ivl_export.benchmarks.fullsize.make_checkpoint import sliced
+from ivl_export.benchmarks.fullsize.make_checkpoint import ITEM_BYTES, sliced
 from ivl_export.benchmarks.fullsize.measured import Run, StepFailed, run
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.layout import expected_shapes
@@ -53,8 +56,9 @@ class Row:
 class Report:
     """Runs steps one after another in the folder ``work``."""
 
-    def __init__(self, work: Path) -> None:
-        self.work, self.model = work, work / "model"
+    def __init__(self, work: Path, keep: Callable[[Sequence[Row]], None] = lambda rows: None) -> None:
+        """``keep`` hears all rows so far after every step."""
+        self.work, self.model, self.keep = work, work / "model", keep
         self.rows: list[Row] = []
         self.floor: float | None = None
         """Seconds a byte of ``cp``."""
@@ -72,26 +76,23 @@ class Report:
         self._evict()
         try:
             done = run(command)
-        except StepFailed as error:
-            self.rows.append(Row(name, error=str(error)))
-            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
-            return
-        if name == "cp":
-            self.floor = done.seconds / read
-        ratio = done.seconds / (read * self.floor) if self.floor and read else None
-        self.rows.append(
-            Row(
-                name,
-                done.seconds,
-                done.cpu_seconds,
-                done.peak_anonymous,
-                read,
-                written(),
-                ratio,
-                details(done) if details else None,
+            if name == "cp":
+                self.floor = done.seconds / read
+            ratio = done.seconds / (read * self.floor) if self.floor and read else None
+            found = details(done) if details else None
+            row = Row(
+                name, done.seconds, done.cpu_seconds, done.peak_anonymous, read, written(), ratio, found
             )
-        )
-        print(f"{name}: {done.seconds:.1f} s", file=sys.stderr, flush=True)
+            print(f"{name}: {done.seconds:.1f} s", file=sys.stderr, flush=True)
+        except StepFailed as error:
+            row = Row(name, error=str(error))
+            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+        self.rows.append(row)
+        self.keep(self.rows)
+
+    def row(self, name: str) -> Row | None:
+        """The row of a step that has figures."""
+        return next((row for row in self.rows if row.step == name and not row.error), None)
 
     def shards(self) -> list[Path]:
         """The checkpoint's weight files."""
@@ -137,21 +138,34 @@ def measure_all(report: Report, sizes: Sequence[str], steps: Sequence[str], comp
     if "copy" in steps:
         out = fresh() / "copy"
         report.step("copy", [*export, "--out", str(out)], lambda: _size(out), used)
+    if "plain" in steps:
+        out = fresh() / "plain"
+        command = [*tool, "plain", str(model), str(out), components]
+        report.step(
+            "plain", command, lambda: _size(out), used, lambda done: _against(report.row("copy"), done)
+        )
     if "quantise" in steps:
         out = fresh() / "low"
         command = [*tool, "quantise", str(model), str(out), components]
         report.step("quantise", command, lambda: _size(out), used, _printed)
-    if "engine" in steps:
+    if {"calibrate", "engine"} & set(steps):
         out = fresh() / "engine"
-        prepare = [*tool, "prepare", str(model), str(out), "vision"]
-        report.step("calibrate and write", prepare, lambda: _size(out), used, _printed)
-        before = _size(out)
-        build = [*tool, "engine", str(model), str(out), "vision"]
-        report.step("engine", build, lambda: _size(out) - before, 0, _printed)
+        calibrate = [*tool, "calibrate", str(model), str(out), components]
+        report.step("calibrate", calibrate, lambda: _size(out), used, _printed)
+    if "engine" in steps and report.row("calibrate"):
+        report.step(
+            "graphs", [*tool, "graphs", str(model), str(out), components], lambda: _size(out), used, _printed
+        )
+        for name in components.split(","):
+            engine = out / f"{name}.engine"
+            build = [*tool, "engine", str(model), str(out), name]
+            report.step(f"engine {name}", build, partial(_size, out, engine.name), 0, _printed)
+            engine.unlink(missing_ok=True)  # the disk holds one at a time
     fresh()
 
 
-STEPS = ("cp", "zero-copy", "copy", "quantise", "engine")
+STEPS = ("cp", "zero-copy", "copy", "plain", "quantise", "calibrate", "engine")
+"""``engine`` calibrates, writes the FP8 graphs and builds an engine of each component."""
 
 
 def print_report(rows: Sequence[Row], title: str) -> None:
@@ -203,13 +217,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{args.work} is not empty")
     config = sliced(InternVLConfig.load(args.config) if args.config else InternVLConfig(), *blocks)
     needed, free = (
-        (0 if args.holes else _needed(config, steps)) + FREE_AFTER,
+        (0 if args.holes else _needed(config, steps, args.components.split(","))) + FREE_AFTER,
         shutil.disk_usage(args.work).free,
     )
     if free < needed:
         parser.error(f"{needed / 1e9:.0f} GB of disk are needed (20 stay free), {free / 1e9:.0f} GB are free")
-    report = Report(args.work)
-    where = machine()
+    title = f"{blocks[0]} InternViT and {blocks[1]} QLLaMA blocks; components: {args.components}"
+    about = {
+        "title": title,
+        "holes": args.holes,
+        "config": config.to_published(),
+        "components": args.components.split(","),
+        "machine": asdict(machine()),
+        "versions": versions(),
+        "commit": commit(),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    report = Report(args.work, lambda rows: write({**about, "rows": [asdict(r) for r in rows]}, args.out))
     try:
         sizes = ["--vision-blocks", str(blocks[0]), "--qllama-blocks", str(blocks[1])]
         sizes += ["--config", str(args.config)] if args.config else []
@@ -217,27 +241,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure_all(report, sizes, steps, args.components)
     finally:
         shutil.rmtree(args.work)
-    title = f"{blocks[0]} InternViT and {blocks[1]} QLLaMA blocks; components: {args.components}"
-    data = {
-        "title": title,
-        "holes": args.holes,
-        "config": config.to_published(),
-        "components": args.components.split(","),
-        "machine": asdict(where),
-        "versions": versions(),
-        "commit": commit(),
-        "rows": [asdict(row) for row in report.rows],
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print_report(report.rows, title)
     return int(any(row.error for row in report.rows))
 
 
-def _needed(config: InternVLConfig, steps: Sequence[str]) -> int:
-    """Most bytes on the disk at once: the checkpoint, and one step's output of at most that size."""
-    size = 2 * sum(math.prod(shape) for shape in expected_shapes(config).values())
-    return size * (2 if set(steps) - {"zero-copy"} else 1)
+def write(data: dict[str, Any], out: Path) -> None:
+    """The receipt, whole or not at all."""
+    part = out.with_name(f".{out.name}.part")
+    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    part.replace(out)
+
+
+def _needed(config: InternVLConfig, steps: Sequence[str], components: Sequence[str]) -> int:
+    """Most bytes on the disk at once: the checkpoint, and the largest output of one step."""
+    import torch
+
+    from ivl_export.export.components import component_module
+
+    shapes = expected_shapes(config)
+    sizes = {key: ITEM_BYTES * math.prod(shape) for key, shape in shapes.items()}
+    whole = sum(sizes.values())
+    if not set(steps) - {"zero-copy"}:
+        return whole
+    plain = 0
+    if "plain" in steps:  # what components share is written for each of them
+        for name in components:
+            with torch.device("meta"):
+                plain += sum(sizes[key] for key in component_module(name, config).state_dict())
+    return whole + max(whole, plain)
+
+
+def _against(ours: Row | None, done: Run) -> dict[str, Any]:
+    """How many times the seconds and the anonymous memory of our row of the same components."""
+    if ours is None or not ours.seconds or not ours.peak_anonymous:
+        return {}
+    return {
+        "times_seconds_of_copy": done.seconds / ours.seconds,
+        "times_memory_of_copy": done.peak_anonymous / ours.peak_anonymous,
+    }
 
 
 def _printed(done: Run) -> dict[str, Any]:

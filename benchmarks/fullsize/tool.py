@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from ivl_export.pipeline.graphs import (
 
 SCALES = "scales.json"
 SAMPLES = 4
+SET, DEVICES = 512, 20
+"""What the time of a whole calibration is estimated for: samples, and devices as fast as this one."""
+
 RECIPE = "fp8"
 
 
@@ -49,26 +53,78 @@ def quantise(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any
     return {"layers": len(layers), "kept": len(kept)}
 
 
-def prepare(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
-    """Scales from a few drawn images (their values do not matter here), the stores and the FP8 graphs."""
-    from ivl_export.calibration.observe import calibrate
+def plain(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
+    """The usual route: ``torch.onnx.export`` of the modules with their weights, saved as external data.
+
+    Kind to it: parameters stay views of the mapped checkpoint, which is no anonymous memory.
+    """
+    import torch
+
+    from ivl_export.export.components import component_module, component_spec
+    from ivl_export.export.trace import OPSET, example_inputs
+    from ivl_export.models.checkpoint import load_state, open_checkpoint
+
+    checkpoint = open_checkpoint(model)
+    out.mkdir(parents=True)
+    for name in components:
+        with torch.device("meta"):
+            module = component_module(name, checkpoint.model, checkpoint.contrastive_only)
+        load_state(module, checkpoint, torch.bfloat16)
+        args, shapes = example_inputs(component_spec(name, checkpoint.model))
+        with torch.no_grad(), redirect_stdout(sys.stderr):
+            program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+            exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+            assert exported is not None, "it returns None only where it falls back to a file"
+            exported.save(out / f"{name}.onnx", external_data=True)
+    return {"components": list(components)}
+
+
+def calibrate(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
+    """Scales from a few drawn images (their values do not matter here), and what one sample costs."""
+    from ivl_export.calibration.calibrate import PartTime, calibration_seconds, seconds_per_block
+    from ivl_export.calibration.calibrate import calibrate as measure
     from ivl_export.calibration.sources import scenes_calibration
+    from ivl_export.models.checkpoint import open_checkpoint
+    from ivl_export.models.config import InternVLConfig
     from ivl_export.preprocess import ImageSettings, Tokenizer
 
-    made = source(model)
+    out.mkdir(parents=True, exist_ok=True)
     settings = ImageSettings.load(model / "preprocessor_config.json")
     tokenizer = Tokenizer(model / "tokenizer.model")
-    samples = scenes_calibration(SAMPLES)
-    scales = calibrate(made.checkpoint, components, samples, settings, tokenizer, batch_size=SAMPLES)
-    quantise(model, out, components)
+    times: list[PartTime] = []
+    chosen = scenes_calibration(SAMPLES)
+    scales = measure(
+        open_checkpoint(model),
+        components,
+        chosen,
+        settings,
+        tokenizer,
+        batch_size=SAMPLES,
+        folder=out / "calibration",
+        timed=times.append,
+    )
     scales.save(out / SCALES)
-    made = replace(made, scales=scales)
-    promised = [write_graph(made, c, out, made.recipe.base, "tensorrt") for c in components]
-    return {"samples": SAMPLES, "promised": sum(map(len, promised))}
+    per_block = seconds_per_block(times)
+    full = calibration_seconds(InternVLConfig(), per_block, SET, DEVICES)
+    return {
+        "samples": SAMPLES,
+        "seconds_per_sample_and_block": per_block,
+        "estimate": {"samples": SET, "devices": DEVICES, "seconds": full},
+    }
+
+
+def graphs(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
+    """The stores, and the FP8 graphs with the scales that :func:`calibrate` left in ``out``."""
+    from ivl_export.calibration.scales import Scales
+
+    made = replace(source(model), scales=Scales.load(out / SCALES))
+    quantise(model, out, components)
+    promised = {c: len(write_graph(made, c, out, made.recipe.base, "tensorrt")) for c in components}
+    return {"promised": promised}
 
 
 def engine(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
-    """TensorRT-RTX engines for SM89 of the graphs that :func:`prepare` wrote, held to the graphs' promise."""
+    """TensorRT-RTX engines for SM89 of what :func:`graphs` wrote, held to the graphs' promise."""
     from collections import Counter
 
     import onnx_ir as ir
@@ -97,7 +153,7 @@ def engine(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-STEPS = {"quantise": quantise, "prepare": prepare, "engine": engine}
+STEPS = {"plain": plain, "quantise": quantise, "calibrate": calibrate, "graphs": graphs, "engine": engine}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,0 +1,115 @@
+"""Writes the table of docs/scale.md from the receipts of :mod:`.report`.
+
+python -m ivl_export.benchmarks.fullsize.document
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RECEIPTS = ROOT / "profiles" / "receipts"
+DOCUMENT = ROOT / "docs" / "scale.md"
+BEGIN = "<!-- begin: written by benchmarks/fullsize/document.py -->"
+END = "<!-- end -->"
+COLUMNS = (
+    "blocks",
+    "components",
+    "step",
+    "seconds",
+    "anonymous GB",
+    "GB read",
+    "GB written",
+    "x cp",
+    "notes",
+)
+
+
+def render(text: str, receipts: Sequence[Path]) -> str:
+    """``text`` with the table of ``receipts`` between its two marks.
+
+    Raises:
+        ValueError: not one pair of marks in that order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in after:
+        raise ValueError(f"{BEGIN!r} and {END!r} must each stand once, in this order.")
+    lines = ["| " + " | ".join(cells) + " |" for cells in table(receipts)]
+    return f"{before}{BEGIN}\n{chr(10).join(lines)}\n{END}{after}"
+
+
+def table(receipts: Sequence[Path]) -> Iterator[Sequence[str]]:
+    """Header, rule, then the rows of every receipt, small models first."""
+    yield COLUMNS
+    yield ("---", "---", "---", *("---:",) * 5, "---")
+    loaded = [json.loads(path.read_text(encoding="utf-8")) for path in receipts]
+    for receipt in sorted(loaded, key=_order):
+        blocks = " + ".join(map(str, _depths(receipt)))
+        components = ", ".join(receipt["components"])
+        for row in receipt["rows"]:
+            yield blocks, components, *_cells(row)
+
+
+def _cells(row: dict[str, Any]) -> Sequence[str]:
+    if row["error"]:
+        return row["step"], *("",) * 5, f"failed: {' '.join(row['error'].split()).replace('|', '/')}"
+    return (
+        row["step"],
+        f"{row['seconds']:.1f}",
+        f"{row['peak_anonymous'] / 1e9:.2f}",
+        f"{row['bytes_read'] / 1e9:.2f}",
+        f"{row['bytes_written'] / 1e9:.2f}",
+        "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        "; ".join(_notes(row["details"] or {})),
+    )
+
+
+def _notes(details: dict[str, Any]) -> Iterator[str]:
+    """What a step found out, in words; keys that :mod:`.tool` and :mod:`.report` write."""
+    if "times_seconds_of_copy" in details:
+        yield f"{details['times_seconds_of_copy']:.1f}x the seconds of copy"
+        yield f"{details['times_memory_of_copy']:.1f}x its memory"
+    for tower, seconds in details.get("seconds_per_sample_and_block", {}).items():
+        yield f"{tower}: {seconds:.3f} s a sample and block"
+    if estimate := details.get("estimate"):
+        yield (
+            f"estimate for all blocks, {estimate['samples']} samples on {estimate['devices']} such machines: "
+            f"{estimate['seconds'] / 60:.1f} min"
+        )
+    for name, found in details.items():
+        if isinstance(found, dict) and "products" in found:
+            products = ", ".join(f"{count} {kind}" for kind, count in sorted(found["products"].items()))
+            yield f"{name}: {found['promised']} quantised products promised; found {products}"
+
+
+def _depths(receipt: dict[str, Any]) -> tuple[int, int]:
+    config = receipt["config"]
+    return config["vision_config"]["num_hidden_layers"], config["qllama_config"]["num_hidden_layers"]
+
+
+def _order(receipt: dict[str, Any]) -> tuple[Any, ...]:
+    return *_depths(receipt), receipt["holes"], receipt["components"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the table of docs/scale.md from the receipts.")
+    parser.add_argument("--check", action="store_true", help="only say whether it is stale (exit code 1)")
+    args = parser.parse_args(argv)
+    old = DOCUMENT.read_text(encoding="utf-8")
+    new = render(old, sorted(RECEIPTS.glob("fullsize-*.json")))
+    if args.check:
+        return int(old != new)
+    part = DOCUMENT.with_name(f".{DOCUMENT.name}.part")
+    part.write_text(new, encoding="utf-8")
+    part.replace(DOCUMENT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
