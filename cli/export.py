@@ -68,16 +68,39 @@ def export(
 
 
 class _Steps:
-    """Shows the steps of an export as bars; bytes in MB, so that the rate is MB/s."""
+    """Shows the steps of an export as bars; bytes in MB, so that the rate is MB/s.
+
+    While weights are copied theirs is the bar, and components that end meanwhile are lines.
+    """
 
     def __init__(self, bars: Bars) -> None:
-        self.bars, self.step, self.began = bars, "", 0.0
+        self.bars, self.bar = bars, ""
+        self.began: dict[str, float] = {}
 
     def __call__(self, step: str, done: int, total: int) -> None:
-        unit = MEGABYTE if step == "weights" else 1
-        if step != self.step:
-            self.step, self.began = step, time.perf_counter()
-            self.bars.started("weights (MB)" if unit > 1 else step, -(-total // unit))
-        self.bars.advanced(-(-done // unit))
-        if done == total:
-            self.bars.finished(step, time.perf_counter() - self.began, False)
+        if step not in self.began:
+            self.began[step] = time.perf_counter()
+            if not self.bar:
+                self._show(step, total)
+        if step == self.bar:
+            self.bars.advanced(_units(step, done))
+        if done < total:
+            return
+        seconds = time.perf_counter() - self.began[step]
+        if step != self.bar:
+            self.bars.noted(step, seconds)
+            del self.began[step]
+            return
+        self.bars.finished(step, seconds, False)
+        self.bar = ""
+        del self.began[step]
+        for other in self.began:  # what went on without a bar
+            self._show(other, 1)
+
+    def _show(self, step: str, total: int) -> None:
+        self.bar = step
+        self.bars.started("weights (MB)" if step == "weights" else step, _units(step, total))
+
+
+def _units(step: str, amount: int) -> int:
+    return -(-amount // MEGABYTE) if step == "weights" else amount

@@ -69,6 +69,10 @@ class Bars:
     def finished(self, step: str, seconds: float, reused: bool) -> None:
         """Replace the bar by a line."""
         self._clear()
+        self.noted(step, seconds, reused)
+
+    def noted(self, step: str, seconds: float, reused: bool = False) -> None:
+        """A line for a step that ended while another has the bar."""
         how = "reused" if reused else f"{seconds:.1f} s"
         self._console.print(f"[green]done[/] {step} [dim]{how}[/]", highlight=False)
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import BuildError, CapabilityError, UsageError
 from ..models.checkpoint import Checkpoint
-from ..models.storage import ITEM_BYTES
+from .beside import Check, beside
 from .binding import bind, save_graph
 from .components import component_module
 from .trace import export_component
-from .weights import Store, cannot_write, open_store, write_store
+from .weights import Store, cannot_write, plan_store, stored_as, write_store
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 STORE = Path("weights") / "weights.safetensors"
@@ -23,7 +28,11 @@ GRAPH_BYTES = 64 << 20
 """Room for the graphs themselves; the largest takes a few MB."""
 
 Progress = Callable[[str, int, int], None]
-"""Hears the step, what is done of it, and its end: bytes for ``weights``, 0 or 1 for a component."""
+"""Hears the step, what is done of it, and its end: bytes for ``weights``, 0 or 1 for a component.
+
+Weights are copied while components are traced, so their steps mix. Calls come one at a time, from
+two threads.
+"""
 
 
 @dataclass(frozen=True)
@@ -77,17 +86,28 @@ def export_plain(
     used = sum(checkpoint.tensors[key].nbytes for key in keys)
     if zero_copy:
         check_linkable(checkpoint, keys, out)
-        graphs = _graphs(checkpoint, checkpoint.tensors, names, dtype, out, progress)
+        models = _bound(checkpoint, checkpoint.tensors, names, dtype, out, progress)
+        graphs = _saved(models, dtype, out)
         return Exported(graphs, None, _sizes(graphs.values()), used)
 
     stored = None if dtype == "fp32" else DTYPES[dtype]
-    total = sum(_stored_bytes(checkpoint, key, stored) for key in keys)
+    layout = stored_as(checkpoint, keys, stored)
+    total, tell = sum(t.nbytes for t in layout), _one_at_a_time(progress)
     with _staged(out) as staging:
         check_space(staging, total + GRAPH_BYTES)
-        progress("weights", 0, total)
         store = staging / STORE
-        write_store(checkpoint, keys, store, stored, lambda done: progress("weights", done, total))
-        _graphs(checkpoint, open_store(store), names, dtype, staging, progress)
+
+        def copy(go_on: Check) -> None:
+            def advance(done: int) -> None:
+                go_on()
+                tell("weights", done, total)
+
+            write_store(checkpoint, keys, store, stored, advance)
+
+        tell("weights", 0, total)
+        with beside(copy) as sound:  # copying is the system's work, tracing Python's
+            models = _bound(checkpoint, plan_store(store, layout).refs, names, dtype, staging, tell, sound)
+        _saved(models, dtype, staging)
     graphs = {name: out / f"{name}.{dtype}.onnx" for name in names}
     return Exported(graphs, out / STORE, _sizes([out / STORE, *graphs.values()]), used)
 
@@ -150,18 +170,31 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _graphs(
-    checkpoint: Checkpoint, store: Store, names: Sequence[str], dtype: str, folder: Path, progress: Progress
-) -> dict[str, Path]:
-    found = {}
+def _bound(
+    checkpoint: Checkpoint,
+    store: Store,
+    names: Sequence[str],
+    dtype: str,
+    folder: Path,
+    progress: Progress,
+    sound: Check = lambda: None,
+) -> dict[str, ir.Model]:
+    """Graphs of ``names`` that refer to ``store``; they are checked and saved once it is there."""
+    models = {}
     for name in names:
+        sound()
         progress(name, 0, 1)
-        model = export_component(name, checkpoint, DTYPES[dtype])
-        bind(model, store, folder)
-        found[name] = folder / f"{name}.{dtype}.onnx"
-        save_graph(model, found[name])
+        models[name] = export_component(name, checkpoint, DTYPES[dtype])
+        bind(models[name], store, folder)
         progress(name, 1, 1)
-    return found
+    return models
+
+
+def _saved(models: dict[str, ir.Model], dtype: str, folder: Path) -> dict[str, Path]:
+    graphs = {name: folder / f"{name}.{dtype}.onnx" for name in models}
+    for name, path in graphs.items():
+        save_graph(models[name], path)
+    return graphs
 
 
 @contextmanager
@@ -211,9 +244,14 @@ def _lock(folder: int, out: Path) -> None:
             ) from error
 
 
-def _stored_bytes(checkpoint: Checkpoint, key: str, dtype: str | None) -> int:
-    ref = checkpoint.tensors[key]
-    return ref.nbytes if dtype is None else ref.nbytes // ITEM_BYTES[ref.dtype] * ITEM_BYTES[dtype]
+def _one_at_a_time(progress: Progress) -> Progress:
+    lock = threading.Lock()
+
+    def tell(step: str, done: int, total: int) -> None:
+        with lock:
+            progress(step, done, total)
+
+    return tell
 
 
 def _sizes(files: Iterable[Path]) -> int:

@@ -10,15 +10,17 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from ..errors import BuildError, CheckpointError
 from ..models.checkpoint import Checkpoint
-from ..models.storage import TensorRef, read_header
+from ..models.storage import SAFETENSORS_DTYPES, TensorRef, read_header
+from .copying import copy_bytes, reserve, write_all
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 ALIGNMENT = 4096  # a page: what memory maps and direct reads like
 BLOCK_VALUES = 1 << 22
 """Weights converted at a time, whatever the size of the tensor."""
-BLOCK_BYTES = 1 << 22
-"""Bytes copied at a time."""
 _SAFETENSORS = {
     "float32": "F32",
     "bfloat16": "BF16",
@@ -55,45 +55,72 @@ class StoredTensor:
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
+@dataclass(frozen=True)
+class StoreLayout:
+    """Where each tensor of a store comes to lie, known before any is written.
+
+    Tensors stand sorted by the power of two in their size, largest first: each then starts at a multiple of
+    that power (up to a page) without holes, which safetensors forbids.
+
+    Args:
+        path: the file.
+        header: its first bytes, all before the tensors.
+        refs: tensor to its place, as :func:`open_store` will read it.
+        size: bytes of the file.
+    """
+
+    path: Path
+    header: bytes
+    refs: Store
+    size: int
+
+
+def plan_store(path: Path, tensors: Iterable[StoredTensor]) -> StoreLayout:
+    """The layout of a store of ``tensors`` at ``path``; ValueError when a name is listed twice."""
+    ordered = sorted(tensors, key=lambda t: (-_power_of_two(t.nbytes), t.name))
+    header: dict[str, object] = {}
+    begins, end = [], 0
+    for t in ordered:
+        begins.append(end)
+        end += t.nbytes
+        header[t.name] = {
+            "dtype": _SAFETENSORS[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [begins[-1], end],
+        }
+    if len(header) != len(ordered):
+        raise ValueError("a tensor is listed twice")
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    data = 8 + len(raw)
+    refs = {
+        t.name: TensorRef(path, t.name, _header_dtype(t.dtype), t.shape, data + begin, t.nbytes)
+        for t, begin in zip(ordered, begins, strict=True)
+    }
+    return StoreLayout(path, len(raw).to_bytes(8, "little") + raw, refs, data + end)
+
+
 class StoreWriter:
     """Writes a store of known tensors as a stream; a context manager.
 
     Offsets are fixed by the layout, so rows of different tensors may come in any interleaving. The file
     appears under ``path`` when the block ends without an error, all of it or nothing.
-
-    Tensors stand sorted by the power of two in their size, largest first: each then starts at a multiple of
-    that power (up to a page) without holes, which safetensors forbids.
     """
 
     def __init__(self, path: Path, tensors: Sequence[StoredTensor]) -> None:
-        names = [t.name for t in tensors]
-        if len(set(names)) != len(names):
-            raise ValueError("a tensor is listed twice")
         self.path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._tensors = {t.name: t for t in sorted(tensors, key=lambda t: (-_power_of_two(t.nbytes), t.name))}
-        self._begin: dict[str, int] = {}
+        self._layout = plan_store(path, tensors)
+        self._tensors = {t.name: t for t in tensors}
         self._written = dict.fromkeys(self._tensors, 0)
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
 
     def __enter__(self) -> StoreWriter:
-        header: dict[str, object] = {}
-        end = 0
-        for name, tensor in self._tensors.items():
-            self._begin[name], end = end, end + tensor.nbytes
-            header[name] = {
-                "dtype": _SAFETENSORS[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [self._begin[name], end],
-            }
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
-        self._data = 8 + len(raw)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._temporary.open("wb")
-            self._file.write(len(raw).to_bytes(8, "little") + raw)
-            self._file.truncate(self._data + end)
+            self._file = FileIO(self._temporary, "w")
+            reserve(self._file, self._layout.size)
+            write_all(self._file, 0, memoryview(self._layout.header))
         except OSError as error:
             self._abandon()
             raise cannot_write(self.path, error) from error
@@ -115,12 +142,15 @@ class StoreWriter:
                 f"{list(values.shape)} {values.dtype} after {done} of {tensor.nbytes} bytes of "
                 f"{list(tensor.shape)} {tensor.dtype}.",
             )
-        self._append(name, values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        data = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        with self._place(name) as (file, at):
+            write_all(file, at, data)
+        self._written[name] += nbytes
 
     def copy(self, name: str, ref: TensorRef, progress: Callable[[int], None]) -> None:
         """Make the bytes that ``ref`` points at tensor ``name``, which is of its dtype and shape.
 
-        Plain reads and writes: faster than through a memory map. ``progress`` hears the size of each block.
+        ``progress`` hears the size of each piece.
 
         Raises:
             CheckpointError: the file cannot be read, or is shorter than it was.
@@ -128,28 +158,20 @@ class StoreWriter:
         """
         if ref.offset is None or ref.nbytes != self._tensors[name].nbytes:
             raise ValueError(f"{ref} cannot be copied to {self._tensors[name]}")
-        buffer = memoryview(bytearray(min(BLOCK_BYTES, ref.nbytes)))
-        left = ref.nbytes
-        try:
-            with ref.file.open("rb", buffering=0) as source:
-                source.seek(ref.offset)
-                while left and (size := source.readinto(buffer[:left])):
-                    self._append(name, buffer[:size])
-                    left -= size
-                    progress(size)
-        except OSError as error:
-            raise CheckpointError(f"{ref.file} cannot be read.", error.strerror or str(error)) from error
-        if left:
-            raise CheckpointError(f"{ref.file} has become shorter.", f"{left} bytes of {ref.name} are gone.")
+        with self._place(name) as (file, at):
+            copy_bytes(ref.file, ref.offset, file, at, ref.nbytes, progress)
+        self._written[name] += ref.nbytes
 
-    def _append(self, name: str, data: memoryview) -> None:
+    @contextlib.contextmanager
+    def _place(self, name: str) -> Iterator[tuple[FileIO, int]]:
+        """The file, and the byte where tensor ``name`` goes on; says which file could not be written."""
         assert self._file is not None, "used outside its with block"
+        begin = self._layout.refs[name].offset
+        assert begin is not None
         try:
-            self._file.seek(self._data + self._begin[name] + self._written[name])
-            self._file.write(data)
+            yield self._file, begin + self._written[name]
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        self._written[name] += data.nbytes
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -179,6 +201,20 @@ class StoreWriter:
             self._temporary.unlink()
 
 
+def stored_as(checkpoint: Checkpoint, keys: Iterable[str], dtype: str | None) -> list[StoredTensor]:
+    """What :func:`write_store` makes of ``keys``, each once, in the order in which they are read.
+
+    Raises:
+        CheckpointError: no such tensor.
+    """
+    listed, refs = list(dict.fromkeys(keys)), checkpoint.tensors
+    absent = [key for key in listed if key not in refs]
+    if absent:
+        raise CheckpointError(f"{checkpoint.path} lacks {len(absent)} tensors.", ", ".join(absent[:5]))
+    listed.sort(key=lambda key: (refs[key].file, refs[key].offset or 0))  # from front to back
+    return [StoredTensor(k, dtype or refs[k].dtype, refs[k].shape) for k in listed]
+
+
 def write_store(
     checkpoint: Checkpoint,
     keys: Iterable[str],
@@ -201,13 +237,7 @@ def write_store(
     """
     import torch
 
-    listed = list(dict.fromkeys(keys))
-    refs = checkpoint.tensors
-    absent = [key for key in listed if key not in refs]
-    if absent:
-        raise CheckpointError(f"{checkpoint.path} lacks {len(absent)} tensors.", ", ".join(absent[:5]))
-    listed.sort(key=lambda key: (refs[key].file, refs[key].offset or 0))  # read from front to back
-    layout = [StoredTensor(k, dtype or refs[k].dtype, refs[k].shape) for k in listed]
+    refs, layout = checkpoint.tensors, stored_as(checkpoint, keys, dtype)
     done = 0
 
     def advance(nbytes: int) -> None:
@@ -259,6 +289,11 @@ def open_store(*paths: Path) -> Store:
             )
         store.update(refs)
     return store
+
+
+def _header_dtype(dtype: str) -> str:
+    """``dtype`` as :func:`.storage.read_header` names it."""
+    return SAFETENSORS_DTYPES.get(_SAFETENSORS[dtype], _SAFETENSORS[dtype])
 
 
 def _power_of_two(nbytes: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
 from ivl_export.cli import main
-from ivl_export.errors import BuildError, CapabilityError, UsageError
+from ivl_export.cli.export import _Steps
+from ivl_export.cli.progress import Bars
+from ivl_export.errors import BuildError, CapabilityError, CheckpointError, UsageError
+from ivl_export.export.beside import Check, beside
 from ivl_export.export.components import component_module
 from ivl_export.export.plain import STORE, export_plain, weight_keys
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig
@@ -115,7 +119,8 @@ def test_a_copy_equals_torch_and_stands_alone(source: Path, tmp_path: Path) -> N
     bytes_heard = [what for what in heard if what[0] == "weights"]
     assert bytes_heard[0] == ("weights", 0, total)
     assert bytes_heard[-1] == ("weights", total, total)
-    assert heard[len(bytes_heard) :] == [(name, done, 1) for name in BOTH for done in (0, 1)]
+    graphs_heard = [what for what in heard if what[0] != "weights"]
+    assert graphs_heard == [(name, done, 1) for name in BOTH for done in (0, 1)]
 
 
 def test_bf16_graphs_use_the_shards_as_they_are(shards: Path, tmp_path: Path) -> None:
@@ -139,8 +144,14 @@ def test_torch_archives_are_copied_not_linked(source: Path, tmp_path: Path, suff
     folder = tmp_path / "torch"
     folder.mkdir()
     shutil.copyfile(source / "config.json", folder / "config.json")
-    if suffix == ".bin":
-        torch.save({key: whole.load(key) for key in whole.tensors}, folder / "pytorch_model.bin")
+    if suffix == ".bin":  # as many shards, and tensors that do not lie as they are read
+        places = {key: ref.file.stem + ".bin" for key, ref in whole.tensors.items()}
+        for shard in set(places.values()):
+            tensors = {key: whole.load(key) for key, place in places.items() if place == shard}
+            torch.save(
+                {k: t.T.contiguous().T if t.dim() == 2 else t for k, t in tensors.items()}, folder / shard
+            )
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
         checkpoint = open_checkpoint(folder)
     else:
         keys = expected_shapes(SMALL, contrastive_only=True)
@@ -149,8 +160,11 @@ def test_torch_archives_are_copied_not_linked(source: Path, tmp_path: Path, suff
     with pytest.raises(CapabilityError, match="torch archive, which does not say at which byte"):
         export_plain(checkpoint, folder, ["vision"], "fp32", zero_copy=True)
     assert not list(folder.glob("*.onnx"))
-    made = export_plain(checkpoint, tmp_path / "out", ["vision"], "fp32")
+    made = export_plain(checkpoint, tmp_path / "out", BOTH, "fp32")
     assert_equals_torch(whole, "vision", made.graphs["vision"])
+    shown = export_plain(whole, tmp_path / "whole", BOTH, "fp32")
+    for name in (STORE, *(graph.name for graph in shown.graphs.values())):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_links_that_runtimes_refuse_are_refused_with_the_reason(shards: Path, tmp_path: Path) -> None:
@@ -213,6 +227,77 @@ def test_nothing_stays_after_an_error_and_nothing_is_overwritten(source: Path, t
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("failing", ["weights", "vision"])
+def test_what_fails_stops_the_other_and_leaves_nothing(source: Path, tmp_path: Path, failing: str) -> None:
+    checkpoint, heard = open_checkpoint(source), []
+
+    def stop(step: str, done: int, total: int) -> None:
+        heard.append((step, threading.current_thread()))
+        if step == failing and done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_plain(checkpoint, tmp_path / "out", BOTH, "bf16", progress=stop)
+    assert not list(tmp_path.iterdir())
+    threads = {thread for _, thread in heard}
+    assert [thread for thread in threads if thread.is_alive()] == [threading.current_thread()]
+    assert len(threads) == 2, "weights are copied in a thread of their own"
+
+
+def test_a_shard_cut_short_meanwhile_is_said(shards: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(shards)
+    os.truncate(max(ref.file for ref in checkpoint.tensors.values()), 5000)
+    with pytest.raises(CheckpointError, match="has become shorter"):
+        export_plain(checkpoint, tmp_path / "out", dtype="bf16")
+    assert [p.name for p in tmp_path.iterdir()] == ["shards"]
+
+
+def test_16_bit_stores_of_wider_checkpoints_are_rounded_beside_tracing(source: Path, tmp_path: Path) -> None:
+    narrow = open_checkpoint(source)
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    shutil.copyfile(source / "config.json", wide / "config.json")
+    save_file({k: narrow.load(k).float() * 1.001 for k in narrow.tensors}, wide / "model.safetensors")
+    checkpoint = open_checkpoint(wide)
+    made = export_plain(checkpoint, tmp_path / "out", ["vision"], "bf16")
+    stored = load_file(tmp_path / "out" / STORE)
+    assert made.bytes_referred == 2 * sum(t.nbytes for t in stored.values())
+    assert all(torch.equal(t, checkpoint.load(k, torch.bfloat16)) for k, t in stored.items())
+
+
+def test_work_beside_the_block_ends_with_it() -> None:
+    def for_ever(go_on: Check) -> None:
+        while True:
+            go_on()
+
+    with pytest.raises(KeyboardInterrupt), beside(for_ever):
+        raise KeyboardInterrupt
+
+    def failing(go_on: Check) -> None:
+        raise CheckpointError("broken")
+
+    with pytest.raises(CheckpointError, match="broken"), beside(failing) as sound:
+        for_ever(sound)
+    with pytest.raises(CheckpointError, match="broken"), beside(failing):
+        pass
+    done: list[int] = []
+    with beside(lambda go_on: done.append(1)) as sound:
+        sound()
+    assert done == [1]
+
+
+def test_components_that_end_while_weights_are_copied_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bars() as bars:
+        steps = _Steps(bars)
+        for told in [
+            ("weights", 0, 9), ("a", 0, 1), ("a", 1, 1), ("weights", 5, 9), ("b", 0, 1), ("weights", 9, 9),
+            ("b", 1, 1), ("c", 0, 1), ("c", 1, 1),
+        ]:  # fmt: skip
+            steps(*told)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[:2] for line in lines] == [["done", name] for name in ("a", "weights", "b", "c")]
+
+
 def test_tensors_that_components_share_are_counted_once(source: Path) -> None:
     checkpoint = open_checkpoint(source)
     text, step = (weight_keys(checkpoint, [name]) for name in ("qllama_text", "qllama_step"))
@@ -240,6 +325,7 @@ def test_the_verb(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr()
     assert "weights.safetensors" in shown.out.replace("\n", "")
     assert "done weights" in shown.err
+    assert "done vision" in shown.err
     assert (tmp_path / "copy" / STORE).is_file()
     assert main([*args, "--out", str(tmp_path), "--zero-copy", "--json"]) == 0, "a folder above will do"
     assert main([*args, "--out", str(tmp_path / "copy"), "--zero-copy", "--json"]) == UsageError.exit_code

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-import errno
 import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ivl_export.errors import BuildError, CheckpointError
-from ivl_export.export import weights
+from ivl_export.export import copying
 from ivl_export.export.binding import bind, save_graph, unbound
-from ivl_export.export.weights import ALIGNMENT, StoredTensor, StoreWriter, open_store, write_store
+from ivl_export.export.weights import (
+    ALIGNMENT,
+    StoredTensor,
+    StoreWriter,
+    open_store,
+    plan_store,
+    write_store,
+)
 from ivl_export.models.checkpoint import open_checkpoint
 
 TINY = Path(__file__).parent / "goldens" / "tiny"
@@ -53,7 +62,10 @@ def test_any_layout_reads_back_with_the_safetensors_library(
     back = load_file(path)
     assert set(back) == set(tensors)
     assert all(same(back[name], tensor) for name, tensor in tensors.items())
-    for name, ref in open_store(path).items():
+    planned = plan_store(path, listed)
+    assert planned.refs == open_store(path)
+    assert planned.size == path.stat().st_size
+    for name, ref in planned.refs.items():
         assert ref.offset is not None
         whole = min(tensors[name].nbytes & -tensors[name].nbytes, ALIGNMENT)
         assert ref.offset % whole == 0, "as aligned as its size allows"
@@ -106,16 +118,24 @@ def test_names_are_listed_once(tmp_path: Path) -> None:
         StoreWriter(tmp_path / "s", [StoredTensor("a", "int8", (4,)), StoredTensor("a", "int8", (4,))])
 
 
-class FullDisk(io.FileIO):
-    def write(self, data: Any) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+@contextmanager
+def files_no_larger_than(nbytes: int) -> Iterator[None]:
+    """The system refuses to make files larger, as it does where the disk is full."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "open", lambda self, mode: FullDisk(self, "w"))
+def test_full_disk(tmp_path: Path) -> None:
     with (
-        pytest.raises(BuildError, match=r"cannot be written\. No space left"),
-        StoreWriter(tmp_path / "s.safetensors", [StoredTensor("a", "int8", (4,))]),
+        pytest.raises(BuildError, match=r"s\.safetensors cannot be written\. File too large"),
+        files_no_larger_than(1 << 20),
+        StoreWriter(tmp_path / "s.safetensors", [StoredTensor("a", "int8", (1 << 21,))]),
     ):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -232,22 +252,68 @@ def test_unbound_and_invalid_graphs_are_not_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_bytes_are_copied_in_blocks_and_a_file_cut_short_is_said(tmp_path: Path) -> None:
-    big = torch.randn(3, 700_001, generator=torch.Generator().manual_seed(0))  # two blocks and a rest
-    save_file({"big": big}, tmp_path / "source.safetensors")
+def test_a_file_cut_short_is_said(tmp_path: Path) -> None:
+    big = torch.randn(3, 700_001, generator=torch.Generator().manual_seed(0))
+    save_file({"small": torch.ones(3), "big": big}, tmp_path / "source.safetensors")
     ref = open_store(tmp_path / "source.safetensors")["big"]
-    assert ref.nbytes > 2 * weights.BLOCK_BYTES
     layout, path, heard = [StoredTensor("copy", "float32", (3, 700_001))], tmp_path / "s.safetensors", [0]
     with StoreWriter(path, layout) as store:
         store.copy("copy", ref, heard.append)
     assert torch.equal(load_file(path)["copy"], big)
     assert sum(heard) == ref.nbytes
-    assert len(heard) == 4
     path.unlink()
     with (tmp_path / "source.safetensors").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(CheckpointError, match="has become shorter"), StoreWriter(path, layout) as store:
         store.copy("copy", ref, heard.append)
+    (tmp_path / "source.safetensors").unlink()
+    with (
+        pytest.raises(CheckpointError, match=r"cannot be read\. No such file"),
+        StoreWriter(path, layout) as store,
+    ):
+        store.copy("copy", ref, heard.append)
     with pytest.raises(ValueError, match="cannot be copied"), StoreWriter(path, layout) as store:
         store.copy("copy", replace(ref, offset=None), heard.append)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("in_system", [True, False])
+def test_ranges_are_copied_whichever_way(
+    in_system: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not in_system:  # as on systems without the call
+        monkeypatch.delattr(os, "copy_file_range")
+    monkeypatch.setattr(copying, "CALL_BYTES", 1000)
+    monkeypatch.setattr(copying, "BLOCK_BYTES", 1000)
+    data = np.random.default_rng(0).bytes(5000)
+    source = tmp_path / "source"
+    source.write_bytes(data)
+    heard: list[int] = []
+    with io.FileIO(tmp_path / "target", "w") as target:
+        copying.reserve(target, 4096)
+        copying.copy_bytes(source, 777, target, 13, 3500, heard.append)
+        assert (tmp_path / "target").read_bytes() == bytes(13) + data[777:4277] + bytes(4096 - 3513)
+        assert heard == [1000, 1000, 1000, 500]
+        with pytest.raises(CheckpointError, match=r"has become shorter\. 277 bytes are gone"):
+            copying.copy_bytes(source, 4277, target, 0, 1000, heard.append)
+        with pytest.raises(OSError, match="File too large"), files_no_larger_than(4096):
+            copying.copy_bytes(source, 0, target, 4000, 500, heard.append)
+        with pytest.raises(KeyboardInterrupt):
+            copying.copy_bytes(source, 0, target, 0, 5000, interrupt)
+    with pytest.raises(OSError, match="not open for writing"), io.FileIO(tmp_path / "target") as target:
+        copying.copy_bytes(source, 0, target, 0, 10, heard.append)
+
+
+def interrupt(_: int) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that a read fails on")
+def test_the_side_that_failed_is_named(tmp_path: Path) -> None:
+    # Nothing is mapped at address 0: reading there fails with an input/output error, as from a broken disk.
+    source = Path("/proc/self/mem")
+    with (
+        pytest.raises(CheckpointError, match=r"/proc/self/mem cannot be read\. Input/output error"),
+        io.FileIO(tmp_path / "target", "w") as target,
+    ):
+        copying.copy_bytes(source, 0, target, 0, 4096, lambda size: None)
