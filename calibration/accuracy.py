@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from .dataset import Batch
 
 BUDGETS = {"fp8": 1.0, "int8": 1.5}
 """Largest loss in percentage points on each task, by recipe (bf16 and fp16: as fp8)."""
+
+SIMULATED = "simulated in torch"
+"""What a receipt names instead of a backend where :mod:`.simulate` stood in for one."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,24 @@ class Metrics:
     samples: int
 
 
+Table = dict[str, dict[str, Metrics]]
+"""component -> output -> metrics."""
+
+
 @dataclass(frozen=True)
 class Receipt:
     """Accuracy of a bundle's components against the fp32 torch model, on samples not calibrated on.
 
     Args:
         recipe: its name.
-        backend: what ran the graphs.
+        backend: what ran the graphs, or :data:`SIMULATED`.
         set_hash: hash of the held-out part of the calibration set.
         samples: its size.
         held_out: False where the set was too small to hold any sample back.
         teacher_forced: component -> output -> metrics; every component got fp32 inputs.
         chained: the same, components fed with each other's outputs.
+        blocks: component -> metrics of the hidden states behind each block, where the model was simulated
+            block by block (:mod:`.simulate`) because it does not fit into memory.
     """
 
     recipe: str
@@ -59,28 +68,31 @@ class Receipt:
     set_hash: str
     samples: int
     held_out: bool
-    teacher_forced: dict[str, dict[str, Metrics]]
-    chained: dict[str, dict[str, Metrics]]
+    teacher_forced: Table
+    chained: Table
+    blocks: dict[str, list[Metrics]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; an infinite SQNR (bit-equal) becomes None."""
         data = asdict(self)
-        for mode in ("teacher_forced", "chained"):
-            for outputs in data[mode].values():
-                for metrics in outputs.values():
-                    if math.isinf(metrics["sqnr_db"]):
-                        metrics["sqnr_db"] = None
+        listed = [
+            m for mode in ("teacher_forced", "chained") for o in data[mode].values() for m in o.values()
+        ]
+        for metrics in (*listed, *(m for blocks in data["blocks"].values() for m in blocks)):
+            if math.isinf(metrics["sqnr_db"]):
+                metrics["sqnr_db"] = None
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Receipt:
         """Inverse of :meth:`to_json`."""
 
-        def read(table: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Metrics]]:
+        def read(table: Mapping[str, Mapping[str, Any]]) -> Table:
             return {c: {o: _metrics(m) for o, m in outputs.items()} for c, outputs in table.items()}
 
         modes = {mode: read(data[mode]) for mode in ("teacher_forced", "chained")}
-        return cls(**{**data, **modes})
+        blocks = {c: [_metrics(m) for m in found] for c, found in data.get("blocks", {}).items()}
+        return cls(**{**data, **modes, "blocks": blocks})
 
     def save(self, path: Path) -> None:
         """Write ``path``."""
@@ -142,7 +154,7 @@ def compare(reference: Array, candidate: Array) -> Metrics:
 
 def component_accuracy(
     reference: Iterable[tuple[Batch, Sequence[Step]]], candidate: Mapping[str, Runner]
-) -> tuple[dict[str, dict[str, Metrics]], dict[str, dict[str, Metrics]]]:
+) -> tuple[Table, Table]:
     """Run ``candidate`` on what the fp32 model was run on.
 
     Args:
@@ -202,7 +214,7 @@ def _add(table: dict[str, dict[str, Comparison]], want: Step, got: Arrays) -> No
         outputs.setdefault(name, Comparison()).add(array, got[name])
 
 
-def _finish(table: dict[str, dict[str, Comparison]]) -> dict[str, dict[str, Metrics]]:
+def _finish(table: dict[str, dict[str, Comparison]]) -> Table:
     return {c: {o: comparison.metrics() for o, comparison in outputs.items()} for c, outputs in table.items()}
 
 

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
+from ..errors import CapabilityError
 from ..models.qllama import KeyValue
 from ..preprocess import Array, ImageSettings, Tokenizer
 from .chain import Arrays, groups, step_inputs
 from .dataset import CalibrationSet, Texts
-from .parts import TOWERS, Context, Modules, Part, enter, leave, run_block
+from .parts import ORDER, TOWERS, Context, Modules, Part, enter, leave, run_block
 from .spill import Spill
 
 if TYPE_CHECKING:
@@ -83,8 +84,17 @@ def samples_of(
     components: Sequence[str],
     batch_size: int,
 ) -> Samples:
-    """``chosen`` as calls of ``components``."""
+    """``chosen`` as calls of ``components``.
+
+    Raises:
+        CapabilityError: a component that runs through neither tower.
+    """
     calls: list[Call] = []
+    unknown = [c for c in components if c not in ORDER]
+    if unknown:
+        raise CapabilityError(
+            f"{', '.join(unknown)} cannot be calibrated.", f"Known components are {', '.join(ORDER)}."
+        )
     places = dict.fromkeys(TOWERS, 0)
     width = {"vision": config.vision.hidden_size, "qllama": config.qllama.hidden_size}
     for batch, texts in enumerate(chosen.texts(tokenizer, batch_size)):
@@ -125,6 +135,7 @@ class Flow:
         folder: where hidden states are spilled.
         name: of the files there.
         given: another flow whose tokens, keys and values the query and step passes take; None: its own.
+        components: those of ``modules`` that run; None: all.
     """
 
     def __init__(
@@ -134,9 +145,10 @@ class Flow:
         folder: Path,
         name: str = "states",
         given: Flow | None = None,
+        components: Sequence[str] | None = None,
     ) -> None:
         self.modules, self.given = modules, given or self
-        self.components = tuple(modules.by_name)
+        self.components = tuple(modules.by_name if components is None else components)
         self.spills = {}
         for tower, members in TOWERS.items():
             if set(members) & set(self.components):

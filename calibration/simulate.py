@@ -1,0 +1,189 @@
+"""Accuracy of a quantised model that does not fit into memory: its blocks simulated in torch, one at a time.
+
+The stored 8-bit values and scales are dequantised as the graph's DequantizeLinear does, the inputs of the
+quantised layers go through QuantizeLinear and DequantizeLinear, products are computed in fp32. An fp32 flow
+and the simulated ones go through a part side by side, so that nothing but hidden states is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..export.components import component_spec
+from ..export.weights import open_store
+from ..models.storage import open_reader
+from ..preprocess import ImageSettings, Tokenizer
+from .accuracy import Comparison, Metrics, Table
+from .dataset import CalibrationSet
+from .parts import NEEDS, Load, Modules, needed, parts
+from .qdq import activation_scale
+from .quantize import dequantise, quantise_values, stored_names
+from .scales import Scales
+from .stream import Flow, samples_of, visit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised model as it is stored.
+
+    Args:
+        stores: files with the 8-bit values and scales, and with the weights that stay in the base type.
+        schemes: quantised layer -> ``fp8`` or ``int8``.
+        base: ``bf16`` or ``fp16``.
+        scales: ranges of the layers' inputs; None where ``schemes`` is empty.
+    """
+
+    stores: Sequence[Path]
+    schemes: Mapping[str, str]
+    base: str
+    scales: Scales | None
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Accuracy against fp32, as :func:`.accuracy.component_accuracy` measures it.
+
+    Args:
+        teacher_forced: component -> output -> metrics; every component got fp32 inputs.
+        chained: the same, components fed with each other's outputs.
+        blocks: component -> metrics of the hidden states behind each block, with the errors of all blocks
+            before it (chained where the component is chained).
+    """
+
+    teacher_forced: Table
+    chained: Table
+    blocks: dict[str, list[Metrics]]
+
+
+def simulated_accuracy(
+    checkpoint: Checkpoint,
+    components: Sequence[str],
+    quantised: Quantised,
+    chosen: CalibrationSet,
+    settings: ImageSettings,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    batch_size: int = 8,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda done: None,
+) -> Simulated:
+    """Run ``chosen`` through the fp32 and the quantised ``components``, block by block.
+
+    Args:
+        checkpoint: the fp32 weights.
+        components: those that ``quantised`` has weights and ranges for.
+        quantised: what is simulated.
+        chosen: held-out samples.
+        settings, tokenizer: of the model.
+        folder: where activations are spilled; the caller removes it.
+        batch_size: samples in memory at a time.
+        device: where blocks run; an fp32 block and a simulated one are there at a time.
+        progress: hears how much of :func:`.calibrate.calibration_units` is done.
+
+    Raises:
+        BuildError: NaN or infinity in a quantised component; too little disk.
+    """
+    config, order = checkpoint.config, needed(components)
+    samples = samples_of(chosen, settings, tokenizer, config, order, batch_size)
+    here = [c for c in order if c in components]
+    simulated = Modules(checkpoint, here, _stored(quantised), device)
+    reference = Flow(Modules(checkpoint, order, device=device), samples, folder, "fp32")
+    # Components that take no other's outputs are the same in both modes: they run once.
+    chained = [c for c in here if set(NEEDS.get(c, ())) <= set(here)]
+    fed = [c for c in here if c in NEEDS]
+    flows = [
+        reference,
+        Flow(simulated, samples, folder, "chained", components=chained),
+        Flow(simulated, samples, folder, "forced", given=reference, components=fed),
+    ]
+    compared: list[dict[str, dict[str, Comparison]]] = [{}, {}]
+    blocks: dict[str, list[Comparison]] = {}
+    try:
+        with _fake_quantised(simulated, quantised):
+            for number, part in enumerate(parts(config, order)):
+                before = number * samples.count
+                for call, made in visit(part, samples, flows, progress, before):
+                    want = made[0]
+                    assert want is not None
+                    for got, table in zip(made[1:], compared, strict=True):
+                        if got is not None:
+                            outputs = table.setdefault(call.component, {})
+                            for name, tensor in want[1].items():
+                                _add(outputs.setdefault(name, Comparison()), tensor, got[1][name])
+                    got = made[1] or made[2]
+                    if got is not None and not part.entry and not part.exit:
+                        depth = blocks.setdefault(call.component, [])
+                        if len(depth) == part.block:
+                            depth.append(Comparison())
+                        _add(depth[part.block], want[0], got[0])
+    finally:
+        for flow in flows:
+            flow.close()
+
+    def ordered(component: str, table: dict[str, dict[str, Comparison]]) -> dict[str, Metrics]:
+        names = [tensor.name for tensor in component_spec(component, config).outputs]
+        return {name: table[component][name].metrics() for name in names}
+
+    return Simulated(
+        {c: ordered(c, compared[1] if c in fed else compared[0]) for c in here},
+        {c: ordered(c, compared[0]) for c in chained},
+        {c: [comparison.metrics() for comparison in blocks[c]] for c in here},
+    )
+
+
+def _stored(quantised: Quantised) -> Load:
+    """fp32 weights as the graph sees them: dequantised, or from the base type."""
+    store = open_store(*quantised.stores)
+    readers = {path: open_reader(path) for path in {ref.file for ref in store.values()}}
+
+    def read(name: str) -> torch.Tensor:
+        return readers[store[name].file](store[name].name)
+
+    def load(key: str) -> torch.Tensor:
+        layer = key.removesuffix(".weight")
+        if layer == key or layer not in quantised.schemes:
+            return read(key).float()
+        values, _, scale = stored_names(layer, quantised.schemes[layer], quantised.base)
+        return dequantise(read(values), read(scale))
+
+    return load
+
+
+@contextmanager
+def _fake_quantised(modules: Modules, quantised: Quantised) -> Iterator[None]:
+    """Inputs of the quantised layers go through Q and DQ inside the ``with`` block."""
+    amax = quantised.scales.amax if quantised.scales else {}
+    with ExitStack() as stack:
+        for component, module in modules.by_name.items():
+            for name, layer in module.named_modules():
+                scheme, top = quantised.schemes.get(name), amax.get(component, {}).get(name)
+                if scheme is None or top is None:
+                    continue
+                scale = activation_scale(top, scheme, quantised.base)
+                handle = layer.register_forward_pre_hook(_rounded(scale, scheme))
+                stack.callback(handle.remove)
+        yield
+
+
+def _rounded(scale: float, scheme: str) -> Callable[[object, tuple[torch.Tensor, ...]], tuple[torch.Tensor]]:
+    def hook(_: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        factor = torch.tensor(scale, device=args[0].device)
+        return (quantise_values(args[0], factor, scheme).float() * factor,)
+
+    return hook
+
+
+def _add(comparison: Comparison, want: torch.Tensor, got: torch.Tensor) -> None:
+    comparison.add(want.cpu().numpy(), got.cpu().numpy())
