@@ -26,7 +26,7 @@ import numpy as np
 
 from ..errors import BuildError
 from .quantize import BASE_DTYPES, stored_names
-from .recipe import QUANTISED
+from .schemes import SCHEMES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -117,7 +117,7 @@ def check_promise(model: ir.Model, wanted: Mapping[str, str], promised: Mapping[
 
 def _wanted(graph: ir.Graph, schemes: Mapping[str, str], amax: Mapping[str, float]) -> dict[str, str]:
     """The layers to quantise in this graph: those whose weights it has, which must have been measured."""
-    planned = {name: scheme for name, scheme in schemes.items() if scheme in QUANTISED}
+    planned = {name: scheme for name, scheme in schemes.items() if scheme in SCHEMES}
     here = {name for name in planned if f"{name}.weight" in graph.initializers}
     unmeasured, absent = sorted(here - set(amax)), sorted((set(amax) & set(planned)) - here)
     if unmeasured:

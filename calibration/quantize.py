@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from ..export.weights import StoredTensor
-from .recipe import QUANTISED
+from .schemes import SCHEMES
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ def quantise_rows(
     """
     import torch
 
-    if scheme not in QUANTISED:
+    if scheme not in SCHEMES:
         raise ValueError(f"{scheme} stores no 8-bit weights")
     step = max(1, CHUNK_VALUES // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):

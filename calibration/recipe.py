@@ -1,8 +1,8 @@
 """Precision recipes: which linear layer computes in what, as data.
 
 A recipe is a list of rules (name pattern -> scheme) over a base type; the last rule that matches a layer
-wins. Layers are named as in the published checkpoints, without ``.weight``:
-``vision_model.encoder.layers.0.attn.qkv``. Imports nothing heavy.
+wins. Those that ship are the files in ``recipes/``. Layers are named as in the published checkpoints, without
+``.weight``: ``vision_model.encoder.layers.0.attn.qkv``. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,18 +17,12 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError
-
-BASES = ("bf16", "fp16")
-"""Types that everything a recipe does not name computes in."""
-
-QUANTISED = ("fp8", "int8")
-"""Schemes that quantise: weights per output channel, activations per tensor, both stored in 8 bits."""
+from .schemes import BASES, SCHEMES, element_types, excluded
 
 ATTENTION = ("base",)
 """What the two attention products compute in: the base type."""
 
-DIMENSION_MULTIPLE = {"fp8": 16}
-"""In and out features of a layer must be multiples of this, or TensorRT has no kernel for the scheme."""
+FOLDER = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class Rule:
 
     Args:
         pattern: matched against whole layer names, case-sensitively.
-        scheme: ``fp8``, ``int8``, or the recipe's base to take a layer out again.
+        scheme: one of :data:`.schemes.SCHEMES`, or the recipe's base to take a layer out again.
         optional: the rule may match nothing (a part of the model that not every checkpoint has).
     """
 
@@ -54,16 +48,18 @@ class Recipe:
         name: as given to ``--precision``.
         rules: applied in order, the last match wins; layers that match none compute in ``base``.
         attention: one of :data:`ATTENTION`.
-        base: one of :data:`BASES`.
+        base: one of :data:`.schemes.BASES`.
+        summary: what it does, in a line.
 
     Raises:
-        UsageError: an unknown scheme, base or attention type, or one pattern with two schemes.
+        UsageError: an unusable name; an unknown scheme, base or attention type.
     """
 
     name: str
     rules: tuple[Rule, ...] = ()
     attention: str = "base"
     base: str = "bf16"
+    summary: str = ""
 
     def __post_init__(self) -> None:
         where = f"Recipe {self.name!r}"
@@ -75,33 +71,31 @@ class Recipe:
             )
         _one_of(f"{where}: base", self.base, BASES)
         _one_of(f"{where}: attention", self.attention, ATTENTION)
-        seen: dict[str, str] = {}
         for rule in self.rules:
-            _one_of(f"{where}: scheme of {rule.pattern!r}", rule.scheme, (*QUANTISED, self.base))
-            if seen.setdefault(rule.pattern, rule.scheme) != rule.scheme:
-                raise UsageError(
-                    f"{where} gives the pattern {rule.pattern!r} two schemes.",
-                    f"{seen[rule.pattern]} and {rule.scheme}.",
-                    "Remove one of the rules.",
-                )
+            _one_of(f"{where}: scheme of {rule.pattern!r}", rule.scheme, (*SCHEMES, self.base))
 
     @property
     def quantises(self) -> bool:
-        """Whether any rule asks for 8 bits."""
-        return any(rule.scheme in QUANTISED for rule in self.rules)
+        """Whether any rule quantises."""
+        return any(rule.scheme in SCHEMES for rule in self.rules)
+
+    @property
+    def element_types(self) -> frozenset[str]:
+        """Element types that a target must have for it."""
+        return element_types(self.base, frozenset(rule.scheme for rule in self.rules))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for JSON, YAML and the manifest."""
-        data = asdict(self)
-        rules = [{k: v for k, v in rule.items() if k != "optional" or v} for rule in data.pop("rules")]
-        return {**data, "rules": rules}
+        rules = [{k: v for k, v in asdict(rule).items() if k != "optional" or v} for rule in self.rules]
+        summary = {"summary": self.summary} if self.summary else {}
+        return {"name": self.name, **summary, "base": self.base, "attention": self.attention, "rules": rules}
 
     @classmethod
     def from_json(cls, data: Any, source: str = "recipe") -> Recipe:
         """Inverse of :meth:`to_json`; UsageError names what does not fit."""
         if not isinstance(data, dict) or not isinstance(data.get("rules", []), list):
             raise UsageError(f"{source} is no recipe.", "It needs a mapping with 'name' and a list 'rules'.")
-        _known_keys(data, {"name", "rules", "attention", "base"}, source)
+        _known_keys(data, {"name", "summary", "rules", "attention", "base"}, source)
         rules = []
         for i, rule in enumerate(data.get("rules", [])):
             where = f"{source}, rule {i + 1}"
@@ -120,7 +114,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as an editable file."""
-        return yaml.safe_dump(self.to_json(), sort_keys=False)
+        return yaml.safe_dump(self.to_json(), sort_keys=False, allow_unicode=True, width=100)
 
 
 @dataclass(frozen=True)
@@ -146,19 +140,19 @@ class Plan:
 
     @property
     def quantised(self) -> dict[str, str]:
-        """The layers that get 8 bits."""
-        return {name: scheme for name, scheme in self.schemes.items() if scheme in QUANTISED}
+        """The layers that are not left in the base type."""
+        return {name: scheme for name, scheme in self.schemes.items() if scheme in SCHEMES}
 
 
 def shipped_recipes() -> tuple[str, ...]:
     """Names that ``--precision`` takes."""
-    return ("bf16", "fp16", "fp8", "int8")
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
 
-def load_recipe(name_or_path: str | Path) -> Recipe:
-    """A shipped recipe by name, or one from a ``.yaml``, ``.yml`` or ``.json`` file; UsageError otherwise."""
+def recipe_file(name_or_path: str | Path) -> Path:
+    """The file of a shipped recipe, or the recipe file that was named; UsageError if it is neither."""
     if str(name_or_path) in shipped_recipes():
-        return _shipped(str(name_or_path))
+        return FOLDER / f"{name_or_path}.yaml"
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise UsageError(
@@ -166,6 +160,12 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             f"Shipped recipes: {', '.join(shipped_recipes())}.",
             "Name one of these, or a recipe file ending in .yaml or .json.",
         )
+    return path
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A shipped recipe by name, or one from a ``.yaml``, ``.yml`` or ``.json`` file; UsageError otherwise."""
+    path = recipe_file(name_or_path)
     try:
         text = path.read_text(encoding="utf-8")
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -180,9 +180,11 @@ def schemes(recipe: Recipe, linear_names: Iterable[str]) -> dict[str, str]:
     """The scheme of every layer, last match wins.
 
     Raises:
-        UsageError: a rule that is not optional matches nothing, or no quantising rule matches anything.
+        UsageError: a rule that is not optional matches nothing, two rules give the same pattern different
+            schemes, or no quantising rule matches anything.
     """
     names = list(linear_names)
+    given: dict[str, str] = {}
     result = dict.fromkeys(names, recipe.base)
     hits = 0
     for rule in recipe.rules:
@@ -193,7 +195,16 @@ def schemes(recipe: Recipe, linear_names: Iterable[str]) -> dict[str, str]:
                 f"The model has {len(names)} linear layers, for example {', '.join(names[:3]) or 'none'}.",
                 "Correct the pattern, or mark the rule 'optional: true'.",
             )
-        hits += len(matched) if rule.scheme in QUANTISED else 0
+        first = given.setdefault(rule.pattern, rule.scheme)
+        if matched and first != rule.scheme:
+            more = f" and {len(matched) - 3} more" if len(matched) > 3 else ""
+            raise UsageError(
+                f"Recipe {recipe.name!r} gives the pattern {rule.pattern!r} two schemes, {first} and "
+                f"{rule.scheme}.",
+                f"It matches {', '.join(matched[:3])}{more}.",
+                "Remove one of the two rules.",
+            )
+        hits += len(matched) if rule.scheme in SCHEMES else 0
         result.update(dict.fromkeys(matched, rule.scheme))
     if recipe.quantises and not hits:
         raise UsageError(
@@ -213,34 +224,10 @@ def plan(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> Plan:
     result = schemes(recipe, shapes)
     exclusions = []
     for name, scheme in result.items():
-        multiple = DIMENSION_MULTIPLE.get(scheme, 1)
-        out_features, in_features = shapes[name]
-        if out_features % multiple or in_features % multiple:
-            reason = (
-                f"in features {in_features} and out features {out_features} must both be multiples of "
-                f"{multiple} for {scheme} matrix products in TensorRT"
-            )
+        if reason := excluded(scheme, *shapes[name]):
             exclusions.append(Exclusion(name, scheme, reason))
     result.update({e.layer: recipe.base for e in exclusions})
     return Plan(result, tuple(exclusions))
-
-
-# Pooling heads, text_projection, lm_head and the ITM head stay in 16 bits: they are small, they stand last,
-# and 49,954 tokens are no multiple of 8.
-_LAYERS = (
-    ("vision_model.encoder.layers.*.attn.qkv", False),
-    ("vision_model.encoder.layers.*.attn.proj", False),
-    ("vision_model.encoder.layers.*.mlp.fc[12]", False),
-    ("qllama.model.layers.*.self_attn.[qkvo]_proj", True),
-    ("qllama.model.layers.*.mlp.*_proj", True),
-    ("qllama.model.layers.*.cross_attn.[qkvo]_proj", True),
-)
-
-
-def _shipped(name: str) -> Recipe:
-    if name in BASES:
-        return Recipe(name, base=name)
-    return Recipe(name, tuple(Rule(pattern, name, optional) for pattern, optional in _LAYERS))
 
 
 def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -19,6 +19,7 @@ from .. import __version__
 VERBS: dict[str, tuple[str, str]] = {
     "build": ("build", "Checkpoint in, verified bundle out: export, calibrate, quantise, engines, proof."),
     "export": ("export", "Plain ONNX graphs of a checkpoint, with a copy of its weights or without."),
+    "recipes": ("recipes", "Show the precision recipes, or print one as a file to edit."),
     "train": ("train", "Train a small InternVL from scratch on drawn scenes."),
     "scenes": ("scenes", "Draw scenes with captions, to try internvl-nano on or to calibrate with."),
     "run": ("run", "Embed, classify, retrieve or caption images through a bundle's engines."),

@@ -88,6 +88,15 @@ def test_a_rule_that_matches_nothing_is_named() -> None:
     assert schemes(optional, ["a.qkv"]) == {"a.qkv": "fp8"}
 
 
+def test_one_pattern_with_two_schemes_names_the_layers() -> None:
+    twice = Recipe("x", (Rule("a.*", "fp8"), Rule("b", "int8"), Rule("a.*", "int8")))
+    with pytest.raises(UsageError, match=r"the pattern 'a\.\*' two schemes, fp8 and int8") as error:
+        schemes(twice, ["a.q", "a.k", "a.v", "a.o", "b"])
+    assert error.value.why == "It matches a.q, a.k, a.v and 1 more."
+    same = Recipe("x", (Rule("a.*", "fp8"), Rule("b", "int8"), Rule("a.*", "fp8")))
+    assert schemes(same, ["a.q", "b"]) == {"a.q": "fp8", "b": "int8"}
+
+
 def test_a_quantising_recipe_must_quantise_something() -> None:
     with pytest.raises(UsageError, match="quantises no layer"):
         schemes(Recipe("x", (Rule("b", "fp8", optional=True),)), ["a"])
@@ -117,10 +126,7 @@ def test_widths_that_fp8_cannot_run_are_stated() -> None:
         ({"name": "x", "base": 16}, "base is no text"),
         ({"name": "../x"}, "unusable name"),
         ({"rules": []}, "unusable name"),
-        (
-            {"name": "x", "rules": [{"pattern": "a", "scheme": "fp8"}, {"pattern": "a", "scheme": "int8"}]},
-            "gives the pattern 'a' two schemes",
-        ),
+        ({"name": "x", "summary": ["no"]}, "summary is no text"),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(data: object, message: str, tmp_path: Path) -> None:
@@ -131,7 +137,7 @@ def test_bad_recipes_say_what_is_wrong(data: object, message: str, tmp_path: Pat
 
 
 def test_unknown_precision_lists_the_shipped_ones() -> None:
-    with pytest.raises(UsageError, match="bf16, fp16, fp8, int8"):
+    with pytest.raises(UsageError, match=", ".join(shipped_recipes())):
         load_recipe("fp4")
 
 
