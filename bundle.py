@@ -117,20 +117,22 @@ class Bundle:
             )
         return self.path(graphs[dtype])
 
-    def engine(self, component: str, backend: str, target: str | None = None) -> EngineFile:
+    def engines(self, component: str, backend: str, target: str | None = None) -> tuple[EngineFile, ...]:
         """The engine of ``component`` for ``backend`` (and ``target``: the first one if None).
 
-        ONNX Runtime reads the graph itself: where no engine is listed for it, the fp32 graph is its engine.
-        CapabilityError names what there is.
+        One file, or one for each part of a split component, in the order they run. ONNX Runtime reads the
+        graph itself: where no engine is listed for it, the fp32 graph is its engine. CapabilityError names
+        what there is.
         """
         self.spec(component)
         engines = [e for e in self.manifest.engines if e.component == component]
         for engine in engines:
             if engine.backend == backend and target in (None, engine.target):
-                return engine
+                parts = [e for e in engines if (e.backend, e.target) == (backend, engine.target)]
+                return tuple(sorted(parts, key=lambda e: e.part))
         graph = self.manifest.components[component].graphs.get("fp32")
         if backend == "onnxruntime" and target in (None, "cpu") and graph is not None:
-            return EngineFile(component, backend, "cpu", graph, "")
+            return (EngineFile(component, backend, "cpu", graph, ""),)
         have = ", ".join(sorted({f"{e.backend}-{e.target}" for e in engines}))
         raise CapabilityError(
             f"This bundle has no engine of {component} for {backend}{f'-{target}' if target else ''}.",

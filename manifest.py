@@ -49,21 +49,30 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Component:
-    """A component's contract and its graphs by compute type: ``{"fp32": "onnx/vision.fp32.onnx"}``."""
+    """A component's contract and its graphs by compute type: ``{"fp32": "onnx/vision.fp32.onnx"}``.
+
+    ``parts`` are the pieces of a split component in the order they run, ``<name>.<k>`` each, without parts of
+    their own: its engines are theirs. Together they do what ``graphs`` do.
+    """
 
     spec: ComponentSpec
     graphs: dict[str, str]
+    parts: tuple[Component, ...] = ()
 
 
 @dataclass(frozen=True)
 class EngineFile:
-    """A built engine; ``release`` is the exact library release that built it (engines are tied to it)."""
+    """A built engine; ``release`` is the exact library release that built it (engines are tied to it).
+
+    ``part`` says which part of a split component it is.
+    """
 
     component: str
     backend: str
     target: str
     file: str
     release: str
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,14 @@ class Manifest:
 
     def dumps(self) -> str:
         """``manifest.json`` as text; ValueError or TypeError if a free-form part is not plain JSON."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+        data = asdict(self)
+        for component in data["components"].values():
+            for whole in component["parts"] or [component]:
+                del whole["parts"]
+        for engine in data["engines"]:
+            if not self.components[engine["component"]].parts:
+                del engine["part"]
+        return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
     def with_files(self, files: dict[str, FileEntry]) -> Manifest:
         """A copy that lists ``files``."""
@@ -142,16 +158,22 @@ class Manifest:
         for name, component in self.components.items():
             if component.spec.name != name:
                 refuse(f"components.{name}.spec.name", f"is {component.spec.name!r}")
-            wanted += [(f"components.{name}.graphs.{k}", path) for k, path in component.graphs.items()]
-        seen: set[tuple[str, str, str]] = set()
+            _check_chain(component)
+            for piece in (component, *component.parts):
+                where = f"components.{piece.spec.name}.graphs"
+                wanted += [(f"{where}.{k}", path) for k, path in piece.graphs.items()]
+        seen: dict[tuple[str, str, str], set[int]] = {}
         for i, engine in enumerate(self.engines):
             key = (engine.component, engine.backend, engine.target)
             if engine.component not in self.components:
                 refuse(f"engines[{i}].component", f"names unknown component {engine.component!r}")
-            if key in seen:
+            if engine.part in seen.setdefault(key, set()):
                 refuse(f"engines[{i}]", f"repeats {'/'.join(key)}")
-            seen.add(key)
+            seen[key].add(engine.part)
             wanted.append((f"engines[{i}].file", engine.file))
+        for key, parts in seen.items():
+            if parts != set(range(len(self.components[key[0]].parts) or 1)):
+                refuse("engines", f"has other parts of {'/'.join(key)} than the component: {sorted(parts)}")
         if len(set(self.receipts)) != len(self.receipts):
             refuse("receipts", "repeats a name")
         wanted += [(f"receipts: {name}", f"receipts/{name}.json") for name in self.receipts]
@@ -197,8 +219,34 @@ def _calibration(node: Node) -> Calibration:
     return Calibration(node["sha256"].sha256(), samples, skipped, node["synthetic"].flag())
 
 
+def _check_chain(component: Component) -> None:
+    """Each part takes what the component takes and earlier parts give; together they give its outputs."""
+    known, found = {t.name for t in component.spec.inputs}, set()
+    for k, part in enumerate(component.parts):
+        where = f"components.{component.spec.name}.parts[{k}]"
+        if part.spec.name != f"{component.spec.name}.{k}":
+            refuse(f"{where}.spec.name", f"is {part.spec.name!r}")
+        if strange := sorted({t.name for t in part.spec.inputs} - known):
+            refuse(f"{where}.spec.inputs", f"has {strange[0]!r}, which nothing before gives")
+        outputs = {t.name for t in part.spec.outputs}
+        if again := sorted(outputs & known):
+            refuse(f"{where}.spec.outputs", f"has {again[0]!r}, which is there already")
+        known |= outputs
+        found |= outputs
+    if component.parts and (lost := sorted({t.name for t in component.spec.outputs} - found)):
+        refuse(f"components.{component.spec.name}.parts", f"do not give {lost[0]!r}")
+
+
 def _component(node: Node) -> Component:
-    node.keys(set(Component.__dataclass_fields__))
+    split = "parts" in node.object().data
+    node.keys({"spec", "graphs", "parts"} if split else {"spec", "graphs"})
+    parts = tuple(node["parts"].list(lambda part: _whole(part.keys({"spec", "graphs"})))) if split else ()
+    if split and len(parts) < 2:
+        node["parts"].bad("has fewer than 2 parts")
+    return replace(_whole(node), parts=parts)
+
+
+def _whole(node: Node) -> Component:
     spec, graphs = node["spec"], node["graphs"].map(Node.path)
     _check_spec(spec)
     try:
@@ -236,13 +284,15 @@ def _check_spec(node: Node) -> None:
 
 
 def _engine(node: Node) -> EngineFile:
-    node.keys(set(EngineFile.__dataclass_fields__))
+    split = "part" in node.object().data
+    node.keys({"component", "backend", "target", "file", "release"} | ({"part"} if split else set()))
     return EngineFile(
         component=node["component"].name(),
         backend=node["backend"].name(),
         target=node["target"].name(),
         file=node["file"].path(),
         release=node["release"].text(),
+        part=node["part"].integer() if split else 0,
     )
 
 

@@ -21,6 +21,11 @@ DTYPES: dict[str, type[np.generic]] = {
 }
 
 
+def part_starts(blocks: int, count: int) -> list[int]:
+    """The first block of each of ``count`` parts of a split component, as equal as can be."""
+    return [k * blocks // count for k in range(count)]
+
+
 @dataclass(frozen=True)
 class Axis:
     """A dynamic axis and the range an engine is built for (``opt`` is what it is tuned for)."""

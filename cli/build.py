@@ -36,6 +36,9 @@ def build(
         str | None, typer.Option(help="Engines to build: onnxruntime,tensorrt-rtx; else all installed.")
     ] = None,
     components: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
+    split: Annotated[
+        int, typer.Option(help="Build each component in N parts, that run as one: less memory.", min=1)
+    ] = 1,
     allow_accuracy_loss: Annotated[
         bool, typer.Option(help="Report a loss over the accuracy budget instead of failing.")
     ] = False,
@@ -67,6 +70,7 @@ def build(
             backends=_list(backend),
             components=_list(components),
             allow_accuracy_loss=allow_accuracy_loss,
+            split=split,
         )
         bars.started("open", None)
         started = time.perf_counter()
@@ -149,7 +153,12 @@ def _print_dry_run(as_json: bool, planned: list[Planned], job: Job) -> None:
         schemes[scheme] = schemes.get(scheme, 0) + 1
     if as_json:
         steps = [
-            {"step": p.step, "action": "reuse" if p.known else "run", "writes_bytes": p.writes}
+            {
+                "step": p.step,
+                "action": "reuse" if p.known else "run",
+                "writes_bytes": p.writes,
+                "memory_bytes": p.memory,
+            }
             for p in planned
         ]
         print_json({"steps": steps, "layers": schemes, "notices": list(job.notices)})
@@ -157,11 +166,15 @@ def _print_dry_run(as_json: bool, planned: list[Planned], job: Job) -> None:
     for notice in job.notices:
         typer.echo(f"note: {notice}")
     rows = [
-        (p.step, "reuse" if p.known else "run", human_bytes(p.writes) if p.writes and not p.known else "")
+        (p.step, "reuse" if p.known else "run", *(_size(p, size) for size in (p.writes, p.memory)))
         for p in planned
     ]
-    print_table(f"Would build {job.request.out}", ("step", "action", "writes about"), rows)
+    print_table(f"Would build {job.request.out}", ("step", "action", "writes about", "memory about"), rows)
     print_table("Linear layers", ("scheme", "layers"), list(schemes.items()))
+
+
+def _size(planned: Planned, size: int) -> str:
+    return human_bytes(size) if size and not planned.known else ""
 
 
 def _list(text: str | None) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..bundle import Bundle
+from ..manifest import EngineFile
 from ..specs import ComponentSpec, TensorSpec
 from .output import human_bytes, print_json, print_table, show
 
@@ -102,10 +103,15 @@ def _engines(bundle: Bundle) -> None:
             "Engines",
             columns,
             [
-                (e.component, e.backend, e.target, e.release, human_bytes(m.files[e.file].size), e.file)
+                (_part(bundle, e), e.backend, e.target, e.release, human_bytes(m.files[e.file].size), e.file)
                 for e in m.engines
             ],
         )
+
+
+def _part(bundle: Bundle, engine: EngineFile) -> str:
+    parts = len(bundle.manifest.components[engine.component].parts)
+    return f"{engine.component}, part {engine.part + 1} of {parts}" if parts else engine.component
 
 
 def _files(bundle: Bundle) -> None:

@@ -15,6 +15,7 @@ from ..errors import BuildError, UsageError
 from ..specs import ComponentSpec
 from . import trt
 from .graph import read_graph
+from .memory import check_memory, graph_load
 from .targets import check_types, parse_targets
 
 NATIVE = "native"
@@ -43,7 +44,8 @@ class EngineRecord:
     """A built engine.
 
     ``target`` joins several with ``+``; ``release`` is the library that built it and must load it;
-    ``peak_rss`` is the process's largest resident memory so far, in bytes (0 where the system does not say).
+    ``peak_rss`` is the process's largest resident memory so far, in bytes (0 where the system does not say);
+    ``predicted_bytes`` is the anonymous memory that was expected, see :mod:`.memory`.
     """
 
     component: str
@@ -54,6 +56,7 @@ class EngineRecord:
     seconds: float
     size: int
     peak_rss: int
+    predicted_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for receipts."""
@@ -68,6 +71,7 @@ def build_engine(
     backend: str = "tensorrt-rtx",
     target: str = "sm89",
     options: BuildOptions | None = None,
+    parts: int = 1,
 ) -> EngineRecord:
     """Compile ``graph`` into the engine file ``out``; a failed or killed build leaves no file of that name.
 
@@ -79,12 +83,14 @@ def build_engine(
         target: what it is for: ``"sm89"``, several as ``"sm89+sm120"``, or :data:`NATIVE` with a builder that
             compiles for the GPU in the machine.
         options: builder settings.
+        parts: how many parts the component is split into, if ``graph`` is one of them.
 
     Raises:
         UsageError: an unknown backend or target.
         CapabilityError: the library is not installed, or a target lacks an element type of the graph.
         IntegrityError: ``graph`` is no ONNX model.
-        BuildError: graph and spec differ, the library refuses the graph, or the file cannot be written.
+        BuildError: too little memory is free, graph and spec differ, the library refuses the graph, or the
+            file cannot be written.
     """
     options = options or BuildOptions()
     targets = () if target == NATIVE else parse_targets(target)
@@ -95,7 +101,10 @@ def build_engine(
             "It compiles for GPUs that need not be in this machine.",
             "Give --targets sm89, for example.",
         )
-    check_types(spec.name, read_graph(graph).element_types, targets)
+    contents = read_graph(graph)
+    check_types(spec.name, contents.element_types, targets)
+    load = graph_load(contents)
+    check_memory(spec.name, load, parts)
     started = time.perf_counter()
     parsed = trt.parse_network(lib, graph)
     _check_names(parsed, spec, graph)
@@ -116,6 +125,7 @@ def build_engine(
         seconds=time.perf_counter() - started,
         size=size,
         peak_rss=_peak_rss(),
+        predicted_bytes=load.build_bytes,
     )
 
 

@@ -7,8 +7,8 @@ graph; both give a :class:`KernelReport`. :func:`check_promise` fails a build wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,17 @@ def proof_from_engine(engine: Path, graph: Path) -> KernelReport:
         gemms=tuple(_gemm(p, programs, names) for p in products),
         attention=tuple(_attention(a, programs) for a in attention),
         casts=sum(_is_cast(k) for p in programs for k in p.kernels),
+    )
+
+
+def joined(reports: Sequence[KernelReport]) -> KernelReport:
+    """The report of a split component from those of its parts, which share a backend."""
+    return replace(
+        reports[0],
+        kernels=sum(r.kernels for r in reports),
+        gemms=tuple(g for r in reports for g in r.gemms),
+        attention=tuple(a for r in reports for a in r.attention),
+        casts=sum(r.casts for r in reports),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..bundle import Bundle, seal
 from ..calibration.accuracy import BUDGETS, check_budget
+from ..engines.memory import check_memory
 from ..errors import AccuracyError
 from ..manifest import Manifest
 from ..strict_json import read_json
@@ -40,37 +41,49 @@ class Result:
 
 @dataclass(frozen=True)
 class Planned:
-    """A step of a dry run, whether its result is there already, and about how many bytes it writes."""
+    """A step of a dry run: whether its result is there already, and about how many bytes it writes.
+
+    ``memory`` is about the most it takes, in bytes; 0 where that is little or not known.
+    """
 
     step: str
     known: bool
     writes: int
+    memory: int
 
 
 def preview(job: Job, reporter: Reporter) -> list[Planned]:
     """What :func:`build` would do; nothing is written.
 
     Raises:
-        BuildError: there is too little disk for it.
+        BuildError: there is too little disk or memory for it.
     """
     space = Workspace(job.request.out, reporter)
     plan = steps(job)
-    check_disk(job.request.out, _to_write(space, plan))
-    return [Planned(step.name, space.known(step.name, step.inputs), step.writes) for step in plan]
+    _check_room(job, space, plan)
+    return [
+        Planned(
+            step.name,
+            space.known(step.name, step.inputs),
+            step.writes,
+            step.load.build_bytes if step.load else 0,
+        )
+        for step in plan
+    ]
 
 
 def build(job: Job, reporter: Reporter) -> Result:
     """Run the steps that have to be run, hold the result to its accuracy budget, and seal the bundle.
 
     Raises:
-        BuildError: too little disk; a step failed, or an engine breaks its promise.
+        BuildError: too little disk or memory; a step failed, or an engine breaks its promise.
         AccuracyError: a task loses more than its budget, and that was not allowed.
     """
     plan = steps(job)
     with Workspace(job.request.out, reporter) as space:
         result = _unchanged(job, space, plan)
         if result is None:
-            check_disk(job.request.out, _to_write(space, plan))
+            _check_room(job, space, plan)
             for step in plan:
                 _run(space, step)
             over_budget = _check_accuracy(job, space.root, space.records)
@@ -85,6 +98,13 @@ def build(job: Job, reporter: Reporter) -> Result:
 def _to_write(space: Workspace, plan: Sequence[Step]) -> list[Step]:
     """Steps that are run, or whose files are copied from the bundle that is there."""
     return [step for step in plan if not space.staged(step.name, step.inputs)]
+
+
+def _check_room(job: Job, space: Workspace, plan: Sequence[Step]) -> None:
+    check_disk(job.request.out, _to_write(space, plan))
+    for step in plan:
+        if step.load is not None and not space.known(step.name, step.inputs):
+            check_memory(step.name.removeprefix("engine-"), step.load, step.parts)
 
 
 def _run(space: Workspace, step: Step) -> None:

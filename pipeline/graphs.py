@@ -12,13 +12,17 @@ from ..calibration.quantize import quantise_layer, stored_tensors
 from ..calibration.recipe import Plan, Recipe
 from ..calibration.scales import Scales
 from ..export.binding import bind, save_graph
-from ..export.components import component_module
+from ..export.components import component_module, component_spec
+from ..export.split import split_graph
 from ..export.trace import export_component
 from ..export.weights import StoreWriter, open_store, write_store
 from ..models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
+
+    from ..specs import ComponentSpec
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 GRAPHS = Path("onnx")
@@ -106,6 +110,28 @@ def write_graph(source: Source, component: str, root: Path, compute: str, style:
     Returns:
         Node name -> scheme of the quantised GEMMs: what engines must keep.
     """
+    model, promised = _quantised(source, component, compute, style)
+    _save(model, root, graph_path(component, compute))
+    return promised
+
+
+def write_split_graph(
+    source: Source, component: str, root: Path, compute: str, style: Style, parts: int
+) -> tuple[dict[str, str], list[ComponentSpec]]:
+    """As :func:`write_graph`, and beside the graph its ``parts``, as graphs of ``<component>.<k>``.
+
+    Returns:
+        What :func:`write_graph` returns, which is the promise of all parts together, and their contracts.
+    """
+    model, promised = _quantised(source, component, compute, style)
+    pieces = split_graph(model, component_spec(component, source.checkpoint.config), parts)
+    for piece, spec in pieces:
+        _save(piece, root, graph_path(spec.name, compute))
+    _save(model, root, graph_path(component, compute))
+    return promised, [spec for _, spec in pieces]
+
+
+def _quantised(source: Source, component: str, compute: str, style: Style) -> tuple[ir.Model, dict[str, str]]:
     model = export_component(component, source.checkpoint, DTYPES[compute])
     promised: dict[str, str] = {}
     if source.scales is not None:
@@ -117,10 +143,13 @@ def write_graph(source: Source, component: str, root: Path, compute: str, style:
             base=source.recipe.base,
             style=style,
         )
-    stores = [root / path for path in (BASE_STORE, LOW_STORE) if (root / path).is_file()]
+    return model, promised
+
+
+def _save(model: ir.Model, root: Path, path: Path) -> None:
+    stores = [root / store for store in (BASE_STORE, LOW_STORE) if (root / store).is_file()]
     bind(model, open_store(*stores), root / GRAPHS)
-    save_graph(model, root / graph_path(component, compute))
-    return promised
+    save_graph(model, root / path)
 
 
 def _shape(tensors: dict[str, Any], layer: str) -> tuple[int, int]:

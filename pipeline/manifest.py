@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..export.components import component_spec
 from ..manifest import Calibration, Component, EngineFile, Manifest, Model
+from ..specs import ComponentSpec
 from .environment import tool_versions
 from .graphs import DTYPES, graph_path
 from .request import ORT, RTX, Job
@@ -16,17 +17,26 @@ def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]
     """What the bundle of ``job`` says about itself, without the hashes of its files."""
     checkpoint = job.checkpoint
     computes = dict.fromkeys(("fp32", job.recipe.base))
+
+    def component(spec: ComponentSpec, parts: Sequence[ComponentSpec] = ()) -> Component:
+        files = {c: graph_path(spec.name, c).as_posix() for c in computes}
+        return Component(spec, files, tuple(component(part) for part in parts))
+
     components = {
-        name: Component(
-            component_spec(name, checkpoint.config), {c: graph_path(name, c).as_posix() for c in computes}
-        )
+        name: component(component_spec(name, checkpoint.config), part_specs(records, name))
         for name in job.components
     }
-    engines = [EngineFile(c, ORT, "cpu", graph_path(c, "fp32").as_posix(), "") for c in job.components]
+    engines = [
+        EngineFile(name, ORT, "cpu", piece.graphs["fp32"], "", part)
+        for name, whole in components.items()
+        for part, piece in enumerate(whole.parts or [whole])
+    ]
     for record in records.values():
         if record.data.get("backend") == RTX:
             data, (file, *_) = record.data, record.files
-            engines.append(EngineFile(data["component"], RTX, data["target"], file, data["release"]))
+            engines.append(
+                EngineFile(data["component"], RTX, data["target"], file, data["release"], data["part"])
+            )
     calibration = None
     if job.recipe.quantises:
         chosen = job.calibration
@@ -50,6 +60,12 @@ def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]
         receipts=tuple(receipts),
         steps={name: record.digest for name, record in records.items()},
     )
+
+
+def part_specs(records: Mapping[str, Record], component: str) -> list[ComponentSpec]:
+    """Contracts of the parts of ``component``, as its graph step recorded them; empty if it is not split."""
+    record = records.get(f"graph-{component}")
+    return [ComponentSpec.from_json(part) for part in record.data.get("parts", ())] if record else []
 
 
 def _item(dtype: str) -> int:

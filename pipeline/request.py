@@ -13,6 +13,7 @@ from ..calibration.recipe import Plan, Recipe, load_recipe, plan
 from ..calibration.sources import open_calibration, scenes_calibration
 from ..engines.targets import check_types, parse_targets
 from ..errors import CapabilityError, CheckpointError, InputError, UsageError
+from ..export.split import block_count, check_split
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..preprocess import ImageSettings, Tokenizer
 
@@ -44,6 +45,7 @@ class Request:
         backends: engines to build; empty: ONNX Runtime, and TensorRT-RTX if it is installed.
         components: empty: all that the checkpoint has.
         allow_accuracy_loss: report a loss over budget instead of failing.
+        split: parts that each component with blocks is built in.
     """
 
     out: Path
@@ -55,6 +57,7 @@ class Request:
     backends: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
     allow_accuracy_loss: bool = False
+    split: int = 1
 
 
 def nano_folder() -> Path:
@@ -66,7 +69,7 @@ class Job:
     """A request together with what it names, opened and checked.
 
     Raises (on construction):
-        UsageError: unknown precision, target, backend or component.
+        UsageError: unknown precision, target, backend or component; more parts than blocks.
         CheckpointError: the checkpoint or what belongs to it cannot be read.
         CapabilityError: a target lacks the precision, or a backend that was asked for is not installed.
         InputError: no usable calibration data, or none given where some is needed.
@@ -87,6 +90,7 @@ class Job:
         self.checkpoint: Checkpoint = open_checkpoint(source)
         self.folder = source if source.is_dir() else source.parent
         self.components = _components(self.checkpoint, request.components)
+        self.parts = {name: self._split(name) for name in self.components}
         self.plan: Plan = plan(self.recipe, self.linear_shapes)
         if RTX in self.backends:
             types = frozenset({self.recipe.base, *self.plan.quantised.values()})
@@ -117,6 +121,14 @@ class Job:
 
         modules = meta_model(self.checkpoint).named_modules()
         return {n: (m.out_features, m.in_features) for n, m in modules if isinstance(m, nn.Linear)}
+
+    def _split(self, component: str) -> int:
+        """Parts that ``component`` is built in."""
+        blocks = block_count(component, self.checkpoint.tensors)
+        if blocks == 0 and self.request.split > 0:
+            return 1
+        check_split(component, blocks, self.request.split)
+        return self.request.split
 
     def _beside(self, name: str) -> Path:
         path = self.folder / name

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..calibration.quantize import stored_tensors
+from ..engines.memory import Load
 from ..errors import BuildError
-from ..export.weights import StoredTensor
 from ..models.storage import ITEM_BYTES
 from . import graphs
 
@@ -19,19 +20,35 @@ if TYPE_CHECKING:
 
 HEADROOM = 256 << 20
 """Disk for what is small: graphs, receipts, scales."""
+_JOINED = re.compile(r"(self_attn\.[qkv]|cross_attn\.[kv]|mlp\.gate|mlp\.up)_proj\.weight")
+"""Layers that share their input: a builder joins their weights."""
 
 
 def stored_bytes(source: Source, components: Iterable[str]) -> tuple[int, int]:
     """Bytes of the tensors that ``components`` read, each once: (kept in the base type, quantised)."""
+    kept, low = _stored(source, components)
+    return sum(kept.values()), sum(low.values())
+
+
+def _stored(source: Source, components: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of each tensor of ``components``: (kept in the base type, quantised), under its published key."""
     keys, layers = graphs.component_weights(source, list(components))
     tensors, base = source.checkpoint.tensors, source.recipe.base
     width = ITEM_BYTES[graphs.DTYPES[base]]
-    kept = sum(tensors[key].nbytes // ITEM_BYTES[tensors[key].dtype] * width for key in keys)
-    low: list[StoredTensor] = []
+    kept = {key: tensors[key].nbytes // ITEM_BYTES[tensors[key].dtype] * width for key in keys}
+    low = {}
     for name in layers:
-        shape = tensors[f"{name}.weight"].shape
-        low += stored_tensors(name, source.plan.schemes[name], base, (shape[0], shape[1]))
-    return kept, sum(tensor.nbytes for tensor in low)
+        rows, columns = tensors[f"{name}.weight"].shape
+        parts = stored_tensors(name, source.plan.schemes[name], base, (rows, columns))
+        low[f"{name}.weight"] = sum(part.nbytes for part in parts)
+    return kept, low
+
+
+def build_load(source: Source, component: str) -> Load:
+    """What :func:`..engines.memory.graph_load` will find in the graph of ``component``."""
+    kept, low = _stored(source, [component])
+    held = {**kept, **low}
+    return Load.of({key: size * (2 if _JOINED.search(key) else 1) for key, size in held.items()})
 
 
 def check_disk(out: Path, to_run: Sequence[Step]) -> None:

@@ -27,14 +27,16 @@ from ..calibration.recipe import load_recipe, plan
 from ..calibration.recording import recorded_bytes
 from ..calibration.scales import Scales
 from ..engines.build import build_engine
-from ..engines.proof import KernelReport, check_promise, proof_from_engine, proof_from_onnxruntime
+from ..engines.memory import Load
+from ..engines.proof import KernelReport, check_promise, joined, proof_from_engine, proof_from_onnxruntime
 from ..export.components import component_spec
 from ..manifest import Component, FileEntry, Manifest
+from ..specs import ComponentSpec
 from . import evaluate, graphs
 from .graphs import Source, graph_path
-from .manifest import manifest_of
+from .manifest import manifest_of, part_specs
 from .request import ORT, RTX, Job
-from .resources import stored_bytes
+from .resources import build_load, stored_bytes
 from .workspace import Data, Workspace, step_digest
 
 SCALES = "scales.json"
@@ -52,7 +54,8 @@ class Step:
     """One step; ``run(space, advanced)`` makes its files in ``space.root`` and calls ``advanced(done)``.
 
     ``inputs`` decides the result; ``total`` is what ``advanced`` counts to, in ``unit``; ``writes`` are about
-    the bytes of disk it takes, where they are many.
+    the bytes of disk it takes, where they are many; ``load`` says what memory an engine takes, as one of
+    ``parts`` of its component.
     """
 
     name: str
@@ -61,6 +64,8 @@ class Step:
     total: int | None = None
     writes: int = 0
     unit: str = ""
+    load: Load | None = None
+    parts: int = 1
 
     @property
     def digest(self) -> str:
@@ -78,9 +83,10 @@ def steps(job: Job) -> list[Step]:
     stores = _stores(job)
     graph_steps = {c: _graph(job, c, [*scales, *stores]) for c in job.components}
     engine_steps = [
-        _engine(job, component, target, graph_steps[component])
+        _engine(job, component, part, target, graph_steps[component])
         for component in job.components
         for target in (job.targets if RTX in job.backends else ())
+        for part in range(job.parts[component])
     ]
     found += [*scales, *stores, *graph_steps.values(), *engine_steps]
     found.append(_kernels(job, [*graph_steps.values(), *engine_steps]))
@@ -197,27 +203,43 @@ def _graph(job: Job, component: str, before: list[Step]) -> Step:
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
         made, files = source(job, space.root), []
         promised: dict[str, dict[str, str]] = {}
+        pieces: list[ComponentSpec] = []
         for done, (compute, style) in enumerate(made.variants(), 1):
-            promised[compute] = graphs.write_graph(made, component, space.root, compute, style)
-            files.append(graph_path(component, compute).as_posix())
+            if count == 1:
+                promised[compute] = graphs.write_graph(made, component, space.root, compute, style)
+            else:
+                promised[compute], pieces = graphs.write_split_graph(
+                    made, component, space.root, compute, style, count
+                )
+            names = [component, *(piece.name for piece in pieces)]
+            files += [graph_path(name, compute).as_posix() for name in names]
             advanced(done)
-        return files, {"promised": promised}
+        parts = {"parts": [piece.to_json() for piece in pieces]} if pieces else {}
+        return files, {"promised": promised, **parts}
 
-    return Step(f"graph-{component}", {"spec": spec.to_json(), **_after(before)}, run, 2)
+    count = job.parts[component]
+    parts = {"parts": count} if count > 1 else {}
+    return Step(f"graph-{component}", {"spec": spec.to_json(), **parts, **_after(before)}, run, 2)
 
 
-def _engine(job: Job, component: str, target: str, graph: Step) -> Step:
-    spec = component_spec(component, job.checkpoint.config)
+def _engine(job: Job, component: str, part: int, target: str, graph: Step) -> Step:
+    split = job.parts[component] > 1
+    name = f"{component}.{part}" if split else component
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
-        out = engine_path(component, target)
-        path = space.root / graph_path(component, job.recipe.base)
-        record = build_engine(path, spec, space.root / out, backend=RTX, target=target)
-        return [out.as_posix()], record.to_json()
+        parts = part_specs(space.records, component)
+        spec = parts[part] if split else component_spec(component, job.checkpoint.config)
+        out = engine_path(name, target)
+        path = space.root / graph_path(name, job.recipe.base)
+        record = build_engine(path, spec, space.root / out, backend=RTX, target=target, parts=count)
+        return [out.as_posix()], {**record.to_json(), "component": component, "part": part}
 
+    made, count = Source(job.checkpoint, job.recipe, job.plan, None), job.parts[component]
     # An engine carries a copy of the weights it reads.
-    size = sum(stored_bytes(Source(job.checkpoint, job.recipe, job.plan, None), [component]))
-    return Step(f"engine-{component}-{target}", {"target": target, **_after([graph])}, run, writes=size)
+    size = sum(stored_bytes(made, [component])) // count
+    load = build_load(made, component).split(count)
+    inputs = {"target": target, **_after([graph])}
+    return Step(f"engine-{name}-{target}", inputs, run, writes=size, load=load, parts=count)
 
 
 def _kernels(job: Job, before: list[Step]) -> Step:
@@ -227,15 +249,16 @@ def _kernels(job: Job, before: list[Step]) -> Step:
         proofs: dict[str, dict[str, Any]] = {}
         for component in job.components:
             promised = space.records[f"graph-{component}"].data["promised"]
-            report = proof_from_onnxruntime(space.root / graph_path(component, "fp32"))
+            pieces = [spec.name for spec in part_specs(space.records, component)] or [component]
+            plain = [space.root / graph_path(name, "fp32") for name in pieces]
+            report = joined([proof_from_onnxruntime(path) for path in plain])
             # ONNX Runtime has no FP8 kernels on a CPU: there only INT8 is held to its promise.
             int8 = {node: s for node, s in promised["fp32"].items() if s == "int8"}
             if int8:
                 check_promise(report, int8)
             proofs.setdefault(f"{ORT}-cpu", {})[component] = _proof(report, promised["fp32"])
             for target in job.targets if RTX in job.backends else ():
-                path = space.root / graph_path(component, job.recipe.base)
-                report = proof_from_engine(space.root / engine_path(component, target), path)
+                report = joined([_engine_proof(job, space.root, name, target) for name in pieces])
                 check_promise(report, promised[job.recipe.base])
                 proofs.setdefault(f"{RTX}-{target}", {})[component] = _proof(
                     report, promised[job.recipe.base]
@@ -243,6 +266,10 @@ def _kernels(job: Job, before: list[Step]) -> Step:
         return [_receipt(space, "kernels", proofs)], {}
 
     return Step("kernels", _after(before), run)
+
+
+def _engine_proof(job: Job, root: Path, name: str, target: str) -> KernelReport:
+    return proof_from_engine(root / engine_path(name, target), root / graph_path(name, job.recipe.base))
 
 
 def _accuracy(job: Job, before: list[Step]) -> Step:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
 from ..bundle import Bundle
+from ..engines.chain import ChainedEngine
 from ..engines.protocol import Engine, open_engine
 from ..errors import InputError
 from ..specs import ComponentSpec
@@ -62,11 +64,23 @@ class Components:
             if self._closed:
                 raise InputError("The model was closed.", fix="Load it again.")
             if name not in self._engines:
-                entry = self.bundle.engine(name, self.backend, self.target)
                 with self.timings.measure(f"open {name}"):
-                    path = self.bundle.path(entry.file)
-                    self._engines[name] = open_engine(self.backend, spec, path, **self.options)
+                    self._engines[name] = self._opened(name, spec)
             return self._engines[name]
+
+    def _opened(self, name: str, spec: ComponentSpec) -> Engine:
+        files = self.bundle.engines(name, self.backend, self.target)
+        paths = [self.bundle.path(file.file) for file in files]
+        if len(paths) == 1:
+            return open_engine(self.backend, spec, paths[0], **self.options)
+        parts = self.bundle.manifest.components[name].parts
+        with ExitStack() as opened:
+            engines = [
+                opened.enter_context(open_engine(self.backend, part.spec, path, **self.options))
+                for part, path in zip(parts, paths, strict=True)
+            ]
+            opened.pop_all()
+        return ChainedEngine(spec, engines)
 
     def run(
         self, name: str, inputs: dict[str, Array], outputs: Sequence[str] | None = None

@@ -70,8 +70,8 @@ def test_seal_then_open(bundle: Bundle, tmp_path: Path) -> None:
     assert set(opened.manifest.files) == {GRAPH, "engines/x/vision.engine", "receipts/accuracy.json"}
     assert opened.spec("vision") == SPEC
     assert opened.graph("vision", "fp32") == tmp_path / "out" / GRAPH
-    assert opened.engine("vision", "tensorrt-rtx", "sm89").release == "1.7.1.116"
-    assert opened.engine("vision", "onnxruntime").file == GRAPH
+    assert opened.engines("vision", "tensorrt-rtx", "sm89")[0].release == "1.7.1.116"
+    assert opened.engines("vision", "onnxruntime")[0].file == GRAPH
     assert opened.receipt("accuracy") == {"mark": "one"}
     assert not (tmp_path / "staging").exists()
 
@@ -80,7 +80,7 @@ def test_what_is_not_there_is_named(bundle: Bundle) -> None:
     for call in (
         lambda: bundle.spec("decoder"),
         lambda: bundle.graph("vision", "bf16"),
-        lambda: bundle.engine("vision", "tensorrt-rtx", "sm120"),
+        lambda: bundle.engines("vision", "tensorrt-rtx", "sm120"),
     ):
         with pytest.raises(CapabilityError) as error:
             call()

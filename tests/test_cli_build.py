@@ -48,6 +48,8 @@ def test_a_dry_run_says_what_would_be_done(
     plan = json.loads(capsys.readouterr().out)
     engines = [f"engine-{c}-{target}" for c in COMPONENTS for target in ("sm89", "sm120")]
     writes = {step["step"]: step.pop("writes_bytes") for step in plan["steps"]}
+    memory = {step["step"]: step.pop("memory_bytes") for step in plan["steps"]}
+    assert {step for step, size in memory.items() if size} == set(engines)
     takes_disk = {"calibrate", "weights", "quantise", *engines, "accuracy"}
     assert {step for step, size in writes.items() if size} == takes_disk
     assert plan["steps"] == [

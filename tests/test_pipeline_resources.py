@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ivl_export.calibration.scales import Scales
+from ivl_export.engines.graph import read_graph
+from ivl_export.engines.memory import graph_load
 from ivl_export.errors import BuildError
 from ivl_export.pipeline import graphs, resources
 from ivl_export.pipeline.request import Job, Request
@@ -50,3 +54,26 @@ def test_too_little_disk_is_said_first(tmp_path: Path, monkeypatch: pytest.Monke
     assert "engine-vision-sm89 (6.0 GB), weights (3.0 GB)." in error.value.why
     check_disk(out, plan[:1])  # what is there already takes no more
     assert resources.HEADROOM < 10**9
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_memory_of_an_engine_is_known_before_its_graph(precision: str, tmp_path: Path) -> None:
+    job = Job(Request(out=tmp_path / "out", precision=precision, calib_samples=4, split=2))
+    planned = {step.name: step.load for step in steps(job)}
+    made = graphs.Source(job.checkpoint, job.recipe, job.plan, None)
+    layers = {c: graphs.component_weights(made, [c])[1] for c in job.components}
+    if job.recipe.quantises:
+        amax = {c: dict.fromkeys(names, 1.0) for c, names in layers.items()}
+        made = replace(made, scales=Scales(amax, "max", 1, "", True, 0, ""))
+    graphs.write_base_store(made, graphs.component_weights(made, job.components)[0], tmp_path)
+    graphs.write_quantised_store(made, graphs.component_weights(made, job.components)[1], tmp_path)
+    for component in ("vision", "qllama_query"):
+        graphs.write_graph(made, component, tmp_path, "bf16", "tensorrt")
+        found = graph_load(read_graph(tmp_path / graphs.graph_path(component, "bf16")))
+        ours = resources.build_load(made, component)
+        assert len(ours.blocks) == len(found.blocks)
+        # The store holds the scales of both graphs, which weigh at this size.
+        assert sum(ours.blocks) == pytest.approx(sum(found.blocks), rel=0.05)
+        assert ours.rest == pytest.approx(found.rest, rel=0.05)
+        if "tensorrt-rtx" in job.backends:
+            assert planned[f"engine-{component}.1-sm89"] == ours.split(2)

@@ -1,0 +1,172 @@
+"""Cutting a component's graph at block boundaries into parts that run one after another.
+
+A part is a graph of its own with its own contract. Of the blocks before it, it takes ``hidden.<k>`` only, the
+residual stream that part k - 1 ends with. What all blocks share (masks, rotary tables) is cheap and follows
+from the component's inputs, so each part computes it again from those.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import BuildError, UsageError
+from ..specs import ComponentSpec, TensorSpec, part_starts
+from .blocks import block_prefix
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+PartOf = Callable[[str | None], int | None]
+"""Name of a weight -> the part that holds its block; None for what is in no block."""
+
+
+def split_graph(model: ir.Model, spec: ComponentSpec, count: int) -> list[tuple[ir.Model, ComponentSpec]]:
+    """``count`` parts of ``model`` in the order they run, each with its contract; ``model`` stays as it is.
+
+    Run in order, each fed from the component's inputs and from the parts before it, they compute by the same
+    nodes. Every output of the component is an output of just one part.
+
+    Args:
+        model: a component's graph, quantised or not, its initializers under their published names.
+        spec: the component's contract.
+        count: how many parts; their numbers of blocks differ by one at most.
+
+    Raises:
+        UsageError: more parts than blocks, or none.
+        BuildError: something else than one residual stream goes from part to part.
+    """
+    block, blocks = _block(spec.name), block_count(spec.name, model.graph.initializers)
+    check_split(spec.name, blocks, count)
+    starts = part_starts(blocks, count)
+
+    def part_of(name: str | None) -> int | None:
+        found = block.match(name or "")
+        return None if found is None else sum(start <= int(found[1]) for start in starts) - 1
+
+    stages = _stages(model.graph, part_of)
+    streams = [_stream(model.graph, stages, k) for k in range(1, count)]
+    return [_part(model, spec, part_of, stages, streams, k) for k in range(count)]
+
+
+def block_count(component: str, names: Iterable[str]) -> int:
+    """How many blocks of ``component`` have weights among ``names``."""
+    block = _block(component)
+    return 1 + max((int(m[1]) for name in names if (m := block.match(name))), default=-1)
+
+
+def check_split(component: str, blocks: int, count: int) -> None:
+    """UsageError unless ``count`` parts get one block each at least."""
+    if not 1 <= count <= blocks:
+        raise UsageError(
+            f"Component {component} cannot be split into {count} parts.",
+            f"It has {blocks} blocks, and a part holds one at least.",
+            f"Give --split a number from 1 to {blocks}.",
+        )
+
+
+def _block(component: str) -> re.Pattern[str]:
+    return re.compile(rf"{re.escape(block_prefix(component))}\.(\d+)\.")
+
+
+def _stages(graph: ir.Graph, part_of: PartOf) -> dict[ir.Value, int]:
+    """The part that computes a value, for all that depend on the weights of a block."""
+    stages: dict[ir.Value, int] = {}
+    for value in graph.initializers.values():
+        if (part := part_of(value.name)) is not None:
+            stages[value] = part
+    for node in graph:
+        behind = [stages[value] for value in node.inputs if value is not None and value in stages]
+        if behind:
+            stages.update(dict.fromkeys(node.outputs, max(behind)))
+    return stages
+
+
+def _stream(graph: ir.Graph, stages: dict[ir.Value, int], part: int) -> ir.Value:
+    """The one value that ``part`` and those behind it take from the blocks before."""
+    found = {
+        value
+        for node in graph
+        for value in node.inputs
+        if value is not None
+        and stages.get(value, part) < part <= stages.get(node.outputs[0], -1)
+        and not value.is_initializer()
+    }
+    if len(found) != 1:
+        raise BuildError(
+            f"Graph {graph.name} cannot be split.",
+            f"{len(found)} values go from its blocks before part {part} to those behind.",
+            "Leave --split out.",
+        )
+    return found.pop()
+
+
+def _part(
+    model: ir.Model,
+    spec: ComponentSpec,
+    part_of: PartOf,
+    stages: dict[ir.Value, int],
+    streams: list[ir.Value],
+    part: int,
+) -> tuple[ir.Model, ComponentSpec]:
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    last = part == len(streams)
+    made = model.clone()
+    graph = made.graph
+    graph.name = f"{spec.name}.{part}"
+    # A clone keeps the order of nodes and outputs, and the names.
+    values = {value.name: value for node in graph for value in node.outputs}
+    kept = [new for old, new in zip(model.graph.outputs, graph.outputs, strict=True) if stages[old] == part]
+    outputs = [tensor for tensor in spec.outputs if tensor.name in {value.name for value in kept}]
+    inputs = []
+    graph.outputs[:] = kept
+    if not last:
+        leaving = values[streams[part].name]
+        outputs.append(_tensor(leaving, spec, part + 1))
+        graph.outputs.append(leaving)
+    if part:
+        old = values[streams[part - 1].name]
+        inputs.append(_tensor(old, spec, part))
+        entering = ir.val(inputs[0].name, shape=old.shape, type=old.type)
+        old.replace_all_uses_with(entering)
+        graph.inputs.insert(0, entering)
+    if not last:
+        leaving.name = outputs[-1].name
+    common.RemoveUnusedNodesPass()(made)
+    _merge_shapes(graph)
+    strangers = [name for name in graph.initializers if part_of(name) not in (None, part)]
+    if strangers:
+        raise BuildError(f"Graph {model.graph.name} cannot be split.", f"Part {part} reads {strangers[0]}.")
+    for value in [v for v in graph.inputs if not v.uses()]:
+        graph.inputs.remove(value)
+    names = {value.name for value in graph.inputs}
+    inputs += [tensor for tensor in spec.inputs if tensor.name in names]
+    sizes = {size for tensor in (*inputs, *outputs) for size in tensor.shape}
+    axes = tuple(axis for axis in spec.axes if axis.name in sizes)
+    return made, replace(
+        spec, name=f"{spec.name}.{part}", inputs=tuple(inputs), outputs=tuple(outputs), axes=axes
+    )
+
+
+def _tensor(value: ir.Value, spec: ComponentSpec, part: int) -> TensorSpec:
+    shape = tuple(d if isinstance(d, int) else d.value for d in value.shape or ())
+    axes = {axis.name for axis in spec.axes}
+    if not shape or any(not isinstance(d, int) and d not in axes for d in shape):
+        raise BuildError(f"Graph {spec.name} cannot be split.", f"{value.name} has shape {list(shape)}.")
+    return TensorSpec(f"hidden.{part}", "float", tuple(d if isinstance(d, int) else str(d) for d in shape))
+
+
+def _merge_shapes(graph: ir.Graph) -> None:
+    """Read a size off an input that the part has anyway, rather than off one that it needs for nothing else.
+
+    Masks take the length of the past from the first layer's keys.
+    """
+    read = [v for v in graph.inputs if any(node.op_type != "Shape" for node, _ in v.uses())]
+    for value in graph.inputs:
+        twin = next((v for v in read if v.shape == value.shape and v.type == value.type), None)
+        if value not in read and twin is not None:
+            value.replace_all_uses_with(twin)
