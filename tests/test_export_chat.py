@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from ivl_export.engines.build import build_engine
 from ivl_export.errors import UsageError
 from ivl_export.export import trace
 from ivl_export.export.binding import unbound
@@ -204,3 +205,13 @@ def test_a_step_of_the_model_is_the_component(checkpoint: Checkpoint) -> None:
     with torch.device("meta"):
         parts = {k for name in CHAT_COMPONENTS for k in component_module(name, checkpoint.model).state_dict()}
     assert set(state) == parts
+
+
+@pytest.mark.parametrize("name", CHAT_COMPONENTS)
+def test_engines_build(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
+    """Without a GPU; the graphs' operators and dynamic shapes are what TensorRT-RTX takes."""
+    pytest.importorskip("tensorrt_rtx")
+    exported = export_plain(checkpoint, tmp_path / "out", [name], "bf16")
+    engine = tmp_path / "engine"
+    build_engine(exported.graphs[name], component_spec(name, checkpoint.model), engine, target="sm89")
+    assert engine.read_bytes().startswith(b"vtrt")
