@@ -25,6 +25,7 @@ from .parts import NEEDS, Load, Modules, needed, parts
 from .qdq import activation_scale
 from .quantize import dequantise, quantise_values, stored_names
 from .scales import Scales
+from .schemes import SCHEMES
 from .stream import Flow, samples_of, visit
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Quantised:
 
     Args:
         stores: files with the 8-bit values and scales, and with the weights that stay in the base type.
-        schemes: quantised layer -> ``fp8`` or ``int8``.
+        schemes: quantised layer -> one of :data:`.schemes.SCHEMES`.
         base: ``bf16`` or ``fp16``.
         scales: ranges of the layers' inputs; None where ``schemes`` is empty.
     """
@@ -169,18 +170,19 @@ def _fake_quantised(modules: Modules, quantised: Quantised) -> Iterator[None]:
         for component, module in modules.by_name.items():
             for name, layer in module.named_modules():
                 scheme, top = quantised.schemes.get(name), amax.get(component, {}).get(name)
-                if scheme is None or top is None:
+                kind = SCHEMES[scheme].activation if scheme else ""
+                if not kind or top is None:
                     continue
-                scale = activation_scale(top, scheme, quantised.base)
-                handle = layer.register_forward_pre_hook(_rounded(scale, scheme))
+                scale = activation_scale(top, kind, quantised.base)
+                handle = layer.register_forward_pre_hook(_rounded(scale, kind))
                 stack.callback(handle.remove)
         yield
 
 
-def _rounded(scale: float, scheme: str) -> Callable[[object, tuple[torch.Tensor, ...]], tuple[torch.Tensor]]:
+def _rounded(scale: float, kind: str) -> Callable[[object, tuple[torch.Tensor, ...]], tuple[torch.Tensor]]:
     def hook(_: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         factor = torch.tensor(scale, device=args[0].device)
-        return (quantise_values(args[0], factor, scheme).float() * factor,)
+        return (quantise_values(args[0], factor, kind).float() * factor,)
 
     return hook
 

@@ -6,26 +6,33 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..bundle import Bundle
-from ..calibration.accuracy import Receipt, component_accuracy
+from ..calibration.accuracy import SIMULATED, Metrics, Receipt, Table, component_accuracy
 from ..calibration.calibrate import calibration_units
-from ..calibration.chain import Step as ChainStep
+from ..calibration.chain import Step
 from ..calibration.dataset import Batch
 from ..calibration.recording import Recording
+from ..engines.memory import available_memory
 from ..engines.protocol import open_engine
 from ..export.components import component_spec
+from ..export.plain import weight_keys
 from ..manifest import Manifest
+from ..models.storage import ITEM_BYTES
 from ..preprocess import CAPTION_PROMPT, Array, preprocess_images
 from ..runtime.zero_shot import l2
 from ..training.tasks import BothHeads
 from .environment import code_digest, tool_versions
+from .graphs import BASE_STORE, LOW_STORE, Source, graph_path
 from .request import ORT, Job
+from .workspace import Workspace
 
 if TYPE_CHECKING:
+    from ..calibration.simulate import Simulated
+    from ..models.checkpoint import Checkpoint
     from ..runtime import InternVL
     from ..training.grammar import Language
 
@@ -41,39 +48,82 @@ HEADLINES = {
 
 
 def component_receipt(
-    job: Job, graphs: Mapping[str, Path], home: Path, progress: Callable[[int], None]
+    job: Job, source: Source, space: Workspace, progress: Callable[[int], None], simulate: bool | None = None
 ) -> Receipt:
-    """Cosine and SQNR of every component's fp32-computing graph in ONNX Runtime against fp32 torch.
+    """Cosine and SQNR of every component's fp32-computing graph against fp32 torch, on held-out samples.
+
+    The graphs run in ONNX Runtime where memory holds them, or else are simulated in torch block by block. The
+    fp32 model runs block by block in both cases.
 
     Args:
         job: the build.
-        graphs: component to its graph.
-        home: a folder on whose disk fp32 activations and outputs are kept meanwhile.
+        source: what the graphs were made from.
+        space: holds them, and the fp32 activations meanwhile.
         progress: hears how much of :func:`receipt_units` is done.
+        simulate: whether to simulate; None: if the graphs take over half of the free memory.
     """
+    if simulate is None:
+        free = available_memory()
+        simulate = free is not None and 2 * session_bytes(job.checkpoint, job.components) > free
+    blocks: dict[str, list[Metrics]] = {}
+    with tempfile.TemporaryDirectory(dir=space.home, prefix="accuracy-") as folder:
+        if simulate:
+            found = _simulated(job, source, space, Path(folder), progress)
+            forced, chained, blocks = found.teacher_forced, found.chained, found.blocks
+        else:
+            forced, chained = _in_onnxruntime(job, space, Path(folder), progress)
+    return Receipt(
+        job.recipe.name,
+        SIMULATED if simulate else ORT,
+        job.held_out.hash,
+        len(job.held_out),
+        job.held_out is not job.calibration,
+        forced,
+        chained,
+        blocks,
+    )
+
+
+def _simulated(
+    job: Job, source: Source, space: Workspace, folder: Path, progress: Callable[[int], None]
+) -> Simulated:
+    from ..calibration.simulate import Quantised, simulated_accuracy
+
+    stores = [p for rel in (BASE_STORE, LOW_STORE) if (p := space.root / rel).is_file()]
+    quantised = Quantised(stores, source.plan.quantised, source.recipe.base, source.scales)
+    inputs = (job.checkpoint, job.components, quantised, job.held_out, job.settings, job.tokenizer)
+    return simulated_accuracy(*inputs, folder, progress=progress)
+
+
+def _in_onnxruntime(
+    job: Job, space: Workspace, folder: Path, progress: Callable[[int], None]
+) -> tuple[Table, Table]:
     config = job.checkpoint.config
-    specs = {name: component_spec(name, config) for name in graphs}
     base = calibration_units(config, job.components, len(job.held_out))
-    with tempfile.TemporaryDirectory(dir=home, prefix="accuracy-") as folder:
-        inputs = (job.checkpoint, job.components, job.held_out, job.settings, job.tokenizer)
-        recording = Recording(*inputs, Path(folder), progress=progress)
+    inputs = (job.checkpoint, job.components, job.held_out, job.settings, job.tokenizer)
+    recording = Recording(*inputs, folder, progress=progress)
 
-        def reference() -> Iterator[tuple[Batch, list[ChainStep]]]:
-            done = base
-            for batch, steps in recording:
-                yield batch, steps
-                done += len(batch.pixel_values)
-                progress(done)
+    def reference() -> Iterator[tuple[Batch, list[Step]]]:
+        done = base
+        for batch, steps in recording:
+            yield batch, steps
+            done += len(batch.pixel_values)
+            progress(done)
 
-        engines = {name: open_engine(ORT, specs[name], path) for name, path in graphs.items()}
-        try:
-            candidate = {name: engine.run for name, engine in engines.items()}
-            forced, chained = component_accuracy(reference(), candidate)
-        finally:
-            for engine in engines.values():
-                engine.close()
-    held_out = job.held_out is not job.calibration
-    return Receipt(job.recipe.name, ORT, job.held_out.hash, len(job.held_out), held_out, forced, chained)
+    paths = {c: space.root / graph_path(c, "fp32") for c in job.components}
+    engines = {c: open_engine(ORT, component_spec(c, config), path) for c, path in paths.items()}
+    try:
+        return component_accuracy(reference(), {name: engine.run for name, engine in engines.items()})
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
+def session_bytes(checkpoint: Checkpoint, components: Iterable[str]) -> int:
+    """Memory that ONNX Runtime takes for the weights of ``components``: each has its own, in fp32."""
+    tensors = checkpoint.tensors
+    keys = (key for component in components for key in weight_keys(checkpoint, [component]))
+    return sum(4 * tensors[key].nbytes // ITEM_BYTES[tensors[key].dtype] for key in keys)
 
 
 def receipt_units(job: Job) -> int:

@@ -274,8 +274,7 @@ def _engine_proof(job: Job, root: Path, name: str, target: str) -> KernelReport:
 
 def _accuracy(job: Job, before: list[Step]) -> Step:
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
-        paths = {c: space.root / graph_path(c, "fp32") for c in job.components}
-        receipt = evaluate.component_receipt(job, paths, space.home, advanced)
+        receipt = evaluate.component_receipt(job, source(job, space.root), space, advanced)
         return [_receipt(space, "accuracy", receipt.to_json())], {}
 
     inputs = {"held_out": job.held_out.hash, **_after(before)}

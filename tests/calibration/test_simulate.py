@@ -1,0 +1,110 @@
+"""Quantised components simulated in torch block by block, against their graphs in ONNX Runtime."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from ivl_export.calibration.accuracy import SIMULATED, Receipt
+from ivl_export.calibration.calibrate import calibration_units
+from ivl_export.pipeline import evaluate
+from ivl_export.pipeline.request import ORT, Job, Request
+from ivl_export.pipeline.steps import Made, Step, source, steps
+from ivl_export.pipeline.workspace import Workspace
+
+Built = tuple[Job, Workspace]
+
+
+class Silent:
+    """Hears a build and says nothing."""
+
+    def started(self, step: str, total: int | None) -> None: ...
+
+    def advanced(self, done: int) -> None: ...
+
+    def finished(self, step: str, seconds: float, reused: bool) -> None: ...
+
+
+def run(step: Step, space: Workspace, _: Path) -> Made:
+    return step.run(space, lambda done: None)
+
+
+def build_graphs(out: Path, precision: str, components: tuple[str, ...]) -> Built:
+    """The steps of a build of nano, up to its graphs."""
+    job = Job(Request(out, precision=precision, calib_samples=24, components=components, backends=(ORT,)))
+    with Workspace(out, Silent()) as space:
+        for step in steps(job):
+            if step.name == "kernels":
+                break
+            space.step(step.name, step.inputs, partial(run, step, space))
+    return job, space
+
+
+def both(built: Built) -> tuple[Receipt, Receipt]:
+    """(ONNX Runtime, simulated)"""
+    job, space = built
+    made = source(job, space.root)
+    graph, simulated = (
+        evaluate.component_receipt(job, made, space, lambda done: None, simulate)
+        for simulate in (False, True)
+    )
+    assert (graph.backend, simulated.backend) == (ORT, SIMULATED)
+    assert not any(space.home.glob("accuracy-*")), "activations are removed"
+    return graph, simulated
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_the_simulation_agrees_with_onnxruntime(precision: str, tmp_path: Path) -> None:
+    built = build_graphs(tmp_path / "out", precision, ())
+    graph, simulated = both(built)
+    config = built[0].checkpoint.config
+    depths = dict.fromkeys(built[0].components, config.qllama.num_hidden_layers)
+    depths["vision"] = config.vision.num_hidden_layers
+    assert {c: len(found) for c, found in simulated.blocks.items()} == depths
+    for mine, theirs in (
+        (simulated.teacher_forced, graph.teacher_forced),
+        (simulated.chained, graph.chained),
+    ):
+        assert list(mine) == list(theirs) == list(built[0].components)
+        for component, outputs in theirs.items():
+            assert list(mine[component]) == list(outputs)
+            for name, want in outputs.items():
+                got = mine[component][name]
+                assert got.samples == want.samples
+                assert got.cosine == pytest.approx(want.cosine, abs=2e-3), (component, name)
+                assert got.sqnr_db == pytest.approx(want.sqnr_db, abs=1.5), (component, name)
+    for component, found in simulated.blocks.items():
+        assert all(5 < metrics.sqnr_db < 60 for metrics in found), component
+    assert Receipt.from_json(simulated.to_json()) == simulated
+
+
+@pytest.mark.slow
+def test_one_component_of_a_chain_is_fed_with_fp32(tmp_path: Path) -> None:
+    built = build_graphs(tmp_path / "out", "fp8", ("qllama_query",))
+    graph, simulated = both(built)
+    assert graph.chained == simulated.chained == {}
+    assert list(simulated.teacher_forced) == list(simulated.blocks) == ["qllama_query"]
+    for name, want in graph.teacher_forced["qllama_query"].items():
+        assert simulated.teacher_forced["qllama_query"][name].sqnr_db == pytest.approx(want.sqnr_db, abs=1.0)
+
+
+@pytest.mark.slow
+def test_it_is_chosen_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, space = build_graphs(tmp_path / "out", "bf16", ("qllama_text",))
+    made = source(job, space.root)
+    heard: list[int] = []
+    needed = evaluate.session_bytes(job.checkpoint, job.components)
+    weights = job.checkpoint.tensors["qllama.model.embed_tokens.weight"].shape
+    assert needed > 4 * weights[0] * weights[1]
+    for free, backend in ((2 * needed, ORT), (2 * needed - 1, SIMULATED), (None, ORT)):
+        monkeypatch.setattr(evaluate, "available_memory", partial(int, free) if free else lambda: None)
+        heard.clear()
+        receipt = evaluate.component_receipt(job, made, space, heard.append)
+        assert receipt.backend == backend
+        assert heard == sorted(heard)
+        total = calibration_units(job.checkpoint.config, job.components, len(job.held_out))
+        assert heard[-1] == (total + len(job.held_out) if backend == ORT else total)
+        assert receipt.teacher_forced["qllama_text"]["text_embed"].cosine > 0.999
