@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import time
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +41,7 @@ def export(
     from ..pipeline.request import nano_folder
 
     started = time.perf_counter()
+    atexit.register(gc.freeze)  # else the process looks for garbage in all of torch's objects before it ends
     checkpoint = open_checkpoint(model or nano_folder())
     shards = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     name = "internvl-nano" if model is None else model.resolve().name.removesuffix(".pth")
