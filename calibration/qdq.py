@@ -6,7 +6,8 @@ For every layer of the plan, ``W -> [Cast] -> Transpose -> MatMul(x, .)`` become
     Wq -> DequantizeLinear(axis 0) -> Transpose -> MatMul
 
 with per-tensor activation scales, stored 8-bit weights [out, in] and per-channel scales of the type the graph
-computes in. TensorRT and ONNX Runtime both look through the Transpose. Activations differ between the two:
+computes in. Weight-only schemes leave x alone; INT4 weights have a scale for each block of in features.
+TensorRT and ONNX Runtime both look through the Transpose. Activations differ between the two:
 
 * TensorRT: one Q/DQ pair on a value, shared by its GEMMs (q/k/v, gate/up): they merge into one kernel.
 * ONNX Runtime, INT8: a pair of its own for every GEMM, with scale and zero-point initializers of its own;
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ..errors import BuildError
-from .quantize import BASE_DTYPES, stored_names
+from .quantize import BASE_DTYPES, scale_shape, stored_names
 from .schemes import SCHEMES
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 Style = Literal["tensorrt", "onnxruntime"]
 
 _COMPUTE = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "float16": "FLOAT16"}
-_STORED = {"fp8": "FLOAT8E4M3FN", "int8": "INT8"}
+_STORED = {"fp8": "FLOAT8E4M3FN", "int8": "INT8", "int4": "INT4"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def write_qdq(
         weight = _stored_weight(model.graph, layer, scheme, form)
         for i, node in enumerate(nodes):
             name = layer if len(nodes) == 1 else f"{layer}.{i}"
-            _quantise_input(node, name, scheme, amax[layer], form, pairs)
+            if kind := SCHEMES[scheme].activation:
+                _quantise_input(node, name, kind, amax[layer], form, pairs)
             _replace_weight(node, name, weight)
             node.name = node.name or name
             promised[node.name] = scheme
@@ -91,12 +93,12 @@ def write_qdq(
 
 
 def quantised_gemms(model: ir.Model) -> dict[str, str]:
-    """Node name -> scheme of every MatMul both of whose inputs come from a DQ (read back from the graph)."""
+    """Node name -> scheme of every MatMul whose inputs come from DQs as a scheme says (read back)."""
+    known = {(scheme.activation, scheme.weight): name for name, scheme in SCHEMES.items()}
     found = {}
     for node in model.graph:
         if node.op_type == "MatMul":
-            schemes = {_dequantised(node.inputs[0]), _dequantised(node.inputs[1])}
-            scheme = schemes.pop() if len(schemes) == 1 else None
+            scheme = known.get((_dequantised(node.inputs[0]), _dequantised(node.inputs[1])))
             if scheme is not None:
                 found[str(node.name)] = scheme
     return found
@@ -119,7 +121,8 @@ def _wanted(graph: ir.Graph, schemes: Mapping[str, str], amax: Mapping[str, floa
     """The layers to quantise in this graph: those whose weights it has, which must have been measured."""
     planned = {name: scheme for name, scheme in schemes.items() if scheme in SCHEMES}
     here = {name for name in planned if f"{name}.weight" in graph.initializers}
-    unmeasured, absent = sorted(here - set(amax)), sorted((set(amax) & set(planned)) - here)
+    needed = {name for name in here if SCHEMES[planned[name]].activation}
+    unmeasured, absent = sorted(needed - set(amax)), sorted((set(amax) & set(planned)) - here)
     if unmeasured:
         raise BuildError(
             f"{len(unmeasured)} layers of graph {graph.name} have no activation scale.",
@@ -148,7 +151,7 @@ def _gemms(graph: ir.Graph, layer: str) -> list[ir.Node]:
             else:
                 raise BuildError(
                     f"Layer {layer} cannot be quantised: its weight is input {index} of {node.op_type}.",
-                    "Only matrix products with the weight as second factor have 8-bit kernels.",
+                    "Only matrix products with the weight as second factor have kernels for it.",
                     "Take the layer out of the recipe.",
                 )
     if not found:
@@ -157,7 +160,7 @@ def _gemms(graph: ir.Graph, layer: str) -> list[ir.Node]:
 
 
 def _stored_weight(graph: ir.Graph, layer: str, scheme: str, form: _Format) -> tuple[ir.Value, ir.Value]:
-    """Unbound initializers for the stored values [out, in] and the scales [out]."""
+    """Unbound initializers for the stored values [out, in] and the scales [out] or [out, blocks]."""
     import onnx_ir as ir
 
     old = graph.initializers[f"{layer}.weight"]
@@ -170,15 +173,17 @@ def _stored_weight(graph: ir.Graph, layer: str, scheme: str, form: _Format) -> t
         )
     if old.shape is None or len(old.shape) != 2 or not old.shape.is_static():
         raise BuildError(f"Layer {layer} has no [out, in] weight.", f"Its shape is {old.shape}.")
-    values = _initializer(graph, values_name, old.shape, _STORED[scheme])
-    scale = _initializer(graph, scale_name, ir.Shape(old.shape[:1]), _COMPUTE[form.compute])
+    out_features, in_features = (int(size) for size in old.shape)  # type: ignore[arg-type]
+    scales = ir.Shape(scale_shape(scheme, (out_features, in_features)))
+    values = _initializer(graph, values_name, old.shape, _STORED[SCHEMES[scheme].weight])
+    scale = _initializer(graph, scale_name, scales, _COMPUTE[form.compute])
     return values, scale
 
 
 def _quantise_input(
     node: ir.Node,
     name: str,
-    scheme: str,
+    kind: str,
     amax: float,
     form: _Format,
     pairs: dict[tuple[ir.Value, str, float], ir.Value],
@@ -187,29 +192,29 @@ def _quantise_input(
     x = node.inputs[0]
     if x is None or node.graph is None:
         raise BuildError(f"Layer {name} cannot be quantised.", "Its matrix product has no first factor.")
-    scale = activation_scale(amax, scheme, form.base)
-    key = (x, scheme, scale)
-    own = form.style == "onnxruntime" and scheme == "int8"
+    scale = activation_scale(amax, kind, form.base)
+    key = (x, kind, scale)
+    own = form.style == "onnxruntime" and kind == "int8"
     if own or key not in pairs:
-        pairs[key] = _pair(node, x, name, scheme, scale, form)
+        pairs[key] = _pair(node, x, name, kind, scale, form)
     node.replace_input_with(0, pairs[key])
 
 
-def activation_scale(amax: float, scheme: str, base: str) -> float:
+def activation_scale(amax: float, kind: str, base: str) -> float:
     """amax / 448 (fp8) or amax / 127 (int8), rounded to the base type as weights' scales are."""
     import torch
 
     from .quantize import round_scale
 
-    return float(round_scale(torch.tensor(amax, dtype=torch.float32), scheme, base))
+    return float(round_scale(torch.tensor(amax, dtype=torch.float32), kind, base))
 
 
-def _pair(node: ir.Node, x: ir.Value, name: str, scheme: str, scale: float, form: _Format) -> ir.Value:
+def _pair(node: ir.Node, x: ir.Value, name: str, kind: str, scale: float, form: _Format) -> ir.Value:
     import onnx_ir as ir
 
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    compute, stored = ir.DataType[_COMPUTE[form.compute]], ir.DataType[_STORED[scheme]]
+    compute, stored = ir.DataType[_COMPUTE[form.compute]], ir.DataType[_STORED[kind]]
     if x.dtype not in (None, compute):
         raise BuildError(
             f"Layer {name} cannot be quantised.",
@@ -240,13 +245,16 @@ def _pair(node: ir.Node, x: ir.Value, name: str, scheme: str, scale: float, form
 
 
 def _replace_weight(node: ir.Node, name: str, weight: tuple[ir.Value, ir.Value]) -> None:
-    """Wq [out, in] -> DQ(axis 0) -> Transpose -> second factor."""
+    """Wq [out, in] -> DQ (axis 0, or blocks of axis 1) -> Transpose -> second factor."""
     import onnx_ir as ir
 
     graph, (values, scale) = node.graph, weight
     assert isinstance(graph, ir.Graph)
     shape, dtype = values.shape, scale.type
     assert shape is not None
+    assert scale.shape is not None
+    blocks = scale.shape[1] if len(scale.shape) == 2 else 0
+    along = {"axis": 1, "block_size": int(shape[1]) // int(blocks)} if blocks else {"axis": 0}
     restored = ir.Value(name=f"{name}.weight_dq", shape=shape, type=dtype)
     turned = ir.Value(name=f"{name}.weight_t", shape=ir.Shape([shape[1], shape[0]]), type=dtype)
     graph.insert_before(
@@ -255,7 +263,7 @@ def _replace_weight(node: ir.Node, name: str, weight: tuple[ir.Value, ir.Value])
             ir.node(
                 "DequantizeLinear",
                 [values, scale],
-                {"axis": 0},
+                along,
                 outputs=[restored],
                 name=f"{name}/weight_dequantize",
             ),
@@ -296,12 +304,12 @@ def _constant(graph: ir.Graph, name: str, number: float, dtype: ir.DataType) -> 
     return value
 
 
-def _dequantised(value: ir.Value | None) -> str | None:
-    """The scheme of the DQ that ``value`` comes from, through a Transpose; None without one."""
+def _dequantised(value: ir.Value | None) -> str:
+    """The type that ``value`` is dequantised from, through a Transpose; empty without a DQ."""
     node = value.producer() if value is not None else None
     if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
         node = node.inputs[0].producer()
     if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
-        return None
+        return ""
     dtype = node.inputs[0].dtype
-    return next((s for s, d in _STORED.items() if dtype is not None and dtype.name == d), None)
+    return next((s for s, d in _STORED.items() if dtype is not None and dtype.name == d), "")

@@ -1,8 +1,8 @@
-"""Weights to FP8 (E4M3) or INT8, per output channel, a block of rows at a time.
+"""Weights to FP8 (E4M3) or INT8 per output channel, or to INT4 per block of one, some rows at a time.
 
-The scale of a row is amax / 448 or amax / 127, rounded to the graph's compute type *first*; the row is then
-divided by the rounded scale. So the bf16 graph and the fp32 graph, which read the same bytes, dequantise to
-the same values.
+The scale of a row or block is amax / 448, / 127 or / 7, rounded to the graph's compute type *first*; the
+values are then divided by the rounded scale. So the bf16 graph and the fp32 graph, which read the same bytes,
+dequantise to the same values.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from ..export.weights import StoredTensor
-from .schemes import SCHEMES
+from .schemes import SCHEMES, block_size
 
 if TYPE_CHECKING:
     import torch
 
-LIMITS = {"fp8": 448.0, "int8": 127.0}
-"""Largest magnitude of a scheme's stored values; INT8 is symmetric, -128 is not used."""
+LIMITS = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
+"""Largest magnitude of a type's stored values; integers are symmetric, -128 and -8 are not used."""
+
+STORED = {"fp8": "float8_e4m3fn", "int8": "int8", "int4": "uint8"}
+"""What the weights store holds a type as; two INT4 values a byte, the first in the low bits, as in ONNX."""
 
 BASE_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -30,20 +33,27 @@ def stored_names(layer: str, scheme: str, base: str) -> tuple[str, str, str]:
     """Names in the weights store: the values, the scale in the base type, the same scale in float32."""
     base_dtype = BASE_DTYPES[base]
     weight = f"{layer}.weight"
-    return f"{weight}.{scheme}", f"{weight}.scale.{base_dtype}", f"{weight}.scale.float32"
+    return f"{weight}.{SCHEMES[scheme].weight}", f"{weight}.scale.{base_dtype}", f"{weight}.scale.float32"
 
 
 def stored_tensors(layer: str, scheme: str, base: str, shape: tuple[int, int]) -> tuple[StoredTensor, ...]:
     """What quantising ``layer`` (weight [out, in]) puts into the store."""
     values, scale, scale32 = stored_names(layer, scheme, base)
+    kind, scales = SCHEMES[scheme].weight, scale_shape(scheme, shape)
     return (
-        StoredTensor(values, "float8_e4m3fn" if scheme == "fp8" else "int8", shape),
-        StoredTensor(scale, BASE_DTYPES[base], shape[:1]),
-        StoredTensor(scale32, "float32", shape[:1]),
+        StoredTensor(values, STORED[kind], (shape[0], shape[1] // 2) if kind == "int4" else shape),
+        StoredTensor(scale, BASE_DTYPES[base], scales),
+        StoredTensor(scale32, "float32", scales),
     )
 
 
-def round_scale(amax: torch.Tensor, scheme: str, base: str) -> torch.Tensor:
+def scale_shape(scheme: str, shape: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the scales of a weight [out, in]: [out], or [out, blocks]."""
+    block = block_size(scheme, shape[1])
+    return (shape[0], shape[1] // block) if block else shape[:1]
+
+
+def round_scale(amax: torch.Tensor, kind: str, base: str) -> torch.Tensor:
     """``amax`` (fp32, any shape) -> fp32 scales that the base type holds exactly.
 
     Rows of zeros get scale 1; a scale too small for the base type's normal numbers (fp16 ends at 6.1e-5) is
@@ -52,18 +62,18 @@ def round_scale(amax: torch.Tensor, scheme: str, base: str) -> torch.Tensor:
     import torch
 
     dtype = getattr(torch, BASE_DTYPES[base])
-    scale = (amax.float() / LIMITS[scheme]).clamp_min(torch.finfo(dtype).tiny)
+    scale = (amax.float() / LIMITS[kind]).clamp_min(torch.finfo(dtype).tiny)
     scale = torch.where(amax > 0, scale, torch.ones_like(scale))
     return scale.to(dtype).float()
 
 
-def quantise_values(x: torch.Tensor, scale: torch.Tensor, scheme: str) -> torch.Tensor:
-    """``x`` / ``scale``, rounded half to even and saturated, as float8_e4m3fn or int8."""
+def quantise_values(x: torch.Tensor, scale: torch.Tensor, kind: str) -> torch.Tensor:
+    """``x`` / ``scale``, rounded half to even and saturated, as float8_e4m3fn or int8 (of INT4 too)."""
     import torch
 
-    limit = LIMITS[scheme]
+    limit = LIMITS[kind]
     scaled = x.float() / scale
-    if scheme == "fp8":  # torch's cast turns what is too large into NaN, so saturate first
+    if kind == "fp8":  # torch's cast turns what is too large into NaN, so saturate first
         return scaled.clamp_(-limit, limit).to(torch.float8_e4m3fn)
     return scaled.round_().clamp_(-limit, limit).to(torch.int8)
 
@@ -74,7 +84,8 @@ def quantise_rows(
     """Quantise ``weight`` [out, in] a block of rows at a time.
 
     Yields:
-        Values [rows, in] (float8_e4m3fn or int8) and scales [rows] (fp32, exact in the base type).
+        Values [rows, in] (float8_e4m3fn or int8; INT4 not packed yet) and scales [rows] or [rows, blocks]
+        (fp32, exact in the base type).
 
     Raises:
         CheckpointError: NaN or infinity in the weight.
@@ -82,24 +93,26 @@ def quantise_rows(
     import torch
 
     if scheme not in SCHEMES:
-        raise ValueError(f"{scheme} stores no 8-bit weights")
+        raise ValueError(f"{scheme} quantises no weights")
+    kind, block = SCHEMES[scheme].weight, block_size(scheme, weight.shape[1])
     step = max(1, CHUNK_VALUES // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = weight[start : start + step].float()
-        amax = rows.abs().amax(1)
+        parts = rows.unflatten(1, (-1, block)) if block else rows
+        amax = parts.abs().amax(-1)
         if not torch.isfinite(amax).all():
-            row = start + int((~torch.isfinite(amax)).nonzero()[0])
+            row = start + int((~torch.isfinite(amax)).nonzero()[0, 0])
             raise CheckpointError(
                 f"{name} holds NaN or infinity.",
                 f"In output channel {row}.",
                 "Check the checkpoint (a broken conversion to fp16, for example); it cannot be quantised.",
             )
-        scale = round_scale(amax, scheme, base)
-        yield quantise_values(rows, scale[:, None], scheme), scale
+        scale = round_scale(amax, kind, base)
+        yield quantise_values(parts, scale[..., None], kind).reshape(rows.shape), scale
 
 
 def quantise(weight: torch.Tensor, scheme: str, base: str = "bf16") -> tuple[torch.Tensor, torch.Tensor]:
-    """The whole of ``weight`` [out, in]: values [out, in] and fp32 scales [out]."""
+    """The whole of ``weight`` [out, in]: values [out, in] and fp32 scales [out] or [out, blocks]."""
     import torch
 
     blocks = list(quantise_rows(weight, scheme, base))
@@ -107,8 +120,31 @@ def quantise(weight: torch.Tensor, scheme: str, base: str = "bf16") -> tuple[tor
 
 
 def dequantise(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """fp32 weights from values [out, in] and scales [out]."""
-    return values.float() * scale.float()[:, None]
+    """fp32 weights from values [out, in], INT4 packed or not, and scales [out] or [out, blocks]."""
+    import torch
+
+    if values.dtype == torch.uint8:
+        values = unpack(values)
+    if scale.dim() == 1:
+        scale = scale[:, None]
+    parts = values.float().unflatten(1, (scale.shape[1], -1))
+    return (parts * scale.float()[..., None]).flatten(1)
+
+
+def pack(values: torch.Tensor) -> torch.Tensor:
+    """INT4 values [rows, in] (int8) as uint8 [rows, in / 2]."""
+    import torch
+
+    low, high = (values & 15).view(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    return low | (high << 4)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Inverse of :func:`pack`."""
+    import torch
+
+    values = torch.stack((packed & 15, packed >> 4), 2).flatten(1).view(torch.int8)
+    return torch.where(values > 7, values - 16, values)
 
 
 Write = Callable[[str, "torch.Tensor"], None]
@@ -128,7 +164,7 @@ def quantise_layer(
     scales = []
     name = f"{layer}.weight"
     for values, scale in quantise_rows(read(name), scheme, base, name):
-        write(values_name, values)
+        write(values_name, pack(values) if SCHEMES[scheme].weight == "int4" else values)
         scales.append(scale)
     whole = torch.cat(scales)
     write(scale_name, whole.to(getattr(torch, BASE_DTYPES[base])))

@@ -10,15 +10,22 @@ class Scheme:
     """What a recipe can do to a layer.
 
     Args:
-        weight: type its weight is stored in: ``fp8`` (E4M3) or ``int8``, with one scale an output channel.
-        activation: type its input is rounded to, with one scale for the tensor.
+        weight: type its weight is stored in: ``fp8`` (E4M3) or ``int8``, with one scale an output channel;
+            ``int4`` with one for each block of an output channel (:func:`block_size`).
+        activation: type its input is rounded to, with one scale for the tensor; empty if it is left alone:
+            then the weight is dequantised and the product runs in the base type.
     """
 
     weight: str
-    activation: str
+    activation: str = ""
 
 
-SCHEMES = {"fp8": Scheme("fp8", "fp8"), "int8": Scheme("int8", "int8")}
+SCHEMES = {
+    "fp8": Scheme("fp8", "fp8"),
+    "int8": Scheme("int8", "int8"),
+    "int8-weight": Scheme("int8"),
+    "int4-weight": Scheme("int4"),
+}
 """Schemes that quantise, by the name that recipes and receipts know them under."""
 
 BASES = ("bf16", "fp16")
@@ -26,6 +33,17 @@ BASES = ("bf16", "fp16")
 
 DIMENSION_MULTIPLE = {"fp8": 16}
 """In and out features of a layer must be multiples of this, or TensorRT has no kernel for the scheme."""
+
+BLOCKS = (128, 64, 32)
+"""In features of an INT4 weight that share a scale: the first of these that divides them. TensorRT-RTX and
+ONNX Runtime take all three."""
+
+
+def block_size(scheme: str, in_features: int) -> int:
+    """In features that share a scale; 0 where all of an output channel do, or where no block fits."""
+    if SCHEMES[scheme].weight != "int4":
+        return 0
+    return next((block for block in BLOCKS if in_features % block == 0), 0)
 
 
 def excluded(scheme: str, out_features: int, in_features: int) -> str:
@@ -36,6 +54,8 @@ def excluded(scheme: str, out_features: int, in_features: int) -> str:
             f"in features {in_features} and out features {out_features} must both be multiples of "
             f"{multiple} for {scheme} matrix products in TensorRT"
         )
+    if scheme in SCHEMES and SCHEMES[scheme].weight == "int4" and not block_size(scheme, in_features):
+        return f"in features {in_features} must be a multiple of {BLOCKS[-1]} for blocks of INT4 weights"
     return ""
 
 

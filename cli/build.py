@@ -23,7 +23,7 @@ def build(
         Path | None,
         typer.Option(help="Checkpoint: a folder of the published layout, or an older .pth file; else nano."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="bf16, fp16, fp8, int8, or a recipe file.")] = "fp8",
+    precision: Annotated[str, typer.Option(help="A recipe (see 'recipes'), or a recipe file.")] = "fp8",
     out: Annotated[
         Path | None, typer.Option(help="The bundle's folder; else bundles/MODEL-PRECISION.")
     ] = None,

@@ -8,6 +8,8 @@ Settings follow from the graph, each for a fault or a limit of ONNX Runtime 1.31
 * INT8: x86 processors without VNNI saturate the 16-bit sums of int8 products;
   ``session.x64quantprecision`` avoids it at half the speed and is set only there. MatMul and Add of plain
   matrices would become Gemm, for which there is no such INT8 kernel, so that fusion is off.
+* INT8 and INT4 weights alone: its kernel (``MatMulNBits``) would round the inputs to INT8 as well;
+  ``session.qdq_matmulnbits_accuracy_level`` keeps them in fp32.
 """
 
 from __future__ import annotations
@@ -177,6 +179,8 @@ def _settings(types: frozenset[str]) -> dict[str, str]:
         settings["session.disable_quant_qdq"] = "1"
     if "int8" in types and not _exact_int8():
         settings["session.x64quantprecision"] = "1"
+    if types & {"int8", "int4"}:
+        settings["session.qdq_matmulnbits_accuracy_level"] = "1"
     return settings
 
 

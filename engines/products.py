@@ -20,7 +20,8 @@ class Product:
     ``weight`` is the initializer it multiplies by (empty: both factors are computed), ``k`` and ``n`` the
     weight's in and out features (0: unknown). ``activation`` and ``stored`` are the 8-bit types its factors
     are dequantised from (``fp8``, ``int8``), empty where the graph does not quantise that factor.
-    ``split`` says that the result is cut into pieces at once (a joint q/k/v).
+    ``split`` says that the result is cut into pieces at once (a joint q/k/v), ``dequantised_by`` is the node
+    that dequantises the weight.
     """
 
     node: str
@@ -30,6 +31,7 @@ class Product:
     activation: str = ""
     stored: str = ""
     split: bool = False
+    dequantised_by: str = ""
 
     @property
     def scheme(self) -> str:
@@ -110,7 +112,8 @@ def _product(node: Node, graph: Graph, producers: dict[str, Node], users: dict[s
     if _transposed(node, producers):
         k, n = n, k
     cut = any(user.op in ("Split", "Slice", "Gather") for out in node.outputs for user in users.get(out, []))
-    return Product(node_name(node), weight, k, n, activation, stored, cut)
+    restored = next((node_name(u) for u in users.get(weight, []) if u.op == "DequantizeLinear"), "")
+    return Product(node_name(node), weight, k, n, activation, stored, cut, restored)
 
 
 def _source(value: str, graph: Graph, producers: dict[str, Node]) -> tuple[str, str]:

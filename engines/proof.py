@@ -18,14 +18,17 @@ from .onnxruntime_backend import optimized_nodes
 from .products import AttentionBlock, Product, find_attention, find_products, node_name, why_not_8_bits
 from .program import Kernel, Program, read_programs
 
-SCHEMES = ("fp8", "int8", "bf16", "fp16", "fp32")
-"""What can be promised of a matrix product: the type of both its factors."""
+SCHEMES = ("fp8", "int8", "bf16", "fp16", "fp32", "int8-weight", "int4-weight")
+"""What can be promised of a matrix product: the type of both its factors, or that of its stored weight, which
+is dequantised for a product in 16 bits."""
 
 _FLOATS = frozenset({"fp8", "bf16", "fp16", "fp32", "fp64"})
+_BASES = frozenset({"bf16", "fp16"})
 _OPERANDS = _FLOATS | {"int8", "uint8"}
 _ORT_INT8 = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger"})
 _ORT_FLOAT = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm"})
 _ORT_ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
+_RESTORE = "DequantizeLinear"
 _LISTED = 6
 
 
@@ -37,7 +40,8 @@ class GemmProof:
         node: its ONNX node name.
         weight: the initializer it multiplies by; empty if both factors are computed.
         scheme: ``fp8`` or ``int8`` if the graph quantises both factors so, else empty.
-        precision: types of the factors in the engine, ``fp8xfp8``; several joined by ``|`` where optimization
+        precision: types of the factors in the engine, ``fp8xfp8``, or ``bf16xint4`` where the weight is
+            stored in INT4 and dequantised for a product in bf16; several joined by ``|`` where optimization
             profiles differ; empty if the product is not in the engine.
         kernel: name of the kernel.
         merged: nodes that share the kernel (q/k/v, gate/up), this one among them; empty if it stands alone.
@@ -161,6 +165,8 @@ def proof_from_onnxruntime(graph: Path) -> KernelReport:
         op = runs.get(product.node, "")
         kind = "int8" if op in _ORT_INT8 else "fp32" if op in _ORT_FLOAT else ""
         precision = _both(kind) if kind else ""
+        if not product.activation and (op == "MatMulNBits" or runs.get(product.dequantised_by) == _RESTORE):
+            precision = f"fp32x{product.stored}"
         cause = why_not_8_bits(product, precision)
         if precision and product.scheme == "fp8":
             cause = "ONNX Runtime has no FP8 kernels on the CPU: it multiplies the rounded values in fp32"
@@ -202,7 +208,7 @@ def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
             wrong.append(f"{name}: promised {scheme}, the graph has no such matrix product.")
         for gemm in known.get(name, ()):
             kept.add(gemm.node)
-            if gemm.precision != _both(scheme):
+            if gemm.precision not in _kept(scheme):
                 wrong.append(
                     f"{name}: promised {scheme}, runs {gemm.precision or 'nowhere'}{_because(gemm)}."
                 )
@@ -232,6 +238,8 @@ def _gemm(product: Product, programs: Iterable[Program], names: frozenset[str]) 
     for program in programs:
         kernel, operands = _find(product.node, program)
         if kernel is not None:
+            if product.stored and not product.activation:
+                operands = (*operands[:1], _stored(product, program, operands[-1] if operands else ""))
             found.append(("x".join(operands), kernel))
     precision = "|".join(sorted({p for p, _ in found}))
     kernel = found[0][1] if found else None
@@ -261,6 +269,13 @@ def _find(node: str, program: Program) -> tuple[Kernel | None, tuple[str, ...]]:
     return (users[0], _factors(users[0])) if users else (None, ())
 
 
+def _stored(product: Product, program: Program, factor: str) -> str:
+    """The type in which the engine keeps the weight of a weight-only ``product``; ``factor`` if unpacked."""
+    wanted = {product.node, product.dequantised_by}
+    users = [k for k in program.kernels if wanted & set(k.layers)]
+    return product.stored if any(product.stored in k.args for k in users) else factor
+
+
 def _is_matrix(kernel: Kernel) -> bool:
     return kernel.op in ("fully_connected", "runtime_fusion") or "gemm" in kernel.name
 
@@ -284,7 +299,9 @@ def _attention(block: AttentionBlock, programs: tuple[Program, ...]) -> Attentio
 
 def _unfused_name(name: str) -> str:
     """The product's own name; ``fused x/MatMulAddFusion`` is x with a bias and an activation."""
-    return name.removeprefix("fused ").removesuffix("/MatMulAddFusion")
+    return (
+        name.removeprefix("fused ").removesuffix("/MatMulAddFusion").removesuffix("/MatmulTransposeFusion/")
+    )
 
 
 def _is_cast(kernel: Kernel) -> bool:
@@ -296,6 +313,12 @@ def _is_cast(kernel: Kernel) -> bool:
 
 def _because(gemm: GemmProof) -> str:
     return f" ({gemm.cause})" if gemm.cause else ""
+
+
+def _kept(scheme: str) -> frozenset[str]:
+    """Precisions that keep a promise of ``scheme``."""
+    stored = scheme.removesuffix("-weight")
+    return frozenset({_both(scheme)} if stored == scheme else {f"{base}x{stored}" for base in _BASES})
 
 
 def _both(scheme: str) -> str:

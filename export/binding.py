@@ -22,6 +22,7 @@ _ONNX = {
     "float16": "FLOAT16",
     "F8_E4M3": "FLOAT8E4M3FN",
     "I8": "INT8",
+    "U8": "UINT8",
 }
 _FLOATS = ("FLOAT", "BFLOAT16", "FLOAT16")
 
@@ -61,6 +62,8 @@ def bind(model: ir.Model, store: Store, folder: Path) -> None:
         shape = ir.Shape(ref.shape)
         onnx_type = _ONNX.get(ref.dtype, ref.dtype)
         wanted = value.dtype.name if value.dtype is not None else "an unknown type"
+        if wanted == "INT4" and ref.dtype == "U8" and shape:  # safetensors has no type of two values a byte
+            shape, onnx_type = ir.Shape([*ref.shape[:-1], 2 * ref.shape[-1]]), wanted
         if value.shape != shape or (wanted != onnx_type and not {wanted, onnx_type} <= set(_FLOATS)):
             raise BuildError(
                 f"Graph {model.graph.name} and the weights store differ in {name}.",

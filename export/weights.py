@@ -34,8 +34,9 @@ _SAFETENSORS = {
     "float16": "F16",
     "float8_e4m3fn": "F8_E4M3",
     "int8": "I8",
+    "uint8": "U8",
 }
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
 
 Store = dict[str, TensorRef]
 """Stored name to its place, over all files of a store."""

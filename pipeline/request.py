@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..calibration.dataset import CalibrationSet
 from ..calibration.recipe import Plan, Recipe, load_recipe, plan
+from ..calibration.schemes import element_types
 from ..calibration.sources import open_calibration, scenes_calibration
 from ..engines.targets import check_types, parse_targets
 from ..errors import CapabilityError, CheckpointError, InputError, UsageError
@@ -93,7 +94,7 @@ class Job:
         self.parts = {name: self._split(name) for name in self.components}
         self.plan: Plan = plan(self.recipe, self.linear_shapes)
         if RTX in self.backends:
-            types = frozenset({self.recipe.base, *self.plan.quantised.values()})
+            types = element_types(self.recipe.base, frozenset(self.plan.quantised.values()))
             check_types(f"Precision {self.recipe.name}", types, parse_targets(request.targets))
         self.tokenizer = Tokenizer(self._beside("tokenizer.model"))
         if len(self.tokenizer) > self.checkpoint.config.qllama.vocab_size:
