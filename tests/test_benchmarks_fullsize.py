@@ -259,6 +259,16 @@ def test_the_document_is_written_from_the_receipts(tmp_path: Path) -> None:
     assert new.startswith("before\n")
     assert new.endswith("\nafter\n")
     assert document.render(new, [path]) == new
+    engine = {
+        "promised": 24,
+        "products": {"fp8xfp8": 24, "bf16xbf16": 4},
+        "record": {"predicted_bytes": 21 * 10**8},
+        "anonymous_before": 10**9,
+    }
+    path.write_text(json.dumps({**receipt, "rows": [{**row, "details": {"vision": engine}}]}))
+    new = document.render(text, [path])
+    assert "24 quantised products promised; found 4 bf16xbf16, 24 fp8xfp8; build predicted to take" in new
+    assert "predicted to take 2.10 GB; took 4.00 GB |" in new
     with pytest.raises(ValueError, match="must each stand once"):
         document.render("no marks", [path])
 

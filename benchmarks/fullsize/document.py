@@ -66,12 +66,13 @@ def _cells(row: dict[str, Any]) -> Sequence[str]:
         f"{row['bytes_read'] / 1e9:.2f}",
         f"{row['bytes_written'] / 1e9:.2f}",
         "" if row["ratio"] is None else f"{row['ratio']:.2f}",
-        "; ".join(_notes(row["details"] or {})),
+        "; ".join(notes(row)),
     )
 
 
-def _notes(details: dict[str, Any]) -> Iterator[str]:
-    """What a step found out, in words; keys that :mod:`.tool` and :mod:`.report` write."""
+def notes(row: dict[str, Any]) -> Iterator[str]:
+    """What a step found out, in words; ``row`` as in a receipt."""
+    details = row["details"] or {}
     if "times_seconds_of_copy" in details:
         yield f"{details['times_seconds_of_copy']:.1f}x the seconds of copy"
         yield f"{details['times_memory_of_copy']:.1f}x its memory"
@@ -82,10 +83,13 @@ def _notes(details: dict[str, Any]) -> Iterator[str]:
             f"estimate for all blocks, {estimate['samples']} samples on {estimate['devices']} such machines: "
             f"{estimate['seconds'] / 60:.1f} min"
         )
-    for name, found in details.items():
+    for found in details.values():
         if isinstance(found, dict) and "products" in found:
             products = ", ".join(f"{count} {kind}" for kind, count in sorted(found["products"].items()))
-            yield f"{name}: {found['promised']} quantised products promised; found {products}"
+            yield f"{found['promised']} quantised products promised; found {products}"
+            if predicted := found.get("record", {}).get("predicted_bytes"):
+                took = row["peak_anonymous"] - found["anonymous_before"]
+                yield f"build predicted to take {predicted / 1e9:.2f} GB; took {took / 1e9:.2f} GB"
 
 
 def _depths(receipt: dict[str, Any]) -> tuple[int, int]:

@@ -51,7 +51,7 @@ def run(command: Sequence[str]) -> Run:
     def watch() -> None:
         nonlocal peak
         while not ended.wait(SAMPLE_SECONDS):
-            peak = max(peak, sum(map(_anonymous, _family(process.pid))))
+            peak = max(peak, sum(map(anonymous, _family(process.pid))))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -70,7 +70,7 @@ def run(command: Sequence[str]) -> Run:
     return Run(seconds, _children_cpu() - children, peak, stdout)
 
 
-def _anonymous(pid: int) -> int:
+def anonymous(pid: int) -> int:
     """Bytes of a process that no file backs; 0 once it is gone."""
     total = 0
     with suppress(OSError):

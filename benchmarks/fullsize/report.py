@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ivl_export.benchmarks.fullsize.document import notes
 from ivl_export.benchmarks.fullsize.make_checkpoint import ITEM_BYTES, sliced
 from ivl_export.benchmarks.fullsize.measured import Run, StepFailed, run
 from ivl_export.models.config import InternVLConfig
@@ -138,12 +139,11 @@ def measure_all(report: Report, sizes: Sequence[str], steps: Sequence[str], comp
     if "copy" in steps:
         out = fresh() / "copy"
         report.step("copy", [*export, "--out", str(out)], lambda: _size(out), used)
-    if "plain" in steps:
+    for name in ("plain", "plain-mapped") if "plain" in steps else ():
         out = fresh() / "plain"
-        command = [*tool, "plain", str(model), str(out), components]
-        report.step(
-            "plain", command, lambda: _size(out), used, lambda done: _against(report.row("copy"), done)
-        )
+        command = [*tool, name, str(model), str(out), components]
+        against = partial(_against, report.row("copy"))
+        report.step(name, command, lambda: _size(scratch), used, against)
     if "quantise" in steps:
         out = fresh() / "low"
         command = [*tool, "quantise", str(model), str(out), components]
@@ -187,8 +187,8 @@ def print_report(rows: Sequence[Row], title: str) -> None:
     ]
     print_table(title, columns, cells)
     for row in rows:
-        if row.error:
-            print(f"{row.step}: {row.error}")
+        for note in [row.error] if row.error else notes(asdict(row)):
+            print(f"{row.step}: {note}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

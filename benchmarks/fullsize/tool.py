@@ -6,13 +6,16 @@ python -m ivl_export.benchmarks.fullsize.tool quantise MODEL OUT vision
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ivl_export.benchmarks.fullsize.measured import anonymous
 from ivl_export.pipeline.graphs import (
     Source,
     component_weights,
@@ -53,10 +56,11 @@ def quantise(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any
     return {"layers": len(layers), "kept": len(kept)}
 
 
-def plain(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
+def plain(model: Path, out: Path, components: Sequence[str], mapped: bool = False) -> dict[str, Any]:
     """The usual route: ``torch.onnx.export`` of the modules with their weights, saved as external data.
 
-    Kind to it: parameters stay views of the mapped checkpoint, which is no anonymous memory.
+    With ``mapped`` parameters stay views of the mapped checkpoint, which is no anonymous memory; else they
+    are read into memory first, as scripts do that load a model and then export it.
     """
     import torch
 
@@ -70,6 +74,9 @@ def plain(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
         with torch.device("meta"):
             module = component_module(name, checkpoint.model, checkpoint.contrastive_only)
         load_state(module, checkpoint, torch.bfloat16)
+        if not mapped:
+            for parameter in module.parameters():
+                parameter.data = parameter.data.clone()
         args, shapes = example_inputs(component_spec(name, checkpoint.model))
         with torch.no_grad(), redirect_stdout(sys.stderr):
             program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
@@ -138,14 +145,15 @@ def engine(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in components:
         graph, path = out / graph_path(name, made.recipe.base), out / f"{name}.engine"
+        before = anonymous(os.getpid())
         record = build_engine(graph, component_spec(name, made.checkpoint.config), path, target="sm89")
         proof = proof_from_engine(path, graph)
         promised = quantised_gemms(ir.load(graph))
         check_promise(proof, promised)
         kinds = Counter(gemm.precision for gemm in proof.gemms)
         found[name] = {
-            "build_seconds": record.seconds,
-            "engine_bytes": record.size,
+            "record": record.to_json(),
+            "anonymous_before": before,
             "promised": len(promised),
             "products": dict(kinds),
             "fused_attention": proof.fused_attention,
@@ -153,7 +161,14 @@ def engine(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-STEPS = {"plain": plain, "quantise": quantise, "calibrate": calibrate, "graphs": graphs, "engine": engine}
+STEPS = {
+    "plain": plain,
+    "plain-mapped": partial(plain, mapped=True),
+    "quantise": quantise,
+    "calibrate": calibrate,
+    "graphs": graphs,
+    "engine": engine,
+}
 
 
 def main(argv: Sequence[str]) -> int:
