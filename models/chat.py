@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..decoding import Ids, Limits, Scores, decode
+from ..decoding import Limits
 from ..errors import InputError
 from .chat_config import ChatConfig
-from .generate import extend, step_mask
+from .generate import search, step_mask
 from .qllama import Decoder, KeyValue, Visible, run_layers
 from .vit import InternViT
 
@@ -81,27 +81,23 @@ class InternVLChat(nn.Module):
             self.model.embed_tokens, input_ids, attention_mask, self.visual(pixel_values), pad_left=True
         )
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        hidden, past = self(x, positions, mask)
+        first, past = self.step(x, positions, mask)
 
-        def step(tokens: Ids, rows: Ids | None) -> Scores:
-            nonlocal past, mask
-            if rows is not None:
-                index = torch.from_numpy(rows).to(mask.device)
-                past, mask = [(k[index], v[index]) for k, v in past], mask[index]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            ids = torch.from_numpy(tokens).to(mask.device)[:, None]
-            hidden, new = self(self.model.embed_tokens(ids), mask.sum(1, keepdim=True) - 1, mask, past)
-            past = extend(past, new)
-            return self.scores(hidden)
+        def step(
+            ids: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValue]
+        ) -> tuple[Tensor, list[KeyValue]]:
+            return self.step(self.model.embed_tokens(ids), positions, mask, past)
 
         decoder = self.config.decoder
         limits = Limits(decoder.eos_token_id, decoder.pad_token_id, max_new_tokens)
-        return torch.from_numpy(decode(self.scores(hidden), step, limits, num_beams))
+        return search(step, first, past, mask, limits, num_beams)
 
-    def scores(self, hidden: Tensor) -> Scores:
-        """Logits [B, V] of the last of the positions [B, T, H], in numpy and fp32."""
-        logits: Tensor = self.lm_head(hidden[:, -1])
-        return logits.float().numpy(force=True)
+    def step(
+        self, inputs_embeds: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValue] | None = None
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """As :meth:`forward`, with the logits of the last position [B, V] for the hidden states."""
+        hidden, new = self(inputs_embeds, positions, mask, past)
+        return self.lm_head(hidden[:, -1]), new
 
 
 class ChatDecoder(Decoder):

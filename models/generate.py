@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,18 +68,38 @@ def generate(
     mask = torch.cat([attention_mask.new_ones(len(input_ids), config.num_query_token), attention_mask], 1)
     positions = (mask.cumsum(1) - 1)[:, config.num_query_token :].masked_fill(attention_mask == 0, 1)
     first, new = text_step(model, input_ids, positions, mask, past)
-    past = extend(past, new)
+    limits = Limits(config.qllama.eos_token_id, config.qllama.pad_token_id, max_new_tokens, min_new_tokens)
+    return search(partial(text_step, model), first, extend(past, new), mask, limits, num_beams)
 
-    def step(tokens: Ids, rows: Ids | None) -> Scores:
+
+def search(
+    step: Callable[[Tensor, Tensor, Tensor, list[KeyValue]], tuple[Tensor, list[KeyValue]]],
+    first: Tensor,
+    past: list[KeyValue],
+    mask: Tensor,
+    limits: Limits,
+    num_beams: int,
+) -> Tensor:
+    """Token search behind a prompt: new ids [B, <= max_new_tokens].
+
+    Args:
+        step: takes and returns what :func:`text_step` does behind ``model``.
+        first: logits [B, V] after the prompt.
+        past: keys and values of the P positions of the prompt.
+        mask: [B, P], nonzero where a position may be seen.
+        limits: token ids and lengths.
+        num_beams: 1 is greedy.
+    """
+
+    def advance(tokens: Ids, rows: Ids | None) -> Scores:
         nonlocal past, mask
         if rows is not None:
             index = torch.from_numpy(rows).to(mask.device)
             past, mask = [(k[index], v[index]) for k, v in past], mask[index]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         ids = torch.from_numpy(tokens).to(mask.device)[:, None]
-        logits, new = text_step(model, ids, mask.sum(1, keepdim=True) - 1, mask, past)
+        logits, new = step(ids, mask.sum(1, keepdim=True) - 1, mask, past)
         past = extend(past, new)
         return logits.float().numpy(force=True)
 
-    limits = Limits(config.qllama.eos_token_id, config.qllama.pad_token_id, max_new_tokens, min_new_tokens)
-    return torch.from_numpy(decode(first.float().numpy(force=True), step, limits, num_beams))
+    return torch.from_numpy(decode(first.float().numpy(force=True), advance, limits, num_beams))
