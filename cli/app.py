@@ -27,6 +27,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "Show what a bundle holds, what it promises, and whether its files are intact."),
     "compare": ("compare", "Show two bundles side by side: sizes, accuracy with its intervals, kernels."),
     "profile": ("profile", "Time a bundle on this machine; count FLOPs and bytes from its graphs."),
+    "estimate": ("estimate", "Predict latency, memory and cost on a GPU you do not have."),
+    "doctor": ("doctor", "Say what can be built and run on this machine, and what to install."),
 }
 
 

@@ -42,7 +42,7 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
 ) -> None:
     """Time a bundle's components and chained calls here; count FLOPs and bytes from its graphs."""
-    batches = None if batch is None else _batches(batch)
+    batches = None if batch is None else parse_batches(batch)
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise UsageError(
             f"--out {out} is no file that can be written.",
@@ -74,7 +74,8 @@ def profile(
         typer.echo(f"Receipt with raw samples: {out}")
 
 
-def _batches(text: str) -> list[int]:
+def parse_batches(text: str) -> list[int]:
+    """Batch sizes of ``1,8,32``; UsageError otherwise."""
     sizes = [part.strip() for part in text.split(",")]
     if not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
         raise UsageError(f"--batch {text!r} is no list of batch sizes.", "", "Write --batch 1,8,32.")

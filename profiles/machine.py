@@ -21,11 +21,12 @@ _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as the NVIDIA driver names it."""
+    """A GPU as the NVIDIA driver names it; ``sm`` as in ``sm89``, None where an old driver does not say."""
 
     name: str
     memory_mib: int
     driver: str
+    sm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,22 @@ def _load() -> float | None:
 
 
 def _gpus() -> tuple[Gpu, ...]:
-    query = "--query-gpu=name,memory.total,driver_version"
-    lines = (_output("nvidia-smi", query, "--format=csv,noheader,nounits") or "").splitlines()
+    fields = "--query-gpu=name,memory.total,driver_version"
+    for query in (f"{fields},compute_cap", fields):  # older drivers refuse a field they do not know
+        if found := _output("nvidia-smi", query, "--format=csv,noheader,nounits"):
+            return parse_gpus(found)
+    return ()
+
+
+def parse_gpus(text: str) -> tuple[Gpu, ...]:
+    """GPUs of what nvidia-smi printed: name, MiB, driver and, where it says, compute capability."""
     gpus = []
-    for line in lines:
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 3 and parts[1].isdigit():
-            gpus.append(Gpu(parts[0], int(parts[1]), parts[2]))
+    for line in text.splitlines():
+        name, memory, driver, capability = ([part.strip() for part in line.split(",")] + [""] * 3)[:4]
+        if memory.isdigit():
+            major, _, minor = capability.partition(".")
+            sm = f"sm{major}{minor}" if major.isdigit() and minor.isdigit() else None
+            gpus.append(Gpu(name, int(memory), driver, sm))
     return tuple(gpus)
 
 

@@ -1,0 +1,115 @@
+"""``ivl-export doctor``: what can be built and run here, and what to install."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import CapabilityError
+from .output import human_bytes, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..profiles.doctor import Ability, Diagnosis
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Check disk and memory for building this model: a folder with its config.json."),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Check building in it: bf16, fp16, fp8, ...", show_default="fp8")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Python, packages, GPUs, disk and memory: what can be built and run here.
+
+    The exit code is 0, or 5 if what --model and --precision ask for cannot be done.
+    """
+    from ..calibration.recipe import load_recipe
+    from ..models.config import InternVLConfig
+    from ..profiles.doctor import Asked, diagnose
+    from ..profiles.sizes import plan_of
+
+    asked = None
+    if model is not None or precision is not None:
+        config = None if model is None else InternVLConfig.load(model / "config.json")
+        recipe = load_recipe(precision or "fp8")
+        asked = Asked(recipe, plan_of(recipe, config or InternVLConfig()), config)
+    found = diagnose(asked)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print(found)
+    if found.problems:
+        raise typer.Exit(CapabilityError.exit_code)
+
+
+def _print(found: Diagnosis) -> None:
+    here = found.machine
+    memory = None if here.memory_bytes is None else human_bytes(here.memory_bytes)
+    gpus = [
+        ("GPU", f"{g.name}, {g.sm or 'unknown generation'}, {g.memory_mib} MiB, driver {g.driver}")
+        for g in here.gpus
+    ]
+    print_table(
+        "This machine",
+        ("", ""),
+        [
+            ("Python", found.python),
+            ("CPU", f"{here.cpu}, {here.cores} cores, {memory or 'unknown'} of memory"),
+            *(gpus or [("GPU", "none: nvidia-smi is not there or found none")]),
+        ],
+    )
+    print_table(
+        "Packages",
+        ("to", "extra", "installed", "otherwise"),
+        [
+            (
+                extra.purpose,
+                extra.name,
+                [f"{package} {version or 'MISSING'}" for package, version in extra.packages.items()],
+                None if extra.installed else extra.install,
+            )
+            for extra in found.extras
+        ],
+    )
+    print_table(
+        "What can be done here",
+        ("backend", "precision", "build", "run"),
+        [(a.backend, a.precision, _build(a), _run(a)) for a in found.abilities],
+    )
+    if found.needs is not None:
+        needs = found.needs
+        free = None if needs.free_memory is None else human_bytes(needs.free_memory)
+        print_table(
+            "The model",
+            ("", "takes", "free"),
+            [
+                ("weights", human_bytes(needs.weights), None),
+                ("bundle, one target", human_bytes(needs.bundle), human_bytes(needs.free_disk)),
+                (f"memory, engine of {needs.largest or '-'}", human_bytes(needs.memory), free),
+            ],
+        )
+    for problem in found.problems:
+        typer.secho(f"problem: {problem.what}", fg="red")
+        typer.echo(f"  why: {problem.why}\n  fix: {problem.fix}")
+    if not found.problems:
+        typer.echo("No problems found.")
+
+
+def _run(ability: Ability) -> str:
+    if ability.run:
+        return f"no: {ability.run}"
+    return f"yes, {ability.note}" if ability.note else "yes"
+
+
+def _build(ability: Ability) -> str:
+    if ability.build:
+        return f"no: {ability.build}"
+    return f"yes, for {', '.join(ability.targets)}" if ability.targets else "yes"

@@ -1,0 +1,264 @@
+"""What this machine can build and run, and what is missing: facts, then what was asked against them.
+
+Nothing heavy is imported; packages are looked up by their metadata.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from ..calibration.recipe import Plan, Recipe, load_recipe, shipped_recipes
+from ..engines.memory import Load, available_memory, check_memory
+from ..engines.protocol import BACKENDS
+from ..engines.targets import TARGETS
+from ..errors import BuildError
+from ..models.config import InternVLConfig
+from ..models.layout import COMPONENTS
+from .gpus import of_driver
+from .machine import Gpu, Machine, machine
+from .sizes import weights
+
+SCHEMA = "ivl-export.doctor/1"
+NEEDED = {"run on the CPU": "cpu", "run on a GPU": "gpu", "build": "quant", "GPU engines": "rtx"}
+"""What somebody wants to do, and the extra that installs it."""
+_PYTHON = ((3, 10), (3, 14))
+_OVERHEAD = 256 << 20
+"""Disk for what is small: graphs, receipts, scales."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that stands in the way of what was asked; ``fix`` is a line to run or a thing to change."""
+
+    what: str
+    why: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An optional part of this package: its packages and their versions (None: not installed)."""
+
+    name: str
+    purpose: str
+    packages: dict[str, str | None]
+
+    @property
+    def installed(self) -> bool:
+        """Whether every package is there."""
+        return None not in self.packages.values()
+
+    @property
+    def install(self) -> str:
+        """The line that installs it."""
+        return f"pip install 'ivl-export[{self.name}]'"
+
+
+@dataclass(frozen=True)
+class Ability:
+    """What can be done with one backend at one precision.
+
+    ``build`` and ``run`` are empty for a yes, else they say why not; ``note`` is how it runs, ``targets`` the
+    generations that can be built for.
+    """
+
+    backend: str
+    precision: str
+    build: str
+    run: str
+    note: str = ""
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that building a model takes, and what there is (None: the system does not say).
+
+    ``bundle`` is weights and engines of one target; ``memory`` the largest single engine build.
+    """
+
+    weights: int
+    bundle: int
+    memory: int
+    largest: str
+    free_disk: int
+    free_memory: int | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything found."""
+
+    python: str
+    machine: Machine
+    extras: tuple[Extra, ...]
+    abilities: tuple[Ability, ...]
+    needs: Needs | None
+    problems: tuple[Problem, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data with the schema's name."""
+        data = asdict(self)
+        data["extras"] = [{**asdict(e), "installed": e.installed, "install": e.install} for e in self.extras]
+        return {"schema": SCHEMA, "ok": not self.problems, **data}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be done: a precision, on a model or on any; None as config: no model was named."""
+
+    recipe: Recipe
+    layers: Plan
+    config: InternVLConfig | None = None
+
+
+def diagnose(asked: Asked | None = None, where: Path = Path()) -> Diagnosis:
+    """Look at this machine, and check what was ``asked`` of it; ``where`` is the folder a bundle goes to."""
+    here = machine()
+    extras = tuple(_extra(name, purpose) for purpose, name in NEEDED.items())
+    installed = {e.name: e.installed for e in extras}
+    abilities = tuple(
+        ability
+        for recipe in map(load_recipe, shipped_recipes())
+        for ability in (_onnxruntime(recipe, installed), _rtx(recipe, installed))
+    )
+    needs, load = None, None
+    if asked is not None and asked.config is not None:
+        needs, load = needs_of(asked.config, asked.recipe, asked.layers, where, installed["rtx"])
+    problems = [*_python_problems(), *(asked_problems(asked, extras, here.gpus) if asked else ())]
+    if needs is not None:
+        problems += _room(needs, load)
+    return Diagnosis(platform.python_version(), here, extras, abilities, needs, tuple(problems))
+
+
+def needs_of(
+    config: InternVLConfig, recipe: Recipe, layers: Plan, where: Path, gpu_engines: bool = True
+) -> tuple[Needs, Load | None]:
+    """What building a model takes and what is free in ``where``; the largest engine build, if any."""
+    parts = {name: weights(config, recipe, layers, [name]) for name in COMPONENTS}
+    stored = weights(config, recipe, layers).nbytes
+    engines = sum(part.nbytes for part in parts.values()) if gpu_engines else 0
+    loads: dict[str, Load] = {name: part.build_load for name, part in parts.items()} if gpu_engines else {}
+    largest = max(loads, key=lambda name: loads[name].build_bytes, default="")
+    folder = next(p for p in (where.absolute(), *where.absolute().parents) if p.is_dir())
+    load = loads.get(largest)
+    needs = Needs(
+        weights=stored,
+        bundle=stored + engines + _OVERHEAD,
+        memory=load.build_bytes if load else 0,
+        largest=largest,
+        free_disk=shutil.disk_usage(folder).free,
+        free_memory=available_memory(),
+    )
+    return needs, load
+
+
+def _extra(name: str, purpose: str) -> Extra:
+    return Extra(name, purpose, {package: _version(package) for package in extra_packages(name)})
+
+
+def extra_packages(name: str) -> tuple[str, ...]:
+    """Packages that ``pip install 'ivl-export[name]'`` adds, from this package's own metadata."""
+    try:
+        lines = requires("ivl-export") or []
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return ()
+    marked = (line.partition(";") for line in lines)
+    return tuple(
+        re.split(r"[^A-Za-z0-9_.-]", spec.strip())[0]
+        for spec, _, marker in marked
+        if re.search(rf"""extra\s*==\s*['"]{re.escape(name)}['"]""", marker)
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _onnxruntime(recipe: Recipe, installed: Mapping[str, bool]) -> Ability:
+    runtime = "" if installed["cpu"] or installed["gpu"] else "onnxruntime is not installed"
+    build = "" if installed["quant"] else "the packages of the extra 'quant' are not all installed"
+    # Its CPU kernels multiply INT8; everything else is computed in fp32 from the same stored bytes.
+    return Ability("onnxruntime", recipe.name, build, runtime, "" if recipe.name == "int8" else "in fp32")
+
+
+def _rtx(recipe: Recipe, installed: Mapping[str, bool]) -> Ability:
+    missing = [name for name in ("quant", "rtx") if not installed[name]]
+    build = f"the packages of {' and '.join(missing)} are not all installed" if missing else ""
+    run = "" if "tensorrt-rtx" in BACKENDS else "this release builds these engines and does not run them"
+    targets = tuple(name for name, target in TARGETS.items() if not recipe.element_types & target.missing)
+    return Ability("tensorrt-rtx", recipe.name, build, run, targets=targets)
+
+
+def _python_problems() -> list[Problem]:
+    low, high = _PYTHON
+    if low <= sys.version_info[:2] < high:
+        return []
+    return [
+        Problem(
+            f"Python {platform.python_version()} is not supported.",
+            f"The package needs {low[0]}.{low[1]} or newer, below {high[0]}.{high[1]}.",
+            "Make an environment with Python 3.11.",
+        )
+    ]
+
+
+def asked_problems(asked: Asked, extras: tuple[Extra, ...], gpus: tuple[Gpu, ...]) -> list[Problem]:
+    """What keeps this installation from building, or these GPUs from running, what was asked."""
+    found = []
+    has_gpu_runtime = any(extra.installed for extra in extras if extra.name == "gpu")
+    for extra in extras:
+        needed = extra.name == "quant" or (extra.name == "cpu" and not has_gpu_runtime)
+        if needed and not extra.installed:
+            missing = ", ".join(p for p, v in extra.packages.items() if v is None)
+            found.append(Problem("Bundles cannot be built.", f"Not installed: {missing}.", extra.install))
+    for gpu in gpus:
+        sm = gpu.sm or (peaks.sm if (peaks := of_driver(gpu.name)) else None)
+        target = TARGETS.get(sm or "")
+        if target is None:
+            known = ", ".join(TARGETS)
+            found.append(
+                Problem(
+                    f"No engines can be built for {gpu.name} ({sm or 'unknown generation'}).",
+                    f"TensorRT-RTX 1.7 builds for {known}.",
+                    "Run bundles with --backend onnxruntime.",
+                )
+            )
+        elif lacking := sorted(asked.recipe.element_types & target.missing):
+            found.append(
+                Problem(
+                    f"{gpu.name} ({target.name}) cannot run {asked.recipe.name}.",
+                    f"It has no {', '.join(lacking)}.",
+                    "Give --precision int8 or fp16, or a newer GPU.",
+                )
+            )
+    return found
+
+
+def _room(needs: Needs, load: Load | None) -> list[Problem]:
+    found = []
+    if needs.free_disk < needs.bundle:
+        found.append(
+            Problem(
+                "There is not enough disk for the bundle.",
+                f"It takes {needs.bundle / 1e9:.1f} GB, {needs.free_disk / 1e9:.1f} GB are free.",
+                "Free some, or choose another --out.",
+            )
+        )
+    if load is not None:
+        try:
+            check_memory(needs.largest, load)
+        except BuildError as error:
+            found.append(Problem(error.what, error.why, error.fix))
+    return found

@@ -1,0 +1,77 @@
+"""What a model's weights take at a precision, from its configuration: nothing is opened, no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..calibration.quantize import stored_tensors
+from ..calibration.recipe import Plan, Recipe, plan
+from ..engines.memory import Load
+from ..models.config import InternVLConfig
+from ..models.layout import COMPONENTS, Shape, expected_shapes
+
+_TEXT = r"qllama\.model\.(layers\.\d+\.(self_attn|mlp|input_layernorm|post_attention_layernorm)\.|norm\.)"
+_TENSORS = {
+    "vision": r"vision_model\.|clip_projector\.",
+    "qllama_query": rf"query_tokens|{_TEXT}|qllama\.model\.layers\.\d+\.cross_attn\.|clip_projector2\.",
+    "qllama_text": rf"{_TEXT}|qllama\.model\.embed_tokens\.|text_projection",
+    "qllama_step": rf"{_TEXT}|qllama\.model\.embed_tokens\.|qllama\.lm_head\.",
+}
+_JOINED = re.compile(r"self_attn\.[qkv]_proj|cross_attn\.[kv]_proj|mlp\.(gate|up)_proj")
+"""Layers that share their input: a builder joins their weights, and holds them twice."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of tensors by published key: kept in the base type, and quantised with their scales."""
+
+    kept: dict[str, int]
+    low: dict[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """All of them."""
+        return sum(self.kept.values()) + sum(self.low.values())
+
+    @property
+    def build_load(self) -> Load:
+        """What a TensorRT-RTX build of a component with these weights holds."""
+        held = {**self.kept, **self.low}
+        return Load.of({key: size * (2 if _JOINED.search(key) else 1) for key, size in held.items()})
+
+
+def linear_shapes(config: InternVLConfig) -> dict[str, tuple[int, int]]:
+    """Every linear layer of the model and its weight's shape [out, in]."""
+    return {
+        key.removesuffix(".weight"): (shape[0], shape[1])
+        for key, shape in expected_shapes(config).items()
+        if len(shape) == 2 and key.endswith(".weight") and "embed_tokens" not in key
+    }
+
+
+def plan_of(recipe: Recipe, config: InternVLConfig) -> Plan:
+    """What ``recipe`` means for a model of ``config``; UsageError as :func:`..calibration.recipe.plan`."""
+    return plan(recipe, linear_shapes(config))
+
+
+def component_shapes(component: str, config: InternVLConfig) -> dict[str, Shape]:
+    """Published key to shape of the tensors that ``component`` reads."""
+    pattern = re.compile(_TENSORS[component])
+    return {key: shape for key, shape in expected_shapes(config).items() if pattern.match(key)}
+
+
+def weights(
+    config: InternVLConfig, recipe: Recipe, layers: Plan, components: Iterable[str] = COMPONENTS
+) -> Weights:
+    """What ``components`` store together, tensors that they share once."""
+    shapes = {k: s for component in components for k, s in component_shapes(component, config).items()}
+    low = {
+        key: sum(part.nbytes for part in stored_tensors(name, scheme, recipe.base, (shape[0], shape[1])))
+        for name, scheme in layers.quantised.items()
+        if (shape := shapes.get(key := f"{name}.weight"))
+    }
+    kept = {key: 2 * math.prod(shape) for key, shape in shapes.items() if key not in low}
+    return Weights(kept, low)

@@ -1,0 +1,251 @@
+"""GPUs, roofline and estimate, checked against published counts, graphs and builds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivl_export import cli
+from ivl_export.bundle import Bundle
+from ivl_export.calibration.recipe import load_recipe
+from ivl_export.errors import CapabilityError, UsageError
+from ivl_export.models.config import InternVLConfig, VisionConfig
+from ivl_export.models.layout import COMPONENTS, expected_shapes
+from ivl_export.pipeline import graphs, resources
+from ivl_export.pipeline.request import Job, Request
+from ivl_export.profiles.analytic import component_macs
+from ivl_export.profiles.estimate import Estimate, estimate
+from ivl_export.profiles.flops import graph_cost
+from ivl_export.profiles.gpus import GPUS, find_gpu, of_driver
+from ivl_export.profiles.roofline import Arithmetic, Efficiency, component_cost, component_time, peak
+from ivl_export.profiles.sizes import linear_shapes, plan_of, weights
+from ivl_export.profiles.table19 import PAPER
+
+IDEAL = Efficiency(1.0, 1.0, 1.0)
+PUBLISHED_GMAC = {224: (1537, 787, 520), 336: (3507, 925, 520), 448: (6370, 1118, 520)}
+
+
+def arithmetic(precision: str, config: InternVLConfig | None = None) -> Arithmetic:
+    recipe = load_recipe(precision)
+    return Arithmetic.of(recipe, plan_of(recipe, config or InternVLConfig()))
+
+
+def predict(gpu: str, precision: str, batches: list[int], **options: Any) -> Estimate:
+    config, recipe = InternVLConfig(), load_recipe(precision)
+    layers = plan_of(recipe, config)
+    return estimate(config, recipe, layers, find_gpu(gpu), batches, arithmetic, **options)
+
+
+def test_the_table_is_consistent() -> None:
+    assert len(GPUS) >= 20
+    for gpu in GPUS.values():
+        assert gpu.source.startswith("https://")
+        assert gpu.fp8 is None or int(gpu.sm[2:]) >= 89  # FP8 products came with Ada and Hopper
+        assert gpu.bf16 is None or int(gpu.sm[2:]) >= 80
+        assert gpu.fp16 is None or gpu.bf16 in (None, gpu.fp16)
+        for low in (gpu.fp8, gpu.int8):  # dense: never over four times 16-bit, and not under twice
+            assert low is None or gpu.fp16 is None or 1.99 <= low / gpu.fp16 <= 4.01, gpu.name
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("Tesla T4", "t4"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A10G", None),
+    ],
+)
+def test_names_of_the_driver(driver: str, name: str | None) -> None:
+    found = of_driver(driver)
+    assert (found.name if found else None) == name
+
+
+def test_gpus_are_found_by_name() -> None:
+    assert find_gpu("RTX 4090") is find_gpu("NVIDIA GeForce rtx-4090") is GPUS["rtx4090"]
+    with pytest.raises(UsageError, match="not known") as error:
+        find_gpu("rtx 9999")
+    assert "l40s" in error.value.why
+
+
+def test_a_missing_peak_is_refused_or_said() -> None:
+    with pytest.raises(CapabilityError, match="no fp8 peak for A100"):
+        peak(GPUS["a100"], "fp8")
+    with pytest.raises(CapabilityError, match="no bf16 peak for T4"):
+        peak(GPUS["t4"], "bf16")
+    assert peak(GPUS["l40s"], "fp8") == (733, "")
+    value, note = peak(GPUS["jetson-thor"], "bf16")
+    assert value == GPUS["jetson-thor"].fp16
+    assert "no published bf16 peak" in note
+    assert any(note in line for line in predict("jetson-thor", "fp8", [1]).assumptions)
+
+
+@pytest.mark.parametrize("size", list(PUBLISHED_GMAC))
+def test_costs_have_the_published_counts(size: int) -> None:
+    config = InternVLConfig(vision=VisionConfig(image_size=size))
+    for name, want in zip(("vision", "qllama_query", "qllama_text"), PUBLISHED_GMAC[size], strict=True):
+        sizes = {"text": 80} if name == "qllama_text" else {}
+        cost = component_cost(name, config, sizes, arithmetic("fp8"))
+        # The published counts leave out pooling heads and the text projection.
+        heads = sum(x.macs for x in cost.layers if x.layer.startswith(("clip_projector", "text_projection")))
+        assert (cost.macs - heads) / 1e9 == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_costs_are_those_of_the_graph(tiny_bundle: Path, component: str) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    spec, config = bundle.spec(component), InternVLConfig.from_published(bundle.manifest.model.config)
+    for which in ("min", "opt", "max"):
+        sizes = {axis.name: getattr(axis, which) for axis in spec.axes}
+        graph = graph_cost(bundle.graph(component, "fp32"), spec, sizes, "fp32")
+        ours = component_cost(component, config, sizes, Arithmetic("fp32", {}))
+        assert (ours.macs, ours.input_bytes, ours.output_bytes) == (
+            graph.macs,
+            graph.input_bytes,
+            graph.output_bytes,
+        )
+        # Constants of the graph (rotary tables and the like) are no weights of the checkpoint.
+        assert ours.weight_bytes == pytest.approx(graph.weight_bytes, rel=0.05)
+        theirs = {layer.layer: layer for layer in graph.layers}
+        for layer in ours.layers:
+            same = theirs[layer.layer]
+            assert (layer.count, layer.macs) == (same.count, same.macs), layer.layer
+            if layer.op != "Attention":
+                assert layer.weight_bytes <= same.weight_bytes <= 1.2 * layer.weight_bytes + 4096, layer.layer
+
+
+def test_the_roofline_by_hand() -> None:
+    gpu, exact = GPUS["l40s"], arithmetic("fp8")
+    one = component_time(component_cost("vision", InternVLConfig(), {"batch": 1}, exact), gpu, exact, IDEAL)
+    many = component_time(
+        component_cost("vision", InternVLConfig(), {"batch": 128}, exact), gpu, exact, IDEAL
+    )
+    macs = component_macs("vision", InternVLConfig(), {"batch": 128})
+    low = sum(n for key, n in macs.items() if exact.product(key) == "fp8")
+    compute = 2e3 * (low / 733e12 + (sum(macs.values()) - low) / 362.05e12)
+    assert many.floor_ms == pytest.approx(compute, rel=1e-9)
+    parameters = weights(InternVLConfig(), load_recipe("fp8"), plan_of(load_recipe("fp8"), InternVLConfig()),
+                         ["vision"]).nbytes  # fmt: skip
+    assert one.floor_ms == pytest.approx(1e3 * parameters / 864e9, rel=0.01)
+    assert (one.bound, many.bound) == ("memory", "compute")
+    for time in (one, many):
+        assert time.floor_ms <= time.expected_ms
+        assert time.gmacs == pytest.approx(sum(layer.gmacs for layer in time.layers))
+
+
+def test_weights_alone_may_be_quantised() -> None:
+    layer = "vision_model.encoder.layers.*.mlp.fc1"
+    exact = Arithmetic("bf16", {layer: ("int4", "bf16")})
+    assert exact.products == ("bf16",)
+    costs = [component_cost("vision", InternVLConfig(), {}, a) for a in (exact, arithmetic("bf16"))]
+    ours, wide = ({x.layer: x for x in cost.layers}[layer] for cost in costs)
+    assert 4 * ours.weight_bytes == wide.weight_bytes
+    assert ours.activation_bytes == wide.activation_bytes
+    assert costs[1].weight_bytes - costs[0].weight_bytes == wide.weight_bytes - ours.weight_bytes
+
+
+def test_an_estimate() -> None:
+    found = predict("l40s", "fp8", [1, 8, 128], cost_per_hour=2.0)
+    first, _, last = found.points
+    assert first.image_c_ms < last.image_c_ms
+    assert first.images_c_per_s < last.images_c_per_s
+    assert last.images_g_per_s < last.images_c_per_s
+    assert last.cost_c == pytest.approx(2.0 * 1e6 / last.images_c_per_s / 3600)
+    assert last.fits
+    assert not predict("rtx4090", "bf16", [128]).points[0].fits  # 28 GB of weights
+    assert not found.efficiencies.low.measured
+    assert "assumed" in found.efficiencies.low.source
+    faster = predict("h100", "fp8", [128]).points[0]
+    assert faster.image_c_ms < last.image_c_ms
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_the_paper_is_met() -> None:
+    checks = predict("a100", "bf16", [128]).checks
+    assert len(checks) == len({row.image_size for row in PAPER}) * 2 + 1
+    for check in checks:
+        assert check.error == pytest.approx((check.predicted_ms - check.measured_ms) / check.measured_ms)
+        assert abs(check.error) < 0.15, check
+        assert not check.receipt
+
+
+def receipt(folder: Path, gpu: str, ms: float) -> None:
+    exact = arithmetic("fp8")
+    cost = component_cost("vision", InternVLConfig(), {"batch": 128}, exact)
+    data = {
+        "schema": "ivl-export.profile/1",
+        "bundle": {"precision": "fp8"},
+        "settings": {"backend": "tensorrt"},
+        "machine": {"gpus": [{"name": gpu, "memory_mib": 46068, "driver": "570"}]},
+        "costs": [cost.to_json()],
+        "cases": [
+            {
+                "name": "vision",
+                "kind": "component",
+                "batch": 128,
+                "sizes": {"batch": 128},
+                "measurement": {"summary": {"p50_ms": ms}},
+            }
+        ],
+    }
+    (folder / "one.json").write_text(json.dumps(data))
+    (folder / "other.json").write_text(json.dumps({"title": "a receipt of something else"}))
+
+
+def test_a_receipt_is_taken_before_an_assumption(tmp_path: Path) -> None:
+    floor = predict("l40s", "fp8", [128]).points[0].components[0].floor_ms
+    receipt(tmp_path, "NVIDIA L40S", floor / 0.7)
+    found = predict("h200", "fp8", [128], receipts=tmp_path)
+    assert found.efficiencies.low.measured
+    assert found.efficiencies.low.value == pytest.approx(0.7)
+    (check,) = [c for c in found.checks if c.receipt]
+    assert check.name == "one: vision at batch 128"
+    assert check.measured_ms == pytest.approx(floor / 0.7)
+    receipt(tmp_path, "NVIDIA RTX 9999", floor)  # no peak, no share
+    assert not predict("h200", "fp8", [128], receipts=tmp_path).efficiencies.low.measured
+
+
+def test_sizes_are_those_of_a_build(tmp_path: Path) -> None:
+    for precision in ("fp8", "bf16"):
+        job = Job(Request(out=tmp_path / "out", precision=precision, calib_samples=4))
+        made = graphs.Source(job.checkpoint, job.recipe, job.plan, None)
+        config = job.checkpoint.config
+        assert linear_shapes(config) == job.linear_shapes
+        for name in COMPONENTS:
+            ours = weights(config, job.recipe, plan_of(job.recipe, config), [name])
+            assert (sum(ours.kept.values()), sum(ours.low.values())) == resources.stored_bytes(made, [name])
+            assert ours.build_load.build_bytes == resources.build_load(made, name).build_bytes
+        assert weights(config, job.recipe, job.plan).nbytes == sum(
+            resources.stored_bytes(made, job.components)
+        )
+    assert set(linear_shapes(InternVLConfig())) < {
+        key.removesuffix(".weight") for key in expected_shapes(InternVLConfig())
+    }
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["estimate", "--gpu", "l40s", "--batch", "1,8", "--cost-per-hour", "1.5"]
+    assert cli.main([*line, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["schema"] == "ivl-export.estimate/1"
+    assert [p["batch"] for p in data["points"]] == [1, 8]
+    assert cli.main([*line, "--image-size", "448", "--layers"]) == 0
+    out = capsys.readouterr().out
+    for text in ("predicted, not measured", "ASSUMPTION", "No receipt of this repository", "448 px", "of 1M"):
+        assert text in out
+    (tmp_path / "config.json").write_text(json.dumps(InternVLConfig().to_published()))
+    assert cli.main([*line, "--model", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["points"] == data["points"]
+    assert cli.main(["estimate", "--gpu", "a100", "--precision", "fp8"]) == 5
+    assert "no fp8 peak" in capsys.readouterr().err
+    assert cli.main(["estimate", "--gpu", "nothing"]) == 2
+    assert cli.main([*line, "--image-size", "225"]) == 2
