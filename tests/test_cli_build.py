@@ -19,7 +19,9 @@ from PIL import Image
 from ivl_export.bundle import Bundle
 from ivl_export.calibration.qdq import write_qdq
 from ivl_export.cli import main
+from ivl_export.engines import memory
 from ivl_export.pipeline import graphs, request
+from ivl_export.runtime import InternVL
 
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
 
@@ -188,6 +190,57 @@ def test_one_component_is_built_reused_and_rebuilt(
     assert ran == ["calibrate", "graph-qllama_text", "kernels", "accuracy"]
     Bundle.open(tmp_path / "out", verify="hash")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "photos"}
+
+
+@pytest.mark.slow
+def test_a_split_component_is_built_in_parts_and_run_as_one(
+    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """INT8: four blocks, three parts of TensorRT-RTX and ONNX Runtime each, one proof."""
+    pytest.importorskip("tensorrt_rtx")
+    args = [*one_component(tiny_model, photos, tmp_path / "out", "int8"), "--split"]
+    args[args.index("--backend") + 1] = "tensorrt-rtx"
+    assert main([*args, "3"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    engines = [f"engine-qllama_text.{part}-sm89" for part in range(3)]
+    assert [s["step"] for s in report["steps"] if s["step"].startswith("engine-")] == engines
+    for name in ("onnxruntime-cpu", "tensorrt-rtx-sm89"):
+        proof = report["kernels"][name]["qllama_text"]
+        assert proof["promised"] == proof["precisions"]["int8xint8"] == 4 * 7
+        assert proof["attention"] == 4
+
+    bundle = Bundle.open(tmp_path / "out", verify="hash")
+    files = [e.file for e in bundle.engines("qllama_text", "tensorrt-rtx", "sm89")]
+    assert files == [f"engines/tensorrt-rtx-sm89/qllama_text.{part}.engine" for part in range(3)]
+    with InternVL.load(tmp_path / "out") as model:
+        split = model.encode_text(["a red panda", "two"])
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "qllama_text, part 3 of 3" in capsys.readouterr().out
+
+    assert main([*args, "3"]) == 0
+    assert all(s["reused"] for s in json.loads(capsys.readouterr().out)["steps"])
+    assert main([*args, "1"]) == 0
+    assert not any(".engine" in f and ".0." in f for f in Bundle.open(tmp_path / "out").manifest.files)
+    with InternVL.load(tmp_path / "out") as model:
+        np.testing.assert_allclose(split, model.encode_text(["a red panda", "two"]), rtol=0, atol=1e-5)
+    assert main([*args, "5"]) == 2
+    assert "from 1 to 4" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_said_before_anything_is_made(
+    tiny_model: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**6)
+    args = ["build", "--model", str(tiny_model), "--calib", str(photos), "--out", str(tmp_path / "out")]
+    for more in ([], ["--dry-run"]):
+        assert main([*args, *more]) == 6
+        assert "not enough memory to build the engine of vision-sm89" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
