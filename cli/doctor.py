@@ -29,7 +29,8 @@ def doctor(
 ) -> None:
     """Python, packages, GPUs, disk and memory: what can be built and run here.
 
-    The exit code is 0, or 5 if what --model and --precision ask for cannot be done.
+    The exit code is 0, or 5 if what --model and --precision ask for cannot be built here, or cannot run on
+    the GPU that is here.
     """
     from ..calibration.recipe import load_recipe
     from ..models.config import InternVLConfig

@@ -128,7 +128,7 @@ def _print(result: Estimate, model: str, with_layers: bool) -> None:
         "Shares of the published peaks",
         ("", "share", "known from", "source"),
         [
-            (name, f"{share.value:.0%}", "measurement" if share.measured else "ASSUMPTION", share.source)
+            (name, f"{share.value:.0%}", share.known, share.source)
             for name, share in (*shares, ("memory", result.efficiencies.memory))
         ],
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from ..calibration.recipe import Plan, Recipe
 from ..models.config import InternVLConfig, VisionConfig
@@ -27,16 +27,17 @@ RECEIPTS = Path(__file__).parent / "receipts"
 LOW_ASSUMED = 0.5
 """Share of the peak of FP8 and INT8 products: the glue between them does not shrink as they do."""
 MEMORY_ASSUMED = 0.8
+WIDE_ASSUMED = 0.6
 TIMED = ("vision", "qllama_query", "qllama_text")
 _PAPER_GPU = "a100"
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of a peak, and where it is from (``measured``: a receipt or the paper, else assumed)."""
+    """A share of a peak, what it is known from, and where that stands."""
 
     value: float
-    measured: bool
+    known: Literal["receipt", "paper", "assumption"]
     source: str
 
 
@@ -67,7 +68,7 @@ class Timed:
 
     @property
     def share(self) -> float:
-        """The share of the peak that was reached, if arithmetic decides the time."""
+        """The share of the peak that was reached: of arithmetic or of memory, whichever decides the floor."""
         ideal = Efficiency(1.0, 1.0, 1.0)
         return component_time(self.cost, self.gpu, self.arithmetic, ideal).floor_ms / self.ms
 
@@ -185,16 +186,22 @@ def estimate(
 
 def efficiencies(timed: Iterable[Timed]) -> Efficiencies:
     """Shares of the peaks from what was timed, receipts before the paper; assumptions for the rest."""
-    usable = [one for one in timed if one.compute_bound]
-    low = [one for one in usable if one.receipt and set(one.arithmetic.products) & set(LOW)]
-    wide = [one for one in usable if not set(one.arithmetic.products) & set(LOW)]
-    own = [one for one in wide if one.receipt]
+    found: dict[tuple[str, bool], list[float]] = {}
+    for one in timed:
+        kind = "low" if set(one.arithmetic.products) & set(LOW) else "wide"
+        found.setdefault((kind if one.compute_bound else "memory", one.receipt), []).append(one.share)
+
+    def share(kind: str, assumed: float, what: str) -> Share:
+        if own := found.get((kind, True)):
+            return Share(median(own), "receipt", f"median of {len(own)} times in receipts")
+        if theirs := found.get((kind, False)):
+            return Share(median(theirs), "paper", f"median of {len(theirs)} times: {SOURCE}")
+        return Share(assumed, "assumption", f"no receipt timed {what} on a GPU of the table")
+
     return Efficiencies(
-        wide=_measured(own, "receipts") if own else _measured(wide, SOURCE),
-        low=_measured(low, "receipts")
-        if low
-        else Share(LOW_ASSUMED, False, "assumed: no receipt timed FP8 or INT8 on a GPU of the table"),
-        memory=Share(MEMORY_ASSUMED, False, "assumed: no receipt timed a component that memory bounds"),
+        wide=share("wide", WIDE_ASSUMED, "16-bit products"),
+        low=share("low", LOW_ASSUMED, "FP8 or INT8 products"),
+        memory=share("memory", MEMORY_ASSUMED, "a component that memory bounds"),
     )
 
 
@@ -253,10 +260,6 @@ def _cost(data: dict[str, Any]) -> ComponentCost:
     layers = tuple(LayerCost(**layer) for layer in data["layers"])
     names = ("component", "dtype", "sizes", "weight_bytes", "input_bytes", "output_bytes")
     return ComponentCost(layers=layers, **{name: data[name] for name in names})
-
-
-def _measured(timed: Sequence[Timed], source: str) -> Share:
-    return Share(median(one.share for one in timed), True, f"median of {len(timed)} times: {source}")
 
 
 def _point(

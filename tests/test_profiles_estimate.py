@@ -162,8 +162,7 @@ def test_an_estimate() -> None:
     assert last.cost_c == pytest.approx(2.0 * 1e6 / last.images_c_per_s / 3600)
     assert last.fits
     assert not predict("rtx4090", "bf16", [128]).points[0].fits  # 28 GB of weights
-    assert not found.efficiencies.low.measured
-    assert "assumed" in found.efficiencies.low.source
+    assert [s.known for s in (found.efficiencies.wide, found.efficiencies.low)] == ["paper", "assumption"]
     faster = predict("h100", "fp8", [128]).points[0]
     assert faster.image_c_ms < last.image_c_ms
     json.dumps(found.to_json(), allow_nan=False)
@@ -178,9 +177,9 @@ def test_the_paper_is_met() -> None:
         assert not check.receipt
 
 
-def receipt(folder: Path, gpu: str, ms: float) -> None:
+def receipt(folder: Path, gpu: str, ms: float, batch: int = 128) -> None:
     exact = arithmetic("fp8")
-    cost = component_cost("vision", InternVLConfig(), {"batch": 128}, exact)
+    cost = component_cost("vision", InternVLConfig(), {"batch": batch}, exact)
     data = {
         "schema": "ivl-export.profile/1",
         "bundle": {"precision": "fp8"},
@@ -191,8 +190,8 @@ def receipt(folder: Path, gpu: str, ms: float) -> None:
             {
                 "name": "vision",
                 "kind": "component",
-                "batch": 128,
-                "sizes": {"batch": 128},
+                "batch": batch,
+                "sizes": {"batch": batch},
                 "measurement": {"summary": {"p50_ms": ms}},
             }
         ],
@@ -205,13 +204,18 @@ def test_a_receipt_is_taken_before_an_assumption(tmp_path: Path) -> None:
     floor = predict("l40s", "fp8", [128]).points[0].components[0].floor_ms
     receipt(tmp_path, "NVIDIA L40S", floor / 0.7)
     found = predict("h200", "fp8", [128], receipts=tmp_path)
-    assert found.efficiencies.low.measured
+    assert found.efficiencies.low.known == "receipt"
     assert found.efficiencies.low.value == pytest.approx(0.7)
     (check,) = [c for c in found.checks if c.receipt]
     assert check.name == "one: vision at batch 128"
     assert check.measured_ms == pytest.approx(floor / 0.7)
+    read = predict("l40s", "fp8", [1]).points[0].components[0].floor_ms
+    receipt(tmp_path, "NVIDIA L40S", read / 0.9, batch=1)
+    memory = predict("h200", "fp8", [128], receipts=tmp_path).efficiencies.memory
+    assert memory.known == "receipt"
+    assert memory.value == pytest.approx(0.9)
     receipt(tmp_path, "NVIDIA RTX 9999", floor)  # no peak, no share
-    assert not predict("h200", "fp8", [128], receipts=tmp_path).efficiencies.low.measured
+    assert predict("h200", "fp8", [128], receipts=tmp_path).efficiencies.low.known == "assumption"
 
 
 def test_sizes_are_those_of_a_build(tmp_path: Path) -> None:
@@ -240,7 +244,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [p["batch"] for p in data["points"]] == [1, 8]
     assert cli.main([*line, "--image-size", "448", "--layers"]) == 0
     out = capsys.readouterr().out
-    for text in ("predicted, not measured", "ASSUMPTION", "No receipt of this repository", "448 px", "of 1M"):
+    for text in ("predicted, not measured", "assumption", "No receipt of this repository", "448 px", "of 1M"):
         assert text in out
     (tmp_path / "config.json").write_text(json.dumps(InternVLConfig().to_published()))
     assert cli.main([*line, "--model", str(tmp_path), "--json"]) == 0
