@@ -173,7 +173,7 @@ def _stored_weight(graph: ir.Graph, layer: str, scheme: str, form: _Format) -> t
         )
     if old.shape is None or len(old.shape) != 2 or not old.shape.is_static():
         raise BuildError(f"Layer {layer} has no [out, in] weight.", f"Its shape is {old.shape}.")
-    out_features, in_features = (int(size) for size in old.shape)  # type: ignore[arg-type]
+    out_features, in_features = old.shape.numpy()
     scales = ir.Shape(scale_shape(scheme, (out_features, in_features)))
     values = _initializer(graph, values_name, old.shape, _STORED[SCHEMES[scheme].weight])
     scale = _initializer(graph, scale_name, scales, _COMPUTE[form.compute])
@@ -253,8 +253,9 @@ def _replace_weight(node: ir.Node, name: str, weight: tuple[ir.Value, ir.Value])
     shape, dtype = values.shape, scale.type
     assert shape is not None
     assert scale.shape is not None
-    blocks = scale.shape[1] if len(scale.shape) == 2 else 0
-    along = {"axis": 1, "block_size": int(shape[1]) // int(blocks)} if blocks else {"axis": 0}
+    along = {"axis": 0}
+    if len(scale.shape) == 2:
+        along = {"axis": 1, "block_size": shape.numpy()[1] // scale.shape.numpy()[1]}
     restored = ir.Value(name=f"{name}.weight_dq", shape=shape, type=dtype)
     turned = ir.Value(name=f"{name}.weight_t", shape=ir.Shape([shape[1], shape[0]]), type=dtype)
     graph.insert_before(

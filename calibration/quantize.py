@@ -98,7 +98,7 @@ def quantise_rows(
     step = max(1, CHUNK_VALUES // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = weight[start : start + step].float()
-        parts = rows.unflatten(1, (-1, block)) if block else rows
+        parts = rows.reshape(len(rows), -1, block) if block else rows
         amax = parts.abs().amax(-1)
         if not torch.isfinite(amax).all():
             row = start + int((~torch.isfinite(amax)).nonzero()[0, 0])
@@ -127,16 +127,17 @@ def dequantise(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         values = unpack(values)
     if scale.dim() == 1:
         scale = scale[:, None]
-    parts = values.float().unflatten(1, (scale.shape[1], -1))
-    return (parts * scale.float()[..., None]).flatten(1)
+    parts = values.float().reshape(*scale.shape, -1)
+    return (parts * scale.float()[..., None]).reshape(values.shape)
 
 
 def pack(values: torch.Tensor) -> torch.Tensor:
     """INT4 values [rows, in] (int8) as uint8 [rows, in / 2]."""
     import torch
 
-    low, high = (values & 15).view(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
-    return low | (high << 4)
+    low, high = (values & 15).view(torch.uint8).reshape(len(values), -1, 2).unbind(2)
+    packed: torch.Tensor = low | (high << 4)
+    return packed
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
