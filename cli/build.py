@@ -102,7 +102,7 @@ def print_report(report: dict[str, Any]) -> None:
         for output, m in _worst_of_layers(outputs).items()
     ]
     print_table(
-        f"{report['precision']} against fp32, chained, held-out inputs (ONNX Runtime)",
+        f"{report['precision']} against fp32, chained, held-out inputs ({report['components_in']})",
         ("component", "output", "cosine", "SQNR dB", "samples"),
         accuracy,
     )

@@ -126,6 +126,14 @@ def session_bytes(checkpoint: Checkpoint, components: Iterable[str]) -> int:
     return sum(4 * tensors[key].nbytes // ITEM_BYTES[tensors[key].dtype] for key in keys)
 
 
+def no_session(checkpoint: Checkpoint, component: str) -> str:
+    """Why ONNX Runtime cannot open the graph of ``component`` here; empty if memory holds it."""
+    needed, free = session_bytes(checkpoint, [component]), available_memory()
+    if free is None or needed <= free:
+        return ""
+    return f"ONNX Runtime would take {needed / 1e9:.1f} GB for it, {free / 1e9:.1f} GB are free"
+
+
 def receipt_units(job: Job) -> int:
     """What the progress of :func:`component_receipt` counts to."""
     count = len(job.held_out)

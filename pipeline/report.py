@@ -12,7 +12,7 @@ from .evaluate import headlines
 def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
     """Accuracy, kernels and steps of ``result``, read from the bundle's receipts."""
     bundle, manifest = result.bundle, result.bundle.manifest
-    kernels = bundle.receipt("kernels")
+    kernels, accuracy = bundle.receipt("kernels"), bundle.receipt("accuracy")
     tasks: dict[str, Any] = {}
     if "tasks" in manifest.receipts:
         scores = bundle.receipt("tasks")["scores"]
@@ -23,9 +23,10 @@ def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
         "precision": manifest.precision,
         "bytes": sum(f.size for f in manifest.files.values()),
         "files": len(manifest.files),
-        "notices": list(notices),
+        "notices": [*notices, *_unread(result)],
         "over_budget": result.over_budget,
-        "components": bundle.receipt("accuracy")["chained"],
+        "components": accuracy["chained"],
+        "components_in": accuracy["backend"],
         "tasks": tasks,
         "kernels": {
             engine: {name: _summary(proof) for name, proof in found.items()}
@@ -37,6 +38,12 @@ def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
             for name, record in result.records.items()
         ],
     }
+
+
+def _unread(result: Result) -> list[str]:
+    """What could not be opened, so that nothing is known of its kernels."""
+    unread = result.records["kernels"].data.get("unread", {})
+    return [f"Kernels of {name} on the CPU were not read: {why}." for name, why in unread.items()]
 
 
 def _summary(proof: dict[str, Any]) -> dict[str, Any]:

@@ -26,11 +26,13 @@ from ..calibration.calibrate import (
 from ..calibration.recipe import load_recipe, plan
 from ..calibration.recording import recorded_bytes
 from ..calibration.scales import Scales
+from ..calibration.schemes import smoothed_layers
 from ..engines.build import build_engine
 from ..engines.memory import Load
 from ..engines.proof import KernelReport, check_promise, joined, proof_from_engine, proof_from_onnxruntime
 from ..export.components import component_spec
 from ..manifest import Component, FileEntry, Manifest
+from ..models.checkpoint import Checkpoint
 from ..specs import ComponentSpec
 from . import evaluate, graphs
 from .graphs import Source, graph_path
@@ -40,6 +42,8 @@ from .resources import build_load, stored_bytes
 from .workspace import Data, Workspace, step_digest
 
 SCALES = "scales.json"
+SMOOTHING = "smoothing.safetensors"
+"""What the norms were divided by, where the recipe smooths."""
 CALIBRATION_BATCH = 16
 MEGABYTE = 10**6
 COMPARED = ("fp8", "int8")
@@ -78,9 +82,10 @@ def steps(job: Job) -> list[Step]:
     preprocess = _preprocess(job)
     found = [preprocess]
     scales: list[Step] = []
+    smooth = [_smooth(job, preprocess)] if smoothed_layers(job.plan.schemes) else []
     if job.recipe.quantises:
-        scales = [_calibrate(job, preprocess)]
-    stores = _stores(job)
+        scales = [*smooth, _calibrate(job, [preprocess, *smooth])]
+    stores = _stores(job, smooth)
     graph_steps = {c: _graph(job, c, [*scales, *stores]) for c in job.components}
     engine_steps = [
         _engine(job, component, part, target, graph_steps[component])
@@ -99,7 +104,18 @@ def steps(job: Job) -> list[Step]:
 def source(job: Job, root: Path) -> Source:
     """What the graphs of ``job`` are made from, once calibration is done."""
     scales = Scales.load(root / SCALES) if job.recipe.quantises else None
-    return Source(job.checkpoint, job.recipe, job.plan, scales)
+    return Source(_checkpoint(job, root), job.recipe, job.plan, scales)
+
+
+def _checkpoint(job: Job, root: Path) -> Checkpoint:
+    """The weights that graphs are made from: folded where the recipe smooths."""
+    if not smoothed_layers(job.plan.schemes):
+        return job.checkpoint
+    from safetensors.torch import load_file
+
+    from ..calibration.smooth import fold
+
+    return fold(job.checkpoint, load_file(root / SMOOTHING))
 
 
 def graph_manifest(job: Job, manifest: Manifest, root: Path) -> Manifest:
@@ -134,18 +150,46 @@ def _preprocess(job: Job) -> Step:
     return Step("preprocess", {"settings": settings, "tokenizer": hashlib.sha256(model).hexdigest()}, run)
 
 
-def _calibrate(job: Job, preprocess: Step) -> Step:
+def _smooth(job: Job, preprocess: Step) -> Step:
+    """How much of its input each layer's norm divides away, channel by channel."""
+    layers = smoothed_layers(job.plan.schemes)
+    given = (job.calibration, job.settings, job.tokenizer)
+
+    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        from safetensors.torch import save_file
+
+        from ..calibration.smooth import channel_ranges, factors
+
+        with tempfile.TemporaryDirectory(dir=space.home, prefix="smooth-") as folder:
+            options = {"batch_size": CALIBRATION_BATCH, "progress": advanced}
+            ranges = channel_ranges(job.checkpoint, job.components, layers, *given, Path(folder), **options)
+        found = factors(job.checkpoint, ranges, layers)
+        save_file(found, space.root / SMOOTHING)
+        return [SMOOTHING], {"norms": len(found)}
+
+    config, samples = job.checkpoint.config, len(job.calibration)
+    return Step(
+        "smooth",
+        {**_model(job), "set": job.calibration.hash, "layers": layers, **_after([preprocess])},
+        run,
+        calibration_units(config, job.components, samples),
+        spilled_bytes(config, job.components, samples),
+        "samples x blocks",
+    )
+
+
+def _calibrate(job: Job, before: list[Step]) -> Step:
     inputs = {
         **_model(job),
         "set": job.calibration.hash,
         "components": list(job.components),
-        **_after([preprocess]),
+        **_after(before),
     }
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
         times: list[PartTime] = []
         scales = calibrate(
-            job.checkpoint,
+            _checkpoint(job, space.root),
             job.components,
             job.calibration,
             job.settings,
@@ -176,17 +220,22 @@ def _calibrate(job: Job, preprocess: Step) -> Step:
     )
 
 
-def _stores(job: Job) -> list[Step]:
+def _stores(job: Job, smooth: list[Step]) -> list[Step]:
     made = Source(job.checkpoint, job.recipe, job.plan, None)
     keys, layers = graphs.component_weights(made, job.components)
-    inputs = {**_model(job), "base": job.recipe.base}
+    inputs = {**_model(job), "base": job.recipe.base, **(_after(smooth) if smooth else {})}
+
+    def folded(root: Path) -> Source:
+        return replace(made, checkpoint=_checkpoint(job, root))
 
     def base(space: Workspace, advanced: Callable[[int], None]) -> Made:
-        files = graphs.write_base_store(made, keys, space.root, lambda done: advanced(done // MEGABYTE))
+        files = graphs.write_base_store(
+            folded(space.root), keys, space.root, lambda done: advanced(done // MEGABYTE)
+        )
         return files, {"tensors": len(keys)}
 
     def low(space: Workspace, advanced: Callable[[int], None]) -> Made:
-        files = graphs.write_quantised_store(made, layers, space.root, advanced)
+        files = graphs.write_quantised_store(folded(space.root), layers, space.root, advanced)
         return files, {"layers": len(layers)}
 
     kept, quantised = stored_bytes(made, job.components)
@@ -247,23 +296,27 @@ def _kernels(job: Job, before: list[Step]) -> Step:
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
         proofs: dict[str, dict[str, Any]] = {}
+        unread: dict[str, str] = {}
         for component in job.components:
             promised = space.records[f"graph-{component}"].data["promised"]
             pieces = [spec.name for spec in part_specs(space.records, component)] or [component]
-            plain = [space.root / graph_path(name, "fp32") for name in pieces]
-            report = joined([proof_from_onnxruntime(path) for path in plain])
-            # ONNX Runtime has no FP8 kernels on a CPU: there only INT8 is held to its promise.
-            int8 = {node: s for node, s in promised["fp32"].items() if s == "int8"}
-            if int8:
-                check_promise(report, int8)
-            proofs.setdefault(f"{ORT}-cpu", {})[component] = _proof(report, promised["fp32"])
+            if why := evaluate.no_session(job.checkpoint, component):
+                unread[component] = why
+            else:
+                plain = [space.root / graph_path(name, "fp32") for name in pieces]
+                report = joined([proof_from_onnxruntime(path) for path in plain])
+                # ONNX Runtime has no FP8 kernels on a CPU: there only INT8 is held to its promise.
+                int8 = {node: s for node, s in promised["fp32"].items() if s == "int8"}
+                if int8:
+                    check_promise(report, int8)
+                proofs.setdefault(f"{ORT}-cpu", {})[component] = _proof(report, promised["fp32"])
             for target in job.targets if RTX in job.backends else ():
                 report = joined([_engine_proof(job, space.root, name, target) for name in pieces])
                 check_promise(report, promised[job.recipe.base])
                 proofs.setdefault(f"{RTX}-{target}", {})[component] = _proof(
                     report, promised[job.recipe.base]
                 )
-        return [_receipt(space, "kernels", proofs)], {}
+        return [_receipt(space, "kernels", proofs)], {"unread": unread}
 
     return Step("kernels", _after(before), run)
 
@@ -309,6 +362,8 @@ def _compared(job: Job, made: Source) -> list[Source]:
     """What is built, if it is quantised, and the other quantised recipes on the same scales."""
     if not job.recipe.quantises:
         return []
+    if smoothed_layers(job.plan.schemes):
+        return [made]  # the others would run on folded weights too
     recipes = [load_recipe(n) for n in COMPARED if n != job.recipe.name]
     return [made, *(replace(made, recipe=r, plan=plan(r, job.linear_shapes)) for r in recipes)]
 

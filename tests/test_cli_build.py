@@ -20,7 +20,7 @@ from ivl_export.bundle import Bundle
 from ivl_export.calibration.qdq import write_qdq
 from ivl_export.cli import main
 from ivl_export.engines import memory
-from ivl_export.pipeline import graphs, request
+from ivl_export.pipeline import evaluate, graphs, request
 from ivl_export.runtime import InternVL
 
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
@@ -190,6 +190,25 @@ def test_one_component_is_built_reused_and_rebuilt(
     assert ran == ["calibrate", "graph-qllama_text", "kernels", "accuracy"]
     Bundle.open(tmp_path / "out", verify="hash")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "photos"}
+
+
+@pytest.mark.slow
+def test_what_memory_does_not_hold_is_simulated_and_said(
+    tiny_model: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evaluate, "available_memory", lambda: 1000)
+    assert main(one_component(tiny_model, photos, tmp_path / "out", "fp8")) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["components_in"] == "simulated in torch"
+    assert report["components"]["qllama_text"]["text_embed"]["cosine"] > 0.9
+    assert "onnxruntime-cpu" not in report["kernels"]
+    (note,) = [n for n in report["notices"] if "were not read" in n]
+    assert "qllama_text" in note
+    assert "0.0 GB are free" in note
 
 
 @pytest.mark.slow
