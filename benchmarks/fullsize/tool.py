@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -161,7 +161,7 @@ def engine(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-STEPS = {
+STEPS: dict[str, Callable[[Path, Path, Sequence[str]], dict[str, Any]]] = {
     "plain": plain,
     "plain-mapped": partial(plain, mapped=True),
     "quantise": quantise,
