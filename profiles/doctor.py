@@ -53,8 +53,8 @@ class Extra:
 
     @property
     def installed(self) -> bool:
-        """Whether every package is there."""
-        return None not in self.packages.values()
+        """Whether every package is there, as far as this package's metadata says which they are."""
+        return bool(self.packages) and None not in self.packages.values()
 
     @property
     def install(self) -> str:
@@ -221,7 +221,7 @@ def asked_problems(asked: Asked, extras: tuple[Extra, ...], gpus: tuple[Gpu, ...
     for extra in extras:
         needed = extra.name == "quant" or (extra.name == "cpu" and not has_gpu_runtime)
         if needed and not extra.installed:
-            missing = ", ".join(p for p, v in extra.packages.items() if v is None)
+            missing = ", ".join(p for p, v in extra.packages.items() if v is None) or "ivl-export itself"
             found.append(Problem("Bundles cannot be built.", f"Not installed: {missing}.", extra.install))
     for gpu in gpus:
         sm = gpu.sm or (peaks.sm if (peaks := of_driver(gpu.name)) else None)
@@ -236,11 +236,12 @@ def asked_problems(asked: Asked, extras: tuple[Extra, ...], gpus: tuple[Gpu, ...
                 )
             )
         elif lacking := sorted(asked.recipe.element_types & target.missing):
+            able = [n for n in shipped_recipes() if not load_recipe(n).element_types & target.missing]
             found.append(
                 Problem(
                     f"{gpu.name} ({target.name}) cannot run {asked.recipe.name}.",
                     f"It has no {', '.join(lacking)}.",
-                    "Give --precision int8 or fp16, or a newer GPU.",
+                    f"Give a --precision that it has: {', '.join(able)}.",
                 )
             )
     return found

@@ -2,7 +2,7 @@
 
 Matrix throughput is dense (without structured sparsity) and accumulates 16-bit floats and FP8 in FP32, as
 engines do; a vendor's figure "with sparsity" is halved. None: the hardware lacks the type, or no vendor
-document was found that says. ``source`` is the document a row comes from; the figures were read in public
+document was found that says. ``source`` names the documents a row comes from; the figures were read in public
 copies and quotations of these documents.
 """
 
@@ -49,6 +49,7 @@ _BLACKWELL = (
 )
 _LITERATURE = f"{_DAM}/design-visualization/quadro-product-literature"
 _BLACKWELL_PRO = f"{_LITERATURE}/NVIDIA-RTX-Blackwell-PRO-GPU-Architecture-v1.0.pdf"
+_RTX6000 = f"{_DAM}/design-visualization/rtx-6000/proviz-print-rtx6000-datasheet-web-2504660.pdf"
 _THOR = (
     "https://developer.nvidia.com/blog/introducing-nvidia-jetson-thor-the-ultimate-platform-for-physical-ai/"
 )
@@ -81,15 +82,14 @@ GPUS: dict[str, GpuPeaks] = {
         GpuPeaks("h200", "H200 SXM", "sm90", 989, 989, 1979, 1979, 4800, 141, 700, r"H200",
                  "https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446"),
         GpuPeaks("b200", "B200 (HGX)", "sm100", 2250, 2250, 4500, 4500, 7700, 180, 1000, r"B200",
-                 "https://resources.nvidia.com/en-us-blackwell-architecture/datasheet"),
+                 "https://resources.nvidia.com/en-us-blackwell-architecture"),
         GpuPeaks("rtx3090", "RTX 3090", "sm86", 71, 71, None, 284, 936, 24, 350, r"RTX 3090",
                  "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.1.pdf"),
         GpuPeaks("rtx4090", "RTX 4090", "sm89", 165.2, 165.2, 330.3, 660.6, 1008, 24, 450, r"RTX 4090", _ADA),
         GpuPeaks("rtx5090", "RTX 5090", "sm120", 209.5, 209.5, 419, 838, 1792, 32, 575, r"RTX 5090",
                  _BLACKWELL),
         GpuPeaks("rtx6000-ada", "RTX 6000 Ada", "sm89", 364, 364, 728.5, None, 960, 48, 300,
-                 r"RTX 6000 Ada Generation",
-                 f"{_DAM}/design-visualization/rtx-6000/proviz-print-rtx6000-datasheet-web-2504660.pdf"),
+                 r"RTX 6000 Ada Generation", f"{_BLACKWELL_PRO} {_RTX6000}"),
         GpuPeaks("rtx-pro-6000", "RTX PRO 6000 Blackwell Workstation", "sm120", 503.8, 503.8, None, None,
                  1792, 96, 600, r"RTX PRO 6000 Blackwell Workstation Edition", _BLACKWELL_PRO),
         GpuPeaks("jetson-orin", "Jetson AGX Orin 64 GB", "sm87", None, None, None, 85, 204.8, 64, 60, r"Orin",

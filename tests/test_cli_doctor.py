@@ -102,6 +102,10 @@ def test_missing_packages_are_named_with_the_line() -> None:
     assert (problem.why, problem.fix) == ("Not installed: onnx.", "pip install 'ivl-export[quant]'")
     neither = (Extra("cpu", "", {"onnxruntime": None}), Extra("gpu", "", {"onnxruntime-gpu": None}))
     assert [p.fix for p in asked_problems(asked("fp8"), neither, ())] == ["pip install 'ivl-export[cpu]'"]
+    unknown = tuple(replace(e, packages={}) for e in extras)  # a source tree that was never installed
+    assert [p.why for p in asked_problems(asked("fp8"), unknown, ())] == [
+        "Not installed: ivl-export itself."
+    ] * 2
     assert extra_packages("rtx") == ("tensorrt-rtx",)
     assert extra_packages("nothing") == ()
 
@@ -114,6 +118,8 @@ def test_gpus_of_other_machines() -> None:
     (lacking,) = asked_problems(asked("fp8"), extras, gpus[1:])  # its generation follows from its name
     assert "Tesla T4 (sm75) cannot run fp8" in lacking.what
     assert lacking.why == "It has no bf16, fp8."
+    assert "fp16" in lacking.fix
+    assert "fp8" not in lacking.fix
     (unknown,) = asked_problems(asked("fp16"), extras, (Gpu("NVIDIA X", 1, "1", "sm50"),))
     assert "No engines can be built for NVIDIA X (sm50)" in unknown.what
 
