@@ -36,6 +36,8 @@ Style = Literal["tensorrt", "onnxruntime"]
 
 _COMPUTE = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "float16": "FLOAT16"}
 _STORED = {"fp8": "FLOAT8E4M3FN", "int8": "INT8", "int4": "INT4"}
+_PROMISE = {(s.activation, s.weight): name for name, s in SCHEMES.items() if not s.smooth}
+"""Types of both factors -> the scheme whose kernel that is: smoothing is in the weights already."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def write_qdq(
                 _quantise_input(node, name, kind, amax[layer], form, pairs)
             _replace_weight(node, name, weight)
             node.name = node.name or name
-            promised[node.name] = scheme
+            promised[node.name] = _PROMISE[SCHEMES[scheme].activation, SCHEMES[scheme].weight]
         _drop_unused(model.graph, f"{layer}.weight")
     check_promise(model, wanted, promised)
     return promised
@@ -94,11 +96,10 @@ def write_qdq(
 
 def quantised_gemms(model: ir.Model) -> dict[str, str]:
     """Node name -> scheme of every MatMul whose inputs come from DQs as a scheme says (read back)."""
-    known = {(scheme.activation, scheme.weight): name for name, scheme in SCHEMES.items()}
     found = {}
     for node in model.graph:
         if node.op_type == "MatMul":
-            scheme = known.get((_dequantised(node.inputs[0]), _dequantised(node.inputs[1])))
+            scheme = _PROMISE.get((_dequantised(node.inputs[0]), _dequantised(node.inputs[1])))
             if scheme is not None:
                 found[str(node.name)] = scheme
     return found

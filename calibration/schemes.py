@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -14,15 +15,18 @@ class Scheme:
             ``int4`` with one for each block of an output channel (:func:`block_size`).
         activation: type its input is rounded to, with one scale for the tensor; empty if it is left alone:
             then the weight is dequantised and the product runs in the base type.
+        smooth: large channels of the input are moved into the weight first (:mod:`.smooth`).
     """
 
     weight: str
     activation: str = ""
+    smooth: bool = False
 
 
 SCHEMES = {
     "fp8": Scheme("fp8", "fp8"),
     "int8": Scheme("int8", "int8"),
+    "int8-smooth": Scheme("int8", "int8", smooth=True),
     "int8-weight": Scheme("int8"),
     "int4-weight": Scheme("int4"),
 }
@@ -57,6 +61,11 @@ def excluded(scheme: str, out_features: int, in_features: int) -> str:
     if scheme in SCHEMES and SCHEMES[scheme].weight == "int4" and not block_size(scheme, in_features):
         return f"in features {in_features} must be a multiple of {BLOCKS[-1]} for blocks of INT4 weights"
     return ""
+
+
+def smoothed_layers(schemes: Mapping[str, str]) -> list[str]:
+    """The layers whose scheme asks for smoothing."""
+    return [name for name, scheme in schemes.items() if scheme in SCHEMES and SCHEMES[scheme].smooth]
 
 
 def element_types(base: str, schemes: frozenset[str]) -> frozenset[str]:

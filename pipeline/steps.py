@@ -161,8 +161,15 @@ def _smooth(job: Job, preprocess: Step) -> Step:
         from ..calibration.smooth import channel_ranges, factors
 
         with tempfile.TemporaryDirectory(dir=space.home, prefix="smooth-") as folder:
-            options = {"batch_size": CALIBRATION_BATCH, "progress": advanced}
-            ranges = channel_ranges(job.checkpoint, job.components, layers, *given, Path(folder), **options)
+            ranges = channel_ranges(
+                job.checkpoint,
+                job.components,
+                layers,
+                *given,
+                Path(folder),
+                batch_size=CALIBRATION_BATCH,
+                progress=advanced,
+            )
         found = factors(job.checkpoint, ranges, layers)
         save_file(found, space.root / SMOOTHING)
         return [SMOOTHING], {"norms": len(found)}
