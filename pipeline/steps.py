@@ -1,7 +1,7 @@
 """The steps of a build, as data: name, what decides the result, and how to make it.
 
-preprocess, calibrate, weights, quantise, a graph for each component, an engine for each component and target,
-kernels (the proof), accuracy of the components, accuracy on the tasks.
+preprocess, smooth (if the recipe does), calibrate, weights, quantise, a graph for each component, an engine
+for each component and target, kernels (the proof), accuracy of the components, accuracy on the tasks.
 """
 
 from __future__ import annotations
@@ -177,7 +177,13 @@ def _smooth(job: Job, preprocess: Step) -> Step:
     config, samples = job.checkpoint.config, len(job.calibration)
     return Step(
         "smooth",
-        {**_model(job), "set": job.calibration.hash, "layers": layers, **_after([preprocess])},
+        {
+            **_model(job),
+            "set": job.calibration.hash,
+            "components": list(job.components),
+            "layers": layers,
+            **_after([preprocess]),
+        },
         run,
         calibration_units(config, job.components, samples),
         spilled_bytes(config, job.components, samples),
