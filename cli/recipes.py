@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -53,7 +53,11 @@ def recipes(
             (rule.pattern, *(_scheme(recipe, rule.pattern) for recipe in found if recipe.rules))
             for rule in {rule.pattern: rule for recipe in found for rule in recipe.rules}.values()
         ]
-        print_table("Layers", ("pattern", *(recipe.name for recipe in found if recipe.rules)), layers)
+        print_table(
+            "Layers; the last pattern that matches one counts",
+            ("pattern", *(recipe.name for recipe in found if recipe.rules)),
+            layers,
+        )
         typer.echo("All of them also run in ONNX Runtime on a CPU, where only INT8 products are faster.")
 
 
@@ -64,5 +68,5 @@ def _targets(recipe: Recipe) -> list[str]:
     return [target.name for target in TARGETS.values() if not recipe.element_types & target.missing]
 
 
-def _scheme(recipe: Recipe, pattern: str) -> Any:
-    return next((rule.scheme for rule in reversed(recipe.rules) if rule.pattern == pattern), recipe.base)
+def _scheme(recipe: Recipe, pattern: str) -> str | None:
+    return next((rule.scheme for rule in reversed(recipe.rules) if rule.pattern == pattern), None)
