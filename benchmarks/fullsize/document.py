@@ -83,6 +83,8 @@ def notes(row: dict[str, Any]) -> Iterator[str]:
             f"estimate for all blocks, {estimate['samples']} samples on {estimate['devices']} such machines: "
             f"{estimate['seconds'] / 60:.1f} min"
         )
+    if steps := details.get("steps_seconds"):
+        yield "steps: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in steps.items())
     for found in details.values():
         if isinstance(found, dict) and "products" in found:
             products = ", ".join(f"{count} {kind}" for kind, count in sorted(found["products"].items()))
