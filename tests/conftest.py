@@ -16,6 +16,9 @@ from hypothesis import settings
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
+# Tables fold at the width of the terminal, and xdist's workers pass for one of 80 columns.
+os.environ["COLUMNS"] = "160"
+
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "goldens" / "tiny"
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ivl_export.benchmarks.fullsize import document, report, tool
-from ivl_export.benchmarks.fullsize.make_checkpoint import MASSIVE, main, make_checkpoint, sliced
+from ivl_export.benchmarks.fullsize.make_checkpoint import MASSIVE, SCENES, main, make_checkpoint, sliced
 from ivl_export.benchmarks.fullsize.measured import StepFailed, run
 from ivl_export.calibration.quantize import quantise, stored_names
 from ivl_export.export.plain import weight_keys
@@ -23,6 +23,7 @@ from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.layout import expected_shapes
 from ivl_export.models.qllama import Visible
 from ivl_export.pipeline.graphs import BASE_STORE, LOW_STORE
+from ivl_export.pipeline.request import ORT, Job, Request
 from ivl_export.preprocess import ImageSettings, Tokenizer
 
 NARROW = InternVLConfig(
@@ -113,6 +114,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     # What 'build' needs beside the weights.
     assert len(Tokenizer(out / "tokenizer.model")) <= config.qllama.vocab_size
     assert ImageSettings.load(out / "preprocessor_config.json").size == 56
+    job = Job(Request(out=tmp_path / "bundle", model=out, backends=(ORT,)))
+    assert len(job.calibration) + len(job.held_out) == SCENES
 
 
 def test_memory_that_no_file_backs_is_what_is_measured(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ivl_export.cli.scenes import draw
 from ivl_export.models.chat_config import (
     TOWER_CONFIG,
     VICUNA_7B,
@@ -44,6 +45,9 @@ BLOCK_VALUES = 1 << 22
 ITEM_BYTES = 2  # bf16
 MASSIVE = 4
 """Channels of each residual stream that are far larger than the rest."""
+
+SCENES = 4
+"""Drawn for calibration: at full depth a sample takes about a minute on two cores."""
 
 LAYOUTS: dict[str, ModelConfig] = {
     "internvl-14b": InternVLConfig(),
@@ -87,7 +91,9 @@ def make_checkpoint(
     holes: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
-    """Write shards, index, configs and, for a model that reads text, ``tokenizer.model`` to ``out``.
+    """Write shards, index and configs to ``out``; for a model that reads text, a tokenizer and scenes too.
+
+    ``ivl-export build`` calibrates on the scenes in ``calibration/`` where no other set is given.
 
     Args:
         out: a folder; files of these names in it are replaced.
@@ -134,6 +140,7 @@ def make_checkpoint(
     settings.save(out / "preprocessor_config.json")
     if not isinstance(config, InternViTConfig):
         (out / "tokenizer.model").write_bytes(train_tokenizer())
+        draw(out / "calibration", SCENES, seed, "train", "en", force=True)
     return paths
 
 
