@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 
@@ -14,6 +15,8 @@ CALL_BYTES = 1 << 26
 """Bytes that one call copies in the system: few calls, since a thread beside a busy one waits for each."""
 BLOCK_BYTES = 1 << 24
 """Bytes read and written at a time where the system does not copy."""
+COPIERS = 2 if hasattr(os, "pwrite") else 1
+"""Copies at a time: copying is work for the processor too, and one thread does not fill a disk."""
 _NOT_HERE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -41,11 +44,27 @@ def copy_bytes(
             _in_blocks(file, begin + done, target, at + done, nbytes - done, progress)
 
 
+def in_threads(copy: Callable[[str], None], names: Sequence[str]) -> None:
+    """Call ``copy`` with each name, :data:`COPIERS` at a time; the first error ends it and is raised."""
+    with ThreadPoolExecutor(COPIERS) as pool:
+        try:
+            for _ in pool.map(copy, names):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def write_all(target: FileIO, at: int, data: memoryview) -> None:
     """Write ``data`` at byte ``at``; one call may write less than it is given. OSError when it cannot."""
-    target.seek(at)
+    if not hasattr(os, "pwrite"):  # Windows, where one thread copies
+        target.seek(at)
+        while data:
+            data = data[target.write(data) :]
+        return
     while data:
-        data = data[target.write(data) :]
+        size = os.pwrite(target.fileno(), data, at)
+        data, at = data[size:], at + size
 
 
 def reserve(file: FileIO, size: int) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 from ..errors import BuildError, CheckpointError
 from ..models.checkpoint import Checkpoint
 from ..models.storage import SAFETENSORS_DTYPES, TensorRef, read_header
-from .copying import copy_bytes, reserve, write_all
+from .copying import copy_bytes, in_threads, reserve, write_all
 
 if TYPE_CHECKING:
     import torch
@@ -239,18 +240,22 @@ def write_store(
     import torch
 
     refs, layout = checkpoint.tensors, stored_as(checkpoint, keys, dtype)
-    done = 0
+    done, one_at_a_time = 0, threading.Lock()
 
     def advance(nbytes: int) -> None:
         nonlocal done
-        done += nbytes
-        progress(done)
+        with one_at_a_time:
+            done += nbytes
+            progress(done)
+
+    def as_it_is(tensor: StoredTensor) -> bool:
+        return tensor.dtype == refs[tensor.name].dtype and refs[tensor.name].offset is not None
 
     with StoreWriter(path, layout) as store:
+        copied = [tensor.name for tensor in layout if as_it_is(tensor)]
+        in_threads(lambda name: store.copy(name, refs[name], advance), copied)
         for tensor in layout:
-            ref = refs[tensor.name]
-            if tensor.dtype == ref.dtype and ref.offset is not None:
-                store.copy(tensor.name, ref, advance)
+            if as_it_is(tensor):
                 continue
             wanted: torch.dtype = getattr(torch, tensor.dtype)
             for rows in _row_blocks(checkpoint.load(tensor.name)):

@@ -83,12 +83,12 @@ def locations(graph: Path) -> set[str]:
 
 
 def test_zero_copy_equals_torch_and_writes_only_graphs(shards: Path) -> None:
-    before = {p.name: p.read_bytes() for p in shards.iterdir()}
+    before = {p.name: p.read_bytes() for p in shards.iterdir() if p.is_file()}
     checkpoint = open_checkpoint(shards)
     made = export_plain(checkpoint, shards, BOTH, "fp32", zero_copy=True)
     assert made.store is None
     assert set(made.graphs) == set(BOTH)
-    after = {p.name: p.read_bytes() for p in shards.iterdir()}
+    after = {p.name: p.read_bytes() for p in shards.iterdir() if p.is_file()}
     assert set(after) - set(before) == {"vision.fp32.onnx", "qllama_text.fp32.onnx"}
     assert all(after[name] == content for name, content in before.items())
     assert made.bytes_written == sum(len(after[name]) for name in set(after) - set(before))
@@ -177,7 +177,7 @@ def test_links_that_runtimes_refuse_are_refused_with_the_reason(shards: Path, tm
     # A hub cache: the shards are links to blobs elsewhere.
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
-    for file in shards.iterdir():
+    for file in (p for p in shards.iterdir() if p.is_file()):
         (snapshot / file.name).symlink_to(file)
     with pytest.raises(UsageError, match="is a link to"):
         export_plain(open_checkpoint(snapshot), snapshot, ["vision"], zero_copy=True)
@@ -241,7 +241,7 @@ def test_what_fails_stops_the_other_and_leaves_nothing(source: Path, tmp_path: P
     assert not list(tmp_path.iterdir())
     threads = {thread for _, thread in heard}
     assert [thread for thread in threads if thread.is_alive()] == [threading.current_thread()]
-    assert len(threads) == 2, "weights are copied in a thread of their own"
+    assert len(threads) > 1, "weights are copied in threads of their own"
 
 
 def test_a_shard_cut_short_meanwhile_is_said(shards: Path, tmp_path: Path) -> None:
