@@ -63,8 +63,7 @@ def component_receipt(
         simulate: whether to simulate; None: if the graphs take over half of the free memory.
     """
     if simulate is None:
-        free = available_memory()
-        simulate = free is not None and 2 * session_bytes(job.checkpoint, job.components) > free
+        simulate = bool(no_session(job.checkpoint, job.components))
     blocks: dict[str, list[Metrics]] = {}
     with tempfile.TemporaryDirectory(dir=space.home, prefix="accuracy-") as folder:
         if simulate:
@@ -126,12 +125,15 @@ def session_bytes(checkpoint: Checkpoint, components: Iterable[str]) -> int:
     return sum(4 * tensors[key].nbytes // ITEM_BYTES[tensors[key].dtype] for key in keys)
 
 
-def no_session(checkpoint: Checkpoint, component: str) -> str:
-    """Why ONNX Runtime cannot open the graph of ``component`` here; empty if memory holds it."""
-    needed, free = session_bytes(checkpoint, [component]), available_memory()
-    if free is None or needed <= free:
+def no_session(checkpoint: Checkpoint, components: Iterable[str]) -> str:
+    """Why ONNX Runtime cannot open the graphs of ``components`` here; empty if it can.
+
+    Their weights may take half of the free memory: optimising a graph takes room too.
+    """
+    needed, free = session_bytes(checkpoint, components), available_memory()
+    if free is None or 2 * needed <= free:
         return ""
-    return f"ONNX Runtime would take {needed / 1e9:.1f} GB for it, {free / 1e9:.1f} GB are free"
+    return f"ONNX Runtime would hold {needed / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB are free"
 
 
 def receipt_units(job: Job) -> int:

@@ -313,7 +313,7 @@ def _kernels(job: Job, before: list[Step]) -> Step:
         for component in job.components:
             promised = space.records[f"graph-{component}"].data["promised"]
             pieces = [spec.name for spec in part_specs(space.records, component)] or [component]
-            if why := evaluate.no_session(job.checkpoint, component):
+            if why := evaluate.no_session(job.checkpoint, [component]):
                 unread[component] = why
             else:
                 plain = [space.root / graph_path(name, "fp32") for name in pieces]
