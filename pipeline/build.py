@@ -16,7 +16,8 @@ from .evaluate import headlines
 from .manifest import manifest_of
 from .request import Job
 from .resources import check_disk
-from .steps import Made, Step, steps
+from .step import Made, Step
+from .steps import steps
 from .workspace import RECEIPT, Record, Reporter, Workspace
 
 DEFAULT_BUDGET = 1.0

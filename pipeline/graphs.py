@@ -11,6 +11,7 @@ from ..calibration.qdq import Style, write_qdq
 from ..calibration.quantize import quantise_layer, stored_tensors
 from ..calibration.recipe import Plan, Recipe
 from ..calibration.scales import Scales
+from ..calibration.schemes import smoothed_layers
 from ..export.binding import bind, save_graph
 from ..export.components import component_module, component_spec
 from ..export.split import split_graph
@@ -23,11 +24,15 @@ if TYPE_CHECKING:
     import torch
 
     from ..specs import ComponentSpec
+    from .request import Job
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 GRAPHS = Path("onnx")
 BASE_STORE = GRAPHS / "weights" / "base.safetensors"
 LOW_STORE = GRAPHS / "weights" / "quantised.safetensors"
+SCALES = "scales.json"
+SMOOTHING = "smoothing.safetensors"
+"""What the norms were divided by, where the recipe smooths."""
 
 
 @dataclass(frozen=True)
@@ -155,3 +160,20 @@ def _save(model: ir.Model, root: Path, path: Path) -> None:
 def _shape(tensors: dict[str, Any], layer: str) -> tuple[int, int]:
     out_features, in_features = tensors[f"{layer}.weight"].shape
     return out_features, in_features
+
+
+def source(job: Job, root: Path) -> Source:
+    """What the graphs of ``job`` are made from, once calibration is done."""
+    scales = Scales.load(root / SCALES) if job.recipe.quantises else None
+    return Source(folded_checkpoint(job, root), job.recipe, job.plan, scales)
+
+
+def folded_checkpoint(job: Job, root: Path) -> Checkpoint:
+    """The weights that graphs are made from: folded where the recipe smooths."""
+    if not smoothed_layers(job.plan.schemes):
+        return job.checkpoint
+    from safetensors.torch import load_file
+
+    from ..calibration.smooth import fold
+
+    return fold(job.checkpoint, load_file(root / SMOOTHING))

@@ -16,7 +16,7 @@ from . import graphs
 
 if TYPE_CHECKING:
     from .graphs import Source
-    from .steps import Step
+    from .step import Step
 
 HEADROOM = 256 << 20
 """Disk for what is small: graphs, receipts, scales."""

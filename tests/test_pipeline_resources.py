@@ -16,7 +16,8 @@ from ivl_export.errors import BuildError
 from ivl_export.pipeline import graphs, resources
 from ivl_export.pipeline.request import Job, Request
 from ivl_export.pipeline.resources import check_disk, stored_bytes
-from ivl_export.pipeline.steps import Step, steps
+from ivl_export.pipeline.step import Step
+from ivl_export.pipeline.steps import steps
 
 Usage = namedtuple("Usage", "total used free")
 
