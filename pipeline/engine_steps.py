@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.build import build_engine
-from ..engines.proof import KernelReport, check_promise, joined, proof_from_engine, proof_from_onnxruntime
+from ..engines.promise import check_promise
+from ..engines.proof import KernelReport, joined
+from ..engines.proof_onnxruntime import proof_from_onnxruntime
+from ..engines.proof_rtx import proof_from_engine
 from ..export.components import component_spec
 from . import evaluate
 from .graphs import Source, graph_path

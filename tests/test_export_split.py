@@ -13,7 +13,10 @@ import pytest
 from ivl_export.bundle import Bundle, seal
 from ivl_export.calibration.scales import Scales
 from ivl_export.engines.build import build_engine
-from ivl_export.engines.proof import check_promise, joined, proof_from_engine, proof_from_onnxruntime
+from ivl_export.engines.promise import check_promise
+from ivl_export.engines.proof import joined
+from ivl_export.engines.proof_onnxruntime import proof_from_onnxruntime
+from ivl_export.engines.proof_rtx import proof_from_engine
 from ivl_export.errors import BuildError, InputError, IntegrityError, UsageError
 from ivl_export.export.components import component_spec
 from ivl_export.export.split import split_graph

@@ -138,7 +138,8 @@ def engine(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
 
     from ivl_export.calibration.qdq import quantised_gemms
     from ivl_export.engines.build import build_engine
-    from ivl_export.engines.proof import check_promise, proof_from_engine
+    from ivl_export.engines.promise import check_promise
+    from ivl_export.engines.proof_rtx import proof_from_engine
     from ivl_export.export.components import component_spec
 
     made = source(model)

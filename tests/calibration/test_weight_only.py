@@ -23,7 +23,9 @@ from ivl_export.calibration.quantize import (
 from ivl_export.calibration.recipe import Recipe, Rule, load_recipe, plan
 from ivl_export.calibration.schemes import block_size
 from ivl_export.engines.build import build_engine
-from ivl_export.engines.proof import check_promise, proof_from_engine, proof_from_onnxruntime
+from ivl_export.engines.promise import check_promise
+from ivl_export.engines.proof_onnxruntime import proof_from_onnxruntime
+from ivl_export.engines.proof_rtx import proof_from_engine
 from ivl_export.engines.protocol import open_engine
 from ivl_export.errors import BuildError
 from ivl_export.export.binding import bind, save_graph

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ivl_export.engines.build import build_engine
-from ivl_export.engines.proof import check_promise, proof_from_engine, proof_from_onnxruntime
+from ivl_export.engines.promise import check_promise
+from ivl_export.engines.proof_onnxruntime import proof_from_onnxruntime
+from ivl_export.engines.proof_rtx import proof_from_engine
 
 if TYPE_CHECKING:
     from ivl_export.calibration.qdq import Style

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ivl_export.engines.onnxruntime_backend import optimized_ops
-from ivl_export.engines.proof import check_promise, proof_from_onnxruntime
+from ivl_export.engines.promise import check_promise
+from ivl_export.engines.proof_onnxruntime import proof_from_onnxruntime
 from ivl_export.engines.protocol import open_engine
 from ivl_export.errors import BuildError, CapabilityError, InputError, IntegrityError, UsageError
 
