@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -296,23 +297,49 @@ def test_the_first_error_of_several_copies_ends_them() -> None:
     assert len(done) < 100
 
 
-@pytest.mark.parametrize("in_system", [True, False])
-def test_ranges_are_copied_whichever_way(
-    in_system: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not in_system:  # as on systems without the call
-        monkeypatch.delattr(os, "copy_file_range")
-    monkeypatch.setattr(copying, "CALL_BYTES", 1000)
-    monkeypatch.setattr(copying, "BLOCK_BYTES", 1000)
-    data = np.random.default_rng(0).bytes(5000)
-    source = tmp_path / "source"
-    source.write_bytes(data)
+@pytest.mark.parametrize("direct", [True, False])
+@given(begin=st.integers(0, 9000), at=st.integers(0, 9000), nbytes=st.integers(0, 60_000))
+def test_ranges_are_copied_whichever_way(direct: bool, begin: int, at: int, nbytes: int) -> None:
+    data = np.random.default_rng(0).bytes(80_000)
     heard: list[int] = []
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        if not direct:  # as on systems without it
+            patch.delattr(os, "O_DIRECT", raising=False)
+        patch.setattr(copying, "BLOCK_BYTES", 3 * copying.PAGE)
+        patch.setattr(copying, "DIRECT_BYTES", copying.PAGE)
+        source, path = Path(folder) / "source", Path(folder) / "target"
+        source.write_bytes(data)
+        with io.FileIO(path, "w") as target:
+            copying.reserve(target, at + nbytes + 10)
+            copying.copy_bytes(source, begin, target, at, nbytes, heard.append)
+        assert path.read_bytes() == bytes(at) + data[begin : begin + nbytes] + bytes(10)
+    assert sum(heard) == nbytes
+    assert all(size <= 3 * copying.PAGE for size in heard)
+
+
+def test_large_copies_go_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(np.random.default_rng(0).bytes(3 * copying.DIRECT_BYTES))
+    written: list[int] = []
+    plain = copying._write_pages
+
+    def counted(direct: int, at: int, data: memoryview) -> int:
+        written.append(plain(direct, at, data))
+        return written[-1]
+
+    monkeypatch.setattr(copying, "_write_pages", counted)
     with io.FileIO(tmp_path / "target", "w") as target:
-        copying.reserve(target, 4096)
-        copying.copy_bytes(source, 777, target, 13, 3500, heard.append)
-        assert (tmp_path / "target").read_bytes() == bytes(13) + data[777:4277] + bytes(4096 - 3513)
-        assert heard == [1000, 1000, 1000, 500]
+        at, nbytes = 2 * copying.PAGE - 5, 2 * copying.DIRECT_BYTES
+        copying.copy_bytes(source, 1, target, at, nbytes, lambda size: None)
+    if not written:
+        pytest.skip("this file system writes through the page cache only")
+    assert sum(written) == nbytes - copying.PAGE
+
+
+def test_what_stops_a_copy_is_said(tmp_path: Path) -> None:
+    source, heard = tmp_path / "source", list[int]()
+    source.write_bytes(bytes(5000))
+    with io.FileIO(tmp_path / "target", "w") as target:
         with pytest.raises(CheckpointError, match=r"has become shorter\. 277 bytes are gone"):
             copying.copy_bytes(source, 4277, target, 0, 1000, heard.append)
         with pytest.raises(OSError, match="File too large"), files_no_larger_than(4096):
@@ -324,6 +351,18 @@ def test_ranges_are_copied_whichever_way(
         io.FileIO(tmp_path / "target") as target,
     ):
         copying.copy_bytes(source, 0, target, 0, 10, heard.append)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="needs direct writes")
+def test_a_full_disk_is_noticed_past_the_page_cache(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(bytes(2 * copying.DIRECT_BYTES))
+    with (
+        pytest.raises(OSError, match="File too large"),
+        io.FileIO(tmp_path / "target", "w") as target,
+        files_no_larger_than(copying.DIRECT_BYTES),
+    ):
+        copying.copy_bytes(source, 0, target, 0, 2 * copying.DIRECT_BYTES, lambda size: None)
 
 
 def interrupt(_: int) -> None:
