@@ -6,12 +6,13 @@ the manifest and the docs. It imports nothing heavy, so that the runtime can use
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, UsageError
 
 DTYPES: dict[str, type[np.generic]] = {
     "float32": np.float32,
@@ -19,6 +20,15 @@ DTYPES: dict[str, type[np.generic]] = {
     "int32": np.int32,
     "bool": np.bool_,
 }
+
+
+class Shaped(Protocol):
+    """An array or tensor, as far as its sizes go."""
+
+    @property
+    def shape(self) -> Any:
+        """Its sizes."""
+        ...
 
 
 def part_starts(blocks: int, count: int) -> list[int]:
@@ -73,8 +83,18 @@ class ComponentSpec:
         """Concrete shape with every dynamic axis at its ``min``, ``opt`` or ``max``."""
         return tuple(d if isinstance(d, int) else int(getattr(self.axis(d), which)) for d in tensor.shape)
 
-    def check(self, inputs: dict[str, np.ndarray[Any, Any]]) -> None:
-        """Raise InputError when names, ranks, sizes or shared axes of ``inputs`` do not fit."""
+    def select(self, outputs: Sequence[str] | None) -> list[str]:
+        """``outputs`` as a list, all of them if None; UsageError for one that there is not."""
+        names = [t.name for t in self.outputs]
+        unknown = [name for name in outputs or () if name not in names]
+        if unknown:
+            raise UsageError(
+                f"Component {self.name} has no output {unknown[0]!r}.", f"It has {', '.join(names)}."
+            )
+        return names if outputs is None else list(outputs)
+
+    def check(self, inputs: Mapping[str, Shaped]) -> dict[str, int]:
+        """Sizes of the dynamic axes; InputError when names, ranks, sizes or shared axes do not fit."""
         names = {t.name for t in self.inputs}
         if set(inputs) != names:
             raise InputError(
@@ -109,6 +129,7 @@ class ComponentSpec:
                         f"Component {self.name}: axis {want} differs between inputs.",
                         f"{spec.name} has {size}, an earlier input has {sizes[want]}.",
                     )
+        return sizes
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING, cast
 
-from ..errors import UsageError
 from ..specs import ComponentSpec
-from .protocol import Array, Engine
+from .device import HOST, Array, B, Buffer, deliver, run_from_host
+from .protocol import Engine
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ChainedEngine:
@@ -23,26 +27,53 @@ class ChainedEngine:
         self.spec = spec
         self._parts = tuple(parts)
 
-    def run(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Run once, as many parts as ``outputs`` need.
+    @property
+    def device(self) -> str:
+        """Where its parts compute."""
+        return self._parts[0].device
 
-        See :meth:`~ivl_export.engines.protocol.Engine.run`.
+    def run(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run once, as many parts as ``outputs`` need; see :meth:`~ivl_export.engines.protocol.Engine.run`.
+
+        What passes between parts on a GPU stays there.
         """
         self.spec.check(inputs)
-        names = [t.name for t in self.spec.outputs]
-        wanted = list(names if outputs is None else outputs)
-        unknown = [name for name in wanted if name not in names]
-        if unknown:
-            raise UsageError(
-                f"Component {self.spec.name} has no output {unknown[0]!r}.", f"It has {', '.join(names)}."
-            )
+        if self.device != HOST:
+            return run_from_host(self, inputs, outputs)
+        return self._chain(inputs, outputs, lambda part, feeds, names: part.run(feeds, names))
+
+    def run_tensors(
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Sequence[str] | None = None,
+        *,
+        out: Mapping[str, Buffer] | None = None,
+        stream: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """See :meth:`~ivl_export.engines.protocol.Engine.run_tensors`."""
+        self.spec.check(inputs)
+
+        def run(part: Engine, feeds: dict[str, Buffer], names: list[str]) -> Mapping[str, Buffer]:
+            here = {name: buffer for name, buffer in (out or {}).items() if name in names}
+            return part.run_tensors(feeds, names, out=here, stream=stream)
+
+        made = self._chain(dict(inputs), outputs, run)
+        return deliver(cast("dict[str, torch.Tensor]", made), out)
+
+    def _chain(
+        self,
+        inputs: Mapping[str, B],
+        outputs: Sequence[str] | None,
+        run: Callable[[Engine, dict[str, B], list[str]], Mapping[str, B]],
+    ) -> dict[str, B]:
+        wanted = self.spec.select(outputs)
         values, left = dict(inputs), set(wanted)
         for k, part in enumerate(self._parts):
             gives = [t.name for t in part.spec.outputs]
             left.difference_update(gives)
             behind = {t.name for later in self._parts[k + 1 :] for t in later.spec.inputs} if left else set()
             feeds = {t.name: values[t.name] for t in part.spec.inputs}
-            values.update(part.run(feeds, [name for name in gives if name in behind or name in wanted]))
+            values.update(run(part, feeds, [name for name in gives if name in behind or name in wanted]))
             if not left:
                 break
         return {name: values[name] for name in wanted}

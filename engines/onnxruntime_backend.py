@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the backend that runs everywhere.
+"""ONNX Runtime: the backend that runs everywhere, on the CPU or by its CUDA and TensorRT providers.
 
 Settings follow from the graph, each for a fault or a limit of ONNX Runtime 1.31:
 
@@ -10,6 +10,9 @@ Settings follow from the graph, each for a fault or a limit of ONNX Runtime 1.31
   matrices would become Gemm, for which there is no such INT8 kernel, so that fusion is off.
 * INT8 and INT4 weights alone: its kernel (``MatMulNBits``) would round the inputs to INT8 as well;
   ``session.qdq_matmulnbits_accuracy_level`` keeps them in fp32.
+
+Buffers are bound by address (IO binding): inputs where they lie, outputs into tensors made for them, whose
+sizes follow from the contract. On a GPU nothing passes through host memory.
 """
 
 from __future__ import annotations
@@ -17,59 +20,133 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BuildError, CapabilityError, IntegrityError, UsageError
+from ..errors import BuildError, CapabilityError, IntegrityError, IvlError, UsageError
 from ..specs import ComponentSpec
+from .device import HOST, Array, Buffer, as_tensor, deliver, in_place, on_stream, require_torch
 from .graph import Graph, Node, read_graph
-from .protocol import Array
+from .ort_providers import Placement, placement
+
+if TYPE_CHECKING:
+    import torch
 
 _FLOAT_INPUTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+_ELEMENTS = {
+    "tensor(float)": ("float32", 1),
+    "tensor(float16)": ("float16", 10),
+    "tensor(bfloat16)": ("bfloat16", 16),
+    "tensor(double)": ("float64", 11),
+    "tensor(int64)": ("int64", 7),
+    "tensor(int32)": ("int32", 6),
+    "tensor(bool)": ("bool", 9),
+}
+"""Types that a session's inputs and outputs have: torch's name and ONNX' number."""
 
 
 class OnnxRuntimeEngine:
     """A component in an ONNX Runtime session. See :class:`~ivl_export.engines.protocol.Engine`."""
 
-    def __init__(self, spec: ComponentSpec, session: Any) -> None:
+    def __init__(self, spec: ComponentSpec, session: Any, where: Placement) -> None:
         self.spec = spec
         self._session = session
-        self._names = [t.name for t in spec.outputs]
-        self._floats = {
-            i.name: _FLOAT_INPUTS[i.type] for i in session.get_inputs() if i.type in _FLOAT_INPUTS
-        }
+        self._where = where
+        self._types = {i.name: i.type for i in (*session.get_inputs(), *session.get_outputs())}
+
+    @property
+    def device(self) -> str:
+        """Where its provider computes."""
+        return self._where.device
 
     def run(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run once; see :meth:`~ivl_export.engines.protocol.Engine.run`."""
+        session = self._open()
+        self.spec.check(inputs)
+        names = self.spec.select(outputs)
+        floats = {k: _FLOAT_INPUTS.get(self._types[k]) for k in inputs}
+        feeds = {k: v.astype(floats[k], copy=False) if floats[k] else v for k, v in inputs.items()}
+        with self._failures():
+            values = session.run(names, feeds)
+        return {
+            name: value.astype(np.float32) if value.dtype in (np.float16, np.float64) else value
+            for name, value in zip(names, values, strict=True)
+        }
+
+    def run_tensors(
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Sequence[str] | None = None,
+        *,
+        out: Mapping[str, Buffer] | None = None,
+        stream: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Run once on bound buffers; see :meth:`~ivl_export.engines.protocol.Engine.run_tensors`.
+
+        On a GPU: a session that was opened with the caller's stream works on it and returns at once; any
+        other waits for that stream, and is done when it returns.
+        """
+        require_torch()
+        import torch
+
+        session, sizes, names = self._open(), self.spec.check(inputs), self.spec.select(outputs)
+        shapes = {t.name: [d if isinstance(d, int) else sizes[d] for d in t.shape] for t in self.spec.outputs}
+        given = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
+        with on_stream(self.device, stream) as caller, self._failures():
+            binding, feeds, made = session.io_binding(), {}, {}
+            for name, buffer in inputs.items():
+                feeds[name] = as_tensor(buffer, self.device).to(self._dtype(name)).contiguous()
+                self._bind(binding.bind_input, name, feeds[name])
+            for name in names:
+                target = given.get(name)
+                if target is None or not self._fits(name, target, shapes[name]):
+                    target = torch.empty(shapes[name], dtype=self._dtype(name), device=self.device)
+                made[name] = target
+                self._bind(binding.bind_output, name, target)
+            ours = self.device == HOST or caller == self._where.stream
+            if not ours:
+                torch.cuda.current_stream().synchronize()
+            session.run_with_iobinding(binding, _run_options(wait=self.device == HOST or not ours))
+            return deliver(made, given)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, _ELEMENTS[self._types[name]][0])
+        return dtype
+
+    def _bind(self, bind: Any, name: str, tensor: torch.Tensor) -> None:
+        kind, index = tensor.device.type, tensor.device.index or 0
+        bind(name, kind, index, _ELEMENTS[self._types[name]][1], list(tensor.shape), tensor.data_ptr())
+
+    def _fits(self, name: str, target: torch.Tensor, shape: list[int]) -> bool:
+        """Whether the session can write output ``name`` into ``target`` itself."""
+        same = target.dtype == self._dtype(name) and str(target.device) == self.device
+        return same and list(target.shape) == shape and target.is_contiguous()
+
+    def _open(self) -> Any:
         if self._session is None:
             raise UsageError(f"Component {self.spec.name} is closed.", "", "Open it again.")
-        self.spec.check(inputs)
-        names = list(self._names if outputs is None else outputs)
-        unknown = [name for name in names if name not in self._names]
-        if unknown:
-            raise UsageError(
-                f"Component {self.spec.name} has no output {unknown[0]!r}.",
-                f"It has {', '.join(self._names)}.",
-            )
-        feeds = {
-            k: v.astype(self._floats[k], copy=False) if k in self._floats else v for k, v in inputs.items()
-        }
+        return self._session
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """What ONNX Runtime raises, as a BuildError."""
         try:
-            values = self._session.run(names, feeds)
+            yield
+        except IvlError:
+            raise
         except Exception as error:  # its exceptions share no base class but this
             raise BuildError(
                 f"Component {self.spec.name} failed in ONNX Runtime.",
                 _first_line(error),
                 "Rebuild the bundle.",
             ) from error
-        return {
-            name: value.astype(np.float32) if value.dtype in (np.float16, np.float64) else value
-            for name, value in zip(names, values, strict=True)
-        }
 
     def close(self) -> None:
         """Free the session."""
@@ -85,21 +162,32 @@ class OnnxRuntimeEngine:
 
 
 def open_onnxruntime(
-    spec: ComponentSpec, path: Path, *, threads: int | None = None, settings: dict[str, str] | None = None
+    spec: ComponentSpec,
+    path: Path,
+    *,
+    threads: int | None = None,
+    settings: dict[str, str] | None = None,
+    device: str | None = None,
+    provider: str | None = None,
+    **where: Any,
 ) -> OnnxRuntimeEngine:
-    """Open the ONNX graph ``path`` (its weights beside it) on the CPU.
+    """Open the ONNX graph ``path`` (its weights beside it).
 
     Args:
         spec: the component's contract.
         path: a graph that computes in fp32 (there are no bf16 kernels on the CPU).
         threads: threads for one operator; ONNX Runtime's choice if None.
         settings: further session settings (``session.…``), which win over the ones chosen here.
+        device, provider, where: see :func:`.ort_providers.placement`; the CPU by default.
 
     Raises:
-        CapabilityError: onnxruntime is not installed, or has no kernels for the graph's element types.
+        CapabilityError: onnxruntime or the provider is not installed, or has no kernels for the graph's
+            element types.
         IntegrityError: the graph or its weights are missing or damaged, or belong to another component.
+        UsageError: no such device or provider.
     """
-    session = _session(path, read_graph(path), threads=threads, settings=settings or {})
+    placed = placement(spec, device, provider, **where)
+    session = _session(path, read_graph(path), threads=threads, settings=settings or {}, where=placed)
     have = {i.name for i in session.get_inputs()}, {o.name for o in session.get_outputs()}
     want = {t.name for t in spec.inputs}, {t.name for t in spec.outputs}
     if have[0] != want[0] or not want[1] <= have[1]:
@@ -108,7 +196,7 @@ def open_onnxruntime(
             f"It has inputs {sorted(have[0])} and outputs {sorted(have[1])}.",
             "Rebuild the bundle.",
         )
-    return OnnxRuntimeEngine(spec, session)
+    return OnnxRuntimeEngine(spec, session, placed)
 
 
 def optimized_nodes(path: Path) -> tuple[Node, ...]:
@@ -137,7 +225,13 @@ def optimized_ops(path: Path) -> dict[str, int]:
 
 
 def _session(
-    path: Path, graph: Graph, *, threads: int | None, settings: dict[str, str], save: Path | None = None
+    path: Path,
+    graph: Graph,
+    *,
+    threads: int | None,
+    settings: dict[str, str],
+    save: Path | None = None,
+    where: Placement = Placement(),  # noqa: B008 - frozen
 ) -> Any:
     try:
         import onnxruntime as ort
@@ -145,6 +239,7 @@ def _session(
         raise CapabilityError(
             "onnxruntime is not installed.", str(error), "Install it: pip install onnxruntime"
         ) from error
+    where.check(ort)
     options = ort.SessionOptions()
     options.log_severity_level = 4  # failures come as exceptions
     if threads is not None:
@@ -154,23 +249,35 @@ def _session(
     for key, value in {**_settings(graph.element_types), **settings}.items():
         options.add_session_config_entry(key, value)
     try:
-        return ort.InferenceSession(
+        session = ort.InferenceSession(
             str(path),
             options,
-            providers=["CPUExecutionProvider"],
+            providers=where.providers(),
             disabled_optimizers=_disabled(graph.element_types),
         )
     except Exception as error:  # its exceptions share no base class but this
         message = _first_line(error)
         if "NOT_IMPLEMENTED" in message or "INVALID_GRAPH" in message:
             raise CapabilityError(
-                f"ONNX Runtime {ort.__version__} cannot run {path.name} on the CPU.",
+                f"ONNX Runtime {ort.__version__} cannot run {path.name} with its {where.provider} provider.",
                 message,
                 "Use the fp32 graph, or install a newer release: pip install -U onnxruntime",
             ) from error
         raise IntegrityError(
             f"ONNX Runtime cannot load {path}.", message, "Rebuild the bundle, or copy it again."
         ) from error
+    where.check_used(session)
+    return session
+
+
+def _run_options(*, wait: bool) -> Any:
+    """Options of one run; it returns without waiting for the GPU where ``wait`` is false."""
+    import onnxruntime as ort
+
+    options = ort.RunOptions()
+    if not wait:
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
 
 
 def _settings(types: frozenset[str]) -> dict[str, str]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, cast
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..errors import CapabilityError, UsageError
 from ..specs import ComponentSpec
+from .device import Array, Buffer
 from .trt import BUILDERS
 
-Array = np.ndarray[Any, Any]
+if TYPE_CHECKING:
+    import torch
 
 
 class Engine(Protocol):
@@ -24,6 +24,11 @@ class Engine(Protocol):
     @property
     def spec(self) -> ComponentSpec:
         """The contract this engine was loaded with."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where it computes, in torch's words: ``cpu``, ``cuda:0``."""
         ...
 
     def run(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
@@ -39,6 +44,35 @@ class Engine(Protocol):
         Raises:
             InputError: inputs that do not fit the spec.
             UsageError: an output that the spec does not have.
+        """
+        ...
+
+    def run_tensors(
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Sequence[str] | None = None,
+        *,
+        out: Mapping[str, Buffer] | None = None,
+        stream: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Run once on buffers where they lie (:mod:`.device`); needs torch.
+
+        Args:
+            inputs: every input of the spec, ``float`` inputs of any float type. Those on the engine's device
+                are read in place, others are copied to it once.
+            outputs: names to compute, all if None.
+            out: output name -> a buffer of its shape that it is written into and that is handed back.
+            stream: a ``cudaStream_t`` as an integer; None: torch's current stream. The inputs are ready on
+                it, and so are the outputs; the call may return before the GPU is done.
+
+        Returns:
+            The outputs asked for, on the engine's device, in the type the engine computes in (or that of the
+            buffer in ``out``).
+
+        Raises:
+            InputError: inputs or buffers that do not fit the spec.
+            UsageError: an output that the spec does not have.
+            CapabilityError: torch is not installed.
         """
         ...
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = np.ndarray[Any, Any]
+from ..engines.device import Buffer, zeros
 
 
 class KVCache:
@@ -16,20 +17,21 @@ class KVCache:
     Layout: ``data`` [2 (key, value), layers, rows, heads, capacity, head_dim]. A layer's keys of some rows
     are one contiguous piece, so an engine takes them without a copy: it is handed all ``capacity`` positions
     every step, and ``mask`` [rows, capacity] (1 = visible) hides padding and the positions not written yet
-    (they are zero). Shapes are thus the same in every step. The image's queries fill positions 0..Q-1 and are
-    always visible.
+    (they are zero). Shapes are thus the same in every step. The image's queries fill positions 0..Q-1 and
+    are always visible. ``data`` is a numpy array, or a torch tensor where the queries were left on a
+    GPU; ``mask`` is on the host.
     """
 
-    def __init__(self, data: Array, mask: NDArray[np.int64], length: int, shared: int) -> None:
+    def __init__(self, data: Any, mask: NDArray[np.int64], length: int, shared: int) -> None:
         self.data, self.mask = data, mask
         self.length = length  # positions written
         self.shared = shared  # the first ones, equal in all beams of an image: the queries
 
     @classmethod
-    def of_queries(cls, outputs: dict[str, Array], layers: int, capacity: int) -> KVCache:
+    def of_queries(cls, outputs: Mapping[str, Buffer], layers: int, capacity: int) -> KVCache:
         """A cache that starts with the query pass' ``key.{i}``, ``value.{i}`` [rows, heads, Q, head_dim]."""
         rows, heads, queries, width = outputs["key.0"].shape
-        data = np.zeros((2, layers, rows, heads, capacity, width), outputs["key.0"].dtype)
+        data = zeros((2, layers, rows, heads, capacity, width), outputs["key.0"])
         cache = cls(data, np.zeros((rows, capacity), np.int64), 0, queries)
         cache.append(outputs, np.ones((rows, queries), np.int64))
         return cache
@@ -39,13 +41,13 @@ class KVCache:
         """Sequences held."""
         return int(self.data.shape[2])
 
-    def feeds(self) -> dict[str, Array]:
+    def feeds(self) -> dict[str, Any]:
         """``past_key.{i}`` and ``past_value.{i}`` [rows, heads, capacity, head_dim], views of the cache."""
         names = ("past_key", "past_value")
         layers = range(self.data.shape[1])
         return {f"{name}.{i}": self.data[kind, i] for kind, name in enumerate(names) for i in layers}
 
-    def append(self, outputs: dict[str, Array], mask: NDArray[np.int64]) -> None:
+    def append(self, outputs: Mapping[str, Any], mask: NDArray[np.int64]) -> None:
         """Write new positions: ``key.{i}``, ``value.{i}`` [rows, heads, n, head_dim], ``mask`` [rows, n]."""
         end = self.length + mask.shape[1]
         if end > self.data.shape[4]:
@@ -58,8 +60,11 @@ class KVCache:
 
     def expand(self, source: NDArray[np.int64]) -> KVCache:
         """A new cache whose row ``r`` is this one's ``source[r]``: an image's row for each of its beams."""
-        data = np.take(self.data, source, axis=2)  # unlike data[:, :, source], contiguous
-        return KVCache(data, self.mask[source], self.length, self.shared)
+        # take, unlike data[:, :, source], gives a contiguous array; torch's does so either way.
+        whole = (
+            np.take(self.data, source, 2) if isinstance(self.data, np.ndarray) else self.data[:, :, source]
+        )
+        return KVCache(whole, self.mask[source], self.length, self.shared)
 
     def reorder(self, source: NDArray[np.int64]) -> None:
         """Row ``r`` becomes row ``source[r]`` of the same image; the queries' positions need no move."""

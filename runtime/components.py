@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,12 +11,11 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..engines.chain import ChainedEngine
+from ..engines.device import HOST, Array, Buffer, as_tensor, concatenate, to_host
 from ..engines.protocol import Engine, open_engine
 from ..errors import InputError
 from ..specs import ComponentSpec
 from .timings import Timings
-
-Array = np.ndarray[Any, Any]
 
 
 class Components:
@@ -83,20 +82,32 @@ class Components:
         return ChainedEngine(spec, engines)
 
     def run(
-        self, name: str, inputs: dict[str, Array], outputs: Sequence[str] | None = None
+        self, name: str, inputs: Mapping[str, Buffer], outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
         """Run ``name`` over any number of rows (at least one), split into batches the engine takes.
 
         ``outputs`` names the outputs wanted (None: all); each has the rows of all batches, in order.
         """
+        return {key: to_host(buffer) for key, buffer in self.run_device(name, inputs, outputs).items()}
+
+    def run_device(
+        self, name: str, inputs: Mapping[str, Buffer], outputs: Sequence[str] | None = None
+    ) -> dict[str, Buffer]:
+        """As :meth:`run`, the outputs where the engine left them: what goes on to another engine.
+
+        From an engine on the CPU they are arrays if ``inputs`` are, from one on a GPU tensors there.
+        """
         engine, limit = self.open(name), self.spec(name).axis("batch").max
-        rows = len(next(iter(inputs.values())))
-        parts = []
+        host = {k: v for k, v in inputs.items() if isinstance(v, np.ndarray)}
+        plain = engine.device == HOST and len(host) == len(inputs)
+        whole: dict[str, Any] = host if plain else {k: as_tensor(v, engine.device) for k, v in inputs.items()}
+        rows = len(next(iter(whole.values())))
+        parts: list[Mapping[str, Buffer]] = []
         for start in range(0, rows, limit):
-            part = {key: array[start : start + limit] for key, array in inputs.items()}
+            part = {key: values[start : start + limit] for key, values in whole.items()}
             with self.timings.measure(name):
-                parts.append(engine.run(part, outputs))
-        return parts[0] if len(parts) == 1 else {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+                parts.append(engine.run(part, outputs) if plain else engine.run_tensors(part, outputs))
+        return {key: concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def close(self) -> None:
         """Close all engines; the model cannot be used afterwards."""

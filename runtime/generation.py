@@ -1,4 +1,4 @@
-"""Token generation over the ``qllama_step`` engine: prefill, then one token a step. Pure numpy.
+"""Token generation over the ``qllama_step`` engine: prefill, then one token a step. Needs no torch.
 
 The query pass fills the first Q cache positions; the prompt and the new tokens follow. Rotary positions count
 visible tokens only, the queries included (``cumsum(mask) - 1``), as the published code does. Which tokens are
@@ -7,25 +7,26 @@ taken is :mod:`ivl_export.decoding`'s business, shared with the PyTorch model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..decoding import Ids, Limits, Scores, decode
+from ..engines.device import to_host
 from ..errors import InputError
 from ..specs import ComponentSpec
 from .cache import KVCache
 
-Array = np.ndarray[Any, Any]
-Run = Callable[[dict[str, Array]], dict[str, Array]]
+Run = Callable[[dict[str, Any]], Mapping[str, Any]]
+"""Arrays in, arrays out; or tensors, where the engine is on a GPU."""
 
 
 def generate(
     run: Run,
     spec: ComponentSpec,
-    queries: dict[str, Array],
+    queries: Mapping[str, Any],
     prompt_ids: Ids,
     attention_mask: Ids | None,
     limits: Limits,
@@ -36,7 +37,8 @@ def generate(
     Args:
         run: the ``qllama_step`` engine.
         spec: its contract.
-        queries: ``key.{i}`` and ``value.{i}`` [B, heads, Q, head_dim] of the query pass.
+        queries: ``key.{i}`` and ``value.{i}`` [B, heads, Q, head_dim] of the query pass; the cache lies where
+            they do.
         prompt_ids: [B, T], T >= 1.
         attention_mask: [B, T], 0 at padding (either side); None: no padding.
         limits: token ids and lengths.
@@ -47,10 +49,10 @@ def generate(
     """
     batch, length = prompt_ids.shape
     mask = np.ones_like(prompt_ids) if attention_mask is None else attention_mask.astype(np.int64)
-    if length < 1 or mask.shape != prompt_ids.shape or len(queries["key.0"]) != batch:
+    if length < 1 or mask.shape != prompt_ids.shape or queries["key.0"].shape[0] != batch:
         raise InputError(
             "The prompt cannot be used.",
-            f"ids {list(prompt_ids.shape)}, mask {list(mask.shape)}, images {len(queries['key.0'])}.",
+            f"ids {list(prompt_ids.shape)}, mask {list(mask.shape)}, images {queries['key.0'].shape[0]}.",
             "Give every image a prompt of at least one token, and a mask of the same shape.",
         )
     count = queries["key.0"].shape[2]
@@ -107,7 +109,7 @@ def _advance(run: Run, cache: KVCache, ids: Ids, positions: Ids, mask: NDArray[n
         }
     )
     cache.append(outputs, mask)
-    return outputs["logits"].astype(np.float32, copy=False)
+    return to_host(outputs["logits"])
 
 
 def _layers(spec: ComponentSpec) -> int:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..bundle import Bundle, Verify
 from ..decoding import Ids, Limits
+from ..engines.device import to_host
 from ..errors import InputError, UsageError
 from ..preprocess import (
     BUCKETS,
@@ -122,8 +123,8 @@ class InternVL:
         width = _size(self._output("vision", "image_embed")[1])
         parts = [np.zeros((0, width), np.float32)]
         for pixels in self._pixels(images, resize):
-            out = self.components.run("vision", {"pixel_values": pixels}, wanted)
-            embed = out["image_embed"]
+            out = self.components.run_device("vision", {"pixel_values": pixels}, wanted)
+            embed = to_host(out["image_embed"])
             if mode == "InternVL-G":
                 query = self.components.run("qllama_query", {"tokens": out["tokens"]}, ["query_embed"])
                 embed = zero_shot.l2(embed) + zero_shot.l2(query["query_embed"])
@@ -252,14 +253,14 @@ class InternVL:
             )
         limits, spec = self._limits(max_new_tokens, min_new_tokens), self.components.spec("qllama_step")
         names = [t.name for t in self.components.spec("qllama_query").outputs if "." in t.name]
-        step = partial(self.components.run, "qllama_step")
+        step = partial(self.components.run_device, "qllama_step")
         # As many images at once as fill the step engine with all their beams.
         size = max(1, min(self.components.batch, spec.axis("batch").max // num_beams))
         parts = []
         for start in range(0, len(pixel_values), size):
             rows = slice(start, start + size)
-            tokens = self.components.run("vision", {"pixel_values": pixel_values[rows]}, ["tokens"])
-            queries = self.components.run("qllama_query", tokens, names)
+            tokens = self.components.run_device("vision", {"pixel_values": pixel_values[rows]}, ["tokens"])
+            queries = self.components.run_device("qllama_query", tokens, names)
             mask = None if attention_mask is None else attention_mask[rows]
             parts.append(generate(step, spec, queries, prompt_ids[rows], mask, limits, num_beams))
         out = np.full((len(pixel_values), max((p.shape[1] for p in parts), default=0)), limits.pad, np.int64)

@@ -143,6 +143,30 @@ def test_captions_equal_torch_and_mixed_prompts_equal_single_ones(model: InternV
         assert text == model.tokenizer.decode(tokens[0].tolist()).strip()
 
 
+def test_tensors_go_from_engine_to_engine_and_give_the_same(
+    model: InternVL, generated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an engine on a GPU gets and gives: nothing becomes an array between pixels and logits."""
+    torch = pytest.importorskip("torch")
+    pixels, ids = generated[0]["pixel_values"], generated[0]["nopad_input_ids"]
+    want = model.generate(pixels, ids, None, max_new_tokens=12, num_beams=3)
+    kinds = set()
+    for name in ("vision", "qllama_query", "qllama_step"):
+        engine = model.components.open(name)
+        original = engine.run_tensors
+
+        def spy(inputs: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            kinds.update((key, type(value)) for key, value in inputs.items() if "." in key or key == "tokens")
+            return original(inputs, *args, **kwargs)
+
+        monkeypatch.setattr(engine, "run_tensors", spy)
+        monkeypatch.setattr(engine, "run", None)
+    got = model.generate(torch.from_numpy(pixels), ids, None, max_new_tokens=12, num_beams=3)
+    np.testing.assert_array_equal(got, want)
+    assert {kind for _, kind in kinds} == {torch.Tensor}
+    assert {"tokens", "past_key.0", "past_value.0"} <= {name for name, _ in kinds}
+
+
 def test_more_images_than_a_batch_are_split(model: InternVL, tiny_bundle: Path) -> None:
     images = pictures(7)
     whole = model.encode_image(images, "InternVL-G"), model.caption(images, "a", 2, max_new_tokens=5)

@@ -1,0 +1,183 @@
+"""Tensors that pass between engines where they lie, and between engines and their callers.
+
+A buffer is anything that speaks DLPack: a torch tensor, a numpy array, a CuPy array. Engines take buffers
+through it without a copy where they lie on the engine's device, and hand out torch tensors (which speak it
+too). Order on a GPU is the caller's stream's: an engine's work stands on that stream, or is finished before
+the call returns. Torch is imported when the first buffer is, so that runs on host arrays need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+
+from ..errors import CapabilityError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .protocol import Engine
+
+Array = np.ndarray[Any, Any]
+HOST = "cpu"
+
+
+class Buffer(Protocol):
+    """An array that others can read in place; see the Python array API's ``from_dlpack``."""
+
+    @property
+    def shape(self) -> Any:
+        """Its sizes."""
+        ...
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def __dlpack_device__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+B = TypeVar("B", bound=Buffer)
+
+
+def as_tensor(buffer: Buffer, device: str | None = None) -> torch.Tensor:
+    """``buffer`` as a torch tensor on ``device`` (None: where it is): its own memory, or copied there.
+
+    Raises:
+        CapabilityError: torch is not installed, or has no such device.
+        InputError: it cannot be read through DLPack.
+    """
+    require_torch()
+    import torch
+    from torch.utils.dlpack import from_dlpack
+
+    if isinstance(buffer, np.ndarray):
+        if buffer.dtype.hasobject or not buffer.dtype.isnative:
+            raise InputError("An array cannot be read in place.", f"It holds {buffer.dtype}.")
+        # torch cannot see read-only memory without a warning, nor negative strides.
+        tensor = torch.from_numpy(np.require(buffer, requirements=["C", "W"]))
+    elif isinstance(buffer, torch.Tensor):
+        tensor = buffer.detach()
+    else:
+        try:
+            tensor = from_dlpack(buffer)
+        except (BufferError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"A {type(buffer).__name__} cannot be read in place.",
+                str(error).split("\n", 1)[0],
+                "Give a torch tensor, a numpy array, or anything with __dlpack__.",
+            ) from error
+    try:
+        return tensor if device is None else tensor.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
+        raise CapabilityError(
+            f"torch cannot use {device}.", str(error).split("\n", 1)[0], "Give --device cpu."
+        ) from error
+
+
+def to_host(buffer: Buffer) -> Array:
+    """``buffer`` as a numpy array; floats become float32. Its own memory where it can be."""
+    if isinstance(buffer, np.ndarray):
+        return buffer if buffer.dtype not in (np.float16, np.float64) else buffer.astype(np.float32)
+    tensor = as_tensor(buffer, HOST)
+    array: Array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return array
+
+
+def deliver(made: Mapping[str, torch.Tensor], out: Mapping[str, Buffer] | None) -> dict[str, torch.Tensor]:
+    """``made``, written into the buffers of ``out`` where there is one of that name; those are handed back.
+
+    An engine that wrote there itself has handed in that very tensor: nothing is copied then.
+
+    Raises:
+        InputError: a buffer of another shape, or one that nothing was made for.
+    """
+    given = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
+    strange = sorted(set(given) - set(made))
+    if strange:
+        raise InputError(f"There is no output for the buffer {strange[0]!r}.", f"Outputs: {sorted(made)}.")
+    for name, target in given.items():
+        source = made[name]
+        if target.shape != source.shape:
+            raise InputError(
+                f"The buffer of output {name} has the wrong shape.",
+                f"It is {list(target.shape)}, the output is {list(source.shape)}.",
+            )
+        if target.data_ptr() != source.data_ptr() or target.dtype != source.dtype:
+            target.copy_(source)
+    return {name: given.get(name, tensor) for name, tensor in made.items()}
+
+
+def in_place(buffer: Buffer) -> torch.Tensor:
+    """``buffer`` as a tensor of the same memory, to be written to; InputError where that cannot be."""
+    require_torch()
+    import torch
+    from torch.utils.dlpack import from_dlpack
+
+    if isinstance(buffer, np.ndarray) and not (buffer.flags.writeable and buffer.flags.c_contiguous):
+        raise InputError("An output buffer cannot be written.", "It is read-only, or not contiguous.")
+    if isinstance(buffer, torch.Tensor):
+        return buffer.detach()
+    return torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else from_dlpack(buffer)
+
+
+@contextmanager
+def on_stream(device: str, stream: int | None) -> Iterator[int]:
+    """What torch does inside the ``with`` block stands on ``stream``; gives its handle.
+
+    Args:
+        device: the engine's device; nothing happens unless it is a CUDA device.
+        stream: a ``cudaStream_t`` as an integer; None: torch's current stream.
+    """
+    if not device.startswith("cuda"):
+        yield 0
+        return
+    require_torch()
+    import torch
+
+    with torch.cuda.device(device):
+        if stream is None:
+            yield int(torch.cuda.current_stream().cuda_stream)
+            return
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device)):  # type: ignore[no-untyped-call]
+            yield stream
+
+
+def run_from_host(
+    engine: Engine, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
+) -> dict[str, Array]:
+    """What an engine on a GPU does with host arrays: up once, through its tensors, down once."""
+    tensors = {name: as_tensor(array, engine.device) for name, array in inputs.items()}
+    return {name: to_host(made) for name, made in engine.run_tensors(tensors, outputs).items()}
+
+
+def concatenate(parts: Sequence[Buffer]) -> Any:
+    """Buffers of one kind, arrays or tensors, joined along their first axis."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate([np.asarray(part) for part in parts])
+    require_torch()
+    import torch
+
+    return torch.cat([as_tensor(part) for part in parts])
+
+
+def zeros(shape: Sequence[int], like: Buffer) -> Any:
+    """Zeros of the kind, type and place of ``like``."""
+    if isinstance(like, np.ndarray):
+        return np.zeros(shape, like.dtype)
+    return as_tensor(like).new_zeros(tuple(shape))
+
+
+def require_torch() -> None:
+    """CapabilityError if torch is not installed."""
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise CapabilityError(
+            "torch is not installed.",
+            f"Buffers on a device are torch tensors. {error}",
+            "Install it: pip install torch",
+        ) from error
