@@ -150,7 +150,7 @@ def test_tensors_go_from_engine_to_engine_and_give_the_same(
     torch = pytest.importorskip("torch")
     pixels, ids = generated[0]["pixel_values"], generated[0]["nopad_input_ids"]
     want = model.generate(pixels, ids, None, max_new_tokens=12, num_beams=3)
-    kinds = set()
+    kinds: set[tuple[str, type]] = set()
     for name in ("vision", "qllama_query", "qllama_step"):
         engine = model.components.open(name)
         original = engine.run_tensors
