@@ -137,15 +137,16 @@ def test_memory_that_no_file_backs_is_what_is_measured(tmp_path: Path) -> None:
         run([sys.executable, "-c", "import sys; print('no such thing', file=sys.stderr); sys.exit(3)"])
 
 
-def test_one_pass_over_the_shards_quantises_as_memory_does(made: Path, tmp_path: Path) -> None:
-    done = tool.quantise(made, tmp_path, ["vision"])
+@pytest.mark.parametrize("recipe", ["fp8", "int8"])
+def test_one_pass_over_the_shards_quantises_as_memory_does(made: Path, tmp_path: Path, recipe: str) -> None:
+    done = tool.quantise(made, tmp_path, ["vision"], recipe)
     assert done["layers"] == 6 * 4
     low, kept = (load_file(tmp_path / store) for store in (LOW_STORE, BASE_STORE))
     assert len(kept) == done["kept"]
     checkpoint = open_checkpoint(made)
     for i in range(6):
         layer = f"vision_model.encoder.layers.{i}.mlp.fc2"
-        values, scale = quantise(checkpoint.load(f"{layer}.weight"), "fp8")
+        values, scale = quantise(checkpoint.load(f"{layer}.weight"), recipe)
         names = stored_names(layer, "fp8", "bf16")
         assert torch.equal(low[names[0]].view(torch.uint8), values.view(torch.uint8))
         assert torch.equal(low[names[2]], scale)
@@ -160,7 +161,7 @@ def test_the_report_measures_and_cleans_up(tmp_path: Path, capsys: pytest.Captur
     assert not work.exists()
     receipt = json.loads(out.read_text())
     rows = {row["step"]: row for row in receipt["rows"]}
-    assert list(rows) == ["make", "cp", "quantise"]
+    assert list(rows) == ["make", "cp", "quantise", "quantise-int8"]
     assert receipt["config"]["vision_config"]["num_hidden_layers"] == 3
     assert rows["cp"]["bytes_written"] == rows["cp"]["bytes_read"] < rows["make"]["bytes_written"]
     assert 0 < rows["quantise"]["bytes_written"] < rows["quantise"]["bytes_read"] < rows["cp"]["bytes_read"]

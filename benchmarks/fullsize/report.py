@@ -144,10 +144,10 @@ def measure_all(report: Report, sizes: Sequence[str], steps: Sequence[str], comp
         command = [*tool, name, str(model), str(out), components]
         against = partial(_against, report.row("copy"))
         report.step(name, command, lambda: _size(scratch), used, against)
-    if "quantise" in steps:
+    for name in ("quantise", "quantise-int8") if "quantise" in steps else ():
         out = fresh() / "low"
-        command = [*tool, "quantise", str(model), str(out), components]
-        report.step("quantise", command, lambda: _size(out), used, _printed)
+        command = [*tool, name, str(model), str(out), components]
+        report.step(name, command, lambda: _size(out), used, _printed)
     if {"calibrate", "engine"} & set(steps):
         out = fresh() / "engine"
         calibrate = [*tool, "calibrate", str(model), str(out), components]

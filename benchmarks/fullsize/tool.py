@@ -33,23 +33,23 @@ SET, DEVICES = 512, 20
 RECIPE = "fp8"
 
 
-def source(model: Path) -> Source:
-    """The checkpoint and what the FP8 recipe makes of it, without scales."""
+def source(model: Path, name: str = RECIPE) -> Source:
+    """The checkpoint and what the recipe ``name`` makes of it, without scales."""
     from torch import nn
 
     from ivl_export.calibration.recipe import load_recipe, plan
     from ivl_export.models.checkpoint import open_checkpoint
     from ivl_export.models.load import meta_model
 
-    checkpoint, recipe = open_checkpoint(model), load_recipe(RECIPE)
+    checkpoint, recipe = open_checkpoint(model), load_recipe(name)
     modules = meta_model(checkpoint).named_modules()
     shapes = {n: (m.out_features, m.in_features) for n, m in modules if isinstance(m, nn.Linear)}
     return Source(checkpoint, recipe, plan(recipe, shapes), None)
 
 
-def quantise(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
-    """Every weight that ``components`` need, in one pass: FP8 values and scales, and what stays in bf16."""
-    made = source(model)
+def quantise(model: Path, out: Path, components: Sequence[str], recipe: str = RECIPE) -> dict[str, Any]:
+    """Every weight that ``components`` need, in one pass: 8-bit values and scales, and what stays in bf16."""
+    made = source(model, recipe)
     kept, layers = component_weights(made, components)
     write_quantised_store(made, layers, out)
     write_base_store(made, kept, out)
@@ -166,6 +166,7 @@ STEPS: dict[str, Callable[[Path, Path, Sequence[str]], dict[str, Any]]] = {
     "plain": plain,
     "plain-mapped": partial(plain, mapped=True),
     "quantise": quantise,
+    "quantise-int8": partial(quantise, recipe="int8"),
     "calibrate": calibrate,
     "graphs": graphs,
     "engine": engine,
