@@ -147,7 +147,7 @@ def measure_all(report: Report, sizes: Sequence[str], steps: Sequence[str], comp
     for name in ("quantise", "quantise-int8") if "quantise" in steps else ():
         out = fresh() / "low"
         command = [*tool, name, str(model), str(out), components]
-        report.step(name, command, lambda: _size(out), used, _printed)
+        report.step(name, command, partial(_size, out), used, _printed)
     if {"calibrate", "engine"} & set(steps):
         out = fresh() / "engine"
         calibrate = [*tool, "calibrate", str(model), str(out), components]
