@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BuildError
 from ..preprocess import MAX_LENGTH, ImageSettings, Tokenizer
 from .dataset import MAX_STEP, CalibrationSet
-from .observe import algorithm_name, observers
+from .observe import algorithm_name, depends_on_type, observers
 from .scales import Scales
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def calibrate(
     *,
     batch_size: int = 8,
     algorithm: str = "max",
-    percentile: float = 99.99,
+    kinds: Mapping[str, str] | None = None,
     device: str = "cpu",
     folder: Path | None = None,
     key: str = "",
@@ -128,8 +128,9 @@ def calibrate(
         chosen: the calibration set.
         settings, tokenizer: of the model.
         batch_size: samples in memory at a time.
-        algorithm: one of :data:`.observe.ALGORITHMS`.
-        percentile: of the magnitudes, for ``percentile``.
+        algorithm: one of :data:`.observe.ALGORITHMS`, or ``percentile-99.9``.
+        kinds: layer -> the type its input will be rounded to, for ``entropy`` and ``mse``; ``int8`` for those
+            it leaves out.
         device: where blocks run: one block's weights and one batch are there at a time.
         folder: where activations are spilled and from where a killed run goes on; removed when done. None: a
             temporary folder.
@@ -140,21 +141,21 @@ def calibrate(
     Raises:
         BuildError: NaN, infinity, or nothing but zeros at a layer's input (named); too little disk.
         UsageError: an unknown algorithm, percentile or component.
-        CapabilityError: ``percentile`` without ModelOpt; a component without weights.
+        CapabilityError: a component without weights.
     """
     from .observe import Watch
     from .parts import Modules, needed, parts
     from .stream import Flow, samples_of, visit
 
-    watch_with = observers(algorithm, percentile)
+    recorded = algorithm_name(algorithm)
+    chosen_for = dict(kinds or {}) if depends_on_type(recorded) else {}
     order = needed(components)
     modules = Modules(checkpoint, order, device=device)
     samples = samples_of(chosen, settings, tokenizer, checkpoint.config, order, batch_size)
     plan = parts(checkpoint.config, order)
-    watch = Watch(modules.by_name, watch_with)
-    recorded = algorithm_name(algorithm, percentile)
+    watch = Watch(modules.by_name, observers(recorded, chosen_for))
     identity = _identity(
-        [checkpoint.revision, chosen.hash, recorded, order, batch_size, device, key],
+        [checkpoint.revision, chosen.hash, recorded, chosen_for, order, batch_size, device, key],
         [settings.to_json(), hashlib.sha256(tokenizer.model).hexdigest()],
     )
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory(prefix="ivl-calibrate-") as name:
@@ -174,6 +175,7 @@ def calibrate(
             flow.close()
         amax = state.amax
         shutil.rmtree(state.folder, ignore_errors=True)
+    measured = sorted({layer for layers in amax.values() for layer in layers})
     return Scales(
         amax=amax,
         algorithm=recorded,
@@ -182,6 +184,9 @@ def calibrate(
         synthetic=chosen.synthetic,
         without_caption=chosen.without_caption,
         model=checkpoint.revision,
+        skipped=len(chosen.skipped),
+        kinds={layer: chosen_for[layer] for layer in measured if layer in chosen_for},
+        shapes={layer: list(checkpoint.tensors[f"{layer}.weight"].shape) for layer in measured},
     )
 
 

@@ -7,12 +7,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import BuildError, CapabilityError, UsageError
+from ..errors import BuildError, UsageError
+from .histogram import Histogram, entropy_amax, mse_amax, percentile_amax
 
 if TYPE_CHECKING:
     import torch
 
-ALGORITHMS = ("max", "percentile")
+ALGORITHMS = ("max", "percentile", "entropy", "mse")
+PERCENTILE = 99.99
+"""Of the magnitudes, where ``percentile`` says no other."""
+
+BY_TYPE = ("entropy", "mse")
+"""Algorithms whose range depends on the type that inputs are rounded to."""
 
 
 class Observer(Protocol):
@@ -42,22 +48,19 @@ class MaxObserver:
         return self._amax
 
 
-class PercentileObserver:
-    """A percentile of the magnitudes, over ModelOpt's histogram: outliers beyond it saturate."""
+class HistogramObserver:
+    """A range taken from the histogram of all magnitudes; what lies beyond it saturates."""
 
-    def __init__(self, percentile: float) -> None:
-        self._percentile = percentile
-        self._calibrator: Any = _modelopt_calibrators().HistogramCalibrator(
-            num_bits=8, axis=None, unsigned=False
-        )
+    def __init__(self, pick: Callable[[Histogram], float]) -> None:
+        self._histogram, self._pick = Histogram(), pick
 
     def collect(self, x: torch.Tensor, peak: float) -> None:
-        """Look at one input."""
-        self._calibrator.collect(x)
+        """Count the values of one input."""
+        self._histogram.add(x, peak)
 
     def amax(self) -> float:
-        """The percentile."""
-        return float(self._calibrator.compute_amax("percentile", percentile=self._percentile))
+        """What the algorithm picks; 0 if only zeros were seen."""
+        return self._pick(self._histogram) if self._histogram.width else 0.0
 
 
 class Watch:
@@ -65,10 +68,10 @@ class Watch:
 
     Args:
         modules: component -> module; weights may be shared between them, modules are not.
-        make: makes the observer of one layer in one component.
+        make: makes the observer of a layer, by its name, for one component.
     """
 
-    def __init__(self, modules: Mapping[str, torch.nn.Module], make: Callable[[], Observer]) -> None:
+    def __init__(self, modules: Mapping[str, torch.nn.Module], make: Callable[[str], Observer]) -> None:
         self.modules, self.make = modules, make
         self.found: dict[str, dict[str, Observer]] = {component: {} for component in modules}
 
@@ -84,7 +87,7 @@ class Watch:
             )
         observers = self.found[component]
         if layer not in observers:
-            observers[layer] = self.make()
+            observers[layer] = self.make(layer)
         observers[layer].collect(x, peak)
 
     def take(self) -> dict[str, dict[str, float]]:
@@ -125,35 +128,50 @@ class Watch:
         return lambda _, args: self.see(component, layer, args[0])
 
 
-def algorithm_name(algorithm: str, percentile: float = 99.99) -> str:
-    """As recorded in ``scales.json``."""
-    return f"percentile-{percentile:g}" if algorithm == "percentile" else algorithm
+def algorithm_name(algorithm: str) -> str:
+    """``algorithm`` as recorded in ``scales.json``: ``percentile`` alone is ``percentile-99.99``.
+
+    Raises:
+        UsageError: no such algorithm, or a percentile that is none.
+    """
+    name, dash, text = algorithm.partition("-")
+    if name not in ALGORITHMS or (dash and name != "percentile"):
+        known = ", ".join(ALGORITHMS)
+        raise UsageError(
+            f"Unknown calibration algorithm {algorithm!r}.", f"Known: {known}; percentile-99.9 names its own."
+        )
+    if name != "percentile":
+        return name
+    try:
+        percentile = float(text) if dash else PERCENTILE
+    except ValueError:
+        percentile = math.nan
+    if not 50 < percentile <= 100:
+        raise UsageError(f"Percentile {text!r} is out of range.", fix="Use over 50, up to 100: 99.99.")
+    return f"percentile-{percentile:g}"
 
 
-def observers(algorithm: str, percentile: float = 99.99) -> Callable[[], Observer]:
+def depends_on_type(algorithm: str) -> bool:
+    """Whether the ranges that ``algorithm`` picks suit one activation type only."""
+    return algorithm in BY_TYPE
+
+
+def observers(algorithm: str, kinds: Mapping[str, str] | None = None) -> Callable[[str], Observer]:
     """What makes the observer of a layer.
+
+    Args:
+        algorithm: ``max``, ``percentile``, ``percentile-99.9``, ``entropy`` or ``mse``.
+        kinds: layer -> the type its input will be rounded to; ``int8`` for those it leaves out.
 
     Raises:
         UsageError: an unknown algorithm or percentile.
-        CapabilityError: ``percentile`` without ModelOpt.
     """
-    if algorithm == "max":
-        return MaxObserver
-    if algorithm != "percentile":
-        raise UsageError(f"Unknown calibration algorithm {algorithm!r}.", f"Known: {', '.join(ALGORITHMS)}.")
-    if not 50 < percentile <= 100:
-        raise UsageError(f"Percentile {percentile} is out of range.", fix="Use over 50, up to 100: 99.99.")
-    _modelopt_calibrators()
-    return lambda: PercentileObserver(percentile)
-
-
-def _modelopt_calibrators() -> Any:
-    try:
-        from modelopt.torch.quantization import calib
-    except ImportError as error:
-        raise CapabilityError(
-            "Percentile calibration needs NVIDIA ModelOpt.",
-            str(error),
-            "Install ivl-export[quant], or use the max algorithm.",
-        ) from error
-    return calib
+    name = algorithm_name(algorithm)
+    if name == "max":
+        return lambda layer: MaxObserver()
+    if name.startswith("percentile"):
+        percentile = float(name.partition("-")[2])
+        return lambda layer: HistogramObserver(lambda seen: percentile_amax(seen, percentile))
+    pick = entropy_amax if name == "entropy" else mse_amax
+    chosen = kinds or {}
+    return lambda layer: HistogramObserver(lambda seen: pick(seen, chosen.get(layer, "int8")))

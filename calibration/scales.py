@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, IntegrityError
 from ..strict_json import read_json
+from .observe import depends_on_type
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Largest input magnitudes, and what they were measured on.
+    """Input magnitudes that a type's largest value stands for, and what they were measured on.
 
     Args:
         amax: component -> layer (published name without ``.weight``) -> amax of its input, over 0. The same
             LLaMA layer runs in three components, on different activations: each has its own.
-        algorithm: ``max`` or ``percentile-99.99``.
+        algorithm: as :func:`.observe.algorithm_name` writes it.
         samples: how many images (and captions) were run.
         set_hash: :attr:`.dataset.CalibrationSet.hash`.
         synthetic: whether the images were drawn.
         without_caption: how many samples used a stand-in caption.
         model: revision of the checkpoint (:attr:`..models.checkpoint.Checkpoint.revision`).
+        skipped: files of the set that could not be used.
+        kinds: layer -> the type its ranges were picked for, where the algorithm depends on that; ``int8`` for
+            layers that are left out.
+        shapes: layer -> shape of its weight, [out, in].
+        folded: sha256 of the factors that were folded into the weights before (``smoothing.safetensors``,
+            beside this file); empty if none were.
     """
 
     amax: dict[str, dict[str, float]]
@@ -36,11 +43,17 @@ class Scales:
     synthetic: bool
     without_caption: int
     model: str
+    skipped: int = 0
+    kinds: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    folded: str = ""
 
     def save(self, path: Path) -> None:
-        """Write ``path`` (a ``scales.json``)."""
+        """Write ``path`` (a ``scales.json``), whole or not at all."""
         text = json.dumps({"version": VERSION, **asdict(self)}, indent=1, sort_keys=True, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Scales:
@@ -64,13 +77,20 @@ class Scales:
             "synthetic": bool,
             "without_caption": int,
             "model": str,
+            "skipped": int,
+            "kinds": dict,
+            "shapes": dict,
+            "folded": str,
         }
         if not isinstance(data, dict) or data.get("version") != VERSION:
             raise InputError(f"{source} holds no scales of version {VERSION}.", fix="Calibrate again.")
         wrong = [k for k, kind in kinds.items() if type(data.get(k)) is not kind]
         wrong += sorted(set(data) - set(kinds) - {"version"})
+        if not wrong:
+            wrong = [f"kinds: {layer}" for layer, kind in data["kinds"].items() if type(kind) is not str]
+            wrong += [f"shapes: {layer}" for layer, shape in data["shapes"].items() if not _is_shape(shape)]
         if wrong:
-            raise InputError(f"{source} is no scales file.", f"Entries {wrong}.", "Calibrate again.")
+            raise InputError(f"{source} is no scales file.", f"Entries {wrong[:5]}.", "Calibrate again.")
         for component, layers in data["amax"].items():
             if not isinstance(layers, dict):
                 raise InputError(f"{source}: {component} is no table of layers.", fix="Calibrate again.")
@@ -84,33 +104,66 @@ class Scales:
         amax = {c: {n: float(v) for n, v in layers.items()} for c, layers in data["amax"].items()}
         return cls(**{**{k: data[k] for k in kinds}, "amax": amax})
 
-    def check(self, linear_names: Iterable[str], components: Iterable[str], model: str) -> None:
-        """Refuse scales that were measured on another model, or that lack a component.
+    def check(
+        self, shapes: Mapping[str, Iterable[int]], wanted: Mapping[str, Mapping[str, str]], model: str
+    ) -> None:
+        """Refuse scales of another model, and such as do not cover what is quantised.
 
         Args:
-            linear_names: all linear layers of the model.
-            components: what is built.
+            shapes: every linear layer of the model -> [out, in].
+            wanted: component -> layer -> type its input is rounded to, for all that is built.
             model: the checkpoint's revision.
 
         Raises:
             InputError: naming the layer or component.
         """
         measured = {layer for layers in self.amax.values() for layer in layers}
-        surplus = sorted(measured - set(linear_names))
+        surplus = sorted(measured - set(shapes))
         if surplus:
             raise InputError(
                 "The scales do not belong to this model.",
                 f"They name {len(surplus)} layers it does not have, for example {surplus[0]}.",
                 "Calibrate this model, or give the scales that were measured on it.",
             )
-        absent = sorted(set(components) - set(self.amax))
-        if absent:
-            raise InputError(
-                f"The scales say nothing about {', '.join(absent)}.", fix="Calibrate with these components."
-            )
+        for layer in sorted(measured):
+            if self.shapes.get(layer) != list(shapes[layer]):
+                raise InputError(
+                    "The scales do not belong to this model.",
+                    f"They give {layer} the shape {self.shapes.get(layer)}, it is {list(shapes[layer])}.",
+                    "Calibrate this model, or give the scales that were measured on it.",
+                )
         if self.model != model:
             raise InputError(
                 "The scales were measured on other weights.",
                 f"They name revision {self.model[:12]}, the checkpoint is {model[:12]}.",
                 "Calibrate this checkpoint.",
             )
+        absent = sorted(set(wanted) - set(self.amax))
+        if absent:
+            raise InputError(
+                f"The scales say nothing about {', '.join(absent)}.", fix="Calibrate with these components."
+            )
+        for component, layers in wanted.items():
+            self._check_layers(component, layers)
+
+    def _check_layers(self, component: str, layers: Mapping[str, str]) -> None:
+        lacking = sorted(set(layers) - set(self.amax[component]))
+        if lacking:
+            raise InputError(
+                f"The scales have no range for {len(lacking)} layers of {component} that are quantised.",
+                f"For example {lacking[0]}.",
+                "Calibrate again.",
+            )
+        if not depends_on_type(self.algorithm):
+            return
+        for layer, kind in layers.items():
+            if (picked := self.kinds.get(layer, "int8")) != kind:
+                raise InputError(
+                    f"The scales were picked for other types: {layer} for {picked}, not {kind}.",
+                    f"What {self.algorithm} picks depends on the type.",
+                    "Calibrate with the --precision you build with, or with --algorithm max.",
+                )
+
+
+def _is_shape(data: Any) -> bool:
+    return isinstance(data, list) and len(data) == 2 and all(type(n) is int and n > 0 for n in data)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
+from ..paths import inside
 from ..preprocess import load_image
 from .dataset import CalibrationSet, Sample, Skipped, read_bytes
 
@@ -154,18 +155,10 @@ def _line(line: str, root: Path, where: str) -> _Entry:
             f"{where} has no usable image.", f"{line[:200]!r}", 'Write {"image": ..., "caption": ...}.'
         )
     try:
-        f"{image}{caption}".encode()  # JSON can name lone surrogates, which no tokenizer takes
-        resolved = (root / image).resolve()
-        inside = resolved.is_relative_to(root)
-    except (OSError, ValueError, RuntimeError) as error:  # also a NUL, a loop of links, a long name
-        raise InputError(f"{where} has an impossible text.", f"{image[:200]!r}: {error}") from error
-    if not inside:
-        raise InputError(
-            f"{where} points outside the manifest's folder.",
-            f"{image!r} is not below {root}.",
-            "Put the images beside or below the manifest, and name them relative to it.",
-        )
-    return _Entry(Path(image).as_posix(), resolved, caption)
+        (caption or "").encode()
+    except UnicodeEncodeError as error:  # JSON can name lone surrogates, which no tokenizer takes
+        raise InputError(f"{where} has an impossible text.", f"{caption!r}: {error}") from error
+    return _Entry(Path(image).as_posix(), inside(root, image, where), caption)
 
 
 def _sidecar(image: Path) -> str | None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .files import images_in, inside, read_json, read_text, subfolders
+from ..paths import inside
+from .files import images_in, read_json, read_text, subfolders
 
 #: The language codes of this package where CLIP_benchmark's file names differ.
 FILE_LANGUAGE = {"zh": "cn"}

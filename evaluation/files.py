@@ -56,23 +56,6 @@ def read_json(path: Path, what: str) -> Any:
         raise InputError(f"{path} is not valid JSON.", f"{error}.", "Download it again.") from error
 
 
-def inside(root: Path, text: str, where: str) -> Path:
-    """``root / text``; InputError naming ``where`` if that leaves ``root`` (``..``, absolute, a link)."""
-    try:
-        text.encode()  # JSON can name lone surrogates
-        path = (root / text).resolve()
-        good = path.is_relative_to(root.resolve())
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{where} has an impossible path.", f"{text[:200]!r}: {error}") from error
-    if not good:
-        raise InputError(
-            f"{where} points outside the data folder.",
-            f"{text[:200]!r} is not below {root}.",
-            "Use the published file, or correct the path.",
-        )
-    return path
-
-
 def images_in(folder: Path) -> list[Path]:
     """Image files right in ``folder``, sorted by name; hidden files are none."""
     return [p for p in _visible(folder) if p.suffix.lower() in SUFFIXES and p.is_file()]

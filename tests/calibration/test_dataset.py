@@ -144,7 +144,7 @@ def test_jsonl_cannot_leave_its_folder(escape: str, photos: Path) -> None:
     outside = photos.parent / "outside.jpg"
     outside.write_bytes((photos / "0.jpg").read_bytes())
     (photos / "link").symlink_to(photos.parent)
-    with pytest.raises(InputError, match=r"line 2 points outside the manifest's folder"):
+    with pytest.raises(InputError, match=r"line 2 points outside the data folder"):
         open_calibration(manifest(photos, [{"image": "0.jpg"}, {"image": escape}]))
 
 
@@ -155,7 +155,7 @@ def test_jsonl_cannot_leave_its_folder(escape: str, photos: Path) -> None:
         ("3", "no usable image"),
         ('{"caption": "x"}', "no usable image"),
         ('{"image": "0.jpg", "caption": 3}', "no usable image"),
-        ('{"image": "a\\u0000.jpg"}', "impossible text"),
+        ('{"image": "a\\u0000.jpg"}', "impossible path"),
         ('{"image": "0.jpg", "caption": "\\ud800"}', "impossible text"),
         ("[" * 100_000, "line 1 is not JSON"),
     ],
