@@ -16,7 +16,7 @@ from .errors import IntegrityError
 from .specs import ComponentSpec
 from .strict_json import Node, read_json, refuse
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 
 
@@ -39,12 +39,19 @@ class Model:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration set: hash of its content, inputs used, inputs skipped, drawn or real."""
+    """The calibration set: hash of its content, inputs used, inputs skipped, drawn or real.
+
+    ``without_caption`` of the samples had stand-in sentences; ``small`` sets have fewer than are advised;
+    ``algorithm`` picked the ranges (empty where no input is rounded).
+    """
 
     sha256: str
     samples: int
     skipped: int
     synthetic: bool
+    without_caption: int = 0
+    small: bool = False
+    algorithm: str = "max"
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,15 @@ def _model(node: Node) -> Model:
 def _calibration(node: Node) -> Calibration:
     node.keys(set(Calibration.__dataclass_fields__))
     samples, skipped = node["samples"].integer(), node["skipped"].integer()
-    return Calibration(node["sha256"].sha256(), samples, skipped, node["synthetic"].flag())
+    return Calibration(
+        sha256=node["sha256"].sha256(),
+        samples=samples,
+        skipped=skipped,
+        synthetic=node["synthetic"].flag(),
+        without_caption=node["without_caption"].integer(),
+        small=node["small"].flag(),
+        algorithm=node["algorithm"].text(),
+    )
 
 
 def _check_chain(component: Component) -> None:

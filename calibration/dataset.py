@@ -154,20 +154,9 @@ class CalibrationSet:
     @property
     def notices(self) -> tuple[str, ...]:
         """What a user must be told about this set."""
-        found = []
-        if self.synthetic:
-            found.append(
-                "The calibration set is synthetic (drawn scenes): right for nano, not for photographs."
-            )
-        if len(self) < SMALL:
-            found.append(f"The calibration set is small: {len(self)} samples, {SMALL} or more are advised.")
+        found = [*set_notices(len(self), self.synthetic, self.without_caption)]
         if len(self) + len(self.skipped) < self.asked:
             found.append(f"{self.asked} samples were asked for, the set has {len(self) + len(self.skipped)}.")
-        if self.without_caption:
-            found.append(
-                f"{self.without_caption} of {len(self)} images have no caption: generic sentences stand in, "
-                "and text ranges are measured on those."
-            )
         if self.skipped:
             found.append(
                 f"{len(self.skipped)} files were skipped, the first: {self.skipped[0].name} "
@@ -226,6 +215,21 @@ class CalibrationSet:
             "without_caption": self.without_caption,
             "skipped": [{"name": s.name, "reason": s.reason} for s in self.skipped],
         }
+
+
+def set_notices(samples: int, synthetic: bool, without_caption: int) -> tuple[str, ...]:
+    """What a user must be told about a set of so many samples."""
+    found = []
+    if synthetic:
+        found.append("The calibration set is synthetic (drawn scenes): right for nano, not for photographs.")
+    if samples < SMALL:
+        found.append(f"The calibration set is small: {samples} samples, {SMALL} or more are advised.")
+    if without_caption:
+        found.append(
+            f"{without_caption} of {samples} images have no caption: generic sentences stand in, "
+            "and text ranges are measured on those."
+        )
+    return tuple(found)
 
 
 def prompt_for(caption: str) -> str:

@@ -1,4 +1,4 @@
-"""Histograms of input magnitudes, and the range that percentile, entropy and mean squared error take from them.
+"""Histograms of input magnitudes, and the ranges that percentile, entropy and squared error take from them.
 
 The rules are those of NVIDIA ModelOpt's ``HistogramCalibrator`` (2048 bins, at least 128 of them kept). Its
 code is no use here: it counts in float32, which stands still at 16.8 million values a bin; its entropy takes
@@ -55,7 +55,7 @@ class Histogram:
             self.counts[0] = self._zeros
         self._reach(peak)
         last = len(self.counts) - 1
-        for part in x.reshape(-1).split(CHUNK):
+        for part in torch.split(x.reshape(-1), CHUNK):
             bins = (part.abs().double() / self.width).long().clamp_(max=last)
             self.counts += torch.bincount(bins, minlength=last + 1).cpu().numpy()
 
@@ -85,7 +85,7 @@ def mse_amax(histogram: Histogram, kind: str) -> float:
     centres = (torch.arange(len(counts)) + 0.5) * histogram.width
     candidates = centres[FIRST:]
     losses = []
-    for part in candidates.split(64):
+    for part in torch.split(candidates, 64):
         scale = part[:, None] / LIMITS[kind]
         rounded = quantise_values(centres.expand(len(part), -1), scale, kind).float() * scale
         losses.append((rounded - centres).double().square() @ counts)

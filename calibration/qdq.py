@@ -36,7 +36,7 @@ Style = Literal["tensorrt", "onnxruntime"]
 
 _COMPUTE = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "float16": "FLOAT16"}
 _STORED = {"fp8": "FLOAT8E4M3FN", "int8": "INT8", "int4": "INT4"}
-_PROMISE = {(s.activation, s.weight): name for name, s in SCHEMES.items() if not s.smooth}
+_PROMISE = {(s.activation, s.weight): name for name, s in SCHEMES.items() if not s.fold}
 """Types of both factors -> the scheme whose kernel that is: smoothing is in the weights already."""
 
 

@@ -15,18 +15,18 @@ class Scheme:
             ``int4`` with one for each block of an output channel (:func:`block_size`).
         activation: type its input is rounded to, with one scale for the tensor; empty if it is left alone:
             then the weight is dequantised and the product runs in the base type.
-        smooth: large channels of the input are moved into the weight first (:mod:`.smooth`).
+        fold: how large channels of the input are moved into the weight first: ``smooth`` (:mod:`.smooth`).
     """
 
     weight: str
     activation: str = ""
-    smooth: bool = False
+    fold: str = ""
 
 
 SCHEMES = {
     "fp8": Scheme("fp8", "fp8"),
     "int8": Scheme("int8", "int8"),
-    "int8-smooth": Scheme("int8", "int8", smooth=True),
+    "int8-smooth": Scheme("int8", "int8", fold="smooth"),
     "int8-weight": Scheme("int8"),
     "int4-weight": Scheme("int4"),
 }
@@ -63,9 +63,16 @@ def excluded(scheme: str, out_features: int, in_features: int) -> str:
     return ""
 
 
-def smoothed_layers(schemes: Mapping[str, str]) -> list[str]:
-    """The layers whose scheme asks for smoothing."""
-    return [name for name, scheme in schemes.items() if scheme in SCHEMES and SCHEMES[scheme].smooth]
+def folded_layers(schemes: Mapping[str, str], fold: str = "") -> list[str]:
+    """The layers whose scheme asks for ``fold``, or for any if that is empty."""
+    asked = {name: SCHEMES[scheme].fold for name, scheme in schemes.items() if scheme in SCHEMES}
+    return [name for name, own in asked.items() if own and own == (fold or own)]
+
+
+def rounded_inputs(schemes: Mapping[str, str]) -> dict[str, str]:
+    """Layer -> the type its input is rounded to, for those whose input is: their ranges are measured."""
+    found = {name: SCHEMES[scheme].activation for name, scheme in schemes.items() if scheme in SCHEMES}
+    return {name: kind for name, kind in found.items() if kind}
 
 
 def element_types(base: str, schemes: frozenset[str]) -> frozenset[str]:

@@ -18,6 +18,7 @@ from .. import __version__
 #: verb -> (module in this package, line of help)
 VERBS: dict[str, tuple[str, str]] = {
     "build": ("build", "Checkpoint in, verified bundle out: export, calibrate, quantise, engines, proof."),
+    "calibrate": ("calibrate", "Measure a model's input ranges once, for builds that take --scales."),
     "export": ("export", "Plain ONNX graphs of a checkpoint, with a copy of its weights or without."),
     "recipes": ("recipes", "Show the precision recipes, or print one as a file to edit."),
     "train": ("train", "Train a small InternVL from scratch on drawn scenes."),

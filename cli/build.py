@@ -31,6 +31,14 @@ def build(
         Path | None, typer.Option(help="Images and captions to calibrate on: a folder, or a JSONL.")
     ] = None,
     calib_samples: Annotated[int, typer.Option(help="How many of them.", min=1)] = 256,
+    calib_seed: Annotated[int, typer.Option(help="Chooses which of them.")] = 0,
+    algorithm: Annotated[
+        str | None,
+        typer.Option(help="How input ranges are picked: max, percentile[-99.99], entropy or mse; else max."),
+    ] = None,
+    scales: Annotated[
+        Path | None, typer.Option(help="Input ranges that 'calibrate' wrote, instead of measuring them.")
+    ] = None,
     targets: Annotated[str, typer.Option(help="GPU generations for TensorRT-RTX: sm89,sm120.")] = "sm89",
     backend: Annotated[
         str | None, typer.Option(help="Engines to build: onnxruntime,tensorrt-rtx; else all installed.")
@@ -56,6 +64,7 @@ def build(
     from ..pipeline.build import preview
     from ..pipeline.report import describe
     from ..pipeline.request import Job, Request
+    from .inputs import names
     from .progress import Bars
 
     with Bars() as bars:
@@ -66,9 +75,12 @@ def build(
             precision=precision,
             calib=calib,
             calib_samples=calib_samples,
+            calib_seed=calib_seed,
+            algorithm=algorithm,
+            scales=scales,
             targets=targets,
-            backends=_list(backend),
-            components=_list(components),
+            backends=names(backend),
+            components=names(components),
             allow_accuracy_loss=allow_accuracy_loss,
             split=split,
         )
@@ -175,7 +187,3 @@ def _print_dry_run(as_json: bool, planned: list[Planned], job: Job) -> None:
 
 def _size(planned: Planned, size: int) -> str:
     return human_bytes(size) if size and not planned.known else ""
-
-
-def _list(text: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()

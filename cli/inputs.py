@@ -17,6 +17,11 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", "
 PIECE = 64  # decoded images held at a time
 
 
+def names(text: str | None) -> tuple[str, ...]:
+    """The names in a list joined by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
+
+
 def _track(starts: range) -> Iterable[int]:
     """With a progress bar on stderr where there is more than one piece and someone to see it."""
     if len(starts) < 2 or not sys.stderr.isatty():

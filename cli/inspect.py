@@ -48,6 +48,8 @@ def _overview(bundle: Bundle, checked: str) -> None:
     if m.calibration is not None:
         kind = "synthetic" if m.calibration.synthetic else "real"
         skipped = f", {m.calibration.skipped} skipped" if m.calibration.skipped else ""
+        skipped += ", fewer than advised" if m.calibration.small else ""
+        skipped += f", {m.calibration.algorithm}" if m.calibration.algorithm else ""
         calibration = f"{m.calibration.samples} {kind} samples{skipped}, {m.calibration.sha256[:12]}"
     print_table(
         f"Bundle {bundle.root}",

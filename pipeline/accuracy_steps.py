@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..calibration.observe import depends_on_type
 from ..calibration.recipe import load_recipe, plan
 from ..calibration.recording import recorded_bytes
-from ..calibration.schemes import smoothed_layers
+from ..calibration.schemes import folded_layers
 from ..export.components import component_spec
 from ..manifest import Component, FileEntry, Manifest
 from . import evaluate, graphs
@@ -79,8 +80,10 @@ def _compared(job: Job, made: Source) -> list[Source]:
     """What is built, if it is quantised, and the other quantised recipes on the same scales."""
     if not job.recipe.quantises:
         return []
-    if smoothed_layers(job.plan.schemes):
+    if folded_layers(job.plan.schemes):
         return [made]  # the others would run on folded weights too
+    if made.scales is None or depends_on_type(made.scales.algorithm):
+        return [made]  # the others need ranges that were not measured
     recipes = [load_recipe(n) for n in COMPARED if n != job.recipe.name]
     return [made, *(replace(made, recipe=r, plan=plan(r, job.linear_shapes)) for r in recipes)]
 

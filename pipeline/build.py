@@ -16,7 +16,7 @@ from .evaluate import headlines
 from .manifest import manifest_of
 from .request import Job
 from .resources import check_disk
-from .step import Made, Step
+from .step import Step, run_step
 from .steps import steps
 from .workspace import RECEIPT, Record, Reporter, Workspace
 
@@ -86,7 +86,7 @@ def build(job: Job, reporter: Reporter) -> Result:
         if result is None:
             _check_room(job, space, plan)
             for step in plan:
-                _run(space, step)
+                run_step(space, step)
             over_budget = _check_accuracy(job, space.root, space.records)
             manifest = _manifest(job, space.records)
             space.finish()
@@ -106,13 +106,6 @@ def _check_room(job: Job, space: Workspace, plan: Sequence[Step]) -> None:
     for step in plan:
         if step.load is not None and not space.known(step.name, step.inputs):
             check_memory(step.name.removeprefix("engine-"), step.load, step.parts)
-
-
-def _run(space: Workspace, step: Step) -> None:
-    def run(root: Path) -> Made:
-        return step.run(space, space.reporter.advanced)
-
-    space.step(step.name, step.inputs, run, step.total, step.unit)
 
 
 def _check_accuracy(job: Job, root: Path, records: Mapping[str, Record]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..calibration.calibrate import (
@@ -14,8 +15,11 @@ from ..calibration.calibrate import (
     seconds_per_block,
     spilled_bytes,
 )
-from ..calibration.schemes import smoothed_layers
-from .graphs import SCALES, SMOOTHING, folded_checkpoint
+from ..calibration.observe import depends_on_type
+from ..calibration.scales import Scales
+from ..calibration.schemes import folded_layers, rounded_inputs
+from .calibration import SMOOTHING
+from .graphs import SCALES, folded_checkpoint
 from .request import Job
 from .step import Made, Step, after, model_of
 from .workspace import Workspace, step_digest
@@ -37,9 +41,18 @@ def preprocess_step(job: Job) -> Step:
     return Step("preprocess", {"settings": settings, "tokenizer": hashlib.sha256(model).hexdigest()}, run)
 
 
-def smooth_step(job: Job, preprocess: Step) -> Step:
+def fold_steps(job: Job, preprocess: Step) -> list[Step]:
+    """What is folded into the weights before they are quantised; empty where the recipe folds nothing."""
+    if not folded_layers(job.plan.schemes):
+        return []
+    if job.given is not None and job.given.factors is not None:
+        return [_given_factors(job.given.factors)]
+    return [_smooth_step(job, preprocess)]
+
+
+def _smooth_step(job: Job, preprocess: Step) -> Step:
     """How much of its input each layer's norm divides away, channel by channel."""
-    layers = smoothed_layers(job.plan.schemes)
+    layers = folded_layers(job.plan.schemes, "smooth")
     given = (job.calibration, job.settings, job.tokenizer)
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
@@ -78,12 +91,25 @@ def smooth_step(job: Job, preprocess: Step) -> Step:
     )
 
 
+def _given_factors(factors: bytes) -> Step:
+    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        (space.root / SMOOTHING).write_bytes(factors)
+        return [SMOOTHING], {"given": True}
+
+    return Step("smooth", {"given": hashlib.sha256(factors).hexdigest()}, run)
+
+
 def calibrate_step(job: Job, before: list[Step]) -> Step:
     """Activation ranges of every layer that the recipe quantises."""
+    if job.given is not None:
+        return _given_scales(job.given.scales, before)
+    kinds = rounded_inputs(job.plan.schemes) if depends_on_type(job.algorithm) else {}
     inputs = {
         **model_of(job),
         "set": job.calibration.hash,
         "components": list(job.components),
+        "algorithm": job.algorithm,
+        "kinds": kinds,
         **after(before),
     }
 
@@ -96,11 +122,16 @@ def calibrate_step(job: Job, before: list[Step]) -> Step:
             job.settings,
             job.tokenizer,
             batch_size=CALIBRATION_BATCH,
+            algorithm=job.algorithm,
+            kinds=kinds,
             folder=space.home / "calibrate",
             key=step_digest("calibrate", inputs),
             progress=advanced,
             timed=times.append,
         )
+        if folded_layers(job.plan.schemes):
+            factors = (space.root / SMOOTHING).read_bytes()
+            scales = replace(scales, folded=hashlib.sha256(factors).hexdigest())
         scales.save(space.root / SCALES)
         layers = sum(len(v) for v in scales.amax.values())
         seconds = seconds_per_block(times)
@@ -119,3 +150,11 @@ def calibrate_step(job: Job, before: list[Step]) -> Step:
         spilled_bytes(config, job.components, samples),
         "samples x blocks",
     )
+
+
+def _given_scales(scales: Scales, before: list[Step]) -> Step:
+    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        scales.save(space.root / SCALES)
+        return [SCALES], {"given": True}
+
+    return Step("calibrate", {"given": asdict(scales), **after(before)}, run)

@@ -11,13 +11,14 @@ from ..calibration.qdq import Style, write_qdq
 from ..calibration.quantize import quantise_layer, stored_tensors
 from ..calibration.recipe import Plan, Recipe
 from ..calibration.scales import Scales
-from ..calibration.schemes import smoothed_layers
+from ..calibration.schemes import folded_layers, rounded_inputs
 from ..export.binding import bind, save_graph
 from ..export.components import component_module, component_spec
 from ..export.split import split_graph
 from ..export.trace import export_component
 from ..export.weights import StoreWriter, open_store, write_store
 from ..models.checkpoint import Checkpoint
+from .calibration import SMOOTHING
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,8 +32,6 @@ GRAPHS = Path("onnx")
 BASE_STORE = GRAPHS / "weights" / "base.safetensors"
 LOW_STORE = GRAPHS / "weights" / "quantised.safetensors"
 SCALES = "scales.json"
-SMOOTHING = "smoothing.safetensors"
-"""What the norms were divided by, where the recipe smooths."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Source:
         checkpoint: the weights.
         recipe: gives the base type.
         plan: scheme of every linear layer.
-        scales: activation ranges; None where nothing is quantised.
+        scales: activation ranges; None where no input is rounded.
     """
 
     checkpoint: Checkpoint
@@ -139,11 +138,11 @@ def write_split_graph(
 def _quantised(source: Source, component: str, compute: str, style: Style) -> tuple[ir.Model, dict[str, str]]:
     model = export_component(component, source.checkpoint, DTYPES[compute])
     promised: dict[str, str] = {}
-    if source.scales is not None:
+    if source.plan.quantised:
         promised = write_qdq(
             model,
             source.plan.quantised,
-            source.scales.amax[component],
+            source.scales.amax[component] if source.scales else {},
             compute=DTYPES[compute],
             base=source.recipe.base,
             style=style,
@@ -164,13 +163,13 @@ def _shape(tensors: dict[str, Any], layer: str) -> tuple[int, int]:
 
 def source(job: Job, root: Path) -> Source:
     """What the graphs of ``job`` are made from, once calibration is done."""
-    scales = Scales.load(root / SCALES) if job.recipe.quantises else None
+    scales = Scales.load(root / SCALES) if rounded_inputs(job.plan.schemes) else None
     return Source(folded_checkpoint(job, root), job.recipe, job.plan, scales)
 
 
 def folded_checkpoint(job: Job, root: Path) -> Checkpoint:
-    """The weights that graphs are made from: folded where the recipe smooths."""
-    if not smoothed_layers(job.plan.schemes):
+    """The weights that graphs are made from: folded where the recipe says so."""
+    if not folded_layers(job.plan.schemes):
         return job.checkpoint
     from safetensors.torch import load_file
 

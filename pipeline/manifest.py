@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..calibration.dataset import SMALL
+from ..calibration.schemes import rounded_inputs
 from ..export.components import component_spec
 from ..manifest import Calibration, Component, EngineFile, Manifest, Model
 from ..specs import ComponentSpec
+from .calibration import needs_data
 from .environment import tool_versions
 from .graphs import DTYPES, graph_path
 from .request import ORT, RTX, Job
@@ -37,10 +40,6 @@ def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]
             engines.append(
                 EngineFile(data["component"], RTX, data["target"], file, data["release"], data["part"])
             )
-    calibration = None
-    if job.recipe.quantises:
-        chosen = job.calibration
-        calibration = Calibration(chosen.hash, len(chosen), len(chosen.skipped), chosen.synthetic)
     return Manifest(
         model=Model(
             name=job.folder.resolve().name,
@@ -53,13 +52,27 @@ def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]
         precision=job.recipe.name,
         compute_dtype=DTYPES[job.recipe.base],
         recipe=job.recipe.to_json(),
-        calibration=calibration,
+        calibration=_calibration(job),
         components=components,
         engines=tuple(engines),
         tools=tool_versions(),
         receipts=tuple(receipts),
         steps={name: record.digest for name, record in records.items()},
     )
+
+
+def _calibration(job: Job) -> Calibration | None:
+    """What the ranges were measured on; None where nothing was."""
+    if job.given is not None:
+        made = job.given.scales
+        found = (made.set_hash, made.samples, made.skipped, made.synthetic, made.without_caption)
+        return Calibration(*found, made.samples < SMALL, made.algorithm)
+    if not needs_data(job):
+        return None
+    chosen = job.calibration
+    found = (chosen.hash, len(chosen), len(chosen.skipped), chosen.synthetic, chosen.without_caption)
+    algorithm = job.algorithm if rounded_inputs(job.plan.schemes) else ""
+    return Calibration(*found, len(chosen) < SMALL, algorithm)
 
 
 def part_specs(records: Mapping[str, Record], component: str) -> list[ComponentSpec]:

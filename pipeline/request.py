@@ -8,15 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..calibration.dataset import CalibrationSet
+from ..calibration.observe import algorithm_name
 from ..calibration.recipe import Plan, Recipe, load_recipe, plan
 from ..calibration.schemes import element_types
-from ..calibration.sources import open_calibration, scenes_calibration
 from ..engines.targets import check_types, parse_targets
-from ..errors import CapabilityError, CheckpointError, InputError, UsageError
+from ..errors import CapabilityError, CheckpointError, UsageError
 from ..export.split import block_count, check_split
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..preprocess import ImageSettings, Tokenizer
+from .calibration import choose_sets, given_scales, needs_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,10 +25,6 @@ ORT = "onnxruntime"
 RTX = "tensorrt-rtx"
 BACKENDS = (ORT, RTX)
 EVALUATION = "evaluation.json"
-OWN_CALIBRATION = ("calibration.jsonl", "calibration")
-"""A manifest or folder beside the weights: the calibration set that a checkpoint brings along."""
-HELD_OUT = 32
-"""Calibration samples kept back to measure accuracy on."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,9 @@ class Request:
         calib: folder or JSONL of images and captions; None: :data:`OWN_CALIBRATION` beside the weights, or
             drawn scenes for a model trained on them.
         calib_samples: how many of them.
+        calib_seed: chooses which.
+        scales: a ``scales.json`` that was measured before; None: measure.
+        algorithm: how ranges are picked (:mod:`..calibration.observe`); None: ``max``.
         targets: GPU generations, ``sm89,sm120``.
         backends: engines to build; empty: ONNX Runtime, and TensorRT-RTX if it is installed.
         components: empty: all that the checkpoint has.
@@ -54,6 +53,9 @@ class Request:
     precision: str = "fp8"
     calib: Path | None = None
     calib_samples: int = 256
+    calib_seed: int = 0
+    scales: Path | None = None
+    algorithm: str | None = None
     targets: str = "sm89"
     backends: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
@@ -107,8 +109,13 @@ class Job:
         settings = ImageSettings.load(self._beside("preprocessor_config.json"))
         self.settings = _sized(settings, self.checkpoint.config.vision.image_size)
         self.evaluation = _evaluation(self.folder)
-        self.calibration, self.held_out = self._calibration(progress)
-        self.notices += self.calibration.notices if self.recipe.quantises else ()
+        self.algorithm = algorithm_name(request.algorithm or "max")
+        self.given = given_scales(self)
+        self.calibration, self.held_out = choose_sets(self, progress)
+        if self.given is not None:
+            self.notices += self.given.notices
+        elif needs_data(self):
+            self.notices += self.calibration.notices
         self.notices += tuple(
             f"{e.layer} stays {self.recipe.base}: {e.reason}." for e in self.plan.exclusions
         )
@@ -122,6 +129,20 @@ class Job:
 
         modules = meta_model(self.checkpoint).named_modules()
         return {n: (m.out_features, m.in_features) for n, m in modules if isinstance(m, nn.Linear)}
+
+    @cached_property
+    def component_linears(self) -> dict[str, list[str]]:
+        """Component -> the linear layers that run in it."""
+        import torch
+
+        from ..export.components import component_module
+
+        found = {}
+        for component in self.components:
+            with torch.device("meta"):
+                module = component_module(component, self.checkpoint.config, self.checkpoint.contrastive_only)
+            found[component] = [n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
+        return found
 
     def _split(self, component: str) -> int:
         """Parts that ``component`` is built in."""
@@ -140,30 +161,6 @@ class Job:
                 f"Copy the {name} of the published model there.",
             )
         return path
-
-    def _calibration(
-        self, progress: Callable[[int, int], None] | None
-    ) -> tuple[CalibrationSet, CalibrationSet]:
-        samples = self.request.calib_samples + HELD_OUT
-        own = next((p for name in OWN_CALIBRATION if (p := self.folder / name).exists()), None)
-        source = self.request.calib or own
-        if source is not None:
-            chosen = open_calibration(source, samples, progress=progress)
-        elif self.evaluation == "scenes":
-            chosen = scenes_calibration(samples)
-        elif self.recipe.quantises:
-            raise InputError(
-                f"Precision {self.recipe.name} needs calibration data.",
-                "The ranges of activations are measured on images and captions like those you will serve.",
-                "Give --calib a folder of images, or a JSONL with an image and a caption a line.",
-            )
-        else:
-            # Only to compare the 16-bit graphs with fp32: any images will do for that.
-            chosen = scenes_calibration(min(samples, HELD_OUT))
-        # A small set keeps fewer samples back: what is left over is more than was asked for.
-        rest, held_out = chosen.split(HELD_OUT)
-        asked = self.request.calib_samples
-        return replace(rest, samples=rest.samples[:asked], asked=asked), held_out
 
 
 def _backends(asked: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..engines.memory import Load
@@ -37,6 +38,15 @@ class Step:
     def digest(self) -> str:
         """Content hash."""
         return step_digest(self.name, self.inputs)
+
+
+def run_step(space: Workspace, step: Step) -> None:
+    """Run ``step`` in ``space``, if it has to be."""
+
+    def run(root: Path) -> Made:
+        return step.run(space, space.reporter.advanced)
+
+    space.step(step.name, step.inputs, run, step.total, step.unit)
 
 
 def write_receipt(space: Workspace, name: str, data: Any) -> str:

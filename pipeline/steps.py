@@ -6,9 +6,9 @@ for each component and target, kernels (the proof), accuracy of the components, 
 
 from __future__ import annotations
 
-from ..calibration.schemes import smoothed_layers
+from ..calibration.schemes import rounded_inputs
 from .accuracy_steps import accuracy_step, tasks_step
-from .calibration_steps import calibrate_step, preprocess_step, smooth_step
+from .calibration_steps import calibrate_step, fold_steps, preprocess_step
 from .engine_steps import engine_step, kernels_step
 from .graph_steps import graph_step, store_steps
 from .request import RTX, Job
@@ -19,10 +19,10 @@ def steps(job: Job) -> list[Step]:
     """All steps of ``job`` in the order they run; a step's inputs hold the hashes of those it reads."""
     preprocess = preprocess_step(job)
     found = [preprocess]
-    scales: list[Step] = []
-    smooth = [smooth_step(job, preprocess)] if smoothed_layers(job.plan.schemes) else []
-    if job.recipe.quantises:
-        scales = [*smooth, calibrate_step(job, [preprocess, *smooth])]
+    smooth = fold_steps(job, preprocess)
+    scales = list(smooth)
+    if rounded_inputs(job.plan.schemes):
+        scales.append(calibrate_step(job, [preprocess, *smooth]))
     stores = store_steps(job, smooth)
     graph_steps = {c: graph_step(job, c, [*scales, *stores]) for c in job.components}
     engine_steps = [

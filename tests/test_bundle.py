@@ -151,7 +151,7 @@ def test_hostile_paths_are_refused(bundle: Bundle, path: str) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda d: d.update(schema=2), "schema 2"),
+        (lambda d: d.update(schema=3), "schema 3"),
         (lambda d: d.update(schema=True), "schema"),
         (lambda d: d.pop("schema"), "schema"),
         (lambda d: d.update(extra=1), "extra"),

@@ -18,6 +18,7 @@ from PIL import Image
 from ivl_export.errors import CapabilityError, CheckpointError, InputError, IvlError, UsageError
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.pipeline import request
+from ivl_export.pipeline.calibration import OWN_CALIBRATION
 from ivl_export.pipeline.request import ORT, RTX, Job, Request
 from ivl_export.pipeline.steps import steps
 from ivl_export.training.tokenizer import train_tokenizer
@@ -107,7 +108,7 @@ def test_what_cannot_be_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", request.OWN_CALIBRATION)
+@pytest.mark.parametrize("name", OWN_CALIBRATION)
 def test_a_checkpoint_may_bring_its_calibration_set(
     name: str, ask: Ask, tiny_model: Path, photos: Path, tmp_path: Path
 ) -> None:

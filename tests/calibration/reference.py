@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -32,12 +32,16 @@ def reference_runners(checkpoint: Checkpoint, components: Iterable[str]) -> dict
 
 
 def whole_amax(
-    checkpoint: Checkpoint, components: Iterable[str], batches: Iterable[Batch], algorithm: str = "max"
+    checkpoint: Checkpoint,
+    components: Iterable[str],
+    batches: Iterable[Batch],
+    algorithm: str = "max",
+    kinds: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Activation amax of every linear: component -> layer -> amax."""
     modules = reference_modules(checkpoint, components)
     runners = {c: torch_runner(m, component_spec(c, checkpoint.config)) for c, m in modules.items()}
-    watch = Watch(modules, observers(algorithm))
+    watch = Watch(modules, observers(algorithm, kinds))
     with watch.hooks():
         for batch in batches:
             for _ in run_chain(runners, batch):

@@ -69,13 +69,18 @@ def test_nano_scales_equal_those_of_whole_modules(components: tuple[str, ...], t
     assert not spill.exists()
 
 
-def test_percentiles_equal_those_of_whole_modules(
-    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+@pytest.mark.parametrize("algorithm", ["percentile", "entropy", "mse"])
+def test_picked_ranges_equal_those_of_whole_modules(
+    algorithm: str, checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
 ) -> None:
-    pytest.importorskip("modelopt.torch.quantization")
-    found = calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, algorithm="percentile")
+    kinds = {f"vision_model.encoder.layers.{i}.attn.qkv": kind for i, kind in enumerate(("int8", "fp8"))}
+    components = ("qllama_query",)
+    found = calibrate(
+        checkpoint, components, scenes[0], settings, tokenizer, algorithm=algorithm, kinds=kinds
+    )
     batches = scenes[0].batches(settings, tokenizer)
-    assert found.amax == whole_amax(checkpoint, ALL, batches, "percentile")
+    assert found.amax == whole_amax(checkpoint, components, batches, algorithm, kinds)
+    assert found.kinds == ({} if algorithm == "percentile" else kinds)
 
 
 @pytest.mark.parametrize("at", [16 * 2 + 5, 16 * 4, 16 * 6 + 9])

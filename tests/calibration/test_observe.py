@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ivl_export.calibration.calibrate import calibrate, calibration_units
 from ivl_export.calibration.chain import run_chain
 from ivl_export.calibration.dataset import CalibrationSet
-from ivl_export.calibration.observe import observers
+from ivl_export.calibration.observe import algorithm_name, observers
 from ivl_export.calibration.scales import Scales
 from ivl_export.errors import BuildError, InputError, UsageError
 from ivl_export.export.components import component_spec
@@ -131,10 +131,7 @@ def test_chain_equals_the_models_own_methods(
 def test_percentile_cuts_outliers(
     checkpoint: Checkpoint, scales: Scales, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
 ) -> None:
-    pytest.importorskip("modelopt.torch.quantization")
-    found = calibrate(
-        checkpoint, ["vision"], scenes[0], settings, tokenizer, algorithm="percentile", percentile=99.0
-    )
+    found = calibrate(checkpoint, ["vision"], scenes[0], settings, tokenizer, algorithm="percentile-99")
     assert found.algorithm == "percentile-99"
     for layer, value in found.amax["vision"].items():
         assert 0 < value < scales.amax["vision"][layer]
@@ -174,25 +171,40 @@ def test_dead_and_broken_inputs_are_named(
         calibrate(open_checkpoint(tmp_path), ["vision"], scenes[0], settings, tokenizer, batch_size=2)
 
 
-def test_unknown_algorithms() -> None:
-    with pytest.raises(UsageError, match="Unknown calibration algorithm"):
-        observers("magic")
-    with pytest.raises(UsageError, match="out of range"):
-        observers("percentile", 3)
+def test_algorithms_by_name() -> None:
+    names = {"max": "max", "percentile": "percentile-99.99", "percentile-99.90": "percentile-99.9"}
+    assert {name: algorithm_name(name) for name in names} == names
+    for bad in ("magic", "max-3", "", "mse-8"):
+        with pytest.raises(UsageError, match="Unknown calibration algorithm"):
+            observers(bad)
+    for bad in ("percentile-3", "percentile-x", "percentile-", "percentile-101", "percentile-nan"):
+        with pytest.raises(UsageError, match="out of range"):
+            observers(bad)
 
 
 def test_scales_round_trip_and_are_checked(scales: Scales, checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "scales.json"
     scales.save(path)
     assert Scales.load(path) == scales
-    linears = {name.removesuffix(".weight") for name in checkpoint.tensors}
-    scales.check(linears, ALL, checkpoint.revision)
+    assert [p.name for p in tmp_path.iterdir()] == ["scales.json"]
+    shapes = {n.removesuffix(".weight"): r.shape for n, r in checkpoint.tensors.items() if len(r.shape) == 2}
+    wanted = {component: dict.fromkeys(layers, "int8") for component, layers in scales.amax.items()}
+    revision, qkv = checkpoint.revision, "vision_model.encoder.layers.0.attn.qkv"
+    scales.check(shapes, wanted, revision)
     with pytest.raises(InputError, match=r"1 layers it does not have, .*0\.attn\.qkv"):
-        scales.check(linears - {"vision_model.encoder.layers.0.attn.qkv"}, ALL, checkpoint.revision)
+        scales.check({n: s for n, s in shapes.items() if n != qkv}, wanted, revision)
+    with pytest.raises(InputError, match=r"0\.attn\.qkv the shape \[192, 64\], it is \[64, 64\]"):
+        scales.check({**shapes, qkv: (64, 64)}, wanted, revision)
     with pytest.raises(InputError, match="nothing about vision_chat"):
-        scales.check(linears, ["vision_chat"], checkpoint.revision)
+        scales.check(shapes, {"vision_chat": {}}, revision)
+    with pytest.raises(InputError, match="no range for 1 layers of qllama_text"):
+        scales.check(shapes, {"qllama_text": {qkv: "int8"}}, revision)
     with pytest.raises(InputError, match="other weights"):
-        scales.check(linears, ALL, "0" * 64)
+        scales.check(shapes, wanted, "0" * 64)
+    by_type = replace(scales, algorithm="mse", kinds={qkv: "fp8"})
+    by_type.check(shapes, {"vision": {qkv: "fp8"}}, revision)
+    with pytest.raises(InputError, match="qkv for fp8, not int8"):
+        by_type.check(shapes, wanted, revision)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +214,9 @@ def test_scales_round_trip_and_are_checked(scales: Scales, checkpoint: Checkpoin
         ({"amax": {"vision": {"a": True}}}, "no usable range"),
         ({"amax": {"vision": {"a": 1e999}}}, "not valid JSON|no usable range"),
         ({"amax": {"vision": [1]}}, "no table of layers"),
-        ({"version": 2}, "no scales of version 1"),
+        ({"version": 1}, "no scales of version 2"),
+        ({"kinds": {"a": 3}}, r"Entries \['kinds: a'\]"),
+        ({"shapes": {"a": [3, 0]}}, r"Entries \['shapes: a'\]"),
         ({"samples": "3"}, r"Entries \['samples'\]"),
         ({"extra": 1}, r"Entries \['extra'\]"),
     ],

@@ -16,7 +16,7 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.qdq import activation_scale
 from ivl_export.calibration.quantize import dequantise, quantise, quantise_values
 from ivl_export.calibration.recipe import load_recipe, schemes
-from ivl_export.calibration.schemes import smoothed_layers
+from ivl_export.calibration.schemes import folded_layers
 from ivl_export.calibration.smooth import channel_ranges, factors, fold, groups
 from ivl_export.errors import UsageError
 from ivl_export.export.components import component_spec
@@ -33,7 +33,7 @@ VIT, LLAMA = "vision_model.encoder.layers.0.", "qllama.model.layers.0."
 @pytest.fixture(scope="module")
 def layers(shallow: Checkpoint) -> list[str]:
     names = [k.removesuffix(".weight") for k, r in shallow.tensors.items() if len(r.shape) == 2]
-    return smoothed_layers(schemes(load_recipe("int8-smoothquant"), names))
+    return folded_layers(schemes(load_recipe("int8-smoothquant"), names))
 
 
 @pytest.fixture(scope="module")

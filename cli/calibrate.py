@@ -1,0 +1,87 @@
+"""``ivl-export calibrate``: input ranges of a model, measured once."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .output import print_json, print_table
+
+if TYPE_CHECKING:
+    from ..calibration.scales import Scales
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint: a folder of the published layout, or an older .pth file; else nano."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the ranges are written.")] = Path("scales.json"),
+    calib: Annotated[
+        Path | None, typer.Option(help="Images and captions to calibrate on: a folder, or a JSONL.")
+    ] = None,
+    calib_samples: Annotated[int, typer.Option(help="How many of them.", min=1)] = 256,
+    calib_seed: Annotated[int, typer.Option(help="Chooses which of them.")] = 0,
+    algorithm: Annotated[
+        str, typer.Option(help="How ranges are picked: max, percentile[-99.99], entropy or mse.")
+    ] = "max",
+    precision: Annotated[
+        str, typer.Option(help="The recipe that will be built: entropy and mse pick ranges for its types.")
+    ] = "fp8",
+    components: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+) -> None:
+    """Measure the input range of every linear layer, for 'build --scales'.
+
+    A recipe that folds factors into the weights also gets smoothing.safetensors beside the file: keep the two
+    together. A run that was stopped goes on where it was.
+    """
+    from ..pipeline.measure import measure
+    from ..pipeline.request import ORT, Job, Request
+    from .inputs import names
+    from .progress import Bars
+
+    with Bars() as bars:
+        request = Request(
+            out=out,
+            model=model,
+            precision=precision,
+            calib=calib,
+            calib_samples=calib_samples,
+            calib_seed=calib_seed,
+            algorithm=algorithm,
+            backends=(ORT,),
+            components=names(components),
+        )
+        bars.started("open", None)
+        started = time.perf_counter()
+        job = Job(request, lambda done, total: bars.counted(done, total))
+        bars.finished("open", time.perf_counter() - started, False)
+        for notice in job.calibration.notices:
+            typer.secho(f"warning: {notice}", fg="yellow", err=True)
+        scales = measure(job, out, bars)
+    if as_json:
+        print_json({"scales": str(out), "notices": list(job.notices), **_summary(scales)})
+        return
+    rows = _summary(scales)
+    rows["layers"] = [f"{component}: {len(layers)}" for component, layers in scales.amax.items()]
+    print_table(f"Input ranges in {out}", ("", ""), list(rows.items()))
+
+
+def _summary(scales: Scales) -> dict[str, object]:
+    return {
+        "algorithm": scales.algorithm,
+        "samples": scales.samples,
+        "skipped": scales.skipped,
+        "without_caption": scales.without_caption,
+        "synthetic": scales.synthetic,
+        "set_hash": scales.set_hash,
+        "model": scales.model,
+        "layers": {component: len(layers) for component, layers in scales.amax.items()},
+    }
