@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..paths import inside
-from ..preprocess import load_image
+from ..pictures import load_image
 from .dataset import CalibrationSet, Sample, Skipped, read_bytes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")

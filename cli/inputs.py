@@ -80,7 +80,7 @@ class ImageFiles:
             )
 
     def _read(self, file: Path) -> Image | None:
-        from ..preprocess import load_image
+        from ..pictures import load_image
 
         try:
             return load_image(file)

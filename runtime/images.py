@@ -1,9 +1,11 @@
-"""Images in engine batches: while one batch is used, the next is read in another thread."""
+"""Images in engine batches: while one batch is used, the next is read in other threads."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from os import PathLike
 from typing import TypeAlias, cast
 
@@ -11,14 +13,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..preprocess import ImageInput, ImageSettings, preprocess_images
+from ..pictures import ImageInput
+from ..preprocess import ImageSettings, preprocess_images
 from .timings import Timings
+from .urls import UrlPolicy, fetch, is_url
 
 Floats: TypeAlias = NDArray[np.float32]
 Images: TypeAlias = "Sequence[ImageInput] | Floats"
+_FETCHES = 8
+"""Images fetched at a time."""
 
 
-def pixel_batches(images: Images, settings: ImageSettings, size: int, timings: Timings) -> Iterator[Floats]:
+@dataclass(frozen=True)
+class Reading:
+    """How images are read.
+
+    Args:
+        threads: images decoded and resized at a time; None: as many as there are cores.
+        fast: decode large JPEGs smaller; see :func:`~ivl_export.preprocess.preprocess_images`.
+        urls: what may be fetched; None: nothing, text is a path.
+    """
+
+    threads: int | None = None
+    fast: bool = False
+    urls: UrlPolicy | None = None
+
+
+def pixel_batches(
+    images: Images, settings: ImageSettings, size: int, timings: Timings, reading: Reading | None = None
+) -> Iterator[Floats]:
     """``pixel_values`` float32 [<= size, 3, S, S] of ``images``, in order.
 
     An array is taken as ready ``pixel_values``. Reading is timed as ``preprocess``. Raises InputError for
@@ -36,9 +59,19 @@ def pixel_batches(images: Images, settings: ImageSettings, size: int, timings: T
         yield from (images[i : i + size] for i in range(0, len(images), size))
         return
 
+    how = reading or Reading()
+    threads = how.threads or os.cpu_count() or 1
+
+    def opened(image: ImageInput) -> ImageInput:
+        return fetch(str(image), how.urls) if is_url(image) else image
+
     def read(start: int) -> Floats:
+        batch = images[start : start + size]
+        if any(map(is_url, batch)):
+            with timings.measure("fetch"), ThreadPoolExecutor(min(len(batch), _FETCHES)) as pool:
+                batch = list(pool.map(opened, batch))
         with timings.measure("preprocess"):
-            return cast(Floats, preprocess_images(images[start : start + size], settings))
+            return cast(Floats, preprocess_images(batch, settings, threads, how.fast))
 
     if len(images) <= size:
         yield from [read(0)] if len(images) else []

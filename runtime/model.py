@@ -26,7 +26,7 @@ from ..preprocess import (
 from . import zero_shot
 from .components import Components
 from .generation import generate, pad_prompts
-from .images import Floats, Images, pixel_batches
+from .images import Floats, Images, Reading, pixel_batches
 from .timings import Timing
 
 Mode = Literal["InternVL-C", "InternVL-G"]
@@ -44,14 +44,14 @@ class Ranking:
 class InternVL:
     """A loaded bundle. All methods may be called from several threads at once.
 
-    Wherever images are taken: a sequence of any number of paths, file contents, PIL images or [H, W, 3]
-    arrays; or ready ``pixel_values``, a float32 array [B, 3, S, S]. ``resize`` says how an image is made
-    square (``square``, ``center_crop``, ``pad``; None: as the checkpoint's preprocessor says). InputError
-    names an image that cannot be read.
+    Wherever images are taken: a sequence of any number of paths, file contents, PIL images, [H, W, 3] arrays,
+    tensors, or (where ``reading`` allows it) URLs; or ready ``pixel_values``, a float32 array [B, 3, S, S].
+    ``resize`` says how an image is made square (``square``, ``center_crop``, ``pad``; None: as the
+    checkpoint's preprocessor says). InputError names an image that cannot be read.
     """
 
-    def __init__(self, bundle: Bundle, components: Components) -> None:
-        self.bundle, self.components = bundle, components
+    def __init__(self, bundle: Bundle, components: Components, reading: Reading | None = None) -> None:
+        self.bundle, self.components, self.reading = bundle, components, reading
 
     @classmethod
     def load(
@@ -63,6 +63,7 @@ class InternVL:
         target: str | None = None,
         batch: int | None = None,
         verify: Verify | None = "size",
+        reading: Reading | None = None,
     ) -> InternVL:
         """Open the bundle in ``path``.
 
@@ -75,6 +76,7 @@ class InternVL:
             batch: images run at once; None: on the CPU what the engines were tuned for, else the most they
                 take.
             verify: see :meth:`ivl_export.bundle.Bundle.open`.
+            reading: how images are read; None: on all cores, exactly as published, nothing fetched.
 
         Raises:
             IntegrityError: the bundle is damaged.
@@ -85,7 +87,7 @@ class InternVL:
         engines = Components(bundle, backend, target, batch, **options)
         for name in components or ():
             engines.open(name)
-        return cls(bundle, engines)
+        return cls(bundle, engines, reading)
 
     def close(self) -> None:
         """Free the engines; the model cannot be used afterwards."""
@@ -281,7 +283,7 @@ class InternVL:
     def _pixels(self, images: Images, resize: ResizeMode | None) -> Iterator[Floats]:
         """``pixel_values`` in batches of the vision engine."""
         settings = self.image_settings if resize is None else replace(self.image_settings, mode=resize)
-        return pixel_batches(images, settings, self.components.batch, self.components.timings)
+        return pixel_batches(images, settings, self.components.batch, self.components.timings, self.reading)
 
     def _output(self, component: str, name: str) -> tuple[int | str, ...]:
         outputs = {t.name: t.shape for t in self.components.spec(component).outputs}

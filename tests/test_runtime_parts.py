@@ -14,7 +14,7 @@ from PIL import Image
 from ivl_export.errors import InputError, UsageError
 from ivl_export.preprocess import ImageSettings, preprocess_images
 from ivl_export.runtime import zero_shot
-from ivl_export.runtime.images import pixel_batches
+from ivl_export.runtime.images import Reading, pixel_batches
 from ivl_export.runtime.timings import Timings
 
 SETTINGS = ImageSettings(size=14)
@@ -117,3 +117,22 @@ def test_timings_add_up_over_threads() -> None:
     assert stage.seconds >= 200 * 0.0001
     timings.reset()
     assert timings.snapshot() == {}
+
+
+def test_threads_read_the_same_pixels_in_the_same_order() -> None:
+    images = [Image.new("RGB", (20 + i, 30), (i, 2 * i, 3 * i)) for i in range(9)]
+    plain = preprocess_images(images, SETTINGS)
+    assert np.array_equal(preprocess_images(images, SETTINGS, threads=4), plain)
+    batches = list(pixel_batches(images, SETTINGS, 4, Timings(), Reading(threads=3)))
+    assert np.array_equal(np.concatenate(batches), plain)
+
+
+def test_the_first_bad_image_is_told_whichever_thread_reads_it() -> None:
+    images: list[Image.Image | bytes] = [Image.new("RGB", (20, 30)), b"no image", Image.new("RGB", (20, 30))]
+    with pytest.raises(InputError, match="no image of a known format"):
+        preprocess_images(images, SETTINGS, threads=3)
+
+
+def test_urls_are_only_fetched_with_leave() -> None:
+    with pytest.raises(InputError, match="without leave"):
+        list(pixel_batches(["https://example.org/a.jpg"], SETTINGS, 4, Timings()))

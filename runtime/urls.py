@@ -1,0 +1,146 @@
+"""Images behind URLs: fetched only where a service allows it, and never from inside its own network."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+from dataclasses import dataclass
+from urllib.parse import urljoin, urlsplit
+
+from ..errors import InputError
+
+SCHEMES = ("http://", "https://")
+_REDIRECTS = (301, 302, 303, 307, 308)
+_PIECE = 1 << 16
+
+
+@dataclass(frozen=True)
+class UrlPolicy:
+    """What may be fetched.
+
+    Args:
+        hosts: names that may be asked, ``example.org`` or ``.example.org`` for all below it; empty: any.
+        schemes: ``https``, and ``http`` if you add it.
+        max_bytes: of one image file.
+        timeout: seconds for one image, from the look-up of its host to its last byte.
+        redirects: how many are followed; each is held to this policy.
+        private: also ask addresses that are not public (loopback, 10.x, link-local): a URL from a stranger
+            could then reach services that only you should.
+    """
+
+    hosts: tuple[str, ...] = ()
+    schemes: tuple[str, ...] = ("https",)
+    max_bytes: int = 32 << 20
+    timeout: float = 10.0
+    redirects: int = 3
+    private: bool = False
+
+
+def is_url(image: object) -> bool:
+    """Whether ``image`` is text that begins like a URL."""
+    return isinstance(image, str) and image.lower().startswith(SCHEMES)
+
+
+def fetch(url: str, policy: UrlPolicy | None) -> bytes:
+    """The bytes behind ``url``.
+
+    Raises:
+        InputError: ``policy`` is None or does not allow it, the server does not answer as it should, or in
+            time, or the file is too large.
+    """
+    if policy is None:
+        raise InputError(
+            f"The image {url} is not fetched.",
+            "This model was loaded without leave to fetch URLs.",
+            "Fetch it and give its bytes, or load the model with urls=UrlPolicy(...).",
+        )
+    deadline = time.monotonic() + policy.timeout
+    for _ in range(policy.redirects + 1):
+        try:
+            status, location, body = _get(url, policy, deadline)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise _failed(url, str(error) or type(error).__name__) from error
+        if status == 200:
+            return body
+        if status not in _REDIRECTS or not location:
+            raise _failed(url, f"The server answered with status {status}.")
+        url = urljoin(url, location)
+    raise _failed(url, f"It was redirected more than {policy.redirects} times.")
+
+
+def _get(url: str, policy: UrlPolicy, deadline: float) -> tuple[int, str, bytes]:
+    """(status, where it says to go instead, body)."""
+    parts = urlsplit(url)
+    host = (parts.hostname or "").rstrip(".").lower()
+    allowed = not policy.hosts or any(
+        host == name or (name.startswith(".") and host.endswith(name)) for name in policy.hosts
+    )
+    if parts.scheme not in policy.schemes or not host or not allowed or parts.username is not None:
+        raise InputError(
+            f"The image {url} is not fetched.",
+            f"Allowed: {' and '.join(policy.schemes)} from {', '.join(policy.hosts) or 'public hosts'}.",
+            "Fetch it yourself and give its bytes.",
+        )
+    secure = parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
+    connection = http.client.HTTPConnection(host, port)
+    plain = _connected(url, host, port, policy, deadline)
+    try:
+        tls = ssl.create_default_context() if secure else None
+        stream = tls.wrap_socket(plain, server_hostname=host) if tls else plain
+        connection.sock = stream
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "ivl-export"})
+        answer = connection.getresponse()
+        length = answer.getheader("Content-Length", "")
+        if length.isdecimal() and int(length) > policy.max_bytes:
+            raise _too_large(url, policy)
+        body = bytearray()
+        while answer.status == 200 and (piece := answer.read1(_PIECE)):
+            body += piece
+            if len(body) > policy.max_bytes:
+                raise _too_large(url, policy)
+            stream.settimeout(_left(deadline))
+        return answer.status, answer.getheader("Location", ""), bytes(body)
+    finally:
+        connection.close()
+        plain.close()  # what TLS took over is closed by then
+
+
+def _connected(url: str, host: str, port: int, policy: UrlPolicy, deadline: float) -> socket.socket:
+    """A connection to an address that was looked at: a second look-up could give another one."""
+    failure: OSError | None = None
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        if not policy.private and not ipaddress.ip_address(address[0]).is_global:
+            raise InputError(
+                f"The image {url} is not fetched.", f"{host} is {address[0]}, no public address."
+            )
+        found = socket.socket(family, kind, protocol)
+        try:
+            found.settimeout(_left(deadline))
+            found.connect(address)
+            return found
+        except OSError as error:
+            found.close()
+            failure = error
+    raise failure or OSError(f"{host} has no address")
+
+
+def _left(deadline: float) -> float:
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError("it took too long")
+    return seconds
+
+
+def _failed(url: str, why: str) -> InputError:
+    return InputError(f"The image {url} cannot be fetched.", why, "Fetch it yourself and give its bytes.")
+
+
+def _too_large(url: str, policy: UrlPolicy) -> InputError:
+    return InputError(
+        f"The image {url} is too large.", f"The limit is {policy.max_bytes} bytes.", "Make it smaller first."
+    )
