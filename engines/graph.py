@@ -7,9 +7,12 @@ protobuf. Field numbers are those of onnx.proto3 (IR version 11).
 
 from __future__ import annotations
 
+import math
 import mmap
-from collections.abc import Iterator
-from dataclasses import dataclass
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from ..errors import IntegrityError
@@ -31,9 +34,11 @@ ELEMENT_TYPES = {
 }
 """TensorProto.DataType -> the short names used in this package (fp8 is E4M3FN)."""
 
+_BITS = {"fp64": 64, "int64": 64, "fp32": 32, "int32": 32, "fp16": 16, "bf16": 16, "int4": 4, "uint4": 4}
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_TENSOR_DATA = frozenset({4, 5, 6, 7, 9, 10, 11})
-"""TensorProto's payload fields, skipped unread."""
+_TENSOR_DATA = frozenset({4, 5, 6, 10, 11})
+"""TensorProto's payload fields that are skipped unread."""
+_MAX_INTEGERS = 8
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,14 @@ class Node:
 class Graph:
     """Nodes in file order; initializers and inputs by name with element type and sizes.
 
-    Dynamic sizes are 0. Element types are :data:`ELEMENT_TYPES`, ``?`` for any other.
+    Dynamic sizes are 0. Element types are :data:`ELEMENT_TYPES`, ``?`` for any other. ``integers`` are the
+    values of short int64 constants: shapes, axes, ranges.
     """
 
     nodes: tuple[Node, ...]
     initializers: dict[str, tuple[str, tuple[int, ...]]]
     inputs: dict[str, tuple[str, tuple[int, ...]]]
+    integers: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def element_types(self) -> frozenset[str]:
@@ -68,6 +75,11 @@ class Graph:
     def producers(self) -> dict[str, Node]:
         """Value name -> the node that makes it."""
         return {output: node for node in self.nodes for output in node.outputs}
+
+
+def stored_bytes(kind: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor of element type ``kind``; two 4-bit values share one."""
+    return (math.prod(shape) * _BITS.get(kind, 8) + 7) // 8
 
 
 def read_graph(path: Path) -> Graph:
@@ -90,75 +102,108 @@ def _model(data: memoryview) -> Graph:
     nodes: list[Node] = []
     initializers: dict[str, tuple[str, tuple[int, ...]]] = {}
     inputs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    integers: dict[str, tuple[int, ...]] = {}
+
+    def enter(name: str, tensor: _Tensor) -> None:
+        initializers[name] = (tensor.kind, tensor.dims)
+        if tensor.values:
+            integers[name] = tensor.values
+
     found = False
     for number, value in _fields(data):
         if number != 7 or isinstance(value, int):
             continue
         found = True
-        for field, part in _fields(value):
+        for key, part in _fields(value):
             if isinstance(part, int):
                 continue
-            if field == 1:
-                nodes.append(_node(part, initializers))
-            elif field == 5:
-                name, kind, dims = _tensor(part)
-                initializers[name] = (kind, dims)
-            elif field == 11:
+            if key == 1:
+                node, constant = _node(part)
+                nodes.append(node)
+                if node.op == "Constant" and constant is not None and node.outputs:
+                    enter(node.outputs[0], constant)
+            elif key == 5:
+                tensor = _tensor(part)
+                enter(tensor.name, tensor)
+            elif key == 11:
                 name, kind, dims = _value_info(part)
                 inputs[name] = (kind, dims)
     if not found:
         raise ValueError("it holds no graph")
-    return Graph(tuple(nodes), initializers, inputs)
+    return Graph(tuple(nodes), initializers, inputs, integers)
 
 
-def _node(data: memoryview, constants: dict[str, tuple[str, tuple[int, ...]]]) -> Node:
-    """A NodeProto; the value of a Constant node is entered among ``constants``."""
+@dataclass(frozen=True)
+class _Tensor:
+    """A TensorProto; ``values`` are those of a short int64 one."""
+
+    name: str
+    kind: str
+    dims: tuple[int, ...]
+    values: tuple[int, ...]
+
+
+def _node(data: memoryview) -> tuple[Node, _Tensor | None]:
+    """A NodeProto, and its tensor attribute."""
     texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: []}
     ints: dict[str, int] = {}
-    tensor: tuple[str, str, tuple[int, ...]] | None = None
-    for field, value in _fields(data):
+    tensor: _Tensor | None = None
+    for number, value in _fields(data):
         if isinstance(value, int):
             continue
-        if field in texts:
-            texts[field].append(str(value, "utf-8"))
-        elif field == 5:
+        if number in texts:
+            texts[number].append(str(value, "utf-8"))
+        elif number == 5:
             name = ""
             for key, part in _fields(value):
                 if key == 1 and not isinstance(part, int):
                     name = str(part, "utf-8")
                 elif key == 3 and isinstance(part, int):
-                    ints[name] = part - (1 << 64) if part >> 63 else part
+                    ints[name] = _signed(part)
                 elif key == 5 and not isinstance(part, int):
                     tensor = _tensor(part)
-    op, outputs = "".join(texts[4]), tuple(texts[2])
-    if op == "Constant" and tensor is not None and outputs:
-        constants[outputs[0]] = tensor[1:]
-    return Node(op, "".join(texts[3]), tuple(texts[1]), outputs, ints)
+    node = Node("".join(texts[4]), "".join(texts[3]), tuple(texts[1]), tuple(texts[2]), ints)
+    return node, tensor
 
 
-def _tensor(data: memoryview) -> tuple[str, str, tuple[int, ...]]:
-    name, kind, dims = "", "?", []
-    for field, value in _fields(data):
-        if field in _TENSOR_DATA:
+def _tensor(data: memoryview) -> _Tensor:
+    name, kind, dims, raw = "", "?", [], memoryview(b"")
+    values: list[int] = []
+    for number, value in _fields(data):
+        if number in _TENSOR_DATA:
             continue
-        if field == 1:
+        if number == 1:
             dims += [value] if isinstance(value, int) else list(_packed(value))
-        elif field == 2 and isinstance(value, int):
+        elif number == 2 and isinstance(value, int):
             kind = ELEMENT_TYPES.get(value, "?")
-        elif field == 8 and not isinstance(value, int):
+        elif number == 7 and len(values) <= _MAX_INTEGERS:
+            values += [value] if isinstance(value, int) else islice(_packed(value), _MAX_INTEGERS + 1)
+        elif number == 8 and not isinstance(value, int):
             name = str(value, "utf-8")
-    return name, kind, tuple(dims)
+        elif number == 9 and not isinstance(value, int):
+            raw = value
+    if kind != "int64" or math.prod(dims) > _MAX_INTEGERS:
+        values = []
+    elif len(raw) == 8 * math.prod(dims):
+        values = [number for (number,) in struct.iter_unpack("<Q", raw)]
+    elif len(values) != math.prod(dims):
+        values = []
+    return _Tensor(name, kind, tuple(dims), tuple(map(_signed, values)))
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >> 63 else number
 
 
 def _value_info(data: memoryview) -> tuple[str, str, tuple[int, ...]]:
     name, kind = "", "?"
     dims: list[int] = []
-    for field, value in _fields(data):
+    for number, value in _fields(data):
         if isinstance(value, int):
             continue
-        if field == 1:
+        if number == 1:
             name = str(value, "utf-8")
-        elif field == 2:
+        elif number == 2:
             for _, tensor in _messages(value, 1):
                 for key, part in _fields(tensor):
                     if key == 1 and isinstance(part, int):
@@ -169,13 +214,13 @@ def _value_info(data: memoryview) -> tuple[str, str, tuple[int, ...]]:
 
 
 def _dim(data: memoryview) -> int:
-    return next((v for field, v in _fields(data) if field == 1 and isinstance(v, int)), 0)
+    return next((v for key, v in _fields(data) if key == 1 and isinstance(v, int)), 0)
 
 
 def _messages(data: memoryview, number: int) -> Iterator[tuple[int, memoryview]]:
-    for field, value in _fields(data):
-        if field == number and not isinstance(value, int):
-            yield field, value
+    for key, value in _fields(data):
+        if key == number and not isinstance(value, int):
+            yield key, value
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:

@@ -10,7 +10,6 @@ most 11% at 2 blocks, 5% at 8, and 0.5% at 48.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from ..errors import BuildError
 from ..specs import part_starts
-from .graph import Graph, read_graph
+from .graph import Graph, read_graph, stored_bytes
 from .products import find_products, node_name
 
 LIBRARY_BYTES = 200 << 20
@@ -29,7 +28,6 @@ BLOCK_BYTES = 12_000_000
 """What a block takes besides its weights: kernels and their sources."""
 
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")
-_BITS = {"fp64": 64, "int64": 64, "fp32": 32, "int32": 32, "fp16": 16, "bf16": 16, "int4": 4, "uint4": 4}
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,7 @@ class Load:
 
 def graph_load(graph: Graph) -> Load:
     """What the weights of ``graph`` take in a build."""
-    sizes = {
-        name: math.prod(shape) * _BITS.get(kind, 8) // 8 for name, (kind, shape) in graph.initializers.items()
-    }
+    sizes = {name: stored_bytes(kind, shape) for name, (kind, shape) in graph.initializers.items()}
     weights = {product.node: product.weight for product in find_products(graph) if product.weight}
     joined: dict[str, set[str]] = defaultdict(set)
     for node in graph.nodes:

@@ -31,7 +31,7 @@ import numpy as np
 from ..errors import BuildError, CapabilityError, IntegrityError, IvlError, UsageError
 from ..specs import ComponentSpec
 from .device import HOST, Array, Buffer, as_tensor, deliver, in_place, on_stream, require_torch
-from .graph import Graph, Node, read_graph
+from .graph import Graph, read_graph
 from .ort_providers import Placement, placement
 
 if TYPE_CHECKING:
@@ -199,8 +199,8 @@ def open_onnxruntime(
     return OnnxRuntimeEngine(spec, session, placed)
 
 
-def optimized_nodes(path: Path) -> tuple[Node, ...]:
-    """The nodes ONNX Runtime really runs for the graph ``path`` on this CPU, after its own optimisation.
+def optimized_graph(path: Path) -> Graph:
+    """The graph ONNX Runtime really runs for the graph ``path`` on this CPU, after its own optimisation.
 
     Weights that it folds are written to a temporary file. Raises as :func:`open_onnxruntime`.
     """
@@ -212,7 +212,7 @@ def optimized_nodes(path: Path) -> tuple[Node, ...]:
             "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
         }
         _session(path, graph, threads=1, settings=settings, save=copy)
-        return read_graph(copy).nodes
+        return read_graph(copy)
 
 
 def optimized_ops(path: Path) -> dict[str, int]:
@@ -221,7 +221,7 @@ def optimized_ops(path: Path) -> dict[str, int]:
     INT8 products are ``MatMulIntegerToFloat``, ``QLinearMatMul`` or ``QGemm``; ``MatMul`` and ``Gemm`` run in
     fp32.
     """
-    return dict(Counter(node.op for node in optimized_nodes(path)).most_common())
+    return dict(Counter(node.op for node in optimized_graph(path).nodes).most_common())
 
 
 def _session(

@@ -1,7 +1,8 @@
-"""The matrix products and attentions of an ONNX graph, and what the graph says about their precision."""
+"""The products, convolutions and attentions of an ONNX graph, and what it says about their precision."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -11,17 +12,19 @@ _FORWARDING = frozenset({"Transpose", "Cast", "Identity", "Reshape", "Dequantize
 _BEFORE_SOFTMAX = frozenset({"Add", "Where", "Mul", "Div", "Cast", "Identity"})
 _AFTER_SOFTMAX = frozenset({"Cast", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
 _MAX_STEPS = 8
+_MAX_REACH = 32  # from an attention to the Reshape into heads: norms, rotary positions, Q/DQ
 
 
 @dataclass(frozen=True)
 class Product:
-    """A MatMul or Gemm.
+    """A MatMul, Gemm or Conv (``op``).
 
-    ``weight`` is the initializer it multiplies by (empty: both factors are computed), ``k`` and ``n`` the
-    weight's in and out features (0: unknown). ``activation`` and ``stored`` are the 8-bit types its factors
-    are dequantised from (``fp8``, ``int8``), empty where the graph does not quantise that factor.
-    ``split`` says that the result is cut into pieces at once (a joint q/k/v), ``dequantised_by`` is the node
-    that dequantises the weight.
+    ``weight`` is the initializer it multiplies by (empty: both factors are computed), ``shape`` its sizes as
+    the graph has them, ``k`` and ``n`` its in and out features (0: unknown; a Conv sums over ``k`` values for
+    each of ``n`` channels). ``activation`` and ``stored`` are the 8-bit types its factors are dequantised
+    from (``fp8``, ``int8``), empty where the graph does not quantise that factor. ``split`` says that the
+    result is cut into pieces at once (a joint q/k/v), ``dequantised_by`` is the node that dequantises the
+    weight.
     """
 
     node: str
@@ -32,6 +35,8 @@ class Product:
     stored: str = ""
     split: bool = False
     dequantised_by: str = ""
+    op: str = "MatMul"
+    shape: tuple[int, ...] = ()
 
     @property
     def scheme(self) -> str:
@@ -41,9 +46,16 @@ class Product:
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """An ``Attention`` node, or the two products around a Softmax; ``nodes`` are the ONNX names."""
+    """An ``Attention`` node, or the two products around a Softmax; ``nodes`` are the ONNX names.
+
+    ``rows`` and ``head_size`` are the sizes of one head's query (0: dynamic, or not found). ``scheme`` is
+    the 8-bit type that q and k are dequantised from, empty where they are not quantised.
+    """
 
     nodes: tuple[str, ...]
+    rows: int = 0
+    head_size: int = 0
+    scheme: str = ""
 
 
 def node_name(node: Node) -> str:
@@ -67,15 +79,21 @@ def find_attention(graph: Graph) -> tuple[AttentionBlock, ...]:
     blocks = []
     for node in graph.nodes:
         if node.op == "Attention":
-            blocks.append(AttentionBlock((node_name(node),)))
+            blocks.append(_block((node,), graph, producers))
         elif node.op == "Softmax":
             scores = _walk(
                 node.inputs[:1], _BEFORE_SOFTMAX, lambda v: [producers[v]] if v in producers else []
             )
             mixed = _walk(node.outputs, _AFTER_SOFTMAX, lambda v: users.get(v, []))
             if scores and mixed:
-                blocks.append(AttentionBlock((node_name(scores), node_name(node), node_name(mixed))))
+                blocks.append(_block((scores, node, mixed), graph, producers))
     return tuple(blocks)
+
+
+def find_convolutions(graph: Graph) -> tuple[Product, ...]:
+    """Every Conv, in file order."""
+    producers = graph.producers()
+    return tuple(_convolution(n, graph, producers) for n in graph.nodes if n.op == "Conv")
 
 
 def why_not_8_bits(product: Product, precision: str) -> str:
@@ -106,14 +124,52 @@ def _product(node: Node, graph: Graph, producers: dict[str, Node], users: dict[s
     weight, stored = _source(node.inputs[1], graph, producers)
     _, activation = _source(node.inputs[0], graph, producers)
     if not weight:
-        return Product(node_name(node), activation=activation, stored=stored)
+        return Product(node_name(node), activation=activation, stored=stored, op=node.op)
     dims = graph.initializers[weight][1]
     k, n = (dims[0], dims[1]) if len(dims) == 2 else (0, 0)
     if _transposed(node, producers):
         k, n = n, k
     cut = any(user.op in ("Split", "Slice", "Gather") for out in node.outputs for user in users.get(out, []))
     restored = next((node_name(u) for u in users.get(weight, []) if u.op == "DequantizeLinear"), "")
-    return Product(node_name(node), weight, k, n, activation, stored, cut, restored)
+    return Product(node_name(node), weight, k, n, activation, stored, cut, restored, node.op, dims)
+
+
+def _convolution(node: Node, graph: Graph, producers: dict[str, Node]) -> Product:
+    weight, stored = _source(node.inputs[1], graph, producers)
+    _, activation = _source(node.inputs[0], graph, producers)
+    shape = graph.initializers[weight][1] if weight else ()
+    n, k = (shape[0], math.prod(shape[1:])) if shape else (0, 0)
+    return Product(node_name(node), weight, k, n, activation, stored, op="Conv", shape=shape)
+
+
+def _block(nodes: tuple[Node, ...], graph: Graph, producers: dict[str, Node]) -> AttentionBlock:
+    """The attention of ``nodes``; the first one's first two inputs are q and k."""
+    schemes = {_source(value, graph, producers)[1] for value in nodes[0].inputs[:2]}
+    rows, head_size = _query_sizes(nodes[0].inputs[0], graph, producers)
+    scheme = schemes.pop() if len(schemes) == 1 else ""
+    return AttentionBlock(tuple(node_name(node) for node in nodes), rows, head_size, scheme)
+
+
+def _query_sizes(value: str, graph: Graph, producers: dict[str, Node]) -> tuple[int, int]:
+    """Rows and head size of a query, from the Reshape to ``[batch, rows, heads, head size]`` behind it."""
+    for _ in range(_MAX_REACH):
+        node = producers.get(value)
+        if node is None or not node.inputs:
+            break
+        if node.op == "Reshape":
+            sizes = _shape_values(node.inputs[1], graph, producers)
+            if len(sizes) == 4:
+                return max(sizes[1], 0), max(sizes[3], 0)
+        value = node.inputs[0]
+    return 0, 0
+
+
+def _shape_values(value: str, graph: Graph, producers: dict[str, Node]) -> tuple[int, ...]:
+    """A shape's sizes, 0 where they are computed."""
+    node = producers.get(value)
+    if node is not None and node.op == "Concat":
+        return tuple(size for part in node.inputs for size in graph.integers.get(part, (0,)))
+    return graph.integers.get(value, ())
 
 
 def _source(value: str, graph: Graph, producers: dict[str, Node]) -> tuple[str, str]:

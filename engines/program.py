@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ MAX_PROGRAM_BYTES = 256 << 20
 _MAX_DEPTH = 32
 _START = b"header {\n"
 _TOKEN = re.compile(r'"[^"]*"|[{}=]|[^\s{}="]+')
+_SIZE = re.compile(r"[0-9]{1,15}")
 _LAYER = re.compile(r"\[ONNX Layer: ([^\]\x1f]*)\]")
 _SHORT = {"fp8_e4m3": "fp8", "half": "fp16", "float": "fp32", "double": "fp64"}
 _NO_KERNELS = frozenset({"shape_call", "signal", "wait"})
@@ -38,7 +39,8 @@ class Kernel:
 
     ``op`` is the engine's own word (``fully_connected``, ``function``, ...), ``name`` the kernel's name,
     ``args`` and ``results`` the element types in this package's short names (``?`` where the program does not
-    say), ``layers`` the ONNX node names.
+    say), ``constants`` the bytes that the engine keeps of each of ``args`` (0: it is computed), ``layers``
+    the ONNX node names.
     """
 
     op: str
@@ -46,17 +48,20 @@ class Kernel:
     args: tuple[str, ...]
     results: tuple[str, ...]
     layers: tuple[str, ...]
+    constants: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Program:
     """The kernels of one optimization profile.
 
-    ``fused`` are the parts of those kernels that are compiled when the engine is loaded.
+    ``fused`` are the parts of those kernels that are compiled when the engine is loaded. ``constant_bytes``
+    is everything stored: weights, scales, tables.
     """
 
     kernels: tuple[Kernel, ...]
     fused: tuple[Kernel, ...] = ()
+    constant_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,12 @@ def read_programs(path: Path) -> tuple[Program, ...]:
             if data[: len(MAGIC)] != MAGIC:
                 raise _unreadable(path, "It does not start with 'vtrt'.")
             for text in _texts(data, path):
-                kernels, fused = _kernels(text, path)
+                program, fused = _program(text, path)
                 if fused and programs:
                     last = programs.pop()
-                    programs.append(Program(last.kernels, last.fused + kernels))
+                    programs.append(replace(last, fused=last.fused + program.kernels))
                 else:
-                    programs.append(Program(kernels))
+                    programs.append(program)
     except (OSError, ValueError) as error:
         raise _unreadable(path, str(error)) from error
     if not programs:
@@ -116,47 +121,60 @@ def _texts(data: mmap.mmap, path: Path) -> Iterator[str]:
         at = data.find(_START, end)
 
 
-def _kernels(text: str, path: Path) -> tuple[tuple[Kernel, ...], bool]:
-    """A program's kernels, and whether it belongs to a kernel of the program before it."""
-    types: dict[str, str] = {}
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor's element type, and the bytes stored of it (0: it is computed)."""
+
+    kind: str
+    stored: int
+
+
+_UNKNOWN = _Tensor("?", 0)
+
+
+def _program(text: str, path: Path) -> tuple[Program, bool]:
+    """A program, and whether it belongs to a kernel of the program before it."""
+    tensors: dict[str, _Tensor] = {}
     kernels: list[Kernel] = []
     fused = False
     for section, node in _sections(text, path):
         if section == "header":
             fused = any(isinstance(v, _Node) and v.get("name") == _FUSED_REGION for _, v in node.pairs)
         elif section == "descriptors":
-            _read_types(node, types)
+            _read_tensors(node, tensors)
         elif section.startswith("shape_"):
             break  # the last section: sizes computed on the host
         else:
             kernels += [
-                _kernel(op, value, types)
+                _kernel(op, value, tensors)
                 for op, value in node.pairs
                 if isinstance(value, _Node) and op not in _NO_KERNELS
             ]
-    return tuple(kernels), fused
+    return Program(tuple(kernels), (), sum(t.stored for t in tensors.values())), fused
 
 
-def _read_types(node: _Node, types: dict[str, str]) -> None:
+def _read_tensors(node: _Node, tensors: dict[str, _Tensor]) -> None:
     for _, value in node.pairs:
         if isinstance(value, _Node):
-            name, kind = value.get("name"), value.get("type")
+            name, kind, stored = value.get("name"), value.get("type"), value.get("const_payload_size")
             if isinstance(name, str) and isinstance(kind, str):
-                types[name] = _SHORT.get(kind, kind)
+                size = int(stored) if isinstance(stored, str) and _SIZE.fullmatch(stored) else 0
+                tensors[name] = _Tensor(_SHORT.get(kind, kind), size)
 
 
-def _kernel(op: str, node: _Node, types: dict[str, str]) -> Kernel:
-    def kinds(keys: tuple[str, ...]) -> tuple[str, ...]:
+def _kernel(op: str, node: _Node, tensors: dict[str, _Tensor]) -> Kernel:
+    def found(keys: tuple[str, ...]) -> list[_Tensor]:
         value = node.get(*keys)
-        return tuple(types.get(word, "?") for word in value.words) if isinstance(value, _Node) else ()
+        return [tensors.get(word, _UNKNOWN) for word in value.words] if isinstance(value, _Node) else []
 
-    name, layers = node.get("name"), node.get("layers")
+    name, layers, args = node.get("name"), node.get("layers"), found(_OPERAND_KEYS)
     return Kernel(
         op,
         name if isinstance(name, str) else "",
-        kinds(_OPERAND_KEYS),
-        kinds(_RESULT_KEYS),
+        tuple(t.kind for t in args),
+        tuple(t.kind for t in found(_RESULT_KEYS)),
         tuple(_LAYER.findall(layers)) if isinstance(layers, str) else (),
+        tuple(t.stored for t in args),
     )
 
 

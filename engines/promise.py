@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import BuildError, UsageError
-from .proof import GemmProof, KernelReport, both
+from .proof import KernelReport, ProductProof, both
 
 SCHEMES = ("fp8", "int8", "bf16", "fp16", "fp32", "int8-weight", "int4-weight")
 """What can be promised of a matrix product: the type of both its factors, or that of its stored weight, which
@@ -20,17 +20,18 @@ def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
 
     Args:
         report: what the engine does.
-        promised: ONNX node name, or weight name, -> scheme (one of :data:`SCHEMES`). An 8-bit product that is
-            not promised is a difference too.
+        promised: ONNX node name, or weight name, -> scheme (one of :data:`SCHEMES`). Of a node of an
+            attention it is the type of q, k and v. An 8-bit product that is not promised is a difference too.
 
     Raises:
         BuildError: engine and promise differ; the layers are named with the likely causes.
         UsageError: an unknown scheme.
     """
-    known: dict[str, list[GemmProof]] = {}
-    for gemm in report.gemms:
-        for name in {gemm.node, gemm.weight, gemm.weight.removesuffix(".weight")} - {""}:
-            known.setdefault(name, []).append(gemm)
+    known: dict[str, list[ProductProof]] = {}
+    for product in report.products:
+        for name in {product.node, product.weight, product.weight.removesuffix(".weight")} - {""}:
+            known.setdefault(name, []).append(product)
+    attention = {node: block for block in report.attention for node in block.nodes}
     wrong: list[str] = []
     kept: set[str] = set()
     for name, scheme in promised.items():
@@ -38,18 +39,19 @@ def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
             raise UsageError(
                 f"Unknown scheme {scheme!r} promised for {name}.", f"Known: {', '.join(SCHEMES)}."
             )
-        if name not in known:
+        block = attention.get(name)
+        if name not in known and block is None:
             wrong.append(f"{name}: promised {scheme}, the graph has no such matrix product.")
-        for gemm in known.get(name, ()):
-            kept.add(gemm.node)
-            if gemm.precision not in _kept(scheme):
-                wrong.append(
-                    f"{name}: promised {scheme}, runs {gemm.precision or 'nowhere'}{_because(gemm)}."
-                )
+        if block is not None and set(block.types[:3]) != {scheme}:
+            wrong.append(_broken(name, scheme, "x".join(block.types[:3]), block.cause))
+        for product in known.get(name, ()):
+            kept.add(product.node)
+            if product.precision not in _kept(scheme):
+                wrong.append(_broken(name, scheme, product.precision, product.cause))
     wrong += [
-        f"{gemm.node}: runs {gemm.precision}, which nothing promised."
-        for gemm in report.gemms
-        if gemm.node not in kept and gemm.precision in (both("fp8"), both("int8"))
+        f"{product.node}: runs {product.precision}, which nothing promised."
+        for product in report.products
+        if product.node not in kept and product.precision in (both("fp8"), both("int8"))
     ]
     if wrong:
         more = f" And {len(wrong) - _LISTED} more." if len(wrong) > _LISTED else ""
@@ -60,8 +62,8 @@ def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
         )
 
 
-def _because(gemm: GemmProof) -> str:
-    return f" ({gemm.cause})" if gemm.cause else ""
+def _broken(name: str, scheme: str, precision: str, cause: str) -> str:
+    return f"{name}: promised {scheme}, runs {precision or 'nowhere'}{f' ({cause})' if cause else ''}."
 
 
 def _kept(scheme: str) -> frozenset[str]:

@@ -2,50 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from .graph import read_graph
-from .onnxruntime_backend import optimized_nodes
-from .products import node_name, why_not_8_bits
-from .proof import AttentionProof, GemmProof, KernelReport, both, graph_products
+from .graph import Graph, Node, read_graph, stored_bytes
+from .onnxruntime_backend import optimized_graph
+from .products import AttentionBlock, Product, node_name, why_not_8_bits
+from .proof import Asked, AttentionProof, KernelReport, ProductProof, both
 
-_INT8 = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger"})
-_FLOAT = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm"})
+_INT8 = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "QLinearConv"})
+_FLOAT = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv"})
 _ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 _RESTORE = "DequantizeLinear"
+_BLOCKED = "_nchwc"
+"""What ONNX Runtime appends to the output's name of a convolution that it runs on blocks of channels."""
 
 
 def proof_from_onnxruntime(graph: Path) -> KernelReport:
     """Read what ONNX Runtime makes of ``graph`` on this CPU, from the graph it optimises it to.
 
-    FP8 products run in fp32 there, on values rounded to FP8: they are listed as fallbacks.
+    FP8 products run in fp32 there, on values rounded to FP8: they are listed as fallbacks. Weights are those
+    of the optimised graph; what a kernel packs anew when it is opened is not counted.
 
     Raises:
         CapabilityError: onnxruntime is not installed.
         BuildError: onnxruntime refuses the graph.
     """
-    products, blocks = graph_products(read_graph(graph))
-    nodes = optimized_nodes(graph)
-    runs = {_unfused_name(node_name(n)): n.op for n in nodes}
-    gemms = []
-    for product in products:
-        op = runs.get(product.node, "")
-        kind = "int8" if op in _INT8 else "fp32" if op in _FLOAT else ""
-        precision = both(kind) if kind else ""
-        if not product.activation and (op == "MatMulNBits" or runs.get(product.dequantised_by) == _RESTORE):
-            precision = f"fp32x{product.stored}"
-        cause = why_not_8_bits(product, precision)
-        if precision and product.scheme == "fp8":
-            cause = "ONNX Runtime has no FP8 kernels on the CPU: it multiplies the rounded values in fp32"
-        elif product.scheme == "int8" and kind == "fp32":
-            cause = "ONNX Runtime fuses INT8 only where the product has a QuantizeLinear of its own"
-        gemms.append(GemmProof(product.node, product.weight, product.scheme, precision, op, (), cause))
-    attention = []
-    for block in blocks:
-        op = next((runs[n] for n in block.nodes if runs.get(n) in _ATTENTION), "")
-        attention.append(AttentionProof(block.nodes, bool(op), op))
-    casts = sum(n.op == "Cast" for n in nodes)
-    return KernelReport("onnxruntime", 1, len(nodes), tuple(gemms), tuple(attention), casts)
+    source, made = read_graph(graph), optimized_graph(graph)
+    asked = Asked.of(source)
+    names = {f"{n.outputs[0]}{_BLOCKED}": node_name(n) for n in source.nodes if n.op == "Conv"}
+    runs = {names.get(name := _unfused_name(node_name(n)), name): n for n in made.nodes}
+    return KernelReport(
+        backend="onnxruntime",
+        profiles=1,
+        kernels=len(made.nodes),
+        gemms=tuple(_product(p, runs, made) for p in asked.products),
+        attention=tuple(_attention(a, runs) for a in asked.attention),
+        casts=tuple(node_name(n) for n in made.nodes if n.op == "Cast"),
+        convolutions=tuple(_product(p, runs, made) for p in asked.convolutions),
+        constant_bytes=sum(stored_bytes(*tensor) for tensor in made.initializers.values()),
+    )
+
+
+def _product(product: Product, runs: Mapping[str, Node], made: Graph) -> ProductProof:
+    node, restored = runs.get(product.node), runs.get(product.dequantised_by)
+    op = "" if node is None else node.op
+    kind = "int8" if op in _INT8 else "fp32" if op in _FLOAT else ""
+    precision = both(kind) if kind else ""
+    unfused = restored is not None and restored.op == _RESTORE
+    if not product.activation and (op == "MatMulNBits" or unfused):
+        precision = f"fp32x{product.stored}"
+    cause = why_not_8_bits(product, precision)
+    if precision and product.scheme == "fp8":
+        cause = "ONNX Runtime has no FP8 kernels on the CPU: it multiplies the rounded values in fp32"
+    elif product.scheme == "int8" and kind == "fp32":
+        cause = "ONNX Runtime fuses INT8 only where the product has a QuantizeLinear of its own"
+    keeper = restored if unfused else node
+    return ProductProof(
+        product.node,
+        product.weight,
+        product.scheme,
+        precision,
+        op,
+        cause=cause,
+        op=product.op,
+        shape=product.shape,
+        weight_bytes=_kept(keeper, made) if product.weight and keeper is not None else 0,
+        fused=(op,) if op.startswith("Fused") else (),
+    )
+
+
+def _kept(node: Node, made: Graph) -> int:
+    """Bytes of the largest constant that ``node`` reads: its weight."""
+    constants = (made.initializers[name] for name in node.inputs if name in made.initializers)
+    return max((stored_bytes(*tensor) for tensor in constants), default=0)
+
+
+def _attention(block: AttentionBlock, runs: Mapping[str, Node]) -> AttentionProof:
+    found = [runs[name].op for name in block.nodes if name in runs]
+    op = next((op for op in found if op in _ATTENTION), "")
+    cause = "" if op else "ONNX Runtime runs its products one by one"
+    return AttentionProof(block.nodes, bool(op), op, ("fp32",) * 3 if found else (), block.head_size, cause)
 
 
 def _unfused_name(name: str) -> str:

@@ -104,8 +104,8 @@ class Writer:
             "RMSNormalization", [x, self.floats(f"{name}.weight", np.ones(width))], name, epsilon=1e-6
         )
 
-    def heads(self, x: str, name: str, heads: int, head_dim: int) -> str:
-        split = self.op("Reshape", [x, self.ints(f"{name}.shape", 0, -1, heads, head_dim)], f"{name}/split")
+    def heads(self, x: str, name: str, heads: int, head_dim: int, rows: int = -1) -> str:
+        split = self.op("Reshape", [x, self.ints(f"{name}.shape", 0, rows, heads, head_dim)], f"{name}/split")
         return self.op("Transpose", [split], f"{name}/heads", perm=[0, 2, 1, 3])
 
     def merge(self, x: str, name: str, width: int) -> str:
@@ -175,6 +175,48 @@ def write_vit(
     return w.save(path, (TensorSpec("x", "float", shape),), (TensorSpec("y", "float", shape),))
 
 
+def write_patches(writer: Writer, path: Path, width: int = 128) -> Sample:
+    """A patch embedding: a Conv of 14 x 14 patches of [batch, 3, 56, 56], then a product."""
+    w = writer
+    kernel = w.rng.standard_normal((width, 3, 14, 14)) / 24
+    patches = w.op(
+        "Conv", ["x", w.floats("patch.weight", kernel), w.floats("patch.bias", np.zeros(width))], "patch",
+        kernel_shape=[14, 14], strides=[14, 14],
+    )  # fmt: skip
+    flat = w.op("Reshape", [patches, w.ints("flat", 0, width, -1)], "flat/reshape")
+    rows = w.op("Transpose", [flat], "rows", perm=[0, 2, 1])
+    w.op("Identity", [w.linear(rows, "proj", width, width)], "out", output="y")
+    outputs = (TensorSpec("y", "float", ("batch", 16, width)),)
+    return w.save(path, (TensorSpec("x", "float", ("batch", 3, 56, 56)),), outputs)
+
+
+def write_attention(
+    writer: Writer, path: Path, rows: int = 32, head_size: int = 64, heads: int = 2
+) -> Sample:
+    """Attention as single products; with a scheme, q, k, v and the weights of the mean are quantised."""
+    w, width, scheme, writer.scheme = writer, heads * head_size, writer.scheme, None
+
+    def rounded(x: str, name: str, scale: float) -> str:
+        if scheme is None:
+            return x
+        kind = TensorProto.FLOAT8E4M3FN if scheme == "fp8" else TensorProto.INT8
+        both = [w.floats(f"{name}.s", scale), w.tensor(f"{name}.z", np.zeros((), np.int8), kind)]
+        return w.op(
+            "DequantizeLinear", [w.op("QuantizeLinear", [x, *both], f"{name}/q"), *both], f"{name}/dq"
+        )
+
+    q, k, v = (w.heads(w.norm(w.linear("x", n, width, width), f"{n}_norm", width), n, heads, head_size, rows)
+               for n in "qkv")  # fmt: skip
+    q = rounded(w.op("Mul", [q, w.floats("scale", head_size**-0.5)], "scaled"), "qq", 0.02)
+    k = rounded(w.op("Transpose", [k], "kt", perm=[0, 1, 3, 2]), "kq", 0.02)
+    mean = w.op("Softmax", [w.op("MatMul", [q, k], "qk")], "softmax", axis=-1)
+    mixed = w.op("MatMul", [rounded(mean, "mq", 1 / LIMITS[scheme or "fp8"]), rounded(v, "vq", 0.02)], "pv")
+    w.op("Identity", [w.linear(w.merge(mixed, "attn", width), "proj", width, width)], "out", output="y")
+    shape = ("batch", rows, width)
+    sample = w.save(path, (TensorSpec("x", "float", shape),), (TensorSpec("y", "float", shape),))
+    return Sample(path, sample.spec, {} if scheme is None else {"qk": scheme, "pv": scheme}, sample.weights)
+
+
 def write_step(writer: Writer, path: Path, width: int = 128, heads: int = 4) -> Sample:
     """One LLaMA layer with past keys and values and an explicit mask, on token ids."""
     w, head_dim = writer, width // heads
@@ -227,6 +269,7 @@ Make = Callable[..., Sample]
 def make(tmp_path: Path) -> Make:
     """``make("vit", dtype="bf16", scheme="fp8", width=128)`` -> :class:`Sample`."""
     writers = {"mlp": write_mlp, "vit": write_vit, "step": write_step}
+    writers |= {"patches": write_patches, "attention": write_attention}
 
     def build(kind: str, **options: Any) -> Sample:
         own = {k: options.pop(k) for k in ("dtype", "scheme", "plain", "own_q") if k in options}

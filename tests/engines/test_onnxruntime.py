@@ -108,6 +108,15 @@ def test_fp8_is_reported_as_fp32_on_rounded_values(make: Make) -> None:
     assert report.fused_attention == len(report.attention) == 1
 
 
+def test_stored_weights_are_those_of_the_optimised_graph(make: Make) -> None:
+    for scheme, bits in (("fp8", 32), ("int8", 8), (None, 32)):
+        report = proof_from_onnxruntime(make("vit", scheme=scheme).path)
+        assert {g.weight_bits for g in report.gemms} == {bits}
+        assert report.weight_bytes < report.constant_bytes < report.weight_bytes + 16384
+    (patch,) = proof_from_onnxruntime(make("patches").path).convolutions
+    assert (patch.precision, patch.kernel, patch.weight_bits) == ("fp32xfp32", "Conv", 32)
+
+
 def test_damaged_and_foreign_files_are_refused(make: Make, tmp_path: Path) -> None:
     sample = make("mlp")
     other = make("vit").path

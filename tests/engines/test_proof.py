@@ -106,11 +106,100 @@ def test_a_real_fallback_fails_the_promise(prove: Prove, scheme: str) -> None:
         check_promise(report, sample.promised)
 
 
-def test_an_attention_without_a_kernel_is_built_and_reported_unfused(prove: Prove) -> None:
-    _, report = prove("vit", dtype="bf16", width=32, heads=4, decomposed=True)
-    assert [(a.nodes, a.fused) for a in report.attention] == [(("qk", "softmax", "pv"), False)]
-    _, report = prove("vit", dtype="bf16", width=32, heads=4)
-    assert [(a.nodes, a.fused) for a in report.attention] == [(("attn/sdpa",), False)]
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "decomposed", "cause"),
+    [
+        ("bf16", 8, True, "head size 8: fused kernels take 9 at least"),
+        ("bf16", 8, False, "head size 8: fused kernels take 9 at least"),
+        ("bf16", 9, False, ""),
+        ("bf16", 256, False, ""),
+        ("bf16", 257, False, "head size 257: fused kernels take 256 at most"),
+        ("fp32", 64, False, "there is no fused kernel in fp32"),
+    ],
+)
+def test_which_attentions_are_fused(
+    prove: Prove, dtype: str, head_size: int, decomposed: bool, cause: str
+) -> None:
+    _, report = prove("vit", dtype=dtype, width=2 * head_size, heads=2, decomposed=decomposed)
+    (attention,) = report.attention
+    assert attention.nodes == (("qk", "softmax", "pv") if decomposed else ("attn/sdpa",))
+    assert (attention.head_size, attention.fused, attention.cause) == (head_size, not cause, cause)
+    assert attention.types == (dtype,) * 3
+    check_promise(report, {"attn.qkv": dtype, attention.nodes[0]: dtype})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rows", "head_size", "cause"),
+    [
+        ("fp8", 32, 64, ""),
+        ("fp8", 17, 64, "17 rows: fused FP8 kernels take 32 at least"),
+        ("fp8", 32, 8, ""),
+        ("fp8", 32, 264, "head size 264: fused kernels take 256 at most"),
+        ("int8", 32, 64, "there is no fused kernel in int8"),
+    ],
+)
+def test_quantised_attention(prove: Prove, scheme: str, rows: int, head_size: int, cause: str) -> None:
+    sample, report = prove("attention", dtype="bf16", scheme=scheme, rows=rows, head_size=head_size)
+    (attention,) = report.attention
+    assert (attention.fused, attention.cause) == (not cause, cause)
+    assert attention.types == (scheme,) * 3
+    check_promise(report, sample.promised)
+    with pytest.raises(BuildError, match=f"qk: promised bf16, runs {scheme}x{scheme}x{scheme}"):
+        check_promise(report, {"qk": "bf16"})
+
+
+def test_attention_that_was_not_quantised_breaks_its_promise(make: Make, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    promised = make("attention", dtype="bf16", scheme="fp8")
+    plain = make("attention", dtype="bf16")
+    build_engine(plain.path, plain.spec, tmp_path / "part.engine")
+    report = proof_from_engine(tmp_path / "part.engine", promised.path)
+    with pytest.raises(BuildError, match=r"qk: .* bf16xbf16xbf16 \(its fp8 values are dequantised before it"):
+        check_promise(report, promised.promised)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+def test_sizes_that_are_no_multiple_of_16_still_run_in_eight_bits(prove: Prove, scheme: str) -> None:
+    sample, report = prove("mlp", dtype="bf16", scheme=scheme, width=63)
+    assert report.precisions == {f"{scheme}x{scheme}": 2}
+    check_promise(report, sample.promised)
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("fp8", 8), ("int8", 8), (None, 16)])
+def test_weights_are_stored_once_at_their_size(prove: Prove, scheme: str | None, bits: int) -> None:
+    _, report = prove("step", dtype="bf16", scheme=scheme)
+    sizes = {g.node: g.weight_bits for g in report.gemms}
+    assert sizes == dict.fromkeys(sizes, bits) | {"lm_head": 16}
+    assert {g.node: g.shape for g in report.gemms}["mlp.gate_proj"] == (256, 128)
+    embedding = 2 * 32 * 128
+    assert report.weight_bytes + embedding < report.constant_bytes < report.file_bytes
+    assert report.constant_bytes < report.weight_bytes + embedding + 8192  # scales, norms
+
+
+def test_a_convolution_is_a_product_whose_channels_are_padded_to_four(prove: Prove) -> None:
+    sample, report = prove("patches", dtype="bf16", scheme="fp8")
+    (patch,) = report.convolutions
+    assert (patch.op, patch.precision, patch.weight) == ("Conv", "bf16xbf16", "patch.weight")
+    assert patch.weight_bits == 16 * 4 / 3
+    assert report.precisions == {"fp8xfp8": 1}
+    check_promise(report, {**sample.promised, "patch": "bf16"})
+    with pytest.raises(
+        BuildError, match=r"patch: promised fp8, runs bf16xbf16 \(the graph quantises neither"
+    ):
+        check_promise(report, {**sample.promised, "patch": "fp8"})
+
+
+def test_older_receipts_are_read(prove: Prove) -> None:
+    _, report = prove("mlp", dtype="bf16", scheme="fp8")
+    data = report.to_json()
+    for name in ("convolutions", "constant_bytes", "file_bytes"):
+        del data[name]
+    data["casts"] = 2
+    data["gemms"] = [
+        {k: g[k] for k in ("node", "weight", "scheme", "precision", "kernel")} for g in data["gemms"]
+    ]
+    old = KernelReport.from_json(data)
+    assert (old.precisions, old.casts, old.weight_bytes) == (report.precisions, ("?", "?"), 0)
 
 
 def test_profiles_are_reported_together(make: Make, tmp_path: Path) -> None:
