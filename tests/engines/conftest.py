@@ -268,8 +268,13 @@ Make = Callable[..., Sample]
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     """``make("vit", dtype="bf16", scheme="fp8", width=128)`` -> :class:`Sample`."""
-    writers = {"mlp": write_mlp, "vit": write_vit, "step": write_step}
-    writers |= {"patches": write_patches, "attention": write_attention}
+    writers: dict[str, Make] = {
+        "mlp": write_mlp,
+        "vit": write_vit,
+        "step": write_step,
+        "patches": write_patches,
+        "attention": write_attention,
+    }
 
     def build(kind: str, **options: Any) -> Sample:
         own = {k: options.pop(k) for k in ("dtype", "scheme", "plain", "own_q") if k in options}
