@@ -19,34 +19,20 @@ shapes; whoever saves the graph binds them to the store.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-import numpy as np
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 from ..errors import BuildError
-from .quantize import BASE_DTYPES, scale_shape, stored_names
+from .qdq_attention import quantised_attentions, write_attention
+from .qdq_nodes import COMPUTE, STORED, Form, Style, dequantised, drop_unused, initializer, pair
+from .quantize import BASE_DTYPES, activation_scale, scale_shape, stored_names
 from .schemes import SCHEMES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Style = Literal["tensorrt", "onnxruntime"]
-
-_COMPUTE = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "float16": "FLOAT16"}
-_STORED = {"fp8": "FLOAT8E4M3FN", "int8": "INT8", "int4": "INT4"}
 _PROMISE = {(s.activation, s.weight): name for name, s in SCHEMES.items() if not s.fold}
 """Types of both factors -> the scheme whose kernel that is: smoothing is in the weights already."""
-
-
-@dataclass(frozen=True)
-class _Format:
-    """How one graph is written: its compute type, the recipe's base type, and for which runtime."""
-
-    compute: str
-    base: str
-    style: Style
 
 
 def write_qdq(
@@ -57,6 +43,7 @@ def write_qdq(
     compute: str,
     base: str = "bf16",
     style: Style,
+    attentions: Collection[str] = (),
 ) -> dict[str, str]:
     """Quantise ``model`` in place.
 
@@ -67,16 +54,18 @@ def write_qdq(
         compute: the type the graph computes in: ``float32``, ``bfloat16`` or ``float16``.
         base: the recipe's base; scales are rounded to it, whatever ``compute`` is.
         style: the runtime that reads the graph.
+        attentions: those of the whole model that run in FP8 (:mod:`.attention`).
 
     Returns:
-        Node name -> scheme of every quantised GEMM: the promise that the engine is held to.
+        Node name -> scheme of every quantised GEMM, and name of its Softmax -> scheme of every quantised
+        attention: the promise that the engine is held to.
 
     Raises:
         BuildError: graph and calibration disagree about which layers this component has, a weight is used for
             something else than a matrix product, or the quantised GEMMs are not what was promised.
     """
     wanted = _wanted(model.graph, schemes, amax)
-    form = _Format(compute, base, style)
+    form = Form(compute, base, style)
     pairs: dict[tuple[ir.Value, str, float], ir.Value] = {}
     promised: dict[str, str] = {}
     for layer, scheme in wanted.items():
@@ -89,17 +78,21 @@ def write_qdq(
             _replace_weight(node, name, weight)
             node.name = node.name or name
             promised[node.name] = _PROMISE[SCHEMES[scheme].activation, SCHEMES[scheme].weight]
-        _drop_unused(model.graph, f"{layer}.weight")
+        drop_unused(model.graph, f"{layer}.weight")
+    promised |= write_attention(model.graph, attentions, amax, form)
     check_promise(model, wanted, promised)
     return promised
 
 
 def quantised_gemms(model: ir.Model) -> dict[str, str]:
-    """Node name -> scheme of every MatMul whose inputs come from DQs as a scheme says (read back)."""
+    """Node name -> scheme of every MatMul whose inputs come from DQs as a scheme says (read back).
+
+    The products of an attention, whose factors are both computed, are not among them.
+    """
     found = {}
     for node in model.graph:
-        if node.op_type == "MatMul":
-            scheme = _PROMISE.get((_dequantised(node.inputs[0]), _dequantised(node.inputs[1])))
+        if node.op_type == "MatMul" and _stored(node.inputs[1]):
+            scheme = _PROMISE.get((dequantised(node.inputs[0]), dequantised(node.inputs[1])))
             if scheme is not None:
                 found[str(node.name)] = scheme
     return found
@@ -107,7 +100,7 @@ def quantised_gemms(model: ir.Model) -> dict[str, str]:
 
 def check_promise(model: ir.Model, wanted: Mapping[str, str], promised: Mapping[str, str]) -> None:
     """BuildError unless the graph's quantised GEMMs are ``promised``, at least one for each layer wanted."""
-    found = quantised_gemms(model)
+    found = quantised_gemms(model) | quantised_attentions(model)
     if found != promised or len(promised) < len(wanted):
         different = sorted(set(found.items()) ^ set(promised.items()))
         raise BuildError(
@@ -116,6 +109,17 @@ def check_promise(model: ir.Model, wanted: Mapping[str, str], promised: Mapping[
             f"They differ in {different[:5] or 'number'}.",
             "This is a fault of the graph writer: report it with the recipe and the model's config.json.",
         )
+
+
+def _stored(value: ir.Value | None) -> bool:
+    """Whether ``value`` is a dequantised weight."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in ("Transpose", "DequantizeLinear"):
+        source = node.inputs[0]
+        if source is None or source.is_initializer():
+            return source is not None
+        node = source.producer()
+    return False
 
 
 def _wanted(graph: ir.Graph, schemes: Mapping[str, str], amax: Mapping[str, float]) -> dict[str, str]:
@@ -160,7 +164,7 @@ def _gemms(graph: ir.Graph, layer: str) -> list[ir.Node]:
     return found
 
 
-def _stored_weight(graph: ir.Graph, layer: str, scheme: str, form: _Format) -> tuple[ir.Value, ir.Value]:
+def _stored_weight(graph: ir.Graph, layer: str, scheme: str, form: Form) -> tuple[ir.Value, ir.Value]:
     """Unbound initializers for the stored values [out, in] and the scales [out] or [out, blocks]."""
     import onnx_ir as ir
 
@@ -176,8 +180,8 @@ def _stored_weight(graph: ir.Graph, layer: str, scheme: str, form: _Format) -> t
         raise BuildError(f"Layer {layer} has no [out, in] weight.", f"Its shape is {old.shape}.")
     out_features, in_features = old.shape.numpy()
     scales = ir.Shape(scale_shape(scheme, (out_features, in_features)))
-    values = _initializer(graph, values_name, old.shape, _STORED[SCHEMES[scheme].weight])
-    scale = _initializer(graph, scale_name, scales, _COMPUTE[form.compute])
+    values = initializer(graph, values_name, old.shape, STORED[SCHEMES[scheme].weight])
+    scale = initializer(graph, scale_name, scales, COMPUTE[form.compute])
     return values, scale
 
 
@@ -186,7 +190,7 @@ def _quantise_input(
     name: str,
     kind: str,
     amax: float,
-    form: _Format,
+    form: Form,
     pairs: dict[tuple[ir.Value, str, float], ir.Value],
 ) -> None:
     """Put Q -> DQ before input 0 of ``node``, or reuse the pair that stands on that value already."""
@@ -197,52 +201,8 @@ def _quantise_input(
     key = (x, kind, scale)
     own = form.style == "onnxruntime" and kind == "int8"
     if own or key not in pairs:
-        pairs[key] = _pair(node, x, name, kind, scale, form)
+        pairs[key] = pair(node.graph, x, f"{name}.input", kind, scale, form)
     node.replace_input_with(0, pairs[key])
-
-
-def activation_scale(amax: float, kind: str, base: str) -> float:
-    """amax / 448 (fp8) or amax / 127 (int8), rounded to the base type as weights' scales are."""
-    import torch
-
-    from .quantize import round_scale
-
-    return float(round_scale(torch.tensor(amax, dtype=torch.float32), kind, base))
-
-
-def _pair(node: ir.Node, x: ir.Value, name: str, kind: str, scale: float, form: _Format) -> ir.Value:
-    import onnx_ir as ir
-
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    compute, stored = ir.DataType[_COMPUTE[form.compute]], ir.DataType[_STORED[kind]]
-    if x.dtype not in (None, compute):
-        raise BuildError(
-            f"Layer {name} cannot be quantised.",
-            f"Its input is {x.dtype}, the graph is said to compute in {form.compute}.",
-            "Trace the component again with that type.",
-        )
-    scale_value = _constant(graph, f"{name}.input_scale", scale, compute)
-    zero_value = _constant(graph, f"{name}.input_zero", 0, stored)
-    quantised = ir.Value(name=f"{name}.input_q", shape=x.shape, type=ir.TensorType(stored))
-    restored = ir.Value(name=f"{name}.input_dq", shape=x.shape, type=ir.TensorType(compute))
-    pair = [
-        ir.node(
-            "QuantizeLinear", [x, scale_value, zero_value], outputs=[quantised], name=f"{name}/input_quantize"
-        ),
-        ir.node(
-            "DequantizeLinear",
-            [quantised, scale_value, zero_value],
-            outputs=[restored],
-            name=f"{name}/input_dequantize",
-        ),
-    ]
-    producer = x.producer()  # directly behind it, so that the pair stands before every GEMM that shares it
-    if producer is None:
-        graph.insert_before(graph[0], pair)
-    else:
-        graph.insert_after(producer, pair)
-    return restored
 
 
 def _replace_weight(node: ir.Node, name: str, weight: tuple[ir.Value, ir.Value]) -> None:
@@ -273,45 +233,3 @@ def _replace_weight(node: ir.Node, name: str, weight: tuple[ir.Value, ir.Value])
         ],
     )
     node.replace_input_with(1, turned)
-
-
-def _drop_unused(graph: ir.Graph, name: str) -> None:
-    """Remove the initializer and the Casts and Transposes behind it that nothing uses any more."""
-    outputs = set(graph.outputs)
-
-    def drop(value: ir.Value) -> bool:
-        for node, _ in list(value.uses()):
-            if node.op_type in ("Cast", "Transpose") and drop(node.outputs[0]):
-                graph.remove(node, safe=True)
-        return not value.uses() and value not in outputs
-
-    if drop(graph.initializers[name]):
-        del graph.initializers[name]
-
-
-def _initializer(graph: ir.Graph, name: str, shape: ir.Shape, dtype: str) -> ir.Value:
-    import onnx_ir as ir
-
-    if name not in graph.initializers:
-        graph.initializers.add(ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType[dtype])))
-    return graph.initializers[name]
-
-
-def _constant(graph: ir.Graph, name: str, number: float, dtype: ir.DataType) -> ir.Value:
-    import onnx_ir as ir
-
-    tensor = ir.tensor(np.array(number, dtype=dtype.numpy()), dtype=dtype, name=name)
-    value = ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _dequantised(value: ir.Value | None) -> str:
-    """The type that ``value`` is dequantised from, through a Transpose; empty without a DQ."""
-    node = value.producer() if value is not None else None
-    if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
-        return ""
-    dtype = node.inputs[0].dtype
-    return next((s for s, d in _STORED.items() if dtype is not None and dtype.name == d), "")

@@ -67,6 +67,13 @@ def round_scale(amax: torch.Tensor, kind: str, base: str) -> torch.Tensor:
     return scale.to(dtype).float()
 
 
+def activation_scale(amax: float, kind: str, base: str) -> float:
+    """amax / 448 (fp8) or amax / 127 (int8), rounded to the base type as weights' scales are."""
+    import torch
+
+    return float(round_scale(torch.tensor(amax, dtype=torch.float32), kind, base))
+
+
 def quantise_values(x: torch.Tensor, scale: torch.Tensor, kind: str) -> torch.Tensor:
     """``x`` / ``scale``, rounded half to even and saturated, as float8_e4m3fn or int8 (of INT4 too)."""
     import torch

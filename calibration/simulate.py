@@ -22,8 +22,7 @@ from ..preprocess import ImageSettings, Tokenizer
 from .accuracy import Comparison, Metrics, Table
 from .dataset import CalibrationSet
 from .parts import NEEDS, Load, Modules, needed, parts
-from .qdq import activation_scale
-from .quantize import dequantise, quantise_values, stored_names
+from .quantize import activation_scale, dequantise, quantise_values, stored_names
 from .scales import Scales
 from .schemes import SCHEMES
 from .stream import Flow, samples_of, visit

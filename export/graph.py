@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # the exporter's name for the top level
+_CORE = ".core"  # of CoreAttention: an attention is named after the module that holds it
 _SYMBOL = re.compile(r"\bs\d+\b")
 
 
@@ -157,7 +158,7 @@ def _name_nodes(graph: ir.Graph) -> None:
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         if len(scopes) > 1:
-            module = "" if scopes[-2] == _NO_MODULE else scopes[-2]
+            module = "" if scopes[-2] == _NO_MODULE else scopes[-2].removesuffix(_CORE)
         else:  # made by the optimizer: stands where its input was made
             module = next((modules.get(v.producer(), "") for v in node.inputs if v is not None), "")
         modules[node] = module

@@ -1,4 +1,4 @@
-"""The two building blocks that InternViT and QLLaMA share: RMSNorm and attention."""
+"""The building blocks that InternViT and QLLaMA share: RMSNorm and attention."""
 
 from __future__ import annotations
 
@@ -40,3 +40,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, ca
     """
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2).flatten(2)
+
+
+class CoreAttention(nn.Module):
+    """:func:`attention` as a module, so that calibration can hook its inputs; no weights.
+
+    Blocks hold it as ``core``; graphs and recipes know an attention by the name of the block's module.
+    """
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """As :func:`attention`."""
+        return attention(q, k, v, mask=mask, causal=causal)

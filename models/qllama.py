@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import InternVLConfig, QLlamaConfig
-from .layers import RMSNorm, attention, split_heads
+from .layers import CoreAttention, RMSNorm, split_heads
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys (rotated) and values of one layer, each [B, heads, S, d]."""
@@ -144,6 +144,7 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
+        self.core = CoreAttention()
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], visible: Visible, past: KeyValue | None
@@ -152,7 +153,7 @@ class SelfAttention(nn.Module):
         q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, rotary), rotate(k, rotary)
         keys, values = (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)) if past else (k, v)
-        out: Tensor = self.o_proj(attention(q, keys, values, mask=visible.mask, causal=visible.causal))
+        out: Tensor = self.o_proj(self.core(q, keys, values, visible.mask, visible.causal))
         return out, (k, v)
 
 
@@ -169,12 +170,13 @@ class CrossAttention(nn.Module):
         self.k_proj = nn.Linear(vision_width, width, bias=False)
         self.v_proj = nn.Linear(vision_width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
+        self.core = CoreAttention()
 
     def forward(self, queries: Tensor, vision: Tensor) -> Tensor:
         """[B, Q, H], [B, N, D] -> [B, Q, H]."""
         vision = self.norm2(vision)
         parts = (self.q_proj(self.norm1(queries)), self.k_proj(vision), self.v_proj(vision))
-        out: Tensor = self.o_proj(attention(*(split_heads(t, self.heads) for t in parts)))
+        out: Tensor = self.o_proj(self.core(*(split_heads(t, self.heads) for t in parts)))
         return out
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import VisionConfig
-from .layers import RMSNorm, attention, split_heads
+from .layers import CoreAttention, RMSNorm, split_heads
 
 
 class InternViT(nn.Module):
@@ -109,6 +109,7 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.proj = nn.Linear(width, width)
+        self.core = CoreAttention()
         norm = config.qk_normalization
         self.q_norm = RMSNorm(width, config.layer_norm_eps) if norm else nn.Identity()
         self.k_norm = RMSNorm(width, config.layer_norm_eps) if norm else nn.Identity()
@@ -123,7 +124,7 @@ class Attention(nn.Module):
         else:
             q, k, v = qkv.chunk(3, dim=-1)
             q, k, v = (split_heads(t, self.heads) for t in (self.q_norm(q), self.k_norm(k), v))
-        out: Tensor = self.proj(attention(q, k, v))
+        out: Tensor = self.proj(self.core(q, k, v))
         return out
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.qdq import Style, write_qdq
+from ..calibration.qdq import write_qdq
+from ..calibration.qdq_nodes import Style
 from ..calibration.quantize import quantise_layer, stored_tensors
 from ..calibration.recipe import Plan, Recipe
 from ..calibration.scales import Scales

@@ -14,8 +14,9 @@ from ivl_export.calibration.accuracy import compare
 from ivl_export.calibration.calibrate import calibrate
 from ivl_export.calibration.chain import Runner, run_chain, torch_runner
 from ivl_export.calibration.dataset import CalibrationSet
-from ivl_export.calibration.qdq import Style, activation_scale, quantised_gemms, write_qdq
-from ivl_export.calibration.quantize import LIMITS, dequantise, quantise, stored_names
+from ivl_export.calibration.qdq import quantised_gemms, write_qdq
+from ivl_export.calibration.qdq_nodes import Style
+from ivl_export.calibration.quantize import LIMITS, activation_scale, dequantise, quantise, stored_names
 from ivl_export.calibration.recipe import load_recipe, plan
 from ivl_export.calibration.scales import Scales
 from ivl_export.errors import BuildError

@@ -13,8 +13,7 @@ import torch
 from ivl_export.calibration.accuracy import compare
 from ivl_export.calibration.calibrate import calibrate
 from ivl_export.calibration.dataset import CalibrationSet
-from ivl_export.calibration.qdq import activation_scale
-from ivl_export.calibration.quantize import dequantise, quantise, quantise_values
+from ivl_export.calibration.quantize import activation_scale, dequantise, quantise, quantise_values
 from ivl_export.calibration.recipe import load_recipe, schemes
 from ivl_export.calibration.schemes import folded_layers
 from ivl_export.calibration.smooth import channel_ranges, factors, fold, groups

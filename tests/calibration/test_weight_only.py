@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ivl_export.calibration.accuracy import compare
-from ivl_export.calibration.qdq import Style, write_qdq
+from ivl_export.calibration.qdq import write_qdq
+from ivl_export.calibration.qdq_nodes import Style
 from ivl_export.calibration.quantize import (
     dequantise,
     pack,

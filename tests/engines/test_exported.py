@@ -14,7 +14,7 @@ from ivl_export.engines.proof_onnxruntime import proof_from_onnxruntime
 from ivl_export.engines.proof_rtx import proof_from_engine
 
 if TYPE_CHECKING:
-    from ivl_export.calibration.qdq import Style
+    from ivl_export.calibration.qdq_nodes import Style
     from ivl_export.models.checkpoint import Checkpoint
 
 

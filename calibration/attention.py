@@ -1,0 +1,78 @@
+"""FP8 attention: both products of ``softmax(q k^T) v`` on FP8 factors.
+
+    q * d^-0.5          -> Q -> DQ -+
+    k -> Transpose      -> Q -> DQ -+-> MatMul -> [mask] -> Softmax -> Q -> DQ -+
+    v                   -> Q -> DQ ---------------------------------------------+-> MatMul
+
+Scales are per tensor; that of the softmax is fixed at 1/448, for its values end at 1. TensorRT-RTX makes one
+kernel of it that takes fp8, fp8, fp8. Here is what it computes, in torch; :mod:`.qdq_attention` writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .quantize import activation_scale, quantise_values
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+PROMISE = "fp8-attention"
+"""What is promised of such an attention: one kernel on fp8, fp8, fp8."""
+
+OPERANDS = ("q", "k", "v")
+SOFTMAX_AMAX = 1.0
+
+
+def operand_names(attention: str) -> tuple[str, str, str]:
+    """What ranges of an attention's inputs are recorded under: ``<attention>.q`` (scaled), ``.k``, ``.v``."""
+    q, k, v = (f"{attention}.{operand}" for operand in OPERANDS)
+    return q, k, v
+
+
+def attention_scales(attention: str, amax: Mapping[str, float], base: str) -> tuple[float, float, float]:
+    """Scales of q, k and v, exact in the ``base`` type."""
+    q, k, v = (activation_scale(amax[name], "fp8", base) for name in operand_names(attention))
+    return q, k, v
+
+
+def core_attentions(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The attentions of ``module`` that can be quantised, by the names that graphs and recipes use."""
+    from ..models.layers import CoreAttention
+
+    found = ((name, part) for name, part in module.named_modules() if isinstance(part, CoreAttention))
+    return {name.removesuffix(".core"): part for name, part in found}
+
+
+def fake_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    *,
+    scales: tuple[float, float, float],
+    base: str,
+) -> Tensor:
+    """What :func:`..models.layers.attention` computes, as the graph of :mod:`.qdq_attention` writes.
+
+    Args:
+        q, k, v, mask, causal: as there.
+        scales: of :func:`attention_scales`.
+        base: type that the softmax's scale is rounded to.
+    """
+    import torch
+
+    def rounded(x: Tensor, scale: float) -> Tensor:
+        factor = torch.tensor(scale, device=x.device)
+        return quantise_values(x, factor, "fp8").float() * factor
+
+    scores = rounded(q * q.shape[-1] ** -0.5, scales[0]) @ rounded(k, scales[1]).transpose(-1, -2)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = rounded(scores.softmax(-1), activation_scale(SOFTMAX_AMAX, "fp8", base))
+    return (weights @ rounded(v, scales[2])).transpose(1, 2).flatten(2)

@@ -1,0 +1,120 @@
+"""Pieces of ONNX graph that Q/DQ writing is made of: pairs, constants, unbound initializers; reading back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from ..errors import BuildError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Style = Literal["tensorrt", "onnxruntime"]
+
+COMPUTE = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "float16": "FLOAT16"}
+STORED = {"fp8": "FLOAT8E4M3FN", "int8": "INT8", "int4": "INT4"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one graph is written: its compute type, the recipe's base type, and for which runtime."""
+
+    compute: str
+    base: str
+    style: Style
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """The compute type."""
+        import onnx_ir as ir
+
+        return ir.DataType[COMPUTE[self.compute]]
+
+
+def pair(graph: ir.Graph, x: ir.Value, name: str, kind: str, scale: float, form: Form) -> ir.Value:
+    """``x`` behind a new QuantizeLinear and DequantizeLinear with one ``scale``.
+
+    Args:
+        graph: holds ``x``.
+        x: an activation of the type that the graph computes in.
+        name: of the pair, ``<name>_quantize``, and of its values.
+        kind: ``fp8`` or ``int8``.
+        scale: exact in the recipe's base type.
+        form: of the graph.
+    """
+    import onnx_ir as ir
+
+    stored = ir.DataType[STORED[kind]]
+    if x.dtype not in (None, form.dtype):
+        raise BuildError(
+            f"{name} cannot be quantised.",
+            f"It is {x.dtype}, the graph is said to compute in {form.compute}.",
+            "Trace the component again with that type.",
+        )
+    scale_value = constant(graph, f"{name}_scale", scale, form.dtype)
+    zero_value = constant(graph, f"{name}_zero", 0, stored)
+    quantised = ir.Value(name=f"{name}_q", shape=x.shape, type=ir.TensorType(stored))
+    restored = ir.Value(name=f"{name}_dq", shape=x.shape, type=ir.TensorType(form.dtype))
+    where = "/".join(name.rsplit(".", 1))
+    given = [scale_value, zero_value]
+    nodes = [
+        ir.node("QuantizeLinear", [x, *given], outputs=[quantised], name=f"{where}_quantize"),
+        ir.node("DequantizeLinear", [quantised, *given], outputs=[restored], name=f"{where}_dequantize"),
+    ]
+    producer = x.producer()  # directly behind it, so that the pair stands before everything that shares it
+    if producer is None:
+        graph.insert_before(graph[0], nodes)
+    else:
+        graph.insert_after(producer, nodes)
+    return restored
+
+
+def drop_unused(graph: ir.Graph, name: str) -> None:
+    """Remove the initializer and the Casts and Transposes behind it that nothing uses any more."""
+    outputs = set(graph.outputs)
+
+    def drop(value: ir.Value) -> bool:
+        for node, _ in list(value.uses()):
+            if node.op_type in ("Cast", "Transpose") and drop(node.outputs[0]):
+                graph.remove(node, safe=True)
+        return not value.uses() and value not in outputs
+
+    if drop(graph.initializers[name]):
+        del graph.initializers[name]
+
+
+def initializer(graph: ir.Graph, name: str, shape: ir.Shape, dtype: str) -> ir.Value:
+    """The unbound initializer of that name, made if it is not there."""
+    import onnx_ir as ir
+
+    if name not in graph.initializers:
+        graph.initializers.add(ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType[dtype])))
+    return graph.initializers[name]
+
+
+def constant(graph: ir.Graph, name: str, number: float | list[int], dtype: ir.DataType) -> ir.Value:
+    """A scalar or vector, made if no constant of that name is there."""
+    import onnx_ir as ir
+
+    if name not in graph.initializers:
+        array = np.array(number, dtype=dtype.numpy())
+        tensor = ir.tensor(array, dtype=dtype, name=name)
+        value = ir.Value(
+            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor
+        )
+        graph.register_initializer(value)
+    return graph.initializers[name]
+
+
+def dequantised(value: ir.Value | None) -> str:
+    """The type that ``value`` is dequantised from, through a Transpose; empty without a DQ."""
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
+        return ""
+    dtype = node.inputs[0].dtype
+    return next((s for s, d in STORED.items() if dtype is not None and dtype.name == d), "")
