@@ -10,20 +10,84 @@ kernel of it that takes fp8, fp8, fp8. Here is what it computes, in torch; :mod:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..export.blocks import block_prefix
+from ..export.components import component_spec
+from ..models.chat_config import ChatConfig, InternViTConfig
 from .quantize import activation_scale, quantise_values
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..models.chat_config import ModelConfig
+
 PROMISE = "fp8-attention"
 """What is promised of such an attention: one kernel on fp8, fp8, fp8."""
 
 OPERANDS = ("q", "k", "v")
 SOFTMAX_AMAX = 1.0
+
+HEAD_MULTIPLE = 16
+"""Head sizes that TensorRT documents for FP8 attention are multiples of this."""
+
+FEWEST_KEYS = 32
+"""TensorRT-RTX 1.7 fuses FP8 attention only where its shapes promise that many key positions."""
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """One attention of a component: the size of a head, and the fewest key positions that it sees."""
+
+    head: int
+    keys: int
+
+    @property
+    def excluded(self) -> str:
+        """Why it cannot run in FP8; empty if it can."""
+        if self.head % HEAD_MULTIPLE:
+            return f"its head size {self.head} is no multiple of {HEAD_MULTIPLE}"
+        if self.keys < FEWEST_KEYS:
+            return f"it may see {self.keys} keys, the fused FP8 kernel needs {FEWEST_KEYS}"
+        return ""
+
+
+Attentions = Mapping[str, Mapping[str, AttentionShape]]
+"""component -> attention -> its shape."""
+
+
+def attentions(config: ModelConfig, components: Iterable[str]) -> dict[str, dict[str, AttentionShape]]:
+    """The attentions in the blocks of ``components``; pooling heads, whose one query is the mean, are not."""
+    return {component: _attentions(component, config) for component in components}
+
+
+def _attentions(component: str, config: ModelConfig) -> dict[str, AttentionShape]:
+    prefix, vision = block_prefix(component), config.vision
+    if component == "decoder_embed":
+        return {}
+    if component.startswith("vision"):
+        blocks, tokens = vision.num_hidden_layers, vision.num_tokens
+        if isinstance(config, ChatConfig):
+            blocks, tokens = config.vision_blocks, 1 + (config.image_size // vision.patch_size) ** 2
+        shape = AttentionShape(vision.hidden_size // vision.num_attention_heads, tokens)
+        return {f"{prefix}.{i}.attn": shape for i in range(blocks)}
+    assert not isinstance(config, InternViTConfig)
+    llama = config.decoder if isinstance(config, ChatConfig) else config.qllama
+    least = {axis.name: axis.min for axis in component_spec(component, config).axes}
+    own = least.get("total") or least.get("text")
+    found = {}
+    for i in range(llama.num_hidden_layers):
+        if own is None:
+            assert not isinstance(config, ChatConfig)
+            found[f"{prefix}.{i}.self_attn"] = AttentionShape(llama.head_dim, config.num_query_token)
+            if config.has_cross_attention(i):
+                found[f"{prefix}.{i}.cross_attn"] = AttentionShape(llama.head_dim, vision.num_tokens)
+        else:
+            found[f"{prefix}.{i}.self_attn"] = AttentionShape(llama.head_dim, own)
+    return found
 
 
 def operand_names(attention: str) -> tuple[str, str, str]:

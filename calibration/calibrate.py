@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BuildError
 from ..preprocess import MAX_LENGTH, ImageSettings, Tokenizer
+from .attention import core_attentions, operand_names
 from .dataset import MAX_STEP, CalibrationSet
 from .observe import algorithm_name, depends_on_type, observers
 from .scales import Scales
@@ -148,9 +149,12 @@ def calibrate(
     from .stream import Flow, samples_of, visit
 
     recorded = algorithm_name(algorithm)
-    chosen_for = dict(kinds or {}) if depends_on_type(recorded) else {}
     order = needed(components)
     modules = Modules(checkpoint, order, device=device)
+    chosen_for: dict[str, str] = {}
+    if depends_on_type(recorded):
+        operands = (o for m in modules.by_name.values() for a in core_attentions(m) for o in operand_names(a))
+        chosen_for = {**dict.fromkeys(operands, "fp8"), **(kinds or {})}
     samples = samples_of(chosen, settings, tokenizer, checkpoint.config, order, batch_size)
     plan = parts(checkpoint.config, order)
     watch = Watch(modules.by_name, observers(recorded, chosen_for))
@@ -175,7 +179,7 @@ def calibrate(
             flow.close()
         amax = state.amax
         shutil.rmtree(state.folder, ignore_errors=True)
-    measured = sorted({layer for layers in amax.values() for layer in layers})
+    tensors, measured = checkpoint.tensors, sorted({layer for layers in amax.values() for layer in layers})
     return Scales(
         amax=amax,
         algorithm=recorded,
@@ -186,7 +190,9 @@ def calibrate(
         model=checkpoint.revision,
         skipped=len(chosen.skipped),
         kinds={layer: chosen_for[layer] for layer in measured if layer in chosen_for},
-        shapes={layer: list(checkpoint.tensors[f"{layer}.weight"].shape) for layer in measured},
+        shapes={
+            layer: list(tensors[key].shape) for layer in measured if (key := f"{layer}.weight") in tensors
+        },
     )
 
 

@@ -1,4 +1,4 @@
-"""Observers of activation ranges, and the hooks that show them every linear's input."""
+"""Observers of activation ranges, and the hooks that show them the inputs of linears and attentions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import BuildError, UsageError
+from .attention import core_attentions, operand_names
 from .histogram import Histogram, entropy_amax, mse_amax, percentile_amax
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ class Watch:
             for name, part in module.named_modules():
                 if isinstance(part, torch.nn.Linear):
                     handles.append(part.register_forward_pre_hook(self._hook(component, name)))
+            for name, part in core_attentions(module).items():
+                handles.append(part.register_forward_pre_hook(self._attention_hook(component, name)))
         try:
             yield
         finally:
@@ -126,6 +129,16 @@ class Watch:
 
     def _hook(self, component: str, layer: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
         return lambda _, args: self.see(component, layer, args[0])
+
+    def _attention_hook(self, component: str, attention: str) -> Callable[[Any, tuple[Any, ...]], None]:
+        names = operand_names(attention)
+
+        def hook(_: Any, args: tuple[Any, ...]) -> None:
+            q, k, v = args[:3]
+            for name, x in zip(names, (q * q.shape[-1] ** -0.5, k, v), strict=True):
+                self.see(component, name, x)
+
+        return hook
 
 
 def algorithm_name(algorithm: str) -> str:

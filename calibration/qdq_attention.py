@@ -26,8 +26,8 @@ def write_attention(
 ) -> dict[str, str]:
     """Replace the ``Attention`` nodes of ``attentions`` that ``graph`` has by FP8 ones, in place.
 
-    The graph's other attentions are spelled out too, in the type it computes in: one ``Attention`` operator is
-    enough for TensorRT-RTX 1.7 to leave every FP8 attention of the network unfused.
+    The graph's other attentions are spelled out too, in the type it computes in: one ``Attention`` operator
+    is enough for TensorRT-RTX 1.7 to leave every FP8 attention of the network unfused.
 
     Returns:
         Name of the Softmax -> :data:`.attention.PROMISE`, for each.

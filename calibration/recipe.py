@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError
-from .schemes import BASES, SCHEMES, element_types, excluded
+from .attention import PROMISE, Attentions, operand_names
+from .schemes import BASES, SCHEMES, element_types, excluded, rounded_inputs
 
-ATTENTION = ("base",)
-"""What the two attention products compute in: the base type."""
+ATTENTION = ("base", "fp8")
+"""What the products of attention compute in: the base type, or FP8 where that is fused."""
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -76,13 +77,14 @@ class Recipe:
 
     @property
     def quantises(self) -> bool:
-        """Whether any rule quantises."""
-        return any(rule.scheme in SCHEMES for rule in self.rules)
+        """Whether any rule quantises, or the attention does."""
+        return self.attention != "base" or any(rule.scheme in SCHEMES for rule in self.rules)
 
     @property
     def element_types(self) -> frozenset[str]:
         """Element types that a target must have for it."""
-        return element_types(self.base, frozenset(rule.scheme for rule in self.rules))
+        types = element_types(self.base, frozenset(rule.scheme for rule in self.rules))
+        return types if self.attention == "base" else types | {self.attention}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for JSON, YAML and the manifest."""
@@ -133,15 +135,24 @@ class Plan:
     Args:
         schemes: every linear layer and its scheme.
         exclusions: layers that the recipe named and that cannot run so.
+        attention: component -> its attentions that run in FP8.
     """
 
     schemes: dict[str, str]
     exclusions: tuple[Exclusion, ...] = ()
+    attention: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def quantised(self) -> dict[str, str]:
         """The layers that are not left in the base type."""
         return {name: scheme for name, scheme in self.schemes.items() if scheme in SCHEMES}
+
+    @property
+    def rounded(self) -> dict[str, str]:
+        """Layer, or operand of an attention -> the type it is rounded to: these are measured."""
+        attentions = (name for names in self.attention.values() for name in names)
+        operands = (operand for name in attentions for operand in operand_names(name))
+        return {**rounded_inputs(self.schemes), **dict.fromkeys(operands, "fp8")}
 
 
 def shipped_recipes() -> tuple[str, ...]:
@@ -206,7 +217,7 @@ def schemes(recipe: Recipe, linear_names: Iterable[str]) -> dict[str, str]:
             )
         hits += len(matched) if rule.scheme in SCHEMES else 0
         result.update(dict.fromkeys(matched, rule.scheme))
-    if recipe.quantises and not hits:
+    if any(rule.scheme in SCHEMES for rule in recipe.rules) and not hits:
         raise UsageError(
             f"Recipe {recipe.name!r} quantises no layer of this model.",
             f"The model has {len(names)} linear layers, for example {', '.join(names[:3]) or 'none'}.",
@@ -215,8 +226,14 @@ def schemes(recipe: Recipe, linear_names: Iterable[str]) -> dict[str, str]:
     return result
 
 
-def plan(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> Plan:
+def plan(recipe: Recipe, shapes: Mapping[str, tuple[int, int]], attentions: Attentions | None = None) -> Plan:
     """Schemes for layers of the given weight shapes [out, in], less those with no kernel for the scheme.
+
+    Args:
+        recipe: what is wanted.
+        shapes: of all linear layers of the model.
+        attentions: of the components that are built (:func:`.attention.attentions`); without them the
+            attention stays in the base type.
 
     Raises:
         UsageError: as :func:`schemes`.
@@ -227,7 +244,13 @@ def plan(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> Plan:
         if reason := excluded(scheme, *shapes[name]):
             exclusions.append(Exclusion(name, scheme, reason))
     result.update({e.layer: recipe.base for e in exclusions})
-    return Plan(result, tuple(exclusions))
+    fused: dict[str, tuple[str, ...]] = {}
+    if recipe.attention == "fp8":
+        for component, found in (attentions or {}).items():
+            fused[component] = tuple(name for name, shape in found.items() if not shape.excluded)
+            kinds = {(name.rpartition(".")[2], shape.excluded): None for name, shape in found.items()}
+            exclusions += [Exclusion(f"{component}: {kind}", PROMISE, why) for kind, why in kinds if why]
+    return Plan(result, tuple(exclusions), fused)
 
 
 def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:

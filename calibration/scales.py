@@ -1,4 +1,4 @@
-"""``scales.json``: the measured input range of every linear layer, for each component. No torch."""
+"""``scales.json``: measured input ranges of linear layers and attentions, for each component. No torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import InputError, IntegrityError
 from ..strict_json import read_json
+from .attention import operand_names
 from .observe import depends_on_type
 
 VERSION = 2
@@ -21,7 +22,8 @@ class Scales:
 
     Args:
         amax: component -> layer (published name without ``.weight``) -> amax of its input, over 0. The same
-            LLaMA layer runs in three components, on different activations: each has its own.
+            LLaMA layer runs in three components, on different activations: each has its own. The operands
+            of attentions stand beside them (:func:`.attention.operand_names`).
         algorithm: as :func:`.observe.algorithm_name` writes it.
         samples: how many images (and captions) were run.
         set_hash: :attr:`.dataset.CalibrationSet.hash`.
@@ -118,6 +120,8 @@ class Scales:
             InputError: naming the layer or component.
         """
         measured = {layer for layers in self.amax.values() for layer in layers}
+        owners = {layer.rpartition(".")[0] for layer in shapes}
+        measured -= {name for owner in owners for name in operand_names(owner)} - set(shapes)
         surplus = sorted(measured - set(shapes))
         if surplus:
             raise InputError(

@@ -7,11 +7,11 @@ and the simulated ones go through a part side by side, so that nothing but hidde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,7 @@ from ..export.weights import open_store
 from ..models.storage import open_reader
 from ..preprocess import ImageSettings, Tokenizer
 from .accuracy import Comparison, Metrics, Table
+from .attention import attention_scales, core_attentions, fake_attention
 from .dataset import CalibrationSet
 from .parts import NEEDS, Load, Modules, needed, parts
 from .quantize import activation_scale, dequantise, quantise_values, stored_names
@@ -42,12 +43,14 @@ class Quantised:
         schemes: quantised layer -> one of :data:`.schemes.SCHEMES`.
         base: ``bf16`` or ``fp16``.
         scales: ranges of the layers' inputs; None where ``schemes`` is empty.
+        attention: component -> its attentions that run in FP8.
     """
 
     stores: Sequence[Path]
     schemes: Mapping[str, str]
     base: str
     scales: Scales | None
+    attention: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def _stored(quantised: Quantised) -> Load:
 
 @contextmanager
 def _fake_quantised(modules: Modules, quantised: Quantised) -> Iterator[None]:
-    """Inputs of the quantised layers go through Q and DQ inside the ``with`` block."""
+    """Inputs of the quantised layers and attentions go through Q and DQ inside the ``with`` block."""
     amax = quantised.scales.amax if quantised.scales else {}
     with ExitStack() as stack:
         for component, module in modules.by_name.items():
@@ -175,6 +178,11 @@ def _fake_quantised(modules: Modules, quantised: Quantised) -> Iterator[None]:
                 scale = activation_scale(top, kind, quantised.base)
                 handle = layer.register_forward_pre_hook(_rounded(scale, kind))
                 stack.callback(handle.remove)
+            cores = core_attentions(module)
+            for name in quantised.attention.get(component, ()):
+                scales = attention_scales(name, amax[component], quantised.base)
+                hook = _in_fp8(scales, quantised.base)
+                stack.callback(cores[name].register_forward_hook(hook).remove)
         yield
 
 
@@ -182,6 +190,13 @@ def _rounded(scale: float, kind: str) -> Callable[[object, tuple[torch.Tensor, .
     def hook(_: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         factor = torch.tensor(scale, device=args[0].device)
         return (quantise_values(args[0], factor, kind).float() * factor,)
+
+    return hook
+
+
+def _in_fp8(scales: tuple[float, float, float], base: str) -> Callable[..., torch.Tensor]:
+    def hook(_: object, args: tuple[Any, ...], __: torch.Tensor) -> torch.Tensor:
+        return fake_attention(*args, scales=scales, base=base)
 
     return hook
 

@@ -21,7 +21,8 @@ def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
     Args:
         report: what the engine does.
         promised: ONNX node name, or weight name, -> scheme (one of :data:`SCHEMES`). Of a node of an
-            attention it is the type of q, k and v. An 8-bit product that is not promised is a difference too.
+            attention it is the type of q, k and v, which one kernel must take. An 8-bit product that is not
+            promised is a difference too.
 
     Raises:
         BuildError: engine and promise differ; the layers are named with the likely causes.
@@ -42,8 +43,9 @@ def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
         block = attention.get(name)
         if name not in known and block is None:
             wrong.append(f"{name}: promised {scheme}, the graph has no such matrix product.")
-        if block is not None and set(block.types[:3]) != {scheme}:
-            wrong.append(_broken(name, scheme, "x".join(block.types[:3]), block.cause))
+        if block is not None and (set(block.types[:3]) != {scheme} or not block.fused):
+            runs = "x".join(block.types[:3]) + ("" if block.fused else " unfused")
+            wrong.append(_broken(name, scheme, runs, block.cause))
         for product in known.get(name, ()):
             kept.add(product.node)
             if product.precision not in _kept(scheme):

@@ -144,6 +144,8 @@ def _why_unfused(block: AttentionBlock, types: tuple[str, ...]) -> str:
         return f"head size {block.head_size}: fused kernels take {_SMALLEST_HEAD} at least"
     if kind == "fp8" and 0 < block.rows < _FEWEST_FP8_ROWS:
         return f"{block.rows} rows: fused FP8 kernels take {_FEWEST_FP8_ROWS} at least"
+    if kind == "fp8":
+        return "an Attention operator elsewhere in the network, or a mask's shape, kept it from being fused"
     return "the builder chose single kernels for this target"
 
 

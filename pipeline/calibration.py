@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..calibration.attention import operand_names
 from ..calibration.dataset import CalibrationSet, set_notices
 from ..calibration.scales import Scales
-from ..calibration.schemes import folded_layers, rounded_inputs
+from ..calibration.schemes import folded_layers
 from ..calibration.sources import open_calibration, scenes_calibration
 from ..errors import InputError, UsageError
 
@@ -46,8 +47,7 @@ class Given:
 
 def needs_data(job: Job) -> bool:
     """Whether anything is measured: input ranges, or how much of them is folded away."""
-    schemes = job.plan.quantised
-    return job.request.scales is None and bool(rounded_inputs(schemes) or folded_layers(schemes))
+    return job.request.scales is None and bool(job.plan.rounded or folded_layers(job.plan.quantised))
 
 
 def choose_sets(
@@ -90,10 +90,10 @@ def given_scales(job: Job) -> Given | None:
         UsageError: an algorithm was asked for too; the recipe measures nothing.
         InputError: the file is broken, of another model, or does not cover what the recipe quantises.
     """
-    path, schemes = job.request.scales, job.plan.quantised
+    path = job.request.scales
     if path is None:
         return None
-    kinds, folds = rounded_inputs(schemes), bool(folded_layers(schemes))
+    kinds, folds = job.plan.rounded, bool(folded_layers(job.plan.quantised))
     if job.request.algorithm is not None:
         raise UsageError(
             "--algorithm and --scales were both given.",
@@ -103,8 +103,9 @@ def given_scales(job: Job) -> Given | None:
     if not kinds and not folds:
         raise UsageError(f"Precision {job.recipe.name} takes no scales.", "It measures nothing.")
     scales = Scales.load(path)
+    fused = {c: [o for n in names for o in operand_names(n)] for c, names in job.plan.attention.items()}
     wanted = {
-        component: {layer: kinds[layer] for layer in layers if layer in kinds}
+        component: {name: kinds[name] for name in (*layers, *fused.get(component, ())) if name in kinds}
         for component, layers in job.component_linears.items()
     }
     scales.check(job.linear_shapes, wanted, job.checkpoint.revision)

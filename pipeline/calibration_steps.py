@@ -17,7 +17,7 @@ from ..calibration.calibrate import (
 )
 from ..calibration.observe import depends_on_type
 from ..calibration.scales import Scales
-from ..calibration.schemes import folded_layers, rounded_inputs
+from ..calibration.schemes import folded_layers
 from .calibration import SMOOTHING
 from .graphs import SCALES, folded_checkpoint
 from .request import Job
@@ -103,7 +103,7 @@ def calibrate_step(job: Job, before: list[Step]) -> Step:
     """Activation ranges of every layer that the recipe quantises."""
     if job.given is not None:
         return _given_scales(job.given.scales, before)
-    kinds = rounded_inputs(job.plan.schemes) if depends_on_type(job.algorithm) else {}
+    kinds = job.plan.rounded if depends_on_type(job.algorithm) else {}
     inputs = {
         **model_of(job),
         "set": job.calibration.hash,

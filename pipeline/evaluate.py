@@ -89,7 +89,9 @@ def _simulated(
     from ..calibration.simulate import Quantised, simulated_accuracy
 
     stores = [p for rel in (BASE_STORE, LOW_STORE) if (p := space.root / rel).is_file()]
-    quantised = Quantised(stores, source.plan.quantised, source.recipe.base, source.scales)
+    quantised = Quantised(
+        stores, source.plan.quantised, source.recipe.base, source.scales, source.plan.attention
+    )
     inputs = (job.checkpoint, job.components, quantised, job.held_out, job.settings, job.tokenizer)
     return simulated_accuracy(*inputs, folder, progress=progress)
 

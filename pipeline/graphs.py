@@ -12,7 +12,7 @@ from ..calibration.qdq_nodes import Style
 from ..calibration.quantize import quantise_layer, stored_tensors
 from ..calibration.recipe import Plan, Recipe
 from ..calibration.scales import Scales
-from ..calibration.schemes import folded_layers, rounded_inputs
+from ..calibration.schemes import folded_layers
 from ..export.binding import bind, save_graph
 from ..export.components import component_module, component_spec
 from ..export.split import split_graph
@@ -147,6 +147,7 @@ def _quantised(source: Source, component: str, compute: str, style: Style) -> tu
             compute=DTYPES[compute],
             base=source.recipe.base,
             style=style,
+            attentions=source.plan.attention.get(component, ()),
         )
     return model, promised
 
@@ -164,7 +165,7 @@ def _shape(tensors: dict[str, Any], layer: str) -> tuple[int, int]:
 
 def source(job: Job, root: Path) -> Source:
     """What the graphs of ``job`` are made from, once calibration is done."""
-    scales = Scales.load(root / SCALES) if rounded_inputs(job.plan.schemes) else None
+    scales = Scales.load(root / SCALES) if job.plan.rounded else None
     return Source(folded_checkpoint(job, root), job.recipe, job.plan, scales)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..calibration.dataset import SMALL
-from ..calibration.schemes import rounded_inputs
 from ..export.components import component_spec
 from ..manifest import Calibration, Component, EngineFile, Manifest, Model
 from ..specs import ComponentSpec
@@ -71,7 +70,7 @@ def _calibration(job: Job) -> Calibration | None:
         return None
     chosen = job.calibration
     found = (chosen.hash, len(chosen), len(chosen.skipped), chosen.synthetic, chosen.without_caption)
-    algorithm = job.algorithm if rounded_inputs(job.plan.schemes) else ""
+    algorithm = job.algorithm if job.plan.rounded else ""
     return Calibration(*found, len(chosen) < SMALL, algorithm)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..calibration.scales import Scales
-from ..calibration.schemes import folded_layers, rounded_inputs
+from ..calibration.schemes import folded_layers
 from ..errors import UsageError
 from .calibration import SMOOTHING
 from .calibration_steps import calibrate_step, fold_steps, preprocess_step
@@ -26,8 +26,7 @@ def measure(job: Job, out: Path, reporter: Reporter) -> Scales:
         UsageError: the recipe rounds no inputs.
         BuildError: NaN, infinity, or nothing but zeros at a layer's input; too little disk.
     """
-    schemes = job.plan.quantised
-    if not rounded_inputs(schemes) and not folded_layers(schemes):
+    if not job.plan.rounded and not folded_layers(job.plan.quantised):
         raise UsageError(
             f"Precision {job.recipe.name} rounds no inputs: there is nothing to measure.",
             fix="Name the recipe that you will build with: --precision fp8.",

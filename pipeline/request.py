@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..calibration.attention import attentions
 from ..calibration.observe import algorithm_name
 from ..calibration.recipe import Plan, Recipe, load_recipe, plan
 from ..calibration.schemes import element_types
@@ -94,9 +95,12 @@ class Job:
         self.folder = source if source.is_dir() else source.parent
         self.components = _components(self.checkpoint, request.components)
         self.parts = {name: self._split(name) for name in self.components}
-        self.plan: Plan = plan(self.recipe, self.linear_shapes)
+        self.plan: Plan = plan(
+            self.recipe, self.linear_shapes, attentions(self.checkpoint.config, self.components)
+        )
         if RTX in self.backends:
             types = element_types(self.recipe.base, frozenset(self.plan.quantised.values()))
+            types |= {"fp8"} if any(self.plan.attention.values()) else set()
             check_types(f"Precision {self.recipe.name}", types, parse_targets(request.targets))
         self.tokenizer = Tokenizer(self._beside("tokenizer.model"))
         if len(self.tokenizer) > self.checkpoint.config.qllama.vocab_size:

@@ -6,7 +6,6 @@ for each component and target, kernels (the proof), accuracy of the components, 
 
 from __future__ import annotations
 
-from ..calibration.schemes import rounded_inputs
 from .accuracy_steps import accuracy_step, tasks_step
 from .calibration_steps import calibrate_step, fold_steps, preprocess_step
 from .engine_steps import engine_step, kernels_step
@@ -21,7 +20,7 @@ def steps(job: Job) -> list[Step]:
     found = [preprocess]
     smooth = fold_steps(job, preprocess)
     scales = list(smooth)
-    if rounded_inputs(job.plan.schemes):
+    if job.plan.rounded:
         scales.append(calibrate_step(job, [preprocess, *smooth]))
     stores = store_steps(job, smooth)
     graph_steps = {c: graph_step(job, c, [*scales, *stores]) for c in job.components}

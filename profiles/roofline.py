@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..calibration.attention import PROMISE
 from ..calibration.recipe import Plan, Recipe
 from ..calibration.schemes import SCHEMES
 from ..errors import CapabilityError
@@ -38,7 +39,13 @@ class Arithmetic:
     def of(cls, recipe: Recipe, layers: Plan) -> Arithmetic:
         """The arithmetic of a recipe on the layers of its plan."""
         found = {layer_type(name): SCHEMES[scheme] for name, scheme in layers.quantised.items()}
-        return cls(recipe.base, {k: (s.weight, s.activation or recipe.base) for k, s in found.items()})
+        low = {k: (s.weight, s.activation or recipe.base) for k, s in found.items()}
+        # One arithmetic serves all components: an attention counts as FP8 where it is so in each of them.
+        wide = tuple(e.layer.rpartition(" ")[2] for e in layers.exclusions if e.scheme == PROMISE)
+        for name in (name for names in layers.attention.values() for name in names):
+            if not name.endswith(wide):
+                low[f"{layer_type(name)}/Attention"] = ("fp8", "fp8")
+        return cls(recipe.base, low)
 
     def weight(self, layer: str) -> str:
         """The type that the weight of ``layer`` is stored in."""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..calibration.attention import attentions
 from ..calibration.quantize import stored_tensors
 from ..calibration.recipe import Plan, Recipe, plan
 from ..engines.memory import Load
@@ -54,7 +55,7 @@ def linear_shapes(config: InternVLConfig) -> dict[str, tuple[int, int]]:
 
 def plan_of(recipe: Recipe, config: InternVLConfig) -> Plan:
     """What ``recipe`` means for a model of ``config``; UsageError as :func:`..calibration.recipe.plan`."""
-    return plan(recipe, linear_shapes(config))
+    return plan(recipe, linear_shapes(config), attentions(config, COMPONENTS))
 
 
 def component_shapes(component: str, config: InternVLConfig) -> dict[str, Shape]:
