@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ivl_export.calibration.attention import core_attentions, operand_names
 from ivl_export.calibration.calibrate import calibrate, calibration_units
 from ivl_export.calibration.chain import run_chain
 from ivl_export.calibration.dataset import CalibrationSet
@@ -34,11 +36,12 @@ def scales(checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokeni
 def test_every_linear_of_the_graphs_has_a_range_of_its_own(scales: Scales) -> None:
     parts = {c: {n.split(".")[-1] for n in layers} for c, layers in scales.amax.items()}
     llama = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert parts["vision"] == {"qkv", "proj", "fc1", "fc2"}
-    assert parts["qllama_query"] == llama | {"proj"}
-    assert parts["qllama_text"] == llama
-    assert parts["qllama_step"] == llama | {"lm_head"}
-    cross = {n for n in scales.amax["qllama_query"] if "qllama.model" in n and "cross_attn" in n}
+    operands = {"q", "k", "v"}  # of attentions, and of the vision head's linears
+    assert parts["vision"] == {"qkv", "proj", "fc1", "fc2"} | operands
+    assert parts["qllama_query"] == llama | {"proj"} | operands
+    assert parts["qllama_text"] == llama | operands
+    assert parts["qllama_step"] == llama | {"lm_head"} | operands
+    cross = {n for n in scales.amax["qllama_query"] if n.endswith("_proj") and "cross_attn" in n}
     assert cross == {f"qllama.model.layers.0.cross_attn.{p}_proj" for p in "qkvo"}
     name = "qllama.model.layers.0.mlp.down_proj"
     assert len({scales.amax[c][name] for c in ALL[1:]}) == 3
@@ -59,6 +62,13 @@ def test_ranges_equal_hooks_on_the_whole_model(
             module.register_forward_pre_hook(
                 lambda _, a, n=name: seen.__setitem__(n, max(seen.get(n, 0.0), float(a[0].abs().max())))
             )
+    for name, core in core_attentions(model).items():
+
+        def see(_: object, args: tuple[torch.Tensor, ...], names: tuple[str, ...]) -> None:
+            for n, x in zip(names, (args[0] * args[0].shape[-1] ** -0.5, *args[1:3]), strict=True):
+                seen[n] = max(seen.get(n, 0.0), float(x.abs().max()))
+
+        core.register_forward_pre_hook(partial(see, names=operand_names(name)))
     found = {}
     batches = list(scenes[0].batches(settings, tokenizer, 1))
     queries = model.config.num_query_token

@@ -234,7 +234,7 @@ def test_graph_and_calibration_must_agree(
     extra = "vision_model.encoder.layers.7.mlp.fc1"
     with pytest.raises(BuildError, match=r"lacks 1 layers that calibration saw in it.*layers\.7\.mlp\.fc1"):
         write({**planned, extra: "fp8"}, {**amax, extra: 1.0})
-    with pytest.raises(BuildError, match="Its input is BFLOAT16, the graph is said to compute in float32"):
+    with pytest.raises(BuildError, match="It is BFLOAT16, the graph is said to compute in float32"):
         write(planned, amax, "float32")
     with pytest.raises(BuildError, match="computes in float16, the recipe's base is bf16"):
         write(planned, amax, "float16")

@@ -122,7 +122,7 @@ def test_widths_that_fp8_cannot_run_are_stated() -> None:
         ({"name": "x", "rules": [{"pattern": "a", "scheme": "fp8", "kind": 1}]}, "unknown keys: kind"),
         ({"name": "x", "rules": [{"pattern": "a", "scheme": "int4"}]}, "scheme of 'a' is 'int4'"),
         ({"name": "x", "base": "fp8"}, "base is 'fp8'"),
-        ({"name": "x", "attention": "fp8"}, "attention is 'fp8'"),
+        ({"name": "x", "attention": "int8"}, "attention is 'int8'"),
         ({"name": "x", "base": 16}, "base is no text"),
         ({"name": "../x"}, "unusable name"),
         ({"rules": []}, "unusable name"),

@@ -10,7 +10,7 @@ import pytest
 from ivl_export.engines.build import build_engine
 from ivl_export.engines.program import read_programs
 from ivl_export.engines.promise import check_promise
-from ivl_export.engines.proof import KernelReport
+from ivl_export.engines.proof import AttentionProof, KernelReport
 from ivl_export.engines.proof_rtx import proof_from_engine
 from ivl_export.errors import BuildError, IntegrityError, UsageError
 
