@@ -179,7 +179,8 @@ def calibrate(
             flow.close()
         amax = state.amax
         shutil.rmtree(state.folder, ignore_errors=True)
-    tensors, measured = checkpoint.tensors, sorted({layer for layers in amax.values() for layer in layers})
+    measured = sorted({layer for layers in amax.values() for layer in layers})
+    weights = {layer: checkpoint.tensors.get(f"{layer}.weight") for layer in measured}  # attentions have none
     return Scales(
         amax=amax,
         algorithm=recorded,
@@ -190,9 +191,7 @@ def calibrate(
         model=checkpoint.revision,
         skipped=len(chosen.skipped),
         kinds={layer: chosen_for[layer] for layer in measured if layer in chosen_for},
-        shapes={
-            layer: list(tensors[key].shape) for layer in measured if (key := f"{layer}.weight") in tensors
-        },
+        shapes={layer: list(ref.shape) for layer, ref in weights.items() if ref is not None},
     )
 
 
