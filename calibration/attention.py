@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from ..models.chat_config import ModelConfig
 
-PROMISE = "fp8-attention"
-"""What is promised of such an attention: one kernel on fp8, fp8, fp8."""
+FP8_ATTENTION = "fp8-attention"
+"""What it is called beside the schemes of layers."""
 
 OPERANDS = ("q", "k", "v")
 SOFTMAX_AMAX = 1.0

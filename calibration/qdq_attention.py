@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BuildError
-from .attention import PROMISE, SOFTMAX_AMAX, attention_scales, operand_names
+from .attention import SOFTMAX_AMAX, attention_scales, operand_names
 from .qdq_nodes import Form, constant, dequantised, pair
 from .quantize import activation_scale
 
@@ -30,7 +30,7 @@ def write_attention(
     is enough for TensorRT-RTX 1.7 to leave every FP8 attention of the network unfused.
 
     Returns:
-        Name of the Softmax -> :data:`.attention.PROMISE`, for each.
+        Name of the Softmax -> ``fp8``, for each.
 
     Raises:
         BuildError: calibration did not see its inputs, or the node is of a kind that has no such graph.
@@ -48,14 +48,14 @@ def write_attention(
                 "Calibrate again with this component, or use 'attention: base' in the recipe.",
             )
         scales = attention_scales(attention, amax, form.base)
-        promised[_write(graph, node, attention, scales, form)] = PROMISE
+        promised[_write(graph, node, attention, scales, form)] = "fp8"
     for name, node in nodes.items() if promised else ():
         _write(graph, node, str(name).removesuffix("/Attention"), None, form)
     return promised
 
 
 def quantised_attentions(model: ir.Model) -> dict[str, str]:
-    """Name of every Softmax between two products of factors dequantised from FP8 -> promise (read back)."""
+    """Name of every Softmax between two products of factors dequantised from FP8 -> ``fp8`` (read back)."""
     fp8 = {
         node
         for node in model.graph
@@ -67,7 +67,7 @@ def quantised_attentions(model: ir.Model) -> dict[str, str]:
         if softmax is not None and softmax.op_type == "Softmax":
             scores = _behind(softmax.inputs[0], ("Where",))
             if scores in fp8:
-                found[str(softmax.name)] = PROMISE
+                found[str(softmax.name)] = "fp8"
     return found
 
 

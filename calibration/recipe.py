@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError
-from .attention import PROMISE, Attentions, operand_names
+from .attention import FP8_ATTENTION, Attentions, operand_names
 from .schemes import BASES, SCHEMES, element_types, excluded, rounded_inputs
 
 ATTENTION = ("base", "fp8")
@@ -249,7 +249,9 @@ def plan(recipe: Recipe, shapes: Mapping[str, tuple[int, int]], attentions: Atte
         for component, found in (attentions or {}).items():
             fused[component] = tuple(name for name, shape in found.items() if not shape.excluded)
             kinds = {(name.rpartition(".")[2], shape.excluded): None for name, shape in found.items()}
-            exclusions += [Exclusion(f"{component}: {kind}", PROMISE, why) for kind, why in kinds if why]
+            exclusions += [
+                Exclusion(f"{component}: {kind}", FP8_ATTENTION, why) for kind, why in kinds if why
+            ]
     return Plan(result, tuple(exclusions), fused)
 
 

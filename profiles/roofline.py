@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..calibration.attention import PROMISE
+from ..calibration.attention import FP8_ATTENTION
 from ..calibration.recipe import Plan, Recipe
 from ..calibration.schemes import SCHEMES
 from ..errors import CapabilityError
@@ -41,7 +41,7 @@ class Arithmetic:
         found = {layer_type(name): SCHEMES[scheme] for name, scheme in layers.quantised.items()}
         low = {k: (s.weight, s.activation or recipe.base) for k, s in found.items()}
         # One arithmetic serves all components: an attention counts as FP8 where it is so in each of them.
-        wide = tuple(e.layer.rpartition(" ")[2] for e in layers.exclusions if e.scheme == PROMISE)
+        wide = tuple(e.layer.rpartition(" ")[2] for e in layers.exclusions if e.scheme == FP8_ATTENTION)
         for name in (name for names in layers.attention.values() for name in names):
             if not name.endswith(wide):
                 low[f"{layer_type(name)}/Attention"] = ("fp8", "fp8")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ivl_export.calibration.accuracy import compare
 from ivl_export.calibration.attention import (
-    PROMISE,
+    FP8_ATTENTION,
     SOFTMAX_AMAX,
     AttentionShape,
     attention_scales,
@@ -119,7 +119,7 @@ def test_the_graph_equals_the_simulation(
     names, amax = everything(shallow)[component], scales.amax[component]
     model = export_component(component, shallow, "float32")
     promised = write_qdq(model, {}, amax, compute="float32", style="onnxruntime", attentions=names)
-    assert promised == {f"{name}/softmax": PROMISE for name in names} == quantised_attentions(model)
+    assert promised == {f"{name}/softmax": "fp8" for name in names} == quantised_attentions(model)
     assert quantised_gemms(model) == {}
     assert not [node for node in model.graph if node.op_type == "Attention"], "one would unfuse the others"
     proto = bound(model, shallow, {})
@@ -171,7 +171,7 @@ def test_which_attentions_fit() -> None:
         "vision": 48, "qllama_query": 48, "qllama_text": 0, "qllama_step": 32
     }  # fmt: skip
     (left_out,) = found.exclusions
-    assert (left_out.layer, left_out.scheme) == ("qllama_text: self_attn", PROMISE)
+    assert (left_out.layer, left_out.scheme) == ("qllama_text: self_attn", FP8_ATTENTION)
     assert "32" in left_out.reason
     assert plan(recipe, shapes).attention == {}
     assert "head size 24" in AttentionShape(24, 99).excluded
