@@ -120,7 +120,7 @@ def _write(
     columns = k.shape[2]
     assert isinstance(width, int)
     factor = constant(graph, f"{name}.factor", width**-0.5, dtype)
-    q = place.add("Mul", "scaled", [q, factor], q.shape, dtype)
+    q = place.add("Mul", "scaled", [q, factor], [batch, heads, rows, width], dtype)
     k = place.add("Transpose", "turned", [k], [batch, heads, width, columns], dtype, perm=[0, 1, 3, 2])
     if scales:
         q, k, v = (
@@ -139,7 +139,7 @@ def _write(
     if scales:
         top = activation_scale(SOFTMAX_AMAX, "fp8", form.base)
         weights = pair(graph, weights, f"{name}.weights", "fp8", top, form)
-    out = place.add("MatMul", "mixed", [weights, v], q.shape or (), dtype)
+    out = place.add("MatMul", "mixed", [weights, v], [batch, heads, rows, width], dtype)
     node.outputs[0].replace_all_uses_with(out)
     graph.remove(node, safe=True)
     return f"{name}/softmax"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_a_causal_row_sees_what_stands_before_it() -> None:
     scales = (0.01, 0.01, 0.01)
     whole = fake_attention(q, k, v, causal=True, scales=scales, base="bf16")
     for n in range(1, 6):
-        parts = (x[:, :, :n] for x in (q, k, v))
+        parts = q[:, :, :n], k[:, :, :n], v[:, :, :n]
         part = fake_attention(*parts, causal=True, scales=scales, base="bf16")
         assert torch.allclose(part, whole[:, :n], atol=1e-6)
 
@@ -98,11 +99,15 @@ def test_calibration_sees_the_scaled_query(shallow: Checkpoint, scales: Scales) 
     for component, names in everything(shallow).items():
         operands = {name for attention in names for name in operand_names(attention)}
         assert operands <= set(scales.amax[component])
-    linears = {key.removesuffix(".weight") for key in shallow.tensors}
-    scales.check(linears, COMPONENTS, shallow.revision)
-    foreign = Scales(**{**vars(scales), "amax": {"vision": {"elsewhere.attn.q": 1.0}}})
+    shapes = {k.removesuffix(".weight"): r.shape for k, r in shallow.tensors.items() if len(r.shape) == 2}
+    names = operand_names("vision_model.encoder.layers.0.attn")
+    wanted = {"vision": dict.fromkeys(names, "fp8")}
+    scales.check(shapes, wanted, shallow.revision)
+    amax = {"vision": {k: v for k, v in scales.amax["vision"].items() if k != names[1]}}
+    with pytest.raises(InputError, match=r"no range.*attn\.k"):
+        replace(scales, amax=amax).check(shapes, wanted, shallow.revision)
     with pytest.raises(InputError, match="do not belong"):
-        foreign.check(linears, ["vision"], shallow.revision)
+        replace(scales, amax={"vision": {"elsewhere.attn.q": 1.0}}).check(shapes, {}, shallow.revision)
     # QK-norm holds every row of q to a mean square of 1, so the scaled amax is at most 1.
     assert scales.amax["vision"]["vision_model.encoder.layers.0.attn.q"] < 64**0.5 / 4
 
