@@ -68,10 +68,26 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Built:
+    """How a TensorRT engine was built: what a loader checks before the library sees the file.
+
+    ``dtype`` is the element type of its float inputs and outputs, ``profiles`` the ranges of every axis (axis
+    name -> min, opt, max) for each optimization profile, ``options`` the builder options that differ from the
+    library's own, ``gpu`` and ``sm`` the GPU it is tied to (empty: it is tied to its target only).
+    """
+
+    dtype: str
+    profiles: tuple[dict[str, tuple[int, int, int]], ...]
+    options: dict[str, Any]
+    gpu: str = ""
+    sm: str = ""
+
+
+@dataclass(frozen=True)
 class EngineFile:
     """A built engine; ``release`` is the exact library release that built it (engines are tied to it).
 
-    ``part`` says which part of a split component it is.
+    ``part`` says which part of a split component it is; ``built`` is None for what no builder made.
     """
 
     component: str
@@ -80,6 +96,7 @@ class EngineFile:
     file: str
     release: str
     part: int = 0
+    built: Built | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,8 @@ class Manifest:
         for engine in data["engines"]:
             if not self.components[engine["component"]].parts:
                 del engine["part"]
+            if engine["built"] is None:
+                del engine["built"]
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
     def with_files(self, files: dict[str, FileEntry]) -> Manifest:
@@ -299,16 +318,35 @@ def _check_spec(node: Node) -> None:
 
 
 def _engine(node: Node) -> EngineFile:
-    split = "part" in node.object().data
-    node.keys({"component", "backend", "target", "file", "release"} | ({"part"} if split else set()))
+    optional = {"part", "built"} & set(node.object().data)
+    node.keys({"component", "backend", "target", "file", "release"} | optional)
     return EngineFile(
         component=node["component"].name(),
         backend=node["backend"].name(),
         target=node["target"].name(),
         file=node["file"].path(),
         release=node["release"].text(),
-        part=node["part"].integer() if split else 0,
+        part=node["part"].integer() if "part" in optional else 0,
+        built=_built(node["built"]) if "built" in optional else None,
     )
+
+
+def _built(node: Node) -> Built:
+    node.keys(set(Built.__dataclass_fields__))
+    return Built(
+        dtype=node["dtype"].name(),
+        profiles=tuple(node["profiles"].list(lambda profile: profile.map(_range))),
+        options=node["options"].object().data,
+        gpu=node["gpu"].text(),
+        sm=node["sm"].text(),
+    )
+
+
+def _range(node: Node) -> tuple[int, int, int]:
+    sizes = node.list(Node.integer)
+    if len(sizes) != 3 or sizes != sorted(sizes):
+        node.bad("is not a smallest, a tuned-for and a largest size")
+    return sizes[0], sizes[1], sizes[2]
 
 
 def _file(node: Node) -> FileEntry:

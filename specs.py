@@ -31,6 +31,10 @@ class Shaped(Protocol):
         ...
 
 
+SUMS = {"total": ("past", "text")}
+"""Axes that are the sum of others."""
+
+
 def part_starts(blocks: int, count: int) -> list[int]:
     """The first block of each of ``count`` parts of a split component, as equal as can be."""
     return [k * blocks // count for k in range(count)]

@@ -11,32 +11,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BuildError, UsageError
+from ..errors import BuildError, CapabilityError, UsageError
+from ..manifest import Built
 from ..specs import ComponentSpec
-from . import trt
-from .graph import read_graph
+from . import trt, trt_config, trt_network
+from .gpu import Gpu, gpus
+from .graph import Graph, read_graph
 from .memory import check_memory, graph_load
+from .options import BuildOptions
+from .shapes import Profile, profiles_of, ranges_of
 from .targets import check_types, parse_targets
+from .timing_cache import timing_cache
+from .trt_config import Shape
 
+_FLOATS = ("fp32", "fp16", "bf16")
 NATIVE = "native"
 """The target of a builder that compiles for the GPU of the machine it runs on (``tensorrt``)."""
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """Builder settings; None means the library's default.
-
-    Args:
-        optimization_level: 0 (fast build) to 5 (fast engine).
-        workspace_bytes: scratch memory an engine may use.
-        profiles: axis name -> (min, opt, max) that differ from the spec's, one mapping for each
-            optimization profile; empty: one profile with the spec's ranges. A profile whose sequence is
-            always 1 doubles the weights in the engine (measured on TensorRT-RTX 1.7): let it reach 4.
-    """
-
-    optimization_level: int | None = None
-    workspace_bytes: int | None = None
-    profiles: tuple[dict[str, tuple[int, int, int]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +47,7 @@ class EngineRecord:
     size: int
     peak_rss: int
     predicted_bytes: int
+    built: Built
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for receipts."""
@@ -68,31 +59,38 @@ def build_engine(
     spec: ComponentSpec,
     out: Path,
     *,
-    backend: str = "tensorrt-rtx",
+    backend: str = trt.RTX,
     target: str = "sm89",
     options: BuildOptions | None = None,
+    profiles: tuple[Profile, ...] = (),
     parts: int = 1,
+    cache: bool = True,
 ) -> EngineRecord:
     """Compile ``graph`` into the engine file ``out``; a failed or killed build leaves no file of that name.
 
     Args:
         graph: an ONNX file, its external weights beside it.
-        spec: the component's contract; its axes give the optimization profile.
+        spec: the component's contract.
         out: the engine file; its folder is made.
         backend: one of :data:`.trt.BUILDERS`.
         target: what it is for: ``"sm89"``, several as ``"sm89+sm120"``, or :data:`NATIVE` with a builder that
             compiles for the GPU in the machine.
         options: builder settings.
+        profiles: for each optimization profile the ranges of axes, the spec's where one is not named; empty:
+            :func:`.shapes.profiles_of`.
         parts: how many parts the component is split into, if ``graph`` is one of them.
+        cache: whether measured times of kernels are kept for later builds (``tensorrt``).
 
     Raises:
         UsageError: an unknown backend or target.
-        CapabilityError: the library is not installed, or a target lacks an element type of the graph.
+        CapabilityError: the library is not installed, a target lacks an element type of the graph, or the
+            library cannot do what an option asks.
         IntegrityError: ``graph`` is no ONNX model.
         BuildError: too little memory is free, graph and spec differ, the library refuses the graph, or the
             file cannot be written.
     """
     options = options or BuildOptions()
+    profiles = tuple({**ranges_of(spec), **profile} for profile in profiles) or profiles_of(spec)
     targets = () if target == NATIVE else parse_targets(target)
     lib = trt.library(backend)
     if lib.cross_builds and not targets:
@@ -103,19 +101,19 @@ def build_engine(
         )
     contents = read_graph(graph)
     check_types(spec.name, contents.element_types, targets)
+    gpu = None if lib.cross_builds else native_gpu(lib)
     load = graph_load(contents)
     check_memory(spec.name, load, parts)
     started = time.perf_counter()
-    parsed = trt.parse_network(lib, graph)
-    _check_names(parsed, spec, graph)
-    config = trt.builder_config(
-        parsed,
-        [t.name for t in targets],
-        [_profile(spec, ranges) for ranges in options.profiles or ({},)],
-        optimization_level=options.optimization_level,
-        workspace_bytes=options.workspace_bytes,
-    )
-    size = _write(parsed, config, spec, out)
+    parsed = trt_network.parse_network(lib, graph)
+    _check_names(contents, spec, graph)
+    inputs, outputs = _kinds(contents.inputs), _kinds(contents.outputs)
+    trt_network.check_types(parsed, inputs, outputs)
+    shapes = [_shapes(spec, profile) for profile in profiles]
+    config = trt_config.builder_config(parsed, [t.name for t in targets], shapes, options)
+    with timing_cache(lib, config, gpu, enabled=cache):
+        size = _write(parsed, config, spec, out)
+    trt_network.check_types(parsed, inputs, outputs)
     return EngineRecord(
         component=spec.name,
         backend=backend,
@@ -126,28 +124,44 @@ def build_engine(
         size=size,
         peak_rss=_peak_rss(),
         predicted_bytes=load.build_bytes,
+        built=Built(
+            dtype=next((kind for kind in (*inputs.values(), *outputs.values()) if kind in _FLOATS), "fp32"),
+            profiles=profiles,
+            options=options.to_json(),
+            gpu=gpu.name if gpu else "",
+            sm=gpu.sm if gpu else "",
+        ),
     )
 
 
-def _profile(
-    spec: ComponentSpec, ranges: dict[str, tuple[int, int, int]]
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    def shape(dims: Sequence[int | str], which: int) -> tuple[int, ...]:
-        sizes = []
-        for dim in dims:
-            if isinstance(dim, str):
-                axis = spec.axis(dim)
-                dim = ranges.get(dim, (axis.min, axis.opt, axis.max))[which]
-            sizes.append(dim)
-        return tuple(sizes)
+def native_gpu(lib: trt.Library) -> Gpu:
+    """The GPU that ``lib`` builds for; CapabilityError if there is none."""
+    if not gpus():
+        raise CapabilityError(
+            f"{lib} cannot build here.",
+            "It builds for the GPU of this machine, and there is none, or no driver for it.",
+            "Build on the machine that will run it, or with --backend tensorrt-rtx --targets sm89.",
+        )
+    return gpus()[0]
+
+
+def _kinds(values: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, str]:
+    return {name: kind for name, (kind, _) in values.items()}
+
+
+def _shapes(spec: ComponentSpec, profile: Profile) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """Smallest, tuned-for and largest shape of every input."""
+
+    def shape(dims: Sequence[int | str], which: int) -> Shape:
+        return tuple(profile[dim][which] if isinstance(dim, str) else dim for dim in dims)
 
     return {t.name: (shape(t.shape, 0), shape(t.shape, 1), shape(t.shape, 2)) for t in spec.inputs}
 
 
-def _check_names(parsed: trt.Network, spec: ComponentSpec, graph: Path) -> None:
+def _check_names(contents: Graph, spec: ComponentSpec, graph: Path) -> None:
     pairs = (
-        ("inputs", [t.name for t in parsed.inputs], [t.name for t in spec.inputs]),
-        ("outputs", parsed.output_names, [t.name for t in spec.outputs]),
+        ("inputs", list(contents.inputs), [t.name for t in spec.inputs]),
+        ("outputs", list(contents.outputs), [t.name for t in spec.outputs]),
     )
     for what, have, want in pairs:
         if sorted(have) != sorted(want):
@@ -158,7 +172,7 @@ def _check_names(parsed: trt.Network, spec: ComponentSpec, graph: Path) -> None:
             )
 
 
-def _write(parsed: trt.Network, config: Any, spec: ComponentSpec, out: Path) -> int:
+def _write(parsed: trt_network.Network, config: Any, spec: ComponentSpec, out: Path) -> int:
     """Write beside ``out`` and rename, so that ``out`` is whole or not there.
 
     The temporary name is fixed: what a killed build left is overwritten by the next one.
@@ -167,7 +181,7 @@ def _write(parsed: trt.Network, config: Any, spec: ComponentSpec, out: Path) -> 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with staging.open("wb") as file:
-            size = trt.write_engine(parsed, config, file)
+            size = trt_network.write_engine(parsed, config, file)
             file.flush()
             os.fsync(file.fileno())
         staging.replace(out)

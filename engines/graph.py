@@ -54,7 +54,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in file order; initializers and inputs by name with element type and sizes.
+    """Nodes in file order; initializers, inputs and outputs by name with element type and sizes.
 
     Dynamic sizes are 0. Element types are :data:`ELEMENT_TYPES`, ``?`` for any other. ``integers`` are the
     values of short int64 constants: shapes, axes, ranges.
@@ -63,6 +63,7 @@ class Graph:
     nodes: tuple[Node, ...]
     initializers: dict[str, tuple[str, tuple[int, ...]]]
     inputs: dict[str, tuple[str, tuple[int, ...]]]
+    outputs: dict[str, tuple[str, tuple[int, ...]]]
     integers: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
@@ -102,6 +103,7 @@ def _model(data: memoryview) -> Graph:
     nodes: list[Node] = []
     initializers: dict[str, tuple[str, tuple[int, ...]]] = {}
     inputs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    outputs: dict[str, tuple[str, tuple[int, ...]]] = {}
     integers: dict[str, tuple[int, ...]] = {}
 
     def enter(name: str, tensor: _Tensor) -> None:
@@ -125,12 +127,12 @@ def _model(data: memoryview) -> Graph:
             elif key == 5:
                 tensor = _tensor(part)
                 enter(tensor.name, tensor)
-            elif key == 11:
+            elif key in (11, 12):
                 name, kind, dims = _value_info(part)
-                inputs[name] = (kind, dims)
+                (inputs if key == 11 else outputs)[name] = (kind, dims)
     if not found:
         raise ValueError("it holds no graph")
-    return Graph(tuple(nodes), initializers, inputs, integers)
+    return Graph(tuple(nodes), initializers, inputs, outputs, integers)
 
 
 @dataclass(frozen=True)

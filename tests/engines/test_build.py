@@ -7,14 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import onnx
 import pytest
 
-from ivl_export.engines import trt
-from ivl_export.engines.build import NATIVE, BuildOptions, build_engine
+from ivl_export.engines.build import NATIVE, build_engine
+from ivl_export.engines.options import BuildOptions
 from ivl_export.engines.program import read_programs
 from ivl_export.engines.targets import TARGETS, check_types, parse_targets
 from ivl_export.errors import BuildError, CapabilityError, IntegrityError, IvlError, UsageError
@@ -62,10 +61,15 @@ def test_several_targets_and_profiles_share_a_file(make: Make, tmp_path: Path) -
     pytest.importorskip("tensorrt_rtx")
     sample = make("step", dtype="bf16", scheme="int8")
     decode = {"text": (1, 1, 1), "total": (5, 9, 13)}
-    options = BuildOptions(optimization_level=2, workspace_bytes=1 << 28, profiles=({}, decode))
+    options = BuildOptions(optimization_level=2, workspace_bytes=1 << 28)
     out = tmp_path / "both.engine"
-    record = build_engine(sample.path, sample.spec, out, target="sm120,sm89", options=options)
+    record = build_engine(
+        sample.path, sample.spec, out, target="sm120,sm89", options=options, profiles=({}, decode)
+    )
     assert record.target == "sm120+sm89"
+    assert record.built.dtype == "bf16"
+    assert [p["text"] for p in record.built.profiles] == [(1, 1, 4), (1, 1, 1)]
+    assert record.built.options == {"optimization_level": 2, "workspace_bytes": 1 << 28}
     assert len(read_programs(out)) == 2
 
 
@@ -145,40 +149,19 @@ def test_a_missing_library_names_the_line_that_installs_it(
         build_engine(sample.path, sample.spec, tmp_path / "x.engine", backend="openvino")
 
 
-def test_a_library_that_builds_for_its_own_gpu_refuses_targets() -> None:
-    config = SimpleNamespace()
-    module = SimpleNamespace(IBuilderConfig=SimpleNamespace)
-    library = trt.Library("tensorrt", module, "10.16.0")
-    builder = SimpleNamespace(create_builder_config=lambda: config)
-    parsed = trt.Network(library, None, None, builder, None)  # type: ignore[arg-type]
-    assert not library.cross_builds
-    with pytest.raises(CapabilityError, match="GPU of this machine only"):
-        trt.builder_config(parsed, ["sm89"], [])
-    assert trt.builder_config(parsed, [], []) is config
-
-
-def test_the_missing_driver_is_told_only_when_it_is_the_reason() -> None:
-    library = trt.Library("tensorrt-rtx", None, "1.7")
-    driver = "Cuda Runtime (cudaError 35: CUDA driver version is insufficient)"
-    parsed = trt.Network(library, None, SimpleNamespace(errors=[driver, "bad node", "bad node"]), None, None)  # type: ignore[arg-type]
-    assert parsed.reasons() == "bad node"
-    parsed.logger.errors = [driver]
-    assert parsed.reasons() == driver
-
-
 def test_a_killed_build_leaves_no_engine(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample = make("mlp", dtype="bf16")
     code = f"""
 import os, signal
 from pathlib import Path
-from ivl_export.engines import trt
+from ivl_export.engines import trt_network
 from ivl_export.engines.build import build_engine
 from ivl_export.specs import ComponentSpec
-write = trt.write_engine
+write = trt_network.write_engine
 def half(parsed, config, out):
     out.write(b"half"); out.flush(); os.kill(os.getpid(), signal.SIGKILL)
-trt.write_engine = half
+trt_network.write_engine = half
 spec = ComponentSpec.from_json({sample.spec.to_json()!r})
 build_engine(Path({str(sample.path)!r}), spec, Path({str(tmp_path / "x.engine")!r}))
 """

@@ -204,11 +204,8 @@ def test_older_receipts_are_read(prove: Prove) -> None:
 
 def test_profiles_are_reported_together(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from ivl_export.engines.build import BuildOptions
-
     sample, engine = make("mlp", dtype="bf16", scheme="int8"), tmp_path / "part.engine"
-    options = BuildOptions(profiles=({}, {"batch": (1, 1, 1)}))
-    build_engine(sample.path, sample.spec, engine, options=options)
+    build_engine(sample.path, sample.spec, engine, profiles=({}, {"batch": (1, 1, 1)}))
     report = proof_from_engine(engine, sample.path)
     assert report.profiles == 2
     check_promise(report, sample.promised)
