@@ -72,3 +72,7 @@ class IntegrityError(IvlError):
     """A bundle, archive or cache entry whose hash, size or path is not what its manifest says."""
 
     exit_code = 8
+
+
+class BusyError(IvlError):
+    """A service that takes no more requests now, or could not finish one in time."""

@@ -2,7 +2,18 @@
 
 from .images import Reading
 from .model import InternVL, Mode, Ranking
+from .service import Answer, Service, ServiceLimits
 from .timings import Timing
 from .urls import UrlPolicy
 
-__all__ = ["InternVL", "Mode", "Ranking", "Reading", "Timing", "UrlPolicy"]
+__all__ = [
+    "Answer",
+    "InternVL",
+    "Mode",
+    "Ranking",
+    "Reading",
+    "Service",
+    "ServiceLimits",
+    "Timing",
+    "UrlPolicy",
+]

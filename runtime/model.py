@@ -15,6 +15,7 @@ from ..bundle import Bundle, Verify
 from ..decoding import Ids, Limits
 from ..engines.device import to_host
 from ..errors import InputError, UsageError
+from ..pictures import ImageInput
 from ..preprocess import (
     BUCKETS,
     CAPTION_PROMPT,
@@ -27,6 +28,7 @@ from . import zero_shot
 from .components import Components
 from .generation import generate, pad_prompts
 from .images import Floats, Images, Reading, pixel_batches
+from .service import Service
 from .timings import Timing
 
 Mode = Literal["InternVL-C", "InternVL-G"]
@@ -91,6 +93,8 @@ class InternVL:
 
     def close(self) -> None:
         """Free the engines; the model cannot be used afterwards."""
+        if "requests" in self.__dict__:
+            self.requests.close()
         self.components.close()
 
     def __enter__(self) -> InternVL:
@@ -153,6 +157,39 @@ class InternVL:
             feeds = {"input_ids": ids[rows, : buckets[which]], "lengths": lengths[rows]}
             out[rows] = self.components.run("qllama_text", feeds, ["text_embed"])["text_embed"]
         return out
+
+    @cached_property
+    def requests(self) -> Service:
+        """Single requests by many callers at once, in batches; the ``a...`` methods go through it.
+
+        For other limits, make a :class:`~ivl_export.runtime.service.Service` of your own.
+        """
+        return Service(self)
+
+    async def aencode_image(
+        self, image: ImageInput, mode: Mode = "InternVL-C", resize: ResizeMode | None = None
+    ) -> Floats:
+        """The embedding [E] of one image; as :meth:`encode_image`, for asyncio."""
+        return (await self.requests.encode_image(image, mode, resize)).value
+
+    async def aencode_text(self, text: str) -> Floats:
+        """The embedding [E] of one text; as :meth:`encode_text`, for asyncio."""
+        return (await self.requests.encode_text(text)).value
+
+    async def aclassify(self, image: ImageInput, classes: Floats, mode: Mode = "InternVL-C") -> Floats:
+        """Probabilities [L] of ``classes`` (:meth:`class_embeddings`); as :meth:`classify`, for asyncio."""
+        return (await self.requests.classify(image, classes, mode)).value
+
+    async def acaption(
+        self, image: ImageInput, prompt: str = CAPTION_PROMPT["en"], num_beams: int = 1
+    ) -> str:
+        """The caption of one image; as :meth:`caption`, for asyncio."""
+        return (await self.requests.caption(image, prompt, num_beams)).value
+
+    def pixel_values(self, images: Images, resize: ResizeMode | None = None) -> Floats:
+        """``images`` as the vision engine takes them, float32 [B, 3, S, S]."""
+        size = self.image_settings.size
+        return np.concatenate([np.zeros((0, 3, size, size), np.float32), *self._pixels(images, resize)])
 
     def dense(self, images: Images, resize: ResizeMode | None = None) -> Floats:
         """Last hidden state of the vision model [B, N, D] float32: the class token, then patches by row."""

@@ -1,12 +1,14 @@
-"""Wall time by stage, summed over all threads of a loaded model."""
+"""Wall time by stage, summed over all threads of a loaded model; a span for each where OpenTelemetry is."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,11 @@ class Timings:
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
         """Add the time of the ``with`` block to ``stage``, also when it raises."""
+        tracer = _tracer()
         start = time.perf_counter()
         try:
-            yield
+            with tracer.start_as_current_span(f"ivl_export.{stage}") if tracer else nullcontext():
+                yield
         finally:
             seconds = time.perf_counter() - start
             with self._lock:
@@ -45,3 +49,13 @@ class Timings:
         """Forget everything measured so far."""
         with self._lock:
             self._stages.clear()
+
+
+@cache
+def _tracer() -> Any:
+    """OpenTelemetry's tracer; None where it is not installed. What it does is the application's to set up."""
+    try:
+        from opentelemetry import trace
+    except ImportError:
+        return None
+    return trace.get_tracer("ivl_export")

@@ -1,0 +1,68 @@
+"""What a model and its service have done, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CapabilityError
+from .service import Service
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+NOW = ("running", "waiting")
+"""The counts that rise and fall."""
+
+
+class Collector:
+    """A Prometheus collector of ``service`` and its model: ``REGISTRY.register(Collector(service))``.
+
+    Gives ``ivl_export_stage_seconds`` (sum and count by stage), ``ivl_export_requests_total`` by outcome, and
+    ``ivl_export_requests_now`` that are running and waiting.
+
+    Raises:
+        CapabilityError: prometheus_client is not installed.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._core = service, _prometheus()
+
+    def collect(self) -> Iterator[Metric]:
+        """What Prometheus asks for; nothing is kept between calls."""
+        stages = self._core.SummaryMetricFamily(
+            "ivl_export_stage_seconds", "Wall time of each stage.", labels=["stage"]
+        )
+        for stage, timing in self._service.model.timings.items():
+            stages.add_metric([stage], timing.calls, timing.seconds)
+        ended = self._core.CounterMetricFamily(
+            "ivl_export_requests", "Requests by how they ended.", labels=["outcome"]
+        )
+        now = self._core.GaugeMetricFamily(
+            "ivl_export_requests_now", "Requests in the service.", labels=["state"]
+        )
+        for name, count in asdict(self._service.counts).items():
+            (now if name in NOW else ended).add_metric([name], count)
+        yield from (stages, ended, now)
+
+
+def exposition(service: Service) -> bytes:
+    """The page that Prometheus reads, of ``service`` alone; CapabilityError as :class:`Collector`."""
+    collector = Collector(service)
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry()
+    registry.register(collector)
+    page: bytes = generate_latest(registry)
+    return page
+
+
+def _prometheus() -> Any:
+    try:
+        from prometheus_client import core
+    except ImportError as error:
+        raise CapabilityError(
+            "prometheus_client is not installed.", str(error), "Install it: pip install 'ivl-export[serve]'"
+        ) from error
+    return core

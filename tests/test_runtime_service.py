@@ -1,0 +1,189 @@
+"""Many requests at once on a real bundle: equal results, bounds, timeouts, cancellation, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ivl_export.errors import BusyError, InputError
+from ivl_export.runtime import InternVL, Service, ServiceLimits
+
+TEXTS = ["a small red circle", "two large blue stars", "a ring", "a green square left of a ring"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path) -> Iterator[InternVL]:
+    with InternVL.load(tiny_bundle, threads=1) as loaded:
+        yield loaded
+
+
+def pictures(count: int) -> list[np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (60, 50 + i, 3), dtype=np.uint8) for i in range(count)]
+
+
+def test_requests_at_once_equal_calls_one_after_another(model: InternVL) -> None:
+    images = pictures(9)
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(
+            *(model.aencode_image(image, mode) for image in images for mode in ("InternVL-C", "InternVL-G")),
+            *(model.aencode_text(text) for text in TEXTS),
+            *(model.acaption(image, prompt) for image in images[:3] for prompt in ("English caption:", "a")),
+        )
+
+    found = asyncio.run(ask())
+    alone = [
+        model.encode_image([image], mode)[0] for image in images for mode in ("InternVL-C", "InternVL-G")
+    ]
+    alone += list(model.encode_text(TEXTS))
+    for got, want in zip(found, alone, strict=False):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    captions = [
+        model.caption([image], prompt)[0] for image in images[:3] for prompt in ("English caption:", "a")
+    ]
+    assert found[len(alone) :] == captions
+    assert asyncio.run(ask())[len(alone) :] == captions, "another event loop"
+
+
+def test_zero_shot_answers_come_with_their_timings(model: InternVL) -> None:
+    classes = model.class_embeddings(["circle", "star"])
+    image = pictures(1)[0]
+
+    async def ask() -> Any:
+        return await model.requests.classify(image, classes)
+
+    answer = asyncio.run(ask())
+    np.testing.assert_allclose(answer.value, model.classify([image], classes)[0], rtol=1e-5)
+    assert set(answer.timings) == {"admit", "read", "queue", "run", "total"}
+    parts = sum(answer.timings[stage] for stage in ("admit", "read", "queue", "run"))
+    assert 0 < parts <= answer.timings["total"]
+    assert answer.batch == 1
+
+
+def test_a_bad_image_fails_alone(model: InternVL) -> None:
+    async def ask() -> list[Any]:
+        images = [*pictures(3), b"no image"]
+        return await asyncio.gather(*(model.aencode_image(i) for i in images), return_exceptions=True)
+
+    found = asyncio.run(ask())
+    assert all(isinstance(value, np.ndarray) for value in found[:3])
+    assert isinstance(found[3], InputError)
+
+
+class Slow:
+    """The model, whose text encoder waits until it is let go."""
+
+    def __init__(self, model: InternVL) -> None:
+        self.model, self.go, self.texts = model, threading.Event(), list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def encode_text(self, texts: list[str]) -> Any:
+        assert self.go.wait(30)
+        self.texts += texts
+        return self.model.encode_text(texts)
+
+
+async def until(condition: Any) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came true")
+
+
+def slow_service(model: InternVL, **limits: Any) -> tuple[Slow, Service]:
+    slow = Slow(model)
+    return slow, Service(slow, ServiceLimits(max_delay=0, **limits))  # type: ignore[arg-type]
+
+
+def test_requests_beyond_the_limits_are_refused_and_the_others_served(model: InternVL) -> None:
+    slow, service = slow_service(model, running=2, waiting=1)
+
+    async def ask() -> list[Any]:
+        tasks = [asyncio.create_task(service.encode_text(text)) for text in TEXTS[:3]]
+        await until(lambda: service.counts.running == 2 and service.counts.waiting == 1)
+        with pytest.raises(BusyError, match=r"2 are running and 1 wait"):
+            await service.encode_text("one more")
+        slow.go.set()
+        return [(await task).value for task in tasks]
+
+    np.testing.assert_allclose(asyncio.run(ask()), model.encode_text(TEXTS[:3]), rtol=1e-4, atol=1e-5)
+    assert (service.counts.done, service.counts.refused, service.counts.running) == (3, 1, 0)
+    service.close()
+
+
+def test_a_request_out_of_time_or_cancelled_frees_its_place(model: InternVL) -> None:
+    slow, service = slow_service(model, running=2)
+
+    async def ask() -> None:
+        first = asyncio.create_task(service.encode_text(TEXTS[0]))
+        await until(lambda: service.counts.running == 1 and not len(service._texts))
+        with pytest.raises(BusyError, match=r"It had 0\.05 s"):
+            await service.encode_text(TEXTS[1], timeout=0.05)
+        assert service.counts.running == 1
+        second = asyncio.create_task(service.encode_text(TEXTS[2]))
+        await until(lambda: len(service._texts) == 1)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert len(service._texts) == 0
+        assert service.counts.running == 1
+        third = asyncio.create_task(service.encode_text(TEXTS[3]))
+        slow.go.set()
+        await asyncio.gather(first, third)
+
+    asyncio.run(ask())
+    assert slow.texts == [TEXTS[0], TEXTS[3]]
+    counts = service.counts
+    assert (counts.done, counts.expired, counts.cancelled, counts.running, counts.waiting) == (2, 1, 1, 0, 0)
+    service.close()
+
+
+def test_prometheus_reads_stages_and_requests(model: InternVL) -> None:
+    pytest.importorskip("prometheus_client")
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from ivl_export.runtime.metrics import exposition
+
+    service = Service(model)
+    asyncio.run(asyncio.wait_for(service.encode_text("a ring"), 60))
+    page = exposition(service).decode()
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+    }
+    assert samples["ivl_export_requests_total", "done"] == 1
+    assert samples["ivl_export_requests_now", "running"] == 0
+    assert samples["ivl_export_stage_seconds_count", "qllama_text"] >= 1
+    assert samples["ivl_export_stage_seconds_sum", "qllama_text"] > 0
+    service.close()
+
+
+def test_each_stage_is_a_span(model: InternVL) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    kept = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    trace.set_tracer_provider(provider)
+    with trace.get_tracer("test").start_as_current_span("request"):
+        model.encode_text(["a ring"])
+    spans = {span.name: span for span in kept.get_finished_spans()}
+    assert {"ivl_export.tokenize", "ivl_export.qllama_text", "request"} <= set(spans)
+    parent = spans["ivl_export.qllama_text"].parent
+    assert parent is not None
+    assert parent.span_id == spans["request"].context.span_id
