@@ -69,7 +69,7 @@ def test_zero_shot_answers_come_with_their_timings(model: InternVL) -> None:
 
 def test_a_bad_image_fails_alone(model: InternVL) -> None:
     async def ask() -> list[Any]:
-        images = [*pictures(3), b"no image"]
+        images: list[Any] = [*pictures(3), b"no image"]
         return await asyncio.gather(*(model.aencode_image(i) for i in images), return_exceptions=True)
 
     found = asyncio.run(ask())
