@@ -97,22 +97,45 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run engines: its name, what installs it, and ``module:function`` of its :class:`Loader`."""
+    """A way to run engines.
+
+    Args:
+        name: as given to ``--backend``.
+        install: the line that installs it.
+        loader: ``module:function`` of its :class:`Loader`.
+        reads_bundle: its engine is the bundle: the loader is given the bundle's folder, and takes weights and
+            scales from there.
+        on_cpu: it runs on the CPU unless a device is given.
+    """
 
     name: str
     install: str
     loader: str
+    reads_bundle: bool = False
+    on_cpu: bool = False
 
     def load(self) -> Loader:
         """Import the loader (the backend's library is imported when an engine is opened)."""
         module, _, function = self.loader.partition(":")
-        return cast(Loader, getattr(importlib.import_module(module, __package__), function))
+        try:
+            return cast(Loader, getattr(importlib.import_module(module, __package__), function))
+        except ImportError as error:
+            raise CapabilityError(
+                f"{self.name} is not installed.", str(error), f"Install it: {self.install}"
+            ) from error
 
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("onnxruntime", "pip install onnxruntime", ".onnxruntime_backend:open_onnxruntime"),
+        Backend(
+            "onnxruntime",
+            "pip install onnxruntime",
+            ".onnxruntime_backend:open_onnxruntime",
+            on_cpu=True,
+        ),
+        # Above this floor, since it is made of the model's modules: imported by name, when it is chosen.
+        Backend("torch", "pip install torch", "..torch_backend.engine:open_torch", True, True),
     )
 }
 

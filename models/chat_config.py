@@ -190,12 +190,23 @@ def load_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{path} cannot be read.", str(error)) from error
 
 
-def _config(data: dict[str, Any], path: Path) -> ModelConfig:
+def config_from_published(data: dict[str, Any], source: str = "config.json") -> ModelConfig:
+    """The config of whichever kind of model ``model_type`` says, from its published form alone.
+
+    Raises:
+        CheckpointError, CapabilityError: no such model.
+    """
     kind = str(data.get("model_type", ""))
     if kind.startswith("intern_vit"):
-        return InternViTConfig.from_published(data, str(path))
-    if not kind.startswith("llava"):
-        return InternVLConfig.from_published(data, str(path))
+        return InternViTConfig.from_published(data, source)
+    if kind.startswith("llava"):
+        return ChatConfig.from_published(data, source)
+    return InternVLConfig.from_published(data, source)
+
+
+def _config(data: dict[str, Any], path: Path) -> ModelConfig:
+    if not str(data.get("model_type", "")).startswith("llava"):
+        return config_from_published(data, str(path))
     tower = next((p for p in tower_configs(path.parent, data) if p.is_file()), None)
     settings = path.parent / "preprocessor_config.json"
     return ChatConfig.from_published(

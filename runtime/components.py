@@ -12,7 +12,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..engines.chain import ChainedEngine
 from ..engines.device import HOST, Array, Buffer, as_tensor, concatenate, to_host
-from ..engines.protocol import Engine, open_engine
+from ..engines.protocol import BACKENDS, Engine, open_engine
 from ..errors import InputError
 from ..specs import ComponentSpec
 from .timings import Timings
@@ -27,7 +27,7 @@ class Components:
         target: which of them (``sm89``); None takes the first.
         batch: images run at once; None: on the CPU what the engines were tuned for (more only takes memory
             there), elsewhere the most they take.
-        options: passed on to the backend (``threads``).
+        options: passed on to the backend (``threads``, ``device``).
     """
 
     def __init__(
@@ -53,7 +53,9 @@ class Components:
     def batch(self) -> int:
         """Images run at once."""
         axis = self.spec("vision").axis("batch")
-        usual = axis.opt if self.backend == "onnxruntime" else axis.max
+        known = BACKENDS.get(self.backend)
+        on_cpu = known is not None and known.on_cpu and self.options.get("device", HOST) == HOST
+        usual = axis.opt if on_cpu else axis.max
         return min(self._batch or usual, axis.max)
 
     def open(self, name: str) -> Engine:
@@ -68,6 +70,9 @@ class Components:
             return self._engines[name]
 
     def _opened(self, name: str, spec: ComponentSpec) -> Engine:
+        known = BACKENDS.get(self.backend)
+        if known is not None and known.reads_bundle:
+            return open_engine(self.backend, spec, self.bundle.root, **self.options)
         files = self.bundle.engines(name, self.backend, self.target)
         paths = [self.bundle.path(file.file) for file in files]
         if len(paths) == 1:

@@ -66,6 +66,7 @@ class InternVL:
         batch: int | None = None,
         verify: Verify | None = "size",
         reading: Reading | None = None,
+        **options: Any,
     ) -> InternVL:
         """Open the bundle in ``path``.
 
@@ -79,13 +80,15 @@ class InternVL:
                 take.
             verify: see :meth:`ivl_export.bundle.Bundle.open`.
             reading: how images are read; None: on all cores, exactly as published, nothing fetched.
+            options: the backend's own: ``device`` and ``provider`` of ``onnxruntime``; ``device``, ``dtype``,
+                ``compile`` and ``cuda_graphs`` of ``torch``.
 
         Raises:
             IntegrityError: the bundle is damaged.
             CapabilityError: it has no such component or engine, or the backend is not installed.
         """
         bundle = Bundle.open(path, verify)
-        options = {} if threads is None else {"threads": threads}
+        options |= {} if threads is None else {"threads": threads}
         engines = Components(bundle, backend, target, batch, **options)
         for name in components or ():
             engines.open(name)

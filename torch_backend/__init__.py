@@ -1,0 +1,6 @@
+"""The bundle in torch: its components' modules, filled with the stored weights and scales.
+
+``linears`` has the quantised products, ``module`` builds a component from a bundle, ``engine`` runs it behind
+the engines' protocol: eager, compiled or as CUDA graphs. ``exported`` hands it to Torch-TensorRT. Nothing
+here is imported unless the backend is chosen.
+"""
