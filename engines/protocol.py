@@ -136,6 +136,12 @@ BACKENDS: dict[str, Backend] = {
         ),
         # Above this floor, since it is made of the model's modules: imported by name, when it is chosen.
         Backend("torch", "pip install torch", "..torch_backend.engine:open_torch", True, True),
+        Backend(
+            "torch-tensorrt",
+            "pip install torch-tensorrt",
+            "..torch_backend.exported:open_torch_tensorrt",
+            reads_bundle=True,
+        ),
     )
 }
 

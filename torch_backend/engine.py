@@ -116,9 +116,9 @@ def open_torch(
         UsageError: an unknown ``dtype``.
         IntegrityError: the bundle lacks weights or scales of the component.
     """
-    place = _device(device)
+    place = device_of(device)
     bundle = Bundle.open(path)
-    chosen = dtype or ("fp32" if place.type == "cpu" else _base(bundle))
+    chosen = dtype or ("fp32" if place.type == "cpu" else base_type(bundle))
     if chosen not in DTYPES:
         raise UsageError(f"Unknown dtype {chosen!r}.", "", f"Choose from {', '.join(DTYPES)}.")
     if cuda_graphs and place.type != "cuda":
@@ -134,12 +134,14 @@ def open_torch(
     return TorchEngine(spec, call, DTYPES[chosen], place)
 
 
-def _base(bundle: Bundle) -> str:
+def base_type(bundle: Bundle) -> str:
+    """What the bundle's recipe leaves everything unquantised in: a key of :data:`DTYPES`."""
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     return short.get(bundle.manifest.compute_dtype, bundle.manifest.compute_dtype)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The torch device ``name``; UsageError if there is none of that name, CapabilityError if not here."""
     try:
         place = torch.device(name)
     except RuntimeError as error:

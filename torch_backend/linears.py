@@ -92,7 +92,7 @@ class Fp8Linear(QuantisedLinear):
             y = torch._scaled_mm(
                 rows,
                 self.values.t(),
-                scale_a=self.input_scale.expand(len(rows), 1).contiguous(),
+                scale_a=self.input_scale.repeat(rows.shape[0], 1),
                 scale_b=self.scale[None],
                 out_dtype=x.dtype,
                 use_fast_accum=self.fast_accumulation,

@@ -1,0 +1,95 @@
+"""A bundle's vision tower as a torch module, for code that has one of its own: serving frameworks, trainers.
+
+Whatever backend runs it, tensors come in and go out on the device they are on; where the engine is on that
+device too, nothing is copied. The only file of the runtime that imports torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..bundle import Bundle, Verify
+from ..engines.device import as_tensor
+from ..errors import CapabilityError, UsageError
+from .components import Components
+
+OUTPUTS = {"vision": "tokens", "vision_chat": "visual_embeds"}
+"""A bundle's vision component, and its output with a row for each patch."""
+
+
+class VisionTower(nn.Module):
+    """InternViT from a bundle: ``tower(pixel_values)`` gives its last hidden state.
+
+    Args:
+        components: the engines of an opened bundle; ``VisionTower.load`` opens one.
+        select: ``all`` rows, or ``patches``: without the class token.
+
+    It has no parameters: ``to``, ``half`` and optimizers leave it alone, and no gradient flows through it.
+    """
+
+    def __init__(self, components: Components, select: str = "all") -> None:
+        super().__init__()
+        here = [name for name in OUTPUTS if name in components.bundle.manifest.components]
+        if not here:
+            raise CapabilityError(
+                "This bundle has no vision tower.",
+                f"It has {', '.join(components.bundle.manifest.components)}.",
+                "Rebuild it with --components including vision.",
+            )
+        if select not in ("all", "patches") or (select == "patches" and here[0] == "vision_chat"):
+            raise UsageError(
+                f"The tower cannot select {select!r}.",
+                f"The output of {here[0]} is {OUTPUTS[here[0]]}.",
+                "Use 'all'" + (" or 'patches'." if here[0] == "vision" else "."),
+            )
+        self.component = here[0]
+        self.components, self.first = components, int(select == "patches")
+        spec = components.spec(self.component)
+        shape = next(t.shape for t in spec.outputs if t.name == OUTPUTS[self.component])
+        self.image_size = int(spec.inputs[0].shape[2])
+        self.num_tokens, self.hidden_size = int(shape[1]) - self.first, int(shape[2])
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        backend: str = "torch",
+        *,
+        select: str = "all",
+        target: str | None = None,
+        verify: Verify | None = "size",
+        **options: Any,
+    ) -> VisionTower:
+        """The tower of the bundle in ``path``, its engine opened.
+
+        Args:
+            path: the bundle's folder.
+            backend, target, options: as :meth:`.InternVL.load` (``device``, ``dtype``, ``compile``, ...).
+            select: see the class.
+            verify: see :meth:`ivl_export.bundle.Bundle.open`.
+
+        Raises:
+            IntegrityError: the bundle is damaged.
+            CapabilityError: it has no vision tower or no such engine, or the backend is not installed.
+        """
+        tower = cls(Components(Bundle.open(path, verify), backend, target, **options), select)
+        tower.components.open(tower.component)
+        return tower
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, S, S] normalised pixels, any B, float type and device -> [B, N, D], of that type, there.
+
+        Raises:
+            InputError: images of another size.
+        """
+        output = OUTPUTS[self.component]
+        made = self.components.run_device(self.component, {"pixel_values": pixel_values}, [output])[output]
+        rows = as_tensor(made)[:, self.first :]
+        return rows.to(pixel_values.device, pixel_values.dtype)
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.components.close()

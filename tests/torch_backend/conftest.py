@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def nano_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of nano in FP8: all four components."""
+    return built("fp8", tmp_path_factory.mktemp("fp8") / "bundle", ())
+
+
+@pytest.fixture(scope="session")
+def nano_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of nano in INT8: the image tower alone, for time's sake."""
+    return built("int8", tmp_path_factory.mktemp("int8") / "bundle", ("vision",))
+
+
+def built(precision: str, out: Path, components: tuple[str, ...]) -> Path:
+    """``ivl-export build`` without its measurements, which take most of the time."""
+    from ivl_export.cli import main
+
+    build = importlib.import_module("ivl_export.pipeline.build")
+    line = ["build", "--precision", precision, "--backend", "onnxruntime", "--calib-samples", "40"]
+    line += ["--out", str(out), *(["--components", ",".join(components)] if components else [])]
+    with pytest.MonkeyPatch.context() as patch:
+        steps = build.steps
+        patch.setattr(
+            build, "steps", lambda job: [s for s in steps(job) if s.name not in ("accuracy", "tasks")]
+        )
+        assert main(line) == 0
+    return out
