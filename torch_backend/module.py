@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from ..bundle import Bundle
-from ..calibration.qdq import activation_scale
-from ..calibration.quantize import stored_names
+from ..calibration.attention import attention_scales, attentions
+from ..calibration.quantize import activation_scale, stored_names
 from ..calibration.recipe import Recipe
 from ..calibration.scales import Scales
 from ..calibration.schemes import SCHEMES
 from ..errors import CapabilityError, CheckpointError, IntegrityError
 from ..export.components import component_module
 from ..export.weights import Store, open_store
-from ..models.chat_config import config_from_published
+from ..models.chat_config import ModelConfig, config_from_published
 from ..models.storage import open_reader
+from .attention import Fp8Attention
 from .linears import Product, quantised_linear
 
 STORES = "onnx/weights/"
@@ -54,38 +55,46 @@ def component_of(
     Raises:
         IntegrityError: the bundle does not hold what the component needs.
     """
-    manifest = bundle.manifest
     try:
+        config = config_from_published(bundle.manifest.model.config, "manifest.json")
         with torch.device("meta"):
-            module = component_module(
-                component, config_from_published(manifest.model.config, "manifest.json")
-            )
+            module = component_module(component, config)
     except CheckpointError as error:
         raise IntegrityError(error.what, error.why, "Rebuild the bundle.") from error
     weights = _Weights(bundle, dtype, device)
-    recipe = Recipe.from_json(manifest.recipe, "manifest.json") if manifest.recipe else None
-    ranges = _ranges(bundle, component) if recipe is not None and recipe.quantises else {}
-    if recipe is not None:
-        for name, layer in list(module.named_modules()):
-            scheme = _scheme(recipe, name)
-            if isinstance(layer, nn.Linear) and scheme and weights.holds(name, scheme, recipe.base):
-                bias = None if layer.bias is None else weights.parameter(f"{name}.bias")
-                values, _, scale = stored_names(name, scheme, recipe.base)
-                module.set_submodule(
-                    name,
-                    quantised_linear(
-                        scheme,
-                        weights.stored(values),
-                        weights.stored(scale),
-                        bias,
-                        _input_scale(scheme, ranges.get(name), recipe.base, name),
-                        product,
-                    ),
-                )
+    recipe = Recipe.from_json(bundle.manifest.recipe, "manifest.json") if bundle.manifest.recipe else None
+    if recipe is not None and recipe.quantises:
+        ranges = _ranges(bundle, component)
+        _quantise_linears(module, recipe, ranges, weights, product)
+        if recipe.attention == "fp8":
+            for name in _attentions_in_fp8(component, config):
+                scales = attention_scales(name, ranges, recipe.base)
+                module.set_submodule(f"{name}.core", Fp8Attention(scales, recipe.base))
     for key, _ in list(module.named_parameters()):
         owner, _, leaf = key.rpartition(".")
         setattr(module.get_submodule(owner), leaf, weights.parameter(key))
     return module.eval().requires_grad_(False)
+
+
+def _quantise_linears(
+    module: nn.Module,
+    recipe: Recipe,
+    ranges: Mapping[str, float],
+    weights: _Weights,
+    product: Product | None,
+) -> None:
+    """Put stored values in the place of every linear layer that the recipe quantised."""
+    for name, layer in list(module.named_modules()):
+        scheme = _scheme(recipe, name)
+        if not isinstance(layer, nn.Linear) or not scheme or not weights.holds(name, scheme, recipe.base):
+            continue
+        values, _, scale = stored_names(name, scheme, recipe.base)
+        bias = None if layer.bias is None else weights.parameter(f"{name}.bias")
+        input_scale = _input_scale(scheme, ranges.get(name), recipe.base, name)
+        made = quantised_linear(
+            scheme, weights.stored(values), weights.stored(scale), bias, input_scale, product
+        )
+        module.set_submodule(name, made)
 
 
 class _Weights:
@@ -139,6 +148,11 @@ def _scheme(recipe: Recipe, layer: str) -> str:
         if fnmatchcase(layer, rule.pattern):
             found = rule.scheme
     return found if found in SCHEMES else ""
+
+
+def _attentions_in_fp8(component: str, config: ModelConfig) -> list[str]:
+    found = attentions(config, [component])[component]
+    return [name for name, shape in found.items() if not shape.excluded]
 
 
 def _ranges(bundle: Bundle, component: str) -> Mapping[str, float]:

@@ -18,6 +18,12 @@ def nano_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built("int8", tmp_path_factory.mktemp("int8") / "bundle", ("vision",))
 
 
+@pytest.fixture(scope="session")
+def nano_fp8_attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in FP8 with FP8 attention."""
+    return built("fp8-attention", tmp_path_factory.mktemp("attention") / "bundle", ("vision",))
+
+
 def built(precision: str, out: Path, components: tuple[str, ...]) -> Path:
     """``ivl-export build`` without its scores on tasks, which take most of the time."""
     from ivl_export.cli import main

@@ -18,6 +18,7 @@ from ivl_export.engines.protocol import open_engine
 from ivl_export.errors import CapabilityError, IntegrityError, UsageError
 from ivl_export.profiles.latency import random_inputs
 from ivl_export.runtime import InternVL
+from ivl_export.torch_backend.attention import Fp8Attention
 from ivl_export.torch_backend.exported import exported
 from ivl_export.torch_backend.linears import Fp8Linear, Int8Linear
 from ivl_export.torch_backend.module import component_of
@@ -79,6 +80,15 @@ def test_int8_equals_onnxruntime(nano_int8: Path) -> None:
     compare(nano_int8, 45)
     module = component_of(Bundle.open(nano_int8), "vision", dtype=torch.float32, device=torch.device("cpu"))
     assert any(isinstance(m, Int8Linear) for m in module.modules())
+
+
+@pytest.mark.slow
+def test_fp8_attention_equals_onnxruntime(nano_fp8_attention: Path) -> None:
+    compare(nano_fp8_attention, 33)  # twice as many roundings that may fall elsewhere
+    bundle = Bundle.open(nano_fp8_attention)
+    module = component_of(bundle, "vision", dtype=torch.float32, device=torch.device("cpu"))
+    depth = bundle.manifest.model.config["vision_config"]["num_hidden_layers"]
+    assert sum(isinstance(m, Fp8Attention) for m in module.modules()) == depth
 
 
 @pytest.mark.slow
