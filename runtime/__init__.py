@@ -1,6 +1,7 @@
 """Run a bundle: ``InternVL.load(path)``. No torch; a backend is imported with its first engine."""
 
 from .images import Reading
+from .index import Index
 from .model import InternVL, Mode, Ranking
 from .service import Answer, Service, ServiceLimits
 from .timings import Timing
@@ -8,6 +9,7 @@ from .urls import UrlPolicy
 
 __all__ = [
     "Answer",
+    "Index",
     "InternVL",
     "Mode",
     "Ranking",

@@ -59,6 +59,10 @@ def probabilities(images: Array, classes: Array, logit_scale: float) -> Floats:
 def rank(queries: Array, items: Array, top: int) -> tuple[NDArray[np.int64], Floats]:
     """The ``top`` items by cosine for each query: indices [Q, K] and cosines [Q, K], best first."""
     cosine = l2(queries) @ l2(items).T
-    top = min(top, cosine.shape[1])
-    order = np.argsort(-cosine, axis=1, kind="stable")[:, :top]
+    order = top_of(cosine, top)
     return order, np.take_along_axis(cosine, order, 1)
+
+
+def top_of(scores: Array, top: int) -> NDArray[np.int64]:
+    """Places [Q, K] of the ``top`` largest of each row of [Q, N], best first; of equals the first."""
+    return np.argsort(-scores, axis=1, kind="stable")[:, :top]
