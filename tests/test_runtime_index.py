@@ -48,6 +48,7 @@ def test_an_index_survives_its_file(tmp_path: Path, kind: Kind) -> None:
     opened = Index.load(tmp_path / "index.safetensors")
     assert opened.names == index.names
     assert opened.kind == kind
+    asked = embeddings(3, seed=1)
     found, want = opened.search(asked), index.search(asked)
     assert np.array_equal(found[0], want[0])
     np.testing.assert_allclose(found[1], want[1], rtol=1e-6)
