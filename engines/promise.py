@@ -21,8 +21,8 @@ def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
     Args:
         report: what the engine does.
         promised: ONNX node name, or weight name, -> scheme (one of :data:`SCHEMES`). Of a node of an
-            attention it is the type of q, k and v, which one kernel must take. An 8-bit product that is not
-            promised is a difference too.
+            attention it is the type of q, k and v; of its Softmax, also that one kernel takes them. An 8-bit
+            product that is not promised is a difference too.
 
     Raises:
         BuildError: engine and promise differ; the layers are named with the likely causes.
@@ -43,8 +43,9 @@ def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
         block = attention.get(name)
         if name not in known and block is None:
             wrong.append(f"{name}: promised {scheme}, the graph has no such matrix product.")
-        if block is not None and (set(block.types[:3]) != {scheme} or not block.fused):
-            runs = "x".join(block.types[:3]) + ("" if block.fused else " unfused")
+        apart = block is not None and name in block.nodes[1:2] and not block.fused
+        if block is not None and (apart or set(block.types[:3]) != {scheme}):
+            runs = "x".join(block.types[:3]) + (" unfused" if apart else "")
             wrong.append(_broken(name, scheme, runs, block.cause))
         for product in known.get(name, ()):
             kept.add(product.node)

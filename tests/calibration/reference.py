@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from ivl_export.calibration.attention import core_attentions, operand_names
 from ivl_export.calibration.chain import Runner, run_chain, torch_runner
 from ivl_export.calibration.dataset import Batch
 from ivl_export.calibration.observe import Watch, observers
@@ -38,10 +39,13 @@ def whole_amax(
     algorithm: str = "max",
     kinds: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Activation amax of every linear: component -> layer -> amax."""
+    """Activation amax of every linear and attention: component -> layer -> amax."""
     modules = reference_modules(checkpoint, components)
     runners = {c: torch_runner(m, component_spec(c, checkpoint.config)) for c, m in modules.items()}
-    watch = Watch(modules, observers(algorithm, kinds))
+    operands = {
+        o: "fp8" for m in modules.values() for name in core_attentions(m) for o in operand_names(name)
+    }
+    watch = Watch(modules, observers(algorithm, {**operands, **(kinds or {})}))
     with watch.hooks():
         for batch in batches:
             for _ in run_chain(runners, batch):
