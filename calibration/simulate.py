@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -175,18 +175,19 @@ def _fake_quantised(modules: Modules, quantised: Quantised) -> Iterator[None]:
                 kind = SCHEMES[scheme].activation if scheme else ""
                 if not kind or top is None:
                     continue
-                scale = activation_scale(top, kind, quantised.base)
-                handle = layer.register_forward_pre_hook(_rounded(scale, kind))
+                handle = layer.register_forward_pre_hook(rounding_hook(top, kind, quantised.base))
                 stack.callback(handle.remove)
             cores = core_attentions(module)
             for name in quantised.attention.get(component, ()):
-                scales = attention_scales(name, amax[component], quantised.base)
-                hook = _in_fp8(scales, quantised.base)
+                hook = attention_hook(name, amax[component], quantised.base)
                 stack.callback(cores[name].register_forward_hook(hook).remove)
         yield
 
 
-def _rounded(scale: float, kind: str) -> Callable[[object, tuple[torch.Tensor, ...]], tuple[torch.Tensor]]:
+def rounding_hook(amax: float, kind: str, base: str) -> Callable[..., tuple[torch.Tensor]]:
+    """A forward pre-hook that rounds a layer's input to ``kind`` (``fp8``, ``int8``), as its Q and DQ do."""
+    scale = activation_scale(amax, kind, base)
+
     def hook(_: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         factor = torch.tensor(scale, device=args[0].device)
         return (quantise_values(args[0], factor, kind).float() * factor,)
@@ -194,11 +195,10 @@ def _rounded(scale: float, kind: str) -> Callable[[object, tuple[torch.Tensor, .
     return hook
 
 
-def _in_fp8(scales: tuple[float, float, float], base: str) -> Callable[..., torch.Tensor]:
-    def hook(_: object, args: tuple[Any, ...], __: torch.Tensor) -> torch.Tensor:
-        return fake_attention(*args, scales=scales, base=base)
-
-    return hook
+def attention_hook(attention: str, amax: Mapping[str, float], base: str) -> Callable[..., torch.Tensor]:
+    """A forward hook that makes a core attention an FP8 one."""
+    scales = attention_scales(attention, amax, base)
+    return lambda _, args, __: fake_attention(*args, scales=scales, base=base)
 
 
 def _add(comparison: Comparison, want: torch.Tensor, got: torch.Tensor) -> None:

@@ -172,8 +172,7 @@ class Flow:
         x = spill.read(part.block % 2, call.place).to(device)
         if part.exit:
             return x, leave(component, module, x, Context(inputs, len(call.rows)))
-        context = Context(inputs, len(call.rows), self._tokens(call), self._past_of(call))
-        x, made = run_block(component, module, part.block, x, context)
+        x, made = run_block(component, module, part.block, x, self._context(call, inputs))
         spill.write((part.block + 1) % 2, call.place, x)
         if component == "qllama_query":
             self._past = made
@@ -182,6 +181,15 @@ class Flow:
         return x, {
             f"{kind}.{part.block}": tensor for kind, tensor in zip(("key", "value"), made, strict=True)
         }
+
+    @torch.inference_mode()
+    def again(self, part: Part, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a block read, and what it makes of it now; nothing is kept. After :meth:`run` of that call."""
+        device = self.modules.device
+        inputs = {n: torch.from_numpy(np.ascontiguousarray(a)).to(device) for n, a in call.inputs.items()}
+        x = self.spills[part.tower].read(part.block % 2, call.place).to(device)
+        module = self.modules.by_name[call.component]
+        return x, run_block(call.component, module, part.block, x, self._context(call, inputs))[0]
 
     def finished(self, part: Part) -> None:
         """``part`` has run on every call: what it made is safe, what it read is not needed any more."""
@@ -203,6 +211,9 @@ class Flow:
         """Close the files."""
         for spill in self.spills.values():
             spill.close()
+
+    def _context(self, call: Call, inputs: dict[str, torch.Tensor]) -> Context:
+        return Context(inputs, len(call.rows), self._tokens(call), self._past_of(call))
 
     def _tokens(self, call: Call) -> torch.Tensor | None:
         if call.component != "qllama_query":

@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "calibrate": ("calibrate", "Measure a model's input ranges once, for builds that take --scales."),
     "export": ("export", "Plain ONNX graphs of a checkpoint, with a copy of its weights or without."),
     "recipes": ("recipes", "Show the precision recipes, or print one as a file to edit."),
+    "sensitivity": ("sensitivity", "What each layer loses when it alone is quantised; odd channels."),
     "train": ("train", "Train a small InternVL from scratch on drawn scenes."),
     "scenes": ("scenes", "Draw scenes with captions, to try internvl-nano on or to calibrate with."),
     "run": ("run", "Embed, classify, retrieve or caption images through a bundle's engines."),

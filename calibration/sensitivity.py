@@ -1,0 +1,267 @@
+"""What quantising one layer costs: the model runs once in fp32, each of its blocks again for every variant.
+
+A variant quantises one layer of a block, or one attention, and nothing else. It starts from the block's own
+fp32 input, so that what it loses is its own; it is compared by what the block adds to the residual stream,
+because a few massive channels of the stream itself would drown any loss. Memory holds one block, its weights
+once for each scheme, and one batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import UsageError
+from ..export.blocks import block_prefix
+from ..preprocess import ImageSettings, Tokenizer
+from .accuracy import Comparison
+from .attention import FP8_ATTENTION, core_attentions, operand_names
+from .channels import Channels, Finding
+from .dataset import CalibrationSet
+from .parts import Modules, Part, needed, parts
+from .quantize import dequantise, quantise
+from .scales import Scales
+from .schemes import SCHEMES, excluded
+from .simulate import attention_hook, rounding_hook
+from .stream import Call, Flow, samples_of, visit
+
+if TYPE_CHECKING:
+    from ..models.checkpoint import Checkpoint
+
+DEFAULT = ("fp8", "int8", "int8-weight", "int4-weight", FP8_ATTENTION)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a component's block loses when ``layer`` alone has ``scheme``.
+
+    ``sqnr_db`` and ``cosine`` (mean over samples) are of what the block adds to the residual stream;
+    ``sqnr_db`` is None where nothing was lost. ``tasks`` are percentage points lost on each task when the
+    whole model runs so; empty without an evaluation set.
+    """
+
+    component: str
+    layer: str
+    scheme: str
+    sqnr_db: float | None
+    cosine: float
+    samples: int
+    tasks: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def noise(self) -> float:
+        """Noise over signal, as power: adds up over layers where they are independent."""
+        return 0.0 if self.sqnr_db is None else 10 ** (-self.sqnr_db / 10)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Losses of every layer of the blocks, and what is odd about their inputs."""
+
+    losses: tuple[Loss, ...]
+    findings: tuple[Finding, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """Inverse of :meth:`to_json`."""
+        findings = (Finding(**{**f, "channels": tuple(f["channels"])}) for f in data["findings"])
+        return cls(tuple(Loss(**loss) for loss in data["losses"]), tuple(findings))
+
+    def worst(self) -> dict[tuple[str, str], Loss]:
+        """(layer, scheme) -> the loss of the component that suffers most from it."""
+        found: dict[tuple[str, str], Loss] = {}
+        for loss in self.losses:
+            key = loss.layer, loss.scheme
+            if key not in found or loss.noise > found[key].noise:
+                found[key] = loss
+        return found
+
+
+def measure(
+    checkpoint: Checkpoint,
+    components: Sequence[str],
+    schemes: Sequence[str],
+    scales: Scales,
+    chosen: CalibrationSet,
+    settings: ImageSettings,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    base: str = "bf16",
+    batch_size: int = 8,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Sensitivity:
+    """Losses on ``chosen``, block by block; a killed run goes on at the part it was in.
+
+    Args:
+        checkpoint: the fp32 weights.
+        components: those whose layers are of interest; what they take inputs from is run too.
+        schemes: of :data:`.schemes.SCHEMES` without a fold, and :data:`.attention.FP8_ATTENTION`.
+        scales: input ranges of the layers.
+        chosen: samples, best ones that ``scales`` were not measured on.
+        settings, tokenizer: of the model.
+        folder: for activations and for what is known so far; the caller removes it.
+        base: type that scales are rounded to.
+        batch_size: samples in memory at a time.
+        progress: hears how much of :func:`.calibrate.calibration_units` is done.
+
+    Raises:
+        UsageError: a scheme that cannot be tried on one layer alone.
+        BuildError: NaN or infinity at a layer's input (layer and channel named); too little disk.
+    """
+    unfit = [s for s in schemes if s != FP8_ATTENTION and (s not in SCHEMES or SCHEMES[s].fold)]
+    if unfit:
+        known = [name for name, scheme in SCHEMES.items() if not scheme.fold]
+        raise UsageError(
+            f"Scheme {unfit[0]!r} cannot be tried on one layer alone.",
+            f"Known: {', '.join([*known, FP8_ATTENTION])}.",
+        )
+    order = needed(components)
+    samples = samples_of(chosen, settings, tokenizer, checkpoint.config, order, batch_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = Modules(checkpoint, order)
+    flow = Flow(modules, samples, folder, "sensitivity")
+    asked = [
+        checkpoint.revision,
+        chosen.hash,
+        list(components),
+        list(schemes),
+        asdict(scales),
+        base,
+        batch_size,
+    ]
+    state, plan = folder / "losses.json", parts(checkpoint.config, order)
+    losses, findings, done = _resumed(state, asked)
+    if done < len(plan) and not flow.whole(plan[done]):
+        losses, findings, done = [], [], 0
+    try:
+        for number, part in enumerate(plan[done:], done):
+            channels = Channels(modules)
+            variants = _Variants(modules, part, schemes, scales, base, components)
+            with channels.hooks():
+                for call, _ in visit(part, samples, [flow], progress, number * samples.count):
+                    with channels.paused():
+                        variants.run(flow, part, call)
+            losses += variants.losses()
+            findings += channels.findings(components)
+            found = Sensitivity(tuple(losses), tuple(findings))
+            partial = state.with_suffix(".partial")
+            partial.write_text(json.dumps({"asked": asked, "done": number + 1, **found.to_json()}))
+            partial.replace(state)
+    finally:
+        flow.close()
+    return Sensitivity(tuple(losses), tuple(findings))
+
+
+def _resumed(state: Path, asked: list[Any]) -> tuple[list[Loss], list[Finding], int]:
+    try:
+        data = json.loads(state.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return [], [], 0  # not begun, or cut off while it was written
+    if data.get("asked") != json.loads(json.dumps(asked)):
+        return [], [], 0
+    found = Sensitivity.from_json(data)
+    return list(found.losses), list(found.findings), data["done"]
+
+
+class _Variants:
+    """All ways to quantise one layer of a block."""
+
+    def __init__(
+        self,
+        modules: Modules,
+        part: Part,
+        schemes: Sequence[str],
+        scales: Scales,
+        base: str,
+        components: Sequence[str],
+    ) -> None:
+        self.modules, self.scales, self.base = modules, scales, base
+        self.weights: dict[tuple[str, str], torch.Tensor] = {}
+        self.tried: dict[str, list[tuple[str, str]]] = {}
+        self.compared: dict[tuple[str, str, str], Comparison] = {}
+        for component in () if part.entry or part.exit else components:
+            module, prefix = modules.by_name[component], f"{block_prefix(component)}.{part.block}."
+            for name, layer in module.named_modules():
+                if isinstance(layer, torch.nn.Linear) and name.startswith(prefix):
+                    size = layer.out_features, layer.in_features
+                    fit = [s for s in schemes if s in SCHEMES and not excluded(s, *size)]
+                    self.tried.setdefault(component, []).extend((name, s) for s in fit)
+            if FP8_ATTENTION in schemes:
+                own = [(n, FP8_ATTENTION) for n in core_attentions(module) if n.startswith(prefix)]
+                self.tried.setdefault(component, []).extend(own)
+
+    def run(self, flow: Flow, part: Part, call: Call) -> None:
+        """Run ``call`` through the block in every variant."""
+        tried = self.tried.get(call.component, ())
+        if not tried:
+            return
+        before, plain = flow.again(part, call)
+        want = (plain - before).numpy()
+        for layer, scheme in tried:
+            with self._quantised(call.component, layer, scheme):
+                got = flow.again(part, call)[1]
+            comparison = self.compared.setdefault((call.component, layer, scheme), Comparison())
+            comparison.add(want, (got - before).numpy())
+
+    def losses(self) -> list[Loss]:
+        """What every variant lost."""
+        found = []
+        for (component, layer, scheme), comparison in self.compared.items():
+            m = comparison.metrics()
+            sqnr = None if math.isinf(m.sqnr_db) else m.sqnr_db
+            found.append(Loss(component, layer, scheme, sqnr, m.cosine, m.samples))
+        return found
+
+    @contextmanager
+    def _quantised(self, component: str, layer: str, scheme: str) -> Iterator[None]:
+        module, amax = self.modules.by_name[component], self.scales.amax[component]
+        if scheme == FP8_ATTENTION:
+            if not set(operand_names(layer)) <= set(amax):
+                yield
+                return
+            core = core_attentions(module)[layer]
+            with _removed(core.register_forward_hook(attention_hook(layer, amax, self.base))):
+                yield
+            return
+        linear = module.get_submodule(layer)
+        kept, linear.weight = linear.weight, torch.nn.Parameter(self._weight(layer, scheme), False)
+        try:
+            kind = SCHEMES[scheme].activation
+            handle = (
+                linear.register_forward_pre_hook(rounding_hook(amax[layer], kind, self.base))
+                if kind
+                else None
+            )
+            with _removed(handle):
+                yield
+        finally:
+            linear.weight = kept
+
+    def _weight(self, layer: str, scheme: str) -> torch.Tensor:
+        """Dequantised; schemes that store the same share it."""
+        key = layer, SCHEMES[scheme].weight
+        if key not in self.weights:
+            weight = self.modules.load(f"{layer}.weight")
+            self.weights[key] = dequantise(*quantise(weight, scheme, self.base))
+        return self.weights[key]
+
+
+@contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()

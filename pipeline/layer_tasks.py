@@ -1,0 +1,103 @@
+"""Task accuracy of the PyTorch model while one layer of it is quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from ..calibration.attention import FP8_ATTENTION
+from ..calibration.quantize import dequantise, quantise
+from ..calibration.scales import Scales
+from ..calibration.schemes import SCHEMES
+from ..calibration.simulate import rounding_hook
+from .evaluate import headlines
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..models.internvl import InternVL
+    from .request import Job
+
+QUESTIONS = 64
+"""Questions of each task. One is 1.6 points: enough to see which layers break the model, and no more."""
+
+
+class LayerTasks:
+    """Task scores of a model with one layer quantised; the model is loaded once.
+
+    Args:
+        job: names the model and its questions.
+        scales: input ranges; each pass through QLLaMA has its own.
+        questions: of each task.
+    """
+
+    def __init__(self, job: Job, scales: Scales, questions: int = QUESTIONS) -> None:
+        import torch
+
+        from ..models.load import load_model
+        from ..training.evaluate import TorchModel
+
+        self.job, self.scales = job, scales
+        self.model: InternVL = load_model(job.checkpoint, torch.float32)
+        self.adapter = TorchModel(self.model, job.tokenizer, job.settings)
+        self.sizes = {
+            "n_classify": questions,
+            "n_retrieve": questions,
+            "n_galleries": 1,
+            "n_caption": questions,
+            "n_caption_zh": 0,
+        }
+        self._pass = "vision"
+        self.reference = self._scores()
+
+    def lost(self, layer: str, scheme: str) -> dict[str, float]:
+        """Percentage points lost on each task when ``layer`` alone has ``scheme``."""
+        with self._quantised(layer, scheme):
+            scores = self._scores()
+        return {task: round(100 * (self.reference[task] - value), 6) for task, value in scores.items()}
+
+    def _scores(self) -> dict[str, float]:
+        from ..training import tasks
+
+        self.adapter._seen.clear()
+        return headlines(tasks.evaluate(self.adapter, **cast(Any, self.sizes)))
+
+    @contextmanager
+    def _quantised(self, layer: str, scheme: str) -> Iterator[None]:
+        import torch
+
+        linear, base = self.model.get_submodule(layer), self.job.recipe.base
+        assert scheme != FP8_ATTENTION
+        assert isinstance(linear, torch.nn.Linear)
+        kept = linear.weight
+        with ExitStack() as stack:
+            stack.callback(setattr, linear, "weight", kept)
+            values = dequantise(*quantise(kept.detach(), scheme, base))
+            linear.weight = torch.nn.Parameter(values, requires_grad=False)
+            if kind := SCHEMES[scheme].activation:
+                follow = self.model.qllama.register_forward_pre_hook(self._follow, with_kwargs=True)
+                stack.callback(follow.remove)
+                hooks = {
+                    component: rounding_hook(amax[layer], kind, base)
+                    for component, amax in self.scales.amax.items()
+                    if layer in amax
+                }
+
+                def rounded(module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
+                    component = "vision" if layer.startswith("vision_model.") else self._pass
+                    return hooks[component](module, args) if component in hooks else args
+
+                stack.callback(linear.register_forward_pre_hook(rounded).remove)
+            yield
+
+    def _follow(self, _: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note which component a pass through QLLaMA belongs to, by the arguments it is called with."""
+        given = dict(
+            zip(("embeds", "positions", "visible", "vision", "num_queries", "past"), args, strict=False)
+        )
+        given.update(kwargs)
+        if given.get("vision") is not None:
+            self._pass = "qllama_query"
+        else:
+            self._pass = "qllama_step" if given.get("past") else "qllama_text"
