@@ -37,5 +37,6 @@ def draw(found: Sensitivity, path: Path) -> None:
     axes.set_title("SQNR (dB) of a block's update\nwith one layer quantised", fontsize=9)
     figure.colorbar(image, label="dB: darker loses more")
     partial = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(str(partial))
+    FigureCanvasAgg(figure)
+    figure.savefig(partial, format="png")
     partial.replace(path)

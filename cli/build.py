@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UsageError
 from .output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
@@ -23,7 +24,17 @@ def build(
         Path | None,
         typer.Option(help="Checkpoint: a folder of the published layout, or an older .pth file; else nano."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="A recipe (see 'recipes'), or a recipe file.")] = "fp8",
+    precision: Annotated[
+        str, typer.Option(help="A recipe (see 'recipes'), a recipe file, or mixed: searched within --budget.")
+    ] = "fp8",
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Percentage points that a task may lose; else the recipe's. Of mixed, also what its search "
+            "keeps to (0.3); without an evaluation set, points of the worst output's cosine.",
+            min=0,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The bundle's folder; else bundles/MODEL-PRECISION.")
     ] = None,
@@ -62,8 +73,9 @@ def build(
     """
     from ..pipeline.build import build as run_build
     from ..pipeline.build import preview
+    from ..pipeline.mixed import mixed_job
     from ..pipeline.report import describe
-    from ..pipeline.request import Job, Request
+    from ..pipeline.request import MIXED, Job, Request
     from .inputs import names
     from .progress import Bars
 
@@ -83,10 +95,18 @@ def build(
             components=names(components),
             allow_accuracy_loss=allow_accuracy_loss,
             split=split,
+            budget=budget,
         )
+        if dry_run and precision == MIXED:
+            raise UsageError(
+                "A dry run cannot say what a search will find.", fix="Leave --dry-run out, or name a recipe."
+            )
         bars.started("open", None)
         started = time.perf_counter()
-        job = Job(request, lambda done, total: bars.counted(done, total))
+        if precision == MIXED:
+            job = mixed_job(request, bars, bars.counted)
+        else:
+            job = Job(request, lambda done, total: bars.counted(done, total))
         bars.finished("open", time.perf_counter() - started, False)
         if dry_run:
             planned = preview(job, bars)

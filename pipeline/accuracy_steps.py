@@ -55,11 +55,18 @@ def tasks_step(job: Job, preprocess: Step, before: list[Step]) -> Step:
             scores[job.recipe.name] = evaluate.cached([model, base], run_base)
         for done, other in enumerate(_compared(job, made), 2):
             advanced(done)
-            key = [model, other.recipe.to_json(), asdict(other.scales) if other.scales else None]
-            scores[other.recipe.name] = evaluate.cached(key, partial(_graph_scores, job, other, space))
+            scores[other.recipe.name] = scores_of(job, other, space, preprocess)
         return [write_receipt(space, "tasks", {"scores": scores, "sizes": evaluate.SIZES})], {}
 
     return Step("tasks", {"sizes": evaluate.SIZES, **after([preprocess, *before])}, run, 5)
+
+
+def scores_of(job: Job, made: Source, space: Workspace, preprocess: Step) -> dict[str, Any]:
+    """Task scores of the graphs of ``made``, computed once for all builds."""
+    rules = {k: v for k, v in made.recipe.to_json().items() if k != "summary"}
+    model = {**model_of(job), **after([preprocess])}
+    key = [model, rules, asdict(made.scales) if made.scales else None]
+    return evaluate.cached(key, partial(_graph_scores, job, made, space))
 
 
 def graph_manifest(job: Job, manifest: Manifest, root: Path) -> Manifest:

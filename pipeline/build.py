@@ -113,7 +113,9 @@ def _check_accuracy(job: Job, root: Path, records: Mapping[str, Record]) -> str:
     if "tasks" not in records:
         return ""
     scores = read_json(root / "receipts" / "tasks.json")["scores"]
-    budget = BUDGETS.get(job.recipe.name, DEFAULT_BUDGET)
+    budget = job.request.budget
+    if budget is None:
+        budget = BUDGETS.get(job.recipe.name, DEFAULT_BUDGET)
     try:
         check_budget(
             headlines(scores["fp32"]), headlines(scores[job.recipe.name]), budget, what=job.recipe.name

@@ -26,6 +26,8 @@ ORT = "onnxruntime"
 RTX = "tensorrt-rtx"
 BACKENDS = (ORT, RTX)
 EVALUATION = "evaluation.json"
+MIXED = "mixed"
+"""The precision whose recipe is searched (:mod:`.mixed`)."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Request:
         components: empty: all that the checkpoint has.
         allow_accuracy_loss: report a loss over budget instead of failing.
         split: parts that each component with blocks is built in.
+        budget: percentage points that a task may lose; None: that of the recipe.
     """
 
     out: Path
@@ -62,6 +65,7 @@ class Request:
     components: tuple[str, ...] = ()
     allow_accuracy_loss: bool = False
     split: int = 1
+    budget: float | None = None
 
 
 def nano_folder() -> Path:
@@ -79,9 +83,15 @@ class Job:
         InputError: no usable calibration data, or none given where some is needed.
     """
 
-    def __init__(self, request: Request, progress: Callable[[int, int], None] | None = None) -> None:
-        self.request = request
-        self.recipe: Recipe = load_recipe(request.precision)
+    def __init__(
+        self,
+        request: Request,
+        progress: Callable[[int, int], None] | None = None,
+        recipe: Recipe | None = None,
+    ) -> None:
+        """``recipe``: what ``request.precision`` means, where no file says it."""
+        self.request, self.searched = request, recipe is not None
+        self.recipe: Recipe = recipe or load_recipe(request.precision)
         if self.recipe.name == "fp32":
             raise UsageError(
                 "A recipe cannot be called fp32.",

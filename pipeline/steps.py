@@ -1,6 +1,7 @@
 """All steps of a build, in the order they run.
 
-preprocess, smooth (if the recipe does), calibrate, weights, quantise, a graph for each component, an engine
+preprocess, smooth (if the recipe does), calibrate, sensitivity and search (of a mixed recipe), weights,
+quantise, a graph for each component, an engine
 for each component and target, kernels (the proof), accuracy of the components, accuracy on the tasks.
 """
 
@@ -10,6 +11,7 @@ from .accuracy_steps import accuracy_step, tasks_step
 from .calibration_steps import calibrate_step, fold_steps, preprocess_step
 from .engine_steps import engine_step, kernels_step
 from .graph_steps import graph_step, store_steps
+from .mixed import search_steps
 from .request import RTX, Job
 from .step import Step
 
@@ -20,7 +22,10 @@ def steps(job: Job) -> list[Step]:
     found = [preprocess]
     smooth = fold_steps(job, preprocess)
     scales = list(smooth)
-    if job.plan.rounded:
+    if job.searched:
+        _, *searched = search_steps(job)
+        scales += searched
+    elif job.plan.rounded:
         scales.append(calibrate_step(job, [preprocess, *smooth]))
     stores = store_steps(job, smooth)
     graph_steps = {c: graph_step(job, c, [*scales, *stores]) for c in job.components}

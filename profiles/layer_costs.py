@@ -1,0 +1,56 @@
+"""Modelled time of every linear layer in every scheme: what a search for a recipe weighs against accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..calibration.schemes import SCHEMES
+from ..export.components import component_spec
+from ..models.config import InternVLConfig
+from .estimate import efficiencies, paper
+from .flops import layer_type
+from .gpus import GPUS, GpuPeaks
+from .roofline import Arithmetic, component_cost, component_time
+from .sizes import linear_shapes
+
+
+def gpu_of(target: str) -> GpuPeaks | None:
+    """The first GPU of the table that ``target`` (``sm89``) runs on, None if there is none."""
+    return next((gpu for gpu in GPUS.values() if gpu.sm == target), None)
+
+
+def layer_times(
+    config: InternVLConfig, components: Sequence[str], schemes: Sequence[str], base: str, gpu: GpuPeaks
+) -> dict[str, dict[str, float]]:
+    """Layer -> scheme -> expected milliseconds, summed over one call of each of ``components``.
+
+    Calls have the sizes that engines are tuned for (``opt`` of the axes). ``base`` is among the schemes of each
+    layer. The shares of the peaks are those of :mod:`.estimate`.
+
+    Raises:
+        CapabilityError: the GPU has no peak for a type.
+    """
+    layers = list(linear_shapes(config))
+    shares = efficiencies(paper(Arithmetic("bf16", {}))).values
+    found: dict[str, dict[str, float]] = {}
+    for scheme in (base, *schemes):
+        arithmetic = Arithmetic(base, _low(layers, scheme, base))
+        for component in components:
+            sizes = {axis.name: axis.opt for axis in component_spec(component, config).axes}
+            sizes.pop("total", None)  # past and text together
+            cost = component_cost(component, config, sizes, arithmetic)
+            counts = {layer.layer: layer.count for layer in cost.layers}
+            times = component_time(cost, gpu, arithmetic, shares).layers
+            each = {time.layer: time.expected_ms / counts[time.layer] for time in times}
+            for layer in layers:
+                if layer_type(layer) in each:
+                    own = found.setdefault(layer, {})
+                    own[scheme] = own.get(scheme, 0.0) + each[layer_type(layer)]
+    return found
+
+
+def _low(layers: Sequence[str], scheme: str, base: str) -> Mapping[str, tuple[str, str]]:
+    if scheme not in SCHEMES:
+        return {}
+    kind = SCHEMES[scheme]
+    return {layer_type(layer): (kind.weight, kind.activation or base) for layer in layers}
