@@ -24,8 +24,8 @@ def layer_times(
 ) -> dict[str, dict[str, float]]:
     """Layer -> scheme -> expected milliseconds, summed over one call of each of ``components``.
 
-    Calls have the sizes that engines are tuned for (``opt`` of the axes). ``base`` is among the schemes of each
-    layer. The shares of the peaks are those of :mod:`.estimate`.
+    Calls have the sizes that engines are tuned for (``opt`` of the axes). Each layer has ``base`` among its
+    schemes. The shares of the peaks are those of :mod:`.estimate`.
 
     Raises:
         CapabilityError: the GPU has no peak for a type.

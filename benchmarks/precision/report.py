@@ -1,0 +1,170 @@
+"""Measures what every precision costs, and writes docs/precision.md.
+
+internvl-nano is built under every shipped recipe and under a searched one, and under every way to pick INT8
+and FP8 ranges; a block of InternViT-6B's width is given outliers. What was measured goes to a receipt, with
+machine, versions and commit; the document is written from the receipt.
+
+    python -m ivl_export.benchmarks.precision.report            # everything: some ten minutes on one core
+    python -m ivl_export.benchmarks.precision.report --document # the document only
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ivl_export.benchmarks.precision.document import DOCUMENT, RECEIPT, render
+from ivl_export.benchmarks.precision.outliers import measure
+from ivl_export.calibration.recipe import Recipe, load_recipe, shipped_recipes
+from ivl_export.errors import UsageError
+from ivl_export.models.config import InternVLConfig
+from ivl_export.pipeline.build import build
+from ivl_export.pipeline.evaluate import headlines
+from ivl_export.pipeline.mixed import mixed_job
+from ivl_export.pipeline.request import MIXED, ORT, Job, Request
+from ivl_export.profiles.estimate import estimate
+from ivl_export.profiles.gpus import find_gpu
+from ivl_export.profiles.machine import commit, machine, versions
+from ivl_export.profiles.roofline import Arithmetic
+from ivl_export.profiles.sizes import plan_of
+
+SCHEMA = "ivl-export.precision/1"
+GPU = "l40s"
+BATCH = 8
+BUDGET = 0.3
+ALGORITHMS = ("max", "percentile", "entropy", "mse")
+OUTPUTS = {
+    "vision": "image_embed",
+    "qllama_query": "query_embed",
+    "qllama_text": "text_embed",
+    "qllama_step": "logits",
+}
+"""The output of each component that a user sees."""
+
+
+class Quiet:
+    """A build's reporter that says one line a build."""
+
+    def started(self, step: str, total: int | None) -> None:
+        """Nothing."""
+
+    def advanced(self, done: int) -> None:
+        """Nothing."""
+
+    def finished(self, step: str, seconds: float, reused: bool) -> None:
+        """Nothing."""
+
+
+def built(work: Path, precision: str, algorithm: str | None = None) -> dict[str, Any]:
+    """nano in one precision: size, task accuracy, SQNR, modelled speed."""
+    name = f"{precision}-{algorithm}" if algorithm else precision
+    request = Request(
+        work / name,
+        precision=precision,
+        algorithm=algorithm,
+        backends=(ORT,),
+        allow_accuracy_loss=True,
+        budget=BUDGET if precision == MIXED else None,
+    )
+    job = Job(request) if precision != MIXED else mixed_job(request, Quiet(), lambda done, total: None)
+    bundle = build(job, Quiet()).bundle
+    scores, accuracy = bundle.receipt("tasks")["scores"], bundle.receipt("accuracy")
+    stores = (bundle.root / "onnx" / "weights").glob("*.safetensors")
+    nano = job.checkpoint.config
+    return {
+        "recipe": job.recipe.name,
+        "algorithm": job.algorithm if job.plan.rounded else "",
+        "weight_bytes": sum(path.stat().st_size for path in stores),
+        "tasks": headlines(scores[job.recipe.name]),
+        "reference": headlines(scores["fp32"]),
+        "questions": scores["fp32"]["settings"],
+        "sqnr_db": {c: accuracy["chained"][c][output]["sqnr_db"] for c, output in OUTPUTS.items()},
+        "images_per_s": speed(job.recipe, nano),
+        "images_per_s_14b": None if precision == MIXED else speed(job.recipe, InternVLConfig()),
+        **({"search": bundle.receipt(MIXED)} if precision == MIXED else {}),
+    }
+
+
+def speed(recipe: Recipe, config: InternVLConfig) -> float:
+    """Modelled images a second, InternVL-G, on :data:`GPU`."""
+
+    def arithmetic_of(name: str) -> Arithmetic:
+        shipped = load_recipe(name)
+        return Arithmetic.of(shipped, plan_of(shipped, InternVLConfig()))
+
+    layers = plan_of(recipe, config)
+    return estimate(config, recipe, layers, find_gpu(GPU), [BATCH], arithmetic_of).points[0].images_g_per_s
+
+
+def outliers() -> dict[str, Any]:
+    """The block with massive channels."""
+    with tempfile.TemporaryDirectory(prefix="ivl-outliers-") as folder:
+        return measure(Path(folder))
+
+
+def measured(work: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Everything the document shows."""
+    recipes, algorithms = [], []
+    for name in (*shipped_recipes(), MIXED):
+        say(f"recipe {name}")
+        recipes.append(built(work, name))
+    for scheme in ("int8", "fp8"):
+        for algorithm in ALGORITHMS:
+            say(f"{scheme}, {algorithm}")
+            algorithms.append(built(work, scheme, algorithm))
+    say("outliers")
+    return {
+        "schema": SCHEMA,
+        "machine": asdict(machine()),
+        "versions": versions(),
+        "commit": commit(),
+        "gpu": asdict(find_gpu(GPU)),
+        "batch": BATCH,
+        "recipes": recipes,
+        "algorithms": algorithms,
+        "outliers": outliers(),
+    }
+
+
+def write(path: Path, text: str) -> None:
+    """``text`` at ``path``, whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Measure every precision, and write docs/precision.md.")
+    parser.add_argument("--work", type=Path, help="where bundles are built and kept; else a temporary folder")
+    parser.add_argument("--document", action="store_true", help="only write the document, from the receipt")
+    parser.add_argument("--check", action="store_true", help="only say whether it is stale (exit code 1)")
+    args = parser.parse_args(argv)
+    if not (args.document or args.check):
+        started = time.perf_counter()
+
+        def say(what: str) -> None:
+            print(f"{time.perf_counter() - started:7.1f} s  {what}", file=sys.stderr, flush=True)
+
+        with tempfile.TemporaryDirectory(prefix="ivl-precision-") as folder:
+            found = measured(args.work or Path(folder), say)
+        write(RECEIPT, json.dumps(found, indent=1) + "\n")
+    if not RECEIPT.is_file():
+        raise UsageError(f"{RECEIPT} is not there.", fix="Run this without --document first.")
+    old = DOCUMENT.read_text(encoding="utf-8")
+    new = render(old)
+    if args.check:
+        return int(old != new)
+    write(DOCUMENT, new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
