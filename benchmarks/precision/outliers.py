@@ -78,10 +78,11 @@ def measure(folder: Path, width: int = 3200, samples: int = 3) -> dict[str, Any]
     chosen = torch.randperm(width, generator=torch.Generator().manual_seed(0))[:CHANNELS]
     divisor = torch.ones(width)
     divisor[chosen] = 1 / GAIN
-    loud = fold(plain, {f"{PREFIX}norm1": divisor, f"{PREFIX}norm2": divisor})
+    louder = dict.fromkeys((f"{PREFIX}norm1", f"{PREFIX}norm2"), divisor)
     embeds = _embeddings(plain, samples)
     rows, ratios = [], {}
-    for outliers, checkpoint in ((False, plain), (True, loud)):
+    for outliers, divisors in ((False, dict.fromkeys(louder, torch.ones(width))), (True, louder)):
+        checkpoint = fold(plain, divisors)
         peaks = _peaks(checkpoint, embeds[:samples])
         ratios["with" if outliers else "without"] = {n: float(p.max() / p.median()) for n, p in peaks.items()}
         want = _updates(checkpoint, embeds[samples:])
@@ -89,7 +90,8 @@ def measure(folder: Path, width: int = 3200, samples: int = 3) -> dict[str, Any]
             made = checkpoint
             if smooth:
                 layers = [f"{PREFIX}attn.qkv", f"{PREFIX}mlp.fc1"]
-                made = fold(checkpoint, factors(checkpoint, {n: peaks[n] for n in layers}, layers))
+                found = factors(checkpoint, {n: peaks[n] for n in layers}, layers)
+                made = fold(plain, {norm: divisors[norm] * found[norm] for norm in found})
             got = _quantised(made, scheme, algorithm, embeds, samples)
             m = compare(want.numpy(), got.numpy())
             rows.append(Row(scheme, algorithm, smooth, outliers, m.sqnr_db, m.cosine))
@@ -141,7 +143,7 @@ def _peaks(checkpoint: Checkpoint, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _inputs(checkpoint: Checkpoint, x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """The input of every layer, image by image."""
-    block, seen = _block(checkpoint), []
+    block, seen = _block(checkpoint), list[tuple[str, torch.Tensor]]()
     for name in LAYERS:
         hook = _Seen(PREFIX + name, seen)
         block.get_submodule(name).register_forward_pre_hook(hook)
