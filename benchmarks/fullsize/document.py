@@ -62,7 +62,7 @@ def _cells(row: dict[str, Any]) -> Sequence[str]:
     return (
         row["step"],
         f"{row['seconds']:.1f}",
-        f"{row['peak_anonymous'] / 1e9:.2f}",
+        "" if row["peak_anonymous"] is None else f"{row['peak_anonymous'] / 1e9:.2f}",
         f"{row['bytes_read'] / 1e9:.2f}",
         f"{row['bytes_written'] / 1e9:.2f}",
         "" if row["ratio"] is None else f"{row['ratio']:.2f}",
