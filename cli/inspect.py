@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..bundle import Bundle
+from ..errors import UsageError
 from ..manifest import EngineFile
 from ..specs import ComponentSpec, TensorSpec
 from .output import human_bytes, print_json, print_table, show
@@ -22,10 +23,33 @@ app = typer.Typer(add_completion=False)
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file (reads all of it).")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show each product, convolution and attention, and how it runs.")
+    ] = False,
+    component: Annotated[str | None, typer.Option(help="With --layers: of this component only.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="With --layers: of this engine only (tensorrt-rtx-sm89).")
+    ] = None,
+    layer_info: Annotated[
+        Path | None,
+        typer.Option(help="With --layers: TensorRT's own JSON (trtexec --exportLayerInfo) of --component."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="With --layers: write them as one page, to sort and search.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a bundle holds, what it promises, and whether its files are intact."""
     opened = Bundle.open(bundle, verify="hash" if verify else "size")
+    if layers:
+        from .layers import run
+
+        run(opened, component, engine, layer_info, html, as_json)
+        return
+    if component or engine or layer_info or html:
+        raise UsageError(
+            "--component, --engine, --layer-info and --html are about layers.", "", "Give --layers as well."
+        )
     receipts = {name: opened.receipt(name) for name in opened.manifest.receipts}
     checked = "sha256 of every file" if verify else "size of every file"
     if as_json:

@@ -21,6 +21,8 @@ from ..errors import IntegrityError
 MAGIC = b"vtrt"
 MAX_PROGRAM_BYTES = 256 << 20
 """Longest program read; the 48 blocks of InternViT-6B need about 2 MB."""
+UNTOLD = "unknown"
+"""The type of an operand that an engine does not tell."""
 _MAX_DEPTH = 32
 _START = b"header {\n"
 _TOKEN = re.compile(r'"[^"]*"|[{}=]|[^\s{}="]+')

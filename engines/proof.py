@@ -41,7 +41,8 @@ class ProductProof:
         scheme: ``fp8`` or ``int8`` if the graph quantises both factors so, else empty.
         precision: types of the factors in the engine, ``fp8xfp8``, or ``bf16xint4`` where the weight is
             stored in INT4 and dequantised for a product in bf16; several joined by ``|`` where optimization
-            profiles differ; ``?`` for a type the engine does not tell; empty if the product is not in it.
+            profiles differ; ``unknown`` for a type the engine does not tell; empty if the product is not in
+            the engine.
         kernel: name of the kernel.
         merged: nodes that share the kernel (q/k/v, gate/up), this one among them; empty if it stands alone.
         cause: why it does not run in 8 bits; empty if it does.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from .graph import read_graph
 from .products import AttentionBlock, Product, why_not_8_bits
-from .program import Kernel, Program, read_programs
+from .program import UNTOLD, Kernel, Program, read_programs
 from .proof import Asked, AttentionProof, KernelReport, ProductProof, shares
 
 _FLOATS = frozenset({"fp8", "bf16", "fp16", "fp32", "fp64"})
-_OPERANDS = _FLOATS | {"int8", "uint8"}
+_OPERANDS = _FLOATS | {"int8", "uint8", UNTOLD}
 _MATRIX = frozenset({"fully_connected", "runtime_fusion", "corrltn"})  # corrltn: a convolution
 _LARGEST_HEAD = 256
 _SMALLEST_HEAD = 9
@@ -25,18 +26,35 @@ def proof_from_engine(engine: Path, graph: Path) -> KernelReport:
     Raises:
         IntegrityError: either file cannot be read.
     """
-    programs, asked = read_programs(engine), Asked.of(read_graph(graph))
+    return report_of(
+        read_programs(engine), graph, "tensorrt-rtx", engine.stat().st_size, why_unfused=_why_unfused
+    )
+
+
+def report_of(
+    programs: tuple[Program, ...],
+    graph: Path,
+    backend: str,
+    file_bytes: int = 0,
+    *,
+    why_unfused: Callable[[AttentionBlock, tuple[str, ...]], str],
+) -> KernelReport:
+    """The report of ``programs``, one for each optimization profile; IntegrityError if ``graph`` is no ONNX.
+
+    ``why_unfused`` gives the likely cause for an attention and the types it was computed in.
+    """
+    asked = Asked.of(read_graph(graph))
     names = {p.node: p for p in asked.products}
     return KernelReport(
-        backend="tensorrt-rtx",
+        backend=backend,
         profiles=len(programs),
         kernels=sum(len(p.kernels) for p in programs),
         gemms=tuple(_product(p, programs, asked, names) for p in asked.products),
-        attention=tuple(_attention(a, programs) for a in asked.attention),
+        attention=tuple(_attention(a, programs, why_unfused) for a in asked.attention),
         casts=tuple(" ".join(k.layers) or k.name for p in programs for k in p.kernels if _is_cast(k)),
         convolutions=tuple(_product(p, programs, asked, {}) for p in asked.convolutions),
         constant_bytes=max(p.constant_bytes for p in programs),
-        file_bytes=engine.stat().st_size,
+        file_bytes=file_bytes,
     )
 
 
@@ -107,7 +125,11 @@ def _factors(kernel: Kernel) -> tuple[str, ...]:
     return tuple(kind for kind in kernel.args if kind in _OPERANDS)[:2]
 
 
-def _attention(block: AttentionBlock, programs: tuple[Program, ...]) -> AttentionProof:
+def _attention(
+    block: AttentionBlock,
+    programs: tuple[Program, ...],
+    why_unfused: Callable[[AttentionBlock, tuple[str, ...]], str],
+) -> AttentionProof:
     """Fused if, in every profile, a kernel with ``mha`` in its name lists one of the nodes."""
     kernels = [
         next((k for k in p.kernels if "mha" in k.name and set(block.nodes) & set(k.layers)), None)
@@ -116,7 +138,7 @@ def _attention(block: AttentionBlock, programs: tuple[Program, ...]) -> Attentio
     whole = [k for k in kernels if k is not None]
     if len(whole) < len(kernels) or not whole:
         types = _unfused_types(block, programs[kernels.index(None)])
-        return AttentionProof(block.nodes, False, "", types, block.head_size, _why_unfused(block, types))
+        return AttentionProof(block.nodes, False, "", types, block.head_size, why_unfused(block, types))
     types = tuple(kind for kind in whole[0].args if kind in _FLOATS)
     cause = "" if block.scheme in ("", *types[:1]) else f"its {block.scheme} values are dequantised before it"
     return AttentionProof(block.nodes, True, whole[0].name, types, block.head_size, cause)

@@ -1,0 +1,185 @@
+"""The layers of a bundle as one page that needs nothing else: searched and sorted in it, light or dark."""
+
+from __future__ import annotations
+
+import os
+from html import escape
+from pathlib import Path
+
+from ..errors import UsageError
+from .layers import Layer, Proofs, layers, summary
+from .output import human_bytes, show
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+"""What the browser may load: nothing from anywhere."""
+_COLUMNS = (
+    "engine", "component", "kind", "layer", "promised", "runs", "fused", "weight", "stored", "bits", "kernel",
+    "why not in 8 bits",
+)  # fmt: skip
+_NUMBERS = frozenset({"stored", "bits"})
+_CSS = """
+:root{color-scheme:light dark;--page:#fbfbfa;--text:#1b1f24;--muted:#5a636e;--line:#d9dde1;--card:#fff;
+--low:#0b6b3a;--high:#7a4a00;--bad:#b42318;--focus:#0b5cad}
+@media (prefers-color-scheme:dark){:root{--page:#14171a;--text:#e6e9ec;--muted:#9aa5b1;--line:#30363d;
+--card:#1c2126;--low:#5fd38d;--high:#e0b35a;--bad:#ff8a80;--focus:#79b8ff}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--text);font:15px/1.45 system-ui,"DejaVu Sans",sans-serif}
+main{max-width:1500px;margin:0 auto;padding:24px 20px 60px}
+h1{font-size:25px;margin:0}h2{font-size:18px;margin:30px 0 8px}p{margin:4px 0;color:var(--muted)}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:12px}
+.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px}
+.card h3{font-size:15px;margin:0 0 6px}dl{display:grid;grid-template-columns:auto 1fr;gap:2px 12px;margin:0;
+font-size:13px}dt{color:var(--muted)}dd{margin:0}
+.tools{display:flex;flex-wrap:wrap;gap:10px;margin:6px 0 10px;align-items:center}
+input,select{font:inherit;color:inherit;background:var(--card);border:1px solid var(--line);border-radius:6px;
+padding:5px 9px}input{flex:1;min-width:220px}:focus-visible{outline:2px solid var(--focus)}
+.scroll{overflow-x:auto;border:1px solid var(--line);border-radius:8px;background:var(--card)}
+table{border-collapse:collapse;font-size:13px;width:100%}
+th,td{padding:5px 10px;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
+th{position:sticky;top:0;background:var(--card);padding:0}
+th button{all:unset;cursor:pointer;padding:6px 10px;font-weight:600;color:var(--muted);white-space:nowrap}
+th button:focus-visible{outline:2px solid var(--focus)}
+th[aria-sort=ascending] button::after{content:" \\2191"}
+th[aria-sort=descending] button::after{content:" \\2193"}
+td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.mono{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:12px;overflow-wrap:anywhere}
+td.name{min-width:330px}
+.low{color:var(--low);font-weight:600}.high{color:var(--high);font-weight:600}
+.bad{color:var(--bad);font-weight:600}
+"""
+_JS = """
+const rows=[...document.querySelectorAll("tbody tr")],body=document.querySelector("tbody");
+const search=document.getElementById("search"),count=document.getElementById("count");
+const picks=[...document.querySelectorAll("select")];
+function filter(){
+  const words=search.value.toLowerCase().split(/\\s+/).filter(Boolean);let seen=0;
+  for(const row of rows){
+    const text=row.textContent.toLowerCase();
+    const here=words.every(w=>text.includes(w))
+      &&picks.every(p=>!p.value||row.cells[p.dataset.column].textContent===p.value);
+    row.hidden=!here;seen+=here;
+  }
+  count.textContent=seen+" of "+rows.length+" layers";
+}
+for(const button of document.querySelectorAll("th button"))button.addEventListener("click",()=>{
+  const head=button.parentElement,index=head.cellIndex;
+  const down=head.getAttribute("aria-sort")==="ascending";
+  for(const other of head.parentElement.cells)other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort",down?"descending":"ascending");
+  const key=row=>row.cells[index].dataset.sort??row.cells[index].textContent;
+  const order=new Intl.Collator(undefined,{numeric:true}).compare;
+  rows.sort((a,b)=>(down?-1:1)*order(key(a),key(b)));body.append(...rows);
+});
+search.addEventListener("input",filter);picks.forEach(p=>p.addEventListener("change",filter));filter();
+"""
+
+
+def page(model: str, precision: str, found: Proofs) -> str:
+    """The whole HTML document of ``found``."""
+    title = f"What really runs: {model} in {precision}"
+    rows = "\n".join(
+        _row(engine, component, layer)
+        for engine, parts in found.items()
+        for component, proof in parts.items()
+        for layer in layers(proof)
+    )
+    heads = "".join(f'<th scope="col"><button>{escape(name)}</button></th>' for name in _COLUMNS)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{escape(title)}</title>
+<style>{_CSS}</style>
+</head>
+<body>
+<main>
+<h1>{escape(title)}</h1>
+<p>Each matrix product, convolution and attention of the graphs, as the engines run it: types of both factors
+(input x weight), what is stored of the weight, and what one kernel does together.</p>
+<h2>Engines</h2>
+<div class="cards">{_cards(found)}</div>
+<h2>Layers</h2>
+<div class="tools">
+<input id="search" type="search" placeholder="Search: layers.0 fp8" aria-label="Search layers">
+{_pick("engine", 0, list(found))}
+{_pick("component", 1, list(dict.fromkeys(c for parts in found.values() for c in parts)))}
+{_pick("kind", 2, ["product", "convolution", "attention", "cast"])}
+<span id="count" role="status"></span>
+</div>
+<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>
+{rows}
+</tbody></table></div>
+</main>
+<script>{_JS}</script>
+</body>
+</html>
+"""
+
+
+def write_page(model: str, precision: str, found: Proofs, path: Path) -> None:
+    """Write the page to ``path``, whole or not at all; UsageError if it cannot be written."""
+    staging = path.with_name(f".{path.name}.tmp.{os.getpid()}")
+    try:
+        staging.write_text(page(model, precision, found), encoding="utf-8")
+        staging.replace(path)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        raise UsageError(
+            f"--html {path} cannot be written.", str(error), "Name a file in a folder that is there."
+        ) from error
+
+
+def _cards(found: Proofs) -> str:
+    return "\n".join(
+        f'<div class="card"><h3>{escape(component)} on {escape(engine)}</h3><dl>'
+        + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in summary(proof.report).items())
+        + "</dl></div>"
+        for engine, parts in found.items()
+        for component, proof in parts.items()
+    )
+
+
+def _pick(name: str, column: int, values: list[str]) -> str:
+    options = "".join(f"<option>{escape(value)}</option>" for value in values)
+    first = f'<option value="">any {name}</option>'
+    return f'<select data-column="{column}" aria-label="{name}">{first}{options}</select>'
+
+
+def _row(engine: str, component: str, layer: Layer) -> str:
+    bits = "" if layer.weight_bits is None else show(layer.weight_bits)
+    stored = human_bytes(layer.weight_bytes) if layer.weight_bytes else ""
+    cells = [
+        _cell(engine),
+        _cell(component),
+        _cell(layer.kind),
+        _cell(layer.name, "mono name"),
+        _cell(layer.promised),
+        _cell(layer.runs, _tone(engine, layer)),
+        _cell(layer.fused),
+        _cell("x".join(map(str, layer.shape)), "n"),
+        _cell(stored, "n", layer.weight_bytes),
+        _cell(bits, "n", layer.weight_bits or 0),
+        _cell(layer.kernel, "mono"),
+        _cell(layer.cause),
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _cell(text: str, style: str = "", order: float | None = None) -> str:
+    sort = "" if order is None else f' data-sort="{order:g}"'
+    return f"<td{f' class={chr(34)}{style}{chr(34)}' if style else ''}{sort}>{escape(show(text))}</td>"
+
+
+def _tone(engine: str, layer: Layer) -> str:
+    """Green for 8 bits or less, amber for more, red for a promise that is not kept.
+
+    ONNX Runtime has no FP8 kernels on a CPU: nothing is promised of it there.
+    """
+    kinds = set(layer.runs.split("x"))
+    held = layer.promised == "int8" or (layer.promised == "fp8" and not engine.startswith("onnxruntime"))
+    if held and kinds != {layer.promised}:
+        return "bad"
+    return "low" if kinds <= {"fp8", "int8", "int4"} else "high" if layer.runs else ""
