@@ -58,6 +58,9 @@ def recipes(
             ("pattern", *(recipe.name for recipe in found if recipe.rules)),
             layers,
         )
+        typer.echo(
+            "mixed: searched for the model by build --precision mixed --budget 0.3 (points of accuracy)."
+        )
         typer.echo("All of them also run in ONNX Runtime on a CPU, where only INT8 products are faster.")
 
 

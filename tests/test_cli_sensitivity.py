@@ -1,0 +1,125 @@
+"""``ivl-export sensitivity`` and the search of ``--precision mixed`` on internvl-nano."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ivl_export.calibration.recipe import Recipe
+from ivl_export.cli import main
+from ivl_export.errors import UsageError
+from ivl_export.models.config import InternVLConfig
+from ivl_export.pipeline import mixed
+from ivl_export.pipeline.graphs import Source
+from ivl_export.pipeline.layer_tasks import LayerTasks
+from ivl_export.pipeline.request import ORT, Job, Request
+from ivl_export.pipeline.sensitivity import sensitivity
+from ivl_export.pipeline.workspace import Workspace
+from ivl_export.profiles.gpus import find_gpu
+from ivl_export.profiles.layer_costs import gpu_of, layer_times
+
+
+class Heard:
+    """Hears which steps ran."""
+
+    def __init__(self) -> None:
+        self.ran: dict[str, bool] = {}
+
+    def started(self, step: str, total: int | None) -> None: ...
+
+    def advanced(self, done: int) -> None: ...
+
+    def finished(self, step: str, seconds: float, reused: bool) -> None:
+        self.ran[step] = not reused
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "found"
+    options = ["--components", "vision", "--schemes", "int8,fp8-attention", "--calib-samples", "8"]
+    assert main(["sensitivity", "--out", str(out), *options, "--questions", "0", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((out / "sensitivity.json").read_text(encoding="utf-8"))
+    assert len(printed["losses"]) == 5 * 4 + 5
+    assert printed["held_out"]["samples"] > 0
+    assert (out / "sensitivity.png").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"found"}, "nothing else is left"
+    assert (
+        main(["sensitivity", "--out", str(out), "--schemes", "int8-smooth", "--json"]) == UsageError.exit_code
+    )
+
+
+@pytest.mark.slow
+def test_tasks_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request(tmp_path, precision="int8", calib_samples=8, components=("vision",), backends=(ORT,))
+    asked: list[str] = []
+    real = LayerTasks.lost
+
+    def lost(self: LayerTasks, layer: str, scheme: str) -> dict[str, float]:
+        if len(asked) == 1:
+            asked.append("stopped")
+            raise KeyboardInterrupt
+        asked.append(layer)
+        return real(self, layer, scheme) if len(asked) < 3 else {"C classify": 0.0}
+
+    monkeypatch.setattr(LayerTasks, "lost", lost)
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity(Job(request), ["int4-weight"], tmp_path / "out", Heard(), questions=8)
+    found = sensitivity(Job(request), ["int4-weight"], tmp_path / "out", Heard(), questions=8)
+    assert len(asked) == 20 + 1, "each layer once, and the one that was stopped again"
+    assert len(set(asked)) == 21
+    assert set(found.losses[0].tasks) == {
+        "C classify", "C text to image R@1", "G classify", "G text to image R@1", "caption exact"
+    }  # fmt: skip
+
+
+def test_modelled_times() -> None:
+    gpu = find_gpu("l40s")
+    assert gpu_of("sm89") is not None
+    times = layer_times(InternVLConfig(), ["vision", "qllama_text"], ["fp8", "int4-weight"], "bf16", gpu)
+    fc1 = times["vision_model.encoder.layers.0.mlp.fc1"]
+    assert fc1["fp8"] < fc1["bf16"], "products bound it"
+    assert fc1["int4-weight"] == pytest.approx(fc1["bf16"])
+    assert times["vision_model.encoder.layers.47.mlp.fc1"] == fc1
+    assert "qllama.model.layers.0.cross_attn.q_proj" not in times, "of another component"
+
+
+def test_a_search_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Recipe] = []
+
+    def lost(job: Job, made: Source, space: Workspace, preprocess: object) -> float:
+        measured.append(made.recipe)
+        return 2.0 if "int8" in made.plan.schemes.values() else 0.1
+
+    monkeypatch.setattr(mixed, "_cosine_loss", lost)
+    request = Request(
+        tmp_path / "out",
+        precision="mixed",
+        calib_samples=8,
+        components=("vision",),
+        backends=(ORT,),
+        budget=0.5,
+    )
+    first = Heard()
+    job = mixed.mixed_job(request, first, lambda done, total: None)
+    assert first.ran["search"]
+    assert job.recipe.name == "mixed"
+    assert job.plan.quantised
+    assert "int8" not in job.plan.schemes.values()
+    count, again = len(measured), Heard()
+    assert 1 < count < 10
+    assert mixed.mixed_job(request, again, lambda done, total: None).recipe == job.recipe
+    assert (len(measured), again.ran["search"]) == (count, False)
+    receipt = json.loads((tmp_path / ".out.build/bundle/receipts/mixed.json").read_text(encoding="utf-8"))
+    assert receipt["speedup"] > 1
+    assert len(receipt["tried"]) == count
+    assert all(choice["reason"] for choice in receipt["choices"])
+
+
+def test_what_a_search_cannot_take(tmp_path: Path) -> None:
+    request = Request(tmp_path, precision="mixed", algorithm="mse", backends=(ORT,))
+    with pytest.raises(UsageError, match="measures ranges itself"):
+        mixed.mixed_job(request, Heard(), lambda done, total: None)
+    out = ["--out", str(tmp_path / "x")]
+    assert main(["build", "--precision", "mixed", "--dry-run", *out, "--json"]) == UsageError.exit_code
