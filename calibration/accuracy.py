@@ -16,7 +16,7 @@ from ..preprocess import Array
 from .chain import Arrays, Runner, Step, run_chain
 from .dataset import Batch
 
-BUDGETS = {"fp8": 1.0, "int8": 1.5}
+BUDGETS = {"fp8": 1.0, "int8": 1.5, "mixed": 0.3}
 """Largest loss in percentage points on each task, by recipe (bf16 and fp16: as fp8)."""
 
 SIMULATED = "simulated in torch"

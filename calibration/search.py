@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -86,9 +87,7 @@ def line(groups: Sequence[Group]) -> list[Picks]:
     between = [(a + b) / 2 for a, b in pairwise(ordered)]
     found: list[Picks] = []
     for price in (*between, 2 * ordered[-1] + 1):
-        picks = tuple(
-            min(g.options, key=lambda o: (o.ms + price * o.noise, o.noise, o.scheme)) for g in groups
-        )
+        picks = tuple(min(group.options, key=partial(_worth, price)) for group in groups)
         if not found or found[-1] != picks:
             found.append(picks)
     return found
@@ -180,23 +179,14 @@ def _ms(picks: Picks) -> float:
 
 def _reason(group: Group, pick: Option, base: str) -> Choice:
     own = next(option for option in group.options if option.scheme == base)
-    faster = [o for o in group.options if o.ms < pick.ms]
-    if pick.scheme == base:
-        quickest = min(group.options, key=lambda o: o.ms)
-        if quickest.ms >= own.ms:
-            reason = "no scheme is faster"
-        else:
-            reason = (
-                f"{quickest.scheme} would save {own.ms - quickest.ms:.3g} ms, too noisy at {_db(quickest)}"
-            )
-    else:
-        reason = f"saves {own.ms - pick.ms:.3g} ms of {own.ms:.3g}, at {_db(pick)}"
-        if faster:
-            next_best = min(faster, key=lambda o: o.ms)
-            reason += (
-                f"; {next_best.scheme} would save {pick.ms - next_best.ms:.3g} more, at {_db(next_best)}"
-            )
-    return Choice(group.layers, pick.scheme, reason, group.options)
+    quickest = min(group.options, key=lambda option: option.ms)
+    words = []
+    if pick.scheme != base:
+        words.append(f"saves {own.ms - pick.ms:.3g} ms of {own.ms:.3g}, at {_db(pick)}")
+    if quickest.ms < pick.ms:
+        more = "more, " if words else "ms, but "
+        words.append(f"{quickest.scheme} would save {pick.ms - quickest.ms:.3g} {more}at {_db(quickest)}")
+    return Choice(group.layers, pick.scheme, "; ".join(words) or "no scheme is faster", group.options)
 
 
 def _db(option: Option) -> str:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from ..calibration.attention import FP8_ATTENTION
+from ..calibration.attention import FP8_ATTENTION, core_attentions, operand_names
 from ..calibration.quantize import dequantise, quantise
 from ..calibration.scales import Scales
 from ..calibration.schemes import SCHEMES
-from ..calibration.simulate import rounding_hook
+from ..calibration.simulate import attention_hook, rounding_hook
 from .evaluate import headlines
 
 if TYPE_CHECKING:
-    import torch
-
     from ..models.internvl import InternVL
     from .request import Job
 
@@ -67,29 +65,42 @@ class LayerTasks:
     def _quantised(self, layer: str, scheme: str) -> Iterator[None]:
         import torch
 
-        linear, base = self.model.get_submodule(layer), self.job.recipe.base
-        assert scheme != FP8_ATTENTION
-        assert isinstance(linear, torch.nn.Linear)
-        kept = linear.weight
+        base, ranges = self.job.recipe.base, self.scales.amax
         with ExitStack() as stack:
-            stack.callback(setattr, linear, "weight", kept)
-            values = dequantise(*quantise(kept.detach(), scheme, base))
-            linear.weight = torch.nn.Parameter(values, requires_grad=False)
-            if kind := SCHEMES[scheme].activation:
-                follow = self.model.qllama.register_forward_pre_hook(self._follow, with_kwargs=True)
-                stack.callback(follow.remove)
-                hooks = {
-                    component: rounding_hook(amax[layer], kind, base)
-                    for component, amax in self.scales.amax.items()
-                    if layer in amax
+            follow = self.model.qllama.register_forward_pre_hook(self._follow, with_kwargs=True)
+            stack.callback(follow.remove)
+            if scheme == FP8_ATTENTION:
+                names = set(operand_names(layer))
+                fused = {
+                    c: attention_hook(layer, amax, base) for c, amax in ranges.items() if names <= set(amax)
                 }
-
-                def rounded(module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
-                    component = "vision" if layer.startswith("vision_model.") else self._pass
-                    return hooks[component](module, args) if component in hooks else args
-
-                stack.callback(linear.register_forward_pre_hook(rounded).remove)
+                core = core_attentions(self.model)[layer]
+                stack.callback(core.register_forward_hook(self._by_component(layer, fused)).remove)
+            else:
+                linear = self.model.get_submodule(layer)
+                assert isinstance(linear, torch.nn.Linear)
+                stack.callback(setattr, linear, "weight", linear.weight)
+                values = dequantise(*quantise(linear.weight.detach(), scheme, base))
+                linear.weight = torch.nn.Parameter(values, requires_grad=False)
+                if kind := SCHEMES[scheme].activation:
+                    rounded = {
+                        c: rounding_hook(amax[layer], kind, base)
+                        for c, amax in ranges.items()
+                        if layer in amax
+                    }
+                    stack.callback(
+                        linear.register_forward_pre_hook(self._by_component(layer, rounded)).remove
+                    )
             yield
+
+    def _by_component(self, layer: str, hooks: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+        """The hook of the component that is running; it changes nothing where there is none."""
+
+        def hook(*given: Any) -> Any:
+            own = hooks.get("vision" if layer.startswith("vision_model.") else self._pass)
+            return own(*given) if own is not None else None
+
+        return hook
 
     def _follow(self, _: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note which component a pass through QLLaMA belongs to, by the arguments it is called with."""

@@ -9,10 +9,12 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from ..calibration.accuracy import BUDGETS
 from ..calibration.recipe import Recipe, plan
 from ..calibration.scales import Scales
+from ..calibration.schemes import element_types
 from ..calibration.search import Group, Option, as_recipe, search
-from ..calibration.sensitivity import Sensitivity
+from ..calibration.sensitivity import Loss, Sensitivity
 from ..engines.targets import parse_targets
 from ..errors import CapabilityError, UsageError
 from ..strict_json import read_json
@@ -27,7 +29,6 @@ from .workspace import Reporter, Workspace
 
 CANDIDATES = ("fp8", "int8", "int8-weight", "int4-weight")
 """Schemes that a search chooses from, less those that a target lacks a type for."""
-DEFAULT_BUDGET = 0.3
 _JOINED = re.compile(r"(.*\.)(self_attn\.[qkv]|cross_attn\.[kv]|mlp\.(?:gate|up))_proj")
 """Layers that share their input: a builder joins their products where they have one scheme."""
 
@@ -37,7 +38,6 @@ def mixed_job(request: Request, reporter: Reporter, progress: Callable[[int, int
 
     Raises:
         UsageError: an option that a search cannot take.
-        AccuracyError: no recipe is within the budget.
         CapabilityError: no published peaks for the target's GPU.
     """
     if request.scales is not None or request.algorithm not in (None, "max"):
@@ -64,8 +64,6 @@ def search_steps(job: Job) -> list[Step]:
 
 def candidates(job: Job) -> tuple[str, ...]:
     """Schemes that every target of ``job`` has the types for."""
-    from ..calibration.schemes import element_types
-
     missing = {kind for target in parse_targets(job.request.targets) for kind in target.missing}
     return tuple(s for s in CANDIDATES if not element_types("bf16", frozenset({s})) & missing)
 
@@ -81,7 +79,7 @@ def _search_step(job: Job, preprocess: Step, before: list[Step]) -> Step:
             "Give another --targets first, or name a recipe.",
         )
     tasks = bool(job.evaluation) and set(job.components) == set(job.checkpoint.components)
-    budget = DEFAULT_BUDGET if job.request.budget is None else job.request.budget
+    budget = BUDGETS[MIXED] if job.request.budget is None else job.request.budget
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
         scales = Scales.load(space.root / SCALES)
@@ -135,13 +133,11 @@ def _group(
     schemes: Sequence[str],
     base: str,
     times: Mapping[str, Mapping[str, float]],
-    worst: Mapping[tuple[str, str], object],
+    worst: Mapping[tuple[str, str], Loss],
 ) -> Group:
-    from ..calibration.sensitivity import Loss
-
     options = [Option(base, sum(times[layer][base] for layer in layers), 0.0)]
     for scheme in schemes:
-        losses = [loss for layer in layers if isinstance(loss := worst.get((layer, scheme)), Loss)]
+        losses = [worst[layer, scheme] for layer in layers if (layer, scheme) in worst]
         if len(losses) == len(layers):
             ms = sum(times[layer][scheme] for layer in layers)
             options.append(Option(scheme, ms, sum(loss.noise for loss in losses)))

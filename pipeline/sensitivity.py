@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..calibration.attention import FP8_ATTENTION
 from ..calibration.calibrate import calibration_units, spilled_bytes
 from ..calibration.scales import Scales
 from ..calibration.sensitivity import Loss, Sensitivity, measure
@@ -66,7 +65,7 @@ def tasks_step(job: Job, questions: int, before: Step, variants: int) -> Step:
         found = read_sensitivity(space.root)
         known = space.home / "layer-tasks.jsonl"
         lost = _read_lines(known, before.digest)
-        asked = list(dict.fromkeys((x.layer, x.scheme) for x in found.losses if x.scheme != FP8_ATTENTION))
+        asked = list(found.worst())
         tasks: LayerTasks | None = None
         with known.open("a", encoding="utf-8") as lines:
             for done, key in enumerate(asked, 1):

@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from ivl_export.calibration.quantize import dequantise, quantise
 from ivl_export.calibration.recipe import Recipe
+from ivl_export.calibration.scales import Scales
+from ivl_export.calibration.simulate import rounding_hook
 from ivl_export.cli import main
 from ivl_export.errors import UsageError
 from ivl_export.models.config import InternVLConfig
@@ -19,6 +23,7 @@ from ivl_export.pipeline.sensitivity import sensitivity
 from ivl_export.pipeline.workspace import Workspace
 from ivl_export.profiles.gpus import find_gpu
 from ivl_export.profiles.layer_costs import gpu_of, layer_times
+from ivl_export.tests.calibration.reference import reference_modules
 
 
 class Heard:
@@ -72,6 +77,30 @@ def test_tasks_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(found.losses[0].tasks) == {
         "C classify", "C text to image R@1", "G classify", "G text to image R@1", "caption exact"
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_each_pass_has_its_own_ranges(tmp_path: Path) -> None:
+    """The whole model with one layer quantised equals the component with that layer quantised."""
+    job = Job(Request(tmp_path, precision="int8", calib_samples=8, backends=(ORT,)))
+    amax = {"vision": 9.0, "qllama_query": 0.5, "qllama_text": 4.0, "qllama_step": 0.25}
+    layer = "qllama.model.layers.1.mlp.gate_proj"
+    scales = Scales({c: {layer: top} for c, top in amax.items()}, "max", 8, "", True, 0, "", 0, {}, {})
+    tasks = LayerTasks(job, scales, questions=2)
+    ids = torch.tensor([job.tokenizer.encode_contrastive(["a red circle"])[0][0].tolist()])
+    ids = ids[:, : int((ids > 0).sum())]
+    module = reference_modules(job.checkpoint, ["qllama_text"])["qllama_text"]
+    plain = module(ids, torch.tensor([ids.shape[1]]))[0]
+    linear = module.get_submodule(layer)
+    assert isinstance(linear, torch.nn.Linear)
+    linear.weight = torch.nn.Parameter(dequantise(*quantise(linear.weight.detach(), "int8")), False)
+    linear.register_forward_pre_hook(rounding_hook(amax["qllama_text"], "int8", "bf16"))
+    with torch.no_grad(), tasks._quantised(layer, "int8"):
+        got = tasks.model.encode_text(ids)
+    assert torch.allclose(got, module(ids, torch.tensor([ids.shape[1]]))[0], atol=1e-5)
+    assert not torch.allclose(got, plain, atol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(tasks.model.encode_text(ids), plain, atol=1e-5), "it is taken back"
 
 
 def test_modelled_times() -> None:
