@@ -120,6 +120,22 @@ def build(
         print_json(report)
     else:
         print_report(report)
+        if job.searched:
+            print_search(result.bundle.receipt(MIXED))
+
+
+def print_search(found: dict[str, Any]) -> None:
+    """How a recipe was searched, and why each layer has its scheme."""
+    print_table(
+        f"Recipes measured: at most {found['budget']:g} {found['unit']} may be lost",
+        (f"place of {found['places']}", "modelled us", "lost", "within"),
+        [(t["place"], round(1e3 * t["ms"], 2), t["lost"], t["within"]) for t in found["tried"]],
+    )
+    print_table(
+        f"What was chosen, {found['speedup']:.2f}x as fast as bf16 (modelled on {found['gpu']})",
+        ("layers", "scheme", "why"),
+        [(", ".join(c["layers"]), c["scheme"], c["reason"]) for c in found["choices"]],
+    )
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ def test_a_search_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def lost(job: Job, made: Source, space: Workspace, preprocess: object) -> float:
         measured.append(made.recipe)
-        return 2.0 if "int8" in made.plan.schemes.values() else 0.1
+        return 0.05 * len(made.plan.quantised)
 
     monkeypatch.setattr(mixed, "_cosine_loss", lost)
     request = Request(
@@ -134,8 +134,7 @@ def test_a_search_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     job = mixed.mixed_job(request, first, lambda done, total: None)
     assert first.ran["search"]
     assert job.recipe.name == "mixed"
-    assert job.plan.quantised
-    assert "int8" not in job.plan.schemes.values()
+    assert 0 < len(job.plan.quantised) <= 10
     count, again = len(measured), Heard()
     assert 1 < count < 10
     assert mixed.mixed_job(request, again, lambda done, total: None).recipe == job.recipe

@@ -24,7 +24,7 @@ LINES = [
     if line.startswith("ivl-export ")
 ]
 # What takes long, or needs the published weights or data: it is parsed, not run.
-HEAVY = ("build", "eval", "export", "train", "profile")
+HEAVY = ("build", "eval", "export", "train", "profile", "sensitivity")
 
 
 @pytest.fixture
