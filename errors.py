@@ -68,6 +68,12 @@ class AccuracyError(IvlError):
     exit_code = 7
 
 
+class LatencyError(IvlError):
+    """A measured time grew by more than its limit."""
+
+    exit_code = 9
+
+
 class IntegrityError(IvlError):
     """A bundle, archive or cache entry whose hash, size or path is not what its manifest says."""
 

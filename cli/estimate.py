@@ -10,7 +10,7 @@ import typer
 
 from ..errors import UsageError
 from .output import human_bytes, print_json, print_table
-from .profile import parse_batches
+from .profile import parse_sizes
 
 if TYPE_CHECKING:
     from ..models.config import InternVLConfig
@@ -49,7 +49,7 @@ def estimate(
         shipped = load_recipe(name)
         return Arithmetic.of(shipped, plan_of(shipped, InternVLConfig()))
 
-    batches = parse_batches(batch)
+    batches = parse_sizes("--batch", batch)
     found = find_gpu(gpu)
     config = sized(
         InternVLConfig() if model is None else InternVLConfig.load(model / "config.json"), image_size

@@ -1,31 +1,61 @@
-"""``ivl-export profile``: times of a bundle on this machine, FLOPs and bytes of its graphs, Table 19."""
+"""``ivl-export profile``: times of a bundle on this machine, its work, Table 19; reports; two runs compared.
+
+``profile BUNDLE`` is short for ``profile measure BUNDLE``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from ..errors import UsageError
-from .output import human_bytes, print_json, print_table
+from ..errors import LatencyError, UsageError
+from .output import print_json, print_table
 
 if TYPE_CHECKING:
-    from ..profiles.flops import ComponentCost
-    from ..profiles.latency import Case, Progress
-    from ..profiles.report import Profile
-    from ..profiles.table19 import Row, Table19
+    from ..profiles.cases import Progress
+    from ..profiles.diff import Diff
+    from ..profiles.receipt import Profile
 
-app = typer.Typer(add_completion=False)
+DEFAULT = "measure"
 
 
-@app.command()
-def profile(
+class _Profile(TyperGroup):
+    """A group whose command may be left out: then it is :data:`DEFAULT`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        named = bool(args) and args[0] in self.commands
+        return super().parse_args(ctx, args if named else [DEFAULT, *args])
+
+
+app = typer.Typer(cls=_Profile, add_completion=False)
+
+Html = Annotated[Path | None, typer.Option(help="Write one self-contained page with charts here.")]
+Png = Annotated[Path | None, typer.Option(help="Write each chart as a PNG into this folder.")]
+Csv = Annotated[Path | None, typer.Option(help="Write a line for each timed case here.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")]
+Beside = Annotated[
+    list[Path] | None, typer.Option(help="A receipt whose columns to set beside in Table 19 (repeatable).")
+]
+
+
+@app.command(
+    DEFAULT,
+    epilog="Also: 'ivl-export profile report RECEIPT' prints and draws a receipt again; "
+    "'ivl-export profile diff OLD NEW' compares two.",
+)
+def measure(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
     batch: Annotated[
-        str | None, typer.Option(help="Batch sizes with commas between.", show_default="1,8")
+        str | None,
+        typer.Option(help="Batch sizes with commas between.", show_default="1,8; with --table19 1,128"),
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Text lengths to time too: 8,16,32.", show_default="as tuned")
     ] = None,
     backend: Annotated[
         str, typer.Option(help="Whose engines: onnxruntime, tensorrt-rtx, ...")
@@ -36,50 +66,183 @@ def profile(
     ] = 3.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of an engine.")] = None,
     table19: Annotated[
-        bool, typer.Option("--table19", help="Print the paper's cost table for any model.")
+        bool, typer.Option("--table19", help="The paper's cost tables, with the PyTorch bf16 baseline.")
     ] = False,
+    baseline: Annotated[bool, typer.Option(help="With --table19: time the PyTorch modules too.")] = True,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The bundle's weights, for the baseline.", show_default="its source")
+    ] = None,
+    ceilings: Annotated[bool, typer.Option(help="Measure what the machine reaches at best.")] = True,
+    beside: Beside = None,
     out: Annotated[Path | None, typer.Option(help="Write the receipt, with raw samples, here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
+    html: Html = None,
+    png: Png = None,
+    csv: Csv = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time a bundle's components and chained calls here; count FLOPs and bytes from its graphs."""
-    batches = None if batch is None else parse_batches(batch)
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise UsageError(
-            f"--out {out} is no file that can be written.",
-            "It is a folder, or its folder does not exist.",
-            "Name a file in a folder that is there.",
-        )
-    from ..profiles import report
+    batches = None if batch is None else parse_sizes("--batch", batch)
+    texts = () if lengths is None else tuple(parse_sizes("--lengths", lengths))
+    for name, path in (("--out", out), ("--html", html), ("--csv", csv)):
+        _writable(name, path)
+    if checkpoint is not None and not (table19 and baseline):
+        raise UsageError("--checkpoint is for the baseline.", "There is none here.", "Add --table19.")
+    from ..profiles import receipt, report
     from ..profiles.measure import StopRule
 
+    others = [receipt.read(path) for path in beside or ()]
+    options = report.Options(
+        backend, target, threads, batches, texts, StopRule(seconds), table19, baseline, checkpoint, ceilings
+    )
     with _progress() as progress:
-        result = report.profile(
-            bundle, backend, target, threads, batches, StopRule(seconds), table19, progress
-        )
-    receipt = result.to_json() if as_json or out is not None else None
+        result = report.profile(bundle, options, progress)
     if out is not None:
-        report.write(receipt, out)
-    if as_json:
-        print_json(receipt)
-        return
-    _about(result)
-    _components(result)
-    _chained(result)
-    _costs(result)
-    if result.table19 is not None:
-        _table19(result.table19)
-    for note in result.notes:
-        typer.echo(note)
-    if out is not None:
+        receipt.write(result.to_json(), out)
+    _export(result, others, html, png, csv, as_json)
+    if out is not None and not as_json:
         typer.echo(f"Receipt with raw samples: {out}")
 
 
-def parse_batches(text: str) -> list[int]:
-    """Batch sizes of ``1,8,32``; UsageError otherwise."""
+@app.command("report")
+def report_again(
+    receipt: Annotated[Path, typer.Argument(help="What --out wrote.", show_default=False)],
+    beside: Beside = None,
+    html: Html = None,
+    png: Png = None,
+    csv: Csv = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print and draw a receipt again, without measuring."""
+    for name, path in (("--html", html), ("--csv", csv)):
+        _writable(name, path)
+    from ..profiles.receipt import read
+
+    _export(read(receipt), [read(path) for path in beside or ()], html, png, csv, as_json)
+
+
+@app.command("diff")
+def compare(
+    old: Annotated[Path, typer.Argument(help="The receipt before.", show_default=False)],
+    new: Annotated[Path, typer.Argument(help="The receipt after.", show_default=False)],
+    fail_above: Annotated[
+        str | None,
+        typer.Option(help="Exit with 9 if a median is surely slower by more: 5%.", metavar="PERCENT"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Compare two receipts case by case: ratio of medians with its bootstrap interval, and a verdict."""
+    limit = None if fail_above is None else parse_percent(fail_above)
+    from ..profiles.diff import diff
+    from ..profiles.receipt import read
+
+    result = diff(read(old), read(new), limit)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        _print_diff(result)
+    if result.failed:
+        worst = max(result.failed, key=lambda change: change.low)
+        raise LatencyError(
+            f"{len(result.failed)} of {len(result.changes)} cases are slower by more than {fail_above}.",
+            f"{worst.kind} {worst.name} at batch {worst.batch}: {worst.old_ms:.4g} -> {worst.new_ms:.4g} ms, "
+            f"{worst.low - 1:+.1%} to {worst.high - 1:+.1%}.",
+            "Find the change that did it, or raise --fail-above.",
+        )
+
+
+def parse_sizes(option: str, text: str) -> list[int]:
+    """Sizes of ``1,8,32``; UsageError otherwise."""
     sizes = [part.strip() for part in text.split(",")]
     if not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
-        raise UsageError(f"--batch {text!r} is no list of batch sizes.", "", "Write --batch 1,8,32.")
+        raise UsageError(f"{option} {text!r} is no list of sizes.", "", f"Write {option} 1,8,32.")
     return [int(size) for size in sizes]
+
+
+def parse_percent(text: str) -> float:
+    """0.05 of ``5%`` or ``5``; UsageError otherwise."""
+    try:
+        value = float(text.strip().removesuffix("%")) / 100
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 100:
+        raise UsageError(f"--fail-above {text!r} is no percentage.", "", "Write --fail-above 5%.")
+    return value
+
+
+def _writable(option: str, path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(
+            f"{option} {path} is no file that can be written.",
+            "It is a folder, or its folder does not exist.",
+            "Name a file in a folder that is there.",
+        )
+
+
+def _export(
+    result: Profile,
+    others: list[Profile],
+    html: Path | None,
+    png: Path | None,
+    csv: Path | None,
+    as_json: bool,
+) -> None:
+    """Everything that is written or printed of a profile; ``others`` add columns to its Table 19."""
+    from dataclasses import replace
+
+    from ..profiles.receipt import write_text
+    from ..profiles.table19 import merged
+
+    if tables := [p.table19 for p in (result, *others) if p.table19 is not None]:
+        result = replace(result, table19=merged(tables))
+    written = []
+    if csv is not None:
+        from ..profiles.sheet import sheet
+
+        write_text(sheet(result), csv)
+        written.append(csv)
+    if html is not None:
+        from ..profiles.page import page
+
+        write_text(page(result), html)
+        written.append(html)
+    if png is not None:
+        from ..profiles.png import write_charts
+
+        written += write_charts(result, png)
+    if as_json:
+        print_json(result.to_json())
+        return
+    from .profile_tables import print_profile
+
+    print_profile(result)
+    for path in written:
+        typer.echo(f"Written: {path}")
+
+
+def _print_diff(result: Diff) -> None:
+    print_table(
+        f"{result.old} -> {result.new}",
+        ("case", "batch", "sizes", "old ms", "new ms", "new / old", "95% interval", "verdict", "steady"),
+        [
+            (
+                c.name if c.kind == "component" else f"{c.kind} {c.name}",
+                c.batch,
+                " ".join(f"{k}={v}" for k, v in c.sizes.items() if k != "batch"),
+                c.old_ms,
+                c.new_ms,
+                f"{c.ratio:.3f}",
+                f"{c.low:.3f} to {c.high:.3f}",
+                c.verdict,
+                c.steady,
+            )
+            for c in result.changes
+        ],
+    )
+    for line in result.differences:
+        typer.echo(f"changed: {line}")
+    for which, names in (("before", result.only_old), ("after", result.only_new)):
+        for name in names:
+            typer.echo(f"only {which}: {name}")
 
 
 @contextmanager
@@ -91,10 +254,19 @@ def _progress() -> Iterator[Progress | None]:
     if not console.is_terminal:
         yield None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
     with Bar(*columns, console=console, transient=True, refresh_per_second=2) as bar:
         task = bar.add_task("loading", total=None)
 
@@ -102,153 +274,3 @@ def _progress() -> Iterator[Progress | None]:
             bar.update(task, description=case, completed=done, total=total)
 
         yield progress
-
-
-def _about(result: Profile) -> None:
-    machine, settings = result.machine, result.settings
-    memory = None if machine.memory_bytes is None else human_bytes(machine.memory_bytes)
-    peak = None if result.peak_memory_bytes is None else human_bytes(result.peak_memory_bytes)
-    engines = f"{settings.backend}{f'-{settings.target}' if settings.target else ''}"
-    threads = f", {settings.threads} threads" if settings.threads else ""
-    print_table(
-        f"Profile of {result.subject.name}",
-        ("", ""),
-        [
-            ("model", f"{result.subject.model}, {result.subject.parameters:,} parameters"),
-            ("engines", f"{result.subject.precision} on {engines}{threads}"),
-            ("CPU", f"{machine.cpu}, {machine.cores} cores, {memory or 'unknown'} of memory"),
-            *[("GPU", f"{gpu.name}, {gpu.memory_mib} MiB, driver {gpu.driver}") for gpu in machine.gpus],
-            ("load average before", machine.load_average),
-            ("loading", [f"{name} {seconds:.2f} s" for name, seconds in result.load_seconds.items()]),
-            ("peak memory of the process", peak),
-        ],
-    )
-
-
-_TIMES = ("batch", "tokens", "p50", "p90", "p99", "per second", "calls", "steady")
-
-
-def _times(case: Case) -> tuple[object, ...]:
-    s = case.measurement.summary
-    rate = f"{case.per_second:.4g} {case.unit}"
-    where = (case.batch, _tokens(case.sizes))
-    return (*where, s.p50_ms, s.p90_ms, s.p99_ms, rate, s.samples, case.measurement.stable)
-
-
-def _tokens(sizes: dict[str, int]) -> str | None:
-    """The lengths in play: of a text, of a step's past and itself, of a prompt and its caption."""
-    for new, before in (("text", "past"), ("new_tokens", "prompt"), ("tokens", "")):
-        if new in sizes:
-            return f"{sizes[before]}+{sizes[new]}" if before in sizes else str(sizes[new])
-    return None
-
-
-def _components(result: Profile) -> None:
-    cases = [case for case in result.cases if case.kind == "component"]
-    rows = [(case.name, *_times(case)) for case in cases]
-    print_table("Components alone, times in ms", ("component", *_TIMES), rows)
-    if any("past" in case.sizes for case in cases):
-        typer.echo("tokens of a step: those in its past + new ones")
-    _footnotes(result, cases)
-
-
-def _chained(result: Profile) -> None:
-    cases = [case for case in result.cases if case.kind == "chained"]
-    if cases:
-        rows = [
-            (_call(case), *_times(case), case.components_ms, case.mean_ms - case.components_ms)
-            for case in cases
-        ]
-        print_table("Chained, times in ms", ("call", *_TIMES, "parts", "rest"), rows)
-        typer.echo("parts: in the components, mean of all calls; rest: the chain's own time beside them")
-        if any("prompt" in case.sizes for case in cases):
-            typer.echo("tokens of a caption: its prompt + new ones")
-        _footnotes(result, cases)
-
-
-def _call(case: Case) -> str:
-    return case.name.replace("InternVL-", "")
-
-
-def _footnotes(result: Profile, cases: list[Case]) -> None:
-    """What was timed, and what an unsteady row means."""
-    boundaries: dict[str, list[str]] = {}
-    for case in cases:
-        names = boundaries.setdefault(case.boundary, [])
-        names += [] if _call(case) in names else [_call(case)]
-    for boundary, names in boundaries.items():
-        which = f" {', '.join(names)}" if len(boundaries) > 1 else ""
-        typer.echo(f"timed{which}: {boundary}")
-    if not all(case.measurement.stable for case in cases):
-        tolerance = result.settings.stop.tolerance
-        typer.echo(
-            f"not steady: when the limit came, the medians of the last windows still differed by more than "
-            f"{tolerance:.0%}; the figures are those of all calls"
-        )
-    typer.echo("")
-
-
-def _costs(result: Profile) -> None:
-    if not result.costs:
-        return
-    rows = []
-    for case in result.cases:
-        cost = result.cost(case) if case.kind == "component" else None
-        if cost is not None:
-            rate = cost.flops / case.measurement.summary.p50_ms / 1e6
-            moved = human_bytes(cost.weight_bytes), human_bytes(cost.input_bytes + cost.output_bytes)
-            work = (cost.macs / 1e9, cost.flops / 1e9, *moved, rate)
-            rows.append((case.name, case.batch, _tokens(case.sizes), *work))
-    columns = ("component", "batch", "tokens", "GMAC", "GFLOP", "weights read", "in and out", "GFLOP/s")
-    print_table("Work of one call, counted from the graphs", columns, rows)
-    first = {cost.component: cost for cost in reversed(result.costs)}
-    heads = ("component", "layers", "count", "MMAC", "share", "weights")
-    layers = [
-        row for name in dict.fromkeys(c.component for c in result.costs) for row in _layers(first[name])
-    ]
-    print_table("By layer type, batch and tokens as in the component's first line above", heads, layers)
-
-
-def _layers(cost: ComponentCost) -> list[tuple[object, ...]]:
-    """A component's layer types, the largest first; those below 2% of the work together."""
-    layers = sorted(cost.layers, key=lambda layer: -layer.macs)
-    large = [layer for layer in layers if layer.macs >= 0.02 * cost.macs]
-    rest = layers[len(large) :]
-    names = [(layer.layer.rpartition("layers.*.")[2], layer) for layer in large]
-    rows = [(name, la.count, la.macs, la.weight_bytes) for name, la in names]
-    if rest:
-        sums = [
-            sum(values) for values in zip(*((r.count, r.macs, r.weight_bytes) for r in rest), strict=True)
-        ]
-        rows.append((f"{len(rest)} smaller types", *sums))
-    return [
-        (
-            cost.component if i == 0 else "",
-            name,
-            count,
-            macs / 1e6,
-            f"{macs / cost.macs:.1%}",
-            human_bytes(size),
-        )
-        for i, (name, count, macs, size) in enumerate(rows)
-    ]
-
-
-def _table19(table: Table19) -> None:
-    from ..profiles.table19 import SOURCE
-
-    def cells(row: Row | None) -> tuple[object, ...]:
-        if row is None:
-            return (None,) * 5
-        return row.vit_ms, row.qllama_image_ms, row.qllama_text_ms, row.total_ms, row.pairs_per_s
-
-    here = "here" if table.batch is None else f"here, batch {table.batch}"
-    rows: list[tuple[object, ...]] = []
-    for paper, mine in zip(table.paper, table.measured, strict=True):
-        rows.append((paper.method, paper.image_size, "paper", *cells(paper)))
-        rows.append(("", "", here, *cells(mine)))
-    columns = ("method", "pixels", "", "ViT ms", "QLLaMA image ms", "QLLaMA text ms", "total ms", "pairs/s")
-    print_table("Table 19: time of one image-text pair", columns, rows)
-    typer.echo(f"paper: {SOURCE}")
-    for note in table.notes:
-        typer.echo(note)

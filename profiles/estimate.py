@@ -7,7 +7,6 @@ which it is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from statistics import median
 from typing import Any, Literal
 
 from ..calibration.recipe import Plan, Recipe
-from ..models.config import InternVLConfig, VisionConfig
-from .flops import ComponentCost, LayerCost
-from .gpus import GPUS, GpuPeaks, of_driver
+from ..models.config import InternVLConfig
+from .evidence import TIMED, Check, Timed, check, paper, read_receipts, sizes_at
+from .gpus import GpuPeaks
 from .roofline import LOW, Arithmetic, ComponentTime, Efficiency, component_cost, component_time, peak
 from .sizes import weights
-from .table19 import PAPER, SOURCE, TEXT_TOKENS
+from .table19 import SOURCE, TEXT_TOKENS
 
 SCHEMA = "ivl-export.estimate/1"
 RECEIPTS = Path(__file__).parent / "receipts"
@@ -28,8 +27,6 @@ LOW_ASSUMED = 0.5
 """Share of the peak of FP8 and INT8 products: the glue between them does not shrink as they do."""
 MEMORY_ASSUMED = 0.8
 WIDE_ASSUMED = 0.6
-TIMED = ("vision", "qllama_query", "qllama_text")
-_PAPER_GPU = "a100"
 
 
 @dataclass(frozen=True)
@@ -53,42 +50,6 @@ class Efficiencies:
     def values(self) -> Efficiency:
         """Without their sources."""
         return Efficiency(self.wide.value, self.low.value, self.memory.value)
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A measured time: ``ms`` a call; ``cost`` and ``arithmetic`` of what was timed, on ``gpu``."""
-
-    name: str
-    gpu: GpuPeaks
-    cost: ComponentCost
-    arithmetic: Arithmetic
-    ms: float
-    receipt: bool
-
-    @property
-    def share(self) -> float:
-        """The share of the peak that was reached: of arithmetic or of memory, whichever decides the floor."""
-        ideal = Efficiency(1.0, 1.0, 1.0)
-        return component_time(self.cost, self.gpu, self.arithmetic, ideal).floor_ms / self.ms
-
-    @property
-    def compute_bound(self) -> bool:
-        """Whether arithmetic decides the floor."""
-        floor = component_time(self.cost, self.gpu, self.arithmetic, Efficiency(1.0, 1.0, 1.0)).floor_ms
-        return floor > 1e3 * self.cost.bytes / (1e9 * self.gpu.memory_gbps) * (1 + 1e-9)
-
-
-@dataclass(frozen=True)
-class Check:
-    """A prediction beside its measurement; ``error`` is (predicted - measured) / measured."""
-
-    name: str
-    gpu: str
-    measured_ms: float
-    predicted_ms: float
-    error: float
-    receipt: bool
 
 
 @dataclass(frozen=True)
@@ -188,6 +149,8 @@ def efficiencies(timed: Iterable[Timed]) -> Efficiencies:
     """Shares of the peaks from what was timed, receipts before the paper; assumptions for the rest."""
     found: dict[tuple[str, bool], list[float]] = {}
     for one in timed:
+        if not one.published:
+            continue  # shares of measured ceilings are another thing
         kind = "low" if set(one.arithmetic.products) & set(LOW) else "wide"
         found.setdefault((kind if one.compute_bound else "memory", one.receipt), []).append(one.share)
 
@@ -205,63 +168,6 @@ def efficiencies(timed: Iterable[Timed]) -> Efficiencies:
     )
 
 
-def check(timed: Timed, efficiency: Efficiency) -> Check:
-    """What the estimate would have said of something that was measured."""
-    predicted = component_time(timed.cost, timed.gpu, timed.arithmetic, efficiency).expected_ms
-    error = (predicted - timed.ms) / timed.ms
-    return Check(timed.name, timed.gpu.title, timed.ms, predicted, error, timed.receipt)
-
-
-def paper(arithmetic: Arithmetic) -> list[Timed]:
-    """The paper's Table 19 as measurements of bf16 at batch 128 on one A100."""
-    batch = 128
-    found: dict[str, Timed] = {}
-    for row in PAPER:
-        config = InternVLConfig(vision=VisionConfig(image_size=row.image_size))
-        parts = zip(TIMED, (row.vit_ms, row.qllama_image_ms, row.qllama_text_ms), strict=True)
-        for component, ms in parts:
-            if ms is None:
-                continue
-            size = "" if component == "qllama_text" else f" at {row.image_size}"
-            name = f"Table 19: {component}{size}"
-            cost = component_cost(component, config, _sizes(component, batch), arithmetic)
-            found[name] = Timed(name, GPUS[_PAPER_GPU], cost, arithmetic, ms * batch, False)
-    return list(found.values())
-
-
-def read_receipts(folder: Path, arithmetic_of: Callable[[str], Arithmetic]) -> list[Timed]:
-    """Components that profile receipts in ``folder`` timed on a GPU of the table; others are passed over."""
-    from .report import SCHEMA as PROFILE
-
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.get("schema") != PROFILE or data["settings"]["backend"] == "onnxruntime":
-            continue  # ONNX Runtime timed the CPU, whatever GPU the machine has
-        gpu = next((g for one in data["machine"]["gpus"] if (g := of_driver(one["name"]))), None)
-        if gpu is None:
-            continue
-        arithmetic = arithmetic_of(data["bundle"]["precision"])
-        costs = {(c["component"], *sorted(c["sizes"].items())): c for c in data["costs"]}
-        for case in data["cases"]:
-            cost = costs.get((case["name"], *sorted(case["sizes"].items())))
-            if case["kind"] == "component" and cost is not None:
-                name = f"{path.stem}: {case['name']} at batch {case['batch']}"
-                ms = case["measurement"]["summary"]["p50_ms"]
-                found.append(Timed(name, gpu, _cost(cost), arithmetic, ms, True))
-    return found
-
-
-def _sizes(component: str, batch: int) -> dict[str, int]:
-    return {"batch": batch, **({"text": TEXT_TOKENS} if component == "qllama_text" else {})}
-
-
-def _cost(data: dict[str, Any]) -> ComponentCost:
-    layers = tuple(LayerCost(**layer) for layer in data["layers"])
-    names = ("component", "dtype", "sizes", "weight_bytes", "input_bytes", "output_bytes")
-    return ComponentCost(layers=layers, **{name: data[name] for name in names})
-
-
 def _point(
     config: InternVLConfig,
     arithmetic: Arithmetic,
@@ -271,7 +177,7 @@ def _point(
     weight_bytes: int,
     price: float | None,
 ) -> Point:
-    costs = [component_cost(name, config, _sizes(name, batch), arithmetic) for name in TIMED]
+    costs = [component_cost(name, config, sizes_at(name, batch), arithmetic) for name in TIMED]
     vision, query, text = times = tuple(component_time(c, gpu, arithmetic, efficiency) for c in costs)
     image_c, image_g = vision.expected_ms, vision.expected_ms + query.expected_ms
     widest = max(layer.activation_bytes // layer.count for cost in costs for layer in cost.layers)

@@ -23,6 +23,7 @@ Typed = tuple[int, Shape]
 """Element type (TensorProto.DataType) and shape of a value."""
 
 _BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 16: 16, 17: 8, 19: 8, 21: 4, 22: 4}
+_KINDS = {1: "fp32", 2: "int8", 3: "int8", 10: "fp16", 16: "bf16", 17: "fp8", 19: "fp8"}
 _THROUGH = frozenset({"Transpose", "Cast", "DequantizeLinear", "Identity"})
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 _REPEAT = re.compile(r"(/\w+)\.\d+$")
@@ -33,7 +34,8 @@ class LayerCost:
     """All layers of one type (``vision_model.encoder.layers.*.attn.qkv``) in one call of a component.
 
     ``weight_bytes`` are read once; ``activation_bytes`` are the operator's inputs and outputs, which a fused
-    kernel need not move through memory.
+    kernel need not move through memory. ``kind`` is the type it multiplies in as the graph has it: that of
+    its activations before their DequantizeLinear (``fp32``, ``bf16``, ``fp8``, ``int8``).
     """
 
     layer: str
@@ -42,6 +44,7 @@ class LayerCost:
     macs: int
     weight_bytes: int
     activation_bytes: int
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def graph_cost(path: Path, spec: ComponentSpec, sizes: Mapping[str, int], dtype:
         if macs is None:
             continue
         key = layer_type(node.name or node.op_type)
-        before = layers.get(key, LayerCost(key, node.op_type, 0, 0, 0, 0))
+        before = layers.get(key, LayerCost(key, node.op_type, 0, 0, 0, 0, values.kind(node)))
         weights, activations = values.traffic(node)
         layers[key] = LayerCost(
             key,
@@ -117,6 +120,7 @@ def graph_cost(path: Path, spec: ComponentSpec, sizes: Mapping[str, int], dtype:
             before.macs + macs,
             before.weight_bytes + weights,
             before.activation_bytes + activations,
+            before.kind,
         )
     names = {"in": [t.name for t in spec.inputs], "out": [t.name for t in spec.outputs]}
     moved = {way: sum(_nbytes(values.typed(name)) for name in names[way]) for way in names}
@@ -211,6 +215,11 @@ class _Values:
             else:
                 activations += _nbytes(self._stored(name))
         return weights, activations
+
+    def kind(self, node: Any) -> str:
+        """The type that an operator multiplies in: that of its first input as an engine passes it."""
+        element, _ = self._stored(node.input[0])
+        return _KINDS.get(element, "")
 
     def weights_read(self) -> int:
         """Bytes of all weights one call reads; of a looked-up table its rows, at most all of them."""

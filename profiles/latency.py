@@ -1,4 +1,4 @@
-"""What is timed of a bundle: each component alone, and the chained calls of the runtime's ``InternVL``.
+"""What is timed of a bundle: each component alone, the chained calls, and the host's work beside them.
 
 Every case names its boundary: what lies inside the timed call. Inputs are drawn at random within the
 component's contract (times do not depend on the values), texts and prompts are fixed. Engines are opened, and
@@ -7,13 +7,8 @@ every shape has run, before anything is timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import UsageError
 from ..models.config import InternVLConfig
@@ -21,85 +16,20 @@ from ..models.layout import COMPONENTS
 from ..preprocess import CAPTION_PROMPT
 from ..runtime import InternVL, Mode
 from ..specs import ComponentSpec
-from .measure import Measurement, StopRule, measure
-
-Array = np.ndarray[Any, Any]
-Progress = Callable[[str, int, int], None]
-"""Called with the case that comes next, how many are done, and how many there are."""
+from .cases import Call, Case, Progress, Task
+from .inputs import JPEG_SIZE, TEXT, jpeg, random_inputs, random_pixels
+from .measure import StopRule
+from .recording import RecordingComponents
 
 CAPTION_TOKENS = 30
-TEXT = "a red circle to the left of a small blue square"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One timed call.
-
-    Args:
-        name: a component, or a chained call (``encode_image InternVL-C``).
-        kind: ``component`` or ``chained``.
-        batch: images or texts of one call.
-        sizes: the dynamic axes; for chained calls what took their place (``tokens`` of a text).
-        items: how many ``unit`` one call handles.
-        unit: what throughput counts.
-        boundary: what lies inside the timed call.
-        measurement: samples and statistics.
-        stages_ms: chained calls: mean milliseconds a call by stage, over all samples. Components by name;
-            what is missing to the mean is the chain itself.
-    """
-
-    name: str
-    kind: Literal["component", "chained"]
-    batch: int
-    sizes: dict[str, int]
-    items: int
-    unit: str
-    boundary: str
-    measurement: Measurement
-    stages_ms: dict[str, float]
-
-    @property
-    def per_second(self) -> float:
-        """Items per second."""
-        return self.measurement.throughput(self.items)
-
-    @property
-    def mean_ms(self) -> float:
-        """Mean over all samples, what :attr:`stages_ms` add up to together with the chain's own time."""
-        return sum(self.measurement.samples_ns) / len(self.measurement.samples_ns) / 1e6
-
-    @property
-    def components_ms(self) -> float:
-        """Chained calls: the components' share of :attr:`mean_ms`."""
-        return sum(ms for stage, ms in self.stages_ms.items() if stage in COMPONENTS)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data with the derived figures."""
-        data = {**vars(self), "per_second": self.per_second, "measurement": self.measurement.to_json()}
-        if self.kind == "chained":
-            data |= {"mean_ms": self.mean_ms, "components_ms": self.components_ms}
-        return data
-
-
-@dataclass(frozen=True)
-class Task:
-    """A case to be timed; ``prepare`` makes its inputs and returns the call."""
-
-    name: str
-    kind: Literal["component", "chained"]
-    batch: int
-    sizes: dict[str, int]
-    items: int
-    unit: str
-    boundary: str
-    prepare: Callable[[], Callable[[], object]]
+LABELS = 1000
 
 
 def plan(
     model: InternVL,
     config: InternVLConfig,
     batches: Sequence[int] | None = None,
-    text_tokens: int | None = None,
+    lengths: Sequence[int] = (),
 ) -> list[Task]:
     """All cases of a loaded bundle, components first.
 
@@ -107,7 +37,8 @@ def plan(
         model: the bundle.
         config: its model's sizes.
         batches: batch sizes; None: 1 and 8 as far as the engines take them.
-        text_tokens: time texts of this length too, beside the length the engine is tuned for.
+        lengths: time texts of these lengths too, beside the one the engine is tuned for, and decoding steps
+            with so many text positions in their past; as far as the engines take them.
 
     Raises:
         UsageError: a batch size that an engine was not built for.
@@ -115,13 +46,16 @@ def plan(
     names = [name for name in COMPONENTS if name in model.bundle.manifest.components]
     specs = {name: model.components.spec(name) for name in names}
     tasks: list[Task] = []
-    sizes_of = _batches(specs.values(), batches)
+    chosen = batches_of(specs.values(), batches)
     for spec in specs.values():
-        for batch in sizes_of:
-            tasks += [_component(model, spec, config, s) for s in _sizes(spec, batch, text_tokens)]
-    for batch in sizes_of:
+        for batch in chosen:
+            tasks += [_component(model, spec, config, s) for s in sizes_of(spec, batch, lengths, config)]
+    for batch in chosen:
         tasks += _chained(model, specs, batch)
-    return tasks
+    for batch in chosen:
+        tasks += _host(model, specs, batch)
+    backend, precision = model.components.backend, model.bundle.manifest.precision
+    return [task.of("host", "") if task.kind == "host" else task.of(backend, precision) for task in tasks]
 
 
 def run(
@@ -134,40 +68,22 @@ def run(
     for done, task in enumerate(tasks):
         if progress is not None:
             progress(f"{task.name}, batch {task.batch}", done, len(tasks))
-        cases.append(_time(model, task, rule))
+        stages = calls = None
+        if task.kind == "chained":
+            stages = partial(_seconds, model)
+            calls = model.components.calls if isinstance(model.components, RecordingComponents) else None
+        elif task.kind == "component":
+            calls = partial(_only, Call(task.name, task.sizes, 1))
+        cases.append(task.time(rule, stages, calls))
     return tuple(cases)
 
 
-def random_inputs(
-    spec: ComponentSpec, sizes: dict[str, int], vocabulary: int, seed: int = 0
-) -> dict[str, Array]:
-    """Valid inputs of a component: drawn floats and token ids, everything visible, nothing padded."""
-    generator = np.random.default_rng(seed)
-    inputs: dict[str, Array] = {}
-    for tensor in spec.inputs:
-        shape = tuple(d if isinstance(d, int) else sizes[d] for d in tensor.shape)
-        if tensor.dtype == "float":
-            inputs[tensor.name] = generator.standard_normal(shape, dtype=np.float32)
-        elif tensor.name == "input_ids":
-            first = min(3, vocabulary - 1)  # after unk, bos and eos
-            inputs[tensor.name] = generator.integers(first, vocabulary, shape, dtype=np.int64)
-        elif tensor.name == "lengths":
-            inputs[tensor.name] = np.full(shape, sizes["text"], np.int64)
-        elif tensor.name == "positions":
-            positions = sizes["past"] + np.arange(sizes["text"], dtype=np.int64)
-            inputs[tensor.name] = np.ascontiguousarray(np.broadcast_to(positions, shape))
-        elif tensor.name == "attention_mask":
-            inputs[tensor.name] = np.ones(shape, np.int64)
-        else:
-            raise UsageError(
-                f"Component {spec.name} cannot be profiled.",
-                f"What its input {tensor.name} ({tensor.dtype}) may hold is unknown to this release.",
-            )
-    spec.check(inputs)
-    return inputs
+def batches_of(specs: Iterable[ComponentSpec], wanted: Sequence[int] | None) -> list[int]:
+    """Batch sizes that all of ``specs`` take: ``wanted`` without repetition, or 1 and 8 as far as they go.
 
-
-def _batches(specs: Any, wanted: Sequence[int] | None) -> list[int]:
+    Raises:
+        UsageError: one of ``wanted`` is out of their range.
+    """
     axes = [(spec.name, spec.axis("batch")) for spec in specs]
     low, high = max(a.min for _, a in axes), min(a.max for _, a in axes)
     if wanted is None:
@@ -183,17 +99,21 @@ def _batches(specs: Any, wanted: Sequence[int] | None) -> list[int]:
     return list(dict.fromkeys(wanted))
 
 
-def _sizes(spec: ComponentSpec, batch: int, text_tokens: int | None) -> list[dict[str, int]]:
-    """The dynamic axes at the sizes the engine is tuned for; texts also at ``text_tokens``."""
-    sizes = {axis.name: axis.opt for axis in spec.axes}
-    sizes["batch"] = batch
-    if "total" in sizes:
-        sizes["total"] = sizes["past"] + sizes["text"]
-    if spec.name != "qllama_text" or text_tokens in (None, sizes["text"]):
-        return [sizes]
-    axis = spec.axis("text")
-    longer = [{**sizes, "text": text_tokens}] if text_tokens and axis.min <= text_tokens <= axis.max else []
-    return [sizes, *longer]
+def sizes_of(
+    spec: ComponentSpec, batch: int, lengths: Sequence[int], config: InternVLConfig
+) -> list[dict[str, int]]:
+    """The dynamic axes at the sizes the engine is tuned for, and at ``lengths`` as far as it takes them."""
+    tuned = {axis.name: axis.opt for axis in spec.axes} | {"batch": batch}
+    swept = {"qllama_text": ("text", 0), "qllama_step": ("past", config.num_query_token)}
+    found = [tuned]
+    if spec.name in swept:
+        name, before = swept[spec.name]
+        axis = spec.axis(name)
+        found += [{**tuned, name: before + n} for n in lengths if axis.min <= before + n <= axis.max]
+    for sizes in found:
+        if "total" in sizes:
+            sizes["total"] = sizes["past"] + sizes["text"]
+    return [sizes for i, sizes in enumerate(found) if sizes not in found[:i]]
 
 
 def _component(model: InternVL, spec: ComponentSpec, config: InternVLConfig, sizes: dict[str, int]) -> Task:
@@ -212,16 +132,25 @@ def _chained(model: InternVL, specs: dict[str, ComponentSpec], batch: int) -> li
     """The chained calls that the bundle's components allow."""
     tasks: list[Task] = []
     if "vision" in specs:
-        shape = specs["vision"].shape(specs["vision"].inputs[0], "opt")[1:]
+        vision = specs["vision"]
+        shape = (batch, *vision.shape(vision.inputs[0], "opt")[1:])
         modes: tuple[Mode, ...] = ("InternVL-C", "InternVL-G") if "qllama_query" in specs else ("InternVL-C",)
         boundary = "pixel_values in, embeddings out; reading and resizing images is not in it"
         for mode in modes:
-            prepare = partial(_encode_image, model, (batch, *shape), mode)
+            prepare = partial(_encode_image, model, shape, mode)
             tasks.append(
                 Task(f"encode_image {mode}", "chained", batch, {}, batch, "images", boundary, prepare)
             )
+        boundary = (
+            f"JPEG files of {JPEG_SIZE[0]} x {JPEG_SIZE[1]} in memory in, probabilities of {LABELS:,} labels "
+            "out: decoding, resizing, InternVL-C and softmax; label embeddings ready"
+        )
+        prepare = partial(_classify, model, batch)
+        tasks.append(
+            Task("classify", "chained", batch, {"labels": LABELS}, batch, "images", boundary, prepare)
+        )
         if {"qllama_query", "qllama_step"} <= specs.keys():
-            tasks += _caption(model, specs, (batch, *shape))
+            tasks += _caption(model, specs, shape)
     if "qllama_text" in specs:
         _, lengths = model.tokenizer.encode_contrastive([TEXT])
         boundary = "strings in, embeddings out: tokenizing is in it"
@@ -244,37 +173,71 @@ def _caption(model: InternVL, specs: dict[str, ComponentSpec], shape: tuple[int,
     return [Task("caption", "chained", batch, sizes, batch * count, "tokens", boundary, prepare)]
 
 
+def _host(model: InternVL, specs: dict[str, ComponentSpec], batch: int) -> list[Task]:
+    """What the host does before and after the engines, apart from them."""
+    tasks = []
+    if "vision" in specs:
+        width, height = JPEG_SIZE
+        boundary = f"JPEG files of {width} x {height} in memory in, pixels out: decode, resize, normalise"
+        tasks.append(
+            Task(
+                "preprocess", "host", batch, {}, batch, "images", boundary, partial(_preprocess, model, batch)
+            )
+        )
+        boundary = f"embeddings in, probabilities of {LABELS:,} labels out: normalise, product, softmax"
+        prepare = partial(_probabilities, model, batch)
+        tasks.append(Task("postprocess classify", "host", batch, {}, batch, "images", boundary, prepare))
+    if "qllama_text" in specs:
+        call = partial(model.tokenizer.encode_contrastive, [TEXT] * batch)
+        tasks.append(
+            Task("tokenize", "host", batch, {}, batch, "texts", "strings in, token ids out", lambda: call)
+        )
+    if "qllama_step" in specs:
+        boundary = f"{CAPTION_TOKENS} token ids an image in, strings out"
+        prepare = partial(_detokenize, model, batch)
+        tasks.append(Task("postprocess caption", "host", batch, {}, batch, "texts", boundary, prepare))
+    return tasks
+
+
 def _encode_image(model: InternVL, shape: tuple[int, ...], mode: Mode) -> Callable[[], object]:
-    return partial(model.encode_image, _pixels(shape), mode)
+    return partial(model.encode_image, random_pixels(shape), mode)
 
 
 def _generate(model: InternVL, shape: tuple[int, ...], count: int) -> Callable[[], object]:
-    return partial(model.caption, _pixels(shape), max_new_tokens=count, min_new_tokens=count)
+    return partial(model.caption, random_pixels(shape), max_new_tokens=count, min_new_tokens=count)
 
 
-def _pixels(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+def _classify(model: InternVL, batch: int) -> Callable[[], object]:
+    return partial(model.classify, [jpeg()] * batch, random_pixels((LABELS, _width(model))))
 
 
-def _time(model: InternVL, task: Task, rule: StopRule) -> Case:
-    call = task.prepare()
-    before: dict[str, float] = {}
+def _preprocess(model: InternVL, batch: int) -> Callable[[], object]:
+    from ..preprocess import preprocess_images
 
-    def remember() -> None:
-        before.update({stage: t.seconds for stage, t in model.timings.items()})
+    return partial(preprocess_images, [jpeg()] * batch, model.image_settings)
 
-    measurement = measure(call, rule, after_warmup=remember)
-    spent = {stage: t.seconds - before.get(stage, 0.0) for stage, t in model.timings.items()}
-    scale = 1e3 / len(measurement.samples_ns)
-    stages = {stage: seconds * scale for stage, seconds in spent.items() if seconds > 0}
-    return Case(
-        task.name,
-        task.kind,
-        task.batch,
-        task.sizes,
-        task.items,
-        task.unit,
-        task.boundary,
-        measurement,
-        stages if task.kind == "chained" else {},
-    )
+
+def _probabilities(model: InternVL, batch: int) -> Callable[[], object]:
+    from ..runtime.zero_shot import probabilities
+
+    width, scale = _width(model), model.bundle.manifest.model.logit_scale
+    return partial(probabilities, random_pixels((batch, width)), random_pixels((LABELS, width)), scale)
+
+
+def _detokenize(model: InternVL, batch: int) -> Callable[[], object]:
+    tokenizer, count = model.tokenizer, len(model.tokenizer)
+    ids = [3 + i % (count - 3) for i in range(CAPTION_TOKENS)]
+    return lambda: [tokenizer.decode(ids) for _ in range(batch)]
+
+
+def _width(model: InternVL) -> int:
+    outputs = model.components.spec("vision").outputs
+    return int(next(t for t in outputs if t.name == "image_embed").shape[1])
+
+
+def _seconds(model: InternVL) -> dict[str, float]:
+    return {stage: t.seconds for stage, t in model.timings.items()}
+
+
+def _only(call: Call, _: Callable[[], object]) -> tuple[Call, ...]:
+    return (call,)

@@ -16,6 +16,7 @@ from .. import __version__
 PACKAGES = (
     "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch", "nvidia-modelopt",
 )  # fmt: skip
+PACKAGE = Path(__file__).parent.parent
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 
 
@@ -57,7 +58,7 @@ def machine() -> Machine:
         cpu=names[0] if names else platform.processor() or "unknown",
         cpu_features=tuple(f for f in _CPU_FEATURES if f in flags),
         architecture=platform.machine(),
-        cores=_cores(),
+        cores=usable_cores(),
         memory_bytes=_memory(),
         os=platform.platform(),
         gpus=_gpus(),
@@ -74,12 +75,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """The git commit of the working directory, ``+`` behind it if files differ; None outside a repository."""
-    head = _output("git", "rev-parse", "HEAD")
-    if head is None:
+def commit(folder: Path = PACKAGE) -> str | None:
+    """The git commit of this package's source, ``+`` behind it if files differ; None outside a repository.
+
+    A package that lies installed inside some other repository is not part of that one.
+    """
+    git = ("git", "-C", str(folder))
+    head = _output(*git, "rev-parse", "HEAD")
+    if head is None or _output(*git, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    return head + ("+" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
+    return head + ("+" if _output(*git, "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def peak_memory() -> int | None:
@@ -92,7 +97,8 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may use."""
     with suppress(AttributeError, OSError):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

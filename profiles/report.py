@@ -1,180 +1,244 @@
-"""The profile of a bundle: times, costs and where they come from, as one receipt."""
+"""The profile of a bundle: opens it, times everything, counts the work, and puts it together."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from ..bundle import Bundle
 from ..errors import BuildError, CapabilityError
 from ..manifest import MANIFEST
 from ..models.config import InternVLConfig
+from ..models.layout import COMPONENTS
 from ..runtime import InternVL
+from . import baseline
+from .cases import Case, Progress
+from .ceilings import Ceilings, floor_of, measure_ceilings
 from .flops import ComponentCost, graph_cost
-from .latency import Case, Progress, plan, run
-from .machine import Machine, commit, machine, peak_memory, versions
+from .inputs import TEXT, jpeg, random_inputs
+from .latency import batches_of, plan, run, sizes_of
+from .machine import commit, machine, peak_memory, versions
 from .measure import StopRule
-from .table19 import TEXT_TOKENS, Table19, different_model, table19
+from .receipt import Profile, Settings, Startup, Subject
+from .recording import RecordingComponents
+from .roofline import Arithmetic, component_cost
+from .sensors import Clocks, watch
+from .table19 import BATCH, PAPER_RATES, TEXT_TOKENS, different_model, table19
 
-SCHEMA = "ivl-export.profile/1"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The bundle that was profiled; its manifest's hash covers every file of it."""
-
-    name: str
-    manifest_sha256: str
-    model: str
-    parameters: int
-    precision: str
-    compute_dtype: str
+BASELINE_PARTS = ("vision", "qllama_query", "qllama_text")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How it was profiled. ``threads`` None: the backend's own choice."""
-
-    backend: str
-    target: str | None
-    threads: int | None
-    batches: tuple[int, ...]
-    stop: StopRule
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Everything measured and counted.
-
-    ``load_seconds`` are the engines' loading times, ``costs`` one entry for each component case that was
-    timed, ``notes`` what is missing and why, ``peak_memory_bytes`` the whole process' (host memory).
-    """
-
-    created: str
-    subject: Subject
-    settings: Settings
-    machine: Machine
-    versions: dict[str, str]
-    commit: str | None
-    load_seconds: dict[str, float]
-    peak_memory_bytes: int | None
-    cases: tuple[Case, ...]
-    costs: tuple[ComponentCost, ...]
-    table19: Table19 | None
-    notes: tuple[str, ...]
-
-    def cost(self, case: Case) -> ComponentCost | None:
-        """What one call of a component case costs; None where it was not counted."""
-        return next((c for c in self.costs if c.component == case.name and c.sizes == case.sizes), None)
-
-    def to_json(self) -> dict[str, Any]:
-        """The receipt: plain data with the schema's name, raw samples included."""
-        return {
-            "schema": SCHEMA,
-            "created": self.created,
-            "bundle": asdict(self.subject),
-            "settings": asdict(self.settings),
-            "machine": asdict(self.machine),
-            "versions": self.versions,
-            "commit": self.commit,
-            "load_seconds": self.load_seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "cases": [case.to_json() for case in self.cases],
-            "costs": [cost.to_json() for cost in self.costs],
-            "table19": None if self.table19 is None else self.table19.to_json(),
-            "notes": list(self.notes),
-        }
-
-
-def profile(
-    path: Path | str,
-    backend: str = "onnxruntime",
-    target: str | None = None,
-    threads: int | None = None,
-    batches: Sequence[int] | None = None,
-    rule: StopRule | None = None,
-    with_table19: bool = False,
-    progress: Progress | None = None,
-) -> Profile:
-    """Profile the bundle in ``path`` on this machine.
+class Options:
+    """What to profile, and how.
 
     Args:
-        path: the bundle's folder.
         backend, target, threads: see :meth:`ivl_export.runtime.InternVL.load`.
-        batches: batch sizes; None: 1 and 8.
+        batches: batch sizes; None: 1 and 8, with the paper's tables 1 and 128, as far as the engines go.
+        lengths: lengths of texts to time beside the one the engines are tuned for.
         rule: when each measurement ends.
-        with_table19: include the paper's cost table for any model; the full model always has it.
-        progress: called before each measurement.
+        table19: include the paper's cost tables for any model; the full model always has them.
+        baseline: with the tables, time the PyTorch modules in bf16 too, if torch is installed.
+        checkpoint: where the bundle's weights are for that; None: where it was built from.
+        ceilings: measure what the machine reaches at best, so that times have their floors.
+    """
+
+    backend: str = "onnxruntime"
+    target: str | None = None
+    threads: int | None = None
+    batches: Sequence[int] | None = None
+    lengths: Sequence[int] = ()
+    rule: StopRule = field(default_factory=StopRule)
+    table19: bool = False
+    baseline: bool = True
+    checkpoint: Path | None = None
+    ceilings: bool = True
+
+
+def profile(path: Path | str, options: Options | None = None, progress: Progress | None = None) -> Profile:
+    """Profile the bundle in ``path`` on this machine; ``progress`` is called before each measurement.
 
     Raises:
-        UsageError: a batch size the engines do not take.
+        UsageError: a batch size the engines do not take, or a checkpoint with other weights.
         IntegrityError, CapabilityError, CheckpointError: the bundle is damaged or cannot run here.
     """
-    rule, here = rule or StopRule(), machine()
-    with InternVL.load(path, backend, threads=threads, target=target) as model:
-        bundle = model.bundle
-        about, config = bundle.manifest.model, InternVLConfig.from_published(bundle.manifest.model.config)
-        with_table19 = with_table19 or different_model(about, config) is None
-        tasks = plan(model, config, batches, TEXT_TOKENS if with_table19 else None)
-        cases = run(model, tasks, rule, progress)
-        load = {k.removeprefix("open "): t.seconds for k, t in model.timings.items() if k.startswith("open ")}
-    costs, notes = _costs(bundle, backend, cases)
-    manifest = bundle.manifest
+    options, here = options or Options(), machine()
+    bundle = Bundle.open(path, "size")
+    about, config = bundle.manifest.model, InternVLConfig.from_published(bundle.manifest.model.config)
+    tables = options.table19 or different_model(about, config) is None
+    notes: list[str] = []
+    checkpoint = None
+    if tables and options.baseline:  # before anything is timed: a wrong --checkpoint is said at once
+        checkpoint, why_not = baseline.find_checkpoint(about, options.checkpoint)
+        notes += [why_not] if why_not else []
+    with watch() as watched:
+        started = time.perf_counter()
+        threads = {} if options.threads is None else {"threads": options.threads}
+        components = RecordingComponents(bundle, options.backend, options.target, None, **threads)
+        with InternVL(bundle, components) as model:
+            first_ms, boundary = _first_request(model, started)
+            batches = _batches(bundle, options, tables)
+            lengths = tuple(dict.fromkeys((*options.lengths, *((TEXT_TOKENS,) if tables else ()))))
+            tasks = plan(model, config, batches, lengths)
+            startup = _startup(model, config, first_ms, boundary)
+            cases = list(run(model, tasks, options.rule, progress))
+        memory = peak_memory()  # of the engines: the baseline and the ceilings take more
+        if checkpoint is not None:
+            wanted = [
+                (spec, next(s for s in sizes_of(spec, b, lengths, config) if _is_papers(s)))
+                for name in BASELINE_PARTS
+                if name in bundle.manifest.components and name in checkpoint.components
+                for spec in [bundle.spec(name)]
+                for b in dict.fromkeys(case.batch for case in cases)
+            ]
+            cases += baseline.run_baseline(
+                checkpoint, config, wanted, options.rule, options.threads, progress
+            )
+        ceilings = _ceilings(options, cases, progress)
+    costs, uncounted = _costs(bundle, options.backend, cases)
+    gpu = next(iter(here.gpus), None)
     return Profile(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        subject=Subject(
-            bundle.root.resolve().name,
-            hashlib.sha256((bundle.root / MANIFEST).read_bytes()).hexdigest(),
-            about.name,
-            about.parameters,
-            manifest.precision,
-            manifest.compute_dtype,
+        subject=_subject(bundle, config),
+        settings=Settings(
+            options.backend, options.target, options.threads,
+            tuple(dict.fromkeys(c.batch for c in cases)), tuple(options.lengths), options.rule,
         ),
-        settings=Settings(backend, target, threads, tuple(dict.fromkeys(c.batch for c in cases)), rule),
         machine=here,
+        clocks=watched.clocks or Clocks(None, None, ()),
         versions=versions(),
         commit=commit(),
-        load_seconds=load,
-        peak_memory_bytes=peak_memory(),
-        cases=cases,
+        startup=startup,
+        peak_memory_bytes=memory,
+        peak_device_bytes=_device_peak(watched.clocks),
+        cases=tuple(_with_floors(cases, costs, config, ceilings)),
         costs=costs,
-        table19=table19(about, config, cases) if with_table19 else None,
-        notes=notes,
+        ceilings=ceilings,
+        table19=table19(about, config, cases, gpu.name if gpu and not _on_cpu(options) else here.cpu)
+        if tables
+        else None,
+        notes=(*notes, *uncounted, *(ceilings.notes if ceilings else ())),
+    )  # fmt: skip
+
+
+def _first_request(model: InternVL, started: float) -> tuple[float, str]:
+    """Milliseconds since ``started`` once the first request is answered, and what that was."""
+    if "vision" in model.bundle.manifest.components:
+        model.encode_image([jpeg()])
+        asked = "one JPEG's InternVL-C embedding"
+    else:
+        model.encode_text([TEXT])
+        asked = "one text's embedding"
+    boundary = f"from the opened manifest to {asked}: opening that engine, one call; imports done before"
+    return (time.perf_counter() - started) * 1e3, boundary
+
+
+def _startup(model: InternVL, config: InternVLConfig, first_ms: float, boundary: str) -> Startup:
+    """Open every engine and call it once."""
+    calls: dict[str, float] = {}
+    for name in model.bundle.manifest.components:
+        if name not in COMPONENTS:
+            continue
+        before = model.timings.get(name)
+        if before is not None:  # what the first request called
+            calls[name] = before.seconds * 1e3
+            continue
+        spec = model.components.spec(name)
+        sizes = sizes_of(spec, batches_of([spec], None)[0], (), config)[0]
+        inputs, engine = random_inputs(spec, sizes, config.qllama.vocab_size), model.components.open(name)
+        began = time.perf_counter()
+        engine.run(inputs)
+        calls[name] = (time.perf_counter() - began) * 1e3
+    load = {k.removeprefix("open "): t.seconds for k, t in model.timings.items() if k.startswith("open ")}
+    return Startup(boundary, first_ms, load, calls)
+
+
+def _batches(bundle: Bundle, options: Options, tables: bool) -> Sequence[int] | None:
+    """The sizes asked for, or those of the paper's tables as far as every engine takes them."""
+    if options.batches is not None or not tables:
+        return options.batches
+    axes = [bundle.spec(n).axis("batch") for n in COMPONENTS if n in bundle.manifest.components]
+    low, high = max(axis.min for axis in axes), min(axis.max for axis in axes)
+    return sorted({min(max(batch, low), high) for batch in (*PAPER_RATES, BATCH)})
+
+
+def _is_papers(sizes: dict[str, int]) -> bool:
+    return sizes.get("text", TEXT_TOKENS) == TEXT_TOKENS
+
+
+def _on_cpu(options: Options) -> bool:
+    return options.backend == "onnxruntime"
+
+
+def _ceilings(options: Options, cases: Iterable[Case], progress: Progress | None) -> Ceilings | None:
+    if not options.ceilings:
+        return None
+    if progress is not None:
+        progress("ceilings: products and copies", 0, 1)
+    return measure_ceilings(options.threads, replace(options.rule, min_samples=3), gpu=not _on_cpu(options))
+
+
+def _subject(bundle: Bundle, config: InternVLConfig) -> Subject:
+    manifest = bundle.manifest
+    return Subject(
+        bundle.root.resolve().name,
+        hashlib.sha256((bundle.root / MANIFEST).read_bytes()).hexdigest(),
+        manifest.model.name,
+        manifest.model.parameters,
+        manifest.precision,
+        manifest.compute_dtype,
+        config.vision.image_size,
     )
 
 
-def write(receipt: Any, out: Path) -> None:
-    """Write plain data as JSON, whole or not at all; BuildError if the file system refuses."""
-    part = out.with_name(f".{out.name}.part")
-    try:
-        part.write_text(json.dumps(receipt, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(out)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise BuildError(f"Cannot write {out}.", str(error), "Choose another place for --out.") from error
+def _device_peak(clocks: Clocks | None) -> int | None:
+    """Most memory that a GPU held beyond what it held at first; None without one that says."""
+    found = [
+        gpu.peak_used_bytes - gpu.used_before_bytes
+        for gpu in (clocks.gpus if clocks else ())
+        if gpu.peak_used_bytes is not None and gpu.used_before_bytes is not None
+    ]
+    return max(found, default=None)
+
+
+def _with_floors(
+    cases: Iterable[Case], costs: Sequence[ComponentCost], config: InternVLConfig, ceilings: Ceilings | None
+) -> Iterable[Case]:
+    """``cases`` with the floors of what they called; the baseline's work follows from the configuration."""
+    wide = Arithmetic(baseline.PRECISION, {})
+    for case in cases:
+        if ceilings is None:
+            yield case
+        elif case.kind == "baseline":
+            own = [component_cost(case.name, config, case.sizes, wide)]
+            yield replace(case, floor=floor_of(case, own, ceilings))
+        else:
+            yield replace(case, floor=floor_of(case, costs, ceilings))
 
 
 def _costs(
     bundle: Bundle, backend: str, cases: Sequence[Case]
 ) -> tuple[tuple[ComponentCost, ...], tuple[str, ...]]:
-    """FLOPs and bytes of every component case; where they cannot be counted, why."""
+    """FLOPs and bytes of everything that engines were called with; where they cannot be counted, why."""
     # ONNX Runtime computes in fp32 on the CPU; a compiled engine in the bundle's own type.
     wanted = "fp32" if backend == "onnxruntime" else bundle.manifest.compute_dtype
+    calls = {
+        (call.component, *sorted(call.sizes.items())): call
+        for case in cases
+        if case.kind != "baseline"
+        for call in case.calls
+    }
     costs, notes = [], []
-    for case in cases:
-        if case.kind != "component":
-            continue
-        graphs = bundle.manifest.components[case.name].graphs
+    for call in calls.values():
+        graphs = bundle.manifest.components[call.component].graphs
         dtype = wanted if wanted in graphs else next(iter(graphs), wanted)
         try:
-            costs.append(
-                graph_cost(bundle.graph(case.name, dtype), bundle.spec(case.name), case.sizes, dtype)
-            )
+            spec, graph = bundle.spec(call.component), bundle.graph(call.component, dtype)
+            costs.append(graph_cost(graph, spec, call.sizes, dtype))
         except (CapabilityError, BuildError) as error:
-            notes.append(f"FLOPs and bytes of {case.name}: {error}")
+            notes.append(f"FLOPs and bytes of {call.component}: {error}")
     return tuple(costs), tuple(dict.fromkeys(notes))

@@ -155,14 +155,15 @@ def component_cost(
         if layer.endswith("/Attention"):
             count = counts[layer.removesuffix("/Attention") + ".proj"] or _attentions(layer, config)
             moved = _attention_values(layer, name, config, sizes) * base_bits // 8
-            layers.append(LayerCost(layer, "Attention", count, macs, 0, count * moved))
+            layers.append(LayerCost(layer, "Attention", count, macs, 0, count * moved, arithmetic.base))
             continue
         out, *inner = matrices[layer]
         count, weight = counts[layer], out * math.prod(inner)
         rows = macs // (weight * count)
         moved = rows * (math.prod(inner) * ITEM_BITS[arithmetic.product(layer)] + out * base_bits) // 8
         nbytes = weight * ITEM_BITS[arithmetic.weight(layer)] // 8
-        layers.append(LayerCost(layer, "MatMul", count, macs, count * nbytes, count * moved))
+        kind = arithmetic.product(layer)
+        layers.append(LayerCost(layer, "MatMul", count, macs, count * nbytes, count * moved, kind))
     total = 0
     for key, shape in shapes.items():
         values = math.prod(shape)

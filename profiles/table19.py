@@ -1,26 +1,32 @@
-"""The paper's cost table, and this machine's measurements beside it where they measure the same thing.
+"""The paper's cost tables, and this machine's measurements beside them where they measure the same thing.
 
-The paper's A100 and this machine are not set against each other: no ratio is formed between them.
+The paper's A100 and this machine are not set against each other: the only ratio is to the PyTorch bf16
+baseline that ran on this machine in the same run. What was not measured is empty.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..manifest import Model
 from ..models.config import InternVLConfig, VisionConfig
 from ..models.layout import expected_shapes
-from .latency import Case
+from .baseline import BACKEND, PRECISION
+from .cases import Case
 
 SOURCE = (
     "arXiv 2312.14238, Table 19: one A100, PyTorch, bf16, flash attention, batch 128; "
     "ms a pair, amortised over the batch"
 )
+SOURCE_11 = "arXiv 2312.14238, Table 11: InternViT-6B at 224 pixels, images per second"
 TEXT_TOKENS = 80
 """Tokens of a text in the paper's table."""
+BATCH = 128
+"""Images and texts of a call in the paper's table."""
+METHODS = ("InternVL-C", "InternVL-G")
 
 
 @dataclass(frozen=True)
@@ -44,62 +50,177 @@ PAPER = (
     Row("InternVL-G", 336, 35.2, 10.3, 4.9, 50.4, 19.8),
     Row("InternVL-G", 448, 66.9, 12.8, 4.9, 84.6, 11.8),
 )
+PAPER_RATES = {1: 28.0, 128: 64.6}
+"""Table 11: batch size to images per second of InternViT-6B at 224 pixels."""
+PAPER_MODEL = "InternVL-14B"
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one measured column holds: who computed it, in which precision, where, and at which batch size."""
+
+    backend: str
+    precision: str
+    machine: str
+    batch: int
+
+    @property
+    def title(self) -> str:
+        """In a line."""
+        return f"{self.backend} {self.precision}, {self.machine}, batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of Table 19: the paper's row if it has one, a measured row for every column, and the ratios.
+
+    A ratio is the baseline's total divided by this column's: how many times as fast. It stands only beside a
+    baseline of the same machine and batch; None elsewhere.
+    """
+
+    model: str
+    method: str
+    image_size: int
+    paper: Row | None
+    measured: tuple[Row | None, ...]
+    ratios: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A line of Table 11: images per second of the vision component; None: not measured."""
+
+    model: str
+    image_size: int
+    batch: int
+    paper: float | None
+    measured: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
 class Table19:
-    """The paper's rows and, line by line, what was measured here (None: it was not).
+    """Both tables: ``lines`` have a cell for each of ``columns``, ``rates`` for each of ``rate_columns``.
 
-    ``batch`` is the batch size of the measured column, ``notes`` say what is empty and why.
+    The columns of the rates have the batch of their line, and 0 of their own. ``notes`` say what is empty
+    and why.
     """
 
-    paper: tuple[Row, ...]
-    measured: tuple[Row | None, ...]
-    batch: int | None
+    columns: tuple[Column, ...]
+    lines: tuple[Line, ...]
+    rate_columns: tuple[Column, ...]
+    rates: tuple[Rate, ...]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        lines = [
-            {"paper": vars(row), "measured": None if mine is None else vars(mine)}
-            for row, mine in zip(self.paper, self.measured, strict=True)
-        ]
-        return {"source": SOURCE, "batch": self.batch, "lines": lines, "notes": list(self.notes)}
+        """Plain data with the paper's references."""
+        data = {
+            "columns": [vars(column) for column in self.columns],
+            "lines": [
+                {
+                    **vars(line),
+                    "paper": None if line.paper is None else vars(line.paper),
+                    "measured": [None if row is None else vars(row) for row in line.measured],
+                }
+                for line in self.lines
+            ],
+            "rate_columns": [vars(column) for column in self.rate_columns],
+            "rates": [vars(rate) for rate in self.rates],
+        }
+        return {"source": SOURCE, "source_11": SOURCE_11, **data, "notes": list(self.notes)}
 
 
-def table19(model: Model, config: InternVLConfig, cases: Iterable[Case]) -> Table19:
-    """The table for the bundle of ``model``.
+Cells = dict[tuple[str, str, int], dict[Column, Row]]
+Rates = dict[tuple[str, int, int], dict[Column, float]]
 
-    Measured cells are filled for the full model alone, at the image size it was built for, from components
-    timed alone at the largest batch that all of them have. A row's total is the sum of its parts.
+
+def table19(model: Model, config: InternVLConfig, cases: Iterable[Case], machine: str) -> Table19:
+    """The tables for the bundle of ``model``.
+
+    Cells come from components timed alone, texts at 80 tokens. A column has the largest batch (128 at most)
+    that its parts were all measured at; a row's total is the sum of its parts. Another model than the paper's
+    gets lines of its own, the paper's stay empty.
     """
-    empty: tuple[Row | None, ...] = (None,) * len(PAPER)
+    size = config.vision.image_size
     why_not = different_model(model, config)
-    if why_not:
-        return Table19(PAPER, empty, None, (f"Measured cells are empty: {why_not}",))
-    times = _times(cases)
-    batches = set.intersection(*(set(times.get(part, {})) for part in ("vision", "qllama_text")))
-    if not batches:
-        why = f"vision and qllama_text at {TEXT_TOKENS} tokens were not measured at one batch size."
-        return Table19(PAPER, empty, None, (f"Measured cells are empty: {why}",))
-    batch, size = max(batches), config.vision.image_size
-    notes = [f"Measured at {size} pixels, the size this bundle was built for; other sizes are empty."]
-    if batch != 128:
-        notes.append(f"Measured at batch {batch}; the paper's is 128.")
-    notes.append("The measured parts include the pooling heads and the text projection (0.3% of the MACs).")
-    query = times.get("qllama_query", {}).get(batch)
-    if query is None:
-        notes.append(f"qllama_query was not measured at batch {batch}: InternVL-G is empty.")
-    vision, text = times["vision"][batch], times["qllama_text"][batch]
-    measured: list[Row | None] = []
-    for row in PAPER:
-        image = query if row.method == "InternVL-G" else None
-        if row.image_size != size or (row.method == "InternVL-G" and image is None):
-            measured.append(None)
+    name = model.name if why_not else PAPER_MODEL
+    cells: Cells = {}
+    rates: Rates = {}
+    notes = [f"The paper's lines are empty: {why_not}"] if why_not else []
+    for (backend, precision), times in _times(cases).items():
+        for batch, ms in times.get("vision", {}).items():
+            rates.setdefault((name, size, batch), {})[Column(backend, precision, machine, 0)] = 1e3 / ms
+        shared = set(times.get("vision", {})) & set(times.get("qllama_text", {}))
+        batch = max((b for b in shared if b <= BATCH), default=0)
+        if not batch:
+            notes.append(
+                f"{backend} {precision} is empty: vision and qllama_text at {TEXT_TOKENS} tokens were not "
+                "measured at one batch size."
+            )
             continue
-        total = vision + (image or 0.0) + text
-        measured.append(Row(row.method, size, vision, image, text, total, 1e3 / total))
-    return Table19(PAPER, tuple(measured), batch, tuple(notes))
+        column = Column(backend, precision, machine, batch)
+        vision, text = times["vision"][batch], times["qllama_text"][batch]
+        query = times.get("qllama_query", {}).get(batch)
+        if query is None:
+            notes.append(
+                f"{backend} {precision}: qllama_query was not measured at batch {batch}: InternVL-G is empty."
+            )
+        for method, image in ((METHODS[0], None), (METHODS[1], query)):
+            if method == METHODS[0] or image is not None:
+                total = vision + (image or 0.0) + text
+                row = Row(method, size, vision, image, text, total, 1e3 / total)
+                cells.setdefault((name, method, size), {})[column] = row
+    if cells:
+        notes.append("The measured parts include the pooling heads and the text projection.")
+    return _assembled(cells, rates, notes)
+
+
+def merged(tables: Sequence[Table19]) -> Table19:
+    """One table with the columns of all (the same column of several image sizes is one)."""
+    cells: Cells = {}
+    rates: Rates = {}
+    for table in tables:
+        for line in table.lines:
+            for column, row in zip(table.columns, line.measured, strict=True):
+                if row is not None:
+                    cells.setdefault((line.model, line.method, line.image_size), {})[column] = row
+        for rate in table.rates:
+            for column, value in zip(table.rate_columns, rate.measured, strict=True):
+                if value is not None:
+                    rates.setdefault((rate.model, rate.image_size, rate.batch), {})[column] = value
+    return _assembled(cells, rates, dict.fromkeys(note for table in tables for note in table.notes))
+
+
+def _assembled(cells: Cells, rates: Rates, notes: Iterable[str]) -> Table19:
+    columns = tuple(dict.fromkeys(column for found in cells.values() for column in found))
+    papers = {(PAPER_MODEL, row.method, row.image_size): row for row in PAPER}
+    lines = []
+    for key in dict.fromkeys((*papers, *cells)):
+        found = cells.get(key, {})
+        rows = tuple(found.get(column) for column in columns)
+        ratios = tuple(_ratio(column, row, found) for column, row in zip(columns, rows, strict=True))
+        lines.append(Line(*key, papers.get(key), rows, ratios))
+    rate_columns = tuple(dict.fromkeys(column for found in rates.values() for column in found))
+    papers_11 = {(PAPER_MODEL, 224, batch): value for batch, value in PAPER_RATES.items()}
+    rate_lines = [
+        Rate(*key, papers_11.get(key), tuple(rates.get(key, {}).get(column) for column in rate_columns))
+        for key in dict.fromkeys((*papers_11, *rates))
+    ]
+    said = [note for note in notes if not note.startswith(_BATCH_NOTE)]
+    if other := sorted({c.batch for c in columns} - {BATCH}):
+        said.append(
+            f"{_BATCH_NOTE} {', '.join(map(str, other))} where the column says so; the paper's is {BATCH}."
+        )
+    return Table19(columns, tuple(lines), rate_columns, tuple(rate_lines), tuple(said))
+
+
+_BATCH_NOTE = "Measured at batch"
+
+
+def _ratio(column: Column, row: Row | None, found: dict[Column, Row]) -> float | None:
+    baseline = found.get(Column(BACKEND, PRECISION, column.machine, column.batch))
+    if row is None or baseline is None or None in (row.total_ms, baseline.total_ms):
+        return None
+    return float(baseline.total_ms or 0) / float(row.total_ms or 1)
 
 
 def different_model(model: Model, config: InternVLConfig) -> str | None:
@@ -108,7 +229,7 @@ def different_model(model: Model, config: InternVLConfig) -> str | None:
     if _sizes(config) == _sizes(full) and model.parameters in (_count(full, False), _count(full, True)):
         return None
     return (
-        f"the table is about InternVL-14B ({_count(InternVLConfig(), False):,} parameters); "
+        f"they are about {PAPER_MODEL} ({_count(InternVLConfig(), False):,} parameters); "
         f"this bundle holds {model.name} ({model.parameters:,} parameters)."
     )
 
@@ -126,11 +247,14 @@ def _sizes(config: InternVLConfig) -> tuple[object, ...]:
     return (*vision, *text, *rest)
 
 
-def _times(cases: Iterable[Case]) -> dict[str, dict[int, float]]:
-    """Component to batch to median ms for one row, of the cases that the table is about."""
-    times: dict[str, dict[int, float]] = {}
-    for case in cases:
-        if case.kind == "component" and case.sizes.get("text", TEXT_TOKENS) == TEXT_TOKENS:
-            p50 = case.measurement.summary.p50_ms
-            times.setdefault(case.name, {})[case.batch] = p50 / case.batch
-    return times
+def _times(cases: Iterable[Case]) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
+    """(backend, precision) to component to batch to median ms for one row, of what the tables are about.
+
+    The baseline comes first.
+    """
+    found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for case in sorted(cases, key=lambda case: case.kind != "baseline"):
+        if case.kind in ("component", "baseline") and case.sizes.get("text", TEXT_TOKENS) == TEXT_TOKENS:
+            times = found.setdefault((case.backend, case.precision), {})
+            times.setdefault(case.name, {})[case.batch] = case.measurement.summary.p50_ms / case.batch
+    return found
