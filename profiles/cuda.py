@@ -33,7 +33,7 @@ def event_timer(call: Callable[[], object]) -> Callable[[], int]:
         call()
         end.record()
         end.synchronize()
-        return round(begin.elapsed_time(end) * 1e6)
+        return round(float(begin.elapsed_time(end)) * 1e6)
 
     return sample
 
@@ -51,4 +51,4 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+    return cast(Callable[[], object], graph.replay)

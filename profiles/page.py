@@ -83,7 +83,8 @@ def _facts(profile: Profile) -> str:
     machine, start, clocks = profile.machine, profile.startup, profile.clocks
     mhz = [f"{value:.0f} MHz" for value in (clocks.cpu_mhz_before, clocks.cpu_mhz_after) if value]
     rows: list[tuple[Cell, ...]] = [
-        ("CPU", f"{machine.cpu}, {machine.cores} cores; threads: {profile.settings.threads or 'the backend's choice'}"),
+        ("threads", profile.settings.threads or "as the backend chooses"),
+        ("CPU", f"{machine.cpu}, {machine.cores} cores"),
         ("CPU clock before and after", " and ".join(mhz)),
         *(("GPU", f"{gpu.name}, {gpu.memory_mib:,} MiB, driver {gpu.driver}") for gpu in machine.gpus),
         ("system", f"{machine.os}; load average {_load(machine.load_average)} before"),

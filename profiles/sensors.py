@@ -6,7 +6,7 @@ NVML comes with the driver; the package nvidia-ml-py (extra ``gpu``) reads it an
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -115,13 +115,14 @@ class _GpuReader:
     def read(self) -> None:
         """One reading of everything."""
         nvml, handle = self.nvml, self.handle
-        for key, ask in (
-            ("sm", lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
-            ("memory", lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
-            ("celsius", lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
-            ("watts", lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
-            ("used", lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used),
-        ):
+        asks: dict[str, Callable[[], float]] = {
+            "sm": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            "memory": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+            "celsius": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            "watts": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            "used": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used,
+        }
+        for key, ask in asks.items():
             with suppress(nvml.NVMLError):
                 self.readings.setdefault(key, []).append(float(ask()))
         with suppress(nvml.NVMLError):
