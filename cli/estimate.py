@@ -141,7 +141,9 @@ def _print(result: Estimate, model: str, with_layers: bool) -> None:
         ("measured", "GPU", "ms", "predicted", "error"),
         [(c.name, c.gpu, c.measured_ms, c.predicted_ms, f"{c.error:+.1%}") for c in result.checks],
     )
-    if not any(c.receipt for c in result.checks):
+    if not all(c.published for c in result.checks):
+        typer.echo("its ceilings: without a GPU of the table, a receipt is held to those measured with it.")
+    if not any(c.receipt and c.published for c in result.checks):
         typer.echo(
             "No receipt of this repository has a latency on a GPU yet: the lines above are the paper's, "
             "and the 16-bit share comes from these same lines."

@@ -56,13 +56,14 @@ class Check:
     predicted_ms: float
     error: float
     receipt: bool
+    published: bool
 
 
 def check(timed: Timed, efficiency: Efficiency) -> Check:
     """What the estimate would have said of something that was measured."""
     predicted = component_time(timed.cost, timed.gpu, timed.arithmetic, efficiency).expected_ms
     error = (predicted - timed.ms) / timed.ms
-    return Check(timed.name, timed.gpu.title, timed.ms, predicted, error, timed.receipt)
+    return Check(timed.name, timed.gpu.title, timed.ms, predicted, error, timed.receipt, timed.published)
 
 
 def paper(arithmetic: Arithmetic) -> list[Timed]:

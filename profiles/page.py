@@ -12,8 +12,8 @@ from .receipt import Profile
 from .svg import style, svg
 from .table19 import SOURCE, SOURCE_11, Table19
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""What the browser may load: nothing."""
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""What the browser may load: nothing from elsewhere."""
 _CSS = """
 :root{color-scheme:light dark}
 body{margin:0;background:var(--page);color:var(--text);font:15px/1.5 system-ui,sans-serif}

@@ -67,9 +67,9 @@ def _roofs(drawing: Drawing, x: Scale, y: Scale, ceilings: Ceilings, roofs: dict
     for copied in ceilings.copies:
         start = max(x.low, y.low / copied.gbps)
         end = min(x.high, top / copied.gbps)
-        drawing.add(
-            Line(((x(start), y(copied.gbps * start)), (x(end), y(copied.gbps * end))), "axis", 1.2, True)
-        )
+        if start < end:  # else all of it lies beside what is shown
+            ends = ((x(value), y(copied.gbps * value)) for value in (start, end))
+            drawing.add(Line(tuple(ends), "axis", 1.2, True))
     for kind, gflops in sorted(roofs.items(), key=lambda item: -item[1]):
         start = min(max(x.low, gflops / max(c.gbps for c in ceilings.copies)), x.high)
         drawing.add(Line(((x(start), y(gflops)), (RIGHT, y(gflops))), "text", 1.2))
@@ -109,8 +109,7 @@ def _points(drawing: Drawing, x: Scale, y: Scale, points: list[tuple[Case, Compo
             labels.append(Text(place[0], place[1] + 9, text, size=10, fill="muted"))
             taken.append(place)
     drawing.add(
-        *labels,
-        Text(RIGHT, BOTTOM + 42, "labels: batch size (x tokens, of a step: in its past)", "end", "muted", 11),
+        *labels, Text(WIDTH - 8, 22, "labels: batch size x tokens (of a step: its past)", "end", "muted", 11)
     )
 
 

@@ -14,10 +14,11 @@ from ivl_export.errors import BuildError, IntegrityError
 from ivl_export.manifest import Model
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.profiles.analytic import component_macs, towers
+from ivl_export.profiles.cases import Case, Kind
 from ivl_export.profiles.flops import graph_cost, layer_type
-from ivl_export.profiles.latency import Case
 from ivl_export.profiles.measure import Measurement
-from ivl_export.profiles.table19 import PAPER, Table19, table19
+from ivl_export.profiles.table19 import PAPER, Column, Row, Table19, merged
+from ivl_export.profiles.table19 import table19 as table19_of
 from ivl_export.specs import Axis, ComponentSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -188,17 +189,48 @@ def test_what_cannot_be_counted_is_an_error(tmp_path: Path) -> None:
         graph_cost(graph, other, {"batch": 1})
 
 
-def timed(name: str, batch: int, ms: float, **sizes: int) -> Case:
+def timed(
+    name: str, batch: int, ms: float, precision: str = "fp8", kind: Kind = "component", **sizes: int
+) -> Case:
     samples = (int(ms * 1e6),) * 3
     measurement = Measurement(samples, (3,), 0, "stable", 1)
-    return Case(name, "component", batch, {"batch": batch, **sizes}, batch, "images", "", measurement, {})
+    backend = "torch" if kind == "baseline" else "tensorrt"
+    return Case(
+        name, kind, batch, {"batch": batch, **sizes}, batch, "images", "", measurement, {}, backend, precision
+    )
+
+
+def baseline(name: str, batch: int, ms: float, **sizes: int) -> Case:
+    return timed(name, batch, ms, "bf16", "baseline", **sizes)
 
 
 def full_model(size: int, parameters: int | None = None) -> tuple[Model, InternVLConfig]:
     config = InternVLConfig(vision=VisionConfig(image_size=size))
     tokens = (config.vision.num_tokens - 257) * 3200  # of the position embedding
     count = FULL_PARAMETERS + tokens if parameters is None else parameters
-    return Model("InternVL-14B", "somewhere", {}, {}, 4.6, count), config
+    return Model("anything", "somewhere", {}, {}, 4.6, count), config
+
+
+def table19(size: int, cases: Sequence[Case], machine: str = "L40S") -> Table19:
+    return table19_of(*full_model(size), cases, machine)
+
+
+def measured(table: Table19) -> dict[tuple[str, int, str], Row]:
+    return {
+        (line.method, line.image_size, column.precision): row
+        for line in table.lines
+        for column, row in zip(table.columns, line.measured, strict=True)
+        if row is not None
+    }
+
+
+def ratios(table: Table19) -> dict[tuple[str, int, str], float]:
+    return {
+        (line.method, line.image_size, column.precision): ratio
+        for line in table.lines
+        for column, ratio in zip(table.columns, line.ratios, strict=True)
+        if ratio is not None
+    }
 
 
 def test_the_papers_rows_are_the_papers() -> None:
@@ -213,47 +245,91 @@ def test_the_papers_rows_are_the_papers() -> None:
 def test_table_19_of_the_full_model_holds_what_was_measured() -> None:
     cases = [
         timed("vision", 1, 30.0),
-        timed("vision", 8, 160.0),
-        timed("qllama_query", 8, 80.0),
-        timed("qllama_text", 8, 8.0, text=16),  # not the table's length
-        timed("qllama_text", 8, 40.0, text=80),
+        timed("vision", 128, 1280.0),
+        timed("qllama_query", 128, 640.0),
+        timed("qllama_text", 128, 64.0, text=16),  # not the table's length
+        timed("qllama_text", 128, 320.0, text=80),
         timed("qllama_text", 1, 9.0, text=80),
     ]
-    table = table19(*full_model(336), cases)
-    assert table.batch == 8
-    filled = {(r.method, r.image_size): r for r in table.measured if r is not None}
-    assert set(filled) == {("InternVL-C", 336), ("InternVL-G", 336)}
-    c, g = filled["InternVL-C", 336], filled["InternVL-G", 336]
-    assert (c.vit_ms, c.qllama_image_ms, c.qllama_text_ms, c.total_ms, c.pairs_per_s) == (20, None, 5, 25, 40)
-    assert (g.qllama_image_ms, g.total_ms) == (10, 35)
-    assert any("batch 8" in note for note in table.notes)
-    for row, mine in zip(table.paper, table.measured, strict=True):
-        assert mine is None or (mine.method, mine.image_size) == (row.method, row.image_size)
+    table = table19(336, cases)
+    assert table.columns == (Column("tensorrt", "fp8", "L40S", 128),)
+    filled = measured(table)
+    assert set(filled) == {("InternVL-C", 336, "fp8"), ("InternVL-G", 336, "fp8")}
+    c, g = filled["InternVL-C", 336, "fp8"], filled["InternVL-G", 336, "fp8"]
+    assert (c.vit_ms, c.qllama_image_ms, c.qllama_text_ms, c.total_ms) == (10, None, 2.5, 12.5)
+    assert c.pairs_per_s == 80
+    assert (g.qllama_image_ms, g.total_ms) == (5, 17.5)
+    assert [line.paper for line in table.lines] == list(PAPER)
+    assert not ratios(table)  # nothing to form one with, least of all the paper's A100
+    rates = {(rate.image_size, rate.batch): (rate.paper, rate.measured) for rate in table.rates}
+    assert rates[224, 1] == (28.0, (None,))
+    assert rates[224, 128] == (64.6, (None,))
+    assert rates[336, 1][1] == (pytest.approx(1e3 / 30),)
+    assert rates[336, 128] == (None, (100.0,))
+
+
+def test_the_only_ratio_is_to_the_baseline_of_the_same_run() -> None:
+    parts = [timed("vision", 128, 640.0), timed("qllama_text", 128, 128.0, text=80)]
+    torch = [
+        baseline("vision", 128, 1280.0),
+        baseline("qllama_query", 128, 640.0),
+        baseline("qllama_text", 128, 256.0, text=80),
+    ]
+    table = table19(224, [*parts, *torch])
+    assert [column.backend for column in table.columns] == ["torch", "tensorrt"]
+    assert ratios(table) == {
+        ("InternVL-C", 224, "bf16"): 1.0,
+        ("InternVL-C", 224, "fp8"): 2.0,
+        ("InternVL-G", 224, "bf16"): 1.0,  # the engine had no query pass: its cell stays empty
+    }
+    other_batch = [baseline("vision", 8, 80.0), baseline("qllama_text", 8, 16.0, text=80)]
+    assert ("InternVL-C", 224, "fp8") not in ratios(table19(224, [*parts, *other_batch]))
+
+
+def test_tables_of_several_sizes_and_machines_are_one() -> None:
+    parts = [timed("vision", 128, 640.0), timed("qllama_text", 128, 128.0, text=80)]
+    torch = [baseline("vision", 128, 1280.0), baseline("qllama_text", 128, 256.0, text=80)]
+    table = merged([table19(224, [*parts, *torch]), table19(448, parts), table19(224, parts, "T4")])
+    assert [(c.backend, c.machine) for c in table.columns] == [
+        ("torch", "L40S"), ("tensorrt", "L40S"), ("tensorrt", "T4"),
+    ]  # fmt: skip
+    lines = {(line.method, line.image_size): line for line in table.lines}
+    assert [row is not None for row in lines["InternVL-C", 224].measured] == [True, True, True]
+    assert [row is not None for row in lines["InternVL-C", 448].measured] == [False, True, False]
+    assert lines["InternVL-C", 224].ratios == (1.0, 2.0, None)  # the T4 had no baseline of its own
+    assert lines["InternVL-C", 448].ratios == (None, None, None)
+    assert len(table.lines) == len(PAPER)
 
 
 def test_table_19_leaves_out_what_was_not_measured() -> None:
     vision, query = timed("vision", 8, 160.0), timed("qllama_query", 8, 80.0)
     text, short = timed("qllama_text", 8, 40.0, text=80), timed("qllama_text", 8, 8.0, text=16)
-    without_query = table19(*full_model(224), [vision, text])
-    assert [r.method for r in without_query.measured if r] == ["InternVL-C"]
+    without_query = table19(224, [vision, text])
+    assert list(measured(without_query)) == [("InternVL-C", 224, "fp8")]
     assert any("InternVL-G is empty" in note for note in without_query.notes)
+    assert any("batch 8" in note for note in without_query.notes)
+    for cases in ([vision, query, short], [vision, query, timed("qllama_text", 1, 5.0, text=80)]):
+        table = table19(224, cases)
+        assert not measured(table)
+        assert any("not measured at one batch size" in note for note in table.notes)
+    nothing = table19(224, [])
+    assert not measured(nothing)
+    assert [line.paper for line in nothing.lines] == list(PAPER)
 
-    def nothing(table: Table19) -> bool:
-        return table.paper == PAPER and not any(table.measured) and table.batch is None and bool(table.notes)
 
-    assert nothing(table19(*full_model(224), [vision, query, short]))
-    assert nothing(table19(*full_model(224), [vision, query, timed("qllama_text", 1, 5.0, text=80)]))
-    assert nothing(table19(*full_model(224), []))
-
-
-def test_table_19_is_about_the_full_model_only() -> None:
+def test_the_papers_lines_are_about_the_full_model_only() -> None:
     cases = [timed("vision", 8, 160.0), timed("qllama_text", 8, 40.0, text=80)]
     model, config = full_model(224, 383_499)
     small = InternVLConfig(vision=VisionConfig(num_hidden_layers=47))
-    for table in (table19(model, config, cases), table19(full_model(224)[0], small, cases)):
-        assert not any(table.measured)
+    for table in (
+        table19_of(model, config, cases, "here"),
+        table19_of(full_model(224)[0], small, cases, "here"),
+    ):
         assert "13,834,975,747" in table.notes[0]
-    assert any(table19(*full_model(224), cases).measured)
+        assert not any(row for line in table.lines if line.paper for row in line.measured)
+        (own,) = [line for line in table.lines if line.paper is None]
+        assert (own.model, own.method) == ("anything", "InternVL-C")
     contrastive = 12_620_029_697  # C alone, as internvl_c_13b_224px.pth
-    assert any(table19(*full_model(224, contrastive), cases).measured)
-    assert table19(*full_model(224), cases).to_json()["lines"][0]["measured"]["pairs_per_s"] == 40
+    assert measured(table19_of(*full_model(224, contrastive), cases, "here"))
+    data = table19(224, cases).to_json()
+    assert data["lines"][0]["measured"][0]["pairs_per_s"] == 40

@@ -17,12 +17,16 @@ from ivl_export.models.layout import COMPONENTS, expected_shapes
 from ivl_export.pipeline import graphs, resources
 from ivl_export.pipeline.request import Job, Request
 from ivl_export.profiles.analytic import component_macs
-from ivl_export.profiles.estimate import Estimate, estimate
+from ivl_export.profiles.estimate import RECEIPTS, Estimate, estimate
 from ivl_export.profiles.flops import graph_cost
 from ivl_export.profiles.gpus import GPUS, find_gpu, of_driver
+from ivl_export.profiles.machine import Gpu
+from ivl_export.profiles.measure import StopRule
+from ivl_export.profiles.receipt import SCHEMA, Settings, write
 from ivl_export.profiles.roofline import Arithmetic, Efficiency, component_cost, component_time, peak
 from ivl_export.profiles.sizes import linear_shapes, plan_of, weights
 from ivl_export.profiles.table19 import PAPER
+from ivl_export.tests.made_profiles import made_case, made_profile
 
 IDEAL = Efficiency(1.0, 1.0, 1.0)
 PUBLISHED_GMAC = {224: (1537, 787, 520), 336: (3507, 925, 520), 448: (6370, 1118, 520)}
@@ -168,8 +172,8 @@ def test_an_estimate() -> None:
     json.dumps(found.to_json(), allow_nan=False)
 
 
-def test_the_paper_is_met() -> None:
-    checks = predict("a100", "bf16", [128]).checks
+def test_the_paper_is_met(tmp_path: Path) -> None:
+    checks = predict("a100", "bf16", [128], receipts=tmp_path).checks
     assert len(checks) == len({row.image_size for row in PAPER}) * 2 + 1
     for check in checks:
         assert check.error == pytest.approx((check.predicted_ms - check.measured_ms) / check.measured_ms)
@@ -178,25 +182,11 @@ def test_the_paper_is_met() -> None:
 
 
 def receipt(folder: Path, gpu: str, ms: float, batch: int = 128) -> None:
-    exact = arithmetic("fp8")
-    cost = component_cost("vision", InternVLConfig(), {"batch": batch}, exact)
-    data = {
-        "schema": "ivl-export.profile/1",
-        "bundle": {"precision": "fp8"},
-        "settings": {"backend": "tensorrt"},
-        "machine": {"gpus": [{"name": gpu, "memory_mib": 46068, "driver": "570"}]},
-        "costs": [cost.to_json()],
-        "cases": [
-            {
-                "name": "vision",
-                "kind": "component",
-                "batch": batch,
-                "sizes": {"batch": batch},
-                "measurement": {"summary": {"p50_ms": ms}},
-            }
-        ],
-    }
-    (folder / "one.json").write_text(json.dumps(data))
+    settings = Settings("tensorrt", "sm89", None, (batch,), (), StopRule())
+    cost = component_cost("vision", InternVLConfig(), {"batch": batch}, arithmetic("fp8"))
+    case = made_case("vision", [ms] * 12, batch)
+    profile = made_profile([case], [cost], gpus=(Gpu(gpu, 46068, "570"),), settings=settings, ceilings=None)
+    write(profile.to_json(), folder / "one.json")
     (folder / "other.json").write_text(json.dumps({"title": "a receipt of something else"}))
 
 
@@ -215,7 +205,34 @@ def test_a_receipt_is_taken_before_an_assumption(tmp_path: Path) -> None:
     assert memory.known == "receipt"
     assert memory.value == pytest.approx(0.9)
     receipt(tmp_path, "NVIDIA RTX 9999", floor)  # no peak, no share
-    assert predict("h200", "fp8", [128], receipts=tmp_path).efficiencies.low.known == "assumption"
+    unknown = predict("h200", "fp8", [128], receipts=tmp_path)
+    assert unknown.efficiencies.low.known == "assumption"
+    assert not any(check.receipt for check in unknown.checks)
+
+
+def test_a_receipt_without_a_known_gpu_is_held_to_its_own_ceilings(tmp_path: Path) -> None:
+    cost = component_cost("vision", InternVLConfig(), {"batch": 1}, arithmetic("fp8"))
+    profile = made_profile([made_case("vision", [50_000.0] * 3)], [cost])
+    write(profile.to_json(), tmp_path / "cpu.json")
+    found = predict("l40s", "fp8", [1], receipts=tmp_path)
+    (check,) = [c for c in found.checks if c.receipt]
+    assert (check.name, check.gpu, check.published) == (
+        "cpu: vision at batch 1", "A CPU, its ceilings", False,
+    )  # fmt: skip
+    # ONNX Runtime multiplies FP8 weights in fp32 on a CPU: 100 GFLOP/s here, at the shares of an estimate.
+    least = 2 * cost.macs / 100e9 * 1e3
+    assert least < check.predicted_ms < 3 * least
+    assert check.error == pytest.approx((check.predicted_ms - 50_000) / 50_000)
+    assert found.efficiencies.low.known == "assumption"  # its shares are of no published peak
+
+
+def test_every_receipt_of_the_repository_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    receipts = [path.stem for path in RECEIPTS.glob("*.json") if SCHEMA in path.read_text()[:60]]
+    assert any(name.startswith("nano") for name in receipts)
+    assert cli.main(["estimate", "--gpu", "l4", "--batch", "1", "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    for name in receipts:
+        assert any(check["name"].startswith(f"{name}: ") for check in checks), name
 
 
 def test_sizes_are_those_of_a_build(tmp_path: Path) -> None:
@@ -244,7 +261,8 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [p["batch"] for p in data["points"]] == [1, 8]
     assert cli.main([*line, "--image-size", "448", "--layers"]) == 0
     out = capsys.readouterr().out
-    for text in ("predicted, not measured", "assumption", "No receipt of this repository", "448 px", "of 1M"):
+    said = ("predicted, not measured", "assumption", "No receipt of this repository", "448 px", "of 1M")
+    for text in (*said, "its ceilings"):
         assert text in out
     (tmp_path / "config.json").write_text(json.dumps(InternVLConfig().to_published()))
     assert cli.main([*line, "--model", str(tmp_path), "--json"]) == 0

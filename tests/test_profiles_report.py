@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import subprocess
@@ -16,22 +17,27 @@ from ivl_export import __version__, cli
 from ivl_export.bundle import Bundle
 from ivl_export.errors import BuildError, UsageError
 from ivl_export.models.config import InternVLConfig
-from ivl_export.profiles.latency import plan, random_inputs
+from ivl_export.profiles.inputs import random_inputs
+from ivl_export.profiles.latency import plan
 from ivl_export.profiles.machine import commit, machine, versions
 from ivl_export.profiles.measure import StopRule
-from ivl_export.profiles.report import SCHEMA, Profile, profile, write
+from ivl_export.profiles.receipt import SCHEMA, Profile, read, write
+from ivl_export.profiles.recording import RecordingComponents
+from ivl_export.profiles.report import Options, profile
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.components import Components
 from ivl_export.specs import Axis, ComponentSpec, TensorSpec
+from ivl_export.tests.conftest import TINY
 
 COMPONENTS = ["vision", "qllama_query", "qllama_text", "qllama_step"]
-CALLS = ["encode_image InternVL-C", "encode_image InternVL-G", "caption", "encode_text"]
+CALLS = ["encode_image InternVL-C", "encode_image InternVL-G", "classify", "caption", "encode_text"]
+HOST = ["preprocess", "postprocess classify", "tokenize", "postprocess caption"]
 SHORT = StopRule(seconds=0.05)
 
 
 @pytest.fixture(scope="module")
 def profiled(tiny_bundle: Path) -> Profile:
-    return profile(tiny_bundle, threads=1, batches=[2, 1], rule=SHORT)
+    return profile(tiny_bundle, Options(threads=1, batches=[2, 1], lengths=[8], rule=SHORT))
 
 
 def config_of(bundle: Bundle) -> InternVLConfig:
@@ -47,14 +53,26 @@ def without(bundle: Bundle, *names: str) -> InternVL:
 
 def test_every_component_and_call_is_timed_at_every_batch(profiled: Profile) -> None:
     got = [(case.kind, case.name, case.batch) for case in profiled.cases]
-    assert got == [("component", name, batch) for name in COMPONENTS for batch in (2, 1)] + [
-        ("chained", name, batch) for batch in (2, 1) for name in CALLS
+    assert [case for case in got if case[0] != "component"] == [
+        (kind, name, batch)
+        for kind, names in (("chained", CALLS), ("host", HOST))
+        for batch in (2, 1)
+        for name in names
+    ]
+    assert list(dict.fromkeys(got))[: 2 * len(COMPONENTS)] == [
+        ("component", name, batch) for name in COMPONENTS for batch in (2, 1)
     ]
     for case in profiled.cases:
         assert case.measurement.samples_ns
         assert case.per_second == pytest.approx(case.items * 1e3 / case.measurement.summary.mean_ms)
         assert case.boundary
-    assert set(profiled.load_seconds) == set(COMPONENTS)
+        assert (case.backend, case.precision) == (
+            ("host", "") if case.kind == "host" else ("onnxruntime", "fp32")
+        )
+    start = profiled.startup
+    assert set(start.load_seconds) == set(start.first_call_ms) == set(COMPONENTS)
+    assert start.first_request_ms > 1e3 * start.load_seconds["vision"]
+    assert "JPEG" in start.boundary
     assert profiled.settings.batches == (2, 1)
     assert profiled.notes == ()
 
@@ -63,11 +81,12 @@ def test_a_chain_spends_its_time_in_its_components(profiled: Profile) -> None:
     stages = {
         "encode_image InternVL-C": {"vision"},
         "encode_image InternVL-G": {"vision", "qllama_query"},
+        "classify": {"vision", "preprocess"},
         "caption": {"vision", "qllama_query", "qllama_step", "tokenize"},
         "encode_text": {"qllama_text", "tokenize"},
     }
     for case in profiled.cases:
-        if case.kind == "component":
+        if case.kind != "chained":
             assert case.stages_ms == {}
             continue
         assert set(case.stages_ms) == stages[case.name]
@@ -92,7 +111,7 @@ def test_a_caption_is_as_long_as_promised(tiny_bundle: Path) -> None:
 def test_costs_stand_beside_the_times(profiled: Profile) -> None:
     for case in profiled.cases:
         cost = profiled.cost(case)
-        if case.kind == "chained":
+        if case.kind != "component":
             assert cost is None
         else:
             assert cost is not None
@@ -116,6 +135,53 @@ def test_the_receipt_says_what_when_where(profiled: Profile, tiny_bundle: Path) 
     assert first["boundary"].startswith("one engine call")
     assert data["costs"][0]["flops"] == 2 * data["costs"][0]["macs"]
     assert str(tiny_bundle.parent) not in json.dumps(data)
+    assert data["clocks"]["gpus"] == []
+    assert Profile.from_json(data) == profiled
+
+
+def test_lengths_are_swept_as_far_as_they_go(profiled: Profile) -> None:
+    texts = {c.sizes["text"] for c in profiled.of_kind("component") if c.name == "qllama_text"}
+    pasts = {c.sizes["past"] for c in profiled.of_kind("component") if c.name == "qllama_step"}
+    assert {8, 16} == texts
+    assert len(pasts) == 2
+
+
+def test_every_engine_call_has_a_floor(profiled: Profile) -> None:
+    assert profiled.ceilings is not None
+    for case in profiled.cases:
+        if case.kind == "host":
+            assert case.floor is None
+            continue
+        assert case.floor is not None, case.name
+        assert case.floor.ms > 0
+        assert case.of_floor == case.floor.ms / case.measurement.summary.p50_ms
+    by_name = {(c.name, c.batch): c for c in profiled.of_kind("chained")}
+    alone = {(c.name, c.batch): c for c in reversed(profiled.of_kind("component"))}
+    for batch in (1, 2):  # a chain's floor is that of its parts, one after another
+        g = by_name["encode_image InternVL-G", batch].floor
+        parts = [alone[name, batch].floor for name in ("vision", "qllama_query")]
+        assert g is not None
+        assert g.ms == pytest.approx(sum(part.ms for part in parts if part is not None))
+
+
+def test_calls_of_a_caption_are_recorded(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    components = RecordingComponents(bundle, "onnxruntime", threads=1)
+    with InternVL(bundle, components) as model:
+        task = next(t for t in plan(model, config_of(bundle), [2]) if t.name == "caption")
+        calls = components.calls(task.prepare())
+        assert {call.component: call.sizes["batch"] for call in calls} == {
+            "vision": 2, "qllama_query": 2, "qllama_step": 2,
+        }  # fmt: skip
+        steps = [call for call in calls if call.component == "qllama_step"]
+        assert {call.sizes["text"]: call.count for call in steps} == {
+            task.sizes["prompt"]: 1, 1: task.sizes["new_tokens"] - 1,
+        }  # fmt: skip
+        before = model.timings["vision"].calls
+        model.encode_image(np.zeros((1, *components.spec("vision").shape(
+            components.spec("vision").inputs[0], "opt")[1:]), np.float32))  # fmt: skip
+        assert model.timings["vision"].calls == before + 1
+        assert components.calls(lambda: None) == ()
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -151,10 +217,10 @@ def test_a_partial_bundle_is_profiled_as_far_as_it_goes(tiny_bundle: Path) -> No
         return [t.name for t in plan(without(bundle, *missing), config, [1])]
 
     assert names("qllama_query", "qllama_step") == [
-        "vision", "qllama_text", "encode_image InternVL-C", "encode_text",
+        "vision", "qllama_text", "encode_image InternVL-C", "classify", "encode_text", *HOST[:3],
     ]  # fmt: skip
-    assert names("vision") == ["qllama_query", "qllama_text", "qllama_step", "encode_text"]
-    assert names("qllama_step", "qllama_text")[2:] == CALLS[:2]
+    assert names("vision") == ["qllama_query", "qllama_text", "qllama_step", "encode_text", *HOST[2:]]
+    assert names("qllama_step", "qllama_text")[2:] == [*CALLS[:3], *HOST[:2]]
 
 
 def test_batches_and_lengths_stay_within_what_was_built(tiny_bundle: Path) -> None:
@@ -166,21 +232,50 @@ def test_batches_and_lengths_stay_within_what_was_built(tiny_bundle: Path) -> No
         for bad in (0, 10_000):
             with pytest.raises(UsageError, match=f"Batch {bad}"):
                 plan(model, config, [1, bad])
-        lengths = [
-            t.sizes["text"] for t in plan(model, config, [1], text_tokens=80) if t.name == "qllama_text"
-        ]
+        lengths = [t.sizes["text"] for t in plan(model, config, [1], [80]) if t.name == "qllama_text"]
         assert lengths == [16, 80]
-        too_long = [t for t in plan(model, config, [1], text_tokens=5000) if t.name == "qllama_text"]
+        too_long = [t for t in plan(model, config, [1], [5000]) if t.name == "qllama_text"]
         assert len(too_long) == 1
 
 
 def test_without_onnx_there_are_times_and_a_note(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    result = profile(tiny_bundle, threads=1, batches=[1], rule=StopRule(seconds=0.01))
+    result = profile(tiny_bundle, Options(threads=1, batches=[1], rule=StopRule(seconds=0.01)))
     assert result.costs == ()
-    assert len(result.cases) == 8
+    assert len(result.cases) == len(COMPONENTS) + len(CALLS) + len(HOST)
+    assert all(case.floor is None for case in result.cases)
+    assert result.ceilings is not None
+    assert {product.kind for product in result.ceilings.products} == {"bf16"}  # ONNX Runtime's need onnx
     assert any("pip install onnx" in note for note in result.notes)
     assert result.cost(result.cases[0]) is None
+
+
+def test_the_baseline_is_of_the_same_weights(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(TINY.parent.parent.parent)  # the bundle names its source from there
+    options = Options(threads=1, batches=[1], rule=StopRule(seconds=0.01), table19=True, ceilings=False)
+    result = profile(tiny_bundle, options)
+    assert [(c.name, c.backend, c.precision) for c in result.of_kind("baseline")] == [
+        (name, "torch", "bf16") for name in ("vision", "qllama_query", "qllama_text")
+    ]
+    table = result.table19
+    assert table is not None
+    own = [line for line in table.lines if line.paper is None]
+    assert [line.method for line in own] == ["InternVL-C", "InternVL-G"]
+    for line in own:
+        baseline, engine = line.measured
+        assert baseline is not None
+        assert engine is not None
+        assert line.ratios == (1.0, pytest.approx((baseline.total_ms or 0) / (engine.total_ms or 1)))
+    monkeypatch.chdir(tmp_path)
+    gone = profile(tiny_bundle, options)
+    assert not gone.of_kind("baseline")
+    assert any("give --checkpoint" in note for note in gone.notes)
+    found = profile(tiny_bundle, replace(options, checkpoint=TINY))
+    assert len(found.of_kind("baseline")) == 3
+    with pytest.raises(UsageError, match="not what the bundle was built from"):
+        profile(tiny_bundle, replace(options, checkpoint=TINY.parent.parent.parent / "models" / "nano"))
 
 
 def test_the_machine_is_described_and_the_commit_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,18 +285,22 @@ def test_the_machine_is_described_and_the_commit_too(tmp_path: Path, monkeypatch
     assert versions()["python"] == ".".join(map(str, sys.version_info[:3]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert commit() is None
+    assert commit(tmp_path) is None
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     for args in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run(["git", *args], check=True)
-    clean = commit()
+    (tmp_path / "__init__.py").touch()
+    assert commit(tmp_path) is None  # a package that lies there is not of that repository
+    subprocess.run(["git", "add", "__init__.py"], check=True)
+    subprocess.run(["git", *identity, "commit", "-q", "-m", "second"], check=True)
+    clean = commit(tmp_path)
     assert clean is not None
     assert len(clean) == 40
     (tmp_path / "file").write_text("x")
     subprocess.run(["git", "add", "file"], check=True)
-    assert commit() == f"{clean}+"
+    assert commit(tmp_path) == f"{clean}+"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert commit() is None
+    assert commit(tmp_path) is None
 
 
 def test_the_verb_prints_tables_and_writes_a_receipt(
@@ -210,7 +309,8 @@ def test_the_verb_prints_tables_and_writes_a_receipt(
     monkeypatch.setenv("COLUMNS", "160")
     out = tmp_path / "receipt.json"
     args = ["profile", str(tiny_bundle), "--batch", "1", "--seconds", "0.02", "--threads", "1"]
-    assert cli.main([*args, "--table19", "--out", str(out)]) == 0
+    sheet = tmp_path / "cases.csv"
+    assert cli.main([*args, "--table19", "--no-baseline", "--out", str(out), "--csv", str(sheet)]) == 0
     captured = capsys.readouterr()
     for text in (
         "Components alone, times in ms",
@@ -222,15 +322,26 @@ def test_the_verb_prints_tables_and_writes_a_receipt(
         "InternVL-G",
         "84.6",
         "arXiv 2312.14238, Table 19",
-        "Measured cells are empty: the table is about InternVL-14B",
+        "Beside the engines",
+        "Ceilings of the CPU",
+        "first request",
+        "Table 11",
+        "The paper's lines are empty: they are about InternVL-14B",
     ):
         assert text in captured.out, text
     assert not captured.err  # no bar where there is no terminal
     data = json.loads(out.read_text())
     assert data["schema"] == SCHEMA
-    assert all(line["measured"] is None for line in data["table19"]["lines"])
+    assert all(not any(line["measured"]) for line in data["table19"]["lines"] if line["paper"])
     assert {c["sizes"]["text"] for c in data["cases"] if c["name"] == "qllama_text"} == {16, 80}
-    assert [p.name for p in tmp_path.iterdir()] == ["receipt.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cases.csv", "receipt.json"]
+    rows = list(csv.DictReader(sheet.open(newline="")))
+    assert len(rows) == len(data["cases"])
+    for row, case in zip(rows, data["cases"], strict=True):
+        assert (row["name"], float(row["p99_ms"])) == (case["name"], case["measurement"]["summary"]["p99_ms"])
+    assert cli.main(["profile", "report", str(out), "--beside", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines() == captured.out.splitlines()[:-2]  # the files written
+    assert json.loads(json.dumps(read(out).to_json())) == data
 
 
 def test_the_verb_prints_json_alone(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,6 +353,10 @@ def test_the_verb_prints_json_alone(tiny_bundle: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
+        (["--lengths", "1,x"], 2, "--lengths '1,x'"),
+        (["--checkpoint", "."], 2, "--table19"),
+        (["--beside", "nothing.json"], 3, "nothing.json"),
+        (["--html", "nowhere/at/all.html"], 2, "--html nowhere/at/all.html"),
         (["--batch", "1,x"], 2, "--batch '1,x'"),
         (["--batch", ""], 2, "--batch"),
         (["--batch", "0"], 2, "--batch '0'"),
