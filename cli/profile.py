@@ -61,6 +61,9 @@ def measure(
         str, typer.Option(help="Whose engines: onnxruntime, tensorrt-rtx, ...")
     ] = "onnxruntime",
     target: Annotated[str | None, typer.Option(help="Which engines of the backend: sm89, ...")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the backend computes: cuda:0.", show_default="the backend's own")
+    ] = None,
     seconds: Annotated[
         float, typer.Option(min=0.01, help="Time limit of one measurement; it ends sooner when stable.")
     ] = 3.0,
@@ -92,7 +95,17 @@ def measure(
 
     others = [receipt.read(path) for path in beside or ()]
     options = report.Options(
-        backend, target, threads, batches, texts, StopRule(seconds), table19, baseline, checkpoint, ceilings
+        backend,
+        target,
+        threads,
+        device,
+        batches,
+        texts,
+        StopRule(seconds),
+        table19,
+        baseline,
+        checkpoint,
+        ceilings,
     )
     with _progress() as progress:
         result = report.profile(bundle, options, progress)

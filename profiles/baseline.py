@@ -24,7 +24,7 @@ from .measure import StopRule
 if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint
 
-BACKEND, GRAPH_BACKEND, PRECISION = "torch", "torch, CUDA graph", "bf16"
+BACKEND, GRAPH_BACKEND, PRECISION = "PyTorch", "PyTorch, CUDA graph", "bf16"
 NANO = Path(__file__).parent.parent / "models" / "nano"
 SHIPPED = "internvl-nano (shipped)"
 

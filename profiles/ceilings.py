@@ -24,8 +24,10 @@ SIDE = 1024
 GPU_SIDE = 8192
 COPY_BYTES = (1 << 20, 16 << 20, 256 << 20)
 _RULE = StopRule(seconds=0.5, min_samples=10, warmup_calls=2)
-_CPU_ARITHMETIC = {"bf16": "fp32", "fp16": "fp32", "fp8": "fp32", "int4": "fp32"}
-"""ONNX Runtime on the CPU multiplies these types in fp32."""
+CPU = "CPU"
+_ON_CPU = {"onnxruntime": {"bf16": "fp32", "fp16": "fp32", "fp8": "fp32", "int4": "fp32"}}
+_TORCH_ON_CPU = {"fp16": "bf16", "fp8": "bf16", "int8": "bf16", "int4": "bf16"}
+"""What CPU backends multiply in for want of kernels for a type."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ class Ceilings:
     def gflops(self, backend: str, kind: str) -> float | None:
         """The ceiling for products of ``kind`` by ``backend``; None if it was not measured.
 
-        ONNX Runtime on the CPU computes in fp32 what it has no kernels for.
+        On the CPU, a type without kernels is held to the type that takes its place.
         """
-        if backend == "onnxruntime" and self.device == "CPU":
-            kind = _CPU_ARITHMETIC.get(kind, kind)
+        if self.device == CPU:
+            kind = _ON_CPU.get(backend, _TORCH_ON_CPU).get(kind, kind)
         found = [p.gflops for p in self.products if p.kind == kind]
         return max(found, default=None)
 
@@ -113,7 +115,7 @@ def measure_ceilings(threads: int | None = None, rule: StopRule = _RULE, gpu: bo
         return _gpu_ceilings(rule)
     notes: list[str] = []
     products = [*_onnxruntime_products(threads, rule, notes), *_torch_products(threads, rule, notes)]
-    return Ceilings("CPU", tuple(products), tuple(_copies(threads, rule)), tuple(notes))
+    return Ceilings(CPU, tuple(products), tuple(_copies(threads, rule)), tuple(notes))
 
 
 def _best_seconds(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..models.config import InternVLConfig, VisionConfig
+from .ceilings import CPU
 from .flops import ComponentCost
 from .gpus import GPUS, GpuPeaks, of_driver
 from .receipt import SCHEMA, Profile, read
@@ -95,7 +96,7 @@ def read_receipts(folder: Path, arithmetic_of: Callable[[str], Arithmetic]) -> l
         if json.loads(path.read_text(encoding="utf-8")).get("schema") != SCHEMA:
             continue
         profile = read(path)
-        published = None if profile.settings.backend == "onnxruntime" else _gpu(profile)
+        published = None if profile.settings.on_cpu else _gpu(profile)
         peaks = published or _measured(profile)
         arithmetic = arithmetic_of(profile.subject.precision)
         for case in profile.of_kind("component"):
@@ -130,7 +131,7 @@ def _measured(profile: Profile) -> GpuPeaks | None:
     bandwidth = ceilings.gbps(sum(cost.weight_bytes for cost in profile.costs[:1]))
     if bandwidth is None or tflops("bf16") is None:
         return None
-    where = profile.machine.cpu if ceilings.device == "CPU" else ceilings.device
+    where = profile.machine.cpu if ceilings.device == CPU else ceilings.device
     wide = tflops("fp16"), tflops("bf16")
     return GpuPeaks("here", f"{where}, its ceilings", "-", *wide, tflops("fp8"), tflops("int8"), bandwidth,
                     0.0, 0, "", "measured")  # fmt: skip

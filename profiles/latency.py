@@ -8,8 +8,10 @@ every shape has run, before anything is timed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
+from ..engines.device import HOST, as_tensor
 from ..errors import UsageError
 from ..models.config import InternVLConfig
 from ..models.layout import COMPONENTS
@@ -17,6 +19,7 @@ from ..preprocess import CAPTION_PROMPT
 from ..runtime import InternVL, Mode
 from ..specs import ComponentSpec
 from .cases import Call, Case, Progress, Task
+from .cuda import event_timer, has_gpu
 from .inputs import JPEG_SIZE, TEXT, jpeg, random_inputs, random_pixels
 from .measure import StopRule
 from .recording import RecordingComponents
@@ -49,7 +52,8 @@ def plan(
     chosen = batches_of(specs.values(), batches)
     for spec in specs.values():
         for batch in chosen:
-            tasks += [_component(model, spec, config, s) for s in sizes_of(spec, batch, lengths, config)]
+            for sizes in sizes_of(spec, batch, lengths, config):
+                tasks += _component(model, spec, config, sizes)
     for batch in chosen:
         tasks += _chained(model, specs, batch)
     for batch in chosen:
@@ -116,7 +120,10 @@ def sizes_of(
     return [sizes for i, sizes in enumerate(found) if sizes not in found[:i]]
 
 
-def _component(model: InternVL, spec: ComponentSpec, config: InternVLConfig, sizes: dict[str, int]) -> Task:
+def _component(
+    model: InternVL, spec: ComponentSpec, config: InternVLConfig, sizes: dict[str, int]
+) -> list[Task]:
+    """From host memory to host memory; on a GPU first within its own memory, by its own clock."""
     batch, unit = sizes["batch"], {"qllama_text": "texts", "qllama_step": "tokens"}.get(spec.name, "images")
 
     def prepare() -> Callable[[], object]:
@@ -125,7 +132,18 @@ def _component(model: InternVL, spec: ComponentSpec, config: InternVLConfig, siz
 
     items = batch * sizes["text"] if unit == "tokens" else batch
     boundary = "one engine call: arrays in host memory in, all outputs in host memory out"
-    return Task(spec.name, "component", batch, sizes, items, unit, boundary, prepare)
+    task = Task(spec.name, "component", batch, sizes, items, unit, boundary, prepare)
+    device = model.components.open(spec.name).device
+    if device == HOST or not has_gpu():
+        return [task]
+
+    def resident() -> Callable[[], object]:
+        inputs = random_inputs(spec, sizes, config.qllama.vocab_size)
+        tensors = {name: as_tensor(array, device) for name, array in inputs.items()}
+        return partial(model.components.open(spec.name).run_tensors, tensors)
+
+    boundary = "one engine call: tensors in GPU memory in, all outputs in GPU memory out"
+    return [replace(task, boundary=boundary, prepare=resident, timer=event_timer), task]
 
 
 def _chained(model: InternVL, specs: dict[str, ComponentSpec], batch: int) -> list[Task]:

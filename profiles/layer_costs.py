@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from ..calibration.schemes import SCHEMES
 from ..export.components import component_spec
 from ..models.config import InternVLConfig
-from .estimate import efficiencies, paper
+from .estimate import efficiencies
+from .evidence import paper
 from .flops import layer_type
 from .gpus import GPUS, GpuPeaks
 from .roofline import Arithmetic, component_cost, component_time

@@ -10,7 +10,7 @@ from .charts import charts
 from .drawing import number
 from .receipt import Profile
 from .svg import style, svg
-from .table19 import SOURCE, SOURCE_11, Table19
+from .table19 import BATCH, SOURCE, SOURCE_11, Row, Table19
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """What the browser may load: nothing from elsewhere."""
@@ -158,7 +158,9 @@ def _table19(table: Table19) -> str:
     rows: list[tuple[Cell, ...]] = []
     for line in table.lines:
         head = (line.model, line.method, line.image_size)
-        entries = [("paper: A100, bf16", 128, line.paper, None)] if line.paper else []
+        entries: list[tuple[str, int, Row | None, float | None]] = []
+        if line.paper:
+            entries.append(("paper: A100, bf16", BATCH, line.paper, None))
         entries += [
             (f"{c.backend} {c.precision}, {c.machine}", c.batch, row, ratio)
             for c, row, ratio in zip(table.columns, line.measured, line.ratios, strict=True)

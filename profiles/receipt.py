@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..engines.device import HOST
 from ..errors import BuildError, InputError, IntegrityError
 from ..strict_json import read_json
 from .cases import Case
@@ -38,7 +39,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Settings:
-    """How it was profiled. ``threads`` None: the backend's own choice; ``lengths``: those asked for."""
+    """How it was profiled. ``threads`` None: the backend's own choice; ``lengths``: those asked for.
+
+    ``device`` is where the engines computed, in torch's words (``cpu``, ``cuda:0``).
+    """
 
     backend: str
     target: str | None
@@ -46,6 +50,12 @@ class Settings:
     batches: tuple[int, ...]
     lengths: tuple[int, ...]
     stop: StopRule
+    device: str = HOST
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a CPU computed."""
+        return self.device == HOST
 
 
 @dataclass(frozen=True)

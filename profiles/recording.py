@@ -17,11 +17,11 @@ class RecordingComponents(Components):
 
     _log: Counter[Key] | None = None
 
-    def run(self, name: str, inputs: Any, *rest: Any, **options: Any) -> Any:
-        """As :meth:`.Components.run`."""
+    def run_device(self, name: str, inputs: Any, *rest: Any, **options: Any) -> Any:
+        """As :meth:`.Components.run_device`."""
         if self._log is not None:
             self._log[name, tuple(self._sizes(name, inputs).items())] += 1
-        return super().run(name, inputs, *rest, **options)
+        return super().run_device(name, inputs, *rest, **options)
 
     def calls(self, call: Callable[[], object]) -> tuple[Call, ...]:
         """Make ``call`` once; the engine calls in it, equal ones together, in order of first use."""

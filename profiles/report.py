@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from ..bundle import Bundle
+from ..engines.device import HOST
 from ..errors import BuildError, CapabilityError
 from ..manifest import MANIFEST
 from ..models.config import InternVLConfig
@@ -38,6 +40,7 @@ class Options:
 
     Args:
         backend, target, threads: see :meth:`ivl_export.runtime.InternVL.load`.
+        device: where the backend computes (``cuda:0``); None: its own choice.
         batches: batch sizes; None: 1 and 8, with the paper's tables 1 and 128, as far as the engines go.
         lengths: lengths of texts to time beside the one the engines are tuned for.
         rule: when each measurement ends.
@@ -50,6 +53,7 @@ class Options:
     backend: str = "onnxruntime"
     target: str | None = None
     threads: int | None = None
+    device: str | None = None
     batches: Sequence[int] | None = None
     lengths: Sequence[int] = ()
     rule: StopRule = field(default_factory=StopRule)
@@ -57,6 +61,12 @@ class Options:
     baseline: bool = True
     checkpoint: Path | None = None
     ceilings: bool = True
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """What the backend is given."""
+        given = {"threads": self.threads, "device": self.device}
+        return {key: value for key, value in given.items() if value is not None}
 
 
 def profile(path: Path | str, options: Options | None = None, progress: Progress | None = None) -> Profile:
@@ -77,10 +87,10 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
         notes += [why_not] if why_not else []
     with watch() as watched:
         started = time.perf_counter()
-        threads = {} if options.threads is None else {"threads": options.threads}
-        components = RecordingComponents(bundle, options.backend, options.target, None, **threads)
+        components = RecordingComponents(bundle, options.backend, options.target, None, **options.engine)
         with InternVL(bundle, components) as model:
             first_ms, boundary = _first_request(model, started)
+            device = components.open(next(iter(bundle.manifest.components))).device
             batches = _batches(bundle, options, tables)
             lengths = tuple(dict.fromkeys((*options.lengths, *((TEXT_TOKENS,) if tables else ()))))
             tasks = plan(model, config, batches, lengths)
@@ -98,7 +108,7 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
             cases += baseline.run_baseline(
                 checkpoint, config, wanted, options.rule, options.threads, progress
             )
-        ceilings = _ceilings(options, cases, progress)
+        ceilings = _ceilings(options, device, progress)
     costs, uncounted = _costs(bundle, options.backend, cases)
     gpu = next(iter(here.gpus), None)
     return Profile(
@@ -107,6 +117,7 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
         settings=Settings(
             options.backend, options.target, options.threads,
             tuple(dict.fromkeys(c.batch for c in cases)), tuple(options.lengths), options.rule,
+            device,
         ),
         machine=here,
         clocks=watched.clocks or Clocks(None, None, ()),
@@ -118,7 +129,7 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
         cases=tuple(_with_floors(cases, costs, config, ceilings)),
         costs=costs,
         ceilings=ceilings,
-        table19=table19(about, config, cases, gpu.name if gpu and not _on_cpu(options) else here.cpu)
+        table19=table19(about, config, cases, gpu.name if gpu and device != HOST else here.cpu)
         if tables
         else None,
         notes=(*notes, *uncounted, *(ceilings.notes if ceilings else ())),
@@ -170,16 +181,12 @@ def _is_papers(sizes: dict[str, int]) -> bool:
     return sizes.get("text", TEXT_TOKENS) == TEXT_TOKENS
 
 
-def _on_cpu(options: Options) -> bool:
-    return options.backend == "onnxruntime"
-
-
-def _ceilings(options: Options, cases: Iterable[Case], progress: Progress | None) -> Ceilings | None:
+def _ceilings(options: Options, device: str, progress: Progress | None) -> Ceilings | None:
     if not options.ceilings:
         return None
     if progress is not None:
         progress("ceilings: products and copies", 0, 1)
-    return measure_ceilings(options.threads, replace(options.rule, min_samples=3), gpu=not _on_cpu(options))
+    return measure_ceilings(options.threads, replace(options.rule, min_samples=3), gpu=device != HOST)
 
 
 def _subject(bundle: Bundle, config: InternVLConfig) -> Subject:

@@ -194,7 +194,7 @@ def timed(
 ) -> Case:
     samples = (int(ms * 1e6),) * 3
     measurement = Measurement(samples, (3,), 0, "stable", 1)
-    backend = "torch" if kind == "baseline" else "tensorrt"
+    backend = "PyTorch" if kind == "baseline" else "tensorrt"
     return Case(
         name, kind, batch, {"batch": batch, **sizes}, batch, "images", "", measurement, {}, backend, precision
     )
@@ -264,7 +264,7 @@ def test_table_19_of_the_full_model_holds_what_was_measured() -> None:
     rates = {(rate.image_size, rate.batch): (rate.paper, rate.measured) for rate in table.rates}
     assert rates[224, 1] == (28.0, (None,))
     assert rates[224, 128] == (64.6, (None,))
-    assert rates[336, 1][1] == (pytest.approx(1e3 / 30),)
+    assert rates[336, 1] == (None, (1 / 0.03,))
     assert rates[336, 128] == (None, (100.0,))
 
 
@@ -276,7 +276,7 @@ def test_the_only_ratio_is_to_the_baseline_of_the_same_run() -> None:
         baseline("qllama_text", 128, 256.0, text=80),
     ]
     table = table19(224, [*parts, *torch])
-    assert [column.backend for column in table.columns] == ["torch", "tensorrt"]
+    assert [column.backend for column in table.columns] == ["PyTorch", "tensorrt"]
     assert ratios(table) == {
         ("InternVL-C", 224, "bf16"): 1.0,
         ("InternVL-C", 224, "fp8"): 2.0,
@@ -291,7 +291,7 @@ def test_tables_of_several_sizes_and_machines_are_one() -> None:
     torch = [baseline("vision", 128, 1280.0), baseline("qllama_text", 128, 256.0, text=80)]
     table = merged([table19(224, [*parts, *torch]), table19(448, parts), table19(224, parts, "T4")])
     assert [(c.backend, c.machine) for c in table.columns] == [
-        ("torch", "L40S"), ("tensorrt", "L40S"), ("tensorrt", "T4"),
+        ("PyTorch", "L40S"), ("tensorrt", "L40S"), ("tensorrt", "T4"),
     ]  # fmt: skip
     lines = {(line.method, line.image_size): line for line in table.lines}
     assert [row is not None for row in lines["InternVL-C", 224].measured] == [True, True, True]

@@ -182,7 +182,7 @@ def test_the_paper_is_met(tmp_path: Path) -> None:
 
 
 def receipt(folder: Path, gpu: str, ms: float, batch: int = 128) -> None:
-    settings = Settings("tensorrt", "sm89", None, (batch,), (), StopRule())
+    settings = Settings("tensorrt", "sm89", None, (batch,), (), StopRule(), "cuda:0")
     cost = component_cost("vision", InternVLConfig(), {"batch": batch}, arithmetic("fp8"))
     case = made_case("vision", [ms] * 12, batch)
     profile = made_profile([case], [cost], gpus=(Gpu(gpu, 46068, "570"),), settings=settings, ceilings=None)

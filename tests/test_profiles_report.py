@@ -257,7 +257,7 @@ def test_the_baseline_is_of_the_same_weights(
     options = Options(threads=1, batches=[1], rule=StopRule(seconds=0.01), table19=True, ceilings=False)
     result = profile(tiny_bundle, options)
     assert [(c.name, c.backend, c.precision) for c in result.of_kind("baseline")] == [
-        (name, "torch", "bf16") for name in ("vision", "qllama_query", "qllama_text")
+        (name, "PyTorch", "bf16") for name in ("vision", "qllama_query", "qllama_text")
     ]
     table = result.table19
     assert table is not None
@@ -267,7 +267,7 @@ def test_the_baseline_is_of_the_same_weights(
         baseline, engine = line.measured
         assert baseline is not None
         assert engine is not None
-        assert line.ratios == (1.0, pytest.approx((baseline.total_ms or 0) / (engine.total_ms or 1)))
+        assert line.ratios == (1.0, (baseline.total_ms or 0) / (engine.total_ms or 1))
     monkeypatch.chdir(tmp_path)
     gone = profile(tiny_bundle, options)
     assert not gone.of_kind("baseline")

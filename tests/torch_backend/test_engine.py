@@ -16,7 +16,7 @@ import torch
 from ivl_export.bundle import Bundle, seal
 from ivl_export.engines.protocol import open_engine
 from ivl_export.errors import CapabilityError, IntegrityError, UsageError
-from ivl_export.profiles.latency import random_inputs
+from ivl_export.profiles.inputs import random_inputs
 from ivl_export.runtime import InternVL
 from ivl_export.torch_backend.attention import Fp8Attention
 from ivl_export.torch_backend.exported import exported
