@@ -15,7 +15,8 @@ class Scheme:
             ``int4`` with one for each block of an output channel (:func:`block_size`).
         activation: type its input is rounded to, with one scale for the tensor; empty if it is left alone:
             then the weight is dequantised and the product runs in the base type.
-        fold: how large channels of the input are moved into the weight first: ``smooth`` (:mod:`.smooth`).
+        fold: how large channels of the input are moved into the weight first: ``smooth`` (:mod:`.smooth`) or
+            ``awq`` (:mod:`.awq`); empty if they are not.
     """
 
     weight: str
@@ -29,6 +30,7 @@ SCHEMES = {
     "int8-smooth": Scheme("int8", "int8", fold="smooth"),
     "int8-weight": Scheme("int8"),
     "int4-weight": Scheme("int4"),
+    "int4-awq": Scheme("int4", fold="awq"),
 }
 """Schemes that quantise, by the name that recipes and receipts know them under."""
 

@@ -47,45 +47,64 @@ def fold_steps(job: Job, preprocess: Step) -> list[Step]:
         return []
     if job.given is not None and job.given.factors is not None:
         return [_given_factors(job.given.factors)]
-    return [_smooth_step(job, preprocess)]
+    from ..calibration.folding import groups_apart
+
+    groups_apart(job.plan.schemes)
+    return [_fold_step(job, preprocess)]
 
 
-def _smooth_step(job: Job, preprocess: Step) -> Step:
-    """How much of its input each layer's norm divides away, channel by channel."""
-    layers = folded_layers(job.plan.schemes, "smooth")
-    given = (job.calibration, job.settings, job.tokenizer)
+def _fold_step(job: Job, preprocess: Step) -> Step:
+    """What inputs are divided by, channel by channel, and weights multiplied by."""
+    smoothed = folded_layers(job.plan.schemes, "smooth")
+    searched = {layer: job.plan.schemes[layer] for layer in folded_layers(job.plan.schemes, "awq")}
+    config, samples = job.checkpoint.config, len(job.calibration)
+    units = calibration_units(config, job.components, samples)
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
         from safetensors.torch import save_file
 
+        from ..calibration.awq import awq_factors
         from ..calibration.smooth import channel_ranges, factors
 
-        with tempfile.TemporaryDirectory(dir=space.home, prefix="smooth-") as folder:
-            ranges = channel_ranges(
-                job.checkpoint,
-                job.components,
-                layers,
-                *given,
-                Path(folder),
-                batch_size=CALIBRATION_BATCH,
-                progress=advanced,
-            )
-        found = factors(job.checkpoint, ranges, layers)
+        run_on = (job.calibration, job.settings, job.tokenizer)
+        found = {}
+        with tempfile.TemporaryDirectory(dir=space.home, prefix="fold-") as folder:
+            given = (*run_on, Path(folder))
+            size = CALIBRATION_BATCH
+            if smoothed:
+                ranges = channel_ranges(
+                    job.checkpoint, job.components, smoothed, *given, batch_size=size, progress=advanced
+                )
+                found.update(factors(job.checkpoint, ranges, smoothed))
+            if searched:
+                done = units if smoothed else 0
+                found.update(
+                    awq_factors(
+                        job.checkpoint,
+                        job.components,
+                        searched,
+                        *given,
+                        base=job.recipe.base,
+                        batch_size=size,
+                        progress=lambda more: advanced(done + more),
+                    )
+                )
         save_file(found, space.root / SMOOTHING)
-        return [SMOOTHING], {"norms": len(found)}
+        return [SMOOTHING], {"sources": len(found)}
 
-    config, samples = job.checkpoint.config, len(job.calibration)
     return Step(
-        "smooth",
+        "fold",
         {
             **model_of(job),
             "set": job.calibration.hash,
             "components": list(job.components),
-            "layers": layers,
+            "smoothed": smoothed,
+            "searched": searched,
+            "base": job.recipe.base,
             **after([preprocess]),
         },
         run,
-        calibration_units(config, job.components, samples),
+        units * (bool(smoothed) + bool(searched)),
         spilled_bytes(config, job.components, samples),
         "samples x blocks",
     )
@@ -96,7 +115,7 @@ def _given_factors(factors: bytes) -> Step:
         (space.root / SMOOTHING).write_bytes(factors)
         return [SMOOTHING], {"given": True}
 
-    return Step("smooth", {"given": hashlib.sha256(factors).hexdigest()}, run)
+    return Step("fold", {"given": hashlib.sha256(factors).hexdigest()}, run)
 
 
 def calibrate_step(job: Job, before: list[Step]) -> Step:

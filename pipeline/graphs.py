@@ -175,6 +175,6 @@ def folded_checkpoint(job: Job, root: Path) -> Checkpoint:
         return job.checkpoint
     from safetensors.torch import load_file
 
-    from ..calibration.smooth import fold
+    from ..calibration.folding import fold
 
     return fold(job.checkpoint, load_file(root / SMOOTHING))

@@ -13,10 +13,11 @@ import torch
 from ivl_export.calibration.accuracy import compare
 from ivl_export.calibration.calibrate import calibrate
 from ivl_export.calibration.dataset import CalibrationSet
+from ivl_export.calibration.folding import fold, groups
 from ivl_export.calibration.quantize import activation_scale, dequantise, quantise, quantise_values
 from ivl_export.calibration.recipe import load_recipe, schemes
 from ivl_export.calibration.schemes import folded_layers
-from ivl_export.calibration.smooth import channel_ranges, factors, fold, groups
+from ivl_export.calibration.smooth import channel_ranges, factors
 from ivl_export.errors import UsageError
 from ivl_export.export.components import component_spec
 from ivl_export.export.weights import open_store, write_store
