@@ -2,7 +2,7 @@
 
 For each group of layers that share an input, factors ``mean |x| ** alpha`` are tried (section 3.2); those are
 kept with which outputs change least, of the MLP the group belongs to, or else its own. ``alpha`` 0 is no
-scaling at all. Factors are powers of two, as SmoothQuant's here: the folded model computes the same. One block
+scaling at all. Factors are powers of two, as SmoothQuant's here: what is folded computes the same. One block
 is in memory at a time, and of its inputs some rows.
 """
 

@@ -50,7 +50,7 @@ def groups(layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def groups_apart(schemes: Mapping[str, str]) -> None:
-    """UsageError if layers that share an input want it divided in different ways, or nothing can divide it."""
+    """UsageError if layers that share an input want it divided in two ways, or nothing can divide it."""
     smoothed, searched = (groups(folded_layers(schemes, fold)) for fold in ("smooth", "awq"))
     if both := sorted(set(smoothed) & set(searched)):
         members = ", ".join(smoothed[both[0]])
