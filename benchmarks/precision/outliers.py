@@ -18,11 +18,12 @@ import torch
 
 from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint, sliced
 from ivl_export.calibration.accuracy import compare
+from ivl_export.calibration.folding import fold
 from ivl_export.calibration.observe import observers
 from ivl_export.calibration.quantize import dequantise, quantise
 from ivl_export.calibration.schemes import SCHEMES
 from ivl_export.calibration.simulate import rounding_hook
-from ivl_export.calibration.smooth import factors, fold
+from ivl_export.calibration.smooth import factors
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.config import InternVLConfig
