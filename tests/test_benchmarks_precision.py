@@ -35,6 +35,26 @@ def test_every_shipped_recipe_and_a_searched_one_were_measured() -> None:
     assert Recipe.from_json(mixed["search"]["recipe"]).quantises
 
 
+def test_receipts_of_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    receipt = json.loads(document.RECEIPT.read_text(encoding="utf-8"))
+    tasks = {"classify": {"accuracy": 0.5}, "text_to_image": {"accuracy": 0.25}}
+    scores = {"InternVL-C": tasks, "InternVL-G": tasks, "caption": {"en": {"accuracy": 0.125}}}
+    settings = {"stage": 2, "teacher": True, "steps": 300}
+    found = {
+        "recipe": "w4a8",
+        "settings": settings,
+        "seconds": 90.0,
+        "scores": {"ptq": scores, "qat": scores},
+    }
+    (tmp_path / "qat-x.json").write_text(json.dumps(found))
+    monkeypatch.setattr(document, "RECEIPTS", tmp_path)
+    _, _, before, after = document.finetuned(receipt)
+    assert list(before) == [
+        "w4a8", "the fp32 model", "300", "1.5", "before", "50.0%", "25.0%", "50.0%", "25.0%", "12.5%"
+    ]  # fmt: skip
+    assert list(after)[4] == "after"
+
+
 def test_max_fails_on_outliers_and_the_defaults_do_not(tmp_path: Path) -> None:
     """As in the document, at a fifth of the width."""
     found = measure(tmp_path, width=640, samples=2)

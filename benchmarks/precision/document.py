@@ -41,7 +41,7 @@ def render(text: str) -> str:
 
 
 def recipes(receipt: Mapping[str, Any]) -> Lines:
-    """nano under every recipe, and what fine-tuning gives back."""
+    """nano under every recipe."""
     yield ("recipe", "weights MB", *_TASKS, *_SQNR, "modelled images/s", "of 14B")
     yield ("---", *("---:",) * 11)
     first = receipt["recipes"][0]
@@ -96,11 +96,30 @@ def mixed(receipt: Mapping[str, Any]) -> Lines:
         yield f"{len(choices)} x `{place}`: {joined}", scheme, choices[0]["reason"]
 
 
+def finetuned(_: Mapping[str, Any]) -> Lines:
+    """What fine-tuning gave back: the receipts ``qat-*.json``, which ``ivl-export qat`` wrote as ``qat.json``."""
+    from ivl_export.pipeline.evaluate import headlines
+
+    yield ("recipe", "learned from", "steps", "minutes", "", *_TASKS)
+    yield ("---", "---", "---:", "---:", "---", *("---:",) * 5)
+    for path in sorted(RECEIPTS.glob("qat-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if "scores" not in found:
+            continue
+        settings = found["settings"]
+        teacher = "the fp32 model" if settings["teacher"] else f"stage {settings['stage']}'s losses"
+        about = (found["recipe"], teacher, str(settings["steps"]), f"{found['seconds'] / 60:.1f}")
+        for which, label in (("ptq", "before"), ("qat", "after")):
+            first = about if which == "ptq" else ("",) * 4
+            yield (*first, label, *_percent(headlines(found["scores"][which])))
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], Lines]] = {
     "recipes": recipes,
     "algorithms": algorithms,
     "outliers": outliers,
     "mixed": mixed,
+    "finetuned": finetuned,
 }
 _TASKS = ("C classify", "C retrieve", "G classify", "G retrieve", "caption")
 _SQNR = ("image dB", "query dB", "text dB", "logits dB")
