@@ -43,7 +43,7 @@ class Arithmetic:
         # One arithmetic serves all components: an attention counts as FP8 where it is so in each of them.
         wide = tuple(e.layer.rpartition(" ")[2] for e in layers.exclusions if e.scheme == FP8_ATTENTION)
         for name in (name for names in layers.attention.values() for name in names):
-            if not name.endswith(wide):
+            if name.rpartition(".")[2] not in wide:
                 low[f"{layer_type(name)}/Attention"] = ("fp8", "fp8")
         return cls(recipe.base, low)
 
