@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,7 +199,9 @@ class _Variants:
                     fit = [s for s in schemes if s in SCHEMES and not excluded(s, *size)]
                     self.tried.setdefault(component, []).extend((name, s) for s in fit)
             if FP8_ATTENTION in schemes:
-                own = [(n, FP8_ATTENTION) for n in core_attentions(module) if n.startswith(prefix)]
+                measured = set(scales.amax[component])  # none by scales that say nothing about attentions
+                cores = (n for n in core_attentions(module) if n.startswith(prefix))
+                own = [(n, FP8_ATTENTION) for n in cores if measured.issuperset(operand_names(n))]
                 self.tried.setdefault(component, []).extend(own)
 
     def run(self, flow: Flow, part: Part, call: Call) -> None:
@@ -227,27 +229,18 @@ class _Variants:
     @contextmanager
     def _quantised(self, component: str, layer: str, scheme: str) -> Iterator[None]:
         module, amax = self.modules.by_name[component], self.scales.amax[component]
-        if scheme == FP8_ATTENTION:
-            if not set(operand_names(layer)) <= set(amax):
-                yield
-                return
-            core = core_attentions(module)[layer]
-            with _removed(core.register_forward_hook(attention_hook(layer, amax, self.base))):
-                yield
-            return
-        linear = module.get_submodule(layer)
-        kept, linear.weight = linear.weight, torch.nn.Parameter(self._weight(layer, scheme), False)
-        try:
-            kind = SCHEMES[scheme].activation
-            handle = (
-                linear.register_forward_pre_hook(rounding_hook(amax[layer], kind, self.base))
-                if kind
-                else None
-            )
-            with _removed(handle):
-                yield
-        finally:
-            linear.weight = kept
+        with ExitStack() as stack:
+            if scheme == FP8_ATTENTION:
+                hook = attention_hook(layer, amax, self.base)
+                stack.callback(core_attentions(module)[layer].register_forward_hook(hook).remove)
+            else:
+                linear = module.get_submodule(layer)
+                stack.callback(setattr, linear, "weight", linear.weight)
+                linear.weight = torch.nn.Parameter(self._weight(layer, scheme), requires_grad=False)
+                if kind := SCHEMES[scheme].activation:
+                    rounded = rounding_hook(amax[layer], kind, self.base)
+                    stack.callback(linear.register_forward_pre_hook(rounded).remove)
+            yield
 
     def _weight(self, layer: str, scheme: str) -> torch.Tensor:
         """Dequantised; schemes that store the same share it."""
@@ -256,12 +249,3 @@ class _Variants:
             weight = self.modules.load(f"{layer}.weight")
             self.weights[key] = dequantise(*quantise(weight, scheme, self.base))
         return self.weights[key]
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()

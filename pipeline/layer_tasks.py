@@ -66,16 +66,16 @@ class LayerTasks:
         import torch
 
         base, ranges = self.job.recipe.base, self.scales.amax
+        hooks: Mapping[str, Callable[..., Any]]
         with ExitStack() as stack:
             follow = self.model.qllama.register_forward_pre_hook(self._follow, with_kwargs=True)
             stack.callback(follow.remove)
             if scheme == FP8_ATTENTION:
                 names = set(operand_names(layer))
-                fused = {
-                    c: attention_hook(layer, amax, base) for c, amax in ranges.items() if names <= set(amax)
-                }
+                measured = {c: amax for c, amax in ranges.items() if names <= set(amax)}
+                hooks = {c: attention_hook(layer, amax, base) for c, amax in measured.items()}
                 core = core_attentions(self.model)[layer]
-                stack.callback(core.register_forward_hook(self._by_component(layer, fused)).remove)
+                stack.callback(core.register_forward_hook(self._by_component(layer, hooks)).remove)
             else:
                 linear = self.model.get_submodule(layer)
                 assert isinstance(linear, torch.nn.Linear)
@@ -83,14 +83,10 @@ class LayerTasks:
                 values = dequantise(*quantise(linear.weight.detach(), scheme, base))
                 linear.weight = torch.nn.Parameter(values, requires_grad=False)
                 if kind := SCHEMES[scheme].activation:
-                    rounded = {
-                        c: rounding_hook(amax[layer], kind, base)
-                        for c, amax in ranges.items()
-                        if layer in amax
-                    }
-                    stack.callback(
-                        linear.register_forward_pre_hook(self._by_component(layer, rounded)).remove
-                    )
+                    tops = {c: amax[layer] for c, amax in ranges.items() if layer in amax}
+                    hooks = {c: rounding_hook(top, kind, base) for c, top in tops.items()}
+                    hook = self._by_component(layer, hooks)
+                    stack.callback(linear.register_forward_pre_hook(hook).remove)
             yield
 
     def _by_component(self, layer: str, hooks: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:

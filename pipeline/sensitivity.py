@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ def sensitivity_step(job: Job, schemes: Sequence[str], before: list[Step]) -> St
     }
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        folder = space.home / "sensitivity"
         found = measure(
             job.checkpoint,
             job.components,
@@ -41,11 +43,13 @@ def sensitivity_step(job: Job, schemes: Sequence[str], before: list[Step]) -> St
             job.held_out,
             job.settings,
             job.tokenizer,
-            space.home / "sensitivity",
+            folder,
             base=job.recipe.base,
             progress=advanced,
         )
-        return [write_receipt(space, RECEIPT.stem, found.to_json())], {"variants": len(found.losses)}
+        made = [write_receipt(space, RECEIPT.stem, found.to_json())]
+        shutil.rmtree(folder, ignore_errors=True)
+        return made, {"variants": len(found.losses)}
 
     config, samples = job.checkpoint.config, len(job.held_out)
     return Step(
