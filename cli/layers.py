@@ -48,14 +48,14 @@ class Layer:
 def proofs(bundle: Bundle, component: str | None, engine: str | None) -> Proofs:
     """The proofs in the bundle's receipt, of one component or engine only if named.
 
+    A bundle without one promised nothing: what ONNX Runtime makes of its graphs is read here.
+
     Raises:
-        UsageError: there is no such component or engine, or no proof at all.
+        UsageError: there is no such component or engine.
         IntegrityError: the receipt is not one.
     """
     if "kernels" not in bundle.manifest.receipts:
-        raise UsageError(
-            f"{bundle.root} holds no proof of its kernels.", "It was built without one.", "Build it again."
-        )
+        return _chosen({"onnxruntime-cpu": _read_here(bundle, component)}, component, engine)
     receipt = bundle.receipt("kernels")
     try:
         found = {
@@ -89,6 +89,19 @@ def proof_of_file(bundle: Bundle, info: Path, component: str | None) -> Proofs:
     # ONNX Runtime's promises are of its own graph.
     promised = next((p[component].promised for name, p in known.items() if name != "onnxruntime-cpu"), {})
     return {f"{report.backend} ({info.name})": {component: Proof(report, promised)}}
+
+
+def _read_here(bundle: Bundle, component: str | None) -> dict[str, Proof]:
+    from ..engines.proof_onnxruntime import proof_from_onnxruntime
+
+    graphs = {
+        name: part.graphs for name, part in bundle.manifest.components.items() if component in (None, name)
+    }
+    return {
+        name: Proof(proof_from_onnxruntime(bundle.path(files["fp32"])), {})
+        for name, files in graphs.items()
+        if "fp32" in files
+    }
 
 
 def _chosen(found: Proofs, component: str | None, engine: str | None) -> Proofs:

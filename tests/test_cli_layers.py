@@ -85,14 +85,12 @@ def bundle(tmp_path: Path) -> Bundle:
     )  # fmt: skip
     promised = {"blocks.0.q": "fp8", "blocks.0.k.weight": "fp8", "blocks.1.q": "fp8", "blocks.1.fc": "fp8"}
     proof = {"promised": promised, **report.to_json()}
-    files = {
-        "onnx/vision.bf16.onnx": "",
-        "receipts/kernels.json": json.dumps({"tensorrt-rtx-sm89": {"vision": proof}}),
-    }
-    for rel, text in files.items():
+    receipt = json.dumps({"tensorrt-rtx-sm89": {"vision": proof}})
+    files = {"onnx/vision.bf16.onnx": graph(), "receipts/kernels.json": receipt.encode()}
+    for rel, data in files.items():
         path = tmp_path / "staging" / rel
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(data)
     tensor = TensorSpec("x", "float", ("batch", 8))
     spec = ComponentSpec("vision", (tensor,), (tensor,), (Axis("batch", 1, 2, 4),))
     manifest = Manifest(
@@ -120,6 +118,16 @@ def test_tables_fold_equal_blocks(bundle: Bundle, capsys: pytest.CaptureFixture[
 def test_json_is_the_receipt(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(bundle.root), "--layers", "--component", "vision", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == bundle.receipt("kernels")
+
+
+def test_a_bundle_without_a_receipt_is_read_here(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["inspect", str(tiny_bundle), "--layers", "--component", "vision", "--json"]
+    assert cli.main(command) == 0
+    found = KernelReport.from_json(json.loads(capsys.readouterr().out)["onnxruntime-cpu"]["vision"])
+    assert set(found.precisions) == {"fp32xfp32"}
+    assert {p.weight_bits for p in found.gemms} == {32}
 
 
 def test_what_is_not_there_is_said(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
