@@ -13,8 +13,35 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import UsageError
+
 Ids = NDArray[np.int64]
 Scores = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: from softmax(logits / temperature), cut to its likeliest part.
+
+    Args:
+        temperature: 0 takes the likeliest token always.
+        top_k: of how many tokens at most; 0: all.
+        top_p: of the fewest tokens that have this probability together.
+        seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
+            raise UsageError(
+                "These sampling settings cannot be right.",
+                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}.",
+                "temperature and top_k are 0 or more, top_p is over 0 and at most 1.",
+            )
 
 
 class Step(Protocol):
@@ -48,6 +75,19 @@ def decode(first: Scores, step: Step, limits: Limits, num_beams: int = 1) -> Ids
     if limits.max_new_tokens < 1:
         return np.zeros((len(first), 0), np.int64)
     return _greedy(first, step, limits) if num_beams == 1 else _beam(first, step, limits, num_beams)
+
+
+def pick(logits: Scores, how: Sampling, rng: np.random.Generator) -> int:
+    """One token of ``logits`` [V]."""
+    if how.temperature == 0:
+        return int(logits.argmax())
+    order = np.argsort(-logits, kind="stable")[: how.top_k or None]
+    scaled = logits[order].astype(np.float64) / how.temperature
+    weights = np.exp(scaled - scaled[0])
+    weights /= weights.sum()
+    kept = 1 + int(np.searchsorted(weights.cumsum(), how.top_p))
+    weights = weights[:kept]
+    return int(rng.choice(order[:kept], p=weights / weights.sum()))
 
 
 def _greedy(logits: Scores, step: Step, limits: Limits) -> Ids:

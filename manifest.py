@@ -26,7 +26,7 @@ class Model:
 
     ``revision`` maps ``checkpoint`` to the identity of config and weights
     (:attr:`ivl_export.models.checkpoint.Checkpoint.revision`), ``config`` is the published ``config.json``,
-    ``logit_scale`` the stored logarithm (the temperature is its exponential).
+    ``logit_scale`` the stored logarithm (the temperature is its exponential), 0 of a chat model.
     """
 
     name: str

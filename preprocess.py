@@ -207,7 +207,7 @@ class Tokenizer:
         to ``max_length - 2`` before bos and eos are put around them, as transformers' LlamaTokenizer does:
         eos, where the embedding is read, is always there.
         """
-        rows = [[self.bos, *self._ids(prefix + text)[: max_length - 2], self.eos] for text in texts]
+        rows = [[self.bos, *self.encode(prefix + text)[: max_length - 2], self.eos] for text in texts]
         return pad_ids(rows, [b for b in buckets if b < max_length] + [max_length])
 
     def encode_captions(
@@ -234,7 +234,7 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a caption prompt, ``English caption:``: bos, no eos."""
-        return [self.bos, *self._ids(text)]
+        return [self.bos, *self.encode(text)]
 
     def decode(self, ids: Sequence[int] | Array) -> str:
         """Text of ``ids`` up to the first eos, without bos, padding and ids that the model does not know."""
@@ -246,7 +246,8 @@ class Tokenizer:
                 kept.append(i)
         return str(self._sp.decode(kept))
 
-    def _ids(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` alone, without bos or eos."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:

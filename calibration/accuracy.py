@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import AccuracyError, BuildError
 from ..preprocess import Array
 from .chain import Arrays, Runner, Step, run_chain
+from .chat import ChatBatch
 from .dataset import Batch
 
 BUDGETS = {"fp8": 1.0, "int8": 1.5, "mixed": 0.3}
@@ -153,7 +154,7 @@ def compare(reference: Array, candidate: Array) -> Metrics:
 
 
 def component_accuracy(
-    reference: Iterable[tuple[Batch, Sequence[Step]]], candidate: Mapping[str, Runner]
+    reference: Iterable[tuple[Batch | ChatBatch, Sequence[Step]]], candidate: Mapping[str, Runner]
 ) -> tuple[Table, Table]:
     """Run ``candidate`` on what the fp32 model was run on.
 

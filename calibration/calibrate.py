@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BuildError
+from ..models.chat_config import ChatConfig
 from ..preprocess import MAX_LENGTH, ImageSettings, Tokenizer
 from .attention import core_attentions, operand_names
+from .chat import LONGEST
 from .dataset import MAX_STEP, CalibrationSet
 from .observe import algorithm_name, depends_on_type, observers
 from .scales import Scales
 
 if TYPE_CHECKING:
+    from ..models.chat_config import Whole
     from ..models.checkpoint import Checkpoint
-    from ..models.config import InternVLConfig
     from .parts import Part
 
 STATE = "state.json"
@@ -53,21 +55,26 @@ class PartTime:
     samples: int
 
 
-def calibration_units(config: InternVLConfig, components: Sequence[str], samples: int) -> int:
+def calibration_units(config: Whole, components: Sequence[str], samples: int) -> int:
     """What the progress of :func:`calibrate` counts to: samples times parts."""
     from .parts import needed, parts
 
     return samples * len(parts(config, needed(components)))
 
 
-def spilled_bytes(config: InternVLConfig, components: Sequence[str], samples: int) -> int:
+def spilled_bytes(config: Whole, components: Sequence[str], samples: int) -> int:
     """At most what :func:`calibrate` keeps on disk at a time: two copies of each tower's hidden states."""
     from .parts import needed
 
-    vision, qllama, order = config.vision, config.qllama, needed(components)
+    vision, llama, order = config.vision, config.llama, needed(components)
+    if isinstance(config, ChatConfig):
+        patches = 1 + (config.image_size // vision.patch_size) ** 2
+        values = patches * vision.hidden_size * ("vision_chat" in order)
+        values += (2 * config.num_visual + LONGEST + MAX_STEP) * llama.hidden_size * ("decoder" in order)
+        return 2 * 4 * samples * values
     rows = {"qllama_query": config.num_query_token, "qllama_text": MAX_LENGTH, "qllama_step": MAX_STEP}
     values = vision.num_tokens * vision.hidden_size * ("vision" in order)
-    values += sum(rows.get(component, 0) for component in order) * qllama.hidden_size
+    values += sum(rows.get(component, 0) for component in order) * llama.hidden_size
     return 2 * 4 * samples * values
 
 
@@ -82,7 +89,7 @@ def seconds_per_block(times: Sequence[PartTime]) -> dict[str, float]:
 
 
 def calibration_seconds(
-    config: InternVLConfig, per_block: Mapping[str, float], samples: int, devices: int = 1, speedup: float = 1
+    config: Whole, per_block: Mapping[str, float], samples: int, devices: int = 1, speedup: float = 1
 ) -> float:
     """Seconds to calibrate all blocks of ``config`` on ``samples``, spread over ``devices``.
 
@@ -98,9 +105,11 @@ def calibration_seconds(
         devices: how many share it.
         speedup: how many times faster one of them is than what was measured.
     """
-    depths = {"vision": config.vision.num_hidden_layers, "qllama": config.qllama.num_hidden_layers}
+    from .parts import depths
+
+    blocks = depths(config)
     share = math.ceil(samples / devices)
-    return share * sum(depths[tower] * seconds for tower, seconds in per_block.items()) / speedup
+    return share * sum(blocks[tower] * seconds for tower, seconds in per_block.items()) / speedup
 
 
 def calibrate(
@@ -155,8 +164,8 @@ def calibrate(
     if depends_on_type(recorded):
         operands = (o for m in modules.by_name.values() for a in core_attentions(m) for o in operand_names(a))
         chosen_for = {**dict.fromkeys(operands, "fp8"), **(kinds or {})}
-    samples = samples_of(chosen, settings, tokenizer, checkpoint.config, order, batch_size)
-    plan = parts(checkpoint.config, order)
+    samples = samples_of(chosen, settings, tokenizer, checkpoint.whole, order, batch_size)
+    plan = parts(checkpoint.whole, order)
     watch = Watch(modules.by_name, observers(recorded, chosen_for))
     identity = _identity(
         [checkpoint.revision, chosen.hash, recorded, chosen_for, order, batch_size, device, key],

@@ -1,4 +1,4 @@
-"""The four components chained on one batch: what calibration observes and accuracy compares.
+"""The components chained on one batch: what calibration observes and accuracy compares.
 
 A runner takes a component's inputs by name and returns its outputs by name, in numpy: a torch module, an ONNX
 Runtime session and an engine all fit. Texts run in groups of equal length, without padding, because padded
@@ -15,6 +15,8 @@ import numpy as np
 
 from ..preprocess import Array
 from ..specs import ComponentSpec
+from .chat import ChatBatch, empty_past, runs, splice
+from .chat import step_inputs as chat_inputs
 from .dataset import Batch
 
 if TYPE_CHECKING:
@@ -33,13 +35,16 @@ class Step:
     outputs: Arrays
 
 
-def run_chain(runners: Mapping[str, Runner], batch: Batch) -> Iterator[Step]:
+def run_chain(runners: Mapping[str, Runner], batch: Batch | ChatBatch) -> Iterator[Step]:
     """Run every component that has a runner, and whose inputs others made, on ``batch``.
 
     The caption decoder is fed prompt and caption at once behind the cache of the query pass (teacher
     forcing): the activations are those of the same tokens decoded one at a time, but ``lm_head``, which only
     the last position reaches, sees one row a sample.
     """
+    if isinstance(batch, ChatBatch):
+        yield from _run_chat(runners, batch)
+        return
     made: Arrays = {}
     if "vision" in runners:
         step = _run(runners, "vision", {"pixel_values": batch.pixel_values})
@@ -60,6 +65,29 @@ def run_chain(runners: Mapping[str, Runner], batch: Batch) -> Iterator[Step]:
             past = {f"past_{name}": array[rows] for name, array in cache.items()}
             inputs = {**step_inputs(ids, past["past_key.0"].shape[2]), **past}
             yield _run(runners, "qllama_step", inputs)
+
+
+def _run_chat(runners: Mapping[str, Runner], batch: ChatBatch) -> Iterator[Step]:
+    """Each group's prompts with an empty past, then its answers behind their cache."""
+    visual: Array | None = None
+    if "vision_chat" in runners:
+        step = _run(runners, "vision_chat", {"pixel_values": batch.pixel_values})
+        visual = step.outputs["visual_embeds"]
+        yield step
+    past: Arrays = {}
+    for run in runs(batch.dialogues) if "decoder_embed" in runners else ():
+        step = _run(runners, "decoder_embed", {"input_ids": run.ids})
+        yield step
+        if "decoder" not in runners or visual is None:
+            continue
+        x = splice(step.outputs["input_embeds"], visual[run.rows], run.cut)
+        seen = 0 if run.cut is not None else past["past_key.0"].shape[2]
+        if run.cut is not None:
+            past = empty_past(len(run.rows), batch.decoder)
+        inputs = {"input_embeds": x, **chat_inputs(len(x), x.shape[1], seen), **past}
+        step = _run(runners, "decoder", inputs)
+        past = {f"past_{n}": a for n, a in step.outputs.items() if n.startswith(("key.", "value."))}
+        yield step
 
 
 def step_inputs(ids: Array, past: int) -> Arrays:

@@ -29,17 +29,18 @@ from .stream import Flow, samples_of, visit
 if TYPE_CHECKING:
     from torch import Tensor
 
-_VISION, _QLLAMA = r"(vision_model\.encoder\.layers\.\d+\.)", r"(qllama\.model\.layers\.\d+\.)"
+_VISION = r"((?:vision_model|model\.vision_tower\.vision_tower)\.encoder\.layers\.\d+\.)"
+_LLAMA = r"((?:qllama\.)?model\.layers\.\d+\.)"
 _FED = (
     (_VISION, "norm1", ("attn.qkv",)),
     (_VISION, "attn.qkv", ("attn.proj",)),
     (_VISION, "norm2", ("mlp.fc1",)),
-    (_QLLAMA, "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    (_QLLAMA, "cross_attn.norm1", ("cross_attn.q_proj",)),
-    (_QLLAMA, "cross_attn.norm2", ("cross_attn.k_proj", "cross_attn.v_proj")),
-    (_QLLAMA, "cross_attn.v_proj", ("cross_attn.o_proj",)),
-    (_QLLAMA, "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    (_QLLAMA, "mlp.up_proj", ("mlp.down_proj",)),
+    (_LLAMA, "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    (_LLAMA, "cross_attn.norm1", ("cross_attn.q_proj",)),
+    (_LLAMA, "cross_attn.norm2", ("cross_attn.k_proj", "cross_attn.v_proj")),
+    (_LLAMA, "cross_attn.v_proj", ("cross_attn.o_proj",)),
+    (_LLAMA, "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    (_LLAMA, "mlp.up_proj", ("mlp.down_proj",)),
 )
 """Block, what stands in it before layers (a norm, or a linear layer), and all layers that it feeds."""
 
@@ -183,7 +184,7 @@ def watch_inputs(
     def hook(layer: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
         return lambda _, args: see(layer, args[0].detach())
 
-    samples = samples_of(chosen, settings, tokenizer, checkpoint.config, order, batch_size)
+    samples = samples_of(chosen, settings, tokenizer, checkpoint.whole, order, batch_size)
     flow = Flow(Modules(checkpoint, order), samples, folder)
     with ExitStack() as stack:
         stack.callback(flow.close)
@@ -191,7 +192,7 @@ def watch_inputs(
             for name, layer in module.named_modules():
                 if name in wanted:
                     stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
-        for number, part in enumerate(parts(checkpoint.config, order)):
+        for number, part in enumerate(parts(checkpoint.whole, order)):
             for _ in visit(part, samples, [flow], progress, number * samples.count):
                 pass
             passed()

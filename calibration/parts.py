@@ -1,6 +1,7 @@
 """Component modules a part at a time: what stands before their blocks, each block, what stands behind.
 
-The four components are two towers: InternViT, and the QLLaMA layers that query, text and step passes share.
+InternVL's four components are two towers: InternViT, and the QLLaMA layers that query, text and step passes
+share. A chat model has two towers as well: InternViT with the projector, and the decoder.
 Modules stay on the meta device; a part's weights are there while the part runs, and no longer, so memory
 follows one block and not the model. A part computes just what the component's ``forward`` computes there.
 """
@@ -17,21 +18,34 @@ from torch import Tensor, nn
 
 from ..export.blocks import block_prefix
 from ..export.components import component_module
-from ..models.config import InternVLConfig
+from ..models.chat_config import ChatConfig, Whole
 from ..models.generate import step_mask
 from ..models.qllama import KeyValue, Visible, rotary_tables
 
 if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint
 
-ORDER = ("vision", "qllama_query", "qllama_text", "qllama_step")
-NEEDS = {"qllama_query": ("vision",), "qllama_step": ("vision", "qllama_query")}
+ORDER = ("vision", "qllama_query", "qllama_text", "qllama_step", "vision_chat", "decoder_embed", "decoder")
+NEEDS = {
+    "qllama_query": ("vision",),
+    "qllama_step": ("vision", "qllama_query"),
+    "decoder": ("vision_chat", "decoder_embed"),
+}
 """Components whose outputs a component takes."""
 
-TOWERS = {"vision": ORDER[:1], "qllama": ORDER[1:]}
+TOWERS = {"vision": ORDER[:1], "qllama": ORDER[1:4], "vision_chat": ORDER[4:5], "decoder": ORDER[5:]}
 """Components that run through the same blocks."""
 
-ENTRY = ("vision_model.embeddings.", "query_tokens", "qllama.model.embed_tokens.")
+WITHOUT_BLOCKS = ("decoder_embed",)
+"""Components that end where their tower's blocks begin."""
+
+ENTRY = (
+    "vision_model.embeddings.",
+    "query_tokens",
+    "qllama.model.embed_tokens.",
+    "model.embed_tokens.",
+    "model.vision_tower.vision_tower.embeddings.",
+)
 """Weights that stand before the blocks."""
 
 Load = Callable[[str], Tensor]
@@ -71,13 +85,19 @@ class Part(NamedTuple):
         return self.entry if key.startswith(ENTRY) else self.exit
 
 
-def parts(config: InternVLConfig, components: Iterable[str]) -> list[Part]:
+def depths(config: Whole) -> dict[str, int]:
+    """Blocks of each tower."""
+    if isinstance(config, ChatConfig):
+        return {"vision_chat": config.vision_blocks, "decoder": config.decoder.num_hidden_layers}
+    return {"vision": config.vision.num_hidden_layers, "qllama": config.qllama.num_hidden_layers}
+
+
+def parts(config: Whole, components: Iterable[str]) -> list[Part]:
     """All parts of the towers of ``components``, in the order they run."""
     names = set(components)
-    depths = {"vision": config.vision.num_hidden_layers, "qllama": config.qllama.num_hidden_layers}
     return [
         Part(tower, block, depth)
-        for tower, depth in depths.items()
+        for tower, depth in depths(config).items()
         if names & set(TOWERS[tower])
         for block in range(-1, depth + 1)
     ]
@@ -94,12 +114,12 @@ class Modules:
     def __init__(
         self, checkpoint: Checkpoint, components: Iterable[str], load: Load | None = None, device: str = "cpu"
     ) -> None:
-        self.config, self.device = checkpoint.config, device
+        self.config, self.device = checkpoint.whole, device
         self.load: Load = load or (lambda key: checkpoint.load(key, torch.float32, device))
         self.by_name: dict[str, nn.Module] = {}
         for component in components:
             with torch.device("meta"):
-                module = component_module(component, checkpoint.config, checkpoint.contrastive_only)
+                module = component_module(component, checkpoint.whole, checkpoint.contrastive_only)
             self.by_name[component] = module.requires_grad_(False)
         self.keys = {component: list(module.state_dict()) for component, module in self.by_name.items()}
 
@@ -134,7 +154,7 @@ class Context:
         inputs: its inputs as arrays turned into tensors: ids, lengths, positions, mask, pixels.
         rows: samples in the batch.
         tokens: vision tokens [B, N, D], for the query pass.
-        past: keys and values of this layer in the query pass, for the step.
+        past: keys and values of this layer in the query pass, for the step; of the prompt, for the answer.
     """
 
     inputs: Mapping[str, Tensor]
@@ -147,6 +167,10 @@ def enter(component: str, module: Any, given: Context) -> Tensor:
     """The first hidden states [B, T, H]."""
     if component == "vision":
         out: Tensor = module.vision_model.embeddings(given.inputs["pixel_values"])
+    elif component == "vision_chat":
+        out = module.model["vision_tower"].vision_tower.embeddings(given.inputs["pixel_values"])
+    elif component == "decoder_embed":
+        out = module.model["embed_tokens"](given.inputs["input_ids"])
     elif component == "qllama_query":
         out = module.query_tokens.expand(given.rows, -1, -1)
     else:
@@ -155,18 +179,21 @@ def enter(component: str, module: Any, given: Context) -> Tensor:
 
 
 def run_block(component: str, module: Any, block: int, x: Tensor, given: Context) -> tuple[Tensor, Any]:
-    """[B, T, H] -> [B, T, H], and a QLLaMA layer's new keys and values (None from InternViT)."""
+    """[B, T, H] -> [B, T, H], and a LLaMA layer's new keys and values (None from InternViT)."""
     if component == "vision":
         return module.vision_model.encoder.layers[block](x), None
-    visible, count = Visible(causal=component == "qllama_text"), 0
+    if component == "vision_chat":
+        return module.model["vision_tower"].vision_tower.encoder.layers[block](x), None
+    # A prompt of the chat decoder has no past: nothing but the order of its own positions hides anything.
+    visible, count = Visible(causal=component in ("qllama_text", "decoder") and given.past is None), 0
     positions = given.inputs.get("positions")
     if positions is None:
         positions = torch.arange(x.shape[1], device=x.device)[None]
     if component == "qllama_query":
         count = x.shape[1]
-    if component == "qllama_step":
+    if component in ("qllama_step", "decoder") and given.past is not None:
         visible = Visible(step_mask(given.inputs["attention_mask"], x.shape[1]))
-    model = module.qllama.model
+    model = module.model if component == "decoder" else module.qllama.model
     rotary = rotary_tables(positions, model.config, x.dtype)
     made: tuple[Tensor, KeyValue] = model.layers[block](x, rotary, visible, given.tokens, count, given.past)
     return made
@@ -176,6 +203,11 @@ def leave(component: str, module: Any, x: Tensor, given: Context) -> dict[str, T
     """The component's outputs but keys and values, from the last block's hidden states."""
     if component == "vision":
         return {"tokens": x, "image_embed": module.clip_projector(x)}
+    if component == "vision_chat":
+        first = module.model["vision_tower"].first
+        return {"visual_embeds": module.model["mm_projector"](x[:, first:])}
+    if component == "decoder":
+        return {"logits": module.lm_head(module.model.norm(x)[:, -1:]).squeeze(1)}
     hidden = module.qllama.model.norm(x)
     if component == "qllama_query":
         return {"query_hidden": hidden, "query_embed": module.clip_projector2(hidden)}

@@ -9,26 +9,33 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..models.chat_config import ChatConfig
 from ..preprocess import ImageSettings, Tokenizer
 from .calibrate import spilled_bytes
 from .chain import Arrays, Step
+from .chat import LONGEST, ChatBatch, chat_batches, empty_past, splice
 from .dataset import MAX_STEP, Batch, CalibrationSet
 
 if TYPE_CHECKING:
+    from ..models.chat_config import Whole
     from ..models.checkpoint import Checkpoint
-    from ..models.config import InternVLConfig
     from .stream import Call
 
 
-def recorded_bytes(config: InternVLConfig, components: Sequence[str], samples: int) -> int:
+def recorded_bytes(config: Whole, components: Sequence[str], samples: int) -> int:
     """At most what a :class:`Recording` takes on disk: activations, and the large outputs."""
     from .parts import needed
 
-    vision, qllama, order = config.vision, config.qllama, needed(components)
-    cached = 2 * qllama.num_hidden_layers * qllama.hidden_size
+    vision, llama, order = config.vision, config.llama, needed(components)
+    cached = 2 * llama.num_hidden_layers * llama.hidden_size
+    if isinstance(config, ChatConfig):
+        values = config.num_visual * llama.hidden_size * ("vision_chat" in order)
+        text = config.num_visual + LONGEST + MAX_STEP
+        values += (text * (cached + llama.hidden_size) + llama.vocab_size) * ("decoder" in order)
+        return spilled_bytes(config, components, samples) + 4 * samples * values
     values = vision.num_tokens * vision.hidden_size * ("vision" in order)
-    values += config.num_query_token * (cached + qllama.hidden_size) * ("qllama_query" in order)
-    values += (MAX_STEP * cached + qllama.vocab_size) * ("qllama_step" in order)
+    values += config.num_query_token * (cached + llama.hidden_size) * ("qllama_query" in order)
+    values += (MAX_STEP * cached + llama.vocab_size) * ("qllama_step" in order)
     return spilled_bytes(config, components, samples) + 4 * samples * values
 
 
@@ -63,13 +70,18 @@ class Recording:
 
         order = needed(components)
         self.folder = folder
-        samples = samples_of(chosen, settings, tokenizer, checkpoint.config, order, batch_size)
+        samples = samples_of(chosen, settings, tokenizer, checkpoint.whole, order, batch_size)
         self._calls = samples.calls
-        self._batches = partial(chosen.batches, settings, tokenizer, batch_size)
-        self._names = {c: [t.name for t in component_spec(c, checkpoint.config).outputs] for c in order}
+        self._batches: Callable[[], Iterator[Batch | ChatBatch]] = partial(
+            chosen.batches, settings, tokenizer, batch_size
+        )
+        self._llama = checkpoint.whole.llama
+        if isinstance(checkpoint.whole, ChatConfig):
+            self._batches = partial(chat_batches, chosen, settings, tokenizer, self._llama, batch_size)
+        self._names = {c: [t.name for t in component_spec(c, checkpoint.whole).outputs] for c in order}
         flow = Flow(Modules(checkpoint, order), samples, folder)
         try:
-            for number, part in enumerate(parts(checkpoint.config, order)):
+            for number, part in enumerate(parts(checkpoint.whole, order)):
                 for call, [made] in visit(part, samples, [flow], progress, number * samples.count):
                     assert made is not None
                     for name, tensor in made[1].items():
@@ -77,7 +89,7 @@ class Recording:
         finally:
             flow.close()
 
-    def __iter__(self) -> Iterator[tuple[Batch, list[Step]]]:
+    def __iter__(self) -> Iterator[tuple[Batch | ChatBatch, list[Step]]]:
         """Every batch, and its steps as :func:`.chain.run_chain` gives them."""
         for number, batch in enumerate(self._batches()):
             made: Arrays = {"pixel_values": batch.pixel_values}
@@ -86,10 +98,19 @@ class Recording:
                 if call.batch != number:
                     continue
                 outputs = {n: np.load(self._path(call, n)) for n in self._names[call.component]}
-                steps.append(Step(call.component, {**call.inputs, **_taken(call, made)}, outputs))
-                if call.component in ("vision", "qllama_query"):
+                steps.append(Step(call.component, self._inputs(call, made), outputs))
+                if call.component in ("vision", "qllama_query", "vision_chat", "decoder_embed", "decoder"):
                     made.update(outputs)
             yield batch, steps
+
+    def _inputs(self, call: Call, made: Arrays) -> Arrays:
+        """What ``call`` was given, also by other components."""
+        if call.component != "decoder":
+            return {**call.inputs, **_taken(call, made)}
+        own = {name: array for name, array in call.inputs.items() if name != "input_ids"}
+        past = empty_past(len(call.rows), self._llama) if call.cut is not None else _past(made)
+        x = splice(made["input_embeds"], made["visual_embeds"][call.rows], call.cut)
+        return {"input_embeds": x, **own, **past}
 
     def _path(self, call: Call, name: str) -> Path:
         return self.folder / f"{call.component}-{call.place}.{name}.npy"
@@ -98,7 +119,11 @@ class Recording:
 def _taken(call: Call, made: Arrays) -> Arrays:
     """The inputs of ``call`` that are pixels, or other components' outputs."""
     if call.component == "qllama_step":
-        kept = ((n, a) for n, a in made.items() if n.startswith(("key.", "value.")))
-        return {f"past_{name}": array[call.rows] for name, array in kept}
-    taken = {"vision": "pixel_values", "qllama_query": "tokens"}.get(call.component)
-    return {taken: made[taken]} if taken else {}
+        return {name: array[call.rows] for name, array in _past(made).items()}
+    taken = {"vision": "pixel_values", "vision_chat": "pixel_values", "qllama_query": "tokens"}
+    name = taken.get(call.component)
+    return {name: made[name]} if name else {}
+
+
+def _past(made: Arrays) -> Arrays:
+    return {f"past_{n}": a for n, a in made.items() if n.startswith(("key.", "value."))}

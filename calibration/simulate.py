@@ -22,7 +22,7 @@ from ..preprocess import ImageSettings, Tokenizer
 from .accuracy import Comparison, Metrics, Table
 from .attention import attention_scales, core_attentions, fake_attention
 from .dataset import CalibrationSet
-from .parts import NEEDS, Load, Modules, needed, parts
+from .parts import NEEDS, WITHOUT_BLOCKS, Load, Modules, needed, parts
 from .quantize import activation_scale, dequantise, quantise_values, stored_names
 from .scales import Scales
 from .schemes import SCHEMES
@@ -98,7 +98,7 @@ def simulated_accuracy(
     Raises:
         BuildError: NaN or infinity in a quantised component; too little disk.
     """
-    config, order = checkpoint.config, needed(components)
+    config, order = checkpoint.whole, needed(components)
     samples = samples_of(chosen, settings, tokenizer, config, order, batch_size)
     here = [c for c in order if c in components]
     simulated = Modules(checkpoint, here, _stored(quantised), device)
@@ -142,7 +142,7 @@ def simulated_accuracy(
     return Simulated(
         {c: ordered(c, compared[1] if c in fed else compared[0]) for c in here},
         {c: ordered(c, compared[0]) for c in chained},
-        {c: [comparison.metrics() for comparison in blocks[c]] for c in here},
+        {c: [comparison.metrics() for comparison in blocks[c]] for c in here if c not in WITHOUT_BLOCKS},
     )
 
 

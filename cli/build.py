@@ -22,7 +22,9 @@ app = typer.Typer(add_completion=False)
 def build(
     model: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint: a folder of the published layout, or an older .pth file; else nano."),
+        typer.Option(
+            help="Checkpoint: a folder of a published layout, or an older .pth file; or nano-chat; else nano."
+        ),
     ] = None,
     precision: Annotated[
         str, typer.Option(help="A recipe (see 'recipes'), a recipe file, or mixed: searched within --budget.")
@@ -75,12 +77,12 @@ def build(
     from ..pipeline.build import preview
     from ..pipeline.mixed import mixed_job
     from ..pipeline.report import describe
-    from ..pipeline.request import MIXED, Job, Request
+    from ..pipeline.request import MIXED, Job, Request, shipped_name
     from .inputs import names
     from .progress import Bars
 
     with Bars() as bars:
-        name = "internvl-nano" if model is None else model.resolve().name.removesuffix(".pth")
+        name = shipped_name(model) or (model or Path()).resolve().name.removesuffix(".pth")
         request = Request(
             out=out or Path("bundles") / f"{name}-{Path(precision).stem}",
             model=model,

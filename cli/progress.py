@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+
+    from ..training.trainer import Progress as Step
 
 
 class Bars:
@@ -80,3 +84,29 @@ class Bars:
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
+
+
+@contextmanager
+def step_bar(stage: str, total: int) -> Iterator[Callable[[Step], None]]:
+    """A bar for ``total`` training steps, with their rate and losses: call what it gives after every step."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} steps"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(stage, total=total, rate="", loss="")
+
+        def report(step: Step) -> None:
+            rate = f"{bar.tasks[0].speed or 0:.2f} steps/s"
+            losses = " ".join(f"{k} {v:.3f}" for k, v in step.losses.items() if k != "grad_norm")
+            bar.update(task, completed=step.done, description=step.stage, rate=rate, loss=losses)
+
+        yield report

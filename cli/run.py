@@ -223,6 +223,32 @@ def caption(
         report["table"] = ("Captions", ("image", "caption"), [(i["file"], i["caption"]) for i in items])
 
 
+@app.command()
+def chat(
+    bundle: BundleArg,
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files.", show_default=False)] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="Ask this; repeat to ask on. Without it, questions are typed in.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    backend: BackendOpt = "onnxruntime",
+    target: TargetOpt = None,
+    threads: ThreadsOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Answer questions about images; the bundle must be that of an InternVL-Chat."""
+    from ..decoding import Sampling
+    from .run_chat import chat as run_chat
+
+    engines = {"backend": backend, "target": target, "threads": threads}
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    run_chat(bundle, images or [], question or [], max_new_tokens, sampling, engines, as_json)
+
+
 @contextmanager
 def _session(
     bundle: Path, backend: str, target: str | None, threads: int | None, as_json: bool

@@ -8,16 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from .output import print_json, print_table
+from .progress import step_bar
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def train(
-    preset: Annotated[str, typer.Option(help="What to train; 'nano' is the only one.")] = "nano",
-    out: Annotated[Path, typer.Option(help="Folder for the finished model (published layout).")] = Path(
-        "runs/internvl-nano"
-    ),
+    preset: Annotated[
+        str, typer.Option(help="What to train from scratch: nano, or nano-chat (on nano's vision tower).")
+    ] = "nano",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the finished model (published layout); else runs/internvl-PRESET."),
+    ] = None,
     work_dir: Annotated[
         Path | None, typer.Option(help="Folder for the state that a stopped run resumes from.")
     ] = None,
@@ -26,20 +30,69 @@ def train(
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images a step.", min=2)] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores if not given.", min=1)] = None,
+    stage: Annotated[
+        int | None, typer.Option(help="3: fine-tune the chat checkpoint --model through its decoder.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Stage 3: the InternVL-Chat to start from (LLaVA layout).")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Stage 3: conversations, LLaVA's JSON or one a line (.jsonl); else drawn scenes."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Stage 3: the folder of the images that --data names; else its own.")
+    ] = None,
+    trains: Annotated[
+        str, typer.Option(help="Stage 3: what learns: projector, decoder (and projector), or all.")
+    ] = "decoder",
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Stage 3: train low-rank adapters of the decoder alone.", min=1)
+    ] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Their scale; else twice the rank.")] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Write the adapters there too, in PEFT's layout; OUT has them merged.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Stage 3: peak learning rate; else 2e-5, with LoRA 2e-4.", min=0)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train InternVL from scratch on drawn scenes.
+    """Train a small InternVL from scratch on drawn scenes, or fine-tune an InternVL-Chat on conversations.
 
-    Stage 1 is contrastive, stage 2 is itc + itm + itg.
+    Stage 1 is contrastive, stage 2 is itc + itm + itg, stage 3 learns the answers of conversations. A run
+    that was stopped goes on, and ends with the same weights.
     """
-    from ..errors import UsageError
-    from ..training.presets import PRESETS
-
-    if preset not in PRESETS:
-        raise UsageError(f"Unknown preset {preset!r}.", fix=f"Use one of: {', '.join(PRESETS)}.")
     import torch
+
+    from ..errors import UsageError
+    from ..training.presets import NANO_CHAT, PRESETS
+
+    if threads:
+        torch.set_num_threads(threads)
+    if stage is not None or model is not None:
+        if stage != 3 or model is None:
+            raise UsageError(
+                "This cannot be trained.", "A checkpoint is fine-tuned by stage 3.", "--stage 3 --model CHAT"
+            )
+        from ..training.lora import Lora
+        from .train_chat import Asked, fine_tune_chat
+
+        asked = Asked(out or Path("runs") / model.resolve().name, work_dir, steps, batch, as_json)
+        lora = Lora(lora_rank, lora_alpha or 2.0 * lora_rank) if lora_rank else None
+        fine_tune_chat(asked, model, data, images, trains, lora, adapters, lr or (2e-4 if lora else 2e-5))
+        return
+    out = out or Path("runs") / f"internvl-{preset}"
+    if preset == NANO_CHAT.name:
+        from .train_chat import Asked, train_nano_chat
+
+        train_nano_chat(Asked(out, work_dir, steps, batch, as_json))
+        return
+    if preset not in PRESETS:
+        raise UsageError(
+            f"Unknown preset {preset!r}.", fix=f"Use one of: {', '.join((*PRESETS, NANO_CHAT.name))}."
+        )
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from ..preprocess import ImageSettings, Tokenizer
     from ..training import tasks, trainer
@@ -47,42 +100,22 @@ def train(
     from ..training.publish import Run, publish
     from ..training.tokenizer import train_tokenizer
 
-    if threads:
-        torch.set_num_threads(threads)
     chosen = PRESETS[preset]
     if steps or batch:
         chosen = trainer.shortened(chosen, steps, batch)
     tokenizer = train_tokenizer()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} steps"),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console) as bar:
-        total = sum(s.steps for s in chosen.stages)
-        task = bar.add_task(chosen.stages[0].name, total=total, rate="", loss="")
-
-        def report(p: trainer.Progress) -> None:
-            rate = f"{bar.tasks[0].speed or 0:.2f} steps/s"
-            losses = " ".join(f"{k} {v:.3f}" for k, v in p.losses.items() if k != "grad_norm")
-            bar.update(task, completed=p.done, description=p.stage, rate=rate, loss=losses)
-
+    with step_bar(chosen.stages[0].name, sum(s.steps for s in chosen.stages)) as report:
         options = trainer.Options(work_dir or out.with_name(out.name + ".work"))
-        model, seconds = trainer.train(chosen, tokenizer, options, report)
+        trained, seconds = trainer.train(chosen, tokenizer, options, report)
     settings = ImageSettings(size=chosen.model.vision.image_size)
     # The published weights are bf16: measure what is shipped.
-    model = model.bfloat16().float()
+    trained = trained.bfloat16().float()
     small: dict[str, Any] = {}
     if steps:
         small = {"n_classify": 50, "n_retrieve": 40, "n_galleries": 1, "n_caption": 20, "n_caption_zh": 10}
-    with console.status("evaluating"):
-        accuracy = tasks.evaluate(TorchModel(model, Tokenizer(tokenizer), settings), **small)
-    publish(model, chosen, tokenizer, Run(seconds / 60, torch.get_num_threads(), accuracy), out)
+    with Console(stderr=True).status("evaluating"):
+        accuracy = tasks.evaluate(TorchModel(trained, Tokenizer(tokenizer), settings), **small)
+    publish(trained, chosen, tokenizer, Run(seconds / 60, torch.get_num_threads(), accuracy), out)
     if as_json:
         print_json({"model": str(out), "minutes": seconds / 60, "accuracy": accuracy})
         return

@@ -82,7 +82,9 @@ def repeat_blocks(graph: ir.Graph, prefix: str, times: int, inputs: int, outputs
     own = {v for node in blocks for v in node.outputs}
     block_inputs = list(graph.inputs[len(graph.inputs) - inputs :])
     block_outputs = list(graph.outputs[len(graph.outputs) - outputs :]) if outputs else []
-    leaving = {v for v in own if any(user not in set(blocks) for user in v.consumers())}
+    # A constant of a block may be read again behind the blocks: that ties nothing to their chain.
+    computed = {v for node in blocks if node.op_type != "Constant" for v in node.outputs}
+    leaving = {v for v in computed if any(user not in set(blocks) for user in v.consumers())}
     if first is None or first in own or leaving - {last} or not set(block_outputs) <= own:
         raise BuildError(f"The blocks of graph {graph.name} do not form one chain.", f"Under {prefix}.")
 

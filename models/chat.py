@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..conversation import IMAGE_TOKEN
 from ..decoding import Limits
 from ..errors import InputError
 from .chat_config import ChatConfig
 from .generate import search, step_mask
 from .qllama import Decoder, KeyValue, Visible, run_layers
 from .vit import InternViT
-
-IMAGE_TOKEN = -200
-"""Stands in a prompt's ids where an image goes; no id of the tokenizer."""
 
 
 class InternVLChat(nn.Module):

@@ -91,6 +91,11 @@ class ChatConfig:
             )
 
     @property
+    def llama(self) -> QLlamaConfig:
+        """The decoder, as :attr:`InternVLConfig.llama`."""
+        return self.decoder
+
+    @property
     def vision_blocks(self) -> int:
         """How many of the tower's blocks are run."""
         return self.select_layer % (self.vision.num_hidden_layers + 1)
@@ -170,7 +175,9 @@ class ChatConfig:
         )
 
 
-ModelConfig = InternVLConfig | ChatConfig | InternViTConfig
+Whole = InternVLConfig | ChatConfig
+"""A model that bundles are built of."""
+ModelConfig = Whole | InternViTConfig
 
 
 def load_config(path: Path) -> ModelConfig:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from .chat_config import ChatConfig, InternViTConfig, ModelConfig, load_config, tower_configs
+from .chat_config import ChatConfig, InternViTConfig, ModelConfig, Whole, load_config, tower_configs
 from .config import InternVLConfig, read_json
 from .layout import (
     CHAT_TOWER,
@@ -82,6 +82,11 @@ class Checkpoint:
             f"It is {'an InternVL-Chat' if chat else 'an InternViT alone'}.",
             "Use an InternVL-14B-224px checkpoint; ivl-export export takes the others.",
         )
+
+    @property
+    def whole(self) -> Whole:
+        """The sizes of an InternVL or a chat model; CheckpointError for an InternViT alone."""
+        return self.model if isinstance(self.model, ChatConfig) else self.config
 
     def has(self, component: str) -> bool:
         """Whether ``component`` can be made from this checkpoint."""

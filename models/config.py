@@ -79,6 +79,16 @@ class InternVLConfig:
         for name, width in (("vision", self.vision.hidden_size), ("qllama", self.qllama.hidden_size)):
             _divides(f"attention pooling over {name}", width, self.attn_pool_num_heads)
 
+    @property
+    def llama(self) -> QLlamaConfig:
+        """The language model: QLLaMA."""
+        return self.qllama
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.vision.image_size
+
     def has_cross_attention(self, layer: int) -> bool:
         """Whether QLLaMA layer ``layer`` attends to the image."""
         return layer % self.cross_attention_frequency == 0

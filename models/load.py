@@ -53,10 +53,16 @@ def load_chat(
             "Its config.json has no model_type that begins with llava.",
             "Use load_model for an InternVL.",
         )
-    with torch.device("meta"):
-        model = InternVLChat(checkpoint.model).eval()
+    model = meta_chat(checkpoint)
     load_state(model, checkpoint, dtype, device)
     return model
+
+
+def meta_chat(checkpoint: Checkpoint) -> InternVLChat:
+    """As :func:`meta_model`, of a chat checkpoint."""
+    assert isinstance(checkpoint.model, ChatConfig)
+    with torch.device("meta"):
+        return InternVLChat(checkpoint.model).eval()
 
 
 def meta_model(checkpoint: Checkpoint) -> InternVL:

@@ -35,7 +35,7 @@ def accuracy_step(job: Job, before: list[Step]) -> Step:
         return [write_receipt(space, "accuracy", receipt.to_json())], {}
 
     inputs = {"held_out": job.held_out.hash, **after(before)}
-    writes = recorded_bytes(job.checkpoint.config, job.components, len(job.held_out))
+    writes = recorded_bytes(job.checkpoint.whole, job.components, len(job.held_out))
     return Step("accuracy", inputs, run, evaluate.receipt_units(job), writes, "samples x blocks")
 
 
@@ -77,7 +77,7 @@ def graph_manifest(job: Job, manifest: Manifest, root: Path) -> Manifest:
         if p.is_file() and p.name != "manifest.json"
     }
     components = {
-        c: Component(component_spec(c, job.checkpoint.config), {"fp32": graph_path(c, "fp32").as_posix()})
+        c: Component(component_spec(c, job.checkpoint.whole), {"fp32": graph_path(c, "fp32").as_posix()})
         for c in job.components
     }
     return replace(manifest, components=components, engines=(), files=files)

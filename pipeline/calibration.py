@@ -66,7 +66,7 @@ def choose_sets(
         # Otherwise only accuracy is measured; given scales may come from this set, cut in the same way.
         count = samples if measured or request.scales else min(samples, 4 * HELD_OUT)
         chosen = open_calibration(source, count, request.calib_seed, progress=progress)
-    elif job.evaluation == "scenes":
+    elif job.evaluation is not None:
         chosen = scenes_calibration(samples)
     elif measured:
         raise InputError(

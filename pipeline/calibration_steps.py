@@ -160,7 +160,7 @@ def calibrate_step(job: Job, before: list[Step]) -> Step:
             "seconds_per_sample_and_block": seconds,
         }
 
-    config, samples = job.checkpoint.config, len(job.calibration)
+    config, samples = job.checkpoint.whole, len(job.calibration)
     return Step(
         "calibrate",
         inputs,

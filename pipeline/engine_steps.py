@@ -33,7 +33,7 @@ def engine_step(job: Job, component: str, part: int, target: str, graph: Step) -
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
         parts = part_specs(space.records, component)
-        spec = parts[part] if split else component_spec(component, job.checkpoint.config)
+        spec = parts[part] if split else component_spec(component, job.checkpoint.whole)
         out = engine_path(name, target)
         path = space.root / graph_path(name, job.recipe.base)
         record = build_engine(path, spec, space.root / out, backend=RTX, target=target, parts=count)

@@ -14,6 +14,7 @@ from ..bundle import Bundle
 from ..calibration.accuracy import SIMULATED, Metrics, Receipt, Table, component_accuracy
 from ..calibration.calibrate import calibration_units
 from ..calibration.chain import Step
+from ..calibration.chat import ChatBatch
 from ..calibration.dataset import Batch
 from ..calibration.recording import Recording
 from ..engines.memory import available_memory
@@ -21,10 +22,12 @@ from ..engines.protocol import open_engine
 from ..export.components import component_spec
 from ..export.plain import weight_keys
 from ..manifest import Manifest
+from ..models.chat_config import ChatConfig
 from ..models.storage import ITEM_BYTES
 from ..preprocess import CAPTION_PROMPT, Array, preprocess_images
 from ..runtime.zero_shot import l2
 from ..training.tasks import BothHeads
+from . import evaluate_chat
 from .environment import code_digest, tool_versions
 from .graphs import BASE_STORE, LOW_STORE, Source, graph_path
 from .request import ORT, Job
@@ -43,6 +46,7 @@ HEADLINES = {
     "G classify": ("InternVL-G", "classify"),
     "G text to image R@1": ("InternVL-G", "text_to_image"),
     "caption exact": ("caption", "en"),
+    "chat exact": ("chat", "all"),
 }
 """The figures that budgets are held to, and where :func:`..training.tasks.evaluate` puts them."""
 
@@ -99,12 +103,12 @@ def _simulated(
 def _in_onnxruntime(
     job: Job, space: Workspace, folder: Path, progress: Callable[[int], None]
 ) -> tuple[Table, Table]:
-    config = job.checkpoint.config
+    config = job.checkpoint.whole
     base = calibration_units(config, job.components, len(job.held_out))
     inputs = (job.checkpoint, job.components, job.held_out, job.settings, job.tokenizer)
     recording = Recording(*inputs, folder, progress=progress)
 
-    def reference() -> Iterator[tuple[Batch, list[Step]]]:
+    def reference() -> Iterator[tuple[Batch | ChatBatch, list[Step]]]:
         done = base
         for batch, steps in recording:
             yield batch, steps
@@ -141,7 +145,7 @@ def no_session(checkpoint: Checkpoint, components: Iterable[str]) -> str:
 def receipt_units(job: Job) -> int:
     """What the progress of :func:`component_receipt` counts to."""
     count = len(job.held_out)
-    return calibration_units(job.checkpoint.config, job.components, count) + count
+    return calibration_units(job.checkpoint.whole, job.components, count) + count
 
 
 class EngineModel(BothHeads):
@@ -169,6 +173,8 @@ class EngineModel(BothHeads):
 
 def evaluate_torch(job: Job, dtype: str) -> dict[str, Any]:
     """Task scores of the PyTorch model in ``dtype`` (``float32``, ``bfloat16``)."""
+    if isinstance(job.checkpoint.model, ChatConfig):
+        return evaluate_chat.evaluate_torch(job, dtype)
     import torch
 
     from ..models.load import load_model
@@ -181,18 +187,22 @@ def evaluate_torch(job: Job, dtype: str) -> dict[str, Any]:
 
 def evaluate_engines(root: Path, manifest: Manifest) -> dict[str, Any]:
     """Task scores of the graphs below ``root``, through the runtime and ONNX Runtime."""
-    from ..runtime import InternVL
+    from ..runtime import InternVL, InternVLChat
     from ..runtime.components import Components
     from ..training import tasks
 
     bundle = Bundle(root, manifest)
+    if "decoder" in manifest.components:
+        with InternVLChat(bundle, Components(bundle, ORT)) as chat:
+            return evaluate_chat.evaluate_engines(chat)
     with InternVL(bundle, Components(bundle, ORT)) as model:
         return tasks.evaluate(EngineModel(model), **cast(Any, SIZES))
 
 
 def headlines(scores: Mapping[str, Any]) -> dict[str, float]:
     """The accuracies (0..1) that budgets are held to."""
-    return {name: scores[group][task]["accuracy"] for name, (group, task) in HEADLINES.items()}
+    found = ((name, *place) for name, place in HEADLINES.items() if place[0] in scores)
+    return {name: scores[group][task]["accuracy"] for name, group, task in found}
 
 
 def cached(content: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -201,7 +211,7 @@ def cached(content: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any
     The cache is ``$IVL_EXPORT_CACHE`` or ``ivl-export`` in the user's cache folder; without a folder to
     write to there is none.
     """
-    parts = [content, SIZES, tool_versions(), code_digest()]
+    parts = [content, SIZES, evaluate_chat.SCENES, tool_versions(), code_digest()]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "evaluations" / f"{digest}.json"
     try:

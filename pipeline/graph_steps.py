@@ -47,7 +47,7 @@ def store_steps(job: Job, smooth: list[Step]) -> list[Step]:
 
 def graph_step(job: Job, component: str, before: list[Step]) -> Step:
     """One component's graphs, one for each compute type."""
-    spec = component_spec(component, job.checkpoint.config)
+    spec = component_spec(component, job.checkpoint.whole)
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
         made, files = source(job, space.root), []

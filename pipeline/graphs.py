@@ -68,7 +68,7 @@ def component_weights(source: Source, components: Sequence[str]) -> tuple[list[s
     keys: dict[str, None] = {}
     for component in components:
         with torch.device("meta"):
-            module = component_module(component, source.checkpoint.config, source.checkpoint.contrastive_only)
+            module = component_module(component, source.checkpoint.whole, source.checkpoint.contrastive_only)
         keys.update(dict.fromkeys(module.state_dict()))
     quantised = [name for name in source.plan.quantised if f"{name}.weight" in keys]
     low = {f"{name}.weight" for name in quantised}
@@ -129,7 +129,7 @@ def write_split_graph(
         What :func:`write_graph` returns, which is the promise of all parts together, and their contracts.
     """
     model, promised = _quantised(source, component, compute, style)
-    pieces = split_graph(model, component_spec(component, source.checkpoint.config), parts)
+    pieces = split_graph(model, component_spec(component, source.checkpoint.whole), parts)
     for piece, spec in pieces:
         _save(piece, root, graph_path(spec.name, compute))
     _save(model, root, graph_path(component, compute))

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from ..calibration.dataset import SMALL
 from ..export.components import component_spec
 from ..manifest import Calibration, Component, EngineFile, Manifest, Model
+from ..models.checkpoint import Checkpoint
 from ..specs import ComponentSpec
 from .calibration import needs_data
 from .environment import tool_versions
 from .graphs import DTYPES, graph_path
-from .request import ORT, RTX, Job
+from .request import ORT, RTX, Job, shipped_name
 from .workspace import Record
 
 
@@ -25,7 +26,7 @@ def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]
         return Component(spec, files, tuple(component(part) for part in parts))
 
     components = {
-        name: component(component_spec(name, checkpoint.config), part_specs(records, name))
+        name: component(component_spec(name, checkpoint.whole), part_specs(records, name))
         for name in job.components
     }
     engines = [
@@ -39,13 +40,14 @@ def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]
             engines.append(
                 EngineFile(data["component"], RTX, data["target"], file, data["release"], data["part"])
             )
+    name = shipped_name(job.request.model)
     return Manifest(
         model=Model(
             name=job.folder.resolve().name,
-            source=str(job.request.model or "internvl-nano (shipped)"),
+            source=f"{name} (shipped)" if name else str(job.request.model),
             revision={"checkpoint": checkpoint.revision},
-            config=checkpoint.config.to_published(),
-            logit_scale=float(checkpoint.load("logit_scale").float()),
+            config=checkpoint.whole.to_published(),
+            logit_scale=_logit_scale(checkpoint),
             parameters=sum(ref.nbytes // _item(ref.dtype) for ref in checkpoint.tensors.values()),
         ),
         precision=job.recipe.name,
@@ -78,6 +80,10 @@ def part_specs(records: Mapping[str, Record], component: str) -> list[ComponentS
     """Contracts of the parts of ``component``, as its graph step recorded them; empty if it is not split."""
     record = records.get(f"graph-{component}")
     return [ComponentSpec.from_json(part) for part in record.data.get("parts", ())] if record else []
+
+
+def _logit_scale(checkpoint: Checkpoint) -> float:
+    return float(checkpoint.load("logit_scale").float()) if "logit_scale" in checkpoint.tensors else 0.0
 
 
 def _item(dtype: str) -> int:

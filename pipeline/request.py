@@ -15,6 +15,7 @@ from ..calibration.schemes import element_types
 from ..engines.targets import check_types, parse_targets
 from ..errors import CapabilityError, CheckpointError, UsageError
 from ..export.split import block_count, check_split
+from ..models.chat_config import ChatConfig
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..preprocess import ImageSettings, Tokenizer
 from .calibration import choose_sets, given_scales, needs_data
@@ -28,6 +29,8 @@ BACKENDS = (ORT, RTX)
 EVALUATION = "evaluation.json"
 MIXED = "mixed"
 """The precision whose recipe is searched (:mod:`.mixed`)."""
+TASKS = ("scenes", "chat scenes")
+"""What it may name: :mod:`..training.tasks`, :mod:`..training.chat_tasks`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,22 @@ def nano_folder() -> Path:
     return Path(__file__).parent.parent / "models" / "nano"
 
 
+NANO_CHAT = Path("nano-chat")
+"""Stands for the shipped internvl-nano-chat, unless there is something of that name."""
+
+
+def nano_chat_folder() -> Path:
+    """The shipped internvl-nano-chat."""
+    return nano_folder().with_name("nano_chat")
+
+
+def shipped_name(model: Path | None) -> str | None:
+    """The name of the shipped model that ``model`` stands for; None for a checkpoint of the user's own."""
+    if model is None:
+        return "internvl-nano"
+    return "internvl-nano-chat" if model == NANO_CHAT and not model.exists() else None
+
+
 class Job:
     """A request together with what it names, opened and checked.
 
@@ -100,7 +119,9 @@ class Job:
             )
         self.targets = tuple(t.name for t in parse_targets(request.targets))
         self.backends, self.notices = _backends(request.backends)
-        source = request.model or nano_folder()
+        shipped = {"internvl-nano": nano_folder(), "internvl-nano-chat": nano_chat_folder()}
+        source = shipped.get(shipped_name(request.model) or "") or request.model
+        assert source is not None
         self.checkpoint: Checkpoint = open_checkpoint(source)
         self.folder = source if source.is_dir() else source.parent
         self.components = _components(self.checkpoint, request.components)
@@ -113,15 +134,15 @@ class Job:
             types |= {"fp8"} if any(self.plan.attention.values()) else set()
             check_types(f"Precision {self.recipe.name}", types, parse_targets(request.targets))
         self.tokenizer = Tokenizer(self._beside("tokenizer.model"))
-        if len(self.tokenizer) > self.checkpoint.config.qllama.vocab_size:
+        if len(self.tokenizer) > self.checkpoint.whole.llama.vocab_size:
             raise CheckpointError(
                 f"{self.folder / 'tokenizer.model'} is not of this model.",
                 f"It has {len(self.tokenizer)} pieces, the model knows "
-                f"{self.checkpoint.config.qllama.vocab_size}.",
+                f"{self.checkpoint.whole.llama.vocab_size}.",
                 "Copy the tokenizer.model of the published model there.",
             )
         settings = ImageSettings.load(self._beside("preprocessor_config.json"))
-        self.settings = _sized(settings, self.checkpoint.config.vision.image_size)
+        self.settings = _sized(settings, self.checkpoint.whole.image_size)
         self.evaluation = _evaluation(self.folder)
         self.algorithm = algorithm_name(request.algorithm or "max")
         self.given = given_scales(self)
@@ -139,9 +160,10 @@ class Job:
         """Every linear layer of the model and its weight's shape [out, in]."""
         from torch import nn
 
-        from ..models.load import meta_model
+        from ..models.load import meta_chat, meta_model
 
-        modules = meta_model(self.checkpoint).named_modules()
+        make = meta_chat if isinstance(self.checkpoint.model, ChatConfig) else meta_model
+        modules = make(self.checkpoint).named_modules()
         return {n: (m.out_features, m.in_features) for n, m in modules if isinstance(m, nn.Linear)}
 
     @cached_property
@@ -154,7 +176,7 @@ class Job:
         found = {}
         for component in self.components:
             with torch.device("meta"):
-                module = component_module(component, self.checkpoint.config, self.checkpoint.contrastive_only)
+                module = component_module(component, self.checkpoint.whole, self.checkpoint.contrastive_only)
             found[component] = [n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
         return found
 
@@ -199,11 +221,12 @@ def _backends(asked: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def _components(checkpoint: Checkpoint, asked: tuple[str, ...]) -> tuple[str, ...]:
-    from ..models.layout import COMPONENTS
+    from ..models.layout import CHAT_COMPONENTS, COMPONENTS
 
-    unknown = [c for c in asked if c not in COMPONENTS]
+    known = CHAT_COMPONENTS if isinstance(checkpoint.model, ChatConfig) else COMPONENTS
+    unknown = [c for c in asked if c not in known]
     if unknown:
-        raise UsageError(f"Unknown component {unknown[0]!r}.", f"Known: {', '.join(COMPONENTS)}.")
+        raise UsageError(f"Unknown component {unknown[0]!r}.", f"Known: {', '.join(known)}.")
     missing = [c for c in asked if not checkpoint.has(c)]
     if missing:
         raise CapabilityError(
@@ -227,6 +250,6 @@ def _evaluation(folder: Path) -> str | None:
         tasks = data["tasks"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read.", str(error), "Remove it or repair it.") from error
-    if tasks != "scenes":
-        raise CheckpointError(f"{path} names unknown tasks {tasks!r}.", fix="'scenes' is known.")
-    return "scenes"
+    if tasks not in TASKS:
+        raise CheckpointError(f"{path} names unknown tasks {tasks!r}.", fix=f"Known: {', '.join(TASKS)}.")
+    return str(tasks)

@@ -1,5 +1,9 @@
-"""Run a bundle: ``InternVL.load(path)``. No torch; a backend is imported with its first engine."""
+"""Run a bundle: ``InternVL.load(path)``, or ``InternVLChat.load(path)``.
 
+No torch; a backend is imported with its first engine.
+"""
+
+from .chat import Chat, InternVLChat
 from .images import Reading
 from .index import Index
 from .model import InternVL, Mode, Ranking
@@ -9,8 +13,10 @@ from .urls import UrlPolicy
 
 __all__ = [
     "Answer",
+    "Chat",
     "Index",
     "InternVL",
+    "InternVLChat",
     "Mode",
     "Ranking",
     "Reading",

@@ -1,4 +1,4 @@
-"""The key-value cache of caption decoding: one preallocated block."""
+"""The key-value cache of a decoder: one preallocated block."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ class KVCache:
         return cache
 
     @property
+    def capacity(self) -> int:
+        """Positions there is room for."""
+        return int(self.data.shape[4])
+
+    @property
     def rows(self) -> int:
         """Sequences held."""
         return int(self.data.shape[2])
@@ -57,6 +62,19 @@ class KVCache:
                 self.data[kind, layer, :, :, self.length : end] = outputs[f"{name}.{layer}"]
         self.mask[:, self.length : end] = mask
         self.length = end
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from ``length`` on: hidden, they may hold anything."""
+        self.mask[:, length:] = 0
+        self.length = min(self.length, length)
+
+    def grow(self, capacity: int) -> None:
+        """Make room for ``capacity`` positions; what is held stays."""
+        held, mask = self.data[..., : self.length, :], self.mask[:, : self.length]
+        self.data = zeros((*self.data.shape[:4], capacity, self.data.shape[5]), self.data)
+        self.data[..., : self.length, :] = held
+        self.mask = np.zeros((self.rows, capacity), np.int64)
+        self.mask[:, : self.length] = mask
 
     def expand(self, source: NDArray[np.int64]) -> KVCache:
         """A new cache whose row ``r`` is this one's ``source[r]``: an image's row for each of its beams."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..bundle import Bundle, Verify
 from ..decoding import Ids, Limits
 from ..engines.device import to_host
-from ..errors import InputError, UsageError
+from ..errors import CapabilityError, InputError, UsageError
 from ..pictures import ImageInput
 from ..preprocess import (
     BUCKETS,
@@ -54,6 +54,10 @@ class InternVL:
 
     def __init__(self, bundle: Bundle, components: Components, reading: Reading | None = None) -> None:
         self.bundle, self.components, self.reading = bundle, components, reading
+        if "decoder" in bundle.manifest.components:
+            raise CapabilityError(
+                f"{bundle.root} holds a chat model.", "It gives no embeddings.", "Use InternVLChat.load."
+            )
 
     @classmethod
     def load(

@@ -65,7 +65,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def small_tokenizer() -> bytes:
+def small_tokenizer(pieces: int = 190) -> bytes:
     """One for the tiny model, whose 200 ids leave no room for LLaMA's 256 byte pieces."""
     import sentencepiece
 
@@ -74,7 +74,7 @@ def small_tokenizer() -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=("".join(words) for words in corpus()), model_writer=model,
-        model_type="bpe", vocab_size=190, pad_id=-1, minloglevel=2, num_threads=1,
+        model_type="bpe", vocab_size=pieces, pad_id=-1, minloglevel=2, num_threads=1,
     )  # fmt: skip
     return model.getvalue()
 

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 from ivl_export.benchmarks.fullsize.make_checkpoint import LAYOUTS, depths, main, make_checkpoint, sliced
+from ivl_export.conversation import IMAGE_TOKEN
 from ivl_export.models import ChatConfig, QLlamaConfig, VisionConfig, load_chat
-from ivl_export.models.chat import IMAGE_TOKEN
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.preprocess import ImageSettings
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from ivl_export.conversation import IMAGE_TOKEN
 from ivl_export.engines.build import build_engine
 from ivl_export.errors import UsageError
 from ivl_export.export import trace
@@ -24,7 +25,6 @@ from ivl_export.export.graph import finish
 from ivl_export.export.plain import export_plain
 from ivl_export.export.trace import export_component
 from ivl_export.models import ChatConfig, InternViTConfig, QLlamaConfig, VisionConfig, load_chat
-from ivl_export.models.chat import IMAGE_TOKEN
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.layout import CHAT_COMPONENTS, CHAT_TOWER, VISION, expected_shapes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..models.chat_config import ChatConfig
 from ..models.config import InternVLConfig, QLlamaConfig, VisionConfig
 from .scenes import PAIRS
 
@@ -15,7 +16,7 @@ class Stage:
 
     Args:
         name: for the log and checkpoints.
-        loss: ``contrastive`` (stage 1) or ``generative`` (stage 2: itc + itm + itg).
+        loss: ``contrastive`` (stage 1), ``generative`` (stage 2: itc + itm + itg) or ``answers`` (stage 3).
         steps: optimiser steps.
         batch: images a step.
         lr: peak learning rate of AdamW; linear warm-up, then a cosine to zero.
@@ -28,7 +29,7 @@ class Stage:
     """
 
     name: str
-    loss: Literal["contrastive", "generative"]
+    loss: Literal["contrastive", "generative", "answers"]
     steps: int
     batch: int
     lr: float
@@ -91,3 +92,55 @@ NANO = Preset(
 )
 
 PRESETS = {NANO.name: NANO}
+
+
+@dataclass(frozen=True)
+class ChatPreset:
+    """A chat model whose vision tower is that of a trained InternVL, and stays as it is.
+
+    ``turns`` is the most that a training dialogue has.
+    """
+
+    name: str
+    model: ChatConfig
+    stage: Stage
+    seed: int = 0
+    turns: int = 5
+    weight_decay: float = 0.05
+
+
+# The last hidden state is read through a head by InternVL; the one before it keeps more of each patch.
+NANO_CHAT = ChatPreset(
+    name="nano-chat",
+    model=ChatConfig(
+        vision=_NANO.vision,
+        decoder=QLlamaConfig(
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=352,
+            vocab_size=512,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=512,
+        ),
+        image_size=_NANO.vision.image_size,
+        select_layer=-2,
+    ),
+    stage=Stage(
+        "stage3",
+        "answers",
+        1100,
+        64,
+        1.5e-3,
+        0.02,
+        warmup=40,
+        pairs=0.6,
+        trainable=(
+            "model.mm_projector.*",
+            "model.embed_tokens.*",
+            "model.layers.*",
+            "model.norm.*",
+            "lm_head.*",
+        ),
+    ),
+)

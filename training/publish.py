@@ -68,7 +68,7 @@ cannot be had: export, quantisation and engines are measured on it end to end.
   {preset.chinese:.0%} Chinese. {len(HELD_OUT)} of {len(ALL_COMBINATIONS)} (shape, colour) combinations never
   occur in training: {", ".join(f"{color} {shape}" for shape, color in HELD_OUT)}.
 - **Recipe**: Muon for the blocks' matrices, AdamW for the rest, bf16 autocast, seed {preset.seed},
-  {run.minutes:.0f} minutes on {run.threads} CPU threads, commit {_commit()}.
+  {run.minutes:.0f} minutes on {run.threads} CPU threads, commit {commit()}.
   `ivl-export train --preset {preset.name}` repeats it.
 - **Unlike the paper**, a short stage before the two published ones teaches where things stand
   ({preset.stages[0].focus:.0%} of the caption tokens that are no words of relation are left out of its loss),
@@ -103,7 +103,8 @@ def _accuracy_rows(accuracy: dict[str, Any]) -> list[str]:
     return rows
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The short hash of the code's commit, ``unknown`` outside a repository."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -86,19 +86,19 @@ def train(
     for number, stage in enumerate(preset.stages):
         if number < state["stage"]:
             continue
-        optimizers = _optimizers(model, stage, preset.weight_decay)
+        chosen = optimizers(model, stage, preset.weight_decay)
         first = 0
         if number == state["stage"]:
             first = state["step"]
-            for optimizer, kept in zip(optimizers, state["optimizers"], strict=False):
+            for optimizer, kept in zip(chosen, state["optimizers"], strict=False):
                 optimizer.load_state_dict(kept)
         for step, drawn in enumerate(_batches(preset, stage, tokenizer, first, options.workers), first):
-            losses = _step(model, optimizers, stage, preset, drawn, step, options.bf16)
+            losses = _step(model, chosen, stage, preset, drawn, step, options.bf16)
             seconds = time.perf_counter() - started
             report(Progress(stage.name, step + 1, done + step + 1, total, losses, seconds))
             if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
                 place = {"identity": identity, "stage": number, "step": step + 1, "seconds": seconds}
-                _save(state_file, model, optimizers, place)
+                save_state(state_file, model, chosen, place)
         done += stage.steps
     return model.eval(), seconds
 
@@ -152,7 +152,8 @@ def _batches(preset: Preset, stage: Stage, tokenizer: bytes, first: int, workers
     )
 
 
-def _optimizers(model: InternVL, stage: Stage, weight_decay: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module, stage: Stage, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Freeze what ``stage`` does not train. Muon for the blocks' matrices where it has a rate, else AdamW."""
     matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -160,7 +161,7 @@ def _optimizers(model: InternVL, stage: Stage, weight_decay: float) -> list[torc
         parameter.requires_grad_(any(fnmatch(name, pattern) for pattern in stage.trainable))
         if not parameter.requires_grad:
             continue
-        if parameter.dim() == 2 and ".layers." in name:
+        if stage.matrix_lr and parameter.dim() == 2 and ".layers." in name:
             matrices.append(parameter)
         else:
             (decayed if parameter.dim() >= 2 and "embed" not in name else plain).append(parameter)
@@ -221,9 +222,10 @@ def _trim(text: Text) -> Text:
     return Text(text.input_ids[:, :longest], text.mask[:, :longest])
 
 
-def _save(
-    path: Path, model: InternVL, optimizers: list[torch.optim.Optimizer], place: dict[str, Any]
+def save_state(
+    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], place: dict[str, Any]
 ) -> None:
+    """Replace ``path`` by weights, optimizer states and ``place``, which says how far the run has come."""
     optimizer_states = [o.state_dict() for o in optimizers]
     state = {**place, "model": model.state_dict(), "optimizers": optimizer_states}
     partial = path.with_suffix(".partial")
@@ -233,10 +235,10 @@ def _save(
 
 def shortened(preset: Preset, steps: int | None, batch: int | None) -> Preset:
     """``preset`` with fewer steps a stage or a smaller batch, for tests and dry runs."""
-    stages = tuple(
-        replace(
-            s, steps=steps or s.steps, batch=batch or s.batch, warmup=min(s.warmup, (steps or s.steps) // 2)
-        )
-        for s in preset.stages
-    )
-    return replace(preset, stages=stages)
+    return replace(preset, stages=tuple(shortened_stage(s, steps, batch) for s in preset.stages))
+
+
+def shortened_stage(stage: Stage, steps: int | None, batch: int | None) -> Stage:
+    """``stage`` with fewer steps or a smaller batch."""
+    steps = steps or stage.steps
+    return replace(stage, steps=steps, batch=batch or stage.batch, warmup=min(stage.warmup, steps // 2))

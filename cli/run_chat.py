@@ -1,0 +1,72 @@
+"""``ivl-export run chat``: questions about images, from the command line or typed in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..errors import UsageError
+from .output import print_json
+
+if TYPE_CHECKING:
+    from ..decoding import Sampling
+
+
+def chat(
+    bundle: Path,
+    images: list[Path],
+    questions: list[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    engines: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Ask ``questions``, or what is typed in until the input ends; answers are printed as they are found."""
+    if as_json and not questions:
+        raise UsageError(
+            "There is nothing to answer.", "--json takes no questions from the keyboard.", "--question"
+        )
+    from ..runtime import InternVLChat
+
+    started = time.perf_counter()
+    with InternVLChat.load(bundle, **engines) as model:
+        talk = model.chat(images)
+        for question in questions or _typed():
+            if questions and not as_json:
+                typer.echo(f"> {question}")
+            for piece in talk.stream(question, max_new_tokens, sampling):
+                if not as_json:
+                    typer.echo(piece, nl=False)
+            if not as_json:
+                typer.echo()
+        seconds = time.perf_counter() - started
+        if as_json:
+            print_json(
+                {
+                    "bundle": str(bundle),
+                    "backend": engines["backend"],
+                    "precision": model.bundle.manifest.precision,
+                    "images": [str(image) for image in images],
+                    "turns": [{"question": t.question, "answer": t.answer} for t in talk.history],
+                    "seconds": seconds,
+                    "timings": {
+                        k: {"calls": t.calls, "seconds": t.seconds} for k, t in model.timings.items()
+                    },
+                }
+            )
+
+
+def _typed() -> Iterator[str]:
+    """Lines that are typed in, until the input ends."""
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, StopIteration):
+            typer.echo()
+            return
+        if line.strip():
+            yield line.strip()

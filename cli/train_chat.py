@@ -1,0 +1,150 @@
+"""Stage 3 of ``ivl-export train``: nano-chat on drawn scenes, or any chat checkpoint on conversations."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .output import print_json, print_table
+from .progress import step_bar
+
+if TYPE_CHECKING:
+    from ..training.lora import Lora
+    from ..training.trainer import Options
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was given on the command line; see the verb's help."""
+
+    out: Path
+    work_dir: Path | None
+    steps: int | None
+    batch: int | None
+    as_json: bool
+
+
+def train_nano_chat(asked: Asked) -> None:
+    """Train internvl-nano-chat from the shipped internvl-nano, measure it, and write it with its card."""
+    import torch
+    from rich.console import Console
+
+    from ..models.checkpoint import open_checkpoint
+    from ..pipeline.request import nano_folder
+    from ..preprocess import ImageSettings, Tokenizer
+    from ..training import chat_tasks
+    from ..training.chat_model import TorchChat, initialised, write
+    from ..training.chat_publish import write_card
+    from ..training.conversations import ChatBatches, SceneDialogues
+    from ..training.dialogues import corpus
+    from ..training.presets import NANO_CHAT
+    from ..training.publish import Run
+    from ..training.stage3 import Stage3, fine_tune
+    from ..training.tokenizer import train_tokenizer
+    from ..training.trainer import shortened_stage
+
+    preset = replace(NANO_CHAT, stage=shortened_stage(NANO_CHAT.stage, asked.steps, asked.batch))
+    stage, tower = preset.stage, open_checkpoint(nano_folder())
+    tokenizer = train_tokenizer(corpus(), preset.model.decoder.vocab_size)
+    settings = ImageSettings(size=preset.model.image_size, mode="pad")
+    model = initialised(preset, tower)
+    source = SceneDialogues(preset.seed, preset.model.image_size, preset.turns, stage.near, stage.pairs)
+    data = ChatBatches(source, stage, settings, tokenizer, preset.model.decoder.max_position_embeddings)
+    identity = {"preset": repr(preset), "tower": tower.revision}
+    with step_bar(stage.name, stage.steps) as report:
+        what = Stage3(stage, seed=preset.seed, weight_decay=preset.weight_decay)
+        seconds = fine_tune(model, what, data, identity, _options(asked), report)
+    # The published weights are bf16: measure what is shipped.
+    model = model.bfloat16().float()
+    with Console(stderr=True).status("evaluating"):
+        answer = TorchChat(model, Tokenizer(tokenizer), settings)
+        accuracy = chat_tasks.evaluate(answer, 40 if asked.steps else chat_tasks.SCENES)
+    write(model, asked.out, tokenizer, settings, tower)
+    run = Run(seconds / 60, torch.get_num_threads(), accuracy)
+    write_card(preset, run, sum(p.numel() for p in model.parameters()), asked.out)
+    if asked.as_json:
+        print_json({"model": str(asked.out), "minutes": seconds / 60, "accuracy": accuracy})
+        return
+    rows = [(kind, f"{s['accuracy']:.1%}", s["total"]) for kind, s in accuracy["chat"].items()]
+    print_table(f"internvl-nano-chat in {asked.out}", ("question", "exact", "questions"), rows)
+
+
+def fine_tune_chat(
+    asked: Asked,
+    checkpoint: Path,
+    data: Path | None,
+    images: Path | None,
+    trains: str,
+    lora: Lora | None,
+    adapters: Path | None,
+    lr: float,
+) -> None:
+    """Fine-tune a chat checkpoint on conversations (drawn scenes without ``data``), and write it."""
+    import torch
+
+    from ..errors import UsageError
+    from ..models.checkpoint import open_checkpoint
+    from ..models.load import load_chat
+    from ..preprocess import ImageSettings, Tokenizer
+    from ..training import lora as low_rank
+    from ..training.chat_model import write
+    from ..training.conversations import ChatBatches, SceneDialogues, read_llava
+    from ..training.presets import Stage
+    from ..training.stage3 import TRAINS, Stage3, fine_tune
+
+    if trains not in TRAINS or trains == "lora":
+        raise UsageError(
+            f"Cannot train {trains!r}.", fix="Use projector, decoder or all; --lora-rank for LoRA."
+        )
+    opened = open_checkpoint(checkpoint)
+    model = load_chat(opened)
+    tokenizer = Tokenizer(_beside(checkpoint, "tokenizer.model"))
+    settings = replace(
+        ImageSettings.load(_beside(checkpoint, "preprocessor_config.json")), size=model.config.image_size
+    )
+    steps, batch = asked.steps or 1000, asked.batch or 16
+    patterns = TRAINS["lora" if lora else trains]
+    stage = Stage("stage3", "answers", steps, batch, lr, 0.0, max(1, steps * 3 // 100), trainable=patterns)
+    source: Any = SceneDialogues(0, settings.size)
+    identity = {"model": opened.revision, "data": "scenes"}
+    if data is not None:
+        source = read_llava(data, images)
+        identity["data"] = hashlib.sha256(data.read_bytes()).hexdigest()
+    longest = model.config.decoder.max_position_embeddings - model.config.num_visual
+    batches = ChatBatches(source, stage, settings, tokenizer.model, longest)
+    with step_bar(stage.name, steps) as report:
+        seconds = fine_tune(model, Stage3(stage, lora), batches, identity, _options(asked), report)
+    if lora is not None:
+        if adapters is not None:
+            low_rank.save(model, lora, adapters)
+        low_rank.merge(model, lora)
+    stored = opened.load("lm_head.weight").dtype
+    write(model, asked.out, tokenizer.model, settings, opened, stored)
+    found = {
+        "model": str(asked.out),
+        "minutes": seconds / 60,
+        "steps": steps,
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "adapters": str(adapters) if lora and adapters else None,
+        "threads": torch.get_num_threads(),
+    }
+    if asked.as_json:
+        print_json(found)
+        return
+    print_table(f"stage 3 of {checkpoint}", ("", ""), [(k, v) for k, v in found.items() if v is not None])
+
+
+def _beside(folder: Path, name: str) -> Path:
+    from ..errors import CheckpointError
+
+    if not (folder / name).is_file():
+        raise CheckpointError(f"No {name} in {folder}.", fix=f"Copy the {name} of the published model there.")
+    return folder / name
+
+
+def _options(asked: Asked) -> Options:
+    from ..training.trainer import Options
+
+    return Options(asked.work_dir or asked.out.with_name(asked.out.name + ".work"))

@@ -1,0 +1,233 @@
+"""Chat through ONNX Runtime: the published greedy tokens, nothing computed twice, streams, sampling."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ivl_export.bundle import seal
+from ivl_export.cli import main
+from ivl_export.conversation import Turn
+from ivl_export.decoding import Sampling, pick
+from ivl_export.errors import CapabilityError, InputError, UsageError
+from ivl_export.export.components import component_spec
+from ivl_export.export.plain import export_plain
+from ivl_export.manifest import Component, EngineFile, Manifest, Model
+from ivl_export.models.checkpoint import open_checkpoint
+from ivl_export.preprocess import ImageSettings
+from ivl_export.runtime import Chat, InternVL, InternVLChat
+
+from .conftest import small_tokenizer
+
+CHAT = Path(__file__).parent / "goldens" / "chat"
+GOLDEN = load_file(CHAT / "chat.safetensors")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoint, sealed in fp32."""
+    folder = tmp_path_factory.mktemp("chat")
+    checkpoint = open_checkpoint(CHAT)
+    exported = export_plain(checkpoint, folder / "staging" / "onnx", dtype="fp32")
+    (folder / "staging" / "preprocess").mkdir()
+    settings = ImageSettings.load(CHAT / "preprocessor_config.json")
+    settings.save(folder / "staging" / "preprocess" / "preprocessor_config.json")
+    (folder / "staging" / "preprocess" / "tokenizer.model").write_bytes(small_tokenizer(170))
+    paths = {n: p.relative_to(folder / "staging").as_posix() for n, p in exported.graphs.items()}
+    manifest = Manifest(
+        model=Model(
+            "chat", "goldens", {"checkpoint": checkpoint.revision}, checkpoint.model.to_published(), 0.0, 1
+        ),
+        precision="fp32",
+        compute_dtype="fp32",
+        recipe={},
+        calibration=None,
+        components={n: Component(component_spec(n, checkpoint.model), {"fp32": p}) for n, p in paths.items()},
+        engines=tuple(EngineFile(n, "onnxruntime", "cpu", p, "", 0) for n, p in paths.items()),
+    )
+    seal(folder / "staging", manifest, folder / "bundle")
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Path) -> Iterator[InternVLChat]:
+    with InternVLChat.load(bundle, threads=1) as loaded:
+        yield loaded
+
+
+def picture(seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+
+
+class Counted:
+    """How many rows and positions each component computed."""
+
+    def __init__(self, model: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[str, tuple[int, ...]]] = []
+        real = model.components.run_device
+
+        def run(name: str, inputs: Any, outputs: Any = None) -> Any:
+            self.seen.append((name, next(iter(inputs.values())).shape[:2]))
+            return real(name, inputs, outputs)
+
+        monkeypatch.setattr(model.components, "run_device", run)
+
+    def take(self, name: str) -> list[tuple[int, ...]]:
+        found = [shape for own, shape in self.seen if own == name]
+        self.seen = [item for item in self.seen if item[0] != name]
+        return found
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_greedy_tokens_are_the_published_ones(model: InternVLChat, row: int) -> None:
+    chat = model.chat()
+    pixels = GOLDEN["images"][row : row + 1]
+    chat._visual = model.components.run("vision_chat", {"pixel_values": pixels})["visual_embeds"]
+    chat._digests = [b"golden"]
+    ids = GOLDEN[f"gen{row}.input_ids"][0].tolist()
+    want = GOLDEN[f"gen{row}.new_tokens"][0].tolist()
+    for _ in range(2):  # the second time out of the cache
+        assert list(chat.tokens(ids, len(want), Sampling())) == want
+
+
+def test_a_further_question_computes_only_itself(
+    model: InternVLChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(model, monkeypatch)
+    chat = model.chat([picture()])
+    assert len(counted.take("vision_chat")) == 1
+    first = chat.ask("a red ring", max_new_tokens=4)
+    prompt, *steps = counted.take("decoder")
+    assert prompt[1] > 30
+    assert all(shape == (1, 1) for shape in steps)
+    chat.ask("and", max_new_tokens=4)
+    again, *_ = counted.take("decoder")
+    assert again[1] < 30
+    chat.restart()
+    assert chat.history == ()
+    assert chat.ask("a red ring", max_new_tokens=4) == first
+    prompt, *_ = counted.take("decoder")
+    assert prompt == (1, 1), "all but the last position was there"
+    assert counted.take("vision_chat") == []
+
+
+def test_what_is_reused_changes_nothing(model: InternVLChat) -> None:
+    chat = model.chat([picture()])
+    for question in ("a red ring", "two small squares", "above"):
+        chat.ask(question, max_new_tokens=6)
+    turns = chat.history
+    assert [t.images for t in turns] == [1, 0, 0]
+    for k in range(3):
+        fresh = model.chat([picture()], turns[:k])
+        assert fresh.ask(turns[k].question, max_new_tokens=6) == turns[k].answer
+    other = model.chat([picture(1)], turns[:2])
+    other._held, other._cache = list(chat._held), chat._cache  # another image: nothing of it may be taken
+    assert other.ask("above", 6) == model.chat([picture(1)], turns[:2]).ask("above", 6)
+
+
+def test_a_cache_grows(model: InternVLChat) -> None:
+    chat = model.chat([picture()])
+    answers = [chat.ask("small red ring " * 8, max_new_tokens=8) for _ in range(4)]
+    assert chat._cache is not None
+    assert chat._cache.capacity > 256
+    assert model.chat([picture()], chat.history[:3]).ask("small red ring " * 8, 8) == answers[3]
+
+
+def test_streams(model: InternVLChat) -> None:
+    chat = model.chat([picture()])
+    pieces = list(chat.stream("a red ring", max_new_tokens=12))
+    assert "".join(pieces).strip() == model.chat([picture()]).ask("a red ring", max_new_tokens=12)
+    assert len(pieces) > 1
+    stream = chat.stream("two", max_new_tokens=12)
+    piece = next(stream)
+    stream.close()
+    assert chat.history[-1] == Turn("two", piece.strip())
+    chat.ask("and", max_new_tokens=2)  # goes on
+
+
+def test_sampling() -> None:
+    logits = np.log(np.array([0.05, 0.5, 0.3, 0.15], np.float32))
+    rng = np.random.default_rng(0)
+
+    def shares(how: Sampling) -> list[float]:
+        drawn = [pick(logits, how, rng) for _ in range(4000)]
+        return [drawn.count(i) / len(drawn) for i in range(4)]
+
+    assert shares(Sampling()) == [0, 1, 0, 0]
+    assert shares(Sampling(1.0)) == pytest.approx([0.05, 0.5, 0.3, 0.15], abs=0.03)
+    assert shares(Sampling(1.0, top_k=2)) == pytest.approx([0, 0.625, 0.375, 0], abs=0.03)
+    assert shares(Sampling(1.0, top_p=0.7)) == pytest.approx([0, 0.625, 0.375, 0], abs=0.03)
+    assert shares(Sampling(1.0, top_p=0.01)) == [0, 1, 0, 0]
+    square = np.array([0.05, 0.5, 0.3, 0.15]) ** 2
+    assert shares(Sampling(0.5)) == pytest.approx((square / square.sum()).tolist(), abs=0.03)
+    for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}):
+        with pytest.raises(UsageError, match="sampling settings"):
+            Sampling(**wrong)
+
+
+def test_a_seed_repeats_its_answer(model: InternVLChat) -> None:
+    def ask(seed: int) -> str:
+        return model.chat([picture()]).ask("a", 12, Sampling(5.0, seed=seed))
+
+    assert ask(1) == ask(1)
+    assert len({ask(seed) for seed in range(6)}) > 1
+
+
+def test_conversations_in_threads(model: InternVLChat) -> None:
+    want = [model.chat([picture(i)]).ask("a red ring", 6) for i in range(4)]
+    chats = [model.chat([picture(i)]) for i in range(4)]
+    found: dict[int, str] = {}
+
+    def ask(i: int, chat: Chat) -> None:
+        found[i] = chat.ask("a red ring", 6)
+
+    threads = [threading.Thread(target=ask, args=(i, chat)) for i, chat in enumerate(chats)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(4)] == want
+
+
+def test_without_an_image(model: InternVLChat) -> None:
+    assert model.chat().ask("a", 3) == model.chat(history=()).ask("a", 3)
+
+
+def test_errors(model: InternVLChat, tiny_bundle: Path, bundle: Path) -> None:
+    with pytest.raises(InputError, match="too long for this bundle"):
+        model.chat().ask("a", 5000)
+    with pytest.raises(InputError, match=r"shows 2 images.*1 were given"):
+        model.chat([picture()], [Turn("a", "b", 2)])
+    with pytest.raises(InputError, match="A sequence of images"):
+        model.chat("photo.jpg")
+    with pytest.raises(UsageError, match="at least 1"):
+        model.chat().ask("a", 0)
+    with pytest.raises(CapabilityError, match="cannot chat"):
+        InternVLChat.load(tiny_bundle)
+    with pytest.raises(CapabilityError, match="InternVLChat"):
+        InternVL.load(bundle)
+
+
+def test_the_verb(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    from PIL import Image
+
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    args = ["run", "chat", str(bundle), str(tmp_path / "a.png"), "--threads", "1", "--max-new-tokens", "4"]
+    assert main([*args, "--question", "a red ring", "--question", "and", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    with InternVLChat.load(bundle, threads=1) as model:
+        chat = model.chat([tmp_path / "a.png"])
+        want = [{"question": q, "answer": chat.ask(q, 4)} for q in ("a red ring", "and")]
+    assert report["turns"] == want
+    lines = iter(["a red ring", "", "and"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    assert main(args) == 0  # an empty line is no question, the end of the input the end
+    out = capsys.readouterr().out
+    assert all(turn["answer"] in out for turn in want)

@@ -1,0 +1,82 @@
+"""A chat model in PyTorch: before training, while it is evaluated, and in the published layout on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..conversation import Turn, encode
+from ..models.chat import InternVLChat
+from ..models.checkpoint import Checkpoint
+from ..models.layout import CHAT_TOWER, VISION, expected_shapes
+from ..preprocess import ImageSettings, Tokenizer, preprocess_images
+from .presets import ChatPreset
+from .scenes import Image8
+
+STD = 0.04
+LONGEST_ANSWER = 24
+
+
+def initialised(preset: ChatPreset, tower: Checkpoint) -> InternVLChat:
+    """The untrained model: normal weights as in stage 1, and the vision tower of an InternVL."""
+    torch.manual_seed(preset.seed)
+    model = InternVLChat(preset.model)
+    depth = preset.model.decoder.num_hidden_layers
+    for name, parameter in model.named_parameters():
+        if name.startswith(CHAT_TOWER):
+            parameter.data = tower.load(name.replace(CHAT_TOWER, VISION), torch.float32).clone()
+        elif parameter.dim() >= 2:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.trunc_normal_(parameter, std=STD / (2 * depth) ** 0.5 if residual else STD)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    return model
+
+
+class TorchChat:
+    """Greedy answers of the PyTorch model, as :data:`.chat_tasks.Answer`."""
+
+    def __init__(self, model: InternVLChat, tokenizer: Tokenizer, settings: ImageSettings) -> None:
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+
+    def __call__(self, images: Image8, conversations: Sequence[Sequence[Turn]]) -> list[str]:
+        """The answer to the last turn of each conversation."""
+        rows = [encode(turns, self.tokenizer).ids for turns in conversations]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        pixels = torch.from_numpy(preprocess_images(list(images), self.settings))
+        said = self.model.generate(pixels, ids, mask, LONGEST_ANSWER)
+        return [self.tokenizer.decode(row).strip() for row in said.tolist()]
+
+
+def write(
+    model: InternVLChat,
+    folder: Path,
+    tokenizer: bytes,
+    settings: ImageSettings,
+    rest: Checkpoint,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write the published layout: config.json, model.safetensors, tokenizer.model, preprocessor_config.json.
+
+    ``rest`` has the blocks of the vision tower that the model does not run, in an InternVL or a chat model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+    tensors = {}
+    for key in expected_shapes(model.config):
+        other = key if key in rest.tensors else key.replace(CHAT_TOWER, VISION)
+        tensor = state[key] if key in state else rest.load(other)
+        tensors[key] = tensor.to("cpu", dtype).contiguous()
+    partial = folder / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(model.config.to_published(), indent=1) + "\n")
+    (folder / "tokenizer.model").write_bytes(tokenizer)
+    settings.save(folder / "preprocessor_config.json")

@@ -1,0 +1,191 @@
+"""Conversations about images as training batches: of drawn scenes, or a file in LLaVA's layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..conversation import IGNORE, IMAGE_TOKEN, Encoded, Turn, encode
+from ..errors import InputError
+from ..pictures import ImageInput
+from ..preprocess import Array, ImageSettings, Tokenizer, preprocess_images
+from .dialogues import conversation, dialogue
+from .presets import Stage
+from .scenes import near_copy, render, sample_scene
+
+_STREAM = 0x7A3
+_ORDER_STREAM = 0x0DE
+PLACEHOLDER = "<image>"
+
+
+@dataclass(frozen=True)
+class ChatBatch:
+    """B conversations, padded on the right, and the images of all their placeholders, row after row.
+
+    ``pixel_values`` [I, 3, S, S]; ``input_ids``, ``labels`` (-100 where nothing is learnt), ``mask`` [B, T].
+    """
+
+    pixel_values: Tensor
+    input_ids: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+class Source(Protocol):
+    """Where conversations come from: row ``row`` of batch ``batch`` is a pure function of both."""
+
+    def __call__(self, batch: int, rows: int) -> list[tuple[list[ImageInput], list[Turn]]]:
+        """Images and turns of each row of a batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class SceneDialogues:
+    """Dialogues of one to ``turns`` questions about drawn scenes."""
+
+    seed: int
+    size: int
+    turns: int = 5
+    near: float = 0.5
+    pairs: float = 0.6
+
+    def __call__(self, batch: int, rows: int) -> list[tuple[list[ImageInput], list[Turn]]]:
+        """Rows of batch ``batch``; a share of ``near`` shows nearly what the row before shows."""
+        rng = np.random.default_rng([_STREAM, self.seed, batch])
+        found: list[tuple[list[ImageInput], list[Turn]]] = []
+        scene = None
+        for _ in range(rows):
+            copied = rng.random() < self.near
+            if scene is None or not copied:
+                scene = sample_scene(rng, "train", pairs=self.pairs)
+            else:
+                scene = near_copy(rng, scene)
+            asked = dialogue(rng, scene, 1 + int(rng.integers(self.turns)))
+            found.append(([render(scene, self.size)], conversation(asked)))
+        return found
+
+
+@dataclass(frozen=True)
+class LlavaFile:
+    """A file of conversations in LLaVA's layout, read in an order of ``seed`` anew each epoch."""
+
+    samples: tuple[tuple[tuple[Path, ...], tuple[Turn, ...]], ...]
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __call__(self, batch: int, rows: int) -> list[tuple[list[ImageInput], list[Turn]]]:
+        """Rows of batch ``batch``; epochs follow each other without a gap."""
+        found: list[tuple[list[ImageInput], list[Turn]]] = []
+        for place in range(batch * rows, (batch + 1) * rows):
+            epoch, index = divmod(place, len(self.samples))
+            order = np.random.default_rng([_ORDER_STREAM, self.seed, epoch]).permutation(len(self.samples))
+            images, turns = self.samples[order[index]]
+            found.append((list(images), list(turns)))
+        return found
+
+
+class ChatBatches(Dataset[ChatBatch]):
+    """Batch ``i`` of stage 3: a pure function of ``i``, so that resuming is exact."""
+
+    def __init__(
+        self, source: Source, stage: Stage, settings: ImageSettings, tokenizer: bytes, longest: int
+    ) -> None:
+        self.source, self.stage, self.settings, self.longest = source, stage, settings, longest
+        self.tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return self.stage.steps
+
+    def __getitem__(self, index: int) -> ChatBatch:
+        rows = self.source(index, self.stage.batch)
+        tokenizer = Tokenizer(self.tokenizer)
+        said = [encode(turns, tokenizer) for _, turns in rows]
+        said = [Encoded(row.ids[: self.longest], row.labels[: self.longest]) for row in said]
+        images = [
+            image
+            for (shown, _), row in zip(rows, said, strict=True)
+            for image in shown[: row.ids.count(IMAGE_TOKEN)]
+        ]
+        return collate(preprocess_images(images, self.settings), said)
+
+
+def collate(pixel_values: Array, rows: Sequence[Encoded]) -> ChatBatch:
+    """Pad conversations on the right into one batch."""
+    width = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    labels = torch.full((len(rows), width), IGNORE, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        length = len(row.ids)
+        ids[i, :length], labels[i, :length] = torch.tensor(row.ids), torch.tensor(row.labels)
+        mask[i, :length] = 1
+    return ChatBatch(torch.from_numpy(pixel_values), ids, labels, mask)
+
+
+def read_llava(path: Path, images: Path | None = None, seed: int = 0) -> LlavaFile:
+    """Read conversations in LLaVA's layout: a JSON list, or one object a line (``.jsonl``).
+
+        {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                             {"from": "gpt", "value": "A ring."}]}
+
+    Args:
+        path: the file. ``image`` may be left out (text alone) or be a list.
+        images: the folder that image names are relative to; None: the file's own.
+        seed: of the order.
+
+    Raises:
+        InputError: the file, a conversation or an image name cannot be used; the first fault is named.
+    """
+    folder = (images or path.parent).resolve()
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if path.suffix == ".jsonl"
+            else json.loads(text)
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"Cannot read {path}.", str(error), "Give a JSON list, or JSONL.") from error
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path} holds no conversations.", "It must be a list that is not empty.")
+    return LlavaFile(tuple(_sample(row, f"{path}, entry {i}", folder) for i, row in enumerate(rows)), seed)
+
+
+def _sample(row: Any, where: str, folder: Path) -> tuple[tuple[Path, ...], tuple[Turn, ...]]:
+    said = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(said, list) or len(said) < 2:
+        raise InputError(f"{where} is no conversation.", "It needs 'conversations' of at least two messages.")
+    names = row.get("image", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise InputError(f"{where}: 'image' is no file name.")
+    paths = tuple((folder / name).resolve() for name in names)
+    for file in paths:
+        if not file.is_relative_to(folder) or not file.is_file():
+            raise InputError(f"{where}: no image {file.name}.", f"Looked for it in {folder}.")
+    texts = []
+    for i, message in enumerate(said[: len(said) // 2 * 2]):
+        want = ("human", "user") if i % 2 == 0 else ("gpt", "assistant")
+        if not isinstance(message, dict) or message.get("from") not in want:
+            raise InputError(f"{where}: message {i + 1} is not from {want[0]}.", "They must take turns.")
+        if not isinstance(message.get("value"), str):
+            raise InputError(f"{where}: message {i + 1} has no text.")
+        texts.append(message["value"])
+    turns = tuple(
+        Turn(question.replace(PLACEHOLDER, "").strip(), answer.strip(), question.count(PLACEHOLDER))
+        for question, answer in zip(texts[::2], texts[1::2], strict=True)
+    )
+    shown = sum(turn.images for turn in turns)
+    if shown != len(paths):
+        raise InputError(f"{where} has {shown} placeholders {PLACEHOLDER} and {len(paths)} images.")
+    return paths, turns

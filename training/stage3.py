@@ -1,0 +1,155 @@
+"""Stage 3: supervised fine-tuning through the chat decoder, loss on answers only (paper section 3.3)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Subset
+
+from ..conversation import IGNORE, IMAGE_TOKEN
+from ..errors import InputError
+from ..models.chat import InternVLChat, splice
+from ..models.qllama import Visible, run_layers
+from . import lora as low_rank
+from .conversations import ChatBatch, ChatBatches
+from .lora import Lora
+from .presets import Stage
+from .trainer import Options, Progress, optimizers, save_state, schedule
+
+Trains = Literal["projector", "decoder", "all", "lora"]
+TRAINS: dict[Trains, tuple[str, ...]] = {
+    "projector": ("model.mm_projector.*",),
+    "decoder": ("model.[!v]*", "lm_head.*"),
+    "all": ("*",),
+    "lora": ("*.lora_a", "*.lora_b"),
+}
+"""What learns, as patterns of parameter names; the rest is frozen. ``decoder`` is all but the tower."""
+
+
+@dataclass(frozen=True)
+class Stage3:
+    """A run of stage 3.
+
+    Args:
+        stage: schedule, batch size and what learns (one of :data:`TRAINS`).
+        lora: adapters that are put on first; None: none.
+        seed: of the adapters.
+        weight_decay: of matrices.
+        max_grad_norm: gradients are clipped to it.
+    """
+
+    stage: Stage
+    lora: Lora | None = None
+    seed: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+def answer_loss(model: InternVLChat, batch: ChatBatch) -> Tensor:
+    """Mean cross entropy of the answers' tokens, each predicted from all that stands before it."""
+    visual = model.visual(batch.pixel_values)
+    x, _ = splice(model.model.embed_tokens, batch.input_ids, batch.mask, visual)
+    labels = splice_labels(batch, visual.shape[1])
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    # Padding stands behind every token that is learnt: causal attention alone hides it.
+    hidden, _ = run_layers(model.model, x, positions, Visible(causal=True))
+    learnt = labels[:, 1:] != IGNORE
+    return F.cross_entropy(model.lm_head(hidden[:, :-1][learnt]), labels[:, 1:][learnt])
+
+
+def splice_labels(batch: ChatBatch, visual: int) -> Tensor:
+    """Labels [B, S] of the rows of :func:`~ivl_export.models.chat.splice`, ``visual`` for each image."""
+    rows = []
+    for ids, labels, used in zip(batch.input_ids, batch.labels, batch.mask.bool(), strict=True):
+        times = torch.where(ids == IMAGE_TOKEN, visual, 1)[used]
+        rows.append(labels[used].repeat_interleave(times))
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
+
+
+def fine_tune(
+    model: InternVLChat,
+    what: Stage3,
+    data: ChatBatches,
+    identity: dict[str, Any],
+    options: Options,
+    report: Callable[[Progress], None],
+) -> float:
+    """Train ``model`` in place and return the seconds the steps took.
+
+    Args:
+        model: fp32; with ``what.lora`` it has adapters afterwards.
+        what: what learns, and how.
+        data: the batches.
+        identity: plain data that says which model and data these are; a kept state of others is refused.
+        options: where the state is kept, and how often.
+        report: hears every step.
+
+    Raises:
+        InputError: ``options.work_dir`` holds the state of another run.
+    """
+    stage = what.stage
+    state_file = options.work_dir / "state.pt"
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    if what.lora is not None:
+        low_rank.add(model, what.lora, what.seed)
+    chosen = optimizers(model, stage, what.weight_decay)
+    identity = {**identity, "what": repr(what)}
+    first, seconds = 0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        if state["identity"] != identity:
+            raise InputError(
+                f"{options.work_dir} holds another run.",
+                "Its model, data or settings differ from what is asked now.",
+                "Use another --work-dir, or delete that one.",
+            )
+        model.load_state_dict(state["model"])
+        for optimizer, kept in zip(chosen, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        first, seconds = state["step"], state["seconds"]
+    started = time.perf_counter() - seconds
+    rest: Subset[ChatBatch] = Subset(data, range(first, stage.steps))
+    ahead = 4 if options.workers else None
+    batches = DataLoader(rest, batch_size=None, num_workers=options.workers, prefetch_factor=ahead)
+    for step, batch in enumerate(batches, first):
+        losses = _step(model, chosen, what, batch, step, options.bf16)
+        seconds = time.perf_counter() - started
+        report(Progress(stage.name, step + 1, step + 1, stage.steps, losses, seconds))
+        if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
+            save_state(
+                state_file, model, chosen, {"identity": identity, "step": step + 1, "seconds": seconds}
+            )
+    model.eval()
+    return seconds
+
+
+def _step(
+    model: InternVLChat,
+    chosen: list[torch.optim.Optimizer],
+    what: Stage3,
+    batch: ChatBatch,
+    step: int,
+    bf16: bool,
+) -> dict[str, float]:
+    for optimizer in chosen:
+        peak = what.stage.matrix_lr if isinstance(optimizer, torch.optim.Muon) else what.stage.lr
+        for group in optimizer.param_groups:
+            group["lr"] = peak * schedule(what.stage, step)
+    model.train()
+    device = batch.pixel_values.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
+        loss = answer_loss(model, batch)
+    model.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    learning = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.clip_grad_norm_(learning, what.max_grad_norm, error_if_nonfinite=True)
+    for optimizer in chosen:
+        optimizer.step()
+    return {"answers": float(loss.detach()), "grad_norm": float(norm)}
