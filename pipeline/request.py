@@ -127,7 +127,7 @@ class Job:
         self.components = _components(self.checkpoint, request.components)
         self.parts = {name: self._split(name) for name in self.components}
         self.plan: Plan = plan(
-            self.recipe, self.linear_shapes, attentions(self.checkpoint.config, self.components)
+            self.recipe, self.linear_shapes, attentions(self.checkpoint.whole, self.components)
         )
         if RTX in self.backends:
             types = element_types(self.recipe.base, frozenset(self.plan.quantised.values()))
