@@ -28,8 +28,13 @@ class _Profile(TyperGroup):
     """A group whose command may be left out: then it is :data:`DEFAULT`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        named = bool(args) and args[0] in self.commands
-        return super().parse_args(ctx, args if named else [DEFAULT, *args])
+        return super().parse_args(ctx, self._named(args))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, self._named(args))
+
+    def _named(self, args: list[str]) -> list[str]:
+        return args if args and args[0] in self.commands else [DEFAULT, *args]
 
 
 app = typer.Typer(cls=_Profile, add_completion=False)
