@@ -78,9 +78,9 @@ def caption(profiles: Sequence[Profile]) -> str:
         return "No profile receipt is there."
     machines = dict.fromkeys(_where(profile) for profile in profiles)
     said = (
-        f"Medians of a call on {'; '.join(machines)}; captions of 30 tokens. Of the ceiling: the share of the "
-        "median that products and copies would take at their measured best. Over PyTorch: modules with the same "
-        "weights in bf16, in the same run; above 1 is faster."
+        f"Medians of a call on {'; '.join(machines)}; captions of 30 tokens. Of the ceiling: the share of "
+        "the median that products and copies would take at their measured best. Over PyTorch: modules with "
+        "the same weights in bf16, in the same run; above 1 is faster."
     )
     unsteady = sum(not c.measurement.stable for p in profiles for c in p.of_kind("chained"))
     return said + (f" {unsteady} of these times had not settled within 2%: marked ~." if unsteady else "")

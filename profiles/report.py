@@ -78,6 +78,12 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
     """
     options, here = options or Options(), machine()
     bundle = Bundle.open(path, "size")
+    if not set(COMPONENTS) & set(bundle.manifest.components):
+        raise CapabilityError(
+            f"{bundle.root} cannot be profiled.",
+            f"It holds {', '.join(bundle.manifest.components)}; this release times {', '.join(COMPONENTS)}.",
+            "Profile the bundle of an InternVL.",
+        )
     about, config = bundle.manifest.model, InternVLConfig.from_published(bundle.manifest.model.config)
     tables = options.table19 or different_model(about, config) is None
     notes: list[str] = []
