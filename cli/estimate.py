@@ -145,6 +145,6 @@ def _print(result: Estimate, model: str, with_layers: bool) -> None:
         typer.echo("its ceilings: without a GPU of the table, a receipt is held to those measured with it.")
     if not any(c.receipt and c.published for c in result.checks):
         typer.echo(
-            "No receipt of this repository has a latency on a GPU yet: the lines above are the paper's, "
+            "No receipt of this repository has a latency on a GPU yet: Table 19's lines are the paper's, "
             "and the 16-bit share comes from these same lines."
         )

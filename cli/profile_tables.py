@@ -233,9 +233,11 @@ def _table19(table: Table19) -> None:
             return (None,) * 5
         return row.vit_ms, row.qllama_image_ms, row.qllama_text_ms, row.total_ms, row.pairs_per_s
 
+    machines = {column.machine for column in table.columns}
+    several = len(machines) > 1
     rows: list[tuple[object, ...]] = []
     for line in table.lines:
-        head: tuple[object, ...] = (line.model, line.method, line.image_size)
+        head: tuple[object, ...] = (line.model, line.method.removeprefix("InternVL-"), line.image_size)
         if line.paper is not None:
             rows.append((*head, "paper: A100 bf16", 128, *cells(line.paper), None))
             head = ("", "", "")
@@ -244,19 +246,23 @@ def _table19(table: Table19) -> None:
             continue
         for column, row, ratio in zip(table.columns, line.measured, line.ratios, strict=True):
             if row is not None or line.paper is not None:
-                who = f"{column.backend} {column.precision}, {column.machine}"
+                who = f"{column.backend} {column.precision}{f', {column.machine}' if several else ''}"
                 rows.append((*head, who, column.batch, *cells(row), ratio and f"{ratio:.2f}x"))
                 head = ("", "", "")
     print_table(
-        "Table 19: time of one image-text pair",
+        "Table 19: time of one image-text pair, InternVL-C and InternVL-G",
         (
-            "model", "method", "pixels", "by", "batch", "ViT ms", "QLLaMA image ms", "QLLaMA text ms",
-            "total ms", "pairs/s", "speed-up over PyTorch bf16 here",
+            "model", "", "pixels", "by", "batch", "ViT ms", "image ms", "text ms",
+            "total ms", "pairs/s", "x PyTorch",
         ),
         rows,
     )  # fmt: skip
     typer.echo(f"paper: {SOURCE}")
-    columns = [f"{c.backend} {c.precision}, {c.machine}" for c in table.rate_columns]
+    typer.echo("image, text: QLLaMA's; total: their sum with the ViT")
+    typer.echo("x PyTorch: times as fast as the PyTorch bf16 baseline of the same run, machine and batch")
+    if machines and not several:
+        typer.echo(f"here: {next(iter(machines))}")
+    columns = [f"{c.backend} {c.precision}{f', {c.machine}' if several else ''}" for c in table.rate_columns]
     print_table(
         "Table 11: images per second of the vision component",
         ("model", "pixels", "batch", "paper: A100 bf16", *columns),

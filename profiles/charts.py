@@ -141,7 +141,7 @@ def _histogram(drawing: Drawing, case: Case, x: float, y: float, width: float) -
     )  # fmt: skip
     scale, bar = Scale(low, high, left, right), (right - left) / 30
     for i in range(30):
-        for count, colour in ((int(every[i]), "grid"), (int(steady[i]), "s0")):
+        for count, colour in ((int(every[i]), "axis"), (int(steady[i]), "s0")):
             if count:
                 tall = max(1.0, (bottom - top) * count / int(every.max()))
                 told = f"{number(float(edges[i]))} to {number(float(edges[i + 1]))} ms: {count} calls"

@@ -103,7 +103,8 @@ def read_receipts(folder: Path, arithmetic_of: Callable[[str], Arithmetic]) -> l
             cost = profile.cost(case)
             if peaks is not None and cost is not None:
                 name = f"{path.stem}: {case.name} at batch {case.batch}"
-                name += f", {case.sizes['text']} tokens" if case.name == "qllama_text" else ""
+                length = case.sizes.get("past", case.sizes.get("text"))
+                name += "" if length is None else f", {length} tokens"
                 ms = case.measurement.summary.p50_ms
                 found.append(Timed(name, peaks, cost, arithmetic, ms, True, published is not None))
     return found

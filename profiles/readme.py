@@ -82,7 +82,8 @@ def caption(profiles: Sequence[Profile]) -> str:
         "the median that products and copies would take at their measured best. Over PyTorch: modules with "
         "the same weights in bf16, in the same run; above 1 is faster."
     )
-    unsteady = sum(not c.measurement.stable for p in profiles for c in p.of_kind("chained"))
+    shown = [case for p in profiles for case in p.of_kind("chained") if case.name in CALLS]
+    unsteady = sum(not case.measurement.stable for case in shown)
     return said + (f" {unsteady} of these times had not settled within 2%: marked ~." if unsteady else "")
 
 

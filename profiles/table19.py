@@ -129,7 +129,8 @@ class Table19:
         return {"source": SOURCE, "source_11": SOURCE_11, **data, "notes": list(self.notes)}
 
 
-Cells = dict[tuple[str, str, int], dict[Column, Row]]
+Cells = dict[tuple[str, str, int], dict[Column, tuple[Row, float | None]]]
+"""Line to column to its row, and the ratio to the baseline of its own run."""
 Rates = dict[tuple[str, int, int], dict[Column, float]]
 
 
@@ -168,25 +169,31 @@ def table19(model: Model, config: InternVLConfig, cases: Iterable[Case], machine
             if method == METHODS[0] or image is not None:
                 total = vision + (image or 0.0) + text
                 row = Row(method, size, vision, image, text, total, 1e3 / total)
-                cells.setdefault((name, method, size), {})[column] = row
+                found = cells.setdefault((name, method, size), {})
+                own = found.get(Column(BACKEND, PRECISION, machine, batch), (None, None))[0]
+                found[column] = row, _ratio(own if column.backend != BACKEND else row, row)
     if cells:
         notes.append("The measured parts include the pooling heads and the text projection.")
     return _assembled(cells, rates, notes)
 
 
 def merged(tables: Sequence[Table19]) -> Table19:
-    """One table with the columns of all (the same column of several image sizes is one)."""
+    """One table with the columns of all (the same column of several image sizes is one).
+
+    Ratios stay those of their own runs; of a cell that several tables have the first is kept.
+    """
     cells: Cells = {}
     rates: Rates = {}
     for table in tables:
         for line in table.lines:
-            for column, row in zip(table.columns, line.measured, strict=True):
+            found = cells.setdefault((line.model, line.method, line.image_size), {})
+            for column, row, ratio in zip(table.columns, line.measured, line.ratios, strict=True):
                 if row is not None:
-                    cells.setdefault((line.model, line.method, line.image_size), {})[column] = row
+                    found.setdefault(column, (row, ratio))
         for rate in table.rates:
             for column, value in zip(table.rate_columns, rate.measured, strict=True):
                 if value is not None:
-                    rates.setdefault((rate.model, rate.image_size, rate.batch), {})[column] = value
+                    rates.setdefault((rate.model, rate.image_size, rate.batch), {}).setdefault(column, value)
     return _assembled(cells, rates, dict.fromkeys(note for table in tables for note in table.notes))
 
 
@@ -196,8 +203,8 @@ def _assembled(cells: Cells, rates: Rates, notes: Iterable[str]) -> Table19:
     lines = []
     for key in dict.fromkeys((*papers, *cells)):
         found = cells.get(key, {})
-        rows = tuple(found.get(column) for column in columns)
-        ratios = tuple(_ratio(column, row, found) for column, row in zip(columns, rows, strict=True))
+        rows = tuple(found.get(column, (None, None))[0] for column in columns)
+        ratios = tuple(found.get(column, (None, None))[1] for column in columns)
         lines.append(Line(*key, papers.get(key), rows, ratios))
     rate_columns = tuple(dict.fromkeys(column for found in rates.values() for column in found))
     papers_11 = {(PAPER_MODEL, 224, batch): value for batch, value in PAPER_RATES.items()}
@@ -216,11 +223,10 @@ def _assembled(cells: Cells, rates: Rates, notes: Iterable[str]) -> Table19:
 _BATCH_NOTE = "Measured at batch"
 
 
-def _ratio(column: Column, row: Row | None, found: dict[Column, Row]) -> float | None:
-    baseline = found.get(Column(BACKEND, PRECISION, column.machine, column.batch))
-    if row is None or baseline is None or None in (row.total_ms, baseline.total_ms):
+def _ratio(baseline: Row | None, row: Row) -> float | None:
+    if baseline is None or baseline.total_ms is None or row.total_ms is None:
         return None
-    return float(baseline.total_ms or 0) / float(row.total_ms or 1)
+    return baseline.total_ms / row.total_ms
 
 
 def different_model(model: Model, config: InternVLConfig) -> str | None:

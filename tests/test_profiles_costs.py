@@ -290,6 +290,9 @@ def test_tables_of_several_sizes_and_machines_are_one() -> None:
     parts = [timed("vision", 128, 640.0), timed("qllama_text", 128, 128.0, text=80)]
     torch = [baseline("vision", 128, 1280.0), baseline("qllama_text", 128, 256.0, text=80)]
     table = merged([table19(224, [*parts, *torch]), table19(448, parts), table19(224, parts, "T4")])
+    slower = [baseline("vision", 128, 2560.0), baseline("qllama_text", 128, 512.0, text=80)]
+    again = merged([table19(224, [*parts, *torch]), table19(224, [*parts, *slower])])
+    assert ratios(again)["InternVL-C", 224, "fp8"] == 2.0  # of its own run, not of the other one's baseline
     assert [(c.backend, c.machine) for c in table.columns] == [
         ("PyTorch", "L40S"), ("tensorrt", "L40S"), ("tensorrt", "T4"),
     ]  # fmt: skip
