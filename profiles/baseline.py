@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from ..errors import IvlError, UsageError
 from ..manifest import Model
 from ..models.config import InternVLConfig
 from ..specs import ComponentSpec
-from .cases import Call, Case, Progress, Task
+from .cases import Case, Progress, Task
 from .cuda import captured, event_timer, has_gpu
 from .inputs import random_inputs
 from .measure import StopRule
@@ -55,10 +56,7 @@ def run_baseline(
             if progress is not None:
                 progress(f"torch bf16 {spec.name}, batch {sizes['batch']}", done, len(wanted))
             call = _module_call(checkpoint, config, spec, sizes)
-            cases += [
-                task.time(rule, calls=partial(_only, Call(spec.name, sizes, 1)))
-                for task in _tasks(spec, sizes, call)
-            ]
+            cases += [task.time(rule) for task in _tasks(spec, sizes, call)]
     return tuple(cases)
 
 
@@ -144,21 +142,13 @@ def _tensor(array: Any, device: str) -> Any:
 
 def _tasks(spec: ComponentSpec, sizes: dict[str, int], call: Callable[[], object]) -> list[Task]:
     """Eager, and on a GPU as a CUDA graph too."""
-    batch = sizes["batch"]
-    unit = {"qllama_text": "texts", "qllama_step": "tokens"}.get(spec.name, "images")
-    items = batch * sizes["text"] if unit == "tokens" else batch
+    make = partial(Task.component, "baseline", spec.name, sizes)
     if not has_gpu():
         boundary = "one call of the torch module: tensors in host memory in, all outputs in host memory out"
-        made = Task(spec.name, "baseline", batch, sizes, items, unit, boundary, lambda: call)
-        return [made.of(BACKEND, PRECISION)]
+        return [make(boundary, lambda: call).of(BACKEND, PRECISION)]
     boundary = "one call of the torch module: tensors in GPU memory in, all outputs in GPU memory out"
-    eager = Task(spec.name, "baseline", batch, sizes, items, unit, boundary, lambda: call, timer=event_timer)
-    replay = Task(
-        spec.name, "baseline", batch, sizes, items, unit, f"{boundary}; one launch of a CUDA graph",
-        lambda: captured(call), timer=event_timer,
-    )  # fmt: skip
-    return [eager.of(BACKEND, PRECISION), replay.of(GRAPH_BACKEND, PRECISION)]
-
-
-def _only(call: Call, _: Callable[[], object]) -> tuple[Call, ...]:
-    return (call,)
+    eager = make(boundary, lambda: call).of(BACKEND, PRECISION)
+    replay = make(f"{boundary}; one launch of a CUDA graph", lambda: captured(call)).of(
+        GRAPH_BACKEND, PRECISION
+    )
+    return [replace(task, timer=event_timer) for task in (eager, replay)]

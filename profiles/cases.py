@@ -141,21 +141,36 @@ class Task:
     precision: str = ""
     timer: Callable[[Callable[[], object]], Callable[[], int]] | None = None
 
+    @classmethod
+    def component(
+        cls,
+        kind: Kind,
+        name: str,
+        sizes: dict[str, int],
+        boundary: str,
+        prepare: Callable[[], Callable[[], object]],
+    ) -> Task:
+        """One call of component ``name`` at ``sizes``; tokens are counted of a decoding step."""
+        unit = {"qllama_text": "texts", "qllama_step": "tokens"}.get(name, "images")
+        items = sizes["batch"] * (sizes["text"] if unit == "tokens" else 1)
+        return cls(name, kind, sizes["batch"], sizes, items, unit, boundary, prepare)
+
     def time(
         self,
         rule: StopRule,
         stages: Callable[[], dict[str, float]] | None = None,
-        calls: Callable[[Callable[[], object]], tuple[Call, ...]] | None = None,
+        record: Callable[[Callable[[], object]], tuple[Call, ...]] | None = None,
     ) -> Case:
         """Measure it.
 
         Args:
             rule: when to stop.
             stages: seconds by stage so far, of a chained call.
-            calls: makes the call once and says which engine calls were in it.
+            record: makes the call once and says which engine calls were in it; None: a component's is itself.
         """
         call = self.prepare()
-        recorded = () if calls is None else calls(call)
+        own = () if self.kind in ("chained", "host") else (Call(self.name, self.sizes, 1),)
+        calls = own if record is None else record(call)
         before: dict[str, float] = {}
         remember = None if stages is None else lambda: before.update(stages())
         sample = None if self.timer is None else self.timer(call)
@@ -165,7 +180,7 @@ class Task:
         return Case(
             self.name, self.kind, self.batch, self.sizes, self.items, self.unit, self.boundary, found,
             {stage: seconds * scale for stage, seconds in spent.items() if seconds > 0},
-            self.backend, self.precision, "host clock" if self.timer is None else "CUDA events", recorded,
+            self.backend, self.precision, "host clock" if self.timer is None else "CUDA events", calls,
         )  # fmt: skip
 
     def of(self, backend: str, precision: str) -> Task:

@@ -18,7 +18,7 @@ from ..models.layout import COMPONENTS
 from ..preprocess import CAPTION_PROMPT
 from ..runtime import InternVL, Mode
 from ..specs import ComponentSpec
-from .cases import Call, Case, Progress, Task
+from .cases import Case, Progress, Task
 from .cuda import event_timer, has_gpu
 from .inputs import JPEG_SIZE, TEXT, jpeg, random_inputs, random_pixels
 from .measure import StopRule
@@ -72,13 +72,11 @@ def run(
     for done, task in enumerate(tasks):
         if progress is not None:
             progress(f"{task.name}, batch {task.batch}", done, len(tasks))
-        stages = calls = None
+        stages = record = None
         if task.kind == "chained":
             stages = partial(_seconds, model)
-            calls = model.components.calls if isinstance(model.components, RecordingComponents) else None
-        elif task.kind == "component":
-            calls = partial(_only, Call(task.name, task.sizes, 1))
-        cases.append(task.time(rule, stages, calls))
+            record = model.components.calls if isinstance(model.components, RecordingComponents) else None
+        cases.append(task.time(rule, stages, record))
     return tuple(cases)
 
 
@@ -124,15 +122,13 @@ def _component(
     model: InternVL, spec: ComponentSpec, config: InternVLConfig, sizes: dict[str, int]
 ) -> list[Task]:
     """From host memory to host memory; on a GPU first within its own memory, by its own clock."""
-    batch, unit = sizes["batch"], {"qllama_text": "texts", "qllama_step": "tokens"}.get(spec.name, "images")
 
     def prepare() -> Callable[[], object]:
         inputs = random_inputs(spec, sizes, config.qllama.vocab_size)
         return partial(model.components.open(spec.name).run, inputs)
 
-    items = batch * sizes["text"] if unit == "tokens" else batch
     boundary = "one engine call: arrays in host memory in, all outputs in host memory out"
-    task = Task(spec.name, "component", batch, sizes, items, unit, boundary, prepare)
+    task = Task.component("component", spec.name, sizes, boundary, prepare)
     device = model.components.open(spec.name).device
     if device == HOST or not has_gpu():
         return [task]
@@ -255,7 +251,3 @@ def _width(model: InternVL) -> int:
 
 def _seconds(model: InternVL) -> dict[str, float]:
     return {stage: t.seconds for stage, t in model.timings.items()}
-
-
-def _only(call: Call, _: Callable[[], object]) -> tuple[Call, ...]:
-    return (call,)

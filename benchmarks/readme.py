@@ -1,6 +1,6 @@
 """Writes the README's performance table from the profile receipts of the repository.
 
-python -m ivl_export.profiles.readme
+python -m ivl_export.benchmarks.readme
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..strict_json import read_json
-from .baseline import BACKEND
-from .cases import Case
-from .receipt import SCHEMA, Profile, read
+from ivl_export.profiles.baseline import BACKEND
+from ivl_export.profiles.cases import Case
+from ivl_export.profiles.receipt import SCHEMA, Profile, read
+from ivl_export.strict_json import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RECEIPTS = ROOT / "profiles" / "receipts"
 README = ROOT / "README.md"
-BEGIN = "<!-- begin: written by profiles/readme.py from profiles/receipts -->"
+BEGIN = "<!-- begin: written by benchmarks/readme.py from profiles/receipts -->"
 END = "<!-- end -->"
 COLUMNS = (
     "bundle", "on", "batch", "image, C ms", "image, G ms", "text ms", "caption ms", "images/s, C",
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.check:
         README.write_text(new, encoding="utf-8")
     elif new != old:
-        print("README.md is stale: run python -m ivl_export.profiles.readme", file=sys.stderr)
+        print("README.md is stale: run python -m ivl_export.benchmarks.readme", file=sys.stderr)
         return 1
     return 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ivl_export.profiles import readme
+from ivl_export.benchmarks import readme
 from ivl_export.profiles.receipt import write
 from ivl_export.tests.made_profiles import made_case, made_profile
 
@@ -17,7 +17,7 @@ TEXT = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
 
 def test_the_readme_is_not_stale() -> None:
     assert readme.receipts()
-    assert readme.main(["--check"]) == 0, "run python -m ivl_export.profiles.readme"
+    assert readme.main(["--check"]) == 0, "run python -m ivl_export.benchmarks.readme"
 
 
 def test_the_table_is_written_from_the_receipts(tmp_path: Path) -> None:
