@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "compare": ("compare", "Show two bundles side by side: sizes, accuracy with its intervals, kernels."),
     "profile": ("profile", "Time a bundle on this machine; count FLOPs and bytes from its graphs."),
     "estimate": ("estimate", "Predict latency, memory and cost on a GPU you do not have."),
+    "cache": ("cache", "Show or delete what earlier builds left for later ones."),
     "doctor": ("doctor", "Say what can be built and run on this machine, and what to install."),
 }
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..engines.options import TACTICS, BuildOptions
 from ..errors import UsageError
 from .output import human_bytes, print_json, print_table
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ..pipeline.request import Job
 
 app = typer.Typer(add_completion=False)
+
+ENGINES: dict[str, Any] = {"rich_help_panel": "GPU engines (tensorrt-rtx, tensorrt)"}
 
 
 @app.command()
@@ -54,12 +57,72 @@ def build(
     ] = None,
     targets: Annotated[str, typer.Option(help="GPU generations for TensorRT-RTX: sm89,sm120.")] = "sm89",
     backend: Annotated[
-        str | None, typer.Option(help="Engines to build: onnxruntime,tensorrt-rtx; else all installed.")
+        str | None,
+        typer.Option(help="Engines to build: onnxruntime,tensorrt-rtx,tensorrt; else all that can be."),
     ] = None,
     components: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
     split: Annotated[
         int, typer.Option(help="Build each component in N parts, that run as one: less memory.", min=1)
     ] = 1,
+    preset: Annotated[
+        str | None, typer.Option(help="What engines are shaped for: latency, throughput or edge.", **ENGINES)
+    ] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Sizes of an axis, smallest:tuned for:largest: batch=1:8:32, qllama_step.text=1:8:32.",
+            metavar="AXIS=MIN:OPT:MAX",
+            **ENGINES,
+        ),
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(help="0 (fast build) to 5 (fast engine); else the library's 3.", **ENGINES)
+    ] = None,
+    workspace: Annotated[
+        str | None, typer.Option(help="Scratch memory an engine may use: 512M, 2G.", **ENGINES)
+    ] = None,
+    tactic_sources: Annotated[
+        str | None,
+        typer.Option(help=f"Where kernels may come from: {', '.join(TACTICS)}, or none.", **ENGINES),
+    ] = None,
+    tiling: Annotated[
+        str | None,
+        typer.Option(help="How hard to look for tilings in L2: none, fast, moderate, full.", **ENGINES),
+    ] = None,
+    l2: Annotated[str | None, typer.Option(help="L2 cache a tiling may use: 32M.", **ENGINES)] = None,
+    weight_streaming: Annotated[
+        bool,
+        typer.Option(
+            "--weight-streaming", help="Weights may stay in host memory, streamed while running.", **ENGINES
+        ),
+    ] = False,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Weights can be exchanged in the engine. Needs a GPU.", **ENGINES)
+    ] = False,
+    strip_plan: Annotated[
+        bool,
+        typer.Option(
+            "--strip-plan",
+            help="Engines without weights, put in from the graph when opened. Needs a GPU.",
+            **ENGINES,
+        ),
+    ] = False,
+    hardware_compatible: Annotated[
+        str | None,
+        typer.Option(help="tensorrt: run on other GPUs too: ampere+ or same-cc.", **ENGINES),
+    ] = None,
+    version_compatible: Annotated[
+        bool,
+        typer.Option("--version-compatible", help="tensorrt: later releases can load the engine.", **ENGINES),
+    ] = False,
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Take no engine or kernel time of an earlier build.", **ENGINES),
+    ] = False,
+    cache_size: Annotated[
+        str | None,
+        typer.Option(help="The most disk for engines kept; else $IVL_EXPORT_CACHE_SIZE or 20G.", **ENGINES),
+    ] = None,
     allow_accuracy_loss: Annotated[
         bool, typer.Option(help="Report a loss over the accuracy budget instead of failing.")
     ] = False,
@@ -73,6 +136,7 @@ def build(
     With nothing else it builds internvl-nano, the small model that ships with the package. What is there
     already is not made again: a build that was stopped goes on, a second one does nothing.
     """
+    from ..engines.cache import parse_size
     from ..pipeline.build import build as run_build
     from ..pipeline.build import preview
     from ..pipeline.mixed import mixed_job
@@ -98,6 +162,22 @@ def build(
             allow_accuracy_loss=allow_accuracy_loss,
             split=split,
             budget=budget,
+            preset=preset,
+            shapes=tuple(shapes or ()),
+            options=BuildOptions(
+                optimization_level=optimization_level,
+                workspace_bytes=None if workspace is None else parse_size(workspace, "--workspace"),
+                tactic_sources=_sources(tactic_sources),
+                tiling=tiling,
+                l2_bytes=None if l2 is None else parse_size(l2, "--l2"),
+                weight_streaming=weight_streaming,
+                refit=refit,
+                strip_plan=strip_plan,
+                hardware=hardware_compatible,
+                version_compatible=version_compatible,
+            ),
+            cache=not no_cache,
+            cache_size=None if cache_size is None else parse_size(cache_size, "--cache-size"),
         )
         if dry_run and precision == MIXED:
             raise UsageError(
@@ -221,6 +301,13 @@ def _print_dry_run(as_json: bool, planned: list[Planned], job: Job) -> None:
     ]
     print_table(f"Would build {job.request.out}", ("step", "action", "writes about", "memory about"), rows)
     print_table("Linear layers", ("scheme", "layers"), list(schemes.items()))
+
+
+def _sources(text: str | None) -> tuple[str, ...] | None:
+    """Tactic sources; an empty tuple for ``none``, None where nothing was said."""
+    if text is None:
+        return None
+    return tuple(name.strip() for name in text.split(",") if name.strip() not in ("", "none"))
 
 
 def _size(planned: Planned, size: int) -> str:

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..engines import trt
 from ..engines.build import build_engine
+from ..engines.engine_cache import EngineKey, file_hash, keep_engine, take_engine
 from ..engines.promise import check_promise
 from ..engines.proof import KernelReport, joined
 from ..engines.proof_onnxruntime import proof_from_onnxruntime
 from ..engines.proof_rtx import proof_from_engine
+from ..engines.shapes import Profile
 from ..export.components import component_spec
 from . import evaluate
+from .graph_steps import STORES
 from .graphs import Source, graph_path
 from .manifest import part_specs
 from .request import ORT, RTX, Job
@@ -21,30 +25,70 @@ from .step import Made, Step, after, write_receipt
 from .workspace import Data, Workspace
 
 
-def engine_path(component: str, target: str) -> Path:
-    """Where the TensorRT-RTX engine of ``component`` lies in a bundle."""
-    return Path("engines") / f"{RTX}-{target}" / f"{component}.engine"
+def engine_path(component: str, backend: str, target: str) -> Path:
+    """Where the engine of ``component`` for ``target`` lies in a bundle."""
+    return Path("engines") / f"{backend}-{target}" / f"{component}.engine"
 
 
-def engine_step(job: Job, component: str, part: int, target: str, graph: Step) -> Step:
-    """The engine of one component, or of one part of it, for one target."""
+def engine_step(job: Job, component: str, part: int, backend: str, target: str, graph: Step) -> Step:
+    """The engine of one component, or of one part of it, for one target: built, or one kept from before."""
     split = job.parts[component] > 1
     name = f"{component}.{part}" if split else component
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
         parts = part_specs(space.records, component)
         spec = parts[part] if split else component_spec(component, job.checkpoint.whole)
-        out = engine_path(name, target)
-        path = space.root / graph_path(name, job.recipe.base)
-        record = build_engine(path, spec, space.root / out, backend=RTX, target=target, parts=count)
-        return [out.as_posix()], {**record.to_json(), "component": component, "part": part}
+        rel = engine_path(name, backend, target)
+        path, out = space.root / graph_path(name, job.recipe.base), space.root / rel
+        place, profiles = {"component": component, "part": part}, job.profiles(spec)
+        key = _key(job, space, path, profiles, backend, target) if job.request.cache else None
+        if key is not None and (kept := take_engine(key, out)) is not None:
+            return [rel.as_posix()], {**kept, **place, "cached": True}
+        record = build_engine(
+            path,
+            spec,
+            out,
+            backend=backend,
+            target=target,
+            options=job.options,
+            profiles=profiles,
+            parts=count,
+            cache=job.request.cache,
+        )
+        if key is not None:
+            keep_engine(key, out, record.to_json(), job.request.cache_size)
+        return [rel.as_posix()], {**record.to_json(), **place}
 
     made, count = Source(job.checkpoint, job.recipe, job.plan, None), job.parts[component]
     # An engine carries a copy of the weights it reads.
     size = sum(stored_bytes(made, [component])) // count
     load = build_load(made, component).split(count)
-    inputs = {"target": target, **after([graph])}
+    whole = component_spec(component, job.checkpoint.whole)
+    inputs = {
+        "target": target,
+        "profiles": job.profiles(whole),
+        "options": job.options.to_json(),
+        **({} if backend == RTX else {"backend": backend, "gpu": str(job.gpu)}),
+        **after([graph]),
+    }
     return Step(f"engine-{name}-{target}", inputs, run, writes=size, load=load, parts=count)
+
+
+def _key(
+    job: Job, space: Workspace, graph: Path, profiles: tuple[Profile, ...], backend: str, target: str
+) -> EngineKey:
+    """What the engine of ``graph`` follows from."""
+    stores = [rel for name, record in space.records.items() if name in STORES for rel in record.files]
+    return EngineKey(
+        graph=file_hash(graph),
+        weights=tuple(file_hash(space.root / rel) for rel in stores),
+        recipe=job.recipe.to_json(),
+        profiles=profiles,
+        options=job.options.to_json(),
+        backend=backend,
+        release=trt.installed_release(backend) or "",
+        target=target if backend == RTX else str(job.gpu),
+    )
 
 
 def kernels_step(job: Job, before: list[Step]) -> Step:
@@ -67,7 +111,7 @@ def kernels_step(job: Job, before: list[Step]) -> Step:
                 if int8 and "fp8" not in promised["fp32"].values():
                     check_promise(report, int8)
                 proofs.setdefault(f"{ORT}-cpu", {})[component] = _proof(report, promised["fp32"])
-            for target in job.targets if RTX in job.backends else ():
+            for target in (target for backend, target in job.engines if backend == RTX):
                 report = joined([_engine_proof(job, space.root, name, target) for name in pieces])
                 check_promise(report, promised[job.recipe.base])
                 proofs.setdefault(f"{RTX}-{target}", {})[component] = _proof(
@@ -79,7 +123,7 @@ def kernels_step(job: Job, before: list[Step]) -> Step:
 
 
 def _engine_proof(job: Job, root: Path, name: str, target: str) -> KernelReport:
-    return proof_from_engine(root / engine_path(name, target), root / graph_path(name, job.recipe.base))
+    return proof_from_engine(root / engine_path(name, RTX, target), root / graph_path(name, job.recipe.base))
 
 
 def _proof(report: KernelReport, promised: dict[str, str]) -> Data:

@@ -18,6 +18,8 @@ TOOLS = (
     "onnxruntime-gpu",
     "tensorrt-rtx",
     "tensorrt",
+    "tensorrt-cu13",
+    "tensorrt-cu12",
     "numpy",
     "pillow",
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..calibration.chain import Step
 from ..calibration.chat import ChatBatch
 from ..calibration.dataset import Batch
 from ..calibration.recording import Recording
+from ..engines.cache import cache_folder, write_atomic
 from ..engines.memory import available_memory
 from ..engines.protocol import open_engine
 from ..export.components import component_spec
@@ -222,19 +222,7 @@ def cached(content: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any
     result = compute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            partial.write_text(json.dumps(result), encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomic(path, json.dumps(result).encode())
     except OSError:
         pass  # a cache that cannot be written costs time, not correctness
     return result
-
-
-def cache_folder() -> Path:
-    """Where results that several builds share are kept."""
-    if own := os.environ.get("IVL_EXPORT_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl-export"

@@ -16,6 +16,8 @@ from .step import Made, Step, after, model_of
 from .workspace import Workspace
 
 MEGABYTE = 10**6
+STORES = ("weights", "quantise")
+"""The steps of :func:`store_steps`."""
 
 
 def store_steps(job: Job, smooth: list[Step]) -> list[Step]:

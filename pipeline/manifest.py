@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..calibration.dataset import SMALL
+from ..engines.trt import BUILDERS
 from ..export.components import component_spec
-from ..manifest import Calibration, Component, EngineFile, Manifest, Model
+from ..manifest import Built, Calibration, Component, EngineFile, Manifest, Model
 from ..models.checkpoint import Checkpoint
 from ..specs import ComponentSpec
 from .calibration import needs_data
 from .environment import tool_versions
 from .graphs import DTYPES, graph_path
-from .request import ORT, RTX, Job, shipped_name
-from .workspace import Record
+from .request import ORT, Job, shipped_name
+from .workspace import Data, Record
 
 
 def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]) -> Manifest:
@@ -35,11 +36,10 @@ def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]
         for part, piece in enumerate(whole.parts or [whole])
     ]
     for record in records.values():
-        if record.data.get("backend") == RTX:
+        if record.data.get("backend") in BUILDERS:
             data, (file, *_) = record.data, record.files
-            engines.append(
-                EngineFile(data["component"], RTX, data["target"], file, data["release"], data["part"])
-            )
+            where = data["component"], data["backend"], data["target"]
+            engines.append(EngineFile(*where, file, data["release"], data["part"], _built(data["built"])))
     name = shipped_name(job.request.model)
     return Manifest(
         model=Model(
@@ -60,6 +60,12 @@ def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]
         receipts=tuple(receipts),
         steps={name: record.digest for name, record in records.items()},
     )
+
+
+def _built(data: Data) -> Built:
+    """What an engine's record, which has been plain JSON, says of how it was built."""
+    profiles = tuple({axis: tuple(sizes) for axis, sizes in p.items()} for p in data["profiles"])
+    return Built(**{**data, "profiles": profiles})
 
 
 def _calibration(job: Job) -> Calibration | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +12,15 @@ from ..calibration.attention import attentions
 from ..calibration.observe import algorithm_name
 from ..calibration.recipe import Plan, Recipe, load_recipe, plan
 from ..calibration.schemes import element_types
+from ..engines import trt
+from ..engines.build import NATIVE
+from ..engines.gpu import Gpu, gpus
+from ..engines.options import BuildOptions
+from ..engines.shapes import EDGE_WORKSPACE, check_shape_names, parse_shapes, profiles_of
 from ..engines.targets import check_types, parse_targets
+from ..engines.trt_config import check_options
 from ..errors import CapabilityError, CheckpointError, UsageError
+from ..export.components import component_spec
 from ..export.split import block_count, check_split
 from ..models.chat_config import ChatConfig
 from ..models.checkpoint import Checkpoint, open_checkpoint
@@ -23,9 +30,13 @@ from .calibration import choose_sets, given_scales, needs_data
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..engines.shapes import Profile
+    from ..specs import ComponentSpec
+
 ORT = "onnxruntime"
-RTX = "tensorrt-rtx"
-BACKENDS = (ORT, RTX)
+RTX = trt.RTX
+TENSORRT = trt.TENSORRT
+BACKENDS = (ORT, RTX, TENSORRT)
 EVALUATION = "evaluation.json"
 MIXED = "mixed"
 """The precision whose recipe is searched (:mod:`.mixed`)."""
@@ -49,6 +60,11 @@ class Request:
         algorithm: how ranges are picked (:mod:`..calibration.observe`); None: ``max``.
         targets: GPU generations, ``sm89,sm120``.
         backends: engines to build; empty: ONNX Runtime, and TensorRT-RTX if it is installed.
+        preset: what engines are shaped for, one of :data:`..engines.shapes.PRESETS`.
+        shapes: ranges of axes, ``batch=1:8:32``; they win over the preset.
+        options: what else the builder of GPU engines is told.
+        cache: whether engines and kernel times of earlier builds are used, and kept for later ones.
+        cache_size: the most bytes of engines kept; None: the environment's, see :mod:`..engines.cache`.
         components: empty: all that the checkpoint has.
         allow_accuracy_loss: report a loss over budget instead of failing.
         split: parts that each component with blocks is built in.
@@ -69,6 +85,11 @@ class Request:
     allow_accuracy_loss: bool = False
     split: int = 1
     budget: float | None = None
+    preset: str | None = None
+    shapes: tuple[str, ...] = ()
+    options: BuildOptions = field(default_factory=BuildOptions)
+    cache: bool = True
+    cache_size: int | None = None
 
 
 def nano_folder() -> Path:
@@ -126,6 +147,8 @@ class Job:
         self.folder = source if source.is_dir() else source.parent
         self.components = _components(self.checkpoint, request.components)
         self.parts = {name: self._split(name) for name in self.components}
+        self.shapes = parse_shapes(request.shapes)
+        self._check_engines()
         self.plan: Plan = plan(
             self.recipe, self.linear_shapes, attentions(self.checkpoint.whole, self.components)
         )
@@ -154,6 +177,39 @@ class Job:
         self.notices += tuple(
             f"{e.layer} stays {self.recipe.base}: {e.reason}." for e in self.plan.exclusions
         )
+
+    @property
+    def engines(self) -> tuple[tuple[str, str], ...]:
+        """Backend and target of all engines that a builder makes."""
+        rtx = [(RTX, target) for target in self.targets if RTX in self.backends]
+        return (*rtx, *((TENSORRT, NATIVE) for backend in self.backends if backend == TENSORRT))
+
+    @property
+    def options(self) -> BuildOptions:
+        """What the builder is told; the preset ``edge`` bounds the workspace unless something else does."""
+        options = self.request.options
+        if self.request.preset == "edge" and options.workspace_bytes is None:
+            return replace(options, workspace_bytes=EDGE_WORKSPACE)
+        return options
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU that native engines are built for; None where there are none of them."""
+        return gpus()[0] if TENSORRT in self.backends else None
+
+    def profiles(self, spec: ComponentSpec) -> tuple[Profile, ...]:
+        """The optimization profiles of a component or a part of one."""
+        return profiles_of(spec, self.request.preset, self.shapes)
+
+    def _check_engines(self) -> None:
+        """What every builder can be asked: shapes that the graphs take, options that it has."""
+        for backend in dict.fromkeys(backend for backend, _ in self.engines):
+            if self.options != BuildOptions():
+                check_options(trt.library(backend), self.options)
+        specs = {name: component_spec(name, self.checkpoint.whole) for name in self.components}
+        check_shape_names(self.shapes, specs)
+        for spec in specs.values():
+            self.profiles(spec)
 
     @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -200,24 +256,32 @@ class Job:
 
 
 def _backends(asked: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    from importlib.util import find_spec
-
+    """Backends to build for, and what there is to say of those that are not installed."""
     unknown = [b for b in asked if b not in BACKENDS]
     if unknown:
         raise UsageError(
             f"Unknown backend {unknown[0]!r}.", f"Known: {', '.join(BACKENDS)}.", f"Give --backend {ORT}."
         )
-    installed = find_spec("tensorrt_rtx") is not None
-    if RTX in asked and not installed:
+    missing = [b for b in (RTX, TENSORRT) if trt.installed_release(b) is None]
+    for backend in missing:
+        if backend in asked:
+            extra = "rtx" if backend == RTX else "gpu"
+            raise CapabilityError(
+                f"{backend} is not installed.",
+                "It builds the engines.",
+                f"pip install 'ivl-export[{extra}]'",
+            )
+    if TENSORRT in asked and not gpus():
         raise CapabilityError(
-            "tensorrt-rtx is not installed.", "It builds the engines.", "pip install 'ivl-export[rtx]'"
+            f"{TENSORRT} cannot build here.",
+            "It builds for the GPU of this machine, and there is none, or no driver for it.",
+            f"Build on the machine that will run it, or with --backend {RTX} --targets sm89.",
         )
     if asked:
         return tuple(dict.fromkeys((ORT, *asked))), ()
-    if installed:
-        return BACKENDS, ()
-    notice = "tensorrt-rtx is not installed: no GPU engines are built (pip install 'ivl-export[rtx]')."
-    return (ORT,), (notice,)
+    found = [b for b in BACKENDS if b not in missing and (b != TENSORRT or gpus())]
+    notice = f"{RTX} is not installed: no GPU engines are built (pip install 'ivl-export[rtx]')."
+    return tuple(found), (notice,) if len(found) == 1 else ()
 
 
 def _components(checkpoint: Checkpoint, asked: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from .calibration_steps import calibrate_step, fold_steps, preprocess_step
 from .engine_steps import engine_step, kernels_step
 from .graph_steps import graph_step, store_steps
 from .mixed import search_steps
-from .request import RTX, Job
+from .request import Job
 from .step import Step
 
 
@@ -30,9 +30,9 @@ def steps(job: Job) -> list[Step]:
     stores = store_steps(job, smooth)
     graph_steps = {c: graph_step(job, c, [*scales, *stores]) for c in job.components}
     engine_steps = [
-        engine_step(job, component, part, target, graph_steps[component])
+        engine_step(job, component, part, backend, target, graph_steps[component])
         for component in job.components
-        for target in (job.targets if RTX in job.backends else ())
+        for backend, target in job.engines
         for part in range(job.parts[component])
     ]
     found += [*scales, *stores, *graph_steps.values(), *engine_steps]

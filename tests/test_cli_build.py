@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from ivl_export.bundle import Bundle
 from ivl_export.calibration.qdq import write_qdq
 from ivl_export.cli import main
 from ivl_export.engines import memory
+from ivl_export.engines.gpu import gpus
+from ivl_export.manifest import EngineFile
 from ivl_export.pipeline import evaluate, graphs, request
 from ivl_export.runtime import InternVL
 
@@ -244,6 +247,79 @@ def test_a_split_component_is_built_in_parts_and_run_as_one(
         np.testing.assert_allclose(split, model.encode_text(["a red panda", "two"]), rtol=0, atol=1e-5)
     assert main([*args, "5"]) == 2
     assert "from 1 to 4" in capsys.readouterr().err
+
+
+def test_an_engine_of_an_earlier_build_is_taken_over(
+    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into another bundle, with another shape, and not at all."""
+    pytest.importorskip("tensorrt_rtx")
+
+    def built(name: str, *more: str) -> tuple[dict[str, Any], EngineFile]:
+        args = one_component(tiny_model, photos, tmp_path / name, "fp8")
+        args[args.index("--backend") + 1] = "tensorrt-rtx"
+        assert main([*args, *more]) == 0, capsys.readouterr().err
+        capsys.readouterr()
+        bundle = Bundle.open(tmp_path / name, verify="hash")
+        record = bundle.receipt("build")["engine-qllama_text-sm89"]["data"]
+        return record, bundle.engines("qllama_text", "tensorrt-rtx")[0]
+
+    first, engine = built("one", "--shapes", "text=1:8:40")
+    assert engine.built is not None
+    assert engine.built.profiles == ({"batch": (1, 8, 128), "text": (1, 8, 40)},)
+    assert (engine.built.dtype, engine.built.options) == ("bf16", {})
+    again, _ = built("two", "--shapes", "text=1:8:40")
+    assert "cached" not in first
+    assert again == {**first, "cached": True}
+    files = [tmp_path / name / engine.file for name in ("one", "two")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    other, engine = built("three", "--preset", "latency", "--weight-streaming")
+    assert "cached" not in other
+    assert engine.built is not None
+    assert engine.built.profiles[0]["batch"] == (1, 1, 8)
+    assert engine.built.options == {"weight_streaming": True}
+    alone, _ = built("four", "--shapes", "text=1:8:40", "--no-cache")
+    assert "cached" not in alone
+    assert main(["cache", "ls", "--kind", "engines", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["entries"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["--preset", "fast"], 2, "latency"),
+        (["--shapes", "batch=1:2"], 2, "--shapes"),
+        (["--shapes", "batch=1:2:999"], 2, "1 to 128"),
+        (["--shapes", "depth=1:2:3"], 2, "qllama_step.past"),
+        (["--optimization-level", "9"], 2, "level 9"),
+        (["--workspace", "lots"], 2, "--workspace"),
+        (["--tiling", "wild"], 2, "--tiling"),
+        (["--tactic-sources", "magic"], 2, "--tactic-sources"),
+        (["--hardware-compatible", "ampere+"], 5, "--targets sm80"),
+        (["--version-compatible"], 5, "--backend tensorrt"),
+        (["--refit"], 5, "machine with one"),
+        (["--strip-plan"], 5, "machine with one"),
+        (["--tactic-sources", "cublas"], 5, "TensorRT 10"),
+        (["--backend", "tensorrt"], 5, "ivl-export[gpu]"),
+    ],
+)
+def test_engine_options_that_cannot_be_had_are_refused_first(
+    args: list[str],
+    code: int,
+    said: str,
+    tiny_model: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    if gpus() or find_spec("tensorrt"):
+        pytest.skip("this machine has what is refused here")
+    asked = ["build", "--model", str(tiny_model), "--calib", str(photos), "--out", str(tmp_path / "out")]
+    assert main([*asked, *args, "--dry-run", "--json"]) == code
+    error = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert said in f"{error['what']} {error['why']} {error['fix']}"
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_little_memory_is_said_before_anything_is_made(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ivl_export.engines import trt
+from ivl_export.engines.gpu import Gpu
+from ivl_export.engines.options import BuildOptions
 from ivl_export.errors import CapabilityError, CheckpointError, InputError, IvlError, UsageError
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.pipeline import request
 from ivl_export.pipeline.calibration import OWN_CALIBRATION
-from ivl_export.pipeline.request import ORT, RTX, Job, Request
+from ivl_export.pipeline.request import ORT, RTX, TENSORRT, Job, Request
 from ivl_export.pipeline.steps import steps
 from ivl_export.training.tokenizer import train_tokenizer
 
@@ -39,7 +40,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def ask(tmp_path: Path, tiny_model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
     """``ask(precision=...)`` opens the tiny model's job; TensorRT-RTX passes for installed."""
-    pretend(monkeypatch, installed=True)
+    pretend(monkeypatch, RTX)
 
     def make(**options: Any) -> Job:
         progress = options.pop("progress", None)
@@ -49,15 +50,11 @@ def ask(tmp_path: Path, tiny_model: Path, photos: Path, monkeypatch: pytest.Monk
     return make
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
-    real = importlib.util.find_spec
-
-    def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
-        if name == "tensorrt_rtx":
-            return ModuleSpec(name, None) if installed else None
-        return real(name, package)
-
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+def pretend(monkeypatch: pytest.MonkeyPatch, *releases: str, gpu: bool = False) -> None:
+    """Which TensorRT builders are installed, and whether there is a GPU."""
+    found = dict.fromkeys(releases, "1.0")
+    monkeypatch.setattr(trt, "installed_release", found.get)
+    monkeypatch.setattr(request, "gpus", lambda: (Gpu("NVIDIA H100", "sm90"),) if gpu else ())
 
 
 def copied(model: Path, folder: Path) -> Path:
@@ -246,7 +243,7 @@ def test_a_missing_nano_is_named(ask: Ask, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_tensorrt_rtx_that_is_not_installed(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, installed=False)
+    pretend(monkeypatch)
     with pytest.raises(CapabilityError, match=r"tensorrt-rtx is not installed.*pip install") as caught:
         ask(backends=(RTX,))
     assert caught.value.exit_code == 5
@@ -254,6 +251,44 @@ def test_tensorrt_rtx_that_is_not_installed(ask: Ask, monkeypatch: pytest.Monkey
     assert job.backends == (ORT,)
     assert "tensorrt-rtx is not installed: no GPU engines" in job.notices[0]
     assert not [s.name for s in steps(job) if s.name.startswith("engine-")]
+
+
+def test_tensorrt_builds_for_the_gpu_that_is_here(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CapabilityError, match=r"tensorrt is not installed.*ivl-export\[gpu\]"):
+        ask(backends=(TENSORRT,))
+    pretend(monkeypatch, RTX, TENSORRT)
+    with pytest.raises(CapabilityError, match="no driver"):
+        ask(backends=(TENSORRT,))
+    assert ask().backends == (ORT, RTX), "not asked for: what cannot be built is left out"
+    pretend(monkeypatch, RTX, TENSORRT, gpu=True)
+    assert ask().backends == (ORT, RTX, TENSORRT)
+    job = ask(backends=(TENSORRT,))
+    assert job.engines == ((TENSORRT, "native"),)
+    (step,) = [s for s in steps(job) if s.name == "engine-vision-native"]
+    assert step.inputs["gpu"] == "NVIDIA H100 (sm90)"
+    assert step.inputs["backend"] == TENSORRT
+
+
+def test_shapes_and_options_decide_engines_and_nothing_else(ask: Ask) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    plain = {s.name: s.digest for s in steps(ask())}
+    for changed in (
+        {"preset": "latency"},
+        {"shapes": ("vision.batch=1:2:4",)},
+        {"options": BuildOptions(weight_streaming=True)},
+    ):
+        digests = {s.name: s.digest for s in steps(ask(**changed))}
+        differ = {name for name, digest in digests.items() if plain[name] != digest}
+        assert "engine-vision-sm89" in differ
+        assert all(name.startswith("engine-") or name == "kernels" for name in differ)
+    assert {s.name: s.digest for s in steps(ask(cache=False))} == plain
+    edge = ask(preset="edge")
+    assert edge.options.workspace_bytes == 256 << 20
+    own = BuildOptions(workspace_bytes=1 << 30)
+    assert ask(preset="edge", options=own).options == own
+    for refused in ({"preset": "fast"}, {"shapes": ("batch=0:1:2",)}, {"shapes": ("width=1:2:3",)}):
+        with pytest.raises(UsageError):
+            ask(**refused)
 
 
 def test_layers_without_fp8_kernels_stay_in_sixteen_bits_and_are_named(ask: Ask) -> None:

@@ -1,0 +1,97 @@
+"""``ivl-export cache``: what earlier builds left for later ones, and deleting it."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError
+from .output import human_bytes, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..engines.cache import Entry
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+_SECONDS = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
+Kind = Annotated[str | None, typer.Option(help="Only engines, timing or evaluations.")]
+Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
+
+
+@app.callback()
+def cache() -> None:
+    """Built engines, measured kernel times and task scores that later builds take over.
+
+    They lie in $IVL_EXPORT_CACHE, or in ivl-export in your cache folder. Engines take at most
+    $IVL_EXPORT_CACHE_SIZE (20G); deleting any of it costs time only.
+    """
+
+
+@app.command("ls")
+def list_entries(kind: Kind = None, as_json: Json = False) -> None:
+    """What is kept, used last first."""
+    from ..engines.cache import cache_folder, entries
+
+    _print("Kept in", "entries", entries(_kinds(kind)), str(cache_folder()), as_json)
+
+
+@app.command("prune")
+def prune_entries(
+    kind: Kind = None,
+    size: Annotated[str | None, typer.Option(help="Keep what was used last, up to this: 5G.")] = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="Delete what was not used for this long: 12h, 30d, 8w.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Delete all of it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete what was not used for a while, what is over a size, or everything."""
+    from ..engines.cache import cache_folder, parse_size, prune
+
+    if everything == (size is not None or older_than is not None):
+        raise UsageError(
+            "It must be said what to delete.",
+            "--all stands alone; --size and --older-than may stand together.",
+            "Give --older-than 30d, --size 5G or --all.",
+        )
+    gone = prune(
+        limit=None if size is None else parse_size(size, "--size"),
+        older_than=None if older_than is None else _duration(older_than),
+        kinds=_kinds(kind),
+    )
+    _print("Deleted from", "deleted", gone, str(cache_folder()), as_json)
+
+
+def _kinds(kind: str | None) -> tuple[str, ...]:
+    from ..engines.cache import KINDS
+
+    if kind is not None and kind not in KINDS:
+        raise UsageError(f"Nothing of kind {kind!r} is kept.", f"Known: {', '.join(KINDS)}.")
+    return KINDS if kind is None else (kind,)
+
+
+def _duration(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", text.strip())
+    if not found:
+        raise UsageError(
+            f"--older-than cannot read {text!r}.", "", "Give hours, days or weeks: 12h, 30d, 8w."
+        )
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def _print(what: str, key: str, found: list[Entry], folder: str, as_json: bool) -> None:
+    total = sum(entry.size for entry in found)
+    if as_json:
+        listed = [
+            {"kind": e.kind, "name": e.name, "path": str(e.path), "bytes": e.size, "used": e.used}
+            for e in found
+        ]
+        print_json({"folder": folder, key: listed, "bytes": total})
+        return
+    now = time.time()
+    rows = [(e.kind, e.name[:48], human_bytes(e.size), f"{(now - e.used) / 86_400:.1f}") for e in found]
+    print_table(f"{what} {folder}", ("kind", "name", "size", "days since used"), rows)
+    typer.echo(f"{len(found)} entries, {human_bytes(total)}")
