@@ -15,6 +15,8 @@ from PIL import Image
 
 from ivl_export.cli import main
 from ivl_export.cli.app import VERBS, app
+from ivl_export.engines.protocol import BACKENDS
+from ivl_export.engines.trt import BUILDERS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 LINES = [
@@ -66,6 +68,11 @@ def test_command_lines(line: str, folder: Path, capsys: pytest.CaptureFixture[st
         if arguments[0] == "scenes":
             shutil.rmtree("photos")  # where they are drawn to
         assert main(arguments) == 0, capsys.readouterr().err
+
+
+def test_the_table_of_what_was_run_has_every_backend() -> None:
+    rows = re.findall(r"^\| `([\w-]+)`", README.split("## What was run")[1], re.M)
+    assert set(rows) == {*BACKENDS, *BUILDERS}
 
 
 def test_a_wrong_line_would_be_seen(folder: Path) -> None:

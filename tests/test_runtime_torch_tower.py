@@ -56,3 +56,17 @@ def test_what_it_refuses(tiny_bundle: Path) -> None:
     tower = VisionTower.load(tiny_bundle)
     with pytest.raises(InputError):
         tower(torch.zeros(1, 3, 8, 8))
+
+
+def test_the_five_lines_of_the_documentation(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "embedding.md").read_text(encoding="utf-8")
+    lines = text.split("```python\n")[1].split("```")[0]
+    assert len(lines.split("\n\n", 1)[1].splitlines()) + 1 <= 5
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "internvl-nano-fp8").symlink_to(tiny_bundle)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"torch": torch}
+    exec(compile(lines, "embedding.md", "exec"), names)
+    assert names["features"].shape == (4, names["tower"].num_tokens, names["tower"].hidden_size)

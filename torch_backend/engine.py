@@ -13,6 +13,7 @@ from ..bundle import Bundle
 from ..engines.device import Array, Buffer, as_tensor, deliver, on_stream, run_from_host
 from ..errors import BuildError, CapabilityError, UsageError
 from ..specs import ComponentSpec
+from .compiled import compile_blocks
 from .cuda_graphs import CudaGraphs
 from .linears import Product
 from .module import component_of
@@ -106,7 +107,7 @@ def open_torch(
         device: ``cpu``, ``cuda``, ``cuda:N``.
         dtype: what everything unquantised computes in: ``fp32``, ``bf16``, ``fp16``; None: fp32 on the CPU,
             else the base type of the bundle's recipe.
-        compile: run it through ``torch.compile``; a text is its ``mode``. The first call of a shape compiles.
+        compile: run its blocks through ``torch.compile``; a text is its ``mode``. The first calls compile.
         cuda_graphs: record one CUDA graph for each shape and replay it.
         product: how FP8 values are multiplied, see :data:`.linears.Product`.
         threads: torch's threads on the CPU, for the whole process; None: as they are.
@@ -128,7 +129,7 @@ def open_torch(
     module = component_of(bundle, spec.name, dtype=DTYPES[chosen], device=place, product=product)
     call: Call = module
     if compile:
-        call = torch.compile(module, mode=None if compile is True else compile)
+        compile_blocks(module, None if compile is True else compile)
     if cuda_graphs:
         call = CudaGraphs(call)
     return TorchEngine(spec, call, DTYPES[chosen], place)

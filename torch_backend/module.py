@@ -85,7 +85,7 @@ def _quantise_linears(
 ) -> None:
     """Put stored values in the place of every linear layer that the recipe quantised."""
     for name, layer in list(module.named_modules()):
-        scheme = _scheme(recipe, name)
+        scheme = scheme_of(recipe, name)
         if not isinstance(layer, nn.Linear) or not scheme or not weights.holds(name, scheme, recipe.base):
             continue
         values, _, scale = stored_names(name, scheme, recipe.base)
@@ -141,7 +141,7 @@ class _Weights:
         return tensor
 
 
-def _scheme(recipe: Recipe, layer: str) -> str:
+def scheme_of(recipe: Recipe, layer: str) -> str:
     """What the last rule that matches ``layer`` says; empty if it stays in the base type."""
     found = ""
     for rule in recipe.rules:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +132,20 @@ def test_tensors_stay_where_they_are(tiny_bundle: Path) -> None:
         engine.run(inputs)
 
 
-def test_a_component_compiles_as_one_graph(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without breaks; the code generator itself, which takes a minute here, is torch's."""
-    whole = partial(torch.compile, backend="aot_eager", fullgraph=True)
-    monkeypatch.setattr(torch, "compile", lambda module, mode: whole(module))
+def test_blocks_compile_as_one_graph_each(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without breaks, and once for all; the code generator, which takes a minute here, is torch's."""
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    whole = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda call, fullgraph, mode, dynamic: whole(call, fullgraph=fullgraph, backend=backend),
+    )
     bundle = Bundle.open(tiny_bundle)
     for component in ("vision", "qllama_step"):
         spec, inputs = bundle.spec(component), feeds(bundle, component)
@@ -147,6 +156,8 @@ def test_a_component_compiles_as_one_graph(tiny_bundle: Path, monkeypatch: pytes
             want, got = eager.run(inputs), fast.run(inputs)
             for name in want:
                 np.testing.assert_allclose(got[name], want[name], atol=1e-4)
+            assert len(compiled) == 1, component
+            compiled.clear()
 
 
 def test_what_cannot_be_had_says_so(tiny_bundle: Path, tmp_path: Path) -> None:
