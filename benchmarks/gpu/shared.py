@@ -22,7 +22,7 @@ from ivl_export.calibration.schemes import excluded
 from ivl_export.export.components import component_module
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.profiles.machine import commit, machine, versions
-from ivl_export.torch_backend.linears import Product, quantised_linear
+from ivl_export.torch_backend.linears import Fp8Linear, Product
 from ivl_export.torch_backend.module import scheme_of
 
 TINY = InternVLConfig(
@@ -58,7 +58,7 @@ class Receipt:
         """Print one row, and keep it."""
         self.rows.append(row)
         shown = (
-            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None
+            f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None
         )
         print("  ".join(shown), flush=True)
         self._write()
@@ -108,11 +108,11 @@ def median_ms(call: Callable[[], object], device: str, seconds: float = 1.0, lea
     while len(samples) < least or (time.perf_counter() - start < seconds and len(samples) < 1000):
         if cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()  # type: ignore[no-untyped-call]
+            begin.record()
             call()
-            end.record()  # type: ignore[no-untyped-call]
-            end.synchronize()  # type: ignore[no-untyped-call]
-            samples.append(begin.elapsed_time(end))  # type: ignore[no-untyped-call]
+            end.record()
+            end.synchronize()
+            samples.append(begin.elapsed_time(end))
         else:
             before = time.perf_counter()
             call()
@@ -203,9 +203,7 @@ def to_fp8(module: nn.Module, inputs: Inputs, product: Product | None = None, fa
     for name, layer in linears.items():
         values, scale = quantise(layer.weight, "fp8")
         top = float(round_scale(amax[name].float(), "fp8", recipe.base))
-        made = quantised_linear("fp8", values, scale, layer.bias, top, product)
-        made.fast_accumulation = fast and values.is_cuda
-        module.set_submodule(name, made)
+        module.set_submodule(name, Fp8Linear(values, scale, layer.bias, top, product, fast))
     return len(linears)
 
 
