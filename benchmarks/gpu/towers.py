@@ -53,13 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The goals are about 224 pixels and the largest batch: that comes first, what is cut off is the rest.
     sizes = (TINY.vision.image_size,) if args.tiny else args.sizes
     base = TINY if args.tiny else InternVLConfig()
-    peaks: dict[str, float] = {}
-    for kind in ("bf16", "fp8"):
-        try:
-            peaks[kind] = matmul_peak(kind, args.device, args.tiny)
-            receipt.add(case="matmul peak", type=kind, tflops=peaks[kind] / 1e12)
-        except RuntimeError as error:  # a GPU without FP8
-            receipt.add(case="matmul peak", type=kind, note=str(error).strip().split("\n", 1)[0][:200])
+    peaks = {kind: _peak(receipt, kind, args) for kind in ("bf16", "fp8")}
     for size in sizes:
         config = replace(base, vision=replace(base.vision, image_size=size))
         for component in ("vision", "qllama_query", "qllama_text"):
@@ -76,10 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _peak(receipt: Receipt, kind: str, args: Any) -> float | None:
+    try:
+        peak = matmul_peak(kind, args.device, args.tiny)
+    except RuntimeError as error:  # a GPU without FP8
+        receipt.add(case="matmul peak", type=kind, note=_first_line(error))
+        return None
+    receipt.add(case="matmul peak", type=kind, tflops=peak / 1e12)
+    return peak
+
+
 def _run(
     receipt: Receipt,
     budget: Budget,
-    peaks: dict[str, float],
+    peaks: dict[str, float | None],
     component: str,
     config: InternVLConfig,
     way: str,
@@ -101,14 +105,14 @@ def _run(
             with torch.no_grad(), memory(args.device) as used:
                 ms = median_ms(partial(module, *inputs), args.device)
             macs = component_macs(component, config, {"batch": batch, "text": TEXT_TOKENS})
-            rate = 2 * sum(macs.values()) / ms * 1e3
+            rate, peak = 2 * sum(macs.values()) / ms * 1e3, peaks[kind]
             receipt.add(
                 case=component, size=size, way=way, batch=batch, ms_per_item=ms / batch, tflops=rate / 1e12,
-                share_of_peak=rate / peaks[kind] if kind in peaks else None, memory_gb=used["peak"] / 1e9 if used else None,
+                share_of_peak=rate / peak if peak else None, memory_gb=used["peak"] / 1e9 if used else None,
                 table19_ms=_paper(component, size), compiled=compiled,
             )  # fmt: skip
     except (torch.OutOfMemoryError, RuntimeError) as error:  # a type or kernel this GPU or torch lacks
-        receipt.add(case=component, size=size, way=way, note=str(error).strip().split("\n", 1)[0][:200])
+        receipt.add(case=component, size=size, way=way, note=_first_line(error))
 
 
 def _paper(component: str, size: int) -> float | None:
@@ -139,6 +143,10 @@ def _goals(receipt: Receipt, size: int, batch: int) -> None:
     bf16, fp8 = of("bf16", "ms_per_item"), of("fp8", "ms_per_item")
     faster = None if bf16 is None or fp8 is None else bf16 / fp8 >= 1.5
     receipt.goal(f"{where}: fp8 at least 1.5 times as fast as bf16", faster)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0][:200]
 
 
 def _numbers(text: str) -> tuple[int, ...]:
