@@ -47,6 +47,9 @@ ImagesArg = Annotated[list[Path], typer.Argument(help="Image files and folders."
 HeadOpt = Annotated[Head, typer.Option("--mode", help="InternVL-C or InternVL-G embeddings.")]
 BackendOpt = Annotated[str, typer.Option(help="Whose engines: onnxruntime, tensorrt-rtx, ...")]
 TargetOpt = Annotated[str | None, typer.Option(help="Which engines of the backend: sm89, ...")]
+DeviceOpt = Annotated[
+    str | None, typer.Option(help="Where onnxruntime and torch run: cpu, cuda, cuda:1.", show_default="cpu")
+]
 ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads of an engine.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -63,6 +66,7 @@ def embed(
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to length 1.")] = False,
     backend: BackendOpt = "onnxruntime",
     target: TargetOpt = None,
+    device: DeviceOpt = None,
     threads: ThreadsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -73,7 +77,7 @@ def embed(
 
     from ..runtime.zero_shot import l2
 
-    with _session(bundle, backend, target, threads, as_json) as (model, report):
+    with _session(bundle, backend, target, device, threads, as_json) as (model, report):
         rows, names = [], []
         if images:
             files = ImageFiles.find(images)
@@ -119,6 +123,7 @@ def classify(
     top: Annotated[int, typer.Option(min=1, help="Labels shown an image.")] = 3,
     backend: BackendOpt = "onnxruntime",
     target: TargetOpt = None,
+    device: DeviceOpt = None,
     threads: ThreadsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -126,7 +131,7 @@ def classify(
     names, files = _labels(labels, labels_file), ImageFiles.find(images)
     from ..runtime.zero_shot import TEMPLATES
 
-    with _session(bundle, backend, target, threads, as_json) as (model, report):
+    with _session(bundle, backend, target, device, threads, as_json) as (model, report):
         classes = model.class_embeddings(names, template or TEMPLATES[prompts.value])
         items = []
         for found, pictures in files.read():
@@ -159,6 +164,7 @@ def retrieve(
     mode: HeadOpt = Head.C,
     backend: BackendOpt = "onnxruntime",
     target: TargetOpt = None,
+    device: DeviceOpt = None,
     threads: ThreadsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -170,7 +176,7 @@ def retrieve(
 
     from ..runtime.zero_shot import rank
 
-    with _session(bundle, backend, target, threads, as_json) as (model, report):
+    with _session(bundle, backend, target, device, threads, as_json) as (model, report):
         names, rows = [], []
         for found, pictures in files.read():
             names += [str(f) for f in found]
@@ -207,6 +213,7 @@ def caption(
     min_new_tokens: Annotated[int, typer.Option(min=0, help="Least length (published captions: 8).")] = 0,
     backend: BackendOpt = "onnxruntime",
     target: TargetOpt = None,
+    device: DeviceOpt = None,
     threads: ThreadsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -214,7 +221,7 @@ def caption(
     from ..preprocess import CAPTION_PROMPT
 
     files, prompt = ImageFiles.find(images), CAPTION_PROMPT["en"] if prompt is None else prompt
-    with _session(bundle, backend, target, threads, as_json) as (model, report):
+    with _session(bundle, backend, target, device, threads, as_json) as (model, report):
         items = []
         for found, pictures in files.read():
             texts = model.caption(pictures, prompt, beams, max_new_tokens, min_new_tokens)
@@ -237,6 +244,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     backend: BackendOpt = "onnxruntime",
     target: TargetOpt = None,
+    device: DeviceOpt = None,
     threads: ThreadsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -245,13 +253,19 @@ def chat(
     from .run_chat import chat as run_chat
 
     engines = {"backend": backend, "target": target, "threads": threads}
+    engines |= {} if device is None else {"device": device}
     sampling = Sampling(temperature, top_k, top_p, seed)
     run_chat(bundle, images or [], question or [], max_new_tokens, sampling, engines, as_json)
 
 
 @contextmanager
 def _session(
-    bundle: Path, backend: str, target: str | None, threads: int | None, as_json: bool
+    bundle: Path,
+    backend: str,
+    target: str | None,
+    device: str | None,
+    threads: int | None,
+    as_json: bool,
 ) -> Iterator[tuple[InternVL, dict[str, Any]]]:
     """A loaded bundle and the report that the verb fills; printed when the verb is done.
 
@@ -261,7 +275,8 @@ def _session(
 
     start = time.perf_counter()
     report: dict[str, Any] = {"bundle": str(bundle), "backend": backend}
-    with InternVL.load(bundle, backend, threads=threads, target=target) as model:
+    options = {} if device is None else {"device": device}
+    with InternVL.load(bundle, backend, threads=threads, target=target, **options) as model:
         report["precision"] = model.bundle.manifest.precision
         yield model, report
         report["seconds"] = time.perf_counter() - start

@@ -52,10 +52,12 @@ class InternVLChat:
         threads: int | None = None,
         target: str | None = None,
         verify: Verify | None = "size",
+        **options: Any,
     ) -> InternVLChat:
         """Open the bundle in ``path``; arguments and errors as :meth:`.model.InternVL.load`."""
         bundle = Bundle.open(path, verify)
-        return cls(bundle, Components(bundle, backend, target, **({"threads": threads} if threads else {})))
+        options |= {} if threads is None else {"threads": threads}
+        return cls(bundle, Components(bundle, backend, target, **options))
 
     def close(self) -> None:
         """Free the engines; neither the model nor its conversations can be used afterwards."""

@@ -133,3 +133,16 @@ def test_wrong_input_has_its_exit_code(
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
     assert not captured.out
+
+
+def test_another_backend_and_device(
+    tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    one = run(capsys, "embed", tiny_bundle, folder, "--backend", "torch", "--device", "cpu")
+    two = run(capsys, "embed", tiny_bundle, folder)
+    assert (one["backend"], two["backend"]) == ("torch", "onnxruntime")
+    np.testing.assert_allclose(
+        [item["embedding"] for item in one["items"]], [item["embedding"] for item in two["items"]], atol=1e-5
+    )
+    assert cli.main(["run", "embed", str(tiny_bundle), str(folder), "--device", "gpu"]) == 2
