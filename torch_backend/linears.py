@@ -103,7 +103,8 @@ class Fp8Linear(QuantisedLinear):
                 self.values.t(),
                 scale_a=self.input_scale,
                 scale_b=self.one,
-                out_dtype=x.dtype,
+                # Without the weight's scales sums reach hundreds of times their size: too large for fp16.
+                out_dtype=torch.float32 if x.dtype == torch.float16 else x.dtype,
                 use_fast_accum=self.fast_accumulation,
             )
             y = (y * self.scale).to(x.dtype)

@@ -59,6 +59,15 @@ def test_every_way_to_multiply_fp8(product: Product, dtype: torch.dtype) -> None
     assert cosine > (1 - 1e-6 if dtype == torch.float32 else 1 - 2e-5)
 
 
+def test_fp16_sums_do_not_overflow() -> None:
+    _, values, scale = sample("fp8", 4, 16, 320)
+    layer = Fp8Linear(values, scale, None, SCALES["fp8"], "tensorwise")
+    large = 3.9 * torch.sign(layer.values[0].float()).half()[None]
+    got, want = layer(large), exact("fp8", large.float(), values, scale)
+    assert float(rounded(large, layer.input_scale, "fp8").float() @ values[0].float()) * SCALES["fp8"] > 65504
+    torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=0.1)
+
+
 def test_values_out_of_range_saturate() -> None:
     big = torch.tensor([[1e9, -1e9, float(2**-20)]])
     assert rounded(big, torch.tensor(1.0), "fp8").float().tolist()[0][:2] == [448, -448]
