@@ -103,7 +103,7 @@ def _run(
                 break
             inputs = random_inputs(component, config, batch, args.device, dtype)
             with torch.no_grad(), memory(args.device) as used:
-                ms = median_ms(partial(module, *inputs), args.device)
+                ms = median_ms(partial(module, *inputs), args.device, 0.05 if args.tiny else 1.0)
             macs = component_macs(component, config, {"batch": batch, "text": TEXT_TOKENS})
             rate, peak = 2 * sum(macs.values()) / ms * 1e3, peaks[kind]
             receipt.add(
