@@ -275,7 +275,7 @@ def _session(
 
     start = time.perf_counter()
     report: dict[str, Any] = {"bundle": str(bundle), "backend": backend}
-    options = {} if device is None else {"device": device}
+    options: dict[str, Any] = {} if device is None else {"device": device}
     with InternVL.load(bundle, backend, threads=threads, target=target, **options) as model:
         report["precision"] = model.bundle.manifest.precision
         yield model, report
