@@ -58,6 +58,16 @@ class BuildOptions:
             if size is not None and size <= 0:
                 raise UsageError(f"{flag} must be more than 0 bytes.", f"It is {size}.")
 
+    def flags(self) -> list[str]:
+        """The words of ``ivl-export build`` that give these options."""
+        names = {"workspace_bytes": "workspace", "l2_bytes": "l2", "hardware": "hardware-compatible"}
+        words: list[str] = []
+        for name, value in self.to_json().items():
+            words.append("--" + names.get(name, name).replace("_", "-"))
+            if value is not True:
+                words.append(",".join(value) or "none" if isinstance(value, list) else str(value))
+        return words
+
     def to_json(self) -> dict[str, Any]:
         """Plain data of what differs from the defaults."""
         plain = asdict(self)

@@ -106,6 +106,8 @@ class Backend:
         reads_bundle: its engine is the bundle: the loader is given the bundle's folder, and takes weights and
             scales from there.
         on_cpu: it runs on the CPU unless a device is given.
+        reads_record: the loader checks what the manifest says of the engine: it is given ``record``,
+            ``rebuild`` (a command line) and ``graph``.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Backend:
     loader: str
     reads_bundle: bool = False
     on_cpu: bool = False
+    reads_record: bool = False
 
     def load(self) -> Loader:
         """Import the loader (the backend's library is imported when an engine is opened)."""
@@ -142,6 +145,10 @@ BACKENDS: dict[str, Backend] = {
             "..torch_backend.exported:open_torch_tensorrt",
             reads_bundle=True,
         ),
+        *(
+            Backend(name, f"pip install {name}", ".tensorrt_backend:open_tensorrt", reads_record=True)
+            for name in BUILDERS
+        ),
     )
 }
 
@@ -151,15 +158,10 @@ def open_engine(backend: str, spec: ComponentSpec, path: Path, **options: Any) -
 
     Raises:
         UsageError: an unknown backend; the known ones are listed with the line that installs them.
-        CapabilityError: the backend's library is not installed, or engines of that kind are only built.
+        CapabilityError: the backend's library is not installed, or the engine was built for another release,
+            GPU or target.
         IntegrityError: the file is missing or damaged.
     """
-    if backend in BUILDERS:
-        raise CapabilityError(
-            f"This release builds {backend} engines and does not run them.",
-            f"{path} is such an engine.",
-            "Give --backend onnxruntime, or load the file with the TensorRT release that built it.",
-        )
     if backend not in BACKENDS:
         known = "; ".join(f"{b.name} ({b.install})" for b in BACKENDS.values())
         raise UsageError(f"Unknown backend {backend!r}.", f"Known: {known}.", "Name one of these.")

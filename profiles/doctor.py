@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.recipe import Plan, Recipe, load_recipe, shipped_recipes
+from ..engines.gpu import gpus
 from ..engines.memory import Load, available_memory, check_memory
-from ..engines.protocol import BACKENDS
 from ..engines.targets import TARGETS
 from ..errors import BuildError
 from ..models.config import InternVLConfig
@@ -196,7 +196,7 @@ def _onnxruntime(recipe: Recipe, installed: Mapping[str, bool]) -> Ability:
 def _rtx(recipe: Recipe, installed: Mapping[str, bool]) -> Ability:
     missing = [name for name in ("quant", "rtx") if not installed[name]]
     build = f"the packages of {' and '.join(missing)} are not all installed" if missing else ""
-    run = "" if "tensorrt-rtx" in BACKENDS else "this release builds these engines and does not run them"
+    run = "" if gpus() else "there is no GPU, or no driver for it"
     targets = tuple(name for name, target in TARGETS.items() if not recipe.element_types & target.missing)
     return Ability("tensorrt-rtx", recipe.name, build, run, targets=targets)
 

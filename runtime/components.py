@@ -12,8 +12,12 @@ import numpy as np
 from ..bundle import Bundle
 from ..engines.chain import ChainedEngine
 from ..engines.device import HOST, Array, Buffer, as_tensor, concatenate, to_host
+from ..engines.loadable import rebuild_line
 from ..engines.protocol import BACKENDS, Engine, open_engine
+from ..engines.shapes import narrowed
+from ..engines.trt import BUILDERS
 from ..errors import InputError
+from ..manifest import Component, EngineFile
 from ..specs import ComponentSpec
 from .timings import Timings
 
@@ -46,8 +50,12 @@ class Components:
         self._closed = False
 
     def spec(self, name: str) -> ComponentSpec:
-        """The contract of component ``name``."""
-        return self.bundle.spec(name)
+        """The contract of component ``name``, with the ranges that its engine was built for."""
+        spec = self.bundle.spec(name)
+        if self.backend not in BUILDERS:
+            return spec
+        built = self.bundle.engines(name, self.backend, self.target)[0].built
+        return narrowed(spec, built.profiles) if built is not None else spec
 
     @property
     def batch(self) -> int:
@@ -74,17 +82,25 @@ class Components:
         if known is not None and known.reads_bundle:
             return open_engine(self.backend, spec, self.bundle.root, **self.options)
         files = self.bundle.engines(name, self.backend, self.target)
-        paths = [self.bundle.path(file.file) for file in files]
-        if len(paths) == 1:
-            return open_engine(self.backend, spec, paths[0], **self.options)
+        if len(files) == 1:
+            return self._open_file(self.bundle.manifest.components[name], files[0])
         parts = self.bundle.manifest.components[name].parts
         with ExitStack() as opened:
             engines = [
-                opened.enter_context(open_engine(self.backend, part.spec, path, **self.options))
-                for part, path in zip(parts, paths, strict=True)
+                opened.enter_context(self._open_file(part, file))
+                for part, file in zip(parts, files, strict=True)
             ]
             opened.pop_all()
         return ChainedEngine(spec, engines)
+
+    def _open_file(self, component: Component, file: EngineFile) -> Engine:
+        options, known = dict(self.options), BACKENDS.get(self.backend)
+        if known is not None and known.reads_record:
+            graph = component.graphs.get(file.built.dtype) if file.built is not None else None
+            options["record"] = file
+            options["rebuild"] = rebuild_line(self.bundle.manifest, file)
+            options["graph"] = self.bundle.path(graph) if graph is not None else None
+        return open_engine(self.backend, component.spec, self.bundle.path(file.file), **options)
 
     def run(
         self, name: str, inputs: Mapping[str, Buffer], outputs: Sequence[str] | None = None

@@ -1,0 +1,104 @@
+"""Whether an engine file can be loaded here, from what its bundle says: before the library sees it.
+
+Engines are tied to the exact release that built them, and to the GPU generations they were built for. The
+library would refuse another one late and in its own words, or take it and be wrong.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import NoReturn
+
+from ..errors import CapabilityError
+from ..manifest import EngineFile, Manifest
+from . import trt
+from .gpu import Gpu, gpus
+from .options import BuildOptions
+from .shapes import narrowed
+
+SHIPPED = " (shipped)"
+
+
+def check_loadable(engine: EngineFile, rebuild: str, device: int = 0) -> Gpu:
+    """The GPU that ``engine`` will run on.
+
+    Args:
+        engine: what the manifest says of the file.
+        rebuild: the line that builds it again, for the errors.
+        device: the GPU's number.
+
+    Raises:
+        CapabilityError: the library is missing or of another release, there is no GPU, or the engine was
+            built for others; it says what the engine was built for, and ``rebuild``.
+    """
+    what = f"The {engine.backend} engine of {engine.component} cannot be loaded here."
+    release = trt.installed_release(engine.backend)
+    if release is None:
+        raise CapabilityError(
+            what,
+            f"It was built by {engine.backend} {engine.release}, which is not installed.",
+            f"Install it: pip install {engine.backend}=={engine.release}",
+        )
+    options = BuildOptions.from_json(engine.built.options) if engine.built else BuildOptions()
+    if release != engine.release and not (options.version_compatible and _newer(release, engine.release)):
+        _refuse(what, f"It was built by {engine.backend} {engine.release}; {release} is installed.", rebuild)
+    if device >= len(gpus()):
+        raise CapabilityError(
+            what,
+            f"It was built for {_built_for(engine)}; there is no GPU {device}, or no driver for it.",
+            "Run it on a machine with such a GPU, or give --backend onnxruntime.",
+        )
+    gpu = gpus()[device]
+    if not _runs_on(engine, options, gpu):
+        _refuse(what, f"It was built for {_built_for(engine)}; this GPU is {gpu}.", rebuild)
+    return gpu
+
+
+def rebuild_line(manifest: Manifest, engine: EngineFile, target: str = "") -> str:
+    """The command that builds ``engine`` of a bundle again, for ``target`` if given."""
+    source = manifest.model.source
+    words = ["ivl-export", "build", "--model", source.removesuffix(SHIPPED)]
+    if source == f"internvl-nano{SHIPPED}":
+        words = words[:2]
+    words += ["--precision", manifest.precision, "--backend", engine.backend]
+    if engine.backend == trt.RTX:
+        words += ["--targets", target or engine.target]
+    if engine.built is not None:
+        words += BuildOptions.from_json(engine.built.options).flags()
+        spec = manifest.components[engine.component].spec
+        for axis, before in zip(narrowed(spec, engine.built.profiles).axes, spec.axes, strict=True):
+            if axis != before and axis.name != "total":
+                sizes = f"{axis.min}:{axis.opt}:{axis.max}"
+                words += ["--shapes", f"{engine.component}.{axis.name}={sizes}"]
+    return shlex.join(words)
+
+
+def _refuse(what: str, why: str, rebuild: str) -> NoReturn:
+    raise CapabilityError(what, why, f"Build it again here: {rebuild}")
+
+
+def _built_for(engine: EngineFile) -> str:
+    built = engine.built
+    return f"{built.gpu} ({built.sm})" if built is not None and built.gpu else engine.target
+
+
+def _runs_on(engine: EngineFile, options: BuildOptions, gpu: Gpu) -> bool:
+    if engine.built is None or not engine.built.gpu:
+        return gpu.sm in engine.target.split("+")
+    if options.hardware == "ampere+":
+        return _number(gpu.sm) >= 80
+    same = gpu.sm == engine.built.sm
+    # NVIDIA warns of other models of one generation unless the engine was built to be compatible.
+    return same and (options.hardware == "same-cc" or gpu.name == engine.built.gpu)
+
+
+def _newer(release: str, built: str) -> bool:
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(".") if part.isdecimal()]
+
+    return numbers(release) >= numbers(built)
+
+
+def _number(sm: str) -> int:
+    digits = sm.removeprefix("sm")
+    return int(digits) if digits.isdecimal() else 0

@@ -1,0 +1,262 @@
+"""TensorRT and TensorRT-RTX: engines run on a GPU, on torch's memory and the caller's stream.
+
+Written against NVIDIA's documentation of TensorRT 10.16, 11.4 and TensorRT-RTX 1.7 and checked against the
+names and signatures of their bindings; not yet run on a GPU. A context holds the state of one optimization
+profile; there is one for each, made when shapes first need it, and one run at a time enters it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BuildError, CapabilityError, InputError, IntegrityError, UsageError
+from ..manifest import EngineFile
+from ..specs import ComponentSpec
+from . import trt
+from .device import HOST, Array, Buffer, as_tensor, deliver, in_place, on_stream, require_torch, run_from_host
+from .loadable import check_loadable
+from .options import BuildOptions
+from .shapes import Profile, choose_profile, narrowed
+from .trt_network import TYPES
+
+if TYPE_CHECKING:
+    import torch
+
+_TORCH = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int32": "int32", "int64": "int64"}
+_TORCH |= {"bool": "bool"}
+
+
+class TensorRTEngine:
+    """A component in a TensorRT engine. See :class:`~ivl_export.engines.protocol.Engine`.
+
+    Args:
+        spec: the contract, with the ranges that the profiles cover.
+        logger: the library's logger, which collects its errors.
+        engine: the library's ``ICudaEngine``.
+        kinds: name -> element type of inputs and outputs.
+        profiles: ranges of the axes for each optimization profile, in the engine's order.
+        device: ``cuda:0``.
+    """
+
+    def __init__(
+        self,
+        spec: ComponentSpec,
+        logger: Any,
+        engine: Any,
+        kinds: Mapping[str, str],
+        profiles: tuple[Profile, ...],
+        device: str,
+    ) -> None:
+        self.spec, self.device = spec, device
+        self._logger, self._engine, self._kinds, self._profiles = logger, engine, kinds, profiles
+        self._contexts: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._stream: int | None = None  # that of the run before
+
+    def run(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run once from and to host memory; see :meth:`~ivl_export.engines.protocol.Engine.run`."""
+        return run_from_host(self, inputs, outputs)
+
+    def run_tensors(
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Sequence[str] | None = None,
+        *,
+        out: Mapping[str, Buffer] | None = None,
+        stream: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Enqueue one run on ``stream``; see :meth:`~ivl_export.engines.protocol.Engine.run_tensors`."""
+        require_torch()
+        import torch
+
+        if self._engine is None:
+            raise UsageError(f"Component {self.spec.name} is closed.", "", "Open it again.")
+        sizes, names = self.spec.check(inputs), self.spec.select(outputs)
+        index = choose_profile(self._profiles, sizes)
+        if index is None:
+            raise InputError(
+                f"The engine of {self.spec.name} has no profile for these sizes.",
+                f"{sizes} is in none of {list(self._profiles)}.",
+                "Split the request, or build with other --shapes.",
+            )
+        given = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
+        with self._lock, on_stream(self.device, stream) as handle:
+            if self._stream not in (None, handle):
+                self._wait()  # a context's memory is that of one stream at a time
+            self._stream = handle
+            context = self._context(index, handle)
+            held = []  # until the work is enqueued; torch reuses memory in the stream's order
+            for name, buffer in inputs.items():
+                tensor = as_tensor(buffer, self.device).to(self._dtype(name)).contiguous()
+                held.append(tensor)
+                self._done(context.set_input_shape(name, tuple(tensor.shape)), f"the shape of {name}")
+                self._done(context.set_tensor_address(name, tensor.data_ptr()), f"the address of {name}")
+            made: dict[str, torch.Tensor] = {}
+            for spec in self.spec.outputs:  # every output needs memory, asked for or not
+                shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.shape)
+                target = given.get(spec.name)
+                if target is None or not self._fits(target, spec.name, shape):
+                    target = torch.empty(shape, dtype=self._dtype(spec.name), device=self.device)
+                made[spec.name] = target
+                address = context.set_tensor_address(spec.name, target.data_ptr())
+                self._done(address, f"the address of {spec.name}")
+            self._done(context.execute_async_v3(handle), "the run")
+            return deliver({name: made[name] for name in names}, given)
+
+    def _context(self, index: int, stream: int) -> Any:
+        if index not in self._contexts:
+            context = self._engine.create_execution_context()
+            self._done(context is not None, "a context: is there enough GPU memory?")
+            self._done(context.set_optimization_profile_async(index, stream), f"profile {index}")
+            self._wait()
+            self._contexts[index] = context
+        return self._contexts[index]
+
+    def _fits(self, target: torch.Tensor, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the engine can write output ``name`` into ``target`` itself."""
+        same = target.dtype == self._dtype(name) and str(target.device) == self.device
+        return same and tuple(target.shape) == shape and target.is_contiguous()
+
+    def _dtype(self, name: str) -> torch.dtype:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, _TORCH[self._kinds[name]])
+        return dtype
+
+    def _done(self, worked: bool, what: str) -> None:
+        if not worked:
+            raise BuildError(
+                f"TensorRT refuses {what}, of component {self.spec.name}.",
+                trt.reasons(self._logger),
+                "Build the engine again on this machine.",
+            )
+
+    def _wait(self) -> None:
+        import torch
+
+        if self.device != HOST:
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """Free contexts and engine, after the runs that are enqueued."""
+        with self._lock:
+            if self._contexts:
+                self._wait()
+            self._contexts.clear()
+            self._engine = None
+
+    def __enter__(self) -> TensorRTEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_tensorrt(
+    spec: ComponentSpec,
+    path: Path,
+    *,
+    record: EngineFile | None = None,
+    rebuild: str = "",
+    graph: Path | None = None,
+    device: str = "cuda:0",
+    weight_budget: int | None = None,
+    host_code: bool = False,
+) -> TensorRTEngine:
+    """Open an engine of ``tensorrt`` or ``tensorrt-rtx``.
+
+    Args:
+        spec: the component's contract.
+        path: the engine file.
+        record: what the bundle's manifest says of it: it is checked before the library sees the file.
+        rebuild: the line that builds it again, for errors.
+        graph: the ONNX graph it was built from, whose weights a stripped engine takes.
+        device: the GPU.
+        weight_budget: bytes of weights kept on the GPU, of an engine built with weight streaming; None: all.
+        host_code: let a version-compatible engine run the code of its library that it carries. It is as
+            trusted as a program: only for bundles of your own.
+
+    Raises:
+        CapabilityError: torch, the library or the GPU are missing, or not those that it was built for.
+        IntegrityError: no record, an engine that cannot be read, or one with other inputs and outputs.
+    """
+    if record is None or record.built is None:
+        raise IntegrityError(
+            f"Nothing says what built {path}.",
+            "An engine is opened through the manifest of its bundle, which names release, target and shapes.",
+            "Open the bundle with ivl_export.runtime.InternVL.load, or build it again.",
+        )
+    number = int(device.partition(":")[2] or 0)
+    check_loadable(record, rebuild, number)
+    require_torch()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise CapabilityError(
+            f"{record.backend} engines need torch with CUDA.",
+            f"torch {torch.__version__} cannot use the GPU; it holds the buffers.",
+            "Install the torch of your CUDA version: https://pytorch.org/get-started",
+        )
+    lib, options = trt.library(record.backend), BuildOptions.from_json(record.built.options)
+    logger = trt.make_logger(lib.module)
+    with torch.cuda.device(number):
+        engine = _deserialised(lib, logger, path, host_code and options.version_compatible)
+        if options.strip_plan:
+            _refit(lib, logger, engine, path, graph)
+        if options.weight_streaming and weight_budget is not None:
+            engine.weight_streaming_budget_v2 = weight_budget
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    kinds = {name: TYPES.get(engine.get_tensor_dtype(name).name, "?") for name in names}
+    _check_tensors(spec, path, kinds, record.built.dtype)
+    profiles = record.built.profiles
+    return TensorRTEngine(narrowed(spec, profiles), logger, engine, kinds, profiles, f"cuda:{number}")
+
+
+def _deserialised(lib: trt.Library, logger: Any, path: Path, host_code: bool) -> Any:
+    runtime = lib.module.Runtime(logger)
+    if host_code:
+        runtime.engine_host_code_allowed = True
+    try:
+        # Mapped: the file's pages are read once and never held twice.
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            engine = runtime.deserialize_cuda_engine(data)
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} cannot be read.", str(error), "Copy the bundle again.") from error
+    if engine is None:
+        raise IntegrityError(
+            f"{lib} refuses {path}.", trt.reasons(logger), "Copy the bundle again, or rebuild it."
+        )
+    return engine
+
+
+def _refit(lib: trt.Library, logger: Any, engine: Any, path: Path, graph: Path | None) -> None:
+    """Put the weights of ``graph`` into an engine that was built without."""
+    refitter = lib.module.Refitter(engine, logger)
+    parser = lib.module.OnnxParserRefitter(refitter, logger)
+    if graph is None or not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
+        raise IntegrityError(
+            f"The stripped engine {path} did not get its weights.",
+            trt.reasons(logger) if graph else "There is no graph to take them from.",
+            "Copy the bundle again, or rebuild it without --strip-plan.",
+        )
+
+
+def _check_tensors(spec: ComponentSpec, path: Path, kinds: Mapping[str, str], dtype: str) -> None:
+    """IntegrityError unless inputs and outputs are the spec's, floats of the type that was promised."""
+    for tensor in (*spec.inputs, *spec.outputs):
+        wanted = dtype if tensor.dtype == "float" else tensor.dtype
+        if kinds.get(tensor.name, "missing") != wanted:
+            raise IntegrityError(
+                f"{path} is not the engine of component {spec.name}.",
+                f"{tensor.name} is {kinds.get(tensor.name, 'missing')} in it and should be {wanted}.",
+                "Rebuild the bundle.",
+            )
+    if strange := sorted(set(kinds) - {t.name for t in (*spec.inputs, *spec.outputs)}):
+        raise IntegrityError(f"{path} is not the engine of component {spec.name}.", f"It has {strange[0]}.")
