@@ -57,7 +57,7 @@ def _fold_step(job: Job, preprocess: Step) -> Step:
     """What inputs are divided by, channel by channel, and weights multiplied by."""
     smoothed = folded_layers(job.plan.schemes, "smooth")
     searched = {layer: job.plan.schemes[layer] for layer in folded_layers(job.plan.schemes, "awq")}
-    config, samples = job.checkpoint.config, len(job.calibration)
+    config, samples = job.checkpoint.whole, len(job.calibration)
     units = calibration_units(config, job.components, samples)
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
