@@ -56,7 +56,9 @@ class InternVL:
         self.bundle, self.components, self.reading = bundle, components, reading
         if "decoder" in bundle.manifest.components:
             raise CapabilityError(
-                f"{bundle.root} holds a chat model.", "It gives no embeddings.", "Use InternVLChat.load, or ivl-export run chat."
+                f"{bundle.root} holds a chat model.",
+                "It gives no embeddings.",
+                "Use InternVLChat.load, or ivl-export run chat.",
             )
 
     @classmethod
