@@ -41,6 +41,7 @@ class TensorRTEngine:
         kinds: name -> element type of inputs and outputs.
         profiles: ranges of the axes for each optimization profile, in the engine's order.
         device: ``cuda:0``.
+        layer_format: the library's name of JSON.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class TensorRTEngine:
         kinds: Mapping[str, str],
         profiles: tuple[Profile, ...],
         device: str,
+        layer_format: Any,
     ) -> None:
-        self.spec, self.device = spec, device
+        self.spec, self.device, self._layer_format = spec, device, layer_format
         self._logger, self._engine, self._kinds, self._profiles = logger, engine, kinds, profiles
         self._contexts: dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -107,6 +109,11 @@ class TensorRTEngine:
                 self._done(address, f"the address of {spec.name}")
             self._done(context.execute_async_v3(handle), "the run")
             return deliver({name: made[name] for name in names}, given)
+
+    def layers(self) -> str:
+        """What the engine's inspector says of its layers, as JSON."""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._layer_format))
 
     def _context(self, index: int, stream: int) -> Any:
         if index not in self._contexts:
@@ -216,7 +223,8 @@ def open_tensorrt(
     kinds = {name: TYPES.get(engine.get_tensor_dtype(name).name, "?") for name in names}
     _check_tensors(spec, path, kinds, record.built.dtype)
     profiles = record.built.profiles
-    return TensorRTEngine(narrowed(spec, profiles), logger, engine, kinds, profiles, f"cuda:{number}")
+    spec, layer_format = narrowed(spec, profiles), lib.module.LayerInformationFormat.JSON
+    return TensorRTEngine(spec, logger, engine, kinds, profiles, f"cuda:{number}", layer_format)
 
 
 def _deserialised(lib: trt.Library, logger: Any, path: Path, host_code: bool) -> Any:

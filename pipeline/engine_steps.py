@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..engines import trt
@@ -11,14 +12,17 @@ from ..engines.build import build_engine
 from ..engines.engine_cache import EngineKey, file_hash, keep_engine, take_engine
 from ..engines.promise import check_promise
 from ..engines.proof import KernelReport, joined
+from ..engines.proof_inspector import proof_from_inspector
 from ..engines.proof_onnxruntime import proof_from_onnxruntime
 from ..engines.proof_rtx import proof_from_engine
 from ..engines.shapes import Profile
+from ..engines.tensorrt_backend import open_tensorrt
 from ..export.components import component_spec
+from ..specs import ComponentSpec
 from . import evaluate
 from .graph_steps import STORES
 from .graphs import Source, graph_path
-from .manifest import part_specs
+from .manifest import engine_file, part_specs
 from .request import ORT, RTX, Job
 from .resources import build_load, stored_bytes
 from .step import Made, Step, after, write_receipt
@@ -111,10 +115,12 @@ def kernels_step(job: Job, before: list[Step]) -> Step:
                 if int8 and "fp8" not in promised["fp32"].values():
                     check_promise(report, int8)
                 proofs.setdefault(f"{ORT}-cpu", {})[component] = _proof(report, promised["fp32"])
-            for target in (target for backend, target in job.engines if backend == RTX):
-                report = joined([_engine_proof(job, space.root, name, target) for name in pieces])
+            for backend, target in job.engines:
+                parts = part_specs(space.records, component)
+                specs = parts or [component_spec(component, job.checkpoint.whole)]
+                report = joined([_engine_proof(job, space, spec, backend, target) for spec in specs])
                 check_promise(report, promised[job.recipe.base])
-                proofs.setdefault(f"{RTX}-{target}", {})[component] = _proof(
+                proofs.setdefault(f"{backend}-{target}", {})[component] = _proof(
                     report, promised[job.recipe.base]
                 )
         return [write_receipt(space, "kernels", proofs)], {"unread": unread}
@@ -122,8 +128,17 @@ def kernels_step(job: Job, before: list[Step]) -> Step:
     return Step("kernels", after(before), run)
 
 
-def _engine_proof(job: Job, root: Path, name: str, target: str) -> KernelReport:
-    return proof_from_engine(root / engine_path(name, RTX, target), root / graph_path(name, job.recipe.base))
+def _engine_proof(job: Job, space: Workspace, spec: ComponentSpec, backend: str, target: str) -> KernelReport:
+    """What an engine runs: of RTX from its file, of TensorRT from its inspector, on the GPU it is for."""
+    engine = space.root / engine_path(spec.name, backend, target)
+    graph = space.root / graph_path(spec.name, job.recipe.base)
+    if backend == RTX:
+        return proof_from_engine(engine, graph)
+    record = engine_file(space.records[f"engine-{spec.name}-{target}"])
+    with open_tensorrt(spec, engine, record=record, graph=graph) as opened, TemporaryDirectory() as folder:
+        info = Path(folder) / "layers.json"
+        info.write_text(opened.layers(), encoding="utf-8")
+        return proof_from_inspector(info, graph)
 
 
 def _proof(report: KernelReport, promised: dict[str, str]) -> Data:

@@ -14,7 +14,7 @@ from .calibration import needs_data
 from .environment import tool_versions
 from .graphs import DTYPES, graph_path
 from .request import ORT, Job, shipped_name
-from .workspace import Data, Record
+from .workspace import Record
 
 
 def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]) -> Manifest:
@@ -35,11 +35,7 @@ def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]
         for name, whole in components.items()
         for part, piece in enumerate(whole.parts or [whole])
     ]
-    for record in records.values():
-        if record.data.get("backend") in BUILDERS:
-            data, (file, *_) = record.data, record.files
-            where = data["component"], data["backend"], data["target"]
-            engines.append(EngineFile(*where, file, data["release"], data["part"], _built(data["built"])))
+    engines += [engine_file(r) for r in records.values() if r.data.get("backend") in BUILDERS]
     name = shipped_name(job.request.model)
     return Manifest(
         model=Model(
@@ -62,10 +58,13 @@ def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]
     )
 
 
-def _built(data: Data) -> Built:
-    """What an engine's record, which has been plain JSON, says of how it was built."""
-    profiles = tuple({axis: tuple(sizes) for axis, sizes in p.items()} for p in data["profiles"])
-    return Built(**{**data, "profiles": profiles})
+def engine_file(record: Record) -> EngineFile:
+    """The manifest's entry of the engine that a step made; its record may have been plain JSON."""
+    data, (file, *_) = record.data, record.files
+    built = data["built"]
+    profiles = tuple({axis: tuple(sizes) for axis, sizes in p.items()} for p in built["profiles"])
+    where = data["component"], data["backend"], data["target"]
+    return EngineFile(*where, file, data["release"], data["part"], Built(**{**built, "profiles": profiles}))
 
 
 def _calibration(job: Job) -> Calibration | None:

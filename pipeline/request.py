@@ -140,10 +140,6 @@ class Job:
             )
         self.targets = tuple(t.name for t in parse_targets(request.targets))
         self.backends, self.notices = _backends(request.backends)
-        if TENSORRT in self.backends:
-            self.notices += (
-                "What engines of tensorrt really run in 8 bits is not proved: the build reads none of them.",
-            )
         shipped = {"internvl-nano": nano_folder(), "internvl-nano-chat": nano_chat_folder()}
         source = shipped.get(shipped_name(request.model) or "") or request.model
         assert source is not None

@@ -260,6 +260,12 @@ def test_stripped_streamed_and_compatible_engines(opened: Any, tmp_path: Path) -
         assert fake.named("Runtime.engine_host_code_allowed") == ([(True,)] if allowed else [])
 
 
+def test_the_inspector_is_asked_for_json(opened: Any) -> None:
+    fake, engine = opened()
+    fake.behaviours["EngineInspector.get_engine_information"] = lambda self, kind: f"[{kind.name}]"
+    assert engine.layers() == "[JSON]"
+
+
 def test_torch_without_cuda_is_named(opened: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     here(monkeypatch, "1.7.1", ADA)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
