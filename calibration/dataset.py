@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..errors import InputError
 from ..preprocess import CAPTION_PROMPT, Array, ImageSettings, Tokenizer, preprocess_images
 
 if TYPE_CHECKING:
     from ..training.scenes import Scene
+    from .tensor_cache import TensorCache
 
 SMALL = 32
 """Fewer samples than this get a notice."""
@@ -47,6 +48,15 @@ FALLBACK_CAPTIONS = (
 """Used for images that come without a caption; that it happened is recorded and said."""
 
 
+@runtime_checkable
+class Stored(Protocol):
+    """An image inside another file: a member of an archive, a row of a table."""
+
+    def read(self) -> bytes:
+        """Its encoded bytes; InputError if they cannot be read."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image and its caption.
@@ -61,7 +71,7 @@ class Sample:
     name: str
     digest: str
     caption: str | None
-    image: Path | Scene
+    image: Path | Stored | Scene
 
     @property
     def text(self) -> str:
@@ -70,16 +80,21 @@ class Sample:
             return self.caption
         return FALLBACK_CAPTIONS[int(self.digest[:8], 16) % len(FALLBACK_CAPTIONS)]
 
-    def pixels(self, settings: ImageSettings) -> Array:
+    def pixels(self, settings: ImageSettings, cache: TensorCache | None = None) -> Array:
         """``pixel_values`` float32 [1, 3, S, S]; InputError if the file changed since the set was opened."""
-        if not isinstance(self.image, Path):
+        image = self.image
+        if not isinstance(image, Path | Stored):
             from ..training.scenes import render
 
-            return preprocess_images([render(self.image, settings.size)], settings)
-        data = read_bytes(self.image)
-        if hashlib.sha256(data).hexdigest() != self.digest:
-            raise InputError(f"{self.image} changed while it was in use.", fix="Calibrate again.")
-        return preprocess_images([data], settings)
+            return preprocess_images([render(image, settings.size)], settings)
+
+        def decode() -> Array:
+            data = read_bytes(image)
+            if hashlib.sha256(data).hexdigest() != self.digest:
+                raise InputError(f"{self.name} changed while it was in use.", fix="Calibrate again.")
+            return preprocess_images([data], settings)
+
+        return decode() if cache is None else cache.get(self.digest, settings, decode)
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,7 @@ class CalibrationSet:
         skipped: files that could not be used.
         synthetic: drawn scenes, no photographs.
         asked: how many samples were wanted.
+        cache: keeps decoded images.
     """
 
     source: str
@@ -136,6 +152,7 @@ class CalibrationSet:
     skipped: tuple[Skipped, ...] = ()
     synthetic: bool = False
     asked: int = 0
+    cache: TensorCache | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -194,7 +211,9 @@ class CalibrationSet:
         import numpy as np
 
         for part in self._parts(batch_size):
-            yield np.concatenate([sample.pixels(settings) for sample in part])
+            yield np.concatenate([sample.pixels(settings, self.cache) for sample in part])
+        if self.cache is not None:
+            self.cache.trim()
 
     def batches(self, settings: ImageSettings, tokenizer: Tokenizer, batch_size: int = 8) -> Iterator[Batch]:
         """Preprocessed batches, one in memory at a time."""
@@ -237,8 +256,11 @@ def prompt_for(caption: str) -> str:
     return CAPTION_PROMPT["zh" if any("\u4e00" <= c <= "\u9fff" for c in caption) else "en"]
 
 
-def read_bytes(path: Path) -> bytes:
-    """The bytes of an image file of at most 512 MiB; InputError otherwise."""
+def read_bytes(image: Path | Stored) -> bytes:
+    """The bytes of an image of at most 512 MiB; InputError otherwise."""
+    if not isinstance(image, Path):
+        return image.read()
+    path = image
     if not path.is_file():
         raise InputError(f"Cannot read {path}.", "There is no such file.")
     try:

@@ -1,9 +1,10 @@
 """Opening calibration sets.
 
 A folder of images (a caption may stand beside each as ``.txt``), a JSONL manifest
-(``{"image": "relative/path.jpg", "caption": "..."}`` a line), or drawn scenes (for nano). The choice of
-samples depends on names and the seed only, so it is the same on every machine. Files are untrusted: paths in
-a manifest may not leave its folder, and what cannot be decoded is skipped and listed.
+(``{"image": "relative/path.jpg", "caption": "..."}`` a line), WebDataset shards (:mod:`.shards`), a Hugging
+Face data set on disk (:mod:`.tables`), or drawn scenes (for nano). The choice of samples depends on names and
+the seed only, so it is the same on every machine. Files are untrusted: paths in a manifest may not leave its
+folder, and what cannot be decoded is skipped and listed.
 """
 
 from __future__ import annotations
@@ -12,49 +13,64 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from ..paths import inside
-from ..pictures import load_image
-from .dataset import CalibrationSet, Sample, Skipped, read_bytes
+from .dataset import CalibrationSet, Sample
+from .entries import IMAGE_SUFFIXES, MAX_CAPTION_BYTES, MAX_ENTRIES, Entry, plain
+from .shards import braced, shard_entries
+from .tables import dataset_files, table_entries
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")
 MAX_CORRUPT = 0.1
-MAX_CAPTION_BYTES = 8192
-MAX_LINES = 10_000_000
+KINDS = (
+    f"a folder of images ({', '.join(IMAGE_SUFFIXES)})",
+    "a JSONL manifest with an image and a caption a line",
+    "WebDataset shards (a .tar, a folder of them, or shards-{000..011}.tar)",
+    "a Hugging Face data set (what save_to_disk wrote, or a snapshot with Parquet files)",
+)
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 
 def open_calibration(
-    source: str | Path, samples: int = 512, seed: int = 0, progress: Progress | None = None
+    source: str | Path,
+    samples: int = 512,
+    seed: int = 0,
+    progress: Progress | None = None,
+    columns: tuple[str, ...] = (),
 ) -> CalibrationSet:
-    """Choose up to ``samples`` usable images of a folder or JSONL manifest.
+    """Choose up to ``samples`` usable images of what ``source`` names; its kind is seen from the path.
 
     Every chosen image is decoded once here; one that cannot be is skipped and another takes its place.
 
+    Args:
+        source: one of :data:`KINDS`.
+        samples: how many are wanted.
+        seed: chooses which.
+        progress: hears how many are found.
+        columns: of the image and of the caption in a Hugging Face data set; the last names the caption in the
+            JSON of shards. Else those with the usual names are taken.
+
     Raises:
-        InputError: no such source, nothing in it, a manifest that is broken or points outside its folder, or
-            more than 10% of the files tried cannot be decoded.
+        UsageError: columns for a source that has none.
+        InputError: no such source, nothing in it, one that is broken or points outside its folder, or more
+            than 10% of the files tried cannot be decoded.
+        CapabilityError: a Hugging Face data set without pyarrow.
     """
     path = Path(source)
     if samples < 1:
         raise InputError(f"{samples} calibration samples were asked for.", fix="Ask for at least 1.")
-    if path.is_dir():
-        entries = _folder(path)
-    elif path.is_file() and path.suffix in (".jsonl", ".ndjson"):
-        entries = _manifest(path)
-    else:
-        why = "It is neither a folder nor a .jsonl file." if path.exists() else "There is no such path."
-        raise InputError(f"No calibration data at {path}.", why, "Check the path given as --calib.")
+    entries = _entries(path, columns)
     if not entries:
         raise InputError(
             f"No calibration data in {path}.",
-            f"It has no image ({', '.join(IMAGE_SUFFIXES)})." if path.is_dir() else "It has no line.",
-            "Give a folder of images, or a JSONL manifest with an image and a caption a line.",
+            f"It has no image ({', '.join(IMAGE_SUFFIXES)})."
+            if path.is_dir()
+            else "It has no line or image.",
+            f"Give {'; '.join(KINDS)}.",
         )
     order = sorted(entries, key=lambda e: hashlib.sha256(f"{seed}:{e.name}".encode()).digest())
     good, skipped = [], []
@@ -94,25 +110,29 @@ def scenes_calibration(samples: int = 256, seed: int = 20_231_214) -> Calibratio
     return CalibrationSet("scenes", tuple(found), synthetic=True, asked=samples)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """An image that may be chosen; ``caption`` may also stand in a sidecar file."""
+def _entries(path: Path, columns: tuple[str, ...]) -> list[Entry]:
+    """All candidates in ``path``."""
+    shards = [path] if path.is_file() and path.suffix == ".tar" else []
+    if not path.exists() and (names := braced(str(path))) != [str(path)]:
+        shards = [Path(name) for name in names]
+    if path.is_dir() and not shards:
+        shards = sorted(p for p in path.glob("*.tar") if p.is_file())
+    if shards:
+        return shard_entries(shards, columns[-1] if columns else None)
+    tables = dataset_files(path) if path.is_dir() else [path] if path.suffix == ".parquet" else []
+    if tables:
+        return table_entries(tables, path if path.is_dir() else path.parent, columns)
+    if columns:
+        raise UsageError(f"{path} has no columns.", fix="Leave --calib-columns out.")
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file() and path.suffix in (".jsonl", ".ndjson"):
+        return _manifest(path)
+    why = "It is of none of these kinds." if path.exists() else "There is no such path."
+    raise InputError(f"No calibration data at {path}.", why, f"Give {'; '.join(KINDS)}.")
 
-    name: str
-    path: Path
-    caption: str | None = None
 
-    def check(self) -> Sample | Skipped:
-        try:
-            data = read_bytes(self.path)
-            load_image(data, self.name)
-            caption = self.caption if self.caption is not None else _sidecar(self.path)
-        except InputError as error:
-            return Skipped(self.name, error.why or error.what)
-        return Sample(self.name, hashlib.sha256(data).hexdigest(), caption or None, self.path)
-
-
-def _folder(root: Path) -> list[_Entry]:
+def _folder(root: Path) -> list[Entry]:
     """Images below ``root``; linked folders are not entered, hidden files are not images."""
     found = []
     for folder, folders, files in os.walk(root):
@@ -121,27 +141,28 @@ def _folder(root: Path) -> list[_Entry]:
             if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
                 path = Path(folder, file)
                 name = path.relative_to(root).as_posix()  # may hold bytes that are no UTF-8
-                found.append(_Entry(name.encode("utf-8", "backslashreplace").decode(), path))
+                name = name.encode("utf-8", "backslashreplace").decode()
+                found.append(Entry(name, path, partial(_sidecar, path)))
     return found
 
 
-def _manifest(path: Path) -> list[_Entry]:
-    found: dict[str, _Entry] = {}
+def _manifest(path: Path) -> list[Entry]:
+    found: dict[str, Entry] = {}
     root = path.parent.resolve()
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                if number > MAX_LINES:
-                    raise InputError(f"{path} has over {MAX_LINES:,} lines.", fix="Split it.")
+                if number > MAX_ENTRIES:
+                    raise InputError(f"{path} has over {MAX_ENTRIES:,} lines.", fix="Split it.")
                 if line.strip():
-                    entry = _line(line, root, f"{path}, line {number}")
-                    found.setdefault(f"{entry.name}\0{entry.caption}", entry)
+                    entry, caption = _line(line, root, f"{path}, line {number}")
+                    found.setdefault(f"{entry.name}\0{caption}", entry)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8.", str(error), "Save it as UTF-8.") from error
     return list(found.values())
 
 
-def _line(line: str, root: Path, where: str) -> _Entry:
+def _line(line: str, root: Path, where: str) -> tuple[Entry, str | None]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -155,10 +176,12 @@ def _line(line: str, root: Path, where: str) -> _Entry:
             f"{where} has no usable image.", f"{line[:200]!r}", 'Write {"image": ..., "caption": ...}.'
         )
     try:
-        (caption or "").encode()
-    except UnicodeEncodeError as error:  # JSON can name lone surrogates, which no tokenizer takes
-        raise InputError(f"{where} has an impossible text.", f"{caption!r}: {error}") from error
-    return _Entry(Path(image).as_posix(), inside(root, image, where), caption)
+        given = plain(caption)
+    except InputError as error:
+        raise InputError(f"{where} has an impossible text.", error.why) from error
+    resolved = inside(root, image, where)
+    text = partial(_sidecar, resolved) if caption is None else lambda: given
+    return Entry(Path(image).as_posix(), resolved, text), caption
 
 
 def _sidecar(image: Path) -> str | None:

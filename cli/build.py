@@ -44,9 +44,13 @@ def build(
         Path | None, typer.Option(help="The bundle's folder; else bundles/MODEL-PRECISION.")
     ] = None,
     calib: Annotated[
-        Path | None, typer.Option(help="Images and captions to calibrate on: a folder, or a JSONL.")
+        Path | None,
+        typer.Option(help="Images and captions: a folder, JSONL, WebDataset shards, or Hugging Face folder."),
     ] = None,
     calib_samples: Annotated[int, typer.Option(help="How many of them.", min=1)] = 256,
+    calib_columns: Annotated[
+        str | None, typer.Option(help="Columns IMAGE,CAPTION of a data set, where their names are unusual.")
+    ] = None,
     calib_seed: Annotated[int, typer.Option(help="Chooses which of them.")] = 0,
     algorithm: Annotated[
         str | None,
@@ -154,6 +158,7 @@ def build(
             calib=calib,
             calib_samples=calib_samples,
             calib_seed=calib_seed,
+            calib_columns=names(calib_columns),
             algorithm=algorithm,
             scales=scales,
             targets=targets,

@@ -24,9 +24,13 @@ def calibrate(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the ranges are written.")] = Path("scales.json"),
     calib: Annotated[
-        Path | None, typer.Option(help="Images and captions to calibrate on: a folder, or a JSONL.")
+        Path | None,
+        typer.Option(help="Images and captions: a folder, JSONL, WebDataset shards, or Hugging Face folder."),
     ] = None,
     calib_samples: Annotated[int, typer.Option(help="How many of them.", min=1)] = 256,
+    calib_columns: Annotated[
+        str | None, typer.Option(help="Columns IMAGE,CAPTION of a data set, where their names are unusual.")
+    ] = None,
     calib_seed: Annotated[int, typer.Option(help="Chooses which of them.")] = 0,
     algorithm: Annotated[
         str, typer.Option(help="How ranges are picked: max, percentile[-99.99], entropy or mse.")
@@ -55,6 +59,7 @@ def calibrate(
             calib=calib,
             calib_samples=calib_samples,
             calib_seed=calib_seed,
+            calib_columns=names(calib_columns),
             algorithm=algorithm,
             backends=(ORT,),
             components=names(components),

@@ -12,7 +12,9 @@ from ..calibration.attention import operand_names
 from ..calibration.dataset import CalibrationSet, set_notices
 from ..calibration.scales import Scales
 from ..calibration.schemes import folded_layers
-from ..calibration.sources import open_calibration, scenes_calibration
+from ..calibration.sources import KINDS, open_calibration, scenes_calibration
+from ..calibration.tensor_cache import TensorCache
+from ..engines.cache import cache_folder
 from ..errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -65,14 +67,16 @@ def choose_sets(
     if source is not None:
         # Otherwise only accuracy is measured; given scales may come from this set, cut in the same way.
         count = samples if measured or request.scales else min(samples, 4 * HELD_OUT)
-        chosen = open_calibration(source, count, request.calib_seed, progress=progress)
+        columns = request.calib_columns
+        chosen = open_calibration(source, count, request.calib_seed, progress, columns)
+        chosen = replace(chosen, cache=TensorCache(cache_folder() / "images"))
     elif job.evaluation is not None:
         chosen = scenes_calibration(samples)
     elif measured:
         raise InputError(
             f"Precision {job.recipe.name} needs calibration data.",
             "The ranges of activations are measured on images and captions like those you will serve.",
-            "Give --calib a folder of images, or a JSONL with an image and a caption a line.",
+            f"Give --calib {'; '.join(KINDS)}.",
         )
     else:
         # Only to compare the graphs with fp32: any images will do for that.

@@ -52,10 +52,11 @@ class Request:
         out: the bundle's folder.
         model: a checkpoint; None is the shipped internvl-nano.
         precision: a shipped recipe or a recipe file.
-        calib: folder or JSONL of images and captions; None: :data:`OWN_CALIBRATION` beside the weights, or
-            drawn scenes for a model trained on them.
+        calib: images and captions, of :data:`..calibration.sources.KINDS`; None: :data:`OWN_CALIBRATION`
+            beside the weights, or drawn scenes for a model trained on them.
         calib_samples: how many of them.
         calib_seed: chooses which.
+        calib_columns: of image and caption, where they cannot be found (:func:`.sources.open_calibration`).
         scales: a ``scales.json`` that was measured before; None: measure.
         algorithm: how ranges are picked (:mod:`..calibration.observe`); None: ``max``.
         targets: GPU generations, ``sm89,sm120``.
@@ -77,6 +78,7 @@ class Request:
     calib: Path | None = None
     calib_samples: int = 256
     calib_seed: int = 0
+    calib_columns: tuple[str, ...] = ()
     scales: Path | None = None
     algorithm: str | None = None
     targets: str = "sm89"

@@ -1,0 +1,53 @@
+"""Candidates for a calibration set: an image that may be chosen, wherever it lies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError
+from ..pictures import load_image
+from .dataset import Sample, Skipped, Stored, read_bytes
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")
+MAX_CAPTION_BYTES = 8192
+MAX_ENTRIES = 10_000_000
+
+Caption = Callable[[], "str | None"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image that may be chosen.
+
+    Args:
+        name: the same on every machine.
+        image: a file, or something in one.
+        caption: reads its caption, if there is one.
+    """
+
+    name: str
+    image: Path | Stored
+    caption: Caption
+
+    def check(self) -> Sample | Skipped:
+        """Decode it; a sample, or why it can be none."""
+        try:
+            data = read_bytes(self.image)
+            load_image(data, self.name)
+            caption = plain(self.caption())
+        except InputError as error:
+            return Skipped(self.name, error.why or error.what)
+        return Sample(self.name, hashlib.sha256(data).hexdigest(), caption, self.image)
+
+
+def plain(caption: str | None) -> str | None:
+    """A caption without space around it; None where nothing is left. InputError for what is no text."""
+    text = (caption or "").strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can name lone surrogates, which no tokenizer takes
+        raise InputError("A caption is no text.", f"{text[:200]!r}: {error}") from error
+    return text[:MAX_CAPTION_BYTES] or None
