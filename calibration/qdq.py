@@ -5,8 +5,9 @@ For every layer of the plan, ``W -> [Cast] -> Transpose -> MatMul(x, .)`` become
     x  -> QuantizeLinear -> DequantizeLinear -> MatMul
     Wq -> DequantizeLinear(axis 0) -> Transpose -> MatMul
 
-with per-tensor activation scales, stored 8-bit weights [out, in] and per-channel scales of the type the graph
-computes in. Weight-only schemes leave x alone; INT4 weights have a scale for each block of in features.
+with per-tensor activation scales, stored 8- or 4-bit weights [out, in] and per-channel scales of the type the
+graph computes in. Weight-only schemes leave x alone; their INT4 weights have a scale for each block of in
+features.
 TensorRT and ONNX Runtime both look through the Transpose. Activations differ between the two:
 
 * TensorRT: one Q/DQ pair on a value, shared by its GEMMs (q/k/v, gate/up): they merge into one kernel.

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 LIMITS = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
 """Largest magnitude of a type's stored values; integers are symmetric, -128 and -8 are not used."""
 
+LOWEST = {"fp8": -448.0, "int8": -128.0, "int4": -8.0}
+"""Where QuantizeLinear saturates below: activations do use -128 and -8."""
+
 STORED = {"fp8": "float8_e4m3fn", "int8": "int8", "int4": "uint8"}
 """What the weights store holds a type as; two INT4 values a byte, the first in the low bits, as in ONNX."""
 
@@ -68,21 +71,27 @@ def round_scale(amax: torch.Tensor, kind: str, base: str) -> torch.Tensor:
 
 
 def activation_scale(amax: float, kind: str, base: str) -> float:
-    """amax / 448 (fp8) or amax / 127 (int8), rounded to the base type as weights' scales are."""
+    """amax / 448 (fp8), / 127 (int8) or / 7 (int4), rounded to the base type as weights' scales are."""
     import torch
 
     return float(round_scale(torch.tensor(amax, dtype=torch.float32), kind, base))
 
 
-def quantise_values(x: torch.Tensor, scale: torch.Tensor, kind: str) -> torch.Tensor:
-    """``x`` / ``scale``, rounded half to even and saturated, as float8_e4m3fn or int8 (of INT4 too)."""
+def quantise_values(
+    x: torch.Tensor, scale: torch.Tensor, kind: str, lowest: float | None = None
+) -> torch.Tensor:
+    """``x`` / ``scale``, rounded half to even and saturated, as float8_e4m3fn or int8 (of INT4 too).
+
+    Negative values end at ``lowest``, which is :data:`LOWEST` for activations; None: at minus the limit.
+    """
     import torch
 
     limit = LIMITS[kind]
+    lowest = -limit if lowest is None else lowest
     scaled = x.float() / scale
     if kind == "fp8":  # torch's cast turns what is too large into NaN, so saturate first
-        return scaled.clamp_(-limit, limit).to(torch.float8_e4m3fn)
-    return scaled.round_().clamp_(-limit, limit).to(torch.int8)
+        return scaled.clamp_(lowest, limit).to(torch.float8_e4m3fn)
+    return scaled.round_().clamp_(lowest, limit).to(torch.int8)
 
 
 def quantise_rows(

@@ -12,7 +12,8 @@ class Scheme:
 
     Args:
         weight: type its weight is stored in: ``fp8`` (E4M3) or ``int8``, with one scale an output channel;
-            ``int4`` with one for each block of an output channel (:func:`block_size`).
+            ``int4`` with one for each block of an output channel (:func:`block_size`), or for all of it
+            where the input is rounded too: integer products sum over the whole channel.
         activation: type its input is rounded to, with one scale for the tensor; empty if it is left alone:
             then the weight is dequantised and the product runs in the base type.
         fold: how large channels of the input are moved into the weight first: ``smooth`` (:mod:`.smooth`) or
@@ -31,13 +32,15 @@ SCHEMES = {
     "int8-weight": Scheme("int8"),
     "int4-weight": Scheme("int4"),
     "int4-awq": Scheme("int4", fold="awq"),
+    "w4a8": Scheme("int4", "int8"),
+    "w4a4": Scheme("int4", "int4"),
 }
 """Schemes that quantise, by the name that recipes and receipts know them under."""
 
 BASES = ("bf16", "fp16")
 """Types that everything a recipe does not name computes in."""
 
-DIMENSION_MULTIPLE = {"fp8": 16}
+DIMENSION_MULTIPLE = {"fp8": 16, "w4a8": 16, "w4a4": 32}
 """In and out features of a layer must be multiples of this, or TensorRT has no kernel for the scheme."""
 
 BLOCKS = (128, 64, 32)
@@ -47,7 +50,7 @@ ONNX Runtime take all three."""
 
 def block_size(scheme: str, in_features: int) -> int:
     """In features that share a scale; 0 where all of an output channel do, or where no block fits."""
-    if SCHEMES[scheme].weight != "int4":
+    if not _blocked(scheme):
         return 0
     return next((block for block in BLOCKS if in_features % block == 0), 0)
 
@@ -60,9 +63,13 @@ def excluded(scheme: str, out_features: int, in_features: int) -> str:
             f"in features {in_features} and out features {out_features} must both be multiples of "
             f"{multiple} for {scheme} matrix products in TensorRT"
         )
-    if scheme in SCHEMES and SCHEMES[scheme].weight == "int4" and not block_size(scheme, in_features):
+    if scheme in SCHEMES and _blocked(scheme) and not block_size(scheme, in_features):
         return f"in features {in_features} must be a multiple of {BLOCKS[-1]} for blocks of INT4 weights"
     return ""
+
+
+def _blocked(scheme: str) -> bool:
+    return SCHEMES[scheme].weight == "int4" and not SCHEMES[scheme].activation
 
 
 def folded_layers(schemes: Mapping[str, str], fold: str = "") -> list[str]:

@@ -23,7 +23,7 @@ from .accuracy import Comparison, Metrics, Table
 from .attention import attention_scales, core_attentions, fake_attention
 from .dataset import CalibrationSet
 from .parts import NEEDS, WITHOUT_BLOCKS, Load, Modules, needed, parts
-from .quantize import activation_scale, dequantise, quantise_values, stored_names
+from .quantize import LOWEST, activation_scale, dequantise, quantise_values, stored_names
 from .scales import Scales
 from .schemes import SCHEMES
 from .stream import Flow, samples_of, visit
@@ -190,7 +190,7 @@ def rounding_hook(amax: float, kind: str, base: str) -> Callable[..., tuple[torc
 
     def hook(_: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         factor = torch.tensor(scale, device=args[0].device)
-        return (quantise_values(args[0], factor, kind).float() * factor,)
+        return (quantise_values(args[0], factor, kind, LOWEST[kind]).float() * factor,)
 
     return hook
 

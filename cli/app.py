@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "recipes": ("recipes", "Show the precision recipes, or print one as a file to edit."),
     "sensitivity": ("sensitivity", "What each layer loses when it alone is quantised; odd channels."),
     "train": ("train", "Train a small InternVL on drawn scenes, or fine-tune a chat model on conversations."),
+    "qat": ("qat", "Fine-tune a checkpoint for a precision; 'build' takes the result."),
     "scenes": ("scenes", "Draw scenes with captions, to try internvl-nano on or to calibrate with."),
     "run": ("run", "Embed, classify, retrieve, caption or chat about images, through a bundle's engines."),
     "eval": ("eval", "Measure a bundle on your own copy of a benchmark, beside the paper's number."),

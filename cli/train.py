@@ -56,6 +56,10 @@ def train(
     lr: Annotated[
         float | None, typer.Option(help="Stage 3: peak learning rate; else 2e-5, with LoRA 2e-4.", min=0)
     ] = None,
+    processes: Annotated[
+        int, typer.Option(help="Processes that train together, started here (torchrun works too).", min=1)
+    ] = 1,
+    strategy: Annotated[str, typer.Option(help="How they share the model: ddp or fsdp.")] = "ddp",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a small InternVL from scratch on drawn scenes, or fine-tune an InternVL-Chat on conversations.
@@ -70,6 +74,8 @@ def train(
 
     if threads:
         torch.set_num_threads(threads)
+    if processes > 1 and (stage is not None or preset == NANO_CHAT.name):
+        raise UsageError("Stage 3 trains in one process.", fix="Leave --processes out.")
     if stage is not None or model is not None:
         if stage != 3 or model is None:
             raise UsageError(
@@ -96,6 +102,7 @@ def train(
 
     from ..preprocess import ImageSettings, Tokenizer
     from ..training import tasks, trainer
+    from ..training.distributed import known_strategy, together
     from ..training.evaluate import TorchModel
     from ..training.publish import Run, publish
     from ..training.tokenizer import train_tokenizer
@@ -105,8 +112,13 @@ def train(
         chosen = trainer.shortened(chosen, steps, batch)
     tokenizer = train_tokenizer()
     with step_bar(chosen.stages[0].name, sum(s.steps for s in chosen.stages)) as report:
-        options = trainer.Options(work_dir or out.with_name(out.name + ".work"))
-        trained, seconds = trainer.train(chosen, tokenizer, options, report)
+        options = trainer.Options(
+            work_dir or out.with_name(out.name + ".work"), strategy=known_strategy(strategy)
+        )
+        result = together(processes, trainer.train, (chosen, tokenizer, options), report=report)
+    if result is None:  # one of torchrun's other processes
+        return
+    trained, seconds = result
     settings = ImageSettings(size=chosen.model.vision.image_size)
     # The published weights are bf16: measure what is shipped.
     trained = trained.bfloat16().float()

@@ -14,6 +14,14 @@ _AFTER_SOFTMAX = frozenset({"Cast", "Identity", "Dropout", "QuantizeLinear", "De
 _MAX_STEPS = 8
 _MAX_REACH = 32  # from an attention to the Reshape into heads: norms, rotary positions, Q/DQ
 
+FACTORS = {
+    "fp8": ("fp8", "fp8"),
+    "int8": ("int8", "int8"),
+    "w4a8": ("int8", "int4"),
+    "w4a4": ("int4", "int4"),
+}
+"""Schemes that quantise both factors of a product -> types of the activation and of the stored weight."""
+
 
 @dataclass(frozen=True)
 class Product:
@@ -21,9 +29,9 @@ class Product:
 
     ``weight`` is the initializer it multiplies by (empty: both factors are computed), ``shape`` its sizes as
     the graph has them, ``k`` and ``n`` its in and out features (0: unknown; a Conv sums over ``k`` values for
-    each of ``n`` channels). ``activation`` and ``stored`` are the 8-bit types its factors are dequantised
-    from (``fp8``, ``int8``), empty where the graph does not quantise that factor. ``split`` says that the
-    result is cut into pieces at once (a joint q/k/v), ``dequantised_by`` is the node that dequantises the
+    each of ``n`` channels). ``activation`` and ``stored`` are the types its factors are dequantised from
+    (``fp8``, ``int8``, ``int4``), empty where the graph does not quantise that factor. ``split`` says that
+    the result is cut into pieces at once (a joint q/k/v), ``dequantised_by`` is the node that dequantises the
     weight.
     """
 
@@ -40,8 +48,9 @@ class Product:
 
     @property
     def scheme(self) -> str:
-        """What the graph asks for: ``fp8`` or ``int8`` if both factors are quantised so, else empty."""
-        return self.activation if self.activation == self.stored else ""
+        """What the graph asks for: one of :data:`FACTORS` if both factors are quantised so, else empty."""
+        types = (self.activation, self.stored)
+        return next((scheme for scheme, pair in FACTORS.items() if pair == types), "")
 
 
 @dataclass(frozen=True)
@@ -96,9 +105,14 @@ def find_convolutions(graph: Graph) -> tuple[Product, ...]:
     return tuple(_convolution(n, graph, producers) for n in graph.nodes if n.op == "Conv")
 
 
+def factors(scheme: str) -> str:
+    """Precision of a product of ``scheme``, one of :data:`FACTORS` or the type of both factors."""
+    return "x".join(FACTORS.get(scheme, (scheme, scheme)))
+
+
 def why_not_8_bits(product: Product, precision: str) -> str:
-    """The likely cause why ``product`` runs as ``precision``, from the graph; empty if that is 8 bits."""
-    if precision in ("fp8xfp8", "int8xint8"):
+    """The likely cause why ``product`` runs as ``precision``; empty if that is 8 or 4 bits on both sides."""
+    if precision in map(factors, FACTORS):
         return ""
     if not precision:
         return "the engine has no kernel of this name: it was folded away or renamed"
@@ -110,7 +124,7 @@ def why_not_8_bits(product: Product, precision: str) -> str:
         return "the graph quantises its input only, not its weight"
     if not product.activation:
         return "the graph quantises its weight only, not its input"
-    if product.stored != product.activation:
+    if not product.scheme:
         return f"its weight is {product.stored}, its input {product.activation}"
     odd = [f"{name} = {size}" for name, size in (("K", product.k), ("N", product.n)) if size % 16]
     if odd:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import BuildError, UsageError
-from .proof import KernelReport, ProductProof, both
+from .products import FACTORS, factors
+from .proof import KernelReport, ProductProof
 
-SCHEMES = ("fp8", "int8", "bf16", "fp16", "fp32", "int8-weight", "int4-weight")
-"""What can be promised of a matrix product: the type of both its factors, or that of its stored weight, which
-is dequantised for a product in 16 bits."""
+SCHEMES = (*FACTORS, "bf16", "fp16", "fp32", "int8-weight", "int4-weight")
+"""What can be promised of a matrix product: the types of its factors, or that of its stored weight, which is
+dequantised for a product in 16 bits."""
 
 _BASES = frozenset({"bf16", "fp16"})
 _LISTED = 6
@@ -21,8 +22,8 @@ def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
     Args:
         report: what the engine does.
         promised: ONNX node name, or weight name, -> scheme (one of :data:`SCHEMES`). Of a node of an
-            attention it is the type of q, k and v; of its Softmax, also that one kernel takes them. An 8-bit
-            product that is not promised is a difference too.
+            attention it is the type of q, k and v; of its Softmax, also that one kernel takes them. A product
+            in 8 or 4 bits that is not promised is a difference too.
 
     Raises:
         BuildError: engine and promise differ; the layers are named with the likely causes.
@@ -54,7 +55,7 @@ def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
     wrong += [
         f"{product.node}: runs {product.precision}, which nothing promised."
         for product in report.products
-        if product.node not in kept and product.precision in (both("fp8"), both("int8"))
+        if product.node not in kept and product.precision in map(factors, FACTORS)
     ]
     if wrong:
         more = f" And {len(wrong) - _LISTED} more." if len(wrong) > _LISTED else ""
@@ -72,4 +73,4 @@ def _broken(name: str, scheme: str, precision: str, cause: str) -> str:
 def _kept(scheme: str) -> frozenset[str]:
     """Precisions that keep a promise of ``scheme``."""
     stored = scheme.removesuffix("-weight")
-    return frozenset({both(scheme)} if stored == scheme else {f"{base}x{stored}" for base in _BASES})
+    return frozenset({factors(scheme)} if stored == scheme else {f"{base}x{stored}" for base in _BASES})

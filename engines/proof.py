@@ -18,6 +18,7 @@ from .graph import Graph
 from .products import (
     AttentionBlock,
     Product,
+    factors,
     find_attention,
     find_convolutions,
     find_products,
@@ -38,11 +39,11 @@ class ProductProof:
     Args:
         node: its ONNX node name.
         weight: the initializer it multiplies by; empty if both factors are computed.
-        scheme: ``fp8`` or ``int8`` if the graph quantises both factors so, else empty.
-        precision: types of the factors in the engine, ``fp8xfp8``, or ``bf16xint4`` where the weight is
-            stored in INT4 and dequantised for a product in bf16; several joined by ``|`` where optimization
-            profiles differ; ``unknown`` for a type the engine does not tell; empty if the product is not in
-            the engine.
+        scheme: one of :data:`.products.FACTORS` if the graph quantises both factors so, else empty.
+        precision: types of the factors in the engine, ``fp8xfp8``; the stored type of a weight that is
+            restored beside the product: ``bf16xint4``, or ``int8xint4`` of a product in INT8; several joined
+            by ``|`` where optimization profiles differ; ``unknown`` for a type the engine does not tell;
+            empty if the product is not in the engine.
         kernel: name of the kernel.
         merged: nodes that share the kernel (q/k/v, gate/up), this one among them; empty if it stands alone.
         cause: why it does not run in 8 bits; empty if it does.
@@ -118,7 +119,7 @@ class KernelReport:
     @property
     def fallbacks(self) -> tuple[ProductProof, ...]:
         """Products that the graph quantises and the engine does not run so."""
-        return tuple(p for p in self.products if p.scheme and p.precision != both(p.scheme))
+        return tuple(p for p in self.products if p.scheme and p.precision != factors(p.scheme))
 
     @property
     def fused_attention(self) -> int:
@@ -209,8 +210,3 @@ def joined(reports: Sequence[KernelReport]) -> KernelReport:
         constant_bytes=sum(r.constant_bytes for r in reports),
         file_bytes=sum(r.file_bytes for r in reports),
     )
-
-
-def both(scheme: str) -> str:
-    """Precision of a product whose factors are both of type ``scheme``."""
-    return f"{scheme}x{scheme}"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from .graph import Graph, Node, read_graph, stored_bytes
 from .onnxruntime_backend import optimized_graph
-from .products import AttentionBlock, Product, node_name, why_not_8_bits
-from .proof import Asked, AttentionProof, KernelReport, ProductProof, both
+from .products import AttentionBlock, Product, factors, node_name, why_not_8_bits
+from .proof import Asked, AttentionProof, KernelReport, ProductProof
 
 _INT8 = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "QLinearConv"})
 _FLOAT = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv"})
@@ -48,13 +48,15 @@ def _product(product: Product, runs: Mapping[str, Node], made: Graph) -> Product
     node, restored = runs.get(product.node), runs.get(product.dequantised_by)
     op = "" if node is None else node.op
     kind = "int8" if op in _INT8 else "fp32" if op in _FLOAT else ""
-    precision = both(kind) if kind else ""
+    precision = factors(kind) if kind else ""
     unfused = restored is not None and restored.op == _RESTORE
     if not product.activation and (op == "MatMulNBits" or unfused):
         precision = f"fp32x{product.stored}"
     cause = why_not_8_bits(product, precision)
     if precision and product.scheme == "fp8":
         cause = "ONNX Runtime has no FP8 kernels on the CPU: it multiplies the rounded values in fp32"
+    elif precision and product.scheme in ("w4a8", "w4a4"):
+        cause = "ONNX Runtime has no such INT4 kernels: it multiplies the rounded values in fp32"
     elif product.scheme == "int8" and kind == "fp32":
         cause = "ONNX Runtime fuses INT8 only where the product has a QuantizeLinear of its own"
     keeper = restored if unfused else node

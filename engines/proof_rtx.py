@@ -11,7 +11,7 @@ from .program import UNTOLD, Kernel, Program, read_programs
 from .proof import Asked, AttentionProof, KernelReport, ProductProof, shares
 
 _FLOATS = frozenset({"fp8", "bf16", "fp16", "fp32", "fp64"})
-_OPERANDS = _FLOATS | {"int8", "uint8", UNTOLD}
+_OPERANDS = _FLOATS | {"int8", "uint8", "int4", UNTOLD}
 _MATRIX = frozenset({"fully_connected", "runtime_fusion", "corrltn"})  # corrltn: a convolution
 _LARGEST_HEAD = 256
 _SMALLEST_HEAD = 9
@@ -70,7 +70,7 @@ def _product(
             continue
         first = first or kernel
         size = max(kernel.constants, default=0)
-        if product.stored and not product.activation:
+        if product.stored not in ("", product.activation):
             packed = _packed(product, program)
             operands = (*operands[:1], product.stored if packed else operands[-1] if operands else "")
             size = packed or size
@@ -110,7 +110,7 @@ def _find(node: str, program: Program) -> tuple[Kernel | None, tuple[str, ...]]:
 
 
 def _packed(product: Product, program: Program) -> int:
-    """Bytes kept of the weight of a weight-only ``product`` in its stored type; 0 if it was unpacked."""
+    """Bytes kept of the weight of ``product`` in its stored type; 0 if it was unpacked."""
     wanted = {product.node, product.dequantised_by}
     users = [k for k in program.kernels if wanted & set(k.layers)]
     operands = [pair for k in users for pair in zip(k.args, k.constants, strict=True)]

@@ -51,7 +51,7 @@ def check_types(component: str, types: frozenset[str], targets: tuple[Target, ..
 
     Args:
         component: named in the error.
-        types: element types in the graph (``fp8``, ``int8``, ``bf16``, ``fp16``, ``fp32``).
+        types: element types in the graph (``fp8``, ``int8``, ``int4``, ``bf16``, ``fp16``, ``fp32``).
         targets: what the engine is to run on.
 
     Raises:

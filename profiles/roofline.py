@@ -24,7 +24,7 @@ from .gpus import GpuPeaks
 from .sizes import component_shapes
 
 ITEM_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4, "int64": 64}
-LOW = ("fp8", "int8")
+LOW = ("fp8", "int8", "int4")
 """Types whose share of the peak is not that of 16-bit arithmetic."""
 
 
@@ -120,6 +120,8 @@ def peak(gpu: GpuPeaks, kind: str) -> tuple[float, str]:
             return gpu.fp16, f"{gpu.title}: no published bf16 peak; that of fp16 is taken."
         if gpu.int8 is not None:
             return gpu.int8 / 2, f"{gpu.title}: no published bf16 peak; half of int8's is taken."
+    if kind == "int4" and gpu.int8 is not None:
+        return gpu.int8, f"{gpu.title}: no int4 peak was looked up; that of int8 is taken."
     if kind == "fp16" and gpu.int8 is not None:
         return gpu.int8 / 2, f"{gpu.title}: no published fp16 peak; half of int8's is taken."
     has = [k for k in ("fp16", "bf16", "fp8", "int8") if gpu.tflops(k) is not None]

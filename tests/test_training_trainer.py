@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ivl_export.errors import InputError
+from ivl_export.errors import BuildError, InputError
 from ivl_export.models import load_model
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.models.internvl import InternVL
@@ -205,7 +205,7 @@ def test_losses_fall(tokenizer: bytes, tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(tokenizer: bytes, tmp_path: Path) -> None:
     preset = replace(TINY, stages=(replace(STAGES[0], lr=math.inf, matrix_lr=math.inf),))
-    with pytest.raises(RuntimeError, match="non-finite"):
+    with pytest.raises(BuildError, match="not finite"):
         run(preset, tokenizer, tmp_path)
     assert not (tmp_path / "state.pt").exists()
 

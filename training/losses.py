@@ -84,7 +84,8 @@ def across_ranks(x: Tensor) -> tuple[Tensor, int]:
     from torch import distributed
     from torch.distributed.nn.functional import all_gather
 
-    rows = all_gather(x)  # type: ignore[no-untyped-call]
+    # Named, since the default is the group that was there when torch was imported.
+    rows = all_gather(x, distributed.group.WORLD)  # type: ignore[no-untyped-call]
     return torch.cat(rows), distributed.get_rank() * len(x)
 
 

@@ -25,8 +25,19 @@ from torch.utils.data import DataLoader, Subset
 from ..errors import InputError
 from ..models.internvl import InternVL
 from ..preprocess import ImageSettings
+from . import distributed as dist
 from .collate import Drawn, SceneBatches, normalise
-from .losses import Text, stage1_loss, stage2_losses
+from .losses import (
+    IGNORE,
+    Gather,
+    Stage2Batch,
+    Text,
+    across_ranks,
+    local,
+    matching_texts,
+    stage1_loss,
+    stage2_losses,
+)
 from .presets import Preset, Stage
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -49,29 +60,43 @@ class Progress:
 
 @dataclass(frozen=True)
 class Options:
-    """How to run, apart from what is trained."""
+    """How to run, apart from what is trained.
+
+    ``workers`` make batches; ``strategy`` is how several processes share the model
+    (:func:`.distributed.parallel`).
+    """
 
     work_dir: Path
     save_every: int = 100
     workers: int = 1
     bf16: bool = True
+    strategy: dist.Strategy = "ddp"
+
+
+def silent(progress: Progress) -> None:
+    """Hears a run and says nothing."""
 
 
 def train(
-    preset: Preset, tokenizer: bytes, options: Options, report: Callable[[Progress], None]
+    preset: Preset, tokenizer: bytes, options: Options, report: Callable[[Progress], None] = silent
 ) -> tuple[InternVL, float]:
     """Run all stages of ``preset``: the trained model (fp32, eval mode) and the seconds its steps took.
 
+    In a group (:func:`.distributed.together`) every process calls it, and trains on its rows of each batch.
+
     Raises:
         InputError: ``work_dir`` holds the state of a run with other settings.
+        UsageError: a batch that the processes cannot share.
+        BuildError: gradients are not finite.
     """
     state_file = options.work_dir / "state.pt"
     options.work_dir.mkdir(parents=True, exist_ok=True)
-    model = initialised(preset)
+    model, device = initialised(preset), dist.device()
+    rows = {stage.name: dist.own_rows(stage.batch) for stage in preset.stages}
     identity = {"preset": repr(preset), "tokenizer": tokenizer.hex()[:64]}
     state: dict[str, Any] = {"stage": 0, "step": 0, "optimizers": [], "seconds": 0.0}
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location="cpu")
         if state["identity"] != identity:
             raise InputError(
                 f"{options.work_dir} holds another run.",
@@ -79,6 +104,7 @@ def train(
                 "Use another --work-dir, or delete that one.",
             )
         model.load_state_dict(state["model"])
+    objective = dist.Objective(model.to(device), stage_losses)
     done = sum(s.steps for s in preset.stages[: state["stage"]])
     total = sum(s.steps for s in preset.stages)
     seconds: float = state["seconds"]
@@ -86,21 +112,28 @@ def train(
     for number, stage in enumerate(preset.stages):
         if number < state["stage"]:
             continue
+        freeze(model, stage)
+        wrapped = dist.parallel(objective, options.strategy, unused=stage.loss == "contrastive")
         chosen = optimizers(model, stage, preset.weight_decay)
         first = 0
         if number == state["stage"]:
             first = state["step"]
             for optimizer, kept in zip(chosen, state["optimizers"], strict=False):
-                optimizer.load_state_dict(kept)
+                dist.load_optimizer(optimizer, kept)
         for step, drawn in enumerate(_batches(preset, stage, tokenizer, first, options.workers), first):
-            losses = _step(model, chosen, stage, preset, drawn, step, options.bf16)
+            own = dist.moved(dist.taken(drawn, rows[stage.name]), device)
+            losses = _step(wrapped, model, chosen, stage, preset, own, step, options.bf16)
             seconds = time.perf_counter() - started
             report(Progress(stage.name, step + 1, done + step + 1, total, losses, seconds))
             if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
                 place = {"identity": identity, "stage": number, "step": step + 1, "seconds": seconds}
                 save_state(state_file, model, chosen, place)
         done += stage.steps
-    return model.eval(), seconds
+    if dist.world() > 1:
+        trained = InternVL(preset.model)
+        trained.load_state_dict(dist.whole(model.state_dict()))
+        model = trained
+    return model.cpu().eval(), seconds
 
 
 def initialised(preset: Preset) -> InternVL:
@@ -152,13 +185,19 @@ def _batches(preset: Preset, stage: Stage, tokenizer: bytes, first: int, workers
     )
 
 
+def freeze(model: nn.Module, stage: Stage) -> None:
+    """Let the parameters learn that ``stage`` names, and no others."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(fnmatch(name, pattern) for pattern in stage.trainable))
+
+
 def optimizers(model: nn.Module, stage: Stage, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Freeze what ``stage`` does not train. Muon for the blocks' matrices where it has a rate, else AdamW."""
+    freeze(model, stage)
     matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(fnmatch(name, pattern) for pattern in stage.trainable))
         if not parameter.requires_grad:
             continue
         if stage.matrix_lr and parameter.dim() == 2 and ".layers." in name:
@@ -180,41 +219,57 @@ def schedule(stage: Stage, step: int) -> float:
 
 
 def _step(
+    objective: nn.Module,
     model: InternVL,
-    optimizers: list[torch.optim.Optimizer],
+    chosen: list[torch.optim.Optimizer],
     stage: Stage,
     preset: Preset,
     drawn: Drawn,
     step: int,
     bf16: bool,
 ) -> dict[str, float]:
-    for optimizer in optimizers:
+    for optimizer in chosen:
         peak = stage.matrix_lr if isinstance(optimizer, torch.optim.Muon) else stage.lr
         for group in optimizer.param_groups:
             group["lr"] = peak * schedule(stage, step)
     model.train()
     settings = ImageSettings()
     pixels = normalise(drawn.images, settings.mean, settings.std)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
-        parts = _losses(model, stage, drawn, pixels)
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
+        parts: dict[str, Tensor] = objective(_batch(stage, drawn, pixels), stage)
     loss = torch.stack(list(parts.values())).sum()
     model.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     learning = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.clip_grad_norm_(learning, preset.max_grad_norm, error_if_nonfinite=True)
-    for optimizer in optimizers:
+    norm = dist.clip_gradients(learning, preset.max_grad_norm)
+    for optimizer in chosen:
         optimizer.step()
     with torch.no_grad():
         model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-    return {**{k: float(v.detach()) for k, v in parts.items()}, "grad_norm": float(norm)}
+    return {**dist.averaged(parts), "grad_norm": norm}
 
 
-def _losses(model: InternVL, stage: Stage, drawn: Drawn, pixels: Tensor) -> dict[str, Tensor]:
+def stage_losses(model: InternVL, batch: Stage2Batch, stage: Stage) -> dict[str, Tensor]:
+    """Losses of stage 1 or 2 by name; of several processes' rows the mean is that of the whole batch."""
+    gather: Gather = across_ranks if dist.world() > 1 else local
     if stage.loss == "contrastive":
-        return {"itc": stage1_loss(model, pixels, _trim(drawn.summarize))}
-    result = stage2_losses(model, drawn.stage2(pixels))
+        return {"itc": stage1_loss(model, batch.pixel_values, batch.summarize, batch.ids, gather)}
+    result = stage2_losses(model, batch, gather)
     assert result.itg is not None
-    return {"itc": result.itc, "itm": result.itm, "itg": result.itg}
+    if dist.world() == 1:
+        return {"itc": result.itc, "itm": result.itm, "itg": result.itg}
+    matched = (matching_texts(batch)[1] != IGNORE).sum()
+    spoken = (batch.labels[:, 1:] != IGNORE).sum()
+    itm, itg = result.itm * dist.weight(matched), result.itg * dist.weight(spoken)
+    return {"itc": result.itc, "itm": itm, "itg": itg}
+
+
+def _batch(stage: Stage, drawn: Drawn, pixels: Tensor) -> Stage2Batch:
+    batch = drawn.stage2(pixels)
+    if stage.loss == "contrastive":
+        return replace(batch, summarize=_trim(batch.summarize), ids=None)
+    # Each row is its own class, also among those of other processes.
+    return replace(batch, ids=batch.ids * dist.world() + dist.rank()) if batch.ids is not None else batch
 
 
 def _trim(text: Text) -> Text:
@@ -223,11 +278,13 @@ def _trim(text: Text) -> Text:
 
 
 def save_state(
-    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], place: dict[str, Any]
+    path: Path, model: nn.Module, chosen: list[torch.optim.Optimizer], place: dict[str, Any]
 ) -> None:
-    """Replace ``path`` by weights, optimizer states and ``place``, which says how far the run has come."""
-    optimizer_states = [o.state_dict() for o in optimizers]
-    state = {**place, "model": model.state_dict(), "optimizers": optimizer_states}
+    """Replace ``path`` by where a run stands; in a group every process calls it, and the first one writes."""
+    states = dist.whole([o.state_dict() for o in chosen])
+    state = {**place, "model": dist.whole(model.state_dict()), "optimizers": states}
+    if dist.rank() > 0:
+        return
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)

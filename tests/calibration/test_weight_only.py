@@ -40,7 +40,7 @@ SCHEMES = ("int8-weight", "int4-weight")
 
 
 def written(
-    checkpoint: Checkpoint, folder: Path, scheme: str, compute: str, style: Style
+    checkpoint: Checkpoint, folder: Path, scheme: str, compute: str, style: Style, amax: float = 0.0
 ) -> tuple[Path, dict[str, str], dict[str, str]]:
     """The vision graph with its store, the promise, and the plan's layers."""
     shapes = {
@@ -52,7 +52,7 @@ def written(
     layers = plan(Recipe(scheme, rules), shapes).quantised
     model = export_component("vision", checkpoint, compute)
     kept = [n for n in model.graph.initializers if n in checkpoint.tensors]
-    promised = write_qdq(model, layers, {}, compute=compute, style=style)
+    promised = write_qdq(model, layers, dict.fromkeys(layers, amax), compute=compute, style=style)
     low = {f"{layer}.weight" for layer in layers}
     folder.mkdir()
     write_store(checkpoint, [k for k in kept if k not in low], folder / "base.safetensors", "bfloat16")
