@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .cases import Call, Case, Floor
+from .cuda import event_timer, has_gpu
 from .flops import ComponentCost
 from .machine import usable_cores
 from .measure import StopRule, measure
@@ -202,9 +203,9 @@ def _torch_products(threads: int | None, rule: StopRule, notes: list[str]) -> li
 
 def _gpu_ceilings(rule: StopRule) -> Ceilings:
     """The first CUDA device, timed by CUDA events."""
+    if not has_gpu():
+        return Ceilings("GPU", (), (), ("The GPU's ceilings were not measured: torch sees none.",))
     import torch
-
-    from .cuda import event_timer
 
     device, notes, products = "cuda", [], []
     for kind, make in _gpu_products().items():
@@ -246,6 +247,7 @@ def _gpu_products() -> dict[str, Callable[[Any, str], Callable[[], object]]]:
         return partial(torch._int_mm, left, left.t())
 
     return {
+        "fp32": partial(plain, "float32"),
         "fp16": partial(plain, "float16"),
         "bf16": partial(plain, "bfloat16"),
         "fp8": fp8,

@@ -105,11 +105,12 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
         memory = peak_memory()  # of the engines: the baseline and the ceilings take more
         if checkpoint is not None:
             wanted = [
-                (spec, next(s for s in sizes_of(spec, b, lengths, config) if _is_papers(s)))
+                (bundle.spec(name), sizes)
                 for name in BASELINE_PARTS
                 if name in bundle.manifest.components and name in checkpoint.components
-                for spec in [bundle.spec(name)]
-                for b in dict.fromkeys(case.batch for case in cases)
+                for batch in dict.fromkeys(case.batch for case in cases)
+                for sizes in sizes_of(bundle.spec(name), batch, lengths, config)
+                if sizes.get("text", TEXT_TOKENS) == TEXT_TOKENS
             ]
             cases += baseline.run_baseline(
                 checkpoint, config, wanted, options.rule, options.threads, progress
@@ -181,10 +182,6 @@ def _batches(bundle: Bundle, options: Options, tables: bool) -> Sequence[int] | 
     axes = [bundle.spec(n).axis("batch") for n in COMPONENTS if n in bundle.manifest.components]
     low, high = max(axis.min for axis in axes), min(axis.max for axis in axes)
     return sorted({min(max(batch, low), high) for batch in (*PAPER_RATES, BATCH)})
-
-
-def _is_papers(sizes: dict[str, int]) -> bool:
-    return sizes.get("text", TEXT_TOKENS) == TEXT_TOKENS
 
 
 def _ceilings(options: Options, device: str, progress: Progress | None) -> Ceilings | None:
