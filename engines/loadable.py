@@ -9,12 +9,13 @@ from __future__ import annotations
 import shlex
 from typing import NoReturn
 
-from ..errors import CapabilityError
+from ..errors import CapabilityError, UsageError
 from ..manifest import EngineFile, Manifest
 from . import trt
 from .gpu import Gpu, gpus
 from .options import BuildOptions
 from .shapes import narrowed
+from .targets import TARGETS
 
 SHIPPED = " (shipped)"
 
@@ -54,15 +55,36 @@ def check_loadable(engine: EngineFile, rebuild: str, device: int = 0) -> Gpu:
     return gpu
 
 
-def rebuild_line(manifest: Manifest, engine: EngineFile, target: str = "") -> str:
-    """The command that builds ``engine`` of a bundle again, for ``target`` if given."""
-    source = manifest.model.source
+def gpu_number(device: str) -> int:
+    """The number in ``cuda:1``, 0 for ``cuda``; UsageError if it names no GPU."""
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not (number or "0").isdecimal():
+        raise UsageError(f"TensorRT engines run on no device {device!r}.", "", "Give --device cuda:0.")
+    return int(number or 0)
+
+
+def fitting_target(manifest: Manifest, backend: str, device: int = 0) -> str | None:
+    """The target of the engines of ``backend`` that were built for the GPU here; None if none were."""
+    sm = gpus()[device].sm if device < len(gpus()) else ""
+    targets = (engine.target for engine in manifest.engines if engine.backend == backend)
+    return next((target for target in targets if sm in target.split("+")), None)
+
+
+def rebuild_line(manifest: Manifest, engine: EngineFile, device: int = 0) -> str:
+    """The command that builds ``engine`` of a bundle again, for the GPU here if there is one.
+
+    TensorRT-RTX builds for some generations only; for a GPU of another it is ``tensorrt`` that does.
+    """
+    source, backend, target = manifest.model.source, engine.backend, engine.target
+    if device < len(gpus()) and backend == trt.RTX:
+        target = gpus()[device].sm
+        backend = trt.RTX if target in TARGETS else trt.TENSORRT
     words = ["ivl-export", "build", "--model", source.removesuffix(SHIPPED)]
     if source == f"internvl-nano{SHIPPED}":
         words = words[:2]
-    words += ["--precision", manifest.precision, "--backend", engine.backend]
-    if engine.backend == trt.RTX:
-        words += ["--targets", target or engine.target]
+    words += ["--precision", manifest.precision, "--backend", backend]
+    if backend == trt.RTX:
+        words += ["--targets", target]
     if engine.built is not None:
         words += BuildOptions.from_json(engine.built.options).flags()
         spec = manifest.components[engine.component].spec

@@ -19,7 +19,7 @@ from ..manifest import EngineFile
 from ..specs import ComponentSpec
 from . import trt
 from .device import HOST, Array, Buffer, as_tensor, deliver, in_place, on_stream, require_torch, run_from_host
-from .loadable import check_loadable
+from .loadable import check_loadable, gpu_number
 from .options import BuildOptions
 from .shapes import Profile, choose_profile, narrowed
 from .trt_network import TYPES
@@ -200,7 +200,7 @@ def open_tensorrt(
             "An engine is opened through the manifest of its bundle, which names release, target and shapes.",
             "Open the bundle with ivl_export.runtime.InternVL.load, or build it again.",
         )
-    number = int(device.partition(":")[2] or 0)
+    number = gpu_number(device)
     check_loadable(record, rebuild, number)
     require_torch()
     import torch

@@ -12,7 +12,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..engines.chain import ChainedEngine
 from ..engines.device import HOST, Array, Buffer, as_tensor, concatenate, to_host
-from ..engines.loadable import rebuild_line
+from ..engines.loadable import fitting_target, gpu_number, rebuild_line
 from ..engines.protocol import BACKENDS, Engine, open_engine
 from ..engines.shapes import narrowed
 from ..engines.trt import BUILDERS
@@ -42,7 +42,11 @@ class Components:
         batch: int | None = None,
         **options: Any,
     ) -> None:
-        self.bundle, self.backend, self.target, self.options = bundle, backend, target, options
+        self.bundle, self.backend, self.options = bundle, backend, options
+        self._gpu = gpu_number(options.get("device", "cuda:0")) if backend in BUILDERS else 0
+        if target is None and backend in BUILDERS:  # of several the one of this GPU
+            target = fitting_target(bundle.manifest, backend, self._gpu)
+        self.target = target
         self._batch = batch
         self.timings = Timings()
         self._engines: dict[str, Engine] = {}
@@ -98,7 +102,7 @@ class Components:
         if known is not None and known.reads_record:
             graph = component.graphs.get(file.built.dtype) if file.built is not None else None
             options["record"] = file
-            options["rebuild"] = rebuild_line(self.bundle.manifest, file)
+            options["rebuild"] = rebuild_line(self.bundle.manifest, file, self._gpu)
             options["graph"] = self.bundle.path(graph) if graph is not None else None
         return open_engine(self.backend, component.spec, self.bundle.path(file.file), **options)
 

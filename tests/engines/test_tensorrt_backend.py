@@ -15,7 +15,7 @@ import pytest
 
 from ivl_export.engines import loadable, tensorrt_backend, trt
 from ivl_export.engines.gpu import Gpu, gpus
-from ivl_export.engines.loadable import check_loadable, rebuild_line
+from ivl_export.engines.loadable import check_loadable, fitting_target, rebuild_line
 from ivl_export.engines.protocol import open_engine
 from ivl_export.engines.shapes import profiles_of
 from ivl_export.engines.tensorrt_backend import TensorRTEngine
@@ -99,6 +99,13 @@ def test_compatible_engines_load_on_what_they_are_compatible_with(monkeypatch: p
         check_loadable(native("ampere+"), LINE)
 
 
+def test_devices_are_gpus() -> None:
+    assert [loadable.gpu_number(text) for text in ("cuda", "cuda:0", "cuda:3")] == [0, 0, 3]
+    for text in ("cpu", "cuda:x", ""):
+        with pytest.raises(UsageError, match="--device cuda:0"):
+            loadable.gpu_number(text)
+
+
 def test_an_engine_without_its_record_is_not_opened(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="manifest"):
         open_engine(trt.RTX, SPEC, tmp_path / "x.engine")
@@ -114,7 +121,17 @@ def test_this_machine_says_what_it_lacks(tmp_path: Path) -> None:
         open_engine(trt.RTX, SPEC, tmp_path / "x.engine", record=file, rebuild=LINE)
 
 
-def test_the_line_that_rebuilds_names_all_that_was_asked() -> None:
+def test_of_several_targets_the_one_of_the_gpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = tuple(engine_file(target=target) for target in ("sm86", "sm89", "sm120"))
+    manifest = Manifest(Model("m", "m", {}, {}, 0.0, 1), "fp8", "bfloat16", {}, None, {}, files)
+    here(monkeypatch, None, ADA, HOPPER)
+    assert fitting_target(manifest, trt.RTX) == "sm89"
+    assert fitting_target(manifest, trt.RTX, 1) is None
+    assert fitting_target(manifest, trt.RTX, 2) is None
+    assert fitting_target(manifest, trt.TENSORRT) is None
+
+
+def test_the_line_that_rebuilds_names_all_that_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model("m", "weights/14B", {}, {}, 0.0, 1)
     profiles = profiles_of(SPEC, "latency", {"past": (2, 2, 6)})
     file = engine_file(
@@ -123,11 +140,16 @@ def test_the_line_that_rebuilds_names_all_that_was_asked() -> None:
     )
     components = {"qllama_step": Component(SPEC, {})}
     manifest = Manifest(model, "fp8", "bfloat16", {}, None, components, (file,))
-    assert rebuild_line(manifest, file, "sm120") == (
+    here(monkeypatch, None, Gpu("NVIDIA RTX 5090", "sm120"))
+    line = (
         "ivl-export build --model weights/14B --precision fp8 --backend tensorrt-rtx --targets sm120 "
         "--workspace 4096 --tactic-sources none --refit --hardware-compatible ampere+ "
         "--shapes qllama_step.batch=1:1:4 --shapes qllama_step.past=2:2:6"
     )
+    assert rebuild_line(manifest, file) == line
+    assert rebuild_line(manifest, file, 1) == line.replace("sm120", "sm89"), "there is no second GPU"
+    here(monkeypatch, None, HOPPER)
+    assert rebuild_line(manifest, file) == line.replace("tensorrt-rtx --targets sm120", "tensorrt")
     shipped = replace(manifest, model=replace(model, source="internvl-nano (shipped)"))
     native = engine_file(trt.TENSORRT, "native")
     assert rebuild_line(shipped, native) == "ivl-export build --precision fp8 --backend tensorrt"
