@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from ..errors import CapabilityError, UsageError
 from ..manifest import EngineFile, Manifest
+from ..specs import SUMS
 from . import trt
 from .gpu import Gpu, gpus
 from .options import BuildOptions
@@ -71,7 +72,7 @@ def fitting_target(manifest: Manifest, backend: str, device: int = 0) -> str | N
 
 
 def rebuild_line(manifest: Manifest, engine: EngineFile, device: int = 0) -> str:
-    """The command that builds ``engine`` of a bundle again, for the GPU here if there is one.
+    """The command that builds ``engine`` of a bundle, and those beside it, again: for the GPU here, if any.
 
     TensorRT-RTX builds for some generations only; for a GPU of another it is ``tensorrt`` that does.
     """
@@ -87,11 +88,13 @@ def rebuild_line(manifest: Manifest, engine: EngineFile, device: int = 0) -> str
         words += ["--targets", target]
     if engine.built is not None:
         words += BuildOptions.from_json(engine.built.options).flags()
-        spec = manifest.components[engine.component].spec
-        for axis, before in zip(narrowed(spec, engine.built.profiles).axes, spec.axes, strict=True):
-            if axis != before and axis.name != "total":
-                sizes = f"{axis.min}:{axis.opt}:{axis.max}"
-                words += ["--shapes", f"{engine.component}.{axis.name}={sizes}"]
+    for other in manifest.engines:
+        if (other.backend, other.target, other.part) == (engine.backend, engine.target, 0) and other.built:
+            spec = manifest.components[other.component].spec
+            for axis, before in zip(narrowed(spec, other.built.profiles).axes, spec.axes, strict=True):
+                if axis != before and axis.name not in SUMS:
+                    sizes = f"{axis.min}:{axis.opt}:{axis.max}"
+                    words += ["--shapes", f"{other.component}.{axis.name}={sizes}"]
     return shlex.join(words)
 
 
