@@ -256,6 +256,7 @@ def _print_diff(result: Diff) -> None:
             for c in result.changes
         ],
     )
+    typer.echo("the interval covers the noise within both runs, not a drift of the machine between them")
     for line in result.differences:
         typer.echo(f"changed: {line}")
     for which, names in (("before", result.only_old), ("after", result.only_new)):
