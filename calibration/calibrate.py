@@ -153,9 +153,10 @@ def calibrate(
         UsageError: an unknown algorithm, percentile or component.
         CapabilityError: a component without weights.
     """
+    from .calls import samples_of
     from .observe import Watch
     from .parts import Modules, needed, parts
-    from .stream import Flow, samples_of, visit
+    from .stream import Flow, visit
 
     recorded = algorithm_name(algorithm)
     order = needed(components)

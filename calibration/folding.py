@@ -21,10 +21,11 @@ import torch
 from ..errors import InputError, UsageError
 from ..models.checkpoint import Checkpoint
 from ..preprocess import ImageSettings, Tokenizer
+from .calls import samples_of
 from .dataset import CalibrationSet
 from .parts import Modules, needed, parts
 from .schemes import folded_layers
-from .stream import Flow, samples_of, visit
+from .stream import Flow, visit
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,7 +19,7 @@ from .dataset import MAX_STEP, Batch, CalibrationSet
 if TYPE_CHECKING:
     from ..models.chat_config import Whole
     from ..models.checkpoint import Checkpoint
-    from .stream import Call
+    from .calls import Call
 
 
 def recorded_bytes(config: Whole, components: Sequence[str], samples: int) -> int:
@@ -65,8 +65,9 @@ class Recording:
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         from ..export.components import component_spec
+        from .calls import samples_of
         from .parts import Modules, needed, parts
-        from .stream import Flow, samples_of, visit
+        from .stream import Flow, visit
 
         order = needed(components)
         self.folder = folder

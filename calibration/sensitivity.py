@@ -23,6 +23,7 @@ from ..export.blocks import block_prefix
 from ..preprocess import ImageSettings, Tokenizer
 from .accuracy import Comparison
 from .attention import FP8_ATTENTION, core_attentions, operand_names
+from .calls import Call, samples_of
 from .channels import Channels, Finding
 from .dataset import CalibrationSet
 from .parts import Modules, Part, needed, parts
@@ -30,7 +31,7 @@ from .quantize import dequantise, quantise
 from .scales import Scales
 from .schemes import SCHEMES, excluded
 from .simulate import attention_hook, rounding_hook
-from .stream import Call, Flow, samples_of, visit
+from .stream import Flow, visit
 
 if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint

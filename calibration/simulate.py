@@ -21,12 +21,13 @@ from ..models.storage import open_reader
 from ..preprocess import ImageSettings, Tokenizer
 from .accuracy import Comparison, Metrics, Table
 from .attention import attention_scales, core_attentions, fake_attention
+from .calls import samples_of
 from .dataset import CalibrationSet
 from .parts import NEEDS, WITHOUT_BLOCKS, Load, Modules, needed, parts
 from .quantize import LOWEST, activation_scale, dequantise, quantise_values, stored_names
 from .scales import Scales
 from .schemes import SCHEMES
-from .stream import Flow, samples_of, visit
+from .stream import Flow, visit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
