@@ -14,14 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 
 from ..conversation import IGNORE, IMAGE_TOKEN
-from ..errors import InputError
 from ..models.chat import InternVLChat, splice
 from ..models.qllama import Visible, run_layers
 from . import lora as low_rank
 from .conversations import ChatBatch, ChatBatches
 from .lora import Lora
 from .presets import Stage
-from .trainer import Options, Progress, optimizers, save_state, schedule
+from .trainer import Options, Progress, optimizers, read_state, save_state, schedule
 
 Trains = Literal["projector", "decoder", "all", "lora"]
 TRAINS: dict[Trains, tuple[str, ...]] = {
@@ -95,21 +94,12 @@ def fine_tune(
         InputError: ``options.work_dir`` holds the state of another run.
     """
     stage = what.stage
-    state_file = options.work_dir / "state.pt"
-    options.work_dir.mkdir(parents=True, exist_ok=True)
     if what.lora is not None:
         low_rank.add(model, what.lora, what.seed)
     chosen = optimizers(model, stage, what.weight_decay)
     identity = {**identity, "what": repr(what)}
     first, seconds = 0, 0.0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        if state["identity"] != identity:
-            raise InputError(
-                f"{options.work_dir} holds another run.",
-                "Its model, data or settings differ from what is asked now.",
-                "Use another --work-dir, or delete that one.",
-            )
+    if (state := read_state(options.work_dir, identity)) is not None:
         model.load_state_dict(state["model"])
         for optimizer, kept in zip(chosen, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
@@ -123,9 +113,8 @@ def fine_tune(
         seconds = time.perf_counter() - started
         report(Progress(stage.name, step + 1, step + 1, stage.steps, losses, seconds))
         if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
-            save_state(
-                state_file, model, chosen, {"identity": identity, "step": step + 1, "seconds": seconds}
-            )
+            place = {"identity": identity, "step": step + 1, "seconds": seconds}
+            save_state(options.work_dir, model, chosen, place)
     model.eval()
     return seconds
 

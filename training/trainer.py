@@ -41,6 +41,7 @@ from .losses import (
 from .presets import Preset, Stage
 
 MAX_LOGIT_SCALE = math.log(100)
+STATE = "state.pt"
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,12 @@ def train(
         UsageError: a batch that the processes cannot share.
         BuildError: gradients are not finite.
     """
-    state_file = options.work_dir / "state.pt"
-    options.work_dir.mkdir(parents=True, exist_ok=True)
     model, device = initialised(preset), dist.device()
     rows = {stage.name: dist.own_rows(stage.batch) for stage in preset.stages}
     identity = {"preset": repr(preset), "tokenizer": tokenizer.hex()[:64]}
     state: dict[str, Any] = {"stage": 0, "step": 0, "optimizers": [], "seconds": 0.0}
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True, map_location="cpu")
-        if state["identity"] != identity:
-            raise InputError(
-                f"{options.work_dir} holds another run.",
-                "Its preset, seed or tokenizer differs from what is asked now.",
-                "Use another --work-dir, or delete that one.",
-            )
+    if (kept_state := read_state(options.work_dir, identity)) is not None:
+        state = kept_state
         model.load_state_dict(state["model"])
     objective = dist.Objective(model.to(device), stage_losses)
     done = sum(s.steps for s in preset.stages[: state["stage"]])
@@ -127,7 +120,7 @@ def train(
             report(Progress(stage.name, step + 1, done + step + 1, total, losses, seconds))
             if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
                 place = {"identity": identity, "stage": number, "step": step + 1, "seconds": seconds}
-                save_state(state_file, model, chosen, place)
+                save_state(options.work_dir, model, chosen, place)
         done += stage.steps
     if dist.world() > 1:
         trained = InternVL(preset.model)
@@ -277,14 +270,37 @@ def _trim(text: Text) -> Text:
     return Text(text.input_ids[:, :longest], text.mask[:, :longest])
 
 
+def read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """What :func:`save_state` left in ``folder``; None if nothing is there.
+
+    Raises:
+        InputError: it is the state of a run of another ``identity``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / STATE).exists():
+        return None
+    state: dict[str, Any] = torch.load(folder / STATE, weights_only=True, map_location="cpu")
+    if state["identity"] != identity:
+        raise InputError(
+            f"{folder} holds another run.",
+            "Its model, data or settings differ from what is asked now.",
+            "Use another --work-dir, or delete that one.",
+        )
+    return state
+
+
 def save_state(
-    path: Path, model: nn.Module, chosen: list[torch.optim.Optimizer], place: dict[str, Any]
+    folder: Path, model: nn.Module, chosen: list[torch.optim.Optimizer], place: dict[str, Any]
 ) -> None:
-    """Replace ``path`` by where a run stands; in a group every process calls it, and the first one writes."""
+    """Write where a run stands; in a group every process calls it, and the first one writes.
+
+    ``place`` says whose run it is, and how far it has come.
+    """
     states = dist.whole([o.state_dict() for o in chosen])
     state = {**place, "model": dist.whole(model.state_dict()), "optimizers": states}
     if dist.rank() > 0:
         return
+    path = folder / STATE
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)
