@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ivl_export.cli import main
 from ivl_export.conversation import IGNORE
 from ivl_export.errors import CheckpointError, InputError, UsageError
-from ivl_export.models import load_chat
+from ivl_export.models import load_chat, load_model
 from ivl_export.models.chat import InternVLChat
 from ivl_export.preprocess import ImageSettings, Tokenizer
 from ivl_export.training import lora
@@ -26,6 +26,7 @@ from ivl_export.training.trainer import Options, Progress
 from .conftest import small_tokenizer
 
 CHAT = Path(__file__).parent / "goldens" / "chat"
+TINY = CHAT.parent / "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +174,27 @@ def test_merged_adapters_compute_the_same(
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in load_file(
         tmp_path / "adapter_model.safetensors"
     )
+
+
+@torch.no_grad()
+def test_adapters_compute_what_the_peft_library_does(tmp_path: Path) -> None:
+    """Its numbers for the tiny InternVL, with adapters (r 4, alpha 8) on both towers; apart and merged."""
+    golden, tiny = load_file(TINY / "lora.safetensors"), load_model(TINY)
+    found = {}
+    for tower in ("vision_model", "qllama"):
+        folder, prefix = tmp_path / tower, f"sd.{tower}."
+        folder.mkdir()
+        own = {k.removeprefix(prefix).replace(".default", ""): v for k, v in golden.items() if prefix in k}
+        save_file({k: v for k, v in own.items() if ".lora_" in k}, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+        found[tower] = lora.load(tiny.get_submodule(tower), folder)
+        assert found[tower] == lora.Lora(4, 8)
+    for merged in (False, True):
+        for tower, what in found.items() if merged else ():
+            lora.merge(tiny.get_submodule(tower), what)
+        tokens = tiny.vision(golden["pixel_values"])
+        torch.testing.assert_close(tokens, golden["backbone"], rtol=0, atol=2e-5)
+        torch.testing.assert_close(tiny.query_pass(tokens)[0], golden["queries"], rtol=0, atol=5e-5)
 
 
 def test_adapters_of_another_model(tmp_path: Path, model: InternVLChat) -> None:

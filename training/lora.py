@@ -51,9 +51,7 @@ def add(model: nn.Module, lora: Lora, seed: int = 0) -> list[str]:
         layer: Any = model.get_submodule(name)
         bound = 1 / math.sqrt(layer.in_features)
         a = torch.empty(lora.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
-        layer.lora_a = nn.Parameter(a.to(layer.weight))
-        layer.lora_b = nn.Parameter(layer.weight.new_zeros(layer.out_features, lora.rank))
-        layer.lora_hook = layer.register_forward_hook(_adapt(lora.alpha / lora.rank))
+        _attach(layer, a, torch.zeros(layer.out_features, lora.rank), lora)
     return found
 
 
@@ -113,11 +111,14 @@ def load(model: nn.Module, folder: Path) -> Lora:
                 f"{folder} does not fit this model.", f"{name}: A {list(a.shape)}, B {list(b.shape)}."
             )
     for name in names:
-        adapted: Any = linear[name]
-        adapted.lora_a = nn.Parameter(tensors[f"{_PEFT}{name}.lora_A.weight"].to(adapted.weight))
-        adapted.lora_b = nn.Parameter(tensors[f"{_PEFT}{name}.lora_B.weight"].to(adapted.weight))
-        adapted.lora_hook = adapted.register_forward_hook(_adapt(lora.alpha / lora.rank))
+        a, b = (tensors[f"{_PEFT}{name}.lora_{x}.weight"] for x in "AB")
+        _attach(linear[name], a, b, lora)
     return lora
+
+
+def _attach(layer: Any, a: Tensor, b: Tensor, lora: Lora) -> None:
+    layer.lora_a, layer.lora_b = nn.Parameter(a.to(layer.weight)), nn.Parameter(b.to(layer.weight))
+    layer.lora_hook = layer.register_forward_hook(_adapt(lora.alpha / lora.rank))
 
 
 def _adapt(scale: float) -> Any:
