@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..runtime import InternVLChat
     from .request import Job
 
-SCENES = 300
+SCENES = 200
 LONGEST_ANSWER = 24
 
 
