@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Generator, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -114,7 +115,7 @@ class InternVLChat:
 
 
 class Chat:
-    """One conversation; made by :meth:`InternVLChat.chat`."""
+    """One conversation, which answers one question at a time; made by :meth:`InternVLChat.chat`."""
 
     def __init__(
         self, model: InternVLChat, images: Sequence[ImageInput], history: Sequence[Turn], system: str
@@ -139,7 +140,7 @@ class Chat:
 
     def restart(self) -> None:
         """Forget what was said. The image stays, and so do its keys and values."""
-        with self._lock:
+        with self._alone():
             self._turns = []
 
     def ask(self, question: str, max_new_tokens: int = 256, sampling: Sampling | None = None) -> str:
@@ -152,15 +153,16 @@ class Chat:
         """The answer in pieces, as they are found; whoever stops listening ends it there.
 
         Raises:
-            InputError: the conversation is too long for the bundle.
+            InputError: the conversation is too long for the bundle; it stays as it was.
+            UsageError: another answer is being heard.
         """
         if max_new_tokens < 1:
             raise UsageError("max_new_tokens must be at least 1.", f"It is {max_new_tokens}.")
-        with self._lock:
-            turn = Turn(question, None, 0 if self._turns else len(self._digests))
-            encoded = encode([*self._turns, turn], self.model.tokenizer, self.system)
-            said: list[int] = []
-            text = ""
+        turn = Turn(question, None, 0 if self._turns else len(self._digests))
+        encoded = encode([*self._turns, turn], self.model.tokenizer, self.system)
+        said: list[int] = []
+        text, answered = "", False
+        with self._alone():
             try:
                 for token in self.tokens(encoded.ids, max_new_tokens, sampling or Sampling()):
                     said.append(token)
@@ -168,8 +170,13 @@ class Chat:
                     if len(whole) > len(text):  # no character is given out before it is whole
                         piece, text = whole[len(text) :], whole
                         yield piece
+                answered = True
+            except GeneratorExit:  # nobody listens any more
+                answered = True
+                raise
             finally:
-                self._turns.append(replace(turn, answer=text.strip()))
+                if answered:
+                    self._turns.append(replace(turn, answer=text.strip()))
 
     def tokens(self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
         """New token ids after the prompt ``ids`` (with :data:`~ivl_export.conversation.IMAGE_TOKEN`), no eos.
@@ -195,6 +202,19 @@ class Chat:
             yield token
             if number + 1 < max_new_tokens:
                 logits = self._feed(self._embed([token]), [token], room)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise UsageError(
+                "This conversation is answering already.",
+                "A question follows from the answers before it.",
+                "Hear the answer to its end, close its stream, or use another conversation.",
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     @property
     def _eos(self) -> int:

@@ -150,6 +150,12 @@ def test_streams(model: InternVLChat) -> None:
     stream.close()
     assert chat.history[-1] == Turn("two", piece.strip())
     chat.ask("and", max_new_tokens=2)  # goes on
+    heard = chat.stream("two", max_new_tokens=12)
+    next(heard)
+    for act in (chat.restart, lambda: chat.ask("and", 2)):
+        with pytest.raises(UsageError, match="answering already"):
+            act()
+    heard.close()
 
 
 def test_sampling() -> None:
@@ -201,8 +207,10 @@ def test_without_an_image(model: InternVLChat) -> None:
 
 
 def test_errors(model: InternVLChat, tiny_bundle: Path, bundle: Path) -> None:
+    chat = model.chat()
     with pytest.raises(InputError, match="too long for this bundle"):
-        model.chat().ask("a", 5000)
+        chat.ask("a", 5000)
+    assert chat.history == ()
     with pytest.raises(InputError, match=r"shows 2 images.*1 were given"):
         model.chat([picture()], [Turn("a", "b", 2)])
     with pytest.raises(InputError, match="A sequence of images"):
