@@ -32,7 +32,7 @@ from .schemes import SCHEMES
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_PROMISE = {(s.activation, s.weight): name for name, s in SCHEMES.items() if not s.fold}
+_PROMISE = {(s.activation, s.weight): name for name, s in SCHEMES.items() if not (s.fold or s.per_tensor)}
 """Types of both factors -> the scheme whose kernel that is: smoothing is in the weights already."""
 
 
@@ -207,7 +207,7 @@ def _quantise_input(
 
 
 def _replace_weight(node: ir.Node, name: str, weight: tuple[ir.Value, ir.Value]) -> None:
-    """Wq [out, in] -> DQ (axis 0, or blocks of axis 1) -> Transpose -> second factor."""
+    """Wq [out, in] -> DQ (axis 0, blocks of axis 1, or all) -> Transpose -> second factor."""
     import onnx_ir as ir
 
     graph, (values, scale) = node.graph, weight
@@ -215,7 +215,7 @@ def _replace_weight(node: ir.Node, name: str, weight: tuple[ir.Value, ir.Value])
     shape, dtype = values.shape, scale.type
     assert shape is not None
     assert scale.shape is not None
-    along = {"axis": 0}
+    along = {"axis": 0} if len(scale.shape) else {}
     if len(scale.shape) == 2:
         along = {"axis": 1, "block_size": shape.numpy()[1] // scale.shape.numpy()[1]}
     restored = ir.Value(name=f"{name}.weight_dq", shape=shape, type=dtype)

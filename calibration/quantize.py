@@ -51,7 +51,9 @@ def stored_tensors(layer: str, scheme: str, base: str, shape: tuple[int, int]) -
 
 
 def scale_shape(scheme: str, shape: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the scales of a weight [out, in]: [out], or [out, blocks]."""
+    """Shape of the scales of a weight [out, in]: [out], [out, blocks], or [] of the whole tensor."""
+    if SCHEMES[scheme].per_tensor:
+        return ()
     block = block_size(scheme, shape[1])
     return (shape[0], shape[1] // block) if block else shape[:1]
 
@@ -101,7 +103,7 @@ def quantise_rows(
 
     Yields:
         Values [rows, in] (float8_e4m3fn or int8; INT4 not packed yet) and scales [rows] or [rows, blocks]
-        (fp32, exact in the base type).
+        (fp32, exact in the base type); with one scale for the tensor, that for each row.
 
     Raises:
         CheckpointError: NaN or infinity in the weight.
@@ -112,7 +114,11 @@ def quantise_rows(
         raise ValueError(f"{scheme} quantises no weights")
     kind, block = SCHEMES[scheme].weight, block_size(scheme, weight.shape[1])
     step = max(1, CHUNK_VALUES // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
+    starts = range(0, weight.shape[0], step)
+    whole = torch.tensor(0.0)
+    if SCHEMES[scheme].per_tensor:
+        whole = torch.stack([weight[s : s + step].abs().amax().float() for s in starts]).amax()
+    for start in starts:
         rows = weight[start : start + step].float()
         parts = rows.reshape(len(rows), -1, block) if block else rows
         amax = parts.abs().amax(-1)
@@ -123,26 +129,36 @@ def quantise_rows(
                 f"In output channel {row}.",
                 "Check the checkpoint (a broken conversion to fp16, for example); it cannot be quantised.",
             )
+        if SCHEMES[scheme].per_tensor:
+            amax = whole.expand_as(amax)
         scale = round_scale(amax, kind, base)
         yield quantise_values(parts, scale[..., None], kind).reshape(rows.shape), scale
 
 
 def quantise(weight: torch.Tensor, scheme: str, base: str = "bf16") -> tuple[torch.Tensor, torch.Tensor]:
-    """The whole of ``weight`` [out, in]: values [out, in] and fp32 scales [out] or [out, blocks]."""
+    """The whole of ``weight`` [out, in]: values [out, in] and fp32 scales of :func:`scale_shape`."""
     import torch
 
     blocks = list(quantise_rows(weight, scheme, base))
-    return torch.cat([b[0] for b in blocks]), torch.cat([b[1] for b in blocks])
+    return torch.cat([b[0] for b in blocks]), _scales([b[1] for b in blocks], scheme)
+
+
+def _scales(rows: list[torch.Tensor], scheme: str) -> torch.Tensor:
+    """The scales of all rows; one, where they are the same."""
+    import torch
+
+    whole = torch.cat(rows)
+    return whole[0] if SCHEMES[scheme].per_tensor else whole
 
 
 def dequantise(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """fp32 weights from values [out, in], INT4 packed or not, and scales [out] or [out, blocks]."""
+    """fp32 weights from values [out, in], INT4 packed or not, and scales [out], [out, blocks] or []."""
     import torch
 
     if values.dtype == torch.uint8:
         values = unpack(values)
-    if scale.dim() == 1:
-        scale = scale[:, None]
+    if scale.dim() < 2:
+        scale = scale.reshape(-1, 1)
     parts = values.float().reshape(*scale.shape, -1)
     return (parts * scale.float()[..., None]).reshape(values.shape)
 
@@ -183,6 +199,6 @@ def quantise_layer(
     for values, scale in quantise_rows(read(name), scheme, base, name):
         write(values_name, pack(values) if SCHEMES[scheme].weight == "int4" else values)
         scales.append(scale)
-    whole = torch.cat(scales)
+    whole = _scales(scales, scheme)
     write(scale_name, whole.to(getattr(torch, BASE_DTYPES[base])))
     write(scale32_name, whole)

@@ -14,6 +14,7 @@ class Scheme:
         weight: type its weight is stored in: ``fp8`` (E4M3) or ``int8``, with one scale an output channel;
             ``int4`` with one for each block of an output channel (:func:`block_size`), or for all of it
             where the input is rounded too: integer products sum over the whole channel.
+        per_tensor: the weight has one scale for all of it instead.
         activation: type its input is rounded to, with one scale for the tensor; empty if it is left alone:
             then the weight is dequantised and the product runs in the base type.
         fold: how large channels of the input are moved into the weight first: ``smooth`` (:mod:`.smooth`) or
@@ -23,11 +24,14 @@ class Scheme:
     weight: str
     activation: str = ""
     fold: str = ""
+    per_tensor: bool = False
 
 
 SCHEMES = {
     "fp8": Scheme("fp8", "fp8"),
     "int8": Scheme("int8", "int8"),
+    "fp8-tensor": Scheme("fp8", "fp8", per_tensor=True),
+    "int8-tensor": Scheme("int8", "int8", per_tensor=True),
     "int8-smooth": Scheme("int8", "int8", fold="smooth"),
     "int8-weight": Scheme("int8"),
     "int4-weight": Scheme("int4"),
@@ -40,7 +44,7 @@ SCHEMES = {
 BASES = ("bf16", "fp16")
 """Types that everything a recipe does not name computes in."""
 
-DIMENSION_MULTIPLE = {"fp8": 16, "w4a8": 16, "w4a4": 32}
+DIMENSION_MULTIPLE = {"fp8": 16, "fp8-tensor": 16, "w4a8": 16, "w4a4": 32}
 """In and out features of a layer must be multiples of this, or TensorRT has no kernel for the scheme."""
 
 BLOCKS = (128, 64, 32)
