@@ -14,11 +14,11 @@ class Scheme:
         weight: type its weight is stored in: ``fp8`` (E4M3) or ``int8``, with one scale an output channel;
             ``int4`` with one for each block of an output channel (:func:`block_size`), or for all of it
             where the input is rounded too: integer products sum over the whole channel.
-        per_tensor: the weight has one scale for all of it instead.
         activation: type its input is rounded to, with one scale for the tensor; empty if it is left alone:
             then the weight is dequantised and the product runs in the base type.
         fold: how large channels of the input are moved into the weight first: ``smooth`` (:mod:`.smooth`) or
             ``awq`` (:mod:`.awq`); empty if they are not.
+        per_tensor: the weight has one scale in all, whatever its type.
     """
 
     weight: str
