@@ -21,13 +21,14 @@ from .targets import TARGETS
 SHIPPED = " (shipped)"
 
 
-def check_loadable(engine: EngineFile, rebuild: str, device: int = 0) -> Gpu:
+def check_loadable(engine: EngineFile, rebuild: str, device: int = 0, any_gpu: bool = False) -> Gpu:
     """The GPU that ``engine`` will run on.
 
     Args:
         engine: what the manifest says of the file.
         rebuild: the line that builds it again, for the errors.
         device: the GPU's number.
+        any_gpu: let the library decide whether this GPU will do.
 
     Raises:
         CapabilityError: the library is missing or of another release, there is no GPU, or the engine was
@@ -51,7 +52,7 @@ def check_loadable(engine: EngineFile, rebuild: str, device: int = 0) -> Gpu:
             "Run it on a machine with such a GPU, or give --backend onnxruntime.",
         )
     gpu = gpus()[device]
-    if not _runs_on(engine, options, gpu):
+    if not any_gpu and not _runs_on(engine, options, gpu):
         _refuse(what, f"It was built for {_built_for(engine)}; this GPU is {gpu}.", rebuild)
     return gpu
 

@@ -176,6 +176,7 @@ def open_tensorrt(
     device: str = "cuda:0",
     weight_budget: int | None = None,
     host_code: bool = False,
+    any_gpu: bool = False,
 ) -> TensorRTEngine:
     """Open an engine of ``tensorrt`` or ``tensorrt-rtx``.
 
@@ -189,6 +190,7 @@ def open_tensorrt(
         weight_budget: bytes of weights kept on the GPU, of an engine built with weight streaming; None: all.
         host_code: let a version-compatible engine run the code of its library that it carries. It is as
             trusted as a program: only for bundles of your own.
+        any_gpu: try it on a GPU that it was not built for.
 
     Raises:
         CapabilityError: torch, the library or the GPU are missing, or not those that it was built for.
@@ -201,7 +203,7 @@ def open_tensorrt(
             "Open the bundle with ivl_export.runtime.InternVL.load, or build it again.",
         )
     number = gpu_number(device)
-    check_loadable(record, rebuild, number)
+    check_loadable(record, rebuild, number, any_gpu)
     require_torch()
     import torch
 

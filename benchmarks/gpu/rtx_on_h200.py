@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bundle = Bundle.open(args.bundle, "hash")
     if torch.cuda.is_available():
         receipt.add(gpu=torch.cuda.get_device_name(), capability=str(torch.cuda.get_device_capability()))
-    engines = Components(bundle, args.backend, args.target)
+    options = {"any_gpu": True} if args.backend.startswith("tensorrt") else {}  # that is the question
+    engines = Components(bundle, args.backend, args.target, **options)
     torch_engines = Components(bundle, "torch", device=args.device, dtype="fp32")
     vocabulary = int(bundle.manifest.model.config.get("qllama_config", {}).get("vocab_size", 100))
     for component in bundle.manifest.components:

@@ -83,6 +83,14 @@ def test_another_release_gpu_or_target_is_refused_before_the_library(
     assert all(text in str(caught.value) for text in says)
 
 
+def test_a_gpu_it_was_not_built_for_can_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "1.7.1", HOPPER)
+    assert check_loadable(engine_file(), LINE, any_gpu=True) == HOPPER
+    here(monkeypatch, "1.8.0", HOPPER)
+    with pytest.raises(CapabilityError):
+        check_loadable(engine_file(), LINE, any_gpu=True)
+
+
 def test_compatible_engines_load_on_what_they_are_compatible_with(monkeypatch: pytest.MonkeyPatch) -> None:
     def native(hardware: str) -> EngineFile:
         options = {"hardware": hardware, "version_compatible": True}
