@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from ..errors import LatencyError, UsageError
 from .output import print_json, print_table
+from .profile_layers import layers
 
 if TYPE_CHECKING:
     from ..profiles.cases import Progress
@@ -38,6 +39,7 @@ class _Profile(TyperGroup):
 
 
 app = typer.Typer(cls=_Profile, add_completion=False)
+app.command("layers")(layers)
 
 Html = Annotated[Path | None, typer.Option(help="Write one self-contained page with charts here.")]
 Png = Annotated[Path | None, typer.Option(help="Write each chart as a PNG into this folder.")]
@@ -51,7 +53,8 @@ Beside = Annotated[
 @app.command(
     DEFAULT,
     epilog="Also: 'ivl-export profile report RECEIPT' prints and draws a receipt again; "
-    "'ivl-export profile diff OLD NEW' compares two.",
+    "'ivl-export profile diff OLD NEW' compares two; "
+    "'ivl-export profile layers BUNDLE' shows where the time of a call goes.",
 )
 def measure(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],

@@ -194,7 +194,7 @@ def open_onnxruntime(
         UsageError: no such device or provider.
     """
     placed = placement(spec, device, provider, **where)
-    session = _session(path, read_graph(path), threads=threads, settings=settings or {}, where=placed)
+    session = make_session(path, read_graph(path), threads=threads, settings=settings or {}, where=placed)
     have = {i.name for i in session.get_inputs()}, {o.name for o in session.get_outputs()}
     want = {t.name for t in spec.inputs}, {t.name for t in spec.outputs}
     if have[0] != want[0] or not want[1] <= have[1]:
@@ -218,7 +218,7 @@ def optimized_graph(path: Path) -> Graph:
             "session.optimized_model_external_initializers_file_name": "optimized.weights",
             "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
         }
-        _session(path, graph, threads=1, settings=settings, save=copy)
+        make_session(path, graph, threads=1, settings=settings, save=copy)
         return read_graph(copy)
 
 
@@ -231,15 +231,28 @@ def optimized_ops(path: Path) -> dict[str, int]:
     return dict(Counter(node.op for node in optimized_graph(path).nodes).most_common())
 
 
-def _session(
+def make_session(
     path: Path,
     graph: Graph,
     *,
     threads: int | None,
     settings: dict[str, str],
     save: Path | None = None,
+    profile: Path | None = None,
     where: Placement = Placement(),  # noqa: B008 - frozen
 ) -> Any:
+    """A session of the graph ``path`` (``graph`` as read).
+
+    Args:
+        path, graph: the ONNX file.
+        threads: threads for one operator.
+        settings: further session settings.
+        save: where the optimised graph is written.
+        profile: begin of the name of the file that the session writes each node's times to when it ends.
+        where: device and provider.
+
+    Raises: as :func:`open_onnxruntime`.
+    """
     try:
         import onnxruntime as ort
     except (ImportError, OSError) as error:
@@ -251,6 +264,8 @@ def _session(
     options.log_severity_level = 4  # failures come as exceptions
     if threads is not None:
         options.intra_op_num_threads = threads
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if save is not None:
         options.optimized_model_filepath = str(save)
     for key, value in {**_settings(graph.element_types), **settings}.items():
