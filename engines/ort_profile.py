@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..specs import ComponentSpec
+from .device import Array
 from .graph import read_graph
 from .onnxruntime_backend import OnnxRuntimeEngine, make_session
 from .ort_providers import placement
-from .protocol import Array
 
 _NODE = "_kernel_time"
 _CALL = "model_run"
