@@ -102,7 +102,8 @@ class Place:
 class FakeQuantLinear(nn.Linear):
     """A linear layer that takes the place of another one and shares its parameters.
 
-    ``clip`` [out, 1] or [out, blocks, 1] and ``stretch`` [components] are there where scales are learned.
+    ``clip`` [rows, blocks, 1] (one for each scale of the weight) and ``stretch`` [components] are there where
+    scales are learned.
 
     Args:
         linear: the layer it replaces.
@@ -121,20 +122,23 @@ class FakeQuantLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.scheme, self.base, self.place = scheme, base, place
         self.components = tuple(amax)
-        self.block = block_size(scheme, linear.in_features) or linear.in_features
+        # What shares a scale: a block of a row, a row, or all of the weight.
+        whole = SCHEMES[scheme].per_tensor
+        block = linear.weight.numel() if whole else block_size(scheme, linear.in_features)
+        self.rows, self.block = 1 if whole else linear.out_features, block or linear.in_features
         self.amax: Tensor
         self.register_buffer("amax", torch.tensor(list(amax.values())), persistent=False)
         self.clip: nn.Parameter | None = None
         self.stretch: nn.Parameter | None = None
         if learn:
-            blocks = linear.in_features // self.block
-            self.clip = nn.Parameter(torch.ones(linear.out_features, blocks, 1))
+            blocks = linear.weight.numel() // self.rows // self.block
+            self.clip = nn.Parameter(torch.ones(self.rows, blocks, 1))
             self.stretch = nn.Parameter(torch.ones(len(amax))) if amax else None
 
     def quantised_weight(self) -> Tensor:
         """The weight as the graph dequantises it [out, in], fp32."""
         kind = SCHEMES[self.scheme].weight
-        parts = self.weight.float().reshape(self.out_features, -1, self.block)
+        parts = self.weight.float().reshape(self.rows, -1, self.block)
         amax = parts.detach().abs().amax(-1, keepdim=True)
         if self.clip is not None:
             amax = amax * self.clip.clamp(*CLIP)
