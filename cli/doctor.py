@@ -81,6 +81,19 @@ def _print(found: Diagnosis) -> None:
         ],
     )
     print_table(
+        "Backends",
+        ("backend", "installed", "runs here", "otherwise"),
+        [
+            (
+                here.backend,
+                here.release,
+                f"no: {here.blocked}" if here.blocked else here.note or "yes",
+                here.install if here.release is None else None,
+            )
+            for here in found.backends
+        ],
+    )
+    print_table(
         "What can be done here",
         ("backend", "precision", "build", "run"),
         [(a.backend, a.precision, _build(a), _run(a)) for a in found.abilities],

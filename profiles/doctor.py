@@ -6,14 +6,16 @@ Nothing heavy is imported; packages are looked up by their metadata.
 from __future__ import annotations
 
 import platform
-import re
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from ..calibration.recipe import Plan, Recipe, load_recipe, shipped_recipes
 from ..engines.gpu import gpus
@@ -22,12 +24,25 @@ from ..engines.targets import TARGETS
 from ..errors import BuildError
 from ..models.config import InternVLConfig
 from ..models.layout import COMPONENTS
+from .backends import Here, backends_here
+from .backends import installed as installed_version
 from .gpus import of_driver
 from .machine import Gpu, Machine, machine
 from .sizes import weights
 
 SCHEMA = "ivl-export.doctor/1"
-NEEDED = {"run on the CPU": "cpu", "run on a GPU": "gpu", "build": "quant", "GPU engines": "rtx"}
+NEEDED = {
+    "run on the CPU": "cpu",
+    "run on a GPU": "gpu",
+    "build": "quant",
+    "GPU engines": "rtx",
+    "train": "train",
+    "calibrate on Hugging Face sets": "datasets",
+    "draw PNG files": "plots",
+    "score captions": "eval",
+    "Prometheus metrics": "serve",
+    "search with FAISS": "faiss",
+}
 """What somebody wants to do, and the extra that installs it."""
 _PYTHON = ((3, 10), (3, 14))
 _OVERHEAD = 256 << 20
@@ -45,11 +60,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional part of this package: its packages and their versions (None: not installed)."""
+    """An optional part of this package: its packages and their versions (None: not installed).
+
+    ``outside`` are packages whose version is outside the range that this package was made for, and the range.
+    """
 
     name: str
     purpose: str
     packages: dict[str, str | None]
+    outside: dict[str, str] = field(default_factory=dict)
 
     @property
     def installed(self) -> bool:
@@ -100,6 +119,7 @@ class Diagnosis:
     python: str
     machine: Machine
     extras: tuple[Extra, ...]
+    backends: tuple[Here, ...]
     abilities: tuple[Ability, ...]
     needs: Needs | None
     problems: tuple[Problem, ...]
@@ -133,10 +153,16 @@ def diagnose(asked: Asked | None = None, where: Path = Path()) -> Diagnosis:
     needs, load = None, None
     if asked is not None and asked.config is not None:
         needs, load = needs_of(asked.config, asked.recipe, asked.layers, where, installed["rtx"])
-    problems = [*_python_problems(), *(asked_problems(asked, extras, here.gpus) if asked else ())]
+    problems = [
+        *_python_problems(),
+        *_version_problems(extras),
+        *(asked_problems(asked, extras, here.gpus) if asked else ()),
+    ]
     if needs is not None:
         problems += _room(needs, load)
-    return Diagnosis(platform.python_version(), here, extras, abilities, needs, tuple(problems))
+    return Diagnosis(
+        platform.python_version(), here, extras, backends_here(), abilities, needs, tuple(problems)
+    )
 
 
 def needs_of(
@@ -162,28 +188,40 @@ def needs_of(
 
 
 def _extra(name: str, purpose: str) -> Extra:
-    return Extra(name, purpose, {package: _version(package) for package in extra_packages(name)})
+    wanted = extra_packages(name)
+    packages = {package: installed_version(package) for package in wanted}
+    outside = {
+        package: str(wanted[package])
+        for package, found in packages.items()
+        if found is not None and not wanted[package].contains(found, prereleases=True)
+    }
+    return Extra(name, purpose, packages, outside)
 
 
-def extra_packages(name: str) -> tuple[str, ...]:
-    """Packages that ``pip install 'ivl-export[name]'`` adds, from this package's own metadata."""
+def extra_packages(name: str) -> dict[str, SpecifierSet]:
+    """Packages that ``pip install 'ivl-export[name]'`` adds, and their ranges, by this package's metadata."""
     try:
-        lines = requires("ivl-export") or []
+        wanted = map(Requirement, requires("ivl-export") or [])
     except PackageNotFoundError:  # run from a source tree that was never installed
-        return ()
-    marked = (line.partition(";") for line in lines)
-    return tuple(
-        re.split(r"[^A-Za-z0-9_.-]", spec.strip())[0]
-        for spec, _, marker in marked
-        if re.search(rf"""extra\s*==\s*['"]{re.escape(name)}['"]""", marker)
-    )
+        return {}
+    mine = {"extra": name}
+    return {
+        r.name: r.specifier
+        for r in wanted
+        if r.marker and r.marker.evaluate(mine) and "extra" in str(r.marker)
+    }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _version_problems(extras: Iterable[Extra]) -> list[Problem]:
+    outside = {package: wanted for extra in extras for package, wanted in extra.outside.items()}
+    return [
+        Problem(
+            f"{package} {installed_version(package)} is outside the range that is supported.",
+            f"The range is {wanted}.",
+            f"pip install '{package}{wanted}'",
+        )
+        for package, wanted in outside.items()
+    ]
 
 
 def _onnxruntime(recipe: Recipe, installed: Mapping[str, bool]) -> Ability:

@@ -15,10 +15,13 @@ import pytest
 
 from ivl_export import cli
 from ivl_export.calibration.recipe import load_recipe
-from ivl_export.engines import memory
+from ivl_export.engines import memory, trt
+from ivl_export.engines.protocol import BACKENDS
+from ivl_export.errors import CapabilityError
 from ivl_export.models.config import InternVLConfig
 from ivl_export.pipeline.request import nano_folder
-from ivl_export.profiles import machine
+from ivl_export.profiles import doctor, machine
+from ivl_export.profiles.backends import backends_here
 from ivl_export.profiles.doctor import Asked, Extra, asked_problems, diagnose, extra_packages
 from ivl_export.profiles.machine import Gpu, parse_gpus
 from ivl_export.profiles.sizes import plan_of
@@ -57,10 +60,10 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "No problems found." in capsys.readouterr().out
 
 
-def test_it_imports_nothing_heavy() -> None:
+def test_it_loads_the_backends_libraries_but_not_torch() -> None:
     code = (
         "import sys; from ivl_export.cli import main; main(['doctor', '--precision', 'fp8', '--json']);"
-        "print([m for m in ('torch', 'onnx', 'onnxruntime', 'tensorrt_rtx', 'modelopt') if m in sys.modules])"
+        "print([m for m in ('torch', 'onnx', 'modelopt', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -106,8 +109,41 @@ def test_missing_packages_are_named_with_the_line() -> None:
     assert [p.why for p in asked_problems(asked("fp8"), unknown, ())] == [
         "Not installed: ivl-export itself."
     ] * 2
-    assert extra_packages("rtx") == ("tensorrt-rtx",)
-    assert extra_packages("nothing") == ()
+    assert list(extra_packages("rtx")) == ["tensorrt-rtx"]
+    assert extra_packages("nothing") == {}
+
+
+def test_versions_outside_the_supported_range_are_problems(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "installed_version", lambda package: "1.2" if package == "onnx" else "99.0")
+    assert cli.main(["doctor", "--json"]) == 5
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["what"] == "onnx 1.2 is outside the range that is supported."
+    assert problem["fix"] == "pip install 'onnx>=1.18'"
+
+
+def test_every_backend_is_listed_with_what_stands_in_its_way() -> None:
+    here = {found.backend: found for found in backends_here()}
+    assert list(here) == list(BACKENDS)
+    assert here["onnxruntime"].release == version("onnxruntime")
+    assert "CPU" in here["onnxruntime"].note
+    assert not here["onnxruntime"].blocked
+    assert here["torch"].release == version("torch")
+    assert here["torch-tensorrt"].install == "pip install torch-tensorrt"
+
+
+def test_bindings_without_their_libraries_are_told_from_what_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(name: str) -> None:
+        raise CapabilityError(f"{name} is not installed.", "libnvinfer.so.11: cannot open shared object file")
+
+    monkeypatch.setattr(trt, "installed_release", lambda name: "11.4" if name == "tensorrt" else None)
+    monkeypatch.setattr(trt, "library", broken)
+    here = {found.backend: found for found in backends_here()}
+    assert here["tensorrt"].blocked.startswith("it cannot be loaded: libnvinfer.so.11")
+    assert here["tensorrt-rtx"].blocked == "it is not installed"
 
 
 def test_gpus_of_other_machines() -> None:
