@@ -2,8 +2,7 @@
 
 Every reader gives a :class:`KernelReport`: :mod:`.proof_rtx` that of a TensorRT-RTX engine,
 :mod:`.proof_inspector` that of TensorRT 10 and 11, :mod:`.proof_onnxruntime` that of ONNX Runtime's optimised
-graph, :mod:`.proof_torch` that of torch modules. :mod:`.promise` fails a build whose engine differs from what
-was promised.
+graph. :mod:`.promise` fails a build whose engine differs from what was promised.
 """
 
 from __future__ import annotations
