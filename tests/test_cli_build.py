@@ -40,8 +40,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IVL_EXPORT_CACHE", str(tmp_path / "cache"))
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IVL_EXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def test_a_dry_run_says_what_would_be_done(

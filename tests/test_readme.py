@@ -26,7 +26,7 @@ LINES = [
     if line.startswith("ivl-export ")
 ]
 # What takes long, or needs the published weights or data: it is parsed, not run.
-HEAVY = ("build", "eval", "export", "train", "profile", "sensitivity")
+HEAVY = ("build", "eval", "export", "train", "profile", "sensitivity", "qat")
 
 
 @pytest.fixture

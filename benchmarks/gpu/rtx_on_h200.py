@@ -56,13 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _compare(
     receipt: Receipt, component: str, engines: Components, torch_engines: Components, vocabulary: int
 ) -> None:
-    spec = engines.spec(component)
+    try:
+        engines.open(component)
+        spec = engines.spec(component)
+    except IvlError as error:
+        receipt.add(component=component, ran=False, what=error.what, why=error.why)
+        return
     sizes = {axis.name: max(axis.opt, axis.min, 1) for axis in spec.axes} | {"batch": BATCH}
     if "total" in sizes:
         sizes["total"] = sizes["past"] + sizes["text"]
     inputs = random_inputs(spec, sizes, vocabulary)
     try:
-        engines.open(component)
         got = engines.run(component, inputs)
     except IvlError as error:
         receipt.add(component=component, ran=False, what=error.what, why=error.why)
