@@ -152,6 +152,18 @@ def test_equals_modelopt_fake_quantisation_on_the_same_amax() -> None:
         assert sqnr(w, dequantise(values, scale)) > (30 if scheme == "fp8" else 40)
 
 
+def test_int4_blocks_equal_modelopt_fake_quantisation_on_the_same_amax() -> None:
+    tensor_quant = pytest.importorskip("modelopt.torch.quantization.tensor_quant")
+    torch.manual_seed(0)
+    w = torch.randn(64, 256) * torch.logspace(-3, 1, 64)[:, None]
+    values, scale = quantise(w, "int4-weight")
+    assert scale.shape == (64, 2)
+    amax = (scale * LIMITS["int4"]).reshape(-1, 1)  # of each block of 128
+    oracle = tensor_quant.fake_tensor_quant(w.reshape(-1, 128), amax, None, 4, False, True).reshape(w.shape)
+    assert sqnr(oracle, dequantise(values, scale)) > 100
+    assert sqnr(w, dequantise(values, scale)) > 15
+
+
 def test_scale_of_an_activation_is_rounded_as_a_weights_is() -> None:
     amax = torch.tensor([3.3, 100.0])
     got = round_scale(amax, "int8", "bf16")
