@@ -12,88 +12,45 @@ import threading
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import Bundle, Verify
+from ..bundle import Bundle
 from ..conversation import IMAGE_TOKEN, SYSTEM, Turn, encode
 from ..decoding import Sampling, Scores, pick
 from ..engines.device import to_host
 from ..errors import CapabilityError, InputError, UsageError
-from ..pictures import ImageInput
-from ..preprocess import Array, ImageSettings, Tokenizer, preprocess_images
+from ..preprocess import Array
 from .cache import KVCache
 from .components import Components
-from .timings import Timing
+from .images import Images, Reading
+from .loaded import Loaded, fixed
 
 GRAIN = 256
 """A cache has a multiple of this many positions: a step computes over all of them."""
 _HALF = "\ufffd"
 
 
-class InternVLChat:
+class InternVLChat(Loaded):
     """A loaded chat bundle. Conversations are independent: each may be used in a thread of its own."""
 
-    def __init__(self, bundle: Bundle, components: Components) -> None:
-        self.bundle, self.components = bundle, components
+    VISION = "vision_chat"
+
+    def __init__(self, bundle: Bundle, components: Components, reading: Reading | None = None) -> None:
+        super().__init__(bundle, components, reading)
         if "decoder" not in bundle.manifest.components:
             raise CapabilityError(
                 f"{bundle.root} cannot chat.", "It has no decoder.", "Build an InternVL-Chat checkpoint."
             )
 
-    @classmethod
-    def load(
-        cls,
-        path: Path | str,
-        backend: str = "onnxruntime",
-        threads: int | None = None,
-        target: str | None = None,
-        verify: Verify | None = "size",
-        **options: Any,
-    ) -> InternVLChat:
-        """Open the bundle in ``path``; arguments and errors as :meth:`.model.InternVL.load`."""
-        bundle = Bundle.open(path, verify)
-        options |= {} if threads is None else {"threads": threads}
-        return cls(bundle, Components(bundle, backend, target, **options))
-
-    def close(self) -> None:
-        """Free the engines; neither the model nor its conversations can be used afterwards."""
-        self.components.close()
-
-    def __enter__(self) -> InternVLChat:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    @property
-    def timings(self) -> dict[str, Timing]:
-        """Wall time by stage since loading: components, ``open <name>``, ``preprocess``."""
-        return self.components.timings.snapshot()
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer."""
-        return Tokenizer(self.bundle.path("preprocess/tokenizer.model"))
-
-    @cached_property
-    def image_settings(self) -> ImageSettings:
-        """The checkpoint's image settings, with the size that the engines were built for."""
-        settings = ImageSettings.load(self.bundle.path("preprocess/preprocessor_config.json"))
-        size = self.components.spec("vision_chat").inputs[0].shape[2]
-        return replace(settings, size=int(size))
-
-    def chat(
-        self, images: Sequence[ImageInput] = (), history: Sequence[Turn] = (), system: str = SYSTEM
-    ) -> Chat:
+    def chat(self, images: Images = (), history: Sequence[Turn] = (), system: str = SYSTEM) -> Chat:
         """A conversation about ``images``.
 
         Args:
-            images: paths, file contents, PIL images or [H, W, 3] arrays; shown with the first question, or
+            images: as :class:`.model.InternVL` takes them; shown with the first question, or
                 where the turns of ``history`` say.
             history: what was said before.
             system: what the prompt begins with.
@@ -103,23 +60,21 @@ class InternVLChat:
         """
         return Chat(self, images, history, system)
 
-    def encode_images(self, images: Sequence[ImageInput]) -> tuple[Array, list[bytes]]:
+    def encode_images(self, images: Images) -> tuple[Array, list[bytes]]:
         """What the decoder sees of images, float32 [I, V, H], and a digest of each one's pixels."""
-        width = self.components.spec("vision_chat").outputs[0].shape[1:]
-        if not images:
-            return np.zeros((0, *map(int, width)), np.float32), []
-        with self.components.timings.measure("preprocess"):
-            pixels = preprocess_images(images, self.image_settings)
-        out = self.components.run("vision_chat", {"pixel_values": pixels})["visual_embeds"]
-        return out.astype(np.float32, copy=False), [hashlib.sha256(p.tobytes()).digest() for p in pixels]
+        shape = map(fixed, self.components.spec("vision_chat").outputs[0].shape[1:])
+        rows = [np.zeros((0, *shape), np.float32)]
+        digests: list[bytes] = []
+        for pixels in self.pixel_batches(images):
+            rows.append(self.components.run("vision_chat", {"pixel_values": pixels})["visual_embeds"])
+            digests += [hashlib.sha256(p.tobytes()).digest() for p in pixels]
+        return np.concatenate(rows).astype(np.float32, copy=False), digests
 
 
 class Chat:
     """One conversation, which answers one question at a time; made by :meth:`InternVLChat.chat`."""
 
-    def __init__(
-        self, model: InternVLChat, images: Sequence[ImageInput], history: Sequence[Turn], system: str
-    ) -> None:
+    def __init__(self, model: InternVLChat, images: Images, history: Sequence[Turn], system: str) -> None:
         if isinstance(images, str | bytes | Path):
             raise InputError("One image was given.", "A sequence of images is needed.", "Use [image].")
         shown = sum(turn.images for turn in history)

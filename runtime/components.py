@@ -64,7 +64,8 @@ class Components:
     @property
     def batch(self) -> int:
         """Images run at once."""
-        axis = self.spec("vision").axis("batch")
+        chat = "vision_chat" in self.bundle.manifest.components
+        axis = self.spec("vision_chat" if chat else "vision").axis("batch")
         known = BACKENDS.get(self.backend)
         on_cpu = known is not None and known.on_cpu and self.options.get("device", HOST) == HOST
         usual = axis.opt if on_cpu else axis.max

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import Bundle, Verify
+from ..bundle import Bundle
 from ..decoding import Ids, Limits
 from ..engines.device import to_host
-from ..errors import CapabilityError, InputError, UsageError
+from ..errors import CapabilityError, UsageError
 from ..pictures import ImageInput
-from ..preprocess import (
-    BUCKETS,
-    CAPTION_PROMPT,
-    MAX_LENGTH,
-    ImageSettings,
-    ResizeMode,
-    Tokenizer,
-)
+from ..preprocess import BUCKETS, CAPTION_PROMPT, MAX_LENGTH, ResizeMode
 from . import zero_shot
 from .components import Components
 from .generation import generate, pad_prompts
-from .images import Floats, Images, Reading, pixel_batches
+from .images import Floats, Images, Reading
+from .loaded import Loaded, fixed
 from .service import Service
-from .timings import Timing
 
 Mode = Literal["InternVL-C", "InternVL-G"]
 MODES: tuple[Mode, ...] = ("InternVL-C", "InternVL-G")
@@ -43,7 +35,7 @@ class Ranking:
     scores: Floats
 
 
-class InternVL:
+class InternVL(Loaded):
     """A loaded bundle. All methods may be called from several threads at once.
 
     Wherever images are taken: a sequence of any number of paths, file contents, PIL images, [H, W, 3] arrays,
@@ -53,7 +45,7 @@ class InternVL:
     """
 
     def __init__(self, bundle: Bundle, components: Components, reading: Reading | None = None) -> None:
-        self.bundle, self.components, self.reading = bundle, components, reading
+        super().__init__(bundle, components, reading)
         if "decoder" in bundle.manifest.components:
             raise CapabilityError(
                 f"{bundle.root} holds a chat model.",
@@ -61,72 +53,11 @@ class InternVL:
                 "Use InternVLChat.load, or ivl-export run chat.",
             )
 
-    @classmethod
-    def load(
-        cls,
-        path: Path | str,
-        backend: str = "onnxruntime",
-        components: Iterable[str] | None = None,
-        threads: int | None = None,
-        target: str | None = None,
-        batch: int | None = None,
-        verify: Verify | None = "size",
-        reading: Reading | None = None,
-        **options: Any,
-    ) -> InternVL:
-        """Open the bundle in ``path``.
-
-        Args:
-            path: the bundle's folder.
-            backend: whose engines to run.
-            components: opened now; the others (None: all) are opened when they are first used.
-            threads: of each engine (ONNX Runtime on the CPU); None: as many as there are cores.
-            target: which engines of the backend (``sm89``); None: the first.
-            batch: images run at once; None: on the CPU what the engines were tuned for, else the most they
-                take.
-            verify: see :meth:`ivl_export.bundle.Bundle.open`.
-            reading: how images are read; None: on all cores, exactly as published, nothing fetched.
-            options: the backend's own: ``device`` and ``provider`` of ``onnxruntime``; ``device``, ``dtype``,
-                ``compile`` and ``cuda_graphs`` of ``torch``.
-
-        Raises:
-            IntegrityError: the bundle is damaged.
-            CapabilityError: it has no such component or engine, or the backend is not installed.
-        """
-        bundle = Bundle.open(path, verify)
-        options |= {} if threads is None else {"threads": threads}
-        engines = Components(bundle, backend, target, batch, **options)
-        for name in components or ():
-            engines.open(name)
-        return cls(bundle, engines, reading)
-
     def close(self) -> None:
         """Free the engines; the model cannot be used afterwards."""
         if "requests" in self.__dict__:
             self.requests.close()
-        self.components.close()
-
-    def __enter__(self) -> InternVL:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    @property
-    def timings(self) -> dict[str, Timing]:
-        """Wall time by stage since loading: components, ``open <name>``, ``preprocess``, ``tokenize``."""
-        return self.components.timings.snapshot()
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer."""
-        return Tokenizer(self.bundle.path("preprocess/tokenizer.model"))
-
-    @cached_property
-    def image_settings(self) -> ImageSettings:
-        """The checkpoint's image settings, with the size that the engines were built for."""
-        settings = ImageSettings.load(self.bundle.path("preprocess/preprocessor_config.json"))
-        return replace(settings, size=_size(self.components.spec("vision").inputs[0].shape[2]))
+        super().close()
 
     def encode_image(
         self, images: Images, mode: Mode = "InternVL-C", resize: ResizeMode | None = None
@@ -135,9 +66,9 @@ class InternVL:
         if mode not in MODES:
             raise UsageError(f"Unknown mode {mode!r}.", fix=f"Use {' or '.join(MODES)}.")
         wanted = ["image_embed"] if mode == "InternVL-C" else ["image_embed", "tokens"]
-        width = _size(self._output("vision", "image_embed")[1])
+        width = fixed(self._output("vision", "image_embed")[1])
         parts = [np.zeros((0, width), np.float32)]
-        for pixels in self._pixels(images, resize):
+        for pixels in self.pixel_batches(images, resize):
             out = self.components.run_device("vision", {"pixel_values": pixels}, wanted)
             embed = to_host(out["image_embed"])
             if mode == "InternVL-G":
@@ -155,7 +86,7 @@ class InternVL:
         axis = self.components.spec("qllama_text").axis("text")
         longest = min(MAX_LENGTH, axis.max)
         buckets = sorted({max(axis.min, min(b, longest)) for b in (*BUCKETS, longest)})
-        out = np.zeros((len(texts), _size(self._output("qllama_text", "text_embed")[1])), np.float32)
+        out = np.zeros((len(texts), fixed(self._output("qllama_text", "text_embed")[1])), np.float32)
         if not texts:
             return out
         with self.components.timings.measure("tokenize"):
@@ -198,14 +129,14 @@ class InternVL:
     def pixel_values(self, images: Images, resize: ResizeMode | None = None) -> Floats:
         """``images`` as the vision engine takes them, float32 [B, 3, S, S]."""
         size = self.image_settings.size
-        return np.concatenate([np.zeros((0, 3, size, size), np.float32), *self._pixels(images, resize)])
+        return np.concatenate([np.zeros((0, 3, size, size), np.float32), *self.pixel_batches(images, resize)])
 
     def dense(self, images: Images, resize: ResizeMode | None = None) -> Floats:
         """Last hidden state of the vision model [B, N, D] float32: the class token, then patches by row."""
-        shape = [_size(d) for d in self._output("vision", "tokens")[1:]]
+        shape = [fixed(d) for d in self._output("vision", "tokens")[1:]]
         parts = [
             self.components.run("vision", {"pixel_values": pixels}, ["tokens"])["tokens"]
-            for pixels in self._pixels(images, resize)
+            for pixels in self.pixel_batches(images, resize)
         ]
         return np.concatenate([np.zeros((0, *shape), np.float32), *parts]).astype(np.float32, copy=False)
 
@@ -266,7 +197,7 @@ class InternVL:
         if len(prompts) != len(images):
             raise UsageError(f"{len(prompts)} prompts for {len(images)} images.", "", "Give one for each.")
         captions: list[str] = []
-        for pixels in self._pixels(images, resize):
+        for pixels in self.pixel_batches(images, resize):
             start = len(captions)
             with self.components.timings.measure("tokenize"):
                 rows = [self.tokenizer.encode_prompt(p) for p in prompts[start : start + len(pixels)]]
@@ -326,17 +257,6 @@ class InternVL:
             min_new_tokens,
         )
 
-    def _pixels(self, images: Images, resize: ResizeMode | None) -> Iterator[Floats]:
-        """``pixel_values`` in batches of the vision engine."""
-        settings = self.image_settings if resize is None else replace(self.image_settings, mode=resize)
-        return pixel_batches(images, settings, self.components.batch, self.components.timings, self.reading)
-
     def _output(self, component: str, name: str) -> tuple[int | str, ...]:
         outputs = {t.name: t.shape for t in self.components.spec(component).outputs}
         return outputs[name]
-
-
-def _size(size: int | str) -> int:
-    if not isinstance(size, int):
-        raise InputError("This bundle cannot be run.", f"Its contract leaves {size!r} open.")
-    return size

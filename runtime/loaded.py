@@ -1,0 +1,105 @@
+"""What every model of a bundle shares: loading, engines, tokenizer, image settings, closing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from ..bundle import Bundle, Verify
+from ..errors import InputError
+from ..preprocess import ImageSettings, ResizeMode, Tokenizer
+from .components import Components
+from .images import Floats, Images, Reading, pixel_batches
+from .timings import Timing
+
+L = TypeVar("L", bound="Loaded")
+
+
+class Loaded:
+    """A bundle and its engines; see :class:`.model.InternVL` and :class:`.chat.InternVLChat`."""
+
+    VISION: ClassVar[str] = "vision"
+    """The component that takes images."""
+
+    def __init__(self, bundle: Bundle, components: Components, reading: Reading | None = None) -> None:
+        self.bundle, self.components, self.reading = bundle, components, reading
+
+    @classmethod
+    def load(
+        cls: type[L],
+        path: Path | str,
+        backend: str = "onnxruntime",
+        components: Iterable[str] | None = None,
+        threads: int | None = None,
+        target: str | None = None,
+        batch: int | None = None,
+        verify: Verify | None = "size",
+        reading: Reading | None = None,
+        **options: Any,
+    ) -> L:
+        """Open the bundle in ``path``.
+
+        Args:
+            path: the bundle's folder.
+            backend: whose engines to run.
+            components: opened now; the others (None: all) are opened when they are first used.
+            threads: of each engine (ONNX Runtime on the CPU); None: as many as there are cores.
+            target: which engines of the backend (``sm89``); None: the first.
+            batch: images run at once; None: on the CPU what the engines were tuned for, else the most they
+                take.
+            verify: see :meth:`ivl_export.bundle.Bundle.open`.
+            reading: how images are read; None: on all cores, exactly as published, nothing fetched.
+            options: the backend's own: ``device`` and ``provider`` of ``onnxruntime``; ``device``, ``dtype``,
+                ``compile`` and ``cuda_graphs`` of ``torch``.
+
+        Raises:
+            IntegrityError: the bundle is damaged.
+            CapabilityError: it has no such component or engine, or the backend is not installed.
+        """
+        bundle = Bundle.open(path, verify)
+        options |= {} if threads is None else {"threads": threads}
+        model = cls(bundle, Components(bundle, backend, target, batch, **options), reading)
+        for name in components or ():
+            model.components.open(name)
+        return model
+
+    def close(self) -> None:
+        """Free the engines; the model cannot be used afterwards."""
+        self.components.close()
+
+    def __enter__(self: L) -> L:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def timings(self) -> dict[str, Timing]:
+        """Wall time by stage since loading: components, ``open <name>``, ``preprocess``, ``tokenize``."""
+        return self.components.timings.snapshot()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer."""
+        return Tokenizer(self.bundle.path("preprocess/tokenizer.model"))
+
+    @cached_property
+    def image_settings(self) -> ImageSettings:
+        """The checkpoint's image settings, with the size that the engines were built for."""
+        settings = ImageSettings.load(self.bundle.path("preprocess/preprocessor_config.json"))
+        return replace(settings, size=fixed(self.components.spec(self.VISION).inputs[0].shape[2]))
+
+    def pixel_batches(self, images: Images, resize: ResizeMode | None = None) -> Iterator[Floats]:
+        """``pixel_values`` of ``images`` in batches of the vision engine."""
+        settings = self.image_settings if resize is None else replace(self.image_settings, mode=resize)
+        return pixel_batches(images, settings, self.components.batch, self.components.timings, self.reading)
+
+
+def fixed(size: int | str) -> int:
+    """A size that a contract must not leave open; InputError if it does."""
+    if not isinstance(size, int):
+        raise InputError("This bundle cannot be run.", f"Its contract leaves {size!r} open.")
+    return size
