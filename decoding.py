@@ -86,8 +86,9 @@ def pick(logits: Scores, how: Sampling, rng: np.random.Generator) -> int:
     weights = np.exp(scaled - scaled[0])
     weights /= weights.sum()
     kept = 1 + int(np.searchsorted(weights.cumsum(), how.top_p))
-    weights = weights[:kept]
-    return int(rng.choice(order[:kept], p=weights / weights.sum()))
+    mass = weights[:kept].cumsum()
+    place = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
+    return int(order[min(place, len(mass) - 1)])
 
 
 def _greedy(logits: Scores, step: Step, limits: Limits) -> Ids:

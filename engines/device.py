@@ -171,6 +171,11 @@ def zeros(shape: Sequence[int], like: Buffer) -> Any:
     return as_tensor(like).new_zeros(tuple(shape))
 
 
+def copied(buffer: Any) -> Any:
+    """A copy of an array or tensor, of its kind, where it lies."""
+    return buffer.copy() if isinstance(buffer, np.ndarray) else as_tensor(buffer).clone()
+
+
 def require_torch() -> None:
     """CapabilityError if torch is not installed."""
     try:

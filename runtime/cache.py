@@ -36,6 +36,13 @@ class KVCache:
         cache.append(outputs, np.ones((rows, queries), np.int64))
         return cache
 
+    @classmethod
+    def empty(cls, like: Any, capacity: int) -> KVCache:
+        """A cache for positions such as ``like`` [2, layers, rows, heads, n, head_dim], which lies there."""
+        shape = tuple(like.shape)
+        data = zeros((*shape[:4], capacity, shape[5]), like)
+        return cls(data, np.zeros((shape[2], capacity), np.int64), 0, 0)
+
     @property
     def capacity(self) -> int:
         """Positions there is room for."""
@@ -61,6 +68,13 @@ class KVCache:
             for layer in range(self.data.shape[1]):
                 self.data[kind, layer, :, :, self.length : end] = outputs[f"{name}.{layer}"]
         self.mask[:, self.length : end] = mask
+        self.length = end
+
+    def extend(self, data: Any) -> None:
+        """Write new positions [2, layers, rows, heads, n, head_dim], all visible."""
+        end = self.length + data.shape[4]
+        self.data[..., self.length : end, :] = data
+        self.mask[:, self.length : end] = 1
         self.length = end
 
     def truncate(self, length: int) -> None:

@@ -21,6 +21,7 @@ os.environ["COLUMNS"] = "160"
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "goldens" / "tiny"
+CHAT = ROOT / "tests" / "goldens" / "chat"
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +64,40 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer.model").write_bytes(small_tokenizer())
     ImageSettings(size=56).save(folder / "preprocessor_config.json")
     return folder
+
+
+@pytest.fixture(scope="session")
+def chat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden chat checkpoint, sealed in fp32. Tests must not change it."""
+    pytest.importorskip("onnxscript")
+    from ivl_export.bundle import seal
+    from ivl_export.export.components import component_spec
+    from ivl_export.export.plain import export_plain
+    from ivl_export.manifest import Component, EngineFile, Manifest, Model
+    from ivl_export.models.checkpoint import open_checkpoint
+    from ivl_export.preprocess import ImageSettings
+
+    folder = tmp_path_factory.mktemp("chat")
+    checkpoint = open_checkpoint(CHAT)
+    exported = export_plain(checkpoint, folder / "staging" / "onnx", dtype="fp32")
+    (folder / "staging" / "preprocess").mkdir()
+    settings = ImageSettings.load(CHAT / "preprocessor_config.json")
+    settings.save(folder / "staging" / "preprocess" / "preprocessor_config.json")
+    (folder / "staging" / "preprocess" / "tokenizer.model").write_bytes(small_tokenizer(170))
+    paths = {n: p.relative_to(folder / "staging").as_posix() for n, p in exported.graphs.items()}
+    manifest = Manifest(
+        model=Model(
+            "chat", "goldens", {"checkpoint": checkpoint.revision}, checkpoint.model.to_published(), 0.0, 1
+        ),
+        precision="fp32",
+        compute_dtype="fp32",
+        recipe={},
+        calibration=None,
+        components={n: Component(component_spec(n, checkpoint.model), {"fp32": p}) for n, p in paths.items()},
+        engines=tuple(EngineFile(n, "onnxruntime", "cpu", p, "", 0) for n, p in paths.items()),
+    )
+    seal(folder / "staging", manifest, folder / "bundle")
+    return folder / "bundle"
 
 
 def small_tokenizer(pieces: int = 190) -> bytes:

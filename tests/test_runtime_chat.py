@@ -12,54 +12,31 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ivl_export.bundle import seal
 from ivl_export.cli import main
 from ivl_export.conversation import Turn
 from ivl_export.decoding import Sampling, pick
 from ivl_export.errors import CapabilityError, InputError, UsageError
-from ivl_export.export.components import component_spec
-from ivl_export.export.plain import export_plain
-from ivl_export.manifest import Component, EngineFile, Manifest, Model
-from ivl_export.models.checkpoint import open_checkpoint
-from ivl_export.preprocess import ImageSettings
 from ivl_export.runtime import Chat, InternVL, InternVLChat
-
-from .conftest import small_tokenizer
+from ivl_export.runtime.context import Context
+from ivl_export.runtime.prefixes import BLOCK, Prefixes
 
 CHAT = Path(__file__).parent / "goldens" / "chat"
 GOLDEN = load_file(CHAT / "chat.safetensors")
+EOS = 2
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden checkpoint, sealed in fp32."""
-    folder = tmp_path_factory.mktemp("chat")
-    checkpoint = open_checkpoint(CHAT)
-    exported = export_plain(checkpoint, folder / "staging" / "onnx", dtype="fp32")
-    (folder / "staging" / "preprocess").mkdir()
-    settings = ImageSettings.load(CHAT / "preprocessor_config.json")
-    settings.save(folder / "staging" / "preprocess" / "preprocessor_config.json")
-    (folder / "staging" / "preprocess" / "tokenizer.model").write_bytes(small_tokenizer(170))
-    paths = {n: p.relative_to(folder / "staging").as_posix() for n, p in exported.graphs.items()}
-    manifest = Manifest(
-        model=Model(
-            "chat", "goldens", {"checkpoint": checkpoint.revision}, checkpoint.model.to_published(), 0.0, 1
-        ),
-        precision="fp32",
-        compute_dtype="fp32",
-        recipe={},
-        calibration=None,
-        components={n: Component(component_spec(n, checkpoint.model), {"fp32": p}) for n, p in paths.items()},
-        engines=tuple(EngineFile(n, "onnxruntime", "cpu", p, "", 0) for n, p in paths.items()),
-    )
-    seal(folder / "staging", manifest, folder / "bundle")
-    return folder / "bundle"
-
-
-@pytest.fixture(scope="module")
-def model(bundle: Path) -> Iterator[InternVLChat]:
-    with InternVLChat.load(bundle, threads=1) as loaded:
+def model(chat_bundle: Path) -> Iterator[InternVLChat]:
+    """Its conversations share nothing: each is computed by itself."""
+    with InternVLChat.load(chat_bundle, threads=1, kept_bytes=0) as loaded:
         yield loaded
+
+
+@pytest.fixture
+def sharing(model: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> InternVLChat:
+    """The same model, whose conversations share an empty store."""
+    monkeypatch.setattr(model, "prefixes", Prefixes())
+    return model
 
 
 def picture(seed: int = 0) -> np.ndarray[Any, Any]:
@@ -87,14 +64,12 @@ class Counted:
 
 @pytest.mark.parametrize("row", [0, 1, 2])
 def test_greedy_tokens_are_the_published_ones(model: InternVLChat, row: int) -> None:
-    chat = model.chat()
     pixels = GOLDEN["images"][row : row + 1]
-    chat._visual = model.components.run("vision_chat", {"pixel_values": pixels})["visual_embeds"]
-    chat._digests = [b"golden"]
+    context = Context(model.components, Prefixes(), *model.encode_images(pixels))
     ids = GOLDEN[f"gen{row}.input_ids"][0].tolist()
     want = GOLDEN[f"gen{row}.new_tokens"][0].tolist()
     for _ in range(2):  # the second time out of the cache
-        assert list(chat.tokens(ids, len(want), Sampling())) == want
+        assert list(context.tokens(ids, len(want), Sampling(), EOS)) == want
 
 
 def test_a_further_question_computes_only_itself(
@@ -128,15 +103,68 @@ def test_what_is_reused_changes_nothing(model: InternVLChat) -> None:
         fresh = model.chat([picture()], turns[:k])
         assert fresh.ask(turns[k].question, max_new_tokens=6) == turns[k].answer
     other = model.chat([picture(1)], turns[:2])
-    other._held, other._cache = list(chat._held), chat._cache  # another image: nothing of it may be taken
+    own, theirs = other.context, chat.context
+    own._held, own._cache = list(theirs._held), theirs._cache  # another image: nothing of it may be taken
     assert other.ask("above", 6) == model.chat([picture(1)], turns[:2]).ask("above", 6)
+
+
+def test_conversations_share_what_they_begin_with(
+    sharing: InternVLChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(sharing, monkeypatch)
+    questions = ("a red ring", "two small squares", "above")
+    found, prompts, encoded = [], [], []
+    for question in questions:
+        found.append(sharing.chat([picture()]).ask(question, 6))
+        prompts.append(counted.take("decoder")[0][1])
+        encoded.append(len(counted.take("vision_chat")))
+    assert encoded == [1, 0, 0], "the image is encoded once"
+    assert prompts[0] > 2 * BLOCK
+    assert max(prompts[1:]) < prompts[0] - BLOCK, "its keys and values are computed once"
+    monkeypatch.setattr(sharing, "prefixes", Prefixes(0))
+    assert found == [sharing.chat([picture()]).ask(question, 6) for question in questions]
+
+
+def test_a_history_sent_again_is_not_computed_again(
+    sharing: InternVLChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = sharing.chat([picture()])
+    for question in ("a red ring", "two small squares"):
+        chat.ask(question, 20)
+    counted = Counted(sharing, monkeypatch)
+    again = sharing.chat([picture()], chat.history)
+    answer = again.ask("above", 6)
+    prompt = counted.take("decoder")[0][1]
+    assert counted.take("vision_chat") == []
+    assert prompt < len(again.context._held) // 2
+    monkeypatch.setattr(sharing, "prefixes", Prefixes(0))
+    assert sharing.chat([picture()], chat.history).ask("above", 6) == answer
+
+
+def test_other_images_share_nothing(sharing: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharing.chat([picture()]).ask("a red ring", 6)
+    found = [sharing.chat([picture(1), picture()]).ask("a", 6), sharing.chat([picture(1)]).ask("a", 6)]
+    monkeypatch.setattr(sharing, "prefixes", Prefixes(0))
+    assert found == [
+        sharing.chat([picture(1), picture()]).ask("a", 6), sharing.chat([picture(1)]).ask("a", 6)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [0, 40_000, 200_000])
+def test_a_small_store_is_kept_to(model: InternVLChat, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    want = [model.chat([picture(i % 3)]).ask("a red ring", 4) for i in range(6)]
+    monkeypatch.setattr(model, "prefixes", Prefixes(limit))
+    for i in range(6):
+        assert model.chat([picture(i % 3)]).ask("a red ring", 4) == want[i]
+        assert model.prefixes.nbytes <= limit
+    assert (model.prefixes.nbytes > 0) == (limit > 0)
 
 
 def test_a_cache_grows(model: InternVLChat) -> None:
     chat = model.chat([picture()])
     answers = [chat.ask("small red ring " * 8, max_new_tokens=8) for _ in range(4)]
-    assert chat._cache is not None
-    assert chat._cache.capacity > 256
+    assert chat.context._cache is not None
+    assert chat.context._cache.capacity > 256
     assert model.chat([picture()], chat.history[:3]).ask("small red ring " * 8, 8) == answers[3]
 
 
@@ -186,9 +214,10 @@ def test_a_seed_repeats_its_answer(model: InternVLChat) -> None:
     assert len({ask(seed) for seed in range(6)}) > 1
 
 
-def test_conversations_in_threads(model: InternVLChat) -> None:
-    want = [model.chat([picture(i)]).ask("a red ring", 6) for i in range(4)]
-    chats = [model.chat([picture(i)]) for i in range(4)]
+def test_conversations_in_threads(model: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = [model.chat([picture(i % 3)]).ask("a red ring", 6) for i in range(8)]
+    monkeypatch.setattr(model, "prefixes", Prefixes(200_000))  # less than all need: they push each other out
+    chats = [model.chat([picture(i % 3)]) for i in range(8)]
     found: dict[int, str] = {}
 
     def ask(i: int, chat: Chat) -> None:
@@ -199,14 +228,48 @@ def test_conversations_in_threads(model: InternVLChat) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [found[i] for i in range(4)] == want
+    assert [found[i] for i in range(8)] == want
+
+
+def test_an_answer_is_not_shorter_than_asked(model: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = model.chat([picture()])
+    monkeypatch.setattr(chat.context, "_feed", lambda *given: np.eye(200, dtype=np.float32)[EOS])
+    assert list(chat.context.tokens([1, -200, 5], 8, Sampling(), EOS, 3)) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(5.0, top_k=20, top_p=0.9, seed=3)])
+def test_on_a_device_the_same_tokens(
+    chat_bundle: Path, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    """Tensors in, tensors out, as on a GPU: caches, blocks of the store and logits are tensors then."""
+    pytest.importorskip("torch")
+    from ivl_export.engines.device import as_tensor
+
+    questions = ("a red ring", "two")
+    with InternVLChat.load(chat_bundle, backend="torch", kept_bytes=0) as host:
+        want = [host.chat([picture()]).ask(question, 8, sampling) for question in questions]
+    with InternVLChat.load(chat_bundle, backend="torch") as model:
+        real = model.components.run_device
+        monkeypatch.setattr(
+            model.components,
+            "run_device",
+            lambda name, inputs, outputs=None: real(
+                name, {key: as_tensor(value) for key, value in inputs.items()}, outputs
+            ),
+        )
+        chats = [model.chat([picture()]) for _ in questions]
+        assert [c.ask(q, 8, sampling) for c, q in zip(chats, questions, strict=True)] == want
+        cache = chats[1].context._cache
+        assert cache is not None
+        assert not isinstance(cache.data, np.ndarray)
+        assert not any(isinstance(block, np.ndarray) for block in model.prefixes.find(chats[1].context._held))
 
 
 def test_without_an_image(model: InternVLChat) -> None:
     assert model.chat().ask("a", 3) == model.chat(history=()).ask("a", 3)
 
 
-def test_errors(model: InternVLChat, tiny_bundle: Path, bundle: Path) -> None:
+def test_errors(model: InternVLChat, tiny_bundle: Path, chat_bundle: Path) -> None:
     chat = model.chat()
     with pytest.raises(InputError, match="too long for this bundle"):
         chat.ask("a", 5000)
@@ -220,17 +283,28 @@ def test_errors(model: InternVLChat, tiny_bundle: Path, bundle: Path) -> None:
     with pytest.raises(CapabilityError, match="cannot chat"):
         InternVLChat.load(tiny_bundle)
     with pytest.raises(CapabilityError, match="InternVLChat"):
-        InternVL.load(bundle)
+        InternVL.load(chat_bundle)
 
 
-def test_the_verb(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_the_verb(
+    chat_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     from PIL import Image
 
     Image.fromarray(picture()).save(tmp_path / "a.png")
-    args = ["run", "chat", str(bundle), str(tmp_path / "a.png"), "--threads", "1", "--max-new-tokens", "4"]
+    args = [
+        "run",
+        "chat",
+        str(chat_bundle),
+        str(tmp_path / "a.png"),
+        "--threads",
+        "1",
+        "--max-new-tokens",
+        "4",
+    ]
     assert main([*args, "--question", "a red ring", "--question", "and", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    with InternVLChat.load(bundle, threads=1) as model:
+    with InternVLChat.load(chat_bundle, threads=1) as model:
         chat = model.chat([tmp_path / "a.png"])
         want = [{"question": q, "answer": chat.ask(q, 4)} for q in ("a red ring", "and")]
     assert report["turns"] == want
