@@ -1,4 +1,4 @@
-"""Token search: greedy and beam, over any function that turns tokens into logits.
+"""Token search: greedy, sampling and beam, over any function that turns tokens into logits.
 
 Pure numpy, shared by the PyTorch model and the runtime, so that both choose the same tokens. Beam search
 keeps the semantics of ``transformers`` 4.37 (length_penalty 1, early_stopping False), which the published
@@ -7,6 +7,7 @@ captions were made with.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,7 +63,9 @@ class Limits:
     min_new_tokens: int = 0
 
 
-def decode(first: Scores, step: Step, limits: Limits, num_beams: int = 1) -> Ids:
+def decode(
+    first: Scores, step: Step, limits: Limits, num_beams: int = 1, sampling: Sampling | None = None
+) -> Ids:
     """New token ids [B, <= max_new_tokens] of B prompts, ``pad`` after each row's EOS.
 
     Args:
@@ -70,11 +73,58 @@ def decode(first: Scores, step: Step, limits: Limits, num_beams: int = 1) -> Ids
         step: advances the rows; with beams it is called with B * num_beams rows, the first time with each
             prompt's row repeated.
         limits: token ids and lengths.
-        num_beams: 1 is greedy.
+        num_beams: 1 is greedy, or as ``sampling`` says.
+        sampling: how tokens are drawn, for each row as if it were alone. None: the likeliest.
+
+    Raises:
+        UsageError: settings that cannot be right, or beams that would be sampled.
     """
-    if limits.max_new_tokens < 1:
-        return np.zeros((len(first), 0), np.int64)
-    return _greedy(first, step, limits) if num_beams == 1 else _beam(first, step, limits, num_beams)
+    check_search(limits, num_beams, sampling)
+    if num_beams > 1:
+        return _beam(first, step, limits, num_beams)
+    return np.stack(list(stream(first, step, limits, sampling)), 1)
+
+
+def stream(first: Scores, step: Step, limits: Limits, sampling: Sampling | None = None) -> Iterator[Ids]:
+    """The next token of every prompt [B], step by step: the columns of :func:`decode` without beams."""
+    check_search(limits, 1, sampling)
+    choosers = [Chooser(limits, sampling) for _ in first]
+    logits = first
+    while True:
+        rows = zip(choosers, logits, strict=True)
+        tokens = np.array([limits.pad if c.done else c.choose(row) for c, row in rows], np.int64)
+        yield tokens
+        if all(chooser.done for chooser in choosers):
+            return
+        logits = step(tokens, None)
+
+
+def check_search(limits: Limits, num_beams: int, sampling: Sampling | None) -> None:
+    """UsageError for settings that cannot be right."""
+    if num_beams < 1 or limits.max_new_tokens < 1 or limits.min_new_tokens < 0:
+        raise UsageError(
+            "These generation settings cannot be right.",
+            f"num_beams {num_beams}, max_new_tokens {limits.max_new_tokens}, "
+            f"min_new_tokens {limits.min_new_tokens}.",
+        )
+    if num_beams > 1 and sampling is not None:
+        raise UsageError("Beams are not sampled.", f"num_beams is {num_beams}.", "Give one of the two.")
+
+
+class Chooser:
+    """Takes one sequence's tokens, one after another, as its settings say; ``done`` after the last one."""
+
+    def __init__(self, limits: Limits, sampling: Sampling | None = None) -> None:
+        self.limits, self.sampling = limits, sampling or Sampling()
+        self.done, self._count = False, 0
+        self._rng = np.random.default_rng(self.sampling.seed)
+
+    def choose(self, logits: Scores) -> int:
+        """The next token, of the ``logits`` [V] behind the ones before it."""
+        token = pick(_bar_eos(logits, self._count, self.limits), self.sampling, self._rng)
+        self._count += 1
+        self.done = token == self.limits.eos or self._count == self.limits.max_new_tokens
+        return token
 
 
 def pick(logits: Scores, how: Sampling, rng: np.random.Generator) -> int:
@@ -89,19 +139,6 @@ def pick(logits: Scores, how: Sampling, rng: np.random.Generator) -> int:
     mass = weights[:kept].cumsum()
     place = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
     return int(order[min(place, len(mass) - 1)])
-
-
-def _greedy(logits: Scores, step: Step, limits: Limits) -> Ids:
-    done = np.zeros(len(logits), bool)
-    out: list[Ids] = []
-    while True:
-        tokens = _bar_eos(logits, len(out), limits).argmax(-1)
-        tokens = np.where(done, limits.pad, tokens).astype(np.int64)
-        out.append(tokens)
-        done |= tokens == limits.eos
-        if done.all() or len(out) == limits.max_new_tokens:
-            return np.stack(out, 1)
-        logits = step(tokens, None)
 
 
 def _beam(first: Scores, step: Step, limits: Limits, beams: int) -> Ids:
@@ -180,7 +217,7 @@ def _bar_eos(scores: Scores, produced: int, limits: Limits) -> Scores:
     if produced >= limits.min_new_tokens:
         return scores
     scores = scores.copy()
-    scores[:, limits.eos] = -np.inf
+    scores[..., limits.eos] = -np.inf
     return scores
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,14 +237,28 @@ class Tokenizer:
         return [self.bos, *self.encode(text)]
 
     def decode(self, ids: Sequence[int] | Array) -> str:
-        """Text of ``ids`` up to the first eos, without bos, padding and ids that the model does not know."""
+        """Text of ``ids`` up to the first eos, without bos, padding and ids that the model does not know.
+
+        A character whose last bytes are missing at the end is left out.
+        """
         kept: list[int] = []
         for i in map(int, ids):
             if i == self.eos:
                 break
             if i not in (0, self.bos) and 0 < i < len(self):
                 kept.append(i)
-        return str(self._sp.decode(kept))
+        return str(self._sp.decode(kept)).rstrip("\ufffd")
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text of ``ids`` in pieces, as they come: no character is given out before it is whole."""
+        seen: list[int] = []
+        said = 0
+        for token in ids:
+            seen.append(token)
+            whole = self.decode(seen)
+            if len(whole) > said:
+                piece, said = whole[said:], len(whole)
+                yield piece
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` alone, without bos or eos."""

@@ -29,7 +29,6 @@ from .images import Images, Reading
 from .loaded import Loaded, fixed
 from .prefixes import KEPT_BYTES, Prefixes
 
-_HALF = "\ufffd"
 M = TypeVar("M", bound="InternVLChat")
 
 
@@ -160,17 +159,13 @@ class Chat:
         turn = Turn(question, None, 0 if self._turns else len(self.context.digests))
         encoded = encode([*self._turns, turn], self.model.tokenizer, self.system)
         how = sampling or Sampling()
-        said: list[int] = []
         text, answered = "", False
         new = self.context.tokens(encoded.ids, max_new_tokens, how, self._eos, min_new_tokens)
         with self._alone(), closing(new):
             try:
-                for token in new:
-                    said.append(token)
-                    whole = self.model.tokenizer.decode(said).rstrip(_HALF)
-                    if len(whole) > len(text):  # no character is given out before it is whole
-                        piece, text = whole[len(text) :], whole
-                        yield piece
+                for piece in self.model.tokenizer.stream(new):
+                    text += piece
+                    yield piece
                 answered = True
             except GeneratorExit:  # nobody listens any more
                 answered = True

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decoding import Ids, Limits, Scores, decode
+from ..decoding import Ids, Limits, Sampling, Scores, Step, check_search, decode
 from ..engines.device import to_host
 from ..errors import InputError
 from ..specs import ComponentSpec
@@ -31,8 +31,27 @@ def generate(
     attention_mask: Ids | None,
     limits: Limits,
     num_beams: int = 1,
+    sampling: Sampling | None = None,
 ) -> Ids:
     """New token ids [B, <= max_new_tokens], ``limits.pad`` after each row's EOS.
+
+    ``num_beams`` and ``sampling`` as :func:`~ivl_export.decoding.decode` has them, the rest and the errors as
+    :func:`prefill`.
+    """
+    check_search(limits, num_beams, sampling)
+    first, step = prefill(run, spec, queries, prompt_ids, attention_mask, limits.max_new_tokens)
+    return decode(first, step, limits, num_beams, sampling)
+
+
+def prefill(
+    run: Run,
+    spec: ComponentSpec,
+    queries: Mapping[str, Any],
+    prompt_ids: Ids,
+    attention_mask: Ids | None,
+    new: int,
+) -> tuple[Scores, Step]:
+    """Logits [B, V] after the prompts, and what advances them from there.
 
     Args:
         run: the ``qllama_step`` engine.
@@ -41,8 +60,7 @@ def generate(
             they do.
         prompt_ids: [B, T], T >= 1.
         attention_mask: [B, T], 0 at padding (either side); None: no padding.
-        limits: token ids and lengths.
-        num_beams: 1 is greedy.
+        new: tokens that may follow.
 
     Raises:
         InputError: no prompt, a mask of another shape, or more positions than the engine was built for.
@@ -56,14 +74,13 @@ def generate(
             "Give every image a prompt of at least one token, and a mask of the same shape.",
         )
     count = queries["key.0"].shape[2]
-    # The last token is never fed back.
-    capacity = count + length + max(limits.max_new_tokens - 1, 0)
+    capacity = count + length + new - 1  # the last token is never fed back
     past = spec.axis("past")
     if capacity > past.max:
         raise InputError(
             "The prompt and the answer are too long for this bundle.",
-            f"{count} queries, {length} prompt tokens and {limits.max_new_tokens} new ones need a past of "
-            f"{capacity}; the engine was built for {past.max}.",
+            f"{count} queries, {length} prompt tokens and {new} new ones need a past of {capacity}; the "
+            f"engine was built for {past.max}.",
             "Ask for fewer new tokens, or rebuild with a larger range.",
         )
     cache = KVCache.of_queries(queries, _layers(spec), max(capacity, past.min))
@@ -84,7 +101,7 @@ def generate(
         seen = cache.mask.sum(1, keepdims=True)
         return _advance(run, cache, tokens[:, None], seen, np.ones((len(tokens), 1), np.int64))
 
-    return decode(logits, step, limits, num_beams)
+    return logits, step
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[Ids, Ids]:

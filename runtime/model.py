@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, Literal
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
-from ..decoding import Ids, Limits
+from ..decoding import Ids, Sampling
 from ..engines.device import to_host
 from ..errors import CapabilityError, UsageError
 from ..pictures import ImageInput
 from ..preprocess import BUCKETS, CAPTION_PROMPT, MAX_LENGTH, ResizeMode
-from . import zero_shot
+from . import captions, zero_shot
 from .components import Components
-from .generation import generate, pad_prompts
 from .images import Floats, Images, Reading
 from .loaded import Loaded, fixed
 from .service import Service
@@ -188,23 +187,28 @@ class InternVL(Loaded):
         max_new_tokens: int = 30,
         min_new_tokens: int = 0,
         resize: ResizeMode | None = "square",
+        sampling: Sampling | None = None,
     ) -> list[str]:
         """One caption an image; ``prompt`` is one for all or one for each.
 
-        Published captions were made with 5 beams and at least 8 tokens.
+        Published captions were made with 5 beams and at least 8 tokens. ``sampling`` draws tokens, for
+        each image as if it were alone.
         """
-        prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
-        if len(prompts) != len(images):
-            raise UsageError(f"{len(prompts)} prompts for {len(images)} images.", "", "Give one for each.")
-        captions: list[str] = []
-        for pixels in self.pixel_batches(images, resize):
-            start = len(captions)
-            with self.components.timings.measure("tokenize"):
-                rows = [self.tokenizer.encode_prompt(p) for p in prompts[start : start + len(pixels)]]
-            ids, mask = pad_prompts(rows, self._limits(0, 0).pad)
-            tokens = self.generate(pixels, ids, mask, max_new_tokens, num_beams, min_new_tokens)
-            captions += [self.tokenizer.decode(row.tolist()).strip() for row in tokens]
-        return captions
+        limits = captions.limits_of(self, max_new_tokens, min_new_tokens)
+        return captions.caption(self, images, prompt, limits, num_beams, sampling, resize)
+
+    def stream_caption(
+        self,
+        image: ImageInput,
+        prompt: str = CAPTION_PROMPT["en"],
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 0,
+        resize: ResizeMode | None = "square",
+        sampling: Sampling | None = None,
+    ) -> Iterator[str]:
+        """The caption of one image in pieces, as they are found: those of :meth:`caption`, not stripped."""
+        limits = captions.limits_of(self, max_new_tokens, min_new_tokens)
+        return captions.stream_caption(self, image, prompt, limits, sampling, resize)
 
     def generate(
         self,
@@ -214,6 +218,7 @@ class InternVL(Loaded):
         max_new_tokens: int = 30,
         num_beams: int = 1,
         min_new_tokens: int = 0,
+        sampling: Sampling | None = None,
     ) -> Ids:
         """New token ids [B, <= max_new_tokens], padded after each row's EOS.
 
@@ -222,40 +227,12 @@ class InternVL(Loaded):
             prompt_ids: int64 [B, T], as :meth:`Tokenizer.encode_prompt` makes them.
             attention_mask: int64 [B, T], 0 at padding (either side); None: no padding.
             max_new_tokens: at most this many.
-            num_beams: beams kept; 1 is greedy.
+            num_beams: beams kept; 1 is greedy, or as ``sampling`` says.
             min_new_tokens: EOS may not come before.
+            sampling: how tokens are drawn, for each row as if it were alone; None: the likeliest.
         """
-        if num_beams < 1 or max_new_tokens < 1 or min_new_tokens < 0:
-            raise UsageError(
-                "These generation settings cannot be right.",
-                f"num_beams {num_beams}, max_new_tokens {max_new_tokens}, min_new_tokens {min_new_tokens}.",
-            )
-        limits, spec = self._limits(max_new_tokens, min_new_tokens), self.components.spec("qllama_step")
-        names = [t.name for t in self.components.spec("qllama_query").outputs if "." in t.name]
-        step = partial(self.components.run_device, "qllama_step")
-        # As many images at once as fill the step engine with all their beams.
-        size = max(1, min(self.components.batch, spec.axis("batch").max // num_beams))
-        parts = []
-        for start in range(0, len(pixel_values), size):
-            rows = slice(start, start + size)
-            tokens = self.components.run_device("vision", {"pixel_values": pixel_values[rows]}, ["tokens"])
-            queries = self.components.run_device("qllama_query", tokens, names)
-            mask = None if attention_mask is None else attention_mask[rows]
-            parts.append(generate(step, spec, queries, prompt_ids[rows], mask, limits, num_beams))
-        out = np.full((len(pixel_values), max((p.shape[1] for p in parts), default=0)), limits.pad, np.int64)
-        for i, part in enumerate(parts):
-            out[i * size : i * size + len(part), : part.shape[1]] = part
-        return out
-
-    def _limits(self, max_new_tokens: int, min_new_tokens: int) -> Limits:
-        config: Any = self.bundle.manifest.model.config.get("qllama_config") or {}
-        eos, pad = config.get("eos_token_id"), config.get("pad_token_id")
-        return Limits(
-            self.tokenizer.eos if eos is None else int(eos),
-            0 if pad is None else int(pad),
-            max_new_tokens,
-            min_new_tokens,
-        )
+        limits = captions.limits_of(self, max_new_tokens, min_new_tokens)
+        return captions.generate(self, pixel_values, prompt_ids, attention_mask, limits, num_beams, sampling)
 
     def _output(self, component: str, name: str) -> tuple[int | str, ...]:
         outputs = {t.name: t.shape for t in self.components.spec(component).outputs}

@@ -1,0 +1,109 @@
+"""Captions: an image's queries and a prompt become tokens (greedy, sampled, beams), whole or as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..decoding import Ids, Limits, Sampling, Scores, Step, check_search, decode, stream
+from ..errors import UsageError
+from ..pictures import ImageInput
+from ..preprocess import ResizeMode
+from .generation import pad_prompts, prefill
+from .images import Floats, Images
+
+if TYPE_CHECKING:
+    from .model import InternVL
+
+
+def limits_of(model: InternVL, max_new_tokens: int, min_new_tokens: int) -> Limits:
+    """The limits of one call, with the token ids of the checkpoint."""
+    config: Any = model.bundle.manifest.model.config.get("qllama_config") or {}
+    eos, pad = config.get("eos_token_id"), config.get("pad_token_id")
+    return Limits(
+        model.tokenizer.eos if eos is None else int(eos),
+        0 if pad is None else int(pad),
+        max_new_tokens,
+        min_new_tokens,
+    )
+
+
+def caption(
+    model: InternVL,
+    images: Images,
+    prompt: str | Sequence[str],
+    limits: Limits,
+    num_beams: int = 1,
+    sampling: Sampling | None = None,
+    resize: ResizeMode | None = None,
+) -> list[str]:
+    """See :meth:`.model.InternVL.caption`."""
+    prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
+    if len(prompts) != len(images):
+        raise UsageError(f"{len(prompts)} prompts for {len(images)} images.", "", "Give one for each.")
+    captions: list[str] = []
+    for pixels in model.pixel_batches(images, resize):
+        ids, mask = _encoded(model, prompts[len(captions) : len(captions) + len(pixels)], limits)
+        tokens = generate(model, pixels, ids, mask, limits, num_beams, sampling)
+        captions += [model.tokenizer.decode(row.tolist()).strip() for row in tokens]
+    return captions
+
+
+def stream_caption(
+    model: InternVL,
+    image: ImageInput,
+    prompt: str,
+    limits: Limits,
+    sampling: Sampling | None = None,
+    resize: ResizeMode | None = None,
+) -> Iterator[str]:
+    """See :meth:`.model.InternVL.stream_caption`."""
+    check_search(limits, 1, sampling)
+    ids, mask = _encoded(model, [prompt], limits)
+    first, step = _prefilled(model, model.pixel_values([image], resize), ids, mask, limits)
+    return model.tokenizer.stream(int(token[0]) for token in stream(first, step, limits, sampling))
+
+
+def generate(
+    model: InternVL,
+    pixel_values: Floats,
+    prompt_ids: Ids,
+    attention_mask: Ids | None,
+    limits: Limits,
+    num_beams: int = 1,
+    sampling: Sampling | None = None,
+) -> Ids:
+    """See :meth:`.model.InternVL.generate`."""
+    check_search(limits, num_beams, sampling)
+    # As many images at once as fill the step engine with all their beams.
+    rows = model.components.spec("qllama_step").axis("batch").max // num_beams
+    size = max(1, min(model.components.batch, rows))
+    parts = []
+    for start in range(0, len(pixel_values), size):
+        some = slice(start, start + size)
+        mask = None if attention_mask is None else attention_mask[some]
+        first, step = _prefilled(model, pixel_values[some], prompt_ids[some], mask, limits)
+        parts.append(decode(first, step, limits, num_beams, sampling))
+    out = np.full((len(pixel_values), max((p.shape[1] for p in parts), default=0)), limits.pad, np.int64)
+    for i, part in enumerate(parts):
+        out[i * size : i * size + len(part), : part.shape[1]] = part
+    return out
+
+
+def _encoded(model: InternVL, prompts: Sequence[str], limits: Limits) -> tuple[Ids, Ids]:
+    with model.components.timings.measure("tokenize"):
+        return pad_prompts([model.tokenizer.encode_prompt(p) for p in prompts], limits.pad)
+
+
+def _prefilled(
+    model: InternVL, pixel_values: Floats, prompt_ids: Ids, mask: Ids | None, limits: Limits
+) -> tuple[Scores, Step]:
+    """Images and prompts that the step engine takes at once, seen and read."""
+    run, spec = model.components.run_device, model.components.spec("qllama_step")
+    names = [t.name for t in model.components.spec("qllama_query").outputs if "." in t.name]
+    tokens = run("vision", {"pixel_values": pixel_values}, ["tokens"])
+    queries = run("qllama_query", tokens, names)
+    return prefill(partial(run, "qllama_step"), spec, queries, prompt_ids, mask, limits.max_new_tokens)
