@@ -35,6 +35,32 @@ SUMS = {"total": ("past", "text")}
 """Axes that are the sum of others."""
 
 
+FEATURES = "features."
+"""What the outputs of ``vision`` that are those of a block begin with; the block's number follows."""
+
+
+def feature_name(block: int) -> str:
+    """The output of ``vision`` that is the hidden state behind ``block`` blocks."""
+    return f"{FEATURES}{block}"
+
+
+def block_number(block: int, depth: int) -> int:
+    """``block`` of a tower of ``depth`` blocks, as a number from 1 to ``depth``; -1 is the last.
+
+    A negative number counts as in ``mm_vision_select_layer``: -4 of 48 blocks is block 45.
+
+    Raises:
+        UsageError: there is no such block.
+    """
+    if not 1 <= abs(block) <= depth:
+        raise UsageError(
+            f"There is no block {block}.",
+            f"The vision tower has {depth}.",
+            f"Give a number from 1 to {depth}, or -1 (the last) to -{depth}.",
+        )
+    return block % (depth + 1)
+
+
 def part_starts(blocks: int, count: int) -> list[int]:
     """The first block of each of ``count`` parts of a split component, as equal as can be."""
     return [k * blocks // count for k in range(count)]

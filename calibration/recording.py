@@ -33,7 +33,8 @@ def recorded_bytes(config: Whole, components: Sequence[str], samples: int) -> in
         text = config.num_visual + LONGEST + MAX_STEP
         values += (text * (cached + llama.hidden_size) + llama.vocab_size) * ("decoder" in order)
         return spilled_bytes(config, components, samples) + 4 * samples * values
-    values = vision.num_tokens * vision.hidden_size * ("vision" in order)
+    tokens = vision.num_tokens * vision.hidden_size * (1 + len(vision.feature_blocks))
+    values = tokens * ("vision" in order)
     values += config.num_query_token * (cached + llama.hidden_size) * ("qllama_query" in order)
     values += (MAX_STEP * cached + llama.vocab_size) * ("qllama_step" in order)
     return spilled_bytes(config, components, samples) + 4 * samples * values

@@ -18,6 +18,7 @@ import torch
 from ..models.chat_config import ChatConfig
 from ..models.qllama import KeyValue
 from ..preprocess import Array
+from ..specs import feature_name
 from .calls import Call, Samples
 from .parts import TOWERS, WITHOUT_BLOCKS, Context, Modules, Part, enter, leave, run_block
 from .spill import Spill
@@ -91,6 +92,9 @@ class Flow:
         spill.write((part.block + 1) % 2, call.place, x)
         if component == "qllama_query" or call.cut is not None:
             self._past = made
+        number = part.block + 1
+        if component == "vision" and number in self.modules.config.vision.feature_blocks:
+            return x, {feature_name(number): x}
         if component not in CACHED:
             return x, {}
         return x, {

@@ -65,6 +65,10 @@ def build(
         typer.Option(help="Engines to build: onnxruntime,tensorrt-rtx,tensorrt; else all that can be."),
     ] = None,
     components: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="Vision blocks whose outputs the bundle gives too: 12,24,36 (-1 is the last)."),
+    ] = None,
     split: Annotated[
         int, typer.Option(help="Build each component in N parts, that run as one: less memory.", min=1)
     ] = 1,
@@ -146,7 +150,7 @@ def build(
     from ..pipeline.mixed import mixed_job
     from ..pipeline.report import describe
     from ..pipeline.request import MIXED, Job, Request, shipped_name
-    from .inputs import names
+    from .inputs import names, numbers
     from .progress import Bars
 
     with Bars() as bars:
@@ -164,6 +168,7 @@ def build(
             targets=targets,
             backends=names(backend),
             components=names(components),
+            features=numbers(features, "--features"),
             allow_accuracy_loss=allow_accuracy_loss,
             split=split,
             budget=budget,

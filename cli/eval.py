@@ -11,7 +11,7 @@ import typer
 
 from .output import print_json, print_table, show
 from .progress import Bars
-from .run import BackendOpt, BundleArg, JsonOpt, TargetOpt, ThreadsOpt
+from .session import BackendOpt, BundleArg, JsonOpt, TargetOpt, ThreadsOpt
 
 app = typer.Typer(add_completion=False)
 

@@ -29,6 +29,10 @@ def export(
         typer.Option(help="A new folder; else onnx/MODEL-DTYPE. With --zero-copy: the shards', or above."),
     ] = None,
     components: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="Vision blocks whose outputs the graph gives too: 12,24,36 (-1 is the last)."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="What the graphs compute in: bf16 or fp32.")] = "bf16",
     zero_copy: Annotated[
         bool, typer.Option("--zero-copy", help="Write graphs beside the shards that refer to their bytes.")
@@ -36,19 +40,20 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write plain ONNX graphs of a checkpoint's components: no calibration, no quantisation, no engines."""
+    from ..export.features import with_features
     from ..export.plain import export_plain
     from ..models.checkpoint import open_checkpoint
     from ..pipeline.request import nano_folder
+    from .inputs import names, numbers
 
     started = time.perf_counter()
     atexit.register(gc.freeze)  # else the process looks for garbage in all of torch's objects before it ends
-    checkpoint = open_checkpoint(model or nano_folder())
+    checkpoint = with_features(open_checkpoint(model or nano_folder()), numbers(features, "--features"))
     shards = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     name = "internvl-nano" if model is None else model.resolve().name.removesuffix(".pth")
     folder = out or (shards if zero_copy else Path("onnx") / f"{name}-{dtype}")
-    chosen = tuple(part.strip() for part in (components or "").split(",") if part.strip())
     with Bars() as bars:
-        made = export_plain(checkpoint, folder, chosen, dtype, zero_copy, _Steps(bars))
+        made = export_plain(checkpoint, folder, names(components), dtype, zero_copy, _Steps(bars))
     seconds = time.perf_counter() - started
     if as_json:
         print_json(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
+from ..errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,6 +20,14 @@ PIECE = 64  # decoded images held at a time
 def names(text: str | None) -> tuple[str, ...]:
     """The names in a list joined by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
+
+
+def numbers(text: str | None, option: str) -> tuple[int, ...]:
+    """The whole numbers in a list joined by commas; UsageError, naming ``option``, for anything else."""
+    try:
+        return tuple(map(int, names(text)))
+    except ValueError as error:
+        raise UsageError(f"{option} {text} cannot be read.", str(error), f"Give {option} 12,24.") from error
 
 
 def _track(starts: range) -> Iterable[int]:

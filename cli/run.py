@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import BuildError, InputError, UsageError
+from ..errors import InputError, UsageError
 from .inputs import ImageFiles
-from .output import print_json, print_table, show
-
-if TYPE_CHECKING:
-    from ..runtime import InternVL, Mode
+from .run_features import features
+from .session import (
+    BackendOpt,
+    BundleArg,
+    DeviceOpt,
+    Head,
+    HeadOpt,
+    ImagesArg,
+    JsonOpt,
+    TargetOpt,
+    ThreadsOpt,
+    save,
+    session,
+)
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Run a bundle on images, through its engines only."
 )
-
-
-class Head(str, Enum):
-    """Which image embedding: ``C`` the vision model's, ``G`` with QLLaMA's queries."""
-
-    C = "C"
-    G = "G"
-
-    @property
-    def mode(self) -> Mode:
-        """The library's name for it."""
-        return "InternVL-C" if self is Head.C else "InternVL-G"
+app.command()(features)
 
 
 class Prompts(str, Enum):
@@ -40,18 +36,6 @@ class Prompts(str, Enum):
 
     plain = "plain"
     photo = "photo"
-
-
-BundleArg = Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)]
-ImagesArg = Annotated[list[Path], typer.Argument(help="Image files and folders.", show_default=False)]
-HeadOpt = Annotated[Head, typer.Option("--mode", help="InternVL-C or InternVL-G embeddings.")]
-BackendOpt = Annotated[str, typer.Option(help="Whose engines: onnxruntime, tensorrt-rtx, ...")]
-TargetOpt = Annotated[str | None, typer.Option(help="Which engines of the backend: sm89, ...")]
-DeviceOpt = Annotated[
-    str | None, typer.Option(help="Where onnxruntime and torch run: cpu, cuda, cuda:1.", show_default="cpu")
-]
-ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads of an engine.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -77,7 +61,7 @@ def embed(
 
     from ..runtime.zero_shot import l2
 
-    with _session(bundle, backend, target, device, threads, as_json) as (model, report):
+    with session(bundle, backend, target, device, threads, as_json) as (model, report):
         rows, names = [], []
         if images:
             files = ImageFiles.find(images)
@@ -95,7 +79,7 @@ def embed(
         report.update(mode=mode.mode, shape=list(vectors.shape))
         report["items"] = [{**name, "norm": norm} for name, norm in zip(names, norms, strict=True)]
         if out is not None:
-            report["out"] = str(_save(vectors, out))
+            report["out"] = str(save(out, lambda file: np.save(file, vectors)))
         elif as_json:
             for item, vector in zip(report["items"], vectors, strict=True):
                 item["embedding"] = [round(v, 7) for v in vector.tolist()]
@@ -131,7 +115,7 @@ def classify(
     names, files = _labels(labels, labels_file), ImageFiles.find(images)
     from ..runtime.zero_shot import TEMPLATES
 
-    with _session(bundle, backend, target, device, threads, as_json) as (model, report):
+    with session(bundle, backend, target, device, threads, as_json) as (model, report):
         classes = model.class_embeddings(names, template or TEMPLATES[prompts.value])
         items = []
         for found, pictures in files.read():
@@ -176,7 +160,7 @@ def retrieve(
 
     from ..runtime.zero_shot import rank
 
-    with _session(bundle, backend, target, device, threads, as_json) as (model, report):
+    with session(bundle, backend, target, device, threads, as_json) as (model, report):
         names, rows = [], []
         for found, pictures in files.read():
             names += [str(f) for f in found]
@@ -221,7 +205,7 @@ def caption(
     from ..preprocess import CAPTION_PROMPT
 
     files, prompt = ImageFiles.find(images), CAPTION_PROMPT["en"] if prompt is None else prompt
-    with _session(bundle, backend, target, device, threads, as_json) as (model, report):
+    with session(bundle, backend, target, device, threads, as_json) as (model, report):
         items = []
         for found, pictures in files.read():
             texts = model.caption(pictures, prompt, beams, max_new_tokens, min_new_tokens)
@@ -258,40 +242,6 @@ def chat(
     run_chat(bundle, images or [], question or [], max_new_tokens, sampling, engines, as_json)
 
 
-@contextmanager
-def _session(
-    bundle: Path,
-    backend: str,
-    target: str | None,
-    device: str | None,
-    threads: int | None,
-    as_json: bool,
-) -> Iterator[tuple[InternVL, dict[str, Any]]]:
-    """A loaded bundle and the report that the verb fills; printed when the verb is done.
-
-    ``report["table"]`` (title, columns, rows) is for people and left out of JSON.
-    """
-    from ..runtime import InternVL
-
-    start = time.perf_counter()
-    report: dict[str, Any] = {"bundle": str(bundle), "backend": backend}
-    options: dict[str, Any] = {} if device is None else {"device": device}
-    with InternVL.load(bundle, backend, threads=threads, target=target, **options) as model:
-        report["precision"] = model.bundle.manifest.precision
-        yield model, report
-        report["seconds"] = time.perf_counter() - start
-        report["timings"] = {k: {"calls": t.calls, "seconds": t.seconds} for k, t in model.timings.items()}
-    table = report.pop("table")
-    if as_json:
-        print_json(report)
-        return
-    print_table(*table)
-    stages = ", ".join(f"{name} {t['seconds']:.3f}" for name, t in report["timings"].items())
-    typer.echo(f"{report['precision']} on {backend}: {report['seconds']:.2f} s ({stages})")
-    for skip in report.get("skipped", ()):
-        typer.echo(f"skipped: {show(skip['why'])}", err=True)
-
-
 def _labels(text: str | None, file: Path | None) -> list[str]:
     if (text is None) == (file is None):
         raise UsageError("Labels are needed once.", "", "Give --labels cat,dog or --labels-file FILE.")
@@ -309,18 +259,3 @@ def _labels(text: str | None, file: Path | None) -> list[str]:
         twice = next(label for label in labels if labels.count(label) > 1)
         raise InputError(f"The label {twice!r} is given twice.", "", "Remove one.")
     return labels
-
-
-def _save(vectors: Any, out: Path) -> Path:
-    """Write ``out`` whole or not at all."""
-    import numpy as np
-
-    part = out.with_name(f".{out.name}.part")
-    try:
-        with part.open("wb") as file:
-            np.save(file, vectors)
-        part.replace(out)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise BuildError(f"Cannot write {out}.", str(error), "Choose another place for --out.") from error
-    return out

@@ -7,11 +7,12 @@ library would refuse another one late and in its own words, or take it and be wr
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import CapabilityError, UsageError
 from ..manifest import EngineFile, Manifest
-from ..specs import SUMS
+from ..specs import FEATURES, SUMS
 from . import trt
 from .gpu import Gpu, gpus
 from .options import BuildOptions
@@ -77,14 +78,11 @@ def rebuild_line(manifest: Manifest, engine: EngineFile, device: int = 0) -> str
 
     TensorRT-RTX builds for some generations only; for a GPU of another it is ``tensorrt`` that does.
     """
-    source, backend, target = manifest.model.source, engine.backend, engine.target
+    backend, target = engine.backend, engine.target
     if device < len(gpus()) and backend == trt.RTX:
         target = gpus()[device].sm
         backend = trt.RTX if target in TARGETS else trt.TENSORRT
-    words = ["ivl-export", "build", "--model", source.removesuffix(SHIPPED)]
-    if source == f"internvl-nano{SHIPPED}":
-        words = words[:2]
-    words += ["--precision", manifest.precision, "--backend", backend]
+    words = [*_build_words(manifest), "--backend", backend]
     if backend == trt.RTX:
         words += ["--targets", target]
     if engine.built is not None:
@@ -97,6 +95,23 @@ def rebuild_line(manifest: Manifest, engine: EngineFile, device: int = 0) -> str
                     sizes = f"{axis.min}:{axis.opt}:{axis.max}"
                     words += ["--shapes", f"{other.component}.{axis.name}={sizes}"]
     return shlex.join(words)
+
+
+def build_line(manifest: Manifest, features: Sequence[int]) -> str:
+    """The command that builds a bundle again, with other feature blocks."""
+    return shlex.join(_build_words(manifest, features))
+
+
+def _build_words(manifest: Manifest, features: Sequence[int] | None = None) -> list[str]:
+    """How ``ivl-export build`` is told the model, the precision and the outputs of a bundle."""
+    source, words = manifest.model.source, ["ivl-export", "build"]
+    if source != f"internvl-nano{SHIPPED}":
+        words += ["--model", source.removesuffix(SHIPPED)]
+    words += ["--precision", manifest.precision]
+    if features is None and "vision" in manifest.components:
+        names = [tensor.name for tensor in manifest.components["vision"].spec.outputs]
+        features = [int(name.removeprefix(FEATURES)) for name in names if name.startswith(FEATURES)]
+    return [*words, *(["--features", ",".join(map(str, features))] if features else [])]
 
 
 def _refuse(what: str, why: str, rebuild: str) -> NoReturn:

@@ -8,6 +8,7 @@ the block number changed in the weights' names.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,8 @@ def one_period(component: str, config: ModelConfig) -> tuple[ModelConfig, int]:
         return replace(config, vision=one, select_layer=1), config.vision_blocks
     if component == "vision":
         layers = config.vision.num_hidden_layers
-        return replace(config, vision=replace(config.vision, num_hidden_layers=1)), layers
+        one = replace(config.vision, num_hidden_layers=1, feature_blocks=())
+        return replace(config, vision=one), layers
     if isinstance(config, InternViTConfig):
         raise ValueError(f"an InternViT alone has no {component}")
     period = config.cross_attention_frequency if component == "qllama_query" else 1
@@ -57,7 +59,9 @@ def one_period(component: str, config: ModelConfig) -> tuple[ModelConfig, int]:
     return replace(config, qllama=replace(config.qllama, num_hidden_layers=period)), times
 
 
-def repeat_blocks(graph: ir.Graph, prefix: str, times: int, inputs: int, outputs: int) -> None:
+def repeat_blocks(
+    graph: ir.Graph, prefix: str, times: int, inputs: int, outputs: int, taps: Sequence[int] = ()
+) -> None:
     """Make ``times`` copies of the blocks under ``prefix`` in an unoptimised graph, chained; in place.
 
     Args:
@@ -67,6 +71,7 @@ def repeat_blocks(graph: ir.Graph, prefix: str, times: int, inputs: int, outputs
         times: how many periods there shall be.
         inputs: how many inputs of the graph, its last ones, belong to the blocks (a past).
         outputs: how many outputs, its last ones, belong to them (new keys and values).
+        taps: periods, counted from 1, behind which the hidden states become outputs too, the last ones.
 
     Raises:
         BuildError: the blocks do not form one chain.
@@ -90,17 +95,20 @@ def repeat_blocks(graph: ir.Graph, prefix: str, times: int, inputs: int, outputs
 
     users = [(node, i) for node, i in last.uses() if node not in set(blocks)]
     behind, x = blocks[-1], last
+    ends = [last]
     for k in range(1, times):
         copy = _Copy(graph, first, x, block_inputs, number, k * period, f".{k}")
         nodes = [copy.node(node) for node in blocks]
         graph.insert_after(behind, nodes)
         graph.outputs.extend(copy.values[v] for v in block_outputs)
         behind, x = nodes[-1], copy.values[last]
+        ends.append(x)
     for node, i in users:
         node.replace_input_with(i, x)
     for i, value in enumerate(graph.outputs):
         if value is last:
             graph.outputs[i] = x
+    graph.outputs.extend(ends[k - 1] for k in taps)
 
 
 class _Copy:

@@ -14,7 +14,7 @@ from ..errors import CapabilityError, UsageError
 from ..models.chat_config import ChatConfig, InternViTConfig, ModelConfig
 from ..models.config import QLlamaConfig
 from ..models.layout import CHAT_COMPONENTS, COMPONENTS, components_of
-from ..specs import Axis, ComponentSpec, TensorSpec
+from ..specs import Axis, ComponentSpec, TensorSpec, feature_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,10 +63,11 @@ def component_spec(name: str, config: ModelConfig, ranges: Ranges | None = None)
     tokens = TensorSpec("tokens", "float", ("batch", v.num_tokens, v.hidden_size))
     if name == "vision":
         pixels = TensorSpec("pixel_values", "float", ("batch", 3, v.image_size, v.image_size))
+        kept = [TensorSpec(feature_name(k), "float", tokens.shape) for k in v.feature_blocks]
         if isinstance(config, InternViTConfig):
-            return ComponentSpec(name, (pixels,), (tokens,), (batch,))
+            return ComponentSpec(name, (pixels,), (tokens, *kept), (batch,))
         image_embed = TensorSpec("image_embed", "float", ("batch", config.clip_embed_dim))
-        return ComponentSpec(name, (pixels,), (tokens, image_embed), (batch,))
+        return ComponentSpec(name, (pixels,), (tokens, image_embed, *kept), (batch,))
     if isinstance(config, InternViTConfig):
         raise _unknown(name, components_of(config))
     q, queries, embed = config.qllama, config.num_query_token, config.clip_embed_dim

@@ -24,10 +24,10 @@ class Vision(nn.Module):
             config.vision.hidden_size, config.attn_pool_num_heads, config.clip_embed_dim
         )
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, S, S] -> tokens [B, N, D], image_embed [B, E]."""
-        tokens = self.vision_model(pixel_values)
-        return tokens, self.clip_projector(tokens)
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """[B, 3, S, S] -> tokens [B, N, D], image_embed [B, E], outputs of the feature blocks [B, N, D]."""
+        tokens, kept = self.vision_model.features(pixel_values)
+        return (tokens, self.clip_projector(tokens), *kept)
 
 
 class Query(nn.Module):
@@ -93,9 +93,10 @@ class VisionTokens(nn.Module):
         super().__init__()
         self.vision_model = InternViT(config.vision)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
-        """[B, 3, S, S] -> tokens [B, N, D]."""
-        return (self.vision_model(pixel_values),)
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """[B, 3, S, S] -> tokens [B, N, D], outputs of the feature blocks [B, N, D]."""
+        tokens, kept = self.vision_model.features(pixel_values)
+        return (tokens, *kept)
 
 
 class ChatVision(nn.Module):

@@ -1,8 +1,9 @@
 """Cutting a component's graph at block boundaries into parts that run one after another.
 
 A part is a graph of its own with its own contract. Of the blocks before it, it takes ``hidden.<k>`` only, the
-residual stream that part k - 1 ends with. What all blocks share (masks, rotary tables) is cheap and follows
-from the component's inputs, so each part computes it again from those.
+residual stream that part k - 1 ends with (by its own name where the component gives it out too). What all
+blocks share (masks, rotary tables) is cheap and follows from the component's inputs, so each part computes it
+again from those.
 """
 
 from __future__ import annotations
@@ -126,8 +127,10 @@ def _part(
     graph.outputs[:] = kept
     if not last:
         leaving = values[streams[part].name]
-        outputs.append(_tensor(leaving, spec, part + 1))
-        graph.outputs.append(leaving)
+        stream = _tensor(leaving, spec, part + 1)
+        if stream not in outputs:
+            outputs.append(stream)
+            graph.outputs.append(leaving)
     if part:
         old = values[streams[part - 1].name]
         inputs.append(_tensor(old, spec, part))
@@ -135,7 +138,7 @@ def _part(
         old.replace_all_uses_with(entering)
         graph.inputs.insert(0, entering)
     if not last:
-        leaving.name = outputs[-1].name
+        leaving.name = stream.name
     common.RemoveUnusedNodesPass()(made)
     _merge_shapes(graph)
     strangers = [name for name in graph.initializers if part_of(name) not in (None, part)]
@@ -157,7 +160,8 @@ def _tensor(value: ir.Value, spec: ComponentSpec, part: int) -> TensorSpec:
     axes = {axis.name for axis in spec.axes}
     if not shape or any(not isinstance(d, int) and d not in axes for d in shape):
         raise BuildError(f"Graph {spec.name} cannot be split.", f"{value.name} has shape {list(shape)}.")
-    return TensorSpec(f"hidden.{part}", "float", tuple(d if isinstance(d, int) else str(d) for d in shape))
+    name = next((tensor.name for tensor in spec.outputs if tensor.name == value.name), f"hidden.{part}")
+    return TensorSpec(name, "float", tuple(d if isinstance(d, int) else str(d) for d in shape))
 
 
 def _merge_shapes(graph: ir.Graph) -> None:

@@ -74,7 +74,8 @@ def _trace(name: str, config: ModelConfig, contrastive_only: bool) -> ir.Model:
     if times > 1:
         spec = component_spec(name, traced)
         inputs, outputs = (sum(t.name[-1].isdigit() for t in part) for part in (spec.inputs, spec.outputs))
-        repeat_blocks(model.graph, block_prefix(name), times, inputs, outputs)
+        taps = config.vision.feature_blocks if name == "vision" else ()
+        repeat_blocks(model.graph, block_prefix(name), times, inputs, outputs, taps)
     return model
 
 

@@ -39,7 +39,7 @@ class InternViTConfig:
         return {
             "architectures": ["InternVisionModel"],
             "model_type": "intern_vit_6b",
-            **asdict(self.vision),
+            **self.vision.to_published(),
             "hidden_act": "gelu",
         }
 
@@ -122,7 +122,7 @@ class ChatConfig:
             "mm_vision_select_layer": self.select_layer,
             "mm_vision_select_feature": self.select_feature,
             "mm_image_size": self.image_size,
-            "vision_config": asdict(self.vision),
+            "vision_config": self.vision.to_published(),
             "image_aspect_ratio": "pad",
         }
 

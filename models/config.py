@@ -12,7 +12,11 @@ from ..errors import CheckpointError
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """InternViT (paper section 3.2). ``image_size`` is the pixel grid of the stored position embedding."""
+    """InternViT (paper section 3.2). ``image_size`` is the pixel grid of the stored position embedding.
+
+    ``feature_blocks`` are no part of the published model: the numbers, from 1, of the blocks before the last
+    whose outputs the component ``vision`` gives out too (:mod:`..export.features`).
+    """
 
     hidden_size: int = 3200
     num_hidden_layers: int = 48
@@ -23,9 +27,17 @@ class VisionConfig:
     qkv_bias: bool = False
     qk_normalization: bool = True
     layer_norm_eps: float = 1e-6
+    feature_blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _divides("vision_config", self.hidden_size, self.num_attention_heads)
+        blocks = tuple(self.feature_blocks)  # a list, where it was read from JSON
+        if not set(blocks) <= set(range(1, self.num_hidden_layers)) or list(blocks) != sorted(set(blocks)):
+            raise CheckpointError(
+                f"vision_config.feature_blocks is {list(blocks)}.",
+                f"Needed are rising numbers from 1 to {self.num_hidden_layers - 1}.",
+            )
+        object.__setattr__(self, "feature_blocks", blocks)
 
     @property
     def head_dim(self) -> int:
@@ -36,6 +48,11 @@ class VisionConfig:
     def num_tokens(self) -> int:
         """Tokens of one image: patches and the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
+
+    def to_published(self) -> dict[str, Any]:
+        """The ``vision_config`` of a ``config.json``; ``feature_blocks`` only where there are some."""
+        kept = {"feature_blocks": list(self.feature_blocks)} if self.feature_blocks else {}
+        return {**{k: v for k, v in asdict(self).items() if k != "feature_blocks"}, **kept}
 
 
 @dataclass(frozen=True)
@@ -98,7 +115,7 @@ class InternVLConfig:
         return {
             "architectures": ["InternVLModel"],
             "model_type": "internvl",
-            "vision_config": {**asdict(self.vision), "hidden_act": "gelu"},
+            "vision_config": {**self.vision.to_published(), "hidden_act": "gelu"},
             "qllama_config": {
                 **asdict(self.qllama),
                 "hidden_act": "silu",

@@ -31,6 +31,16 @@ class InternViT(nn.Module):
             x = block(x)
         return x
 
+    def features(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As :meth:`forward`, and the outputs of the config's ``feature_blocks``, each [B, N, D]."""
+        x: Tensor = self.embeddings(pixel_values)
+        kept = []
+        for number, block in enumerate(self.encoder.layers, 1):
+            x = block(x)
+            if number in self.config.feature_blocks:
+                kept.append(x)
+        return x, kept
+
     def hidden_states(self, pixel_values: Tensor) -> list[Tensor]:
         """The embeddings and the output of every block: L + 1 tensors [B, N, D]."""
         states = [self.embeddings(pixel_values)]

@@ -21,6 +21,7 @@ from ..engines.targets import check_types, parse_targets
 from ..engines.trt_config import check_options
 from ..errors import CapabilityError, CheckpointError, UsageError
 from ..export.components import component_spec
+from ..export.features import with_features
 from ..export.split import block_count, check_split
 from ..models.chat_config import ChatConfig
 from ..models.checkpoint import Checkpoint, open_checkpoint
@@ -67,6 +68,7 @@ class Request:
         cache: whether engines and kernel times of earlier builds are used, and kept for later ones.
         cache_size: the most bytes of engines kept; None: the environment's, see :mod:`..engines.cache`.
         components: empty: all that the checkpoint has.
+        features: blocks whose outputs the vision component gives out too (:mod:`..export.features`).
         allow_accuracy_loss: report a loss over budget instead of failing.
         split: parts that each component with blocks is built in.
         budget: percentage points that a task may lose; None: that of the recipe.
@@ -84,6 +86,7 @@ class Request:
     targets: str = "sm89"
     backends: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
+    features: tuple[int, ...] = ()
     allow_accuracy_loss: bool = False
     split: int = 1
     budget: float | None = None
@@ -145,7 +148,7 @@ class Job:
         shipped = {"internvl-nano": nano_folder(), "internvl-nano-chat": nano_chat_folder()}
         source = shipped.get(shipped_name(request.model) or "") or request.model
         assert source is not None
-        self.checkpoint: Checkpoint = open_checkpoint(source)
+        self.checkpoint: Checkpoint = with_features(open_checkpoint(source), request.features)
         self.folder = source if source.is_dir() else source.parent
         self.components = _components(self.checkpoint, request.components)
         self.parts = {name: self._split(name) for name in self.components}

@@ -18,6 +18,7 @@ from ..pictures import ImageInput
 from ..preprocess import BUCKETS, CAPTION_PROMPT, MAX_LENGTH, ResizeMode
 from . import captions, zero_shot
 from .components import Components
+from .dense import dense
 from .images import Floats, Images, Reading
 from .loaded import Loaded, fixed
 from .service import Service
@@ -130,14 +131,16 @@ class InternVL(Loaded):
         size = self.image_settings.size
         return np.concatenate([np.zeros((0, 3, size, size), np.float32), *self.pixel_batches(images, resize)])
 
-    def dense(self, images: Images, resize: ResizeMode | None = None) -> Floats:
-        """Last hidden state of the vision model [B, N, D] float32: the class token, then patches by row."""
-        shape = [fixed(d) for d in self._output("vision", "tokens")[1:]]
-        parts = [
-            self.components.run("vision", {"pixel_values": pixels}, ["tokens"])["tokens"]
-            for pixels in self.pixel_batches(images, resize)
-        ]
-        return np.concatenate([np.zeros((0, *shape), np.float32), *parts]).astype(np.float32, copy=False)
+    def dense(self, images: Images, resize: ResizeMode | None = None, block: int = -1) -> Floats:
+        """Hidden state of the vision model behind ``block`` [B, N, D]; see :meth:`features`."""
+        (found,) = self.features(images, [block], resize).values()
+        return found
+
+    def features(
+        self, images: Images, blocks: Sequence[int], resize: ResizeMode | None = None
+    ) -> dict[int, Floats]:
+        """As :func:`~ivl_export.runtime.dense.dense`: the hidden states behind several blocks."""
+        return dense(self, images, blocks, resize)
 
     def class_embeddings(
         self, labels: Sequence[str], templates: Sequence[str] = zero_shot.TEMPLATES["plain"]

@@ -15,22 +15,24 @@ from ..bundle import Bundle, Verify
 from ..engines.device import as_tensor
 from ..errors import CapabilityError, UsageError
 from .components import Components
+from .dense import outputs_of
 
 OUTPUTS = {"vision": "tokens", "vision_chat": "visual_embeds"}
 """A bundle's vision component, and its output with a row for each patch."""
 
 
 class VisionTower(nn.Module):
-    """InternViT from a bundle: ``tower(pixel_values)`` gives its last hidden state.
+    """InternViT from a bundle: ``tower(pixel_values)`` gives its last hidden state, or another block's.
 
     Args:
         components: the engines of an opened bundle; ``VisionTower.load`` opens one.
         select: ``all`` rows, or ``patches``: without the class token.
+        block: whose hidden state, as :meth:`.InternVL.dense` takes it.
 
     It has no parameters: ``to``, ``half`` and optimizers leave it alone, and no gradient flows through it.
     """
 
-    def __init__(self, components: Components, select: str = "all") -> None:
+    def __init__(self, components: Components, select: str = "all", block: int = -1) -> None:
         super().__init__()
         here = [name for name in OUTPUTS if name in components.bundle.manifest.components]
         if not here:
@@ -47,8 +49,16 @@ class VisionTower(nn.Module):
             )
         self.component = here[0]
         self.components, self.first = components, int(select == "patches")
-        spec = components.spec(self.component)
-        shape = next(t.shape for t in spec.outputs if t.name == OUTPUTS[self.component])
+        spec, self.output = components.spec(self.component), OUTPUTS[self.component]
+        if block != -1 and self.component == "vision_chat":
+            raise CapabilityError(
+                "The tower of a chat bundle gives no single block.",
+                "It ends in the projector to the decoder.",
+                "Take a bundle of the InternVL checkpoint.",
+            )
+        if block != -1:
+            (self.output,) = outputs_of(components.bundle.manifest, spec, [block]).values()
+        shape = next(t.shape for t in spec.outputs if t.name == self.output)
         self.image_size = int(spec.inputs[0].shape[2])
         self.num_tokens, self.hidden_size = int(shape[1]) - self.first, int(shape[2])
 
@@ -59,6 +69,7 @@ class VisionTower(nn.Module):
         backend: str = "torch",
         *,
         select: str = "all",
+        block: int = -1,
         target: str | None = None,
         verify: Verify | None = "size",
         **options: Any,
@@ -68,14 +79,15 @@ class VisionTower(nn.Module):
         Args:
             path: the bundle's folder.
             backend, target, options: as :meth:`.InternVL.load` (``device``, ``dtype``, ``compile``, ...).
-            select: see the class.
+            select, block: see the class.
             verify: see :meth:`ivl_export.bundle.Bundle.open`.
 
         Raises:
             IntegrityError: the bundle is damaged.
-            CapabilityError: it has no vision tower or no such engine, or the backend is not installed.
+            CapabilityError: it has no vision tower, gives no such block or has no such engine, or the backend
+                is not installed.
         """
-        tower = cls(Components(Bundle.open(path, verify), backend, target, **options), select)
+        tower = cls(Components(Bundle.open(path, verify), backend, target, **options), select, block)
         tower.components.open(tower.component)
         return tower
 
@@ -85,9 +97,8 @@ class VisionTower(nn.Module):
         Raises:
             InputError: images of another size.
         """
-        output = OUTPUTS[self.component]
-        made = self.components.run_device(self.component, {"pixel_values": pixel_values}, [output])[output]
-        rows = as_tensor(made)[:, self.first :]
+        made = self.components.run_device(self.component, {"pixel_values": pixel_values}, [self.output])
+        rows = as_tensor(made[self.output])[:, self.first :]
         return rows.to(pixel_values.device, pixel_values.dtype)
 
     def close(self) -> None:

@@ -26,7 +26,9 @@ CHAT = ROOT / "tests" / "goldens" / "chat"
 
 @pytest.fixture(scope="session")
 def tiny_bundle(request: pytest.FixtureRequest) -> Path:
-    """A sealed bundle of the tiny golden model: fp32 graphs of all four components, a small tokenizer.
+    """A sealed bundle of the tiny golden model: fp32 graphs of all components, a small tokenizer.
+
+    Its vision component gives the outputs of blocks 1 and 2 too.
 
     Tracing takes most of a minute, so the bundle is kept in pytest's cache under the hash of all it is made
     from. Tests must not change it.
@@ -118,6 +120,7 @@ def build_tiny_bundle(out: Path) -> None:
     from ivl_export.bundle import seal
     from ivl_export.export.binding import bind, save_graph, unbound
     from ivl_export.export.components import component_spec
+    from ivl_export.export.features import with_features
     from ivl_export.export.trace import export_component
     from ivl_export.export.weights import open_store, write_store
     from ivl_export.manifest import Component, Manifest, Model
@@ -126,7 +129,7 @@ def build_tiny_bundle(out: Path) -> None:
 
     staging = out.with_name(f"{out.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
-    checkpoint = open_checkpoint(TINY)
+    checkpoint = with_features(open_checkpoint(TINY), (1, 2))
     graphs = {name: export_component(name, checkpoint, "float32") for name in checkpoint.components}
     store = staging / "onnx" / "weights" / "model.safetensors"
     write_store(checkpoint, (key for graph in graphs.values() for key in unbound(graph)), store, "float32")

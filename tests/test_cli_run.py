@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from ivl_export import cli
 from ivl_export.runtime import InternVL
@@ -88,6 +89,24 @@ def test_caption(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[
     with InternVL.load(tiny_bundle, threads=1) as model:
         want = model.caption(files(folder), "a", num_beams=2, max_new_tokens=6)
     assert [item["caption"] for item in out["items"]] == want
+
+
+def test_features(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = folder / "out.safetensors"
+    out = run(capsys, "features", tiny_bundle, folder, "--blocks", "1,-1", "--out", saved)
+    assert out["shapes"] == {"features.1": [3, 17, 60], "features.3": [3, 17, 60]}
+    with InternVL.load(tiny_bundle, threads=1) as model:
+        want = model.features(files(folder), [1, 3])
+    with safe_open(saved, "numpy") as file:
+        assert json.loads(file.metadata()["images"]) == [str(f) for f in files(folder)]
+        for block, states in want.items():
+            np.testing.assert_allclose(file.get_tensor(f"features.{block}"), states, atol=1e-6)
+    run(capsys, "features", tiny_bundle, folder, "--out", folder / "last.npy")
+    np.testing.assert_allclose(np.load(folder / "last.npy"), want[3], atol=1e-6)
+    line = ["run", "features", str(tiny_bundle), str(folder), "--out", str(folder / "x.npy"), "--blocks"]
+    for blocks, said in (("1,2", "Use .safetensors"), ("one", "cannot be read"), ("4", "no block 4")):
+        assert cli.main([*line, blocks]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_tables_and_skipped_files(

@@ -69,6 +69,22 @@ def test_dense_features_equal_the_goldens(model: InternVL, golden: dict[str, Any
     np.testing.assert_allclose(out, golden["get_image_features_backbone"], atol=1e-5)
 
 
+def test_every_block_that_was_kept_equals_the_goldens(model: InternVL) -> None:
+    from safetensors.numpy import load_file
+
+    golden = load_file(TINY / "vision.safetensors")
+    found = model.features(golden["pixel_values"], [2, -3, 3])
+    assert list(found) == [2, 1, 3]
+    for block, states in found.items():
+        assert states.dtype == np.float32
+        np.testing.assert_allclose(states, golden["hidden_states"][block], atol=1e-5, err_msg=str(block))
+    np.testing.assert_array_equal(model.dense(golden["pixel_values"], block=2), found[2])
+    assert model.features([], [1])[1].shape == (0, 17, 60)
+    for block in (0, 4, -4):
+        with pytest.raises(UsageError, match=f"no block {block}"):
+            model.dense(golden["pixel_values"], block=block)
+
+
 def test_text_embeddings_equal_torch(model: InternVL, torch_model: Any) -> None:
     import torch
 

@@ -50,7 +50,19 @@ def test_it_stands_in_a_model_of_its_callers(tiny_bundle: Path, golden: dict[str
     assert len(tower(many)) == len(many)
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_any_block_that_the_bundle_gives(tiny_bundle: Path, backend: str) -> None:
+    golden = load_file(TINY / "vision.safetensors")
+    for block, kept in ((1, 1), (-2, 2), (3, 3)):
+        tower = VisionTower.load(tiny_bundle, backend, select="patches", block=block)
+        want = golden["hidden_states"][kept][:, 1:]
+        torch.testing.assert_close(tower(golden["pixel_values"]), want, atol=2e-5, rtol=0)
+        tower.close()
+
+
 def test_what_it_refuses(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="no block 4"):
+        VisionTower.load(tiny_bundle, block=4)
     with pytest.raises(UsageError, match="select"):
         VisionTower.load(tiny_bundle, select="pooled")
     tower = VisionTower.load(tiny_bundle)

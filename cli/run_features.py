@@ -1,0 +1,73 @@
+"""``ivl-export run features``: hidden states of the vision tower's blocks, for dense tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UsageError
+from .inputs import ImageFiles, numbers
+from .session import (
+    BackendOpt,
+    BundleArg,
+    DeviceOpt,
+    ImagesArg,
+    JsonOpt,
+    TargetOpt,
+    ThreadsOpt,
+    save,
+    session,
+)
+
+
+def features(
+    bundle: BundleArg,
+    images: ImagesArg,
+    out: Annotated[
+        Path, typer.Option(help="A new .safetensors file, or .npy for a single block.", show_default=False)
+    ],
+    blocks: Annotated[
+        str, typer.Option(help="Blocks, from 1, that the bundle was built to give; -1 is the last.")
+    ] = "-1",
+    backend: BackendOpt = "onnxruntime",
+    target: TargetOpt = None,
+    device: DeviceOpt = None,
+    threads: ThreadsOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Save dense features: one vector for the class token and for each patch of each image.
+
+    The file holds features.BLOCK [images, tokens, width] float32; a .safetensors file names the images too.
+    """
+    wanted, files = numbers(blocks, "--blocks"), ImageFiles.find(images)
+    if out.suffix not in (".safetensors", ".npy") or not wanted or (out.suffix == ".npy" and len(wanted) > 1):
+        raise UsageError(
+            f"{len(wanted)} blocks cannot be saved as {out.name}.", "", "Use .safetensors, or .npy for one."
+        )
+    import json
+
+    import numpy as np
+    from safetensors.numpy import save as safetensors
+
+    from ..specs import feature_name
+
+    with session(bundle, backend, target, device, threads, as_json) as (model, report):
+        parts, names = [], []
+        for found, pictures in files.read():
+            parts.append(model.features(pictures, wanted))
+            names += [str(file) for file in found]
+        arrays = {feature_name(k): np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        if out.suffix == ".npy":
+            (array,) = arrays.values()
+            save(out, lambda file: np.save(file, array))
+        else:
+            save(out, lambda file: file.write(safetensors(arrays, {"images": json.dumps(names)})))
+        shapes = {name: list(array.shape) for name, array in arrays.items()}
+        report.update(out=str(out), images=names, shapes=shapes, skipped=files.skipped)
+        report["table"] = (
+            f"Features of {len(names)} images, saved as {out}",
+            ("name", "shape"),
+            list(shapes.items()),
+        )

@@ -1,0 +1,89 @@
+"""What the verbs of ``ivl-export run`` share: options, a loaded bundle, its report, files written whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+
+import typer
+
+from ..errors import BuildError
+from .output import print_json, print_table, show
+
+if TYPE_CHECKING:
+    from ..runtime import InternVL, Mode
+
+
+class Head(str, Enum):
+    """Which image embedding: ``C`` the vision model's, ``G`` with QLLaMA's queries."""
+
+    C = "C"
+    G = "G"
+
+    @property
+    def mode(self) -> Mode:
+        """The library's name for it."""
+        return "InternVL-C" if self is Head.C else "InternVL-G"
+
+
+BundleArg = Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)]
+ImagesArg = Annotated[list[Path], typer.Argument(help="Image files and folders.", show_default=False)]
+HeadOpt = Annotated[Head, typer.Option("--mode", help="InternVL-C or InternVL-G embeddings.")]
+BackendOpt = Annotated[str, typer.Option(help="Whose engines: onnxruntime, tensorrt-rtx, ...")]
+TargetOpt = Annotated[str | None, typer.Option(help="Which engines of the backend: sm89, ...")]
+DeviceOpt = Annotated[
+    str | None, typer.Option(help="Where onnxruntime and torch run: cpu, cuda, cuda:1.", show_default="cpu")
+]
+ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads of an engine.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@contextmanager
+def session(
+    bundle: Path,
+    backend: str,
+    target: str | None,
+    device: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> Iterator[tuple[InternVL, dict[str, Any]]]:
+    """A loaded bundle and the report that the verb fills; printed when the verb is done.
+
+    ``report["table"]`` (title, columns, rows) is for people and left out of JSON.
+    """
+    from ..runtime import InternVL
+
+    start = time.perf_counter()
+    report: dict[str, Any] = {"bundle": str(bundle), "backend": backend}
+    options: dict[str, Any] = {} if device is None else {"device": device}
+    with InternVL.load(bundle, backend, threads=threads, target=target, **options) as model:
+        report["precision"] = model.bundle.manifest.precision
+        yield model, report
+        report["seconds"] = time.perf_counter() - start
+        report["timings"] = {k: {"calls": t.calls, "seconds": t.seconds} for k, t in model.timings.items()}
+    table = report.pop("table")
+    if as_json:
+        print_json(report)
+        return
+    print_table(*table)
+    stages = ", ".join(f"{name} {t['seconds']:.3f}" for name, t in report["timings"].items())
+    typer.echo(f"{report['precision']} on {backend}: {report['seconds']:.2f} s ({stages})")
+    for skip in report.get("skipped", ()):
+        typer.echo(f"skipped: {show(skip['why'])}", err=True)
+
+
+def save(out: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Write ``out`` whole or not at all; BuildError if it cannot be."""
+    part = out.with_name(f".{out.name}.part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+        part.replace(out)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise BuildError(f"Cannot write {out}.", str(error), "Choose another place for --out.") from error
+    return out
