@@ -58,7 +58,7 @@ class Split:
 def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Split:
     """Scales are made up: both sides compute with the same ones."""
     root = tmp_path_factory.mktemp("split")
-    # Of nano's five blocks the second ends a part of two, the third one of three.
+    # Nano's second block ends the first of two parts, its first and third those of three.
     asked = Request(root / "out", split=request.param, backends=("onnxruntime",), calib_samples=4)
     job = Job(replace(asked, features=(1, 2, 3)))
     made = graphs.Source(job.checkpoint, job.recipe, job.plan, None)
