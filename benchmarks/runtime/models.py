@@ -1,0 +1,72 @@
+"""The models that the runtime is measured with, built into bundles in a work folder.
+
+``nano`` and ``nano-chat`` are the shipped ones. ``mid`` and ``mid-chat`` are seeded checkpoints in published
+layouts with a tower of ViT-B's sizes and a LLaMA of 170 million parameters: large enough that the products
+decide, small enough for two cores. A build is asked for every time and does nothing where it is done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
+from ivl_export.benchmarks.precision.report import Quiet
+from ivl_export.models.chat_config import ChatConfig, ModelConfig
+from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
+from ivl_export.pipeline.build import build
+from ivl_export.pipeline.request import NANO_CHAT, ORT, Job, Request
+
+TOWER = VisionConfig(768, 12, 12, 3072, image_size=224, patch_size=14)
+LLAMA = QLlamaConfig(1024, 8, 16, 2816, vocab_size=32000)
+_TINY_TOWER = VisionConfig(64, 2, 2, 128, image_size=56, patch_size=14)
+_TINY_LLAMA = QLlamaConfig(64, 2, 2, 128, vocab_size=1600)
+CONFIGS: dict[str, ModelConfig] = {
+    "mid": InternVLConfig(TOWER, LLAMA),
+    "mid-chat": ChatConfig(TOWER, LLAMA, image_size=224, select_layer=-1),
+    # For tests of the benchmarks themselves.
+    "tiny": InternVLConfig(_TINY_TOWER, _TINY_LLAMA, clip_embed_dim=32, num_query_token=8),
+    "tiny-chat": ChatConfig(_TINY_TOWER, _TINY_LLAMA, image_size=56, select_layer=-1),
+}
+SHIPPED = {"nano": None, "nano-chat": NANO_CHAT}
+PRECISIONS = {"fp32": "bf16", "int8": "int8", "fp8": "fp8"}
+"""How products run on the CPU, and the recipe: bf16 weights are cast to fp32 when they are loaded."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a part is measured.
+
+    Args:
+        work: where checkpoints and bundles are kept.
+        threads: of every candidate's products.
+        rounds: samples of each candidate.
+        models: of :data:`CONFIGS` and :data:`SHIPPED` without ``-chat``.
+        new_tokens: of a caption or an answer.
+    """
+
+    work: Path
+    threads: int = 2
+    rounds: int = 7
+    models: tuple[str, ...] = ("nano", "mid")
+    new_tokens: int = 30
+
+    def bundle(self, model: str, precision: str) -> Path:
+        """The bundle of ``model`` in ``precision`` (of :data:`PRECISIONS`), built if it is not there."""
+        request = Request(
+            self.work / f"{model}-{precision}",
+            model=SHIPPED[model] if model in SHIPPED else self.checkpoint(model),
+            precision=PRECISIONS[precision],
+            backends=(ORT,),
+            allow_accuracy_loss=True,
+        )
+        return build(Job(request), Quiet()).bundle.root
+
+    def checkpoint(self, model: str) -> Path:
+        """The checkpoint of a model of :data:`CONFIGS`, made if it is not there."""
+        folder = self.work / model
+        if not (folder / "config.json").is_file():
+            part = folder.with_name(f".{model}.part")
+            make_checkpoint(part, CONFIGS[model], depth=LLAMA.num_hidden_layers)
+            part.replace(folder)
+        return folder
