@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BuildError
+from ..export.nodes import Place, constant
 from .attention import SOFTMAX_AMAX, attention_scales, operand_names
-from .qdq_nodes import Form, constant, dequantised, pair
+from .qdq_nodes import Form, dequantised, pair
 from .quantize import activation_scale
 
 if TYPE_CHECKING:
@@ -80,30 +81,6 @@ def _behind(value: ir.Value | None, through: Sequence[str]) -> ir.Node | None:
     return node
 
 
-class _Place:
-    """Adds nodes before ``node``, named after an attention or what they are for."""
-
-    def __init__(self, graph: ir.Graph, node: ir.Node, name: str) -> None:
-        self.graph, self.node, self.name = graph, node, name
-
-    def add(
-        self,
-        op: str,
-        what: str,
-        inputs: Sequence[ir.Value],
-        dims: Sequence[Any],
-        dtype: ir.DataType,
-        **attributes: Any,
-    ) -> ir.Value:
-        """The value ``<name>.<what>`` of shape ``dims``, made by the node ``<name>/<what>``."""
-        import onnx_ir as ir
-
-        out = ir.Value(name=f"{self.name}.{what}", shape=ir.Shape(dims), type=ir.TensorType(dtype))
-        made = ir.node(op, inputs, attributes, outputs=[out], name=f"{self.name}/{what}")
-        self.graph.insert_before(self.node, made)
-        return out
-
-
 def _write(
     graph: ir.Graph, node: ir.Node, name: str, scales: tuple[float, float, float] | None, form: Form
 ) -> str:
@@ -115,7 +92,7 @@ def _write(
             "It has a past of its own, or unknown shapes.",
             "Use 'attention: base' in the recipe.",
         )
-    place, dtype = _Place(graph, node, name), form.dtype
+    place, dtype = Place(graph, node, name), form.dtype
     batch, heads, rows, width = q.shape
     columns = k.shape[2]
     assert isinstance(width, int)
@@ -158,7 +135,7 @@ def _causal(graph: ir.Graph, node: ir.Node, rows: Any) -> ir.Value:
     value, axis = next(
         (value, axis) for value in graph.inputs for axis, dim in enumerate(value.shape or ()) if dim == rows
     )
-    place, whole = _Place(graph, node, _CAUSAL), ir.DataType.INT64
+    place, whole = Place(graph, node, _CAUSAL), ir.DataType.INT64
 
     def number(what: str, value: int | list[int]) -> ir.Value:
         return constant(graph, f"{_CAUSAL}.{what}", value, whole)

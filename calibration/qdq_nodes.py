@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from ..errors import BuildError
+from ..export.nodes import constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -92,20 +91,6 @@ def initializer(graph: ir.Graph, name: str, shape: ir.Shape, dtype: str) -> ir.V
 
     if name not in graph.initializers:
         graph.initializers.add(ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType[dtype])))
-    return graph.initializers[name]
-
-
-def constant(graph: ir.Graph, name: str, number: float | list[int], dtype: ir.DataType) -> ir.Value:
-    """A scalar or vector, made if no constant of that name is there."""
-    import onnx_ir as ir
-
-    if name not in graph.initializers:
-        array = np.array(number, dtype=dtype.numpy())
-        tensor = ir.tensor(array, dtype=dtype, name=name)
-        value = ir.Value(
-            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor
-        )
-        graph.register_initializer(value)
     return graph.initializers[name]
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from .graph import Graph, Node
 
 _FORWARDING = frozenset({"Transpose", "Cast", "Identity", "Reshape", "DequantizeLinear"})
-_BEFORE_SOFTMAX = frozenset({"Add", "Where", "Mul", "Div", "Cast", "Identity"})
-_AFTER_SOFTMAX = frozenset({"Cast", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
+_BEFORE_SOFTMAX = frozenset({"Add", "Where", "Mul", "Div", "Cast", "Identity", "Concat"})
+_AFTER_SOFTMAX = frozenset({"Cast", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear", "Slice"})
 _MAX_STEPS = 8
 _MAX_REACH = 32  # from an attention to the Reshape into heads: norms, rotary positions, Q/DQ
 

@@ -16,6 +16,7 @@ from ..models.checkpoint import Checkpoint
 from .beside import Check, beside
 from .binding import bind, save_graph
 from .components import component_module
+from .past import separate_past
 from .trace import export_component
 from .weights import Store, cannot_write, plan_store, stored_as, write_store
 
@@ -185,6 +186,8 @@ def _bound(
         sound()
         progress(name, 0, 1)
         models[name] = export_component(name, checkpoint, DTYPES[dtype])
+        if dtype == "fp32":
+            separate_past(models[name])
         bind(models[name], store, folder)
         progress(name, 1, 1)
     return models

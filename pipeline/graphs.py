@@ -15,6 +15,7 @@ from ..calibration.scales import Scales
 from ..calibration.schemes import folded_layers
 from ..export.binding import bind, save_graph
 from ..export.components import component_module, component_spec
+from ..export.past import separate_past
 from ..export.split import split_graph
 from ..export.trace import export_component
 from ..export.weights import StoreWriter, open_store, write_store
@@ -149,6 +150,8 @@ def _quantised(source: Source, component: str, compute: str, style: Style) -> tu
             style=style,
             attentions=source.plan.attention.get(component, ()),
         )
+    if style == "onnxruntime":
+        separate_past(model)
     return model, promised
 
 

@@ -27,6 +27,8 @@ _KINDS = {1: "fp32", 2: "int8", 3: "int8", 10: "fp16", 16: "bf16", 17: "fp8", 19
 _THROUGH = frozenset({"Transpose", "Cast", "DequantizeLinear", "Identity"})
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 _REPEAT = re.compile(r"(/\w+)\.\d+$")
+_PIECE = re.compile(r"/(past|new)_(scores|mixed)$")
+"""Products of an attention that is computed in pieces (:mod:`..export.past`)."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class ComponentCost:
 
 def layer_type(name: str) -> str:
     """A node's name without its layer number: what it shares with the same node of the other layers."""
-    return _REPEAT.sub(r"\1", _INDEX.sub("*", name))
+    return _PIECE.sub("/Attention", _REPEAT.sub(r"\1", _INDEX.sub("*", name)))
 
 
 def graph_cost(path: Path, spec: ComponentSpec, sizes: Mapping[str, int], dtype: str = "") -> ComponentCost:

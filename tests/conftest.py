@@ -121,6 +121,7 @@ def build_tiny_bundle(out: Path) -> None:
     from ivl_export.export.binding import bind, save_graph, unbound
     from ivl_export.export.components import component_spec
     from ivl_export.export.features import with_features
+    from ivl_export.export.past import separate_past
     from ivl_export.export.trace import export_component
     from ivl_export.export.weights import open_store, write_store
     from ivl_export.manifest import Component, Manifest, Model
@@ -131,6 +132,7 @@ def build_tiny_bundle(out: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     checkpoint = with_features(open_checkpoint(TINY), (1, 2))
     graphs = {name: export_component(name, checkpoint, "float32") for name in checkpoint.components}
+    separate_past(graphs["qllama_step"])
     store = staging / "onnx" / "weights" / "model.safetensors"
     write_store(checkpoint, (key for graph in graphs.values() for key in unbound(graph)), store, "float32")
     for name, graph in graphs.items():

@@ -1,0 +1,107 @@
+"""Attention over a cache that is not copied: for ONNX Runtime, whose Concat of past and new keys copies both.
+
+softmax(q [K, k]^T) [V, v] is computed in two pieces, over the past K, V and the new k, v:
+
+    s = [q K^T, q k^T] / sqrt(d),  w = softmax(s),  w[:past] V + w[past:] v
+
+Only scores and weights are joined and cut: a number a pair of positions, not a key and a value. Scores
+are scaled once they are joined: ONNX Runtime would take a scale before them into the product, and then
+multiply a single row (a decoding step) by its slower kernel. Graphs for TensorRT keep their ``Attention``,
+which it fuses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .nodes import Place, constant
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_LOWEST = -3.4e38  # not -inf: a row that sees nothing stays finite
+_LAST = 3
+_SLICE = {"start": 0, "end": 2**63 - 1, "axis": _LAST}
+
+
+def separate_past(model: ir.Model) -> int:
+    """Compute the attentions of an fp32 graph that join a past and new positions in two pieces, in place.
+
+    Returns:
+        How many there were: none in a component without a cache. Quantised attention is left as it is.
+    """
+    graph = model.graph
+    found = [(node, joins) for node in graph if (joins := _joins(node))]
+    for node, joins in found:
+        _separate(graph, node, *joins)
+        for join in joins:
+            graph.remove(join, safe=True)
+    return len(found)
+
+
+def _joins(node: ir.Node) -> tuple[ir.Node, ...]:
+    """What joins past and new keys, and values, of an attention with a mask; empty if it is another kind."""
+    if node.op_type != "Attention" or len(node.inputs) != 4:
+        return ()
+    makers = [value.producer() for value in node.inputs[1:3] if value is not None]
+    return tuple(m for m in makers if m is not None and m.op_type == "Concat" and len(m.inputs) == 2)
+
+
+def _separate(graph: ir.Graph, node: ir.Node, keys: ir.Node, values: ir.Node) -> None:
+    """Put the two pieces in the place of ``node``, which leaves the graph."""
+    import onnx_ir as ir
+
+    query, mask, past_key, new_key, past_value, new_value = (
+        value for value in (node.inputs[0], node.inputs[3], *keys.inputs, *values.inputs) if value is not None
+    )
+    assert query.shape is not None
+    assert past_key.shape is not None
+    name = str(node.name).removesuffix("/Attention")
+    place, dtype, whole = Place(graph, node, name), ir.DataType.FLOAT, ir.DataType.INT64
+    batch, heads, new, width = query.shape
+    past = past_key.shape[2]
+    assert isinstance(width, int)
+
+    def scores(kind: str, key: ir.Value, count: Any) -> ir.Value:
+        turned = place.add(
+            "Transpose", f"{kind}_turned", [key], [batch, heads, width, count], dtype, perm=[0, 1, 3, 2]
+        )
+        return place.add("MatMul", f"{kind}_scores", [query, turned], [batch, heads, new, count], dtype)
+
+    table = [batch, heads, new, None]
+    both = [scores("past", past_key, past), scores("new", new_key, new)]
+    joined = place.add("Concat", "joined", both, table, dtype, axis=_LAST)
+    factor = constant(graph, "past.factor", width**-0.5, dtype)
+    scaled = place.add("Mul", "scaled", [joined, factor], table, dtype)
+    lowest = constant(graph, "past.lowest", _LOWEST, dtype)
+    masked = place.add("Where", "masked", [mask, scaled, lowest], table, dtype)
+    weights = place.add("Softmax", "softmax", [masked], table, dtype, axis=_LAST)
+
+    cut = _cut(graph)
+    start, end, axis = (constant(graph, f"past.{k}", [n], whole) for k, n in _SLICE.items())
+
+    def mixed(kind: str, value: ir.Value, first: ir.Value, last: ir.Value, count: Any) -> ir.Value:
+        ends = [first, last, axis]
+        own = place.add("Slice", f"{kind}_weights", [weights, *ends], [batch, heads, new, count], dtype)
+        return place.add("MatMul", f"{kind}_mixed", [own, value], [batch, heads, new, width], dtype)
+
+    outs = [mixed("past", past_value, start, cut, past), mixed("new", new_value, cut, end, new)]
+    out = place.add("Add", "mixed", outs, [batch, heads, new, width], dtype)
+    node.outputs[0].replace_all_uses_with(out)
+    graph.remove(node, safe=True)
+
+
+def _cut(graph: ir.Graph) -> ir.Value:
+    """Where new positions begin, counted from the end; one for the graph.
+
+    It is read off ``positions``, which every part of a split component takes.
+    """
+    import onnx_ir as ir
+
+    for made in graph:
+        if made.name == "past/cut":
+            return made.outputs[0]
+    place, whole = Place(graph, graph[0], "past"), ir.DataType.INT64
+    positions = next(value for value in graph.inputs if value.name == "positions")
+    length = place.add("Shape", "length", [positions], [1], whole, start=1, end=2)
+    return place.add("Neg", "cut", [length], [1], whole)
