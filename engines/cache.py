@@ -1,9 +1,9 @@
 """The user's cache folder: what later builds take over, verified, bounded in size, safe to delete.
 
 ``$IVL_EXPORT_CACHE``, or ``ivl-export`` in the user's cache folder, holds ``engines/``
-(:mod:`.engine_cache`), ``timing/`` (:mod:`.timing_cache`), ``evaluations/`` (task scores) and ``images/``
-(decoded calibration images). Everything in it follows from its key, so that deleting any of it costs time
-only. A folder that cannot be written to is as good as none.
+(:mod:`.engine_cache`), ``timing/`` (:mod:`.timing_cache`), ``weights/`` (:mod:`.ort_weights`),
+``evaluations/`` (task scores) and ``images/`` (decoded calibration images). Everything in it follows from its
+key, so that deleting any of it costs time only. A folder that cannot be written to is as good as none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 
-KINDS = ("engines", "timing", "evaluations", "images")
+KINDS = ("engines", "timing", "weights", "evaluations", "images")
 DEFAULT_LIMIT = 20 << 30
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -42,7 +42,10 @@ def cache_folder() -> Path:
 
 
 def cache_limit() -> int:
-    """The most bytes of engines kept: ``$IVL_EXPORT_CACHE_SIZE``, or 20 GiB; UsageError if it is no size."""
+    """The most bytes kept of engines or weights: ``$IVL_EXPORT_CACHE_SIZE``, or 20 GiB.
+
+    UsageError if it is no size.
+    """
     text = os.environ.get("IVL_EXPORT_CACHE_SIZE")
     return DEFAULT_LIMIT if text is None else parse_size(text, "IVL_EXPORT_CACHE_SIZE")
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from ..errors import IntegrityError
+from .protobuf import fields, messages, packed
 
 ELEMENT_TYPES = {
     1: "fp32",
@@ -35,7 +36,6 @@ ELEMENT_TYPES = {
 """TensorProto.DataType -> the short names used in this package (fp8 is E4M3FN)."""
 
 _BITS = {"fp64": 64, "int64": 64, "fp32": 32, "int32": 32, "fp16": 16, "bf16": 16, "int4": 4, "uint4": 4}
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _TENSOR_DATA = frozenset({4, 5, 6, 10, 11})
 """TensorProto's payload fields that are skipped unread."""
 _MAX_INTEGERS = 8
@@ -112,11 +112,11 @@ def _model(data: memoryview) -> Graph:
             integers[name] = tensor.values
 
     found = False
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number != 7 or isinstance(value, int):
             continue
         found = True
-        for key, part in _fields(value):
+        for key, part in fields(value):
             if isinstance(part, int):
                 continue
             if key == 1:
@@ -150,14 +150,14 @@ def _node(data: memoryview) -> tuple[Node, _Tensor | None]:
     texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: []}
     ints: dict[str, int] = {}
     tensor: _Tensor | None = None
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if isinstance(value, int):
             continue
         if number in texts:
             texts[number].append(str(value, "utf-8"))
         elif number == 5:
             name = ""
-            for key, part in _fields(value):
+            for key, part in fields(value):
                 if key == 1 and not isinstance(part, int):
                     name = str(part, "utf-8")
                 elif key == 3 and isinstance(part, int):
@@ -171,15 +171,15 @@ def _node(data: memoryview) -> tuple[Node, _Tensor | None]:
 def _tensor(data: memoryview) -> _Tensor:
     name, kind, dims, raw = "", "?", [], memoryview(b"")
     values: list[int] = []
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number in _TENSOR_DATA:
             continue
         if number == 1:
-            dims += [value] if isinstance(value, int) else list(_packed(value))
+            dims += [value] if isinstance(value, int) else list(packed(value))
         elif number == 2 and isinstance(value, int):
             kind = ELEMENT_TYPES.get(value, "?")
         elif number == 7 and len(values) <= _MAX_INTEGERS:
-            values += [value] if isinstance(value, int) else islice(_packed(value), _MAX_INTEGERS + 1)
+            values += [value] if isinstance(value, int) else islice(packed(value), _MAX_INTEGERS + 1)
         elif number == 8 and not isinstance(value, int):
             name = str(value, "utf-8")
         elif number == 9 and not isinstance(value, int):
@@ -200,69 +200,20 @@ def _signed(number: int) -> int:
 def _value_info(data: memoryview) -> tuple[str, str, tuple[int, ...]]:
     name, kind = "", "?"
     dims: list[int] = []
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if isinstance(value, int):
             continue
         if number == 1:
             name = str(value, "utf-8")
         elif number == 2:
-            for _, tensor in _messages(value, 1):
-                for key, part in _fields(tensor):
+            for _, tensor in messages(value, 1):
+                for key, part in fields(tensor):
                     if key == 1 and isinstance(part, int):
                         kind = ELEMENT_TYPES.get(part, "?")
                     elif key == 2 and not isinstance(part, int):
-                        dims = [_dim(size) for _, size in _messages(part, 1)]
+                        dims = [_dim(size) for _, size in messages(part, 1)]
     return name, kind, tuple(dims)
 
 
 def _dim(data: memoryview) -> int:
-    return next((v for key, v in _fields(data) if key == 1 and isinstance(v, int)), 0)
-
-
-def _messages(data: memoryview, number: int) -> Iterator[tuple[int, memoryview]]:
-    for key, value in _fields(data):
-        if key == number and not isinstance(value, int):
-            yield key, value
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Field number and value (an int, or the bytes of a length-delimited field) of one message."""
-    at, end = 0, len(data)
-    while at < end:
-        key, at = _varint(data, at)
-        wire = key & 7
-        if wire == _VARINT:
-            number, at = _varint(data, at)
-            yield key >> 3, number
-            continue
-        if wire == _BYTES:
-            size, at = _varint(data, at)
-        elif wire in (_FIXED32, _FIXED64):
-            size = 4 if wire == _FIXED32 else 8
-        else:
-            raise ValueError(f"unknown protobuf wire type {wire}")
-        if size > end - at:
-            raise ValueError("a protobuf field reaches beyond the file: it is truncated")
-        if wire == _BYTES:
-            yield key >> 3, data[at : at + size]
-        at += size
-
-
-def _packed(data: memoryview) -> Iterator[int]:
-    at = 0
-    while at < len(data):
-        value, at = _varint(data, at)
-        yield value
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    result = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            raise ValueError("the protobuf data is truncated")
-        byte = data[at]
-        at += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, at
-    raise ValueError("a protobuf number is too long")
+    return next((v for key, v in fields(data) if key == 1 and isinstance(v, int)), 0)

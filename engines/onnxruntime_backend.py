@@ -1,23 +1,11 @@
 """ONNX Runtime: the backend that runs everywhere, on the CPU or by its CUDA and TensorRT providers.
 
-Settings follow from the graph, each for a fault or a limit of ONNX Runtime 1.31:
-
-* FP8: its Q/DQ fusion makes an invalid graph (microsoft/onnxruntime#22269), so
-  ``session.disable_quant_qdq`` is set; products then run in fp32 on values rounded to FP8. A Relu before an
-  FP8 QuantizeLinear is dropped as if the zero point were unsigned, so that rewrite is off.
-* INT8: x86 processors without VNNI saturate the 16-bit sums of int8 products;
-  ``session.x64quantprecision`` avoids it at half the speed and is set only there. MatMul and Add of plain
-  matrices would become Gemm, for which there is no such INT8 kernel, so that fusion is off.
-* INT8 and INT4 weights alone: its kernel (``MatMulNBits``) would round the inputs to INT8 as well;
-  ``session.qdq_matmulnbits_accuracy_level`` keeps them in fp32.
-
 Buffers are bound by address (IO binding): inputs where they lie, outputs into tensors made for them, whose
 sizes follow from the contract. On a GPU nothing passes through host memory.
 """
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BuildError, CapabilityError, IntegrityError, IvlError, UsageError
+from ..errors import BuildError, IntegrityError, IvlError, UsageError
 from ..specs import ComponentSpec
 from .device import HOST, Array, Buffer, as_tensor, deliver, in_place, on_stream, require_torch
 from .graph import Graph, read_graph
 from .ort_providers import Placement, placement
+from .ort_session import first_line, make_session
+from .ort_weights import SharedWeights
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +141,7 @@ class OnnxRuntimeEngine:
         except Exception as error:  # its exceptions share no base class but this
             raise BuildError(
                 f"Component {self.spec.name} failed in ONNX Runtime.",
-                _first_line(error),
+                first_line(error),
                 "Rebuild the bundle.",
             ) from error
 
@@ -176,6 +166,7 @@ def open_onnxruntime(
     settings: dict[str, str] | None = None,
     device: str | None = None,
     provider: str | None = None,
+    share: SharedWeights | None = None,
     **where: Any,
 ) -> OnnxRuntimeEngine:
     """Open the ONNX graph ``path`` (its weights beside it).
@@ -186,6 +177,7 @@ def open_onnxruntime(
         threads: threads for one operator; ONNX Runtime's choice if None.
         settings: further session settings (``session.…``), which win over the ones chosen here.
         device, provider, where: see :func:`.ort_providers.placement`; the CPU by default.
+        share: where its weights are shared with other components, on the CPU and without ``settings``.
 
     Raises:
         CapabilityError: onnxruntime or the provider is not installed, or has no kernels for the graph's
@@ -194,7 +186,11 @@ def open_onnxruntime(
         UsageError: no such device or provider.
     """
     placed = placement(spec, device, provider, **where)
-    session = make_session(path, read_graph(path), threads=threads, settings=settings or {}, where=placed)
+    graph, session = read_graph(path), None
+    if share is not None and placed.device == HOST and not settings:
+        session = _on_shared_weights(share, path, graph, threads)
+    if session is None:
+        session = make_session(path, graph, threads=threads, settings=settings or {}, where=placed)
     have = {i.name for i in session.get_inputs()}, {o.name for o in session.get_outputs()}
     want = {t.name for t in spec.inputs}, {t.name for t in spec.outputs}
     if have[0] != want[0] or not want[1] <= have[1]:
@@ -204,6 +200,22 @@ def open_onnxruntime(
             "Rebuild the bundle.",
         )
     return OnnxRuntimeEngine(spec, session, placed)
+
+
+def _on_shared_weights(share: SharedWeights, path: Path, graph: Graph, threads: int | None) -> Any:
+    """A session on weights that ``share`` keeps; None if they cannot be kept or used."""
+
+    def save(file: Path, settings: dict[str, str]) -> None:
+        make_session(path, graph, threads=1, settings=settings, save=file)
+
+    made = share.graph(path, save)
+    if made is None:
+        return None
+    try:
+        return make_session(made, graph, threads=threads, settings={}, optimised=True)
+    except IntegrityError:
+        share.forget()
+        return None
 
 
 def optimized_graph(path: Path) -> Graph:
@@ -231,67 +243,6 @@ def optimized_ops(path: Path) -> dict[str, int]:
     return dict(Counter(node.op for node in optimized_graph(path).nodes).most_common())
 
 
-def make_session(
-    path: Path,
-    graph: Graph,
-    *,
-    threads: int | None,
-    settings: dict[str, str],
-    save: Path | None = None,
-    profile: Path | None = None,
-    where: Placement = Placement(),  # noqa: B008 - frozen
-) -> Any:
-    """A session of the graph ``path`` (``graph`` as read).
-
-    Args:
-        path, graph: the ONNX file.
-        threads: threads for one operator.
-        settings: further session settings.
-        save: where the optimised graph is written.
-        profile: begin of the name of the file that the session writes each node's times to when it ends.
-        where: device and provider.
-
-    Raises: as :func:`open_onnxruntime`.
-    """
-    try:
-        import onnxruntime as ort
-    except (ImportError, OSError) as error:
-        raise CapabilityError(
-            "onnxruntime is not installed.", str(error), "Install it: pip install onnxruntime"
-        ) from error
-    where.check(ort)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # failures come as exceptions
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    if save is not None:
-        options.optimized_model_filepath = str(save)
-    for key, value in {**_settings(graph.element_types), **settings}.items():
-        options.add_session_config_entry(key, value)
-    try:
-        session = ort.InferenceSession(
-            str(path),
-            options,
-            providers=where.providers(),
-            disabled_optimizers=_disabled(graph.element_types),
-        )
-    except Exception as error:  # its exceptions share no base class but this
-        message = _first_line(error)
-        if "NOT_IMPLEMENTED" in message or "INVALID_GRAPH" in message:
-            raise CapabilityError(
-                f"ONNX Runtime {ort.__version__} cannot run {path.name} with its {where.provider} provider.",
-                message,
-                "Use the fp32 graph, or install a newer release: pip install -U onnxruntime",
-            ) from error
-        raise IntegrityError(
-            f"ONNX Runtime cannot load {path}.", message, "Rebuild the bundle, or copy it again."
-        ) from error
-    where.check_used(session)
-    return session
-
-
 def _run_options(*, wait: bool) -> Any:
     """Options of one run; it returns without waiting for the GPU where ``wait`` is false."""
     import onnxruntime as ort
@@ -300,34 +251,3 @@ def _run_options(*, wait: bool) -> Any:
     if not wait:
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     return options
-
-
-def _settings(types: frozenset[str]) -> dict[str, str]:
-    settings = {}
-    if types & {"fp8", "fp8_e5m2"}:
-        settings["session.disable_quant_qdq"] = "1"
-    if "int8" in types and not _exact_int8():
-        settings["session.x64quantprecision"] = "1"
-    if types & {"int8", "int4"}:
-        settings["session.qdq_matmulnbits_accuracy_level"] = "1"
-    return settings
-
-
-def _disabled(types: frozenset[str]) -> set[str]:
-    return ({"MatMulAddFusion"} if "int8" in types else set()) | (
-        {"ReluQuantRewrite"} if "fp8" in types else set()
-    )
-
-
-def _exact_int8() -> bool:
-    """Whether int8 products are summed without saturation: not on x86 without VNNI."""
-    if platform.machine().lower() not in ("x86_64", "amd64", "x86", "i386", "i686"):
-        return True
-    try:
-        return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False  # unknown: right before fast
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

@@ -10,8 +10,9 @@ from pathlib import Path
 from ..specs import ComponentSpec
 from .device import Array
 from .graph import read_graph
-from .onnxruntime_backend import OnnxRuntimeEngine, make_session
+from .onnxruntime_backend import OnnxRuntimeEngine
 from .ort_providers import placement
+from .ort_session import make_session
 
 _NODE = "_kernel_time"
 _CALL = "model_run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ..bundle import Bundle
 from ..engines.chain import ChainedEngine
 from ..engines.device import HOST, Array, Buffer, as_tensor, concatenate, to_host
 from ..engines.loadable import fitting_target, gpu_number, rebuild_line
+from ..engines.ort_weights import SharedWeights, shared_weights
 from ..engines.protocol import BACKENDS, Engine, open_engine
 from ..engines.shapes import narrowed
 from ..engines.trt import BUILDERS
@@ -31,6 +33,7 @@ class Components:
         target: which of them (``sm89``); None takes the first.
         batch: images run at once; None: on the CPU what the engines were tuned for (more only takes memory
             there), elsewhere the most they take.
+        share_weights: see :meth:`.loaded.Loaded.load`.
         options: passed on to the backend (``threads``, ``device``).
     """
 
@@ -40,6 +43,7 @@ class Components:
         backend: str,
         target: str | None = None,
         batch: int | None = None,
+        share_weights: bool | None = False,
         **options: Any,
     ) -> None:
         self.bundle, self.backend, self.options = bundle, backend, options
@@ -47,7 +51,7 @@ class Components:
         if target is None and backend in BUILDERS:  # of several the one of this GPU
             target = fitting_target(bundle.manifest, backend, self._gpu)
         self.target = target
-        self._batch = batch
+        self._batch, self._share_weights = batch, share_weights
         self.timings = Timings()
         self._engines: dict[str, Engine] = {}
         self._locks = {name: threading.Lock() for name in bundle.manifest.components}
@@ -98,6 +102,10 @@ class Components:
             opened.pop_all()
         return ChainedEngine(spec, engines)
 
+    @cached_property
+    def _shared(self) -> SharedWeights | None:
+        return shared_weights(self.bundle, self._share_weights) if self.backend == "onnxruntime" else None
+
     def _open_file(self, component: Component, file: EngineFile) -> Engine:
         options, known = dict(self.options), BACKENDS.get(self.backend)
         if known is not None and known.reads_record:
@@ -105,6 +113,8 @@ class Components:
             options["record"] = file
             options["rebuild"] = rebuild_line(self.bundle.manifest, file, self._gpu)
             options["graph"] = self.bundle.path(graph) if graph is not None else None
+        if self._shared is not None:
+            options["share"] = self._shared
         return open_engine(self.backend, component.spec, self.bundle.path(file.file), **options)
 
     def run(

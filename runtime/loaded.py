@@ -38,6 +38,7 @@ class Loaded:
         batch: int | None = None,
         verify: Verify | None = "size",
         reading: Reading | None = None,
+        share_weights: bool | None = None,
         **options: Any,
     ) -> L:
         """Open the bundle in ``path``.
@@ -52,16 +53,19 @@ class Loaded:
                 take.
             verify: see :meth:`ivl_export.bundle.Bundle.open`.
             reading: how images are read; None: on all cores, exactly as published, nothing fetched.
+            share_weights: whether ONNX Runtime's sessions on the CPU map one copy of the weights that several
+                components have, kept in the cache folder; None: where that saves 64 MiB, and there is room.
             options: the backend's own: ``device`` and ``provider`` of ``onnxruntime``; ``device``, ``dtype``,
                 ``compile`` and ``cuda_graphs`` of ``torch``.
 
         Raises:
             IntegrityError: the bundle is damaged.
-            CapabilityError: it has no such component or engine, or the backend is not installed.
+            CapabilityError: it has no such component or engine, the backend is not installed, or weights
+                cannot be shared though they were to be.
         """
         bundle = Bundle.open(path, verify)
         options |= {} if threads is None else {"threads": threads}
-        model = cls(bundle, Components(bundle, backend, target, batch, **options), reading)
+        model = cls(bundle, Components(bundle, backend, target, batch, share_weights, **options), reading)
         for name in components or ():
             model.components.open(name)
         return model
