@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 _SECONDS = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
-Kind = Annotated[str | None, typer.Option(help="Only engines, timing or evaluations.")]
+Kind = Annotated[str | None, typer.Option(help="Only engines, timing, weights, evaluations or images.")]
 Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 
 
 @app.callback()
 def cache() -> None:
-    """Built engines, measured kernel times and task scores that later builds take over.
+    """Built engines, kernel times, packed weights, task scores and images that are taken over later.
 
     They lie in $IVL_EXPORT_CACHE, or in ivl-export in your cache folder. Engines take at most
-    $IVL_EXPORT_CACHE_SIZE (20G); deleting any of it costs time only.
+    $IVL_EXPORT_CACHE_SIZE (20G), and so do weights; deleting any of it costs time only.
     """
 
 

@@ -92,7 +92,7 @@ def make_session(
 
 
 def _trim() -> None:
-    """Hand back to the system what was freed: glibc keeps the weights as they were before they were packed."""
+    """Hand back what was freed: glibc would keep the weights as they were before they were packed."""
     with suppress(OSError, TypeError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
