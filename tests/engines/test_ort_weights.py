@@ -129,7 +129,7 @@ def graph_of_products(path: Path, order: list[int]) -> None:
     x = "x"
     for i in order:
         value = TensorProto(
-            name=f"w{i}", data_type=TensorProto.BFLOAT16, dims=[WIDTH, WIDTH], data_location=1
+            name=f"w{i}", data_type=TensorProto.BFLOAT16, dims=[WIDTH, WIDTH], data_location="EXTERNAL"
         )
         size = 2 * WIDTH * WIDTH
         for key, text in (("location", "weights"), ("offset", str(i * size)), ("length", str(size))):
