@@ -251,14 +251,8 @@ class Tokenizer:
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text of ``ids`` in pieces, as they come: no character is given out before it is whole."""
-        seen: list[int] = []
-        said = 0
-        for token in ids:
-            seen.append(token)
-            whole = self.decode(seen)
-            if len(whole) > said:
-                piece, said = whole[said:], len(whole)
-                yield piece
+        pieces = Pieces(self)
+        return (piece for token in ids if (piece := pieces.add(token)))
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` alone, without bos or eos."""
@@ -267,6 +261,20 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InputError(f"Cannot encode the text {text!r}.", str(error), "Use valid Unicode.") from error
         return list(self._sp.encode(text))
+
+
+class Pieces:
+    """The text of one sequence whose tokens come one by one."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._ids, self._said = tokenizer, list[int](), 0
+
+    def add(self, token: int) -> str:
+        """The characters that are whole with ``token``; empty if there are none."""
+        self._ids.append(token)
+        whole = self._tokenizer.decode(self._ids)
+        piece, self._said = whole[self._said :], max(self._said, len(whole))
+        return piece
 
 
 def pad_ids(rows: Sequence[Sequence[int]], buckets: Sequence[int]) -> tuple[Array, Array]:

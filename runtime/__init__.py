@@ -3,11 +3,12 @@
 No torch; a backend is imported with its first engine.
 """
 
+from .admission import Answer, ServiceLimits
 from .chat import Chat, InternVLChat
 from .images import Reading
 from .index import Index
 from .model import InternVL, Mode, Ranking
-from .service import Answer, Service, ServiceLimits
+from .service import Service
 from .timings import Timing
 from .urls import UrlPolicy
 

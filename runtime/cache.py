@@ -59,6 +59,10 @@ class KVCache:
         layers = range(self.data.shape[1])
         return {f"{name}.{i}": self.data[kind, i] for kind, name in enumerate(names) for i in layers}
 
+    def row(self, row: int) -> Any:
+        """A copy of the visible keys and values of one row, [2, layers, heads, n, head_dim]."""
+        return self.data[:, :, row][..., np.flatnonzero(self.mask[row]), :]
+
     def append(self, outputs: Mapping[str, Any], mask: NDArray[np.int64]) -> None:
         """Write new positions: ``key.{i}``, ``value.{i}`` [rows, heads, n, head_dim], ``mask`` [rows, n]."""
         end = self.length + mask.shape[1]

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..decoding import Ids, Limits, Sampling, Scores, Step, check_search, decode, stream
+from ..decoding import Ids, Limits, Sampling, Scores, check_search, decode, stream
 from ..errors import UsageError
 from ..pictures import ImageInput
 from ..preprocess import ResizeMode
-from .generation import pad_prompts, prefill
+from .cache import KVCache
+from .generation import Run, pad_prompts, prefill, stepper
 from .images import Floats, Images
+from .scheduler import Scheduler, Started
 
 if TYPE_CHECKING:
     from .model import InternVL
@@ -46,7 +48,7 @@ def caption(
         raise UsageError(f"{len(prompts)} prompts for {len(images)} images.", "", "Give one for each.")
     captions: list[str] = []
     for pixels in model.pixel_batches(images, resize):
-        ids, mask = _encoded(model, prompts[len(captions) : len(captions) + len(pixels)], limits)
+        ids, mask = _encoded(model, prompts[len(captions) : len(captions) + len(pixels)], limits.pad)
         tokens = generate(model, pixels, ids, mask, limits, num_beams, sampling)
         captions += [model.tokenizer.decode(row.tolist()).strip() for row in tokens]
     return captions
@@ -62,9 +64,10 @@ def stream_caption(
 ) -> Iterator[str]:
     """See :meth:`.model.InternVL.stream_caption`."""
     check_search(limits, 1, sampling)
-    ids, mask = _encoded(model, [prompt], limits)
-    first, step = _prefilled(model, model.pixel_values([image], resize), ids, mask, limits)
-    return model.tokenizer.stream(int(token[0]) for token in stream(first, step, limits, sampling))
+    ids, mask = _encoded(model, [prompt], limits.pad)
+    cache, first = _prefilled(model, model.pixel_values([image], resize), ids, mask, limits.max_new_tokens)
+    tokens = stream(first, stepper(_step(model), cache), limits, sampling)
+    return model.tokenizer.stream(int(token[0]) for token in tokens)
 
 
 def generate(
@@ -85,25 +88,43 @@ def generate(
     for start in range(0, len(pixel_values), size):
         some = slice(start, start + size)
         mask = None if attention_mask is None else attention_mask[some]
-        first, step = _prefilled(model, pixel_values[some], prompt_ids[some], mask, limits)
-        parts.append(decode(first, step, limits, num_beams, sampling))
+        new = limits.max_new_tokens
+        cache, first = _prefilled(model, pixel_values[some], prompt_ids[some], mask, new)
+        parts.append(decode(first, stepper(_step(model), cache), limits, num_beams, sampling))
     out = np.full((len(pixel_values), max((p.shape[1] for p in parts), default=0)), limits.pad, np.int64)
     for i, part in enumerate(parts):
         out[i * size : i * size + len(part), : part.shape[1]] = part
     return out
 
 
-def _encoded(model: InternVL, prompts: Sequence[str], limits: Limits) -> tuple[Ids, Ids]:
+def scheduler(model: InternVL, slots: int) -> Scheduler:
+    """Decodes up to ``slots`` captions at once, or as many as the step engine takes."""
+    spec = model.components.spec("qllama_step")
+    return Scheduler(_step(model), spec, min(slots, spec.axis("batch").max))
+
+
+def start(model: InternVL, requests: Sequence[tuple[Floats, str]]) -> list[Started]:
+    """What captions go on from: images [3, S, S] seen, each with its prompt read."""
+    ids, mask = _encoded(model, [prompt for _, prompt in requests], 0)
+    cache, first = _prefilled(model, np.stack([pixels for pixels, _ in requests]), ids, mask, 1)
+    return [Started(cache.row(row), logits) for row, logits in enumerate(first)]
+
+
+def _encoded(model: InternVL, prompts: Sequence[str], pad: int) -> tuple[Ids, Ids]:
     with model.components.timings.measure("tokenize"):
-        return pad_prompts([model.tokenizer.encode_prompt(p) for p in prompts], limits.pad)
+        return pad_prompts([model.tokenizer.encode_prompt(p) for p in prompts], pad)
+
+
+def _step(model: InternVL) -> Run:
+    return partial(model.components.run_device, "qllama_step")
 
 
 def _prefilled(
-    model: InternVL, pixel_values: Floats, prompt_ids: Ids, mask: Ids | None, limits: Limits
-) -> tuple[Scores, Step]:
+    model: InternVL, pixel_values: Floats, prompt_ids: Ids, mask: Ids | None, new: int
+) -> tuple[KVCache, Scores]:
     """Images and prompts that the step engine takes at once, seen and read."""
     run, spec = model.components.run_device, model.components.spec("qllama_step")
     names = [t.name for t in model.components.spec("qllama_query").outputs if "." in t.name]
     tokens = run("vision", {"pixel_values": pixel_values}, ["tokens"])
     queries = run("qllama_query", tokens, names)
-    return prefill(partial(run, "qllama_step"), spec, queries, prompt_ids, mask, limits.max_new_tokens)
+    return prefill(_step(model), spec, queries, prompt_ids, mask, new)

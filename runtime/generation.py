@@ -39,8 +39,8 @@ def generate(
     :func:`prefill`.
     """
     check_search(limits, num_beams, sampling)
-    first, step = prefill(run, spec, queries, prompt_ids, attention_mask, limits.max_new_tokens)
-    return decode(first, step, limits, num_beams, sampling)
+    cache, first = prefill(run, spec, queries, prompt_ids, attention_mask, limits.max_new_tokens)
+    return decode(first, stepper(run, cache), limits, num_beams, sampling)
 
 
 def prefill(
@@ -50,8 +50,8 @@ def prefill(
     prompt_ids: Ids,
     attention_mask: Ids | None,
     new: int,
-) -> tuple[Scores, Step]:
-    """Logits [B, V] after the prompts, and what advances them from there.
+) -> tuple[KVCache, Scores]:
+    """The cache that holds the prompts, and the logits [B, V] after them.
 
     Args:
         run: the ``qllama_step`` engine.
@@ -60,7 +60,7 @@ def prefill(
             they do.
         prompt_ids: [B, T], T >= 1.
         attention_mask: [B, T], 0 at padding (either side); None: no padding.
-        new: tokens that may follow.
+        new: tokens that may follow, for which there is room in the cache.
 
     Raises:
         InputError: no prompt, a mask of another shape, or more positions than the engine was built for.
@@ -92,6 +92,12 @@ def prefill(
         part = np.s_[:, start : start + chunk]
         logits = _advance(run, cache, prompt_ids[part], positions[part], mask[part])
 
+    return cache, logits
+
+
+def stepper(run: Run, cache: KVCache) -> Step:
+    """What advances the sequences that ``cache`` holds by a token each."""
+
     def step(tokens: Ids, rows: Ids | None) -> Scores:
         nonlocal cache
         if rows is not None and len(rows) != cache.rows:
@@ -101,7 +107,7 @@ def prefill(
         seen = cache.mask.sum(1, keepdims=True)
         return _advance(run, cache, tokens[:, None], seen, np.ones((len(tokens), 1), np.int64))
 
-    return logits, step
+    return step
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[Ids, Ids]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -121,10 +121,20 @@ class InternVL(Loaded):
         return (await self.requests.classify(image, classes, mode)).value
 
     async def acaption(
-        self, image: ImageInput, prompt: str = CAPTION_PROMPT["en"], num_beams: int = 1
+        self,
+        image: ImageInput,
+        prompt: str = CAPTION_PROMPT["en"],
+        num_beams: int = 1,
+        sampling: Sampling | None = None,
     ) -> str:
         """The caption of one image; as :meth:`caption`, for asyncio."""
-        return (await self.requests.caption(image, prompt, num_beams)).value
+        return (await self.requests.caption(image, prompt, num_beams, sampling=sampling)).value
+
+    def astream_caption(
+        self, image: ImageInput, prompt: str = CAPTION_PROMPT["en"], sampling: Sampling | None = None
+    ) -> AsyncGenerator[str, None]:
+        """The caption of one image in pieces; as :meth:`stream_caption`, for asyncio."""
+        return self.requests.stream_caption(image, prompt, sampling=sampling)
 
     def pixel_values(self, images: Images, resize: ResizeMode | None = None) -> Floats:
         """``images`` as the vision engine takes them, float32 [B, 3, S, S]."""

@@ -1,86 +1,35 @@
 """Many requests at once on one model: asyncio, bounded, batched, timed.
 
-Each request is admitted, read on a pool of threads, and joins a batch of its kind. One that is cancelled or
-out of time leaves its place at once. One beyond the limits is refused, so that memory stays bounded and the
-caller hears it soon.
+Each request is admitted (:mod:`.admission`), read on a pool of threads, and joins a batch of its kind
+(:mod:`.batching`); captions are decoded on from there (:mod:`.scheduler`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ..errors import BusyError
+from ..decoding import Limits, Sampling, check_search
 from ..pictures import ImageInput
-from ..preprocess import CAPTION_PROMPT, ResizeMode
+from ..preprocess import CAPTION_PROMPT, Pieces, ResizeMode
+from . import captions
+from .admission import Admission, Answer, Clock, ServiceLimits
 from .batching import Batcher, Ran
 from .images import Floats
+from .scheduler import Hear, Scheduler
 
 if TYPE_CHECKING:
     from .model import InternVL, Mode
 
+T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class ServiceLimits:
-    """What a service takes on.
-
-    Args:
-        running: requests admitted at a time: being read, waiting for a batch, or in one.
-        waiting: requests that may wait to be admitted; one more is refused.
-        timeout: seconds for a request from its call to its result, where it gives none itself.
-        max_batch: rows in a batch; None: what the engines were tuned for.
-        max_delay: seconds that the first request of a batch waits for others on their way.
-    """
-
-    running: int = 64
-    waiting: int = 256
-    timeout: float = 30.0
-    max_batch: int | None = None
-    max_delay: float = 0.002
-
-
-@dataclass(frozen=True)
-class Answer(Generic[R]):
-    """A result, how long each stage took, and how many requests shared its batch.
-
-    ``timings`` are seconds: ``admit``, ``read`` (image or text), ``queue``, ``run``, and ``total``.
-    """
-
-    value: R
-    timings: dict[str, float]
-    batch: int
-
-
-@dataclass
-class Counts:
-    """Requests so far by how they ended, and those in the service now."""
-
-    done: int = 0
-    failed: int = 0
-    refused: int = 0
-    expired: int = 0
-    cancelled: int = 0
-    running: int = 0
-    waiting: int = 0
-
-
-@dataclass
-class _Clock:
-    began: float = field(default_factory=time.perf_counter)
-    stages: dict[str, float] = field(default_factory=dict)
-
-    def mark(self, stage: str) -> None:
-        self.stages[stage] = time.perf_counter() - self.began - sum(self.stages.values())
 
 
 class Service:
@@ -88,12 +37,13 @@ class Service:
 
     def __init__(self, model: InternVL, limits: ServiceLimits | None = None) -> None:
         self.model, self.limits = model, limits or ServiceLimits()
-        self.counts = Counts()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._admission = Admission(self.limits)
+        self.counts = self._admission.counts
         self._readers = ThreadPoolExecutor(os.cpu_count() or 1, "ivl-reader")
         self._images = self._batcher(self._run_images)
         self._texts = self._batcher(self._run_texts)
-        self._captions = self._batcher(self._run_captions)
+        self._beams = self._batcher(self._run_beams)
+        self._starts = self._batcher(partial(captions.start, model), lambda: len(self._scheduler))
 
     async def encode_image(
         self,
@@ -141,82 +91,121 @@ class Service:
         min_new_tokens: int = 0,
         resize: ResizeMode | None = "square",
         timeout: float | None = None,
+        sampling: Sampling | None = None,
     ) -> Answer[str]:
-        """The caption of one image; requests with equal settings share a batch."""
+        """The caption of one image.
+
+        It is decoded together with whichever others are on their way, each with settings of its own, in a
+        batch that is made anew for every token. Beams wait for a batch of requests with equal settings.
+        """
+        limits = captions.limits_of(self.model, max_new_tokens, min_new_tokens)
+        check_search(limits, num_beams, sampling)
+        if num_beams == 1:
+            found = await self._tokens(image, prompt, limits, resize, timeout, sampling)
+            caption = self.model.tokenizer.decode(found.value).strip()
+            return Answer(caption, found.timings, found.batch)
         key = (num_beams, max_new_tokens, min_new_tokens)
         return await self._request(
-            self._captions, lambda: (key, prompt, self.model.pixel_values([image], resize)[0]), timeout
+            self._beams, lambda: (key, prompt, self.model.pixel_values([image], resize)[0]), timeout
         )
+
+    async def stream_caption(
+        self,
+        image: ImageInput,
+        prompt: str = CAPTION_PROMPT["en"],
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 0,
+        resize: ResizeMode | None = "square",
+        timeout: float | None = None,
+        sampling: Sampling | None = None,
+    ) -> AsyncGenerator[str, None]:
+        """The caption of one image in pieces, as they are found; whoever stops listening frees its place.
+
+        ``timeout`` is for the whole caption.
+        """
+        limits = captions.limits_of(self.model, max_new_tokens, min_new_tokens)
+        check_search(limits, 1, sampling)
+        loop, pieces = asyncio.get_running_loop(), Pieces(self.model.tokenizer)
+        heard: asyncio.Queue[int | None] = asyncio.Queue()
+
+        def hear(token: int) -> None:  # by the scheduler's thread
+            loop.call_soon_threadsafe(heard.put_nowait, token)
+
+        request = self._tokens(image, prompt, limits, resize, timeout, sampling, hear)
+        task = asyncio.create_task(request)
+        task.add_done_callback(lambda _: heard.put_nowait(None))
+        try:
+            while (token := await heard.get()) is not None:
+                if piece := pieces.add(token):
+                    yield piece
+            await task
+        finally:
+            task.cancel()
+
+    async def _tokens(
+        self,
+        image: ImageInput,
+        prompt: str,
+        limits: Limits,
+        resize: ResizeMode | None,
+        timeout: float | None,
+        sampling: Sampling | None,
+        hear: Hear | None = None,
+    ) -> Answer[list[int]]:
+        scheduler = self._scheduler  # made here if it is not there: by one thread
+        return await self._request(
+            self._starts,
+            lambda: (self.model.pixel_values([image], resize)[0], prompt),
+            timeout,
+            lambda started: scheduler.submit(started, limits, sampling, hear),
+        )
+
+    @cached_property
+    def _scheduler(self) -> Scheduler:
+        return captions.scheduler(self.model, self._rows)
 
     def close(self) -> None:
         """Refuse and cancel what waits; what runs is finished."""
-        for batcher in (self._images, self._texts, self._captions):
+        for batcher in (self._images, self._texts, self._beams, self._starts):
             batcher.close()
+        if "_scheduler" in self.__dict__:
+            self._scheduler.close()
         self._readers.shutdown(cancel_futures=True)
 
     async def _request(
-        self, batcher: Batcher[Any, R], read: Callable[[], Any], timeout: float | None
-    ) -> Answer[R]:
-        clock, seconds = _Clock(), self.limits.timeout if timeout is None else timeout
-        try:
-            ran = await asyncio.wait_for(self._admitted(batcher, read, clock), seconds)
-        except (asyncio.TimeoutError, TimeoutError) as error:
-            self.counts.expired += 1
-            raise BusyError(
-                "A request was not done in time.",
-                f"It had {seconds:g} s; {self.counts.running} are running, {self.counts.waiting} wait.",
-                "Ask again later, or give it more time.",
-            ) from error
-        except asyncio.CancelledError:
-            self.counts.cancelled += 1
-            raise
-        except BusyError:
-            self.counts.refused += 1
-            raise
-        except Exception:
-            self.counts.failed += 1
-            raise
-        self.counts.done += 1
-        clock.stages |= {"queue": ran.waited, "run": ran.seconds, "total": time.perf_counter() - clock.began}
-        return Answer(ran.value, clock.stages, ran.batch)
+        self,
+        batcher: Batcher[Any, T],
+        read: Callable[[], Any],
+        timeout: float | None,
+        then: Callable[[T], Future[Ran[R]]] | None = None,
+    ) -> Answer[Any]:
+        """What ``batcher`` makes of what ``read`` gives, or what ``then`` makes of that."""
 
-    async def _admitted(self, batcher: Batcher[Any, R], read: Callable[[], Any], clock: _Clock) -> Ran[R]:
-        async with self._place():
-            clock.mark("admit")
+        async def run(clock: Clock) -> Ran[Any]:
             item = await asyncio.get_running_loop().run_in_executor(self._readers, read)
             clock.mark("read")
-            return await asyncio.wrap_future(batcher.submit(item))
+            ran = await asyncio.wrap_future(batcher.submit(item))
+            if then is None:
+                return ran
+            last = await asyncio.wrap_future(then(ran.value))
+            return replace(last, waited=ran.waited + last.waited, seconds=ran.seconds + last.seconds)
 
-    @asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
-        """One of the places of running requests; BusyError where too many wait for one."""
-        if (loop := asyncio.get_running_loop()) is not self._loop:  # the former one has ended
-            self._loop, self._admission = loop, asyncio.Semaphore(self.limits.running)
-        if self._admission.locked() and self.counts.waiting >= self.limits.waiting:
-            raise BusyError(
-                "This service takes no more requests now.",
-                f"{self.counts.running} are running and {self.counts.waiting} wait.",
-                "Ask again later.",
-            )
-        self.counts.waiting += 1
-        try:
-            await self._admission.acquire()
-        finally:
-            self.counts.waiting -= 1
-        self.counts.running += 1
-        try:
-            yield
-        finally:
-            self.counts.running -= 1
-            self._admission.release()
+        return await self._admission.request(run, timeout)
 
-    def _batcher(self, run: Callable[[Sequence[Any]], Sequence[Any]]) -> Batcher[Any, Any]:
+    def _batcher(
+        self, run: Callable[[Sequence[Any]], Sequence[Any]], gone: Callable[[], int] = lambda: 0
+    ) -> Batcher[Any, Any]:
+        """A batcher of this service's requests, ``gone()`` of which are past it."""
         return Batcher(
             run,
-            max_batch=self.limits.max_batch or self.model.components.batch,
+            max_batch=self._rows,
             max_delay=self.limits.max_delay,
-            expected=lambda: self.counts.running,
+            expected=lambda: self.counts.running - gone(),
         )
+
+    @property
+    def _rows(self) -> int:
+        return self.limits.max_batch or self.model.components.batch
 
     def _run_images(self, items: Sequence[tuple[Mode, Floats]]) -> list[Floats]:
         return _grouped(items, lambda mode, rows: list(self.model.encode_image(np.stack(rows), mode)))
@@ -224,7 +213,7 @@ class Service:
     def _run_texts(self, texts: Sequence[str]) -> list[Floats]:
         return list(self.model.encode_text(texts))
 
-    def _run_captions(self, items: Sequence[tuple[Any, str, Floats]]) -> list[str]:
+    def _run_beams(self, items: Sequence[tuple[Any, str, Floats]]) -> list[str]:
         def run(key: tuple[int, int, int], rows: list[tuple[str, Floats]]) -> list[str]:
             pixels = np.stack([row for _, row in rows])
             return self.model.caption(pixels, [prompt for prompt, _ in rows], *key)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ivl_export.errors import BusyError, InputError
+from ivl_export.decoding import Sampling
+from ivl_export.errors import BusyError, InputError, UsageError
 from ivl_export.runtime import InternVL, Service, ServiceLimits
 
 TEXTS = ["a small red circle", "two large blue stars", "a ring", "a green square left of a ring"]
@@ -187,3 +188,105 @@ def test_each_stage_is_a_span(model: InternVL) -> None:
     parent = spans["ivl_export.qllama_text"].parent
     assert parent is not None
     assert parent.span_id == spans["request"].context.span_id
+
+
+def test_captions_of_all_kinds_at_once_equal_calls_one_after_another(model: InternVL) -> None:
+    images = pictures(6)
+    asked: list[dict[str, Any]] = [
+        {"prompt": "a", "max_new_tokens": 12, "min_new_tokens": 12},
+        {"prompt": "two large", "max_new_tokens": 3},
+        {"prompt": "a ring", "sampling": Sampling(3.0, top_k=30, seed=1)},
+        {"prompt": "a", "num_beams": 3, "max_new_tokens": 6},
+        {"prompt": "a ring", "sampling": Sampling(3.0, seed=2), "min_new_tokens": 5},
+        {"prompt": "a red"},
+    ]
+
+    async def ask() -> list[Any]:
+        service = model.requests
+        pairs = zip(images, asked, strict=True)
+        return await asyncio.gather(*(service.caption(image, **how) for image, how in pairs))
+
+    answers = asyncio.run(ask())
+    alone = [model.caption([image], **how)[0] for image, how in zip(images, asked, strict=True)]
+    assert [answer.value for answer in answers] == alone
+    assert max(answer.batch for answer in answers) > 1
+    for answer in answers:
+        parts = sum(answer.timings[stage] for stage in ("admit", "read", "queue", "run"))
+        assert 0 < parts <= answer.timings["total"]
+
+
+def test_streamed_captions_come_in_pieces_and_together(model: InternVL) -> None:
+    images = pictures(3)
+    came: list[int] = []
+
+    async def listen(number: int) -> str:
+        text = ""
+        async for piece in model.requests.stream_caption(images[number], "a", 12, 12):
+            came.append(number)
+            text += piece
+        return text.strip()
+
+    async def ask() -> list[str]:
+        return await asyncio.gather(*(listen(number) for number in range(3)))
+
+    assert asyncio.run(ask()) == model.caption(images, "a", max_new_tokens=12, min_new_tokens=12)
+    assert came != sorted(came), "nobody waits for another's end"
+
+
+def test_whoever_stops_listening_frees_the_slot(model: InternVL) -> None:
+    service = Service(model, ServiceLimits(max_batch=1))
+
+    async def ask() -> str:
+        first = service.stream_caption(pictures(1)[0], "a", 100, 100)
+        await anext(first)
+        second = asyncio.create_task(service.caption(pictures(2)[1], "a", timeout=60))
+        await until(lambda: len(service._scheduler) == 2)
+        await first.aclose()
+        return (await second).value
+
+    assert asyncio.run(ask()) == model.caption(pictures(2)[1:], "a")[0]
+    assert len(service._scheduler) == 0
+    assert (service.counts.done, service.counts.cancelled, service.counts.running) == (1, 1, 0)
+    service.close()
+
+
+def test_a_caption_out_of_time_frees_the_slot_and_a_full_service_refuses(model: InternVL) -> None:
+    service = Service(model, ServiceLimits(running=1, waiting=0))
+    model.requests  # noqa: B018 - open the engines first
+    model.caption(pictures(1), "a")
+
+    async def ask() -> None:
+        stream = service.stream_caption(pictures(1)[0], "a", 100, 100, timeout=30)
+        await anext(stream)
+        with pytest.raises(BusyError, match="takes no more"):
+            await service.caption(pictures(1)[0], "a")
+        await stream.aclose()
+        await until(lambda: service.counts.running == 0)
+        scheduler, real = service._scheduler, service._scheduler._run
+        go = threading.Event()
+        scheduler._run = lambda feeds: (go.wait(30), real(feeds))[1]
+        with pytest.raises(BusyError, match="not done in time"):
+            async for _ in service.stream_caption(pictures(1)[0], "a", 100, 100, timeout=0.3):
+                pass
+        assert service.counts.running == 0
+        go.set()
+        await until(lambda: len(scheduler) == 0)
+
+    asyncio.run(ask())
+    assert (service.counts.refused, service.counts.expired) == (1, 1)
+    service.close()
+
+
+def test_captions_that_cannot_be_made_fail_alone(model: InternVL) -> None:
+    async def ask() -> list[Any]:
+        images: list[Any] = [*pictures(2), b"no image"]
+        asked = [model.acaption(image, "a") for image in images]
+        asked.append(model.requests.caption(pictures(1)[0], "a", max_new_tokens=10_000))  # type: ignore[arg-type]
+        asked.append(model.acaption(pictures(1)[0], "a", 3, Sampling(1.0)))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    *whole, unread, long, unsampled = asyncio.run(ask())
+    assert whole == model.caption(pictures(2), "a")
+    assert isinstance(unread, InputError)
+    assert isinstance(long, InputError)
+    assert isinstance(unsampled, UsageError)

@@ -1,0 +1,137 @@
+"""Who may come in: requests bounded in number and time, counted and timed.
+
+A request that is cancelled or out of time leaves its place at once. One beyond the limits is refused, so that
+memory stays bounded and the caller hears it soon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from ..errors import BusyError
+from .batching import Ran
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class ServiceLimits:
+    """What a service takes on.
+
+    Args:
+        running: requests admitted at a time: being read, waiting for a batch, or in one.
+        waiting: requests that may wait to be admitted; one more is refused.
+        timeout: seconds for a request from its call to its result, where it gives none itself.
+        max_batch: rows in a batch, and captions decoded at a time; None: what the engines were tuned for.
+        max_delay: seconds that the first request of a batch waits for others on their way.
+    """
+
+    running: int = 64
+    waiting: int = 256
+    timeout: float = 30.0
+    max_batch: int | None = None
+    max_delay: float = 0.002
+
+
+@dataclass(frozen=True)
+class Answer(Generic[R]):
+    """A result, how long each stage took, and how many requests shared its batch.
+
+    ``timings`` are seconds: ``admit``, ``read`` (image or text), ``queue``, ``run``, and ``total``.
+    """
+
+    value: R
+    timings: dict[str, float]
+    batch: int
+
+
+@dataclass
+class Counts:
+    """Requests so far by how they ended, and those in the service now."""
+
+    done: int = 0
+    failed: int = 0
+    refused: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    running: int = 0
+    waiting: int = 0
+
+
+@dataclass
+class Clock:
+    """How long the stages of a request took, one after another."""
+
+    began: float = field(default_factory=time.perf_counter)
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def mark(self, stage: str) -> None:
+        """``stage`` is over now."""
+        self.stages[stage] = time.perf_counter() - self.began - sum(self.stages.values())
+
+
+class Admission:
+    """The door of a service, for one event loop at a time."""
+
+    def __init__(self, limits: ServiceLimits) -> None:
+        self.limits, self.counts = limits, Counts()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def request(self, run: Callable[[Clock], Awaitable[Ran[R]]], timeout: float | None) -> Answer[R]:
+        """The result of ``run``, once it has a place; BusyError if there is none, or no time left."""
+        clock, seconds = Clock(), self.limits.timeout if timeout is None else timeout
+
+        async def admitted() -> Ran[R]:
+            async with self._place():
+                clock.mark("admit")
+                return await run(clock)
+
+        try:
+            ran = await asyncio.wait_for(admitted(), seconds)
+        except (asyncio.TimeoutError, TimeoutError) as error:
+            self.counts.expired += 1
+            raise BusyError(
+                "A request was not done in time.",
+                f"It had {seconds:g} s; {self.counts.running} are running, {self.counts.waiting} wait.",
+                "Ask again later, or give it more time.",
+            ) from error
+        except asyncio.CancelledError:
+            self.counts.cancelled += 1
+            raise
+        except BusyError:
+            self.counts.refused += 1
+            raise
+        except Exception:
+            self.counts.failed += 1
+            raise
+        self.counts.done += 1
+        clock.stages |= {"queue": ran.waited, "run": ran.seconds, "total": time.perf_counter() - clock.began}
+        return Answer(ran.value, clock.stages, ran.batch)
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """One of the places of running requests; BusyError where too many wait for one."""
+        if (loop := asyncio.get_running_loop()) is not self._loop:  # the former one has ended
+            self._loop, self._places = loop, asyncio.Semaphore(self.limits.running)
+        if self._places.locked() and self.counts.waiting >= self.limits.waiting:
+            raise BusyError(
+                "This service takes no more requests now.",
+                f"{self.counts.running} are running and {self.counts.waiting} wait.",
+                "Ask again later.",
+            )
+        self.counts.waiting += 1
+        try:
+            await self._places.acquire()
+        finally:
+            self.counts.waiting -= 1
+        self.counts.running += 1
+        try:
+            yield
+        finally:
+            self.counts.running -= 1
+            self._places.release()

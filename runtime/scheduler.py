@@ -1,0 +1,196 @@
+"""Sequences decoded together as they come and go: continuous batching.
+
+A batch is made anew for every token (iteration-level scheduling: Orca, OSDI 2022, section 3.1): a sequence
+joins before the next step once its prompt was read elsewhere, and leaves its slot with its last token, or
+when it is cancelled. Each has settings of its own, and gives the tokens it would give alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..decoding import Chooser, Ids, Limits, Sampling, Scores
+from ..engines.device import to_host
+from ..errors import InputError, UsageError
+from ..specs import ComponentSpec
+from .batching import Ran
+from .slots import Slots
+
+Hear = Callable[[int], None]
+"""Is told each token of a sequence when it is chosen, by the scheduler's thread."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A prompt that was read: keys and values [2, layers, heads, n, head_dim], and the logits [V] after."""
+
+    held: Any
+    logits: Scores
+
+
+@dataclass(eq=False)
+class _Sequence:
+    chooser: Chooser
+    hear: Hear | None
+    future: Future[Ran[list[int]]] = field(default_factory=Future)
+    tokens: list[int] = field(default_factory=list)
+    arrived: float = field(default_factory=time.perf_counter)
+    began: float = 0.0
+    company: int = 1
+
+
+class Scheduler:
+    """One thread that decodes up to ``slots`` sequences at once; see the module. Close it when done.
+
+    Args:
+        run: the step engine, ``qllama_step`` or ``decoder``.
+        spec: its contract.
+        slots: sequences decoded at a time; others wait. No more than the engine has rows.
+        inputs: of the engine, for new tokens [R, 1]; None: ``input_ids`` themselves.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[dict[str, Any]], Mapping[str, Any]],
+        spec: ComponentSpec,
+        slots: int,
+        inputs: Callable[[Ids], dict[str, Any]] | None = None,
+    ) -> None:
+        rows = spec.axis("batch").max
+        if not 1 <= slots <= rows:
+            raise UsageError(
+                f"{slots} sequences cannot be decoded at once.", f"The engine takes 1 to {rows}."
+            )
+        self._run, self._spec, self._inputs = run, spec, inputs or (lambda ids: {"input_ids": ids})
+        self._slots = Slots(spec, slots)
+        self._waiting: deque[tuple[_Sequence, Started]] = deque()
+        self._running: dict[int, _Sequence] = {}  # by slot; the thread's own
+        self._changed = threading.Condition()
+        self._closed = False
+        self._worker: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        """Sequences that wait or are decoded."""
+        return len(self._waiting) + len(self._running)
+
+    def submit(
+        self, started: Started, limits: Limits, sampling: Sampling | None = None, hear: Hear | None = None
+    ) -> Future[Ran[list[int]]]:
+        """The tokens that follow ``started``, EOS among them if it came. Cancel the future to free the slot.
+
+        Raises:
+            InputError: the sequence may become longer than the engine's past.
+            UsageError: the scheduler was closed.
+        """
+        longest, past = started.held.shape[3] + limits.max_new_tokens - 1, self._spec.axis("past").max
+        if longest > past:
+            raise InputError(
+                "The prompt and the answer are too long for this bundle.",
+                f"They need a past of {longest} positions; the engine was built for {past}.",
+                "Ask for fewer new tokens, or rebuild with a larger range.",
+            )
+        sequence = _Sequence(Chooser(limits, sampling), hear)
+        with self._changed:
+            if self._closed:
+                raise UsageError("This model was closed.", fix="Load it again.")
+            self._waiting.append((sequence, started))
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, daemon=True, name="ivl-scheduler")
+                self._worker.start()
+            self._changed.notify_all()
+        return sequence.future
+
+    def close(self) -> None:
+        """Cancel what waits and end the thread, once what runs is finished."""
+        with self._changed:
+            self._closed = True
+            waiting = list(self._waiting)
+            self._changed.notify_all()
+        for sequence, _ in waiting:
+            sequence.future.cancel()
+        if self._worker is not None and self._worker is not threading.current_thread():
+            self._worker.join()
+
+    def _work(self) -> None:
+        while self._wait():
+            self._drop()
+            self._admit()
+            try:
+                self._step()
+            except Exception as error:  # the sequences' to raise: the thread goes on to serve others
+                for slot in list(self._running):
+                    self._leave(slot, error)
+
+    def _wait(self) -> bool:
+        """Until there is something to decode. False: the scheduler was closed, and there is nothing."""
+        with self._changed:
+            while not self._waiting and not self._running:
+                if self._closed:
+                    return False
+                self._changed.wait()
+            return True
+
+    def _drop(self) -> None:
+        """Forget sequences that were cancelled."""
+        with self._changed:
+            self._waiting = deque(entry for entry in self._waiting if not entry[0].future.cancelled())
+        for slot in [slot for slot, sequence in self._running.items() if sequence.future.cancelled()]:
+            self._leave(slot)
+
+    def _admit(self) -> None:
+        """Give free slots to those who wait, in the order they came, and choose their first tokens."""
+        while len(self._running) < len(self._slots.lengths):
+            with self._changed:
+                if not self._waiting:
+                    return
+                sequence, started = self._waiting.popleft()
+            sequence.began = time.perf_counter()
+            slot = self._slots.take(started.held)
+            self._running[slot] = sequence
+            self._choose(slot, started.logits)
+
+    def _step(self) -> None:
+        """One more token for all that run."""
+        if not self._running:
+            return
+        tokens = np.zeros((self._slots.rows, 1), np.int64)
+        for slot, sequence in self._running.items():
+            tokens[slot] = sequence.tokens[-1]
+            sequence.company = max(sequence.company, len(self._running))
+        made = self._run({**self._inputs(tokens), **self._slots.feeds()})
+        self._slots.append(made)
+        logits = to_host(made["logits"])
+        for slot in list(self._running):
+            self._choose(slot, logits[slot])
+
+    def _choose(self, slot: int, logits: Scores) -> None:
+        sequence = self._running[slot]
+        try:
+            sequence.tokens.append(sequence.chooser.choose(logits))
+            if sequence.hear is not None:
+                sequence.hear(sequence.tokens[-1])
+        except Exception as error:  # nobody hears it any more, for one
+            self._leave(slot, error)
+        else:
+            if sequence.chooser.done or sequence.future.cancelled():
+                self._leave(slot)
+
+    def _leave(self, slot: int, error: Exception | None = None) -> None:
+        """Free ``slot``; its sequence is finished, has failed, or was cancelled."""
+        sequence = self._running.pop(slot)
+        self._slots.free(slot)
+        if not sequence.future.set_running_or_notify_cancel():
+            return
+        if error is not None:
+            sequence.future.set_exception(error)
+            return
+        waited, seconds = sequence.began - sequence.arrived, time.perf_counter() - sequence.began
+        sequence.future.set_result(Ran(sequence.tokens, waited, seconds, sequence.company))
