@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ivl_export.profiles.baseline import BACKEND
 from ivl_export.profiles.cases import Case
+from ivl_export.profiles.chat_latency import ANSWER, FIRST, NEXT, OTHER, token_ms
 from ivl_export.profiles.receipt import SCHEMA, Profile, read
 from ivl_export.strict_json import read_json
 
@@ -23,6 +24,10 @@ END = "<!-- end -->"
 COLUMNS = (
     "bundle", "on", "batch", "image, C ms", "image, G ms", "text ms", "caption ms", "images/s, C",
     "of the ceiling", "pairs, G, over PyTorch bf16",
+)  # fmt: skip
+CHAT_COLUMNS = (
+    "chat bundle", "on", "first token ms", "next question ms", "other chat, same image ms",
+    "each further token ms", "tokens/s",
 )  # fmt: skip
 CALLS = ("encode_image InternVL-C", "encode_image InternVL-G", "encode_text", "caption")
 
@@ -37,8 +42,12 @@ def render(text: str, profiles: Sequence[Profile]) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after:
         raise ValueError(f"{BEGIN!r} and {END!r} must each stand once, in this order.")
-    lines = ["| " + " | ".join(cells) + " |" for cells in table(profiles)]
-    return f"{before}{BEGIN}\n{chr(10).join(lines)}\n\n{caption(profiles)}\n{END}{after}"
+    chats = [profile for profile in profiles if _is_chat(profile)]
+    others = [profile for profile in profiles if not _is_chat(profile)]
+    blocks = [_lines(table(others)), caption(others)]
+    blocks += [_lines(chat_table(chats)), chat_caption(chats)] if chats else []
+    joined = "\n\n".join(blocks)
+    return f"{before}{BEGIN}\n{joined}\n{END}{after}"
 
 
 def receipts(folder: Path = RECEIPTS) -> list[Profile]:
@@ -72,6 +81,33 @@ def table(profiles: Sequence[Profile]) -> Iterator[Sequence[str]]:
             )
 
 
+def chat_table(profiles: Sequence[Profile]) -> Iterator[Sequence[str]]:
+    """Header, rule, then a row for each profile of a chat bundle."""
+    yield CHAT_COLUMNS
+    yield ("---", "---", *("---:",) * (len(CHAT_COLUMNS) - 2))
+    for profile in profiles:
+        found = {case.name: case for case in profile.of_kind("chained")}
+        further, answer = token_ms(profile.cases), found.get(ANSWER)
+        yield (
+            profile.subject.name,
+            f"{profile.settings.backend} {profile.subject.precision}",
+            *(_ms(found.get(name)) for name in (FIRST, NEXT, OTHER)),
+            "" if further is None else f"{further:.3g}",
+            "" if answer is None else f"{answer.per_second:,.0f}",
+        )
+
+
+def chat_caption(profiles: Sequence[Profile]) -> str:
+    """What the numbers of chats are, and where they were measured."""
+    machines = dict.fromkeys(_where(profile) for profile in profiles)
+    tokens = dict.fromkeys(f"{c.items}" for p in profiles for c in p.of_kind("chained") if c.name == ANSWER)
+    return (
+        f"Medians from pixels and a question to one token's text, on {'; '.join(machines)}: of an image that "
+        "nobody has asked about; that this conversation has; that another conversation has. Tokens per "
+        f"second of a whole answer ({', '.join(tokens)} tokens) to a next question."
+    )
+
+
 def caption(profiles: Sequence[Profile]) -> str:
     """What the numbers are, and where they were measured."""
     if not profiles:
@@ -85,6 +121,14 @@ def caption(profiles: Sequence[Profile]) -> str:
     shown = [case for p in profiles for case in p.of_kind("chained") if case.name in CALLS]
     unsteady = sum(not case.measurement.stable for case in shown)
     return said + (f" {unsteady} of these times had not settled within 2%: marked ~." if unsteady else "")
+
+
+def _lines(rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def _is_chat(profile: Profile) -> bool:
+    return any(case.name == FIRST for case in profile.of_kind("chained"))
 
 
 def _where(profile: Profile) -> str:

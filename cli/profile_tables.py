@@ -89,6 +89,8 @@ def _cases(result: Profile, kind: str) -> None:
     cases = result.of_kind(kind)
     if not cases:
         return
+    from ..profiles.chat_latency import token_ms
+
     chained = kind == "chained"
     rows = [
         (
@@ -103,9 +105,11 @@ def _cases(result: Profile, kind: str) -> None:
     if chained:
         typer.echo("parts: in the components, mean of all calls; rest: the chain's own time beside them")
     if any("prompt" in case.sizes for case in cases):
-        typer.echo("tokens of a caption: its prompt + new ones")
+        typer.echo("tokens of a caption or an answer: its prompt + new ones")
     if any("past" in case.sizes for case in cases):
         typer.echo("tokens of a step: those in its past + new ones")
+    if chained and (ms := token_ms(cases)) is not None:
+        typer.echo(f"each further token of an answer: {ms:.3g} ms (answer less next question)")
     _footnotes(result, cases)
 
 

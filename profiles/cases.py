@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..models.layout import COMPONENTS
+from ..models.layout import CHAT_COMPONENTS, COMPONENTS
 from .measure import Measurement, StopRule, measure
 
 Kind = Literal["component", "chained", "host", "baseline"]
-"""A component's engine alone; a call of the runtime's ``InternVL``; the host's work; the torch modules."""
+"""A component's engine alone; a call of the runtime's model; the host's work; the torch modules."""
 
+_STEPS = ("qllama_step", "decoder_embed", "decoder")
 Clock = Literal["host clock", "CUDA events"]
 Progress = Callable[[str, int, int], None]
 """Called with the case that comes next, how many are done, and how many there are."""
@@ -95,7 +96,7 @@ class Case:
     @property
     def components_ms(self) -> float:
         """Chained calls: the components' share of :attr:`mean_ms`."""
-        return sum(ms for stage, ms in self.stages_ms.items() if stage in COMPONENTS)
+        return sum(ms for stage, ms in self.stages_ms.items() if stage in (*COMPONENTS, *CHAT_COMPONENTS))
 
     @property
     def rest_ms(self) -> float:
@@ -151,7 +152,7 @@ class Task:
         prepare: Callable[[], Callable[[], object]],
     ) -> Task:
         """One call of component ``name`` at ``sizes``; tokens are counted of a decoding step."""
-        unit = {"qllama_text": "texts", "qllama_step": "tokens"}.get(name, "images")
+        unit = "texts" if name == "qllama_text" else "tokens" if name in _STEPS else "images"
         items = sizes["batch"] * (sizes["text"] if unit == "tokens" else 1)
         return cls(name, kind, sizes["batch"], sizes, items, unit, boundary, prepare)
 

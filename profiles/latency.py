@@ -1,5 +1,7 @@
 """What is timed of a bundle: each component alone, the chained calls, and the host's work beside them.
 
+What is chained in a chat is in :mod:`.chat_latency`.
+
 Every case names its boundary: what lies inside the timed call. Inputs are drawn at random within the
 component's contract (times do not depend on the values), texts and prompts are fixed. Engines are opened, and
 every shape has run, before anything is timed.
@@ -13,10 +15,12 @@ from functools import partial
 
 from ..engines.device import HOST, as_tensor
 from ..errors import UsageError
+from ..models.chat_config import ChatConfig, Whole
 from ..models.config import InternVLConfig
-from ..models.layout import COMPONENTS
+from ..models.layout import components_of
 from ..preprocess import CAPTION_PROMPT
 from ..runtime import InternVL, Mode
+from ..runtime.loaded import Loaded
 from ..specs import ComponentSpec
 from .cases import Case, Progress, Task
 from .cuda import event_timer, has_gpu
@@ -46,24 +50,36 @@ def plan(
     Raises:
         UsageError: a batch size that an engine was not built for.
     """
-    names = [name for name in COMPONENTS if name in model.bundle.manifest.components]
-    specs = {name: model.components.spec(name) for name in names}
-    tasks: list[Task] = []
+    specs = specs_of(model, config)
     chosen = batches_of(specs.values(), batches)
-    for spec in specs.values():
-        for batch in chosen:
-            for sizes in sizes_of(spec, batch, lengths, config):
-                tasks += _component(model, spec, config, sizes)
+    tasks = [
+        task
+        for spec in specs.values()
+        for batch in chosen
+        for sizes in sizes_of(spec, batch, lengths, config)
+        for task in component(model, spec, config, sizes)
+    ]
     for batch in chosen:
         tasks += _chained(model, specs, batch)
     for batch in chosen:
         tasks += _host(model, specs, batch)
+    return named(model, tasks)
+
+
+def specs_of(model: Loaded, config: Whole) -> dict[str, ComponentSpec]:
+    """The contracts of the components that the bundle holds, in the order of the chain."""
+    held = model.bundle.manifest.components
+    return {name: model.components.spec(name) for name in components_of(config) if name in held}
+
+
+def named(model: Loaded, tasks: Iterable[Task]) -> list[Task]:
+    """``tasks`` with what computes them."""
     backend, precision = model.components.backend, model.bundle.manifest.precision
     return [task.of("host", "") if task.kind == "host" else task.of(backend, precision) for task in tasks]
 
 
 def run(
-    model: InternVL, tasks: Sequence[Task], rule: StopRule, progress: Progress | None = None
+    model: Loaded, tasks: Sequence[Task], rule: StopRule, progress: Progress | None = None
 ) -> tuple[Case, ...]:
     """Time every task after opening the engines they need."""
     for name in dict.fromkeys(task.name for task in tasks if task.kind == "component"):
@@ -101,12 +117,11 @@ def batches_of(specs: Iterable[ComponentSpec], wanted: Sequence[int] | None) -> 
     return list(dict.fromkeys(wanted))
 
 
-def sizes_of(
-    spec: ComponentSpec, batch: int, lengths: Sequence[int], config: InternVLConfig
-) -> list[dict[str, int]]:
+def sizes_of(spec: ComponentSpec, batch: int, lengths: Sequence[int], config: Whole) -> list[dict[str, int]]:
     """The dynamic axes at the sizes the engine is tuned for, and at ``lengths`` as far as it takes them."""
     tuned = {axis.name: axis.opt for axis in spec.axes} | {"batch": batch}
-    swept = {"qllama_text": ("text", 0), "qllama_step": ("past", config.num_query_token)}
+    image = config.num_visual if isinstance(config, ChatConfig) else config.num_query_token
+    swept = {"qllama_text": ("text", 0), "qllama_step": ("past", image), "decoder": ("past", image)}
     found = [tuned]
     if spec.name in swept:
         name, before = swept[spec.name]
@@ -118,13 +133,11 @@ def sizes_of(
     return [sizes for i, sizes in enumerate(found) if sizes not in found[:i]]
 
 
-def _component(
-    model: InternVL, spec: ComponentSpec, config: InternVLConfig, sizes: dict[str, int]
-) -> list[Task]:
-    """From host memory to host memory; on a GPU first within its own memory, by its own clock."""
+def component(model: Loaded, spec: ComponentSpec, config: Whole, sizes: dict[str, int]) -> list[Task]:
+    """One call of a component, host memory to host memory; on a GPU first within its memory, by its clock."""
 
     def prepare() -> Callable[[], object]:
-        inputs = random_inputs(spec, sizes, config.qllama.vocab_size)
+        inputs = random_inputs(spec, sizes, config.llama.vocab_size)
         return partial(model.components.open(spec.name).run, inputs)
 
     boundary = "one engine call: arrays in host memory in, all outputs in host memory out"
@@ -134,7 +147,7 @@ def _component(
         return [task]
 
     def resident() -> Callable[[], object]:
-        inputs = random_inputs(spec, sizes, config.qllama.vocab_size)
+        inputs = random_inputs(spec, sizes, config.llama.vocab_size)
         tensors = {name: as_tensor(array, device) for name, array in inputs.items()}
         return partial(model.components.open(spec.name).run_tensors, tensors)
 
@@ -193,11 +206,8 @@ def _host(model: InternVL, specs: dict[str, ComponentSpec], batch: int) -> list[
     if "vision" in specs:
         width, height = JPEG_SIZE
         boundary = f"JPEG files of {width} x {height} in memory in, pixels out: decode, resize, normalise"
-        tasks.append(
-            Task(
-                "preprocess", "host", batch, {}, batch, "images", boundary, partial(_preprocess, model, batch)
-            )
-        )
+        prepare = partial(preprocessing, model, batch)
+        tasks.append(Task("preprocess", "host", batch, {}, batch, "images", boundary, prepare))
         boundary = f"embeddings in, probabilities of {LABELS:,} labels out: normalise, product, softmax"
         prepare = partial(_probabilities, model, batch)
         tasks.append(Task("postprocess classify", "host", batch, {}, batch, "images", boundary, prepare))
@@ -208,7 +218,7 @@ def _host(model: InternVL, specs: dict[str, ComponentSpec], batch: int) -> list[
         )
     if "qllama_step" in specs:
         boundary = f"{CAPTION_TOKENS} token ids an image in, strings out"
-        prepare = partial(_detokenize, model, batch)
+        prepare = partial(detokenizing, model, batch)
         tasks.append(Task("postprocess caption", "host", batch, {}, batch, "texts", boundary, prepare))
     return tasks
 
@@ -225,7 +235,8 @@ def _classify(model: InternVL, batch: int) -> Callable[[], object]:
     return partial(model.classify, [jpeg()] * batch, random_pixels((LABELS, _width(model))))
 
 
-def _preprocess(model: InternVL, batch: int) -> Callable[[], object]:
+def preprocessing(model: Loaded, batch: int) -> Callable[[], object]:
+    """Decoding and resizing a batch of JPEG files."""
     from ..preprocess import preprocess_images
 
     return partial(preprocess_images, [jpeg()] * batch, model.image_settings)
@@ -238,7 +249,8 @@ def _probabilities(model: InternVL, batch: int) -> Callable[[], object]:
     return partial(probabilities, random_pixels((batch, width)), random_pixels((LABELS, width)), scale)
 
 
-def _detokenize(model: InternVL, batch: int) -> Callable[[], object]:
+def detokenizing(model: Loaded, batch: int) -> Callable[[], object]:
+    """Strings of :data:`CAPTION_TOKENS` token ids each."""
     tokenizer, count = model.tokenizer, len(model.tokenizer)
     ids = [3 + i % (count - 3) for i in range(CAPTION_TOKENS)]
     return lambda: [tokenizer.decode(ids) for _ in range(batch)]
@@ -249,5 +261,5 @@ def _width(model: InternVL) -> int:
     return int(next(t for t in outputs if t.name == "image_embed").shape[1])
 
 
-def _seconds(model: InternVL) -> dict[str, float]:
+def _seconds(model: Loaded) -> dict[str, float]:
     return {stage: t.seconds for stage, t in model.timings.items()}

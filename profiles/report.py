@@ -12,17 +12,19 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..engines.device import HOST
-from ..errors import BuildError, CapabilityError
-from ..manifest import MANIFEST
+from ..errors import BuildError, CapabilityError, UsageError
+from ..manifest import MANIFEST, Model
+from ..models.chat_config import ChatConfig, InternViTConfig, Whole, config_from_published
 from ..models.config import InternVLConfig
-from ..models.layout import COMPONENTS
-from ..runtime import InternVL
-from . import baseline
-from .cases import Case, Progress
+from ..models.layout import COMPONENTS, components_of
+from ..runtime import InternVL, InternVLChat
+from ..runtime.loaded import Loaded
+from . import baseline, chat_latency, latency
+from .cases import Case, Progress, Task
 from .ceilings import Ceilings, floor_of, measure_ceilings
 from .flops import ComponentCost, graph_cost
 from .inputs import TEXT, jpeg, random_inputs
-from .latency import batches_of, plan, run, sizes_of
+from .latency import batches_of, run, sizes_of
 from .machine import commit, machine, peak_memory, versions
 from .measure import StopRule
 from .receipt import Profile, Settings, Startup, Subject
@@ -78,43 +80,45 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
     """
     options, here = options or Options(), machine()
     bundle = Bundle.open(path, "size")
-    if not set(COMPONENTS) & set(bundle.manifest.components):
+    about, config = bundle.manifest.model, config_from_published(bundle.manifest.model.config)
+    if isinstance(config, InternViTConfig) or not set(components_of(config)) & set(
+        bundle.manifest.components
+    ):
         raise CapabilityError(
             f"{bundle.root} cannot be profiled.",
-            f"It holds {', '.join(bundle.manifest.components)}; this release times {', '.join(COMPONENTS)}.",
-            "Profile the bundle of an InternVL.",
+            f"It holds {', '.join(bundle.manifest.components)}; this release times an InternVL and a chat.",
+            "Profile the bundle of one of these.",
         )
-    about, config = bundle.manifest.model, InternVLConfig.from_published(bundle.manifest.model.config)
-    tables = options.table19 or different_model(about, config) is None
+    paper = _of_paper(about, config, options)
     notes: list[str] = []
     checkpoint = None
-    if tables and options.baseline:  # before anything is timed: a wrong --checkpoint is said at once
+    if (
+        paper is not None and options.baseline
+    ):  # before anything is timed: a wrong --checkpoint is said at once
         checkpoint, why_not = baseline.find_checkpoint(about, options.checkpoint)
         notes += [why_not] if why_not else []
     with watch() as watched:
         started = time.perf_counter()
         components = RecordingComponents(bundle, options.backend, options.target, None, **options.engine)
-        with InternVL(bundle, components) as model:
+        with _open(bundle, components) as model:
             first_ms, boundary = _first_request(model, started)
             device = components.open(next(iter(bundle.manifest.components))).device
-            batches = _batches(bundle, options, tables)
-            lengths = tuple(dict.fromkeys((*options.lengths, *((TEXT_TOKENS,) if tables else ()))))
-            tasks = plan(model, config, batches, lengths)
+            batches = _batches(bundle, options, paper is not None)
+            lengths = tuple(dict.fromkeys((*options.lengths, *((TEXT_TOKENS,) if paper is not None else ()))))
+            tasks = _plan(model, config, batches, lengths)
             startup = _startup(model, config, first_ms, boundary)
             cases = list(run(model, tasks, options.rule, progress))
         memory = peak_memory()  # of the engines: the baseline and the ceilings take more
-        if checkpoint is not None:
+        if checkpoint is not None and paper is not None:
             wanted = [
                 (bundle.spec(name), sizes)
                 for name in BASELINE_PARTS
                 if name in bundle.manifest.components and name in checkpoint.components
                 for batch in dict.fromkeys(case.batch for case in cases)
-                for sizes in sizes_of(bundle.spec(name), batch, lengths, config)
+                for sizes in sizes_of(bundle.spec(name), batch, lengths, paper)
                 if sizes.get("text", TEXT_TOKENS) == TEXT_TOKENS
             ]
-            cases += baseline.run_baseline(
-                checkpoint, config, wanted, options.rule, options.threads, progress
-            )
+            cases += baseline.run_baseline(checkpoint, paper, wanted, options.rule, options.threads, progress)
         ceilings = _ceilings(options, device, progress)
     costs, uncounted = _costs(bundle, options.backend, cases)
     gpu = next(iter(here.gpus), None)
@@ -133,41 +137,69 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
         startup=startup,
         peak_memory_bytes=memory,
         peak_device_bytes=_device_peak(watched.clocks),
-        cases=tuple(_with_floors(cases, costs, config, ceilings)),
+        cases=tuple(_with_floors(cases, costs, paper, ceilings)),
         costs=costs,
         ceilings=ceilings,
-        table19=table19(about, config, cases, gpu.name if gpu and device != HOST else here.cpu)
-        if tables
+        table19=table19(about, paper, cases, gpu.name if gpu and device != HOST else here.cpu)
+        if paper is not None
         else None,
         notes=(*notes, *uncounted, *(ceilings.notes if ceilings else ())),
     )  # fmt: skip
 
 
-def _first_request(model: InternVL, started: float) -> tuple[float, str]:
+def _of_paper(about: Model, config: Whole, options: Options) -> InternVLConfig | None:
+    """The model's sizes where the paper's tables are wanted of it; UsageError where there are none."""
+    if isinstance(config, InternVLConfig):
+        return config if options.table19 or different_model(about, config) is None else None
+    if options.table19:
+        raise UsageError(
+            "A chat model has no place in Table 19.", "It is about InternVL-C and -G.", "Drop --table19."
+        )
+    return None
+
+
+def _open(bundle: Bundle, components: RecordingComponents) -> InternVL | InternVLChat:
+    made = InternVLChat if "decoder" in bundle.manifest.components else InternVL
+    return made(bundle, components)
+
+
+def _plan(
+    model: InternVL | InternVLChat, config: Whole, batches: Sequence[int] | None, lengths: Sequence[int]
+) -> list[Task]:
+    if isinstance(model, InternVLChat) and isinstance(config, ChatConfig):
+        return chat_latency.plan(model, config, batches, lengths)
+    if isinstance(model, InternVL) and isinstance(config, InternVLConfig):
+        return latency.plan(model, config, batches, lengths)
+    raise CapabilityError(f"{model.bundle.root} cannot be profiled.", "Its components are not its model's.")
+
+
+def _first_request(model: InternVL | InternVLChat, started: float) -> tuple[float, str]:
     """Milliseconds since ``started`` once the first request is answered, and what that was."""
-    if "vision" in model.bundle.manifest.components:
+    opened = "opening that engine, one call"
+    if isinstance(model, InternVLChat):
+        model.chat([jpeg()]).ask(TEXT, max_new_tokens=1)
+        asked, opened = "the first token about one JPEG", "opening all engines, one call of each"
+    elif "vision" in model.bundle.manifest.components:
         model.encode_image([jpeg()])
         asked = "one JPEG's InternVL-C embedding"
     else:
         model.encode_text([TEXT])
         asked = "one text's embedding"
-    boundary = f"from the opened manifest to {asked}: opening that engine, one call; imports done before"
+    boundary = f"from the opened manifest to {asked}: {opened}; imports done before"
     return (time.perf_counter() - started) * 1e3, boundary
 
 
-def _startup(model: InternVL, config: InternVLConfig, first_ms: float, boundary: str) -> Startup:
+def _startup(model: Loaded, config: Whole, first_ms: float, boundary: str) -> Startup:
     """Open every engine and call it once."""
     calls: dict[str, float] = {}
-    for name in model.bundle.manifest.components:
-        if name not in COMPONENTS:
-            continue
+    for name in latency.specs_of(model, config):
         before = model.timings.get(name)
         if before is not None:  # what the first request called
             calls[name] = before.seconds * 1e3
             continue
         spec = model.components.spec(name)
         sizes = sizes_of(spec, batches_of([spec], None)[0], (), config)[0]
-        inputs, engine = random_inputs(spec, sizes, config.qllama.vocab_size), model.components.open(name)
+        inputs, engine = random_inputs(spec, sizes, config.llama.vocab_size), model.components.open(name)
         began = time.perf_counter()
         engine.run(inputs)
         calls[name] = (time.perf_counter() - began) * 1e3
@@ -192,7 +224,7 @@ def _ceilings(options: Options, device: str, progress: Progress | None) -> Ceili
     return measure_ceilings(options.threads, replace(options.rule, min_samples=3), gpu=device != HOST)
 
 
-def _subject(bundle: Bundle, config: InternVLConfig) -> Subject:
+def _subject(bundle: Bundle, config: Whole) -> Subject:
     manifest = bundle.manifest
     return Subject(
         bundle.root.resolve().name,
@@ -201,7 +233,7 @@ def _subject(bundle: Bundle, config: InternVLConfig) -> Subject:
         manifest.model.parameters,
         manifest.precision,
         manifest.compute_dtype,
-        config.vision.image_size,
+        config.image_size if isinstance(config, ChatConfig) else config.vision.image_size,
     )
 
 
@@ -216,14 +248,17 @@ def _device_peak(clocks: Clocks | None) -> int | None:
 
 
 def _with_floors(
-    cases: Iterable[Case], costs: Sequence[ComponentCost], config: InternVLConfig, ceilings: Ceilings | None
+    cases: Iterable[Case],
+    costs: Sequence[ComponentCost],
+    config: InternVLConfig | None,
+    ceilings: Ceilings | None,
 ) -> Iterable[Case]:
     """``cases`` with the floors of what they called; the baseline's work follows from the configuration."""
     wide = Arithmetic(baseline.PRECISION, {})
     for case in cases:
         if ceilings is None:
             yield case
-        elif case.kind == "baseline":
+        elif case.kind == "baseline" and config is not None:
             own = [component_cost(case.name, config, case.sizes, wide)]
             yield replace(case, floor=floor_of(case, own, ceilings))
         else:

@@ -17,9 +17,10 @@ Box = tuple[float, float, float, float]
 
 
 def roofline_chart(profile: Profile) -> Drawing | None:
-    """Every component case as a point, and the roof of each type over them; None without ceilings."""
+    """Every component case with products as a point, and the roofs over them; None without ceilings."""
     ceilings = profile.ceilings
-    points = [(case, cost) for case in profile.of_kind("component") if (cost := profile.cost(case))]
+    cases = profile.of_kind("component")
+    points = [(case, cost) for case in cases if (cost := profile.cost(case)) and cost.macs]
     if ceilings is None or not points or not ceilings.products or not ceilings.copies:
         return None
     roofs: dict[str, float] = {}

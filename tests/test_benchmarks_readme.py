@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ivl_export.benchmarks import readme
+from ivl_export.profiles.chat_latency import ANSWER, FIRST, NEXT, OTHER
 from ivl_export.profiles.receipt import write
 from ivl_export.tests.made_profiles import made_case, made_profile
 
@@ -32,6 +33,19 @@ def test_the_table_is_written_from_the_receipts(tmp_path: Path) -> None:
     assert readme.render(new, readme.receipts(tmp_path)) == new
     unsteady = replace(case, measurement=replace(case.measurement, ended="time limit"))
     assert "| ~4 |" in readme.render(TEXT, [made_profile([unsteady])])
+
+
+def test_chats_have_a_table_of_their_own() -> None:
+    times = {FIRST: 8.0, NEXT: 2.0, OTHER: 3.0, ANSWER: 60.0}
+    cases = [made_case(name, [ms] * 20, kind="chained") for name, ms in times.items()]
+    cases[-1] = replace(cases[-1], items=30, unit="tokens")
+    new = readme.render(TEXT, [made_profile(cases)])
+    assert "| chat bundle | on | first token ms |" in new
+    assert "| made-up | onnxruntime fp8 | 8 | 2 | 3 | 2 | 500 |" in new
+    assert "(30 tokens)" in new
+    assert "| chat bundle |" not in readme.render(
+        TEXT, [made_profile([made_case(readme.CALLS[0], [4.0] * 20)])]
+    )
 
 
 def test_marks_must_stand_once() -> None:
