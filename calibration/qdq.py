@@ -27,13 +27,10 @@ from ..errors import BuildError
 from .qdq_attention import quantised_attentions, write_attention
 from .qdq_nodes import COMPUTE, STORED, Form, Style, dequantised, drop_unused, initializer, pair
 from .quantize import BASE_DTYPES, activation_scale, scale_shape, stored_names
-from .schemes import SCHEMES
+from .schemes import PROMISES, SCHEMES, promise
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-_PROMISE = {(s.activation, s.weight): name for name, s in SCHEMES.items() if not (s.fold or s.per_tensor)}
-"""Types of both factors -> the scheme whose kernel that is: smoothing is in the weights already."""
 
 
 def write_qdq(
@@ -78,7 +75,7 @@ def write_qdq(
                 _quantise_input(node, name, kind, amax[layer], form, pairs)
             _replace_weight(node, name, weight)
             node.name = node.name or name
-            promised[node.name] = _PROMISE[SCHEMES[scheme].activation, SCHEMES[scheme].weight]
+            promised[node.name] = promise(scheme)
         drop_unused(model.graph, f"{layer}.weight")
     promised |= write_attention(model.graph, attentions, amax, form)
     check_promise(model, wanted, promised)
@@ -93,7 +90,7 @@ def quantised_gemms(model: ir.Model) -> dict[str, str]:
     found = {}
     for node in model.graph:
         if node.op_type == "MatMul" and _stored(node.inputs[1]):
-            scheme = _PROMISE.get((dequantised(node.inputs[0]), dequantised(node.inputs[1])))
+            scheme = PROMISES.get((dequantised(node.inputs[0]), dequantised(node.inputs[1])))
             if scheme is not None:
                 found[str(node.name)] = scheme
     return found

@@ -41,6 +41,9 @@ SCHEMES = {
 }
 """Schemes that quantise, by the name that recipes and receipts know them under."""
 
+PROMISES = {(s.activation, s.weight): name for name, s in SCHEMES.items() if not (s.fold or s.per_tensor)}
+"""Types of both factors -> the scheme whose kernel that is: smoothing is in the weights already."""
+
 BASES = ("bf16", "fp16")
 """Types that everything a recipe does not name computes in."""
 
@@ -50,6 +53,11 @@ DIMENSION_MULTIPLE = {"fp8": 16, "fp8-tensor": 16, "w4a8": 16, "w4a4": 32}
 BLOCKS = (128, 64, 32)
 """In features of an INT4 weight that share a scale: the first of these that divides them. TensorRT-RTX and
 ONNX Runtime take all three."""
+
+
+def promise(scheme: str) -> str:
+    """What ``scheme`` promises of a layer's product: one of :data:`PROMISES`."""
+    return PROMISES[SCHEMES[scheme].activation, SCHEMES[scheme].weight]
 
 
 def block_size(scheme: str, in_features: int) -> int:

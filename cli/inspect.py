@@ -34,6 +34,17 @@ def inspect(
         Path | None,
         typer.Option(help="With --layers: TensorRT's own JSON (trtexec --exportLayerInfo) of --component."),
     ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="With --layers: run it here and read what ran: torch, onnxruntime.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="With --backend torch: cpu, cuda, cuda:1.")] = "cpu",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="With --backend torch: fp32, bf16, fp16.", show_default="fp32, on a GPU the base"),
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="With --backend torch: through torch.compile.")
+    ] = False,
     html: Annotated[
         Path | None, typer.Option(help="With --layers: write them as one page, to sort and search.")
     ] = None,
@@ -43,13 +54,16 @@ def inspect(
     opened = Bundle.open(bundle, verify="hash" if verify else "size")
     if layers:
         from .layers import run
+        from .proofs import Here
 
-        run(opened, component, engine, layer_info, html, as_json)
+        here = Here(backend, device, dtype, compile) if backend else None
+        run(opened, component, engine, layer_info, here, html, as_json)
         return
-    if component or engine or layer_info or html:
+    if component or engine or layer_info or backend or html:
         raise UsageError(
-            "--component, --engine, --layer-info and --html are about layers.", "", "Give --layers as well."
-        )
+            "--component, --engine, --layer-info, --backend and --html are about layers.", "",
+            "Give --layers as well.",
+        )  # fmt: skip
     receipts = {name: opened.receipt(name) for name in opened.manifest.receipts}
     checked = "sha256 of every file" if verify else "size of every file"
     if as_json:

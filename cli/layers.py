@@ -13,20 +13,10 @@ import typer
 
 from ..bundle import Bundle
 from ..engines.proof import AttentionProof, KernelReport, ProductProof
-from ..errors import IntegrityError, UsageError
 from .output import human_bytes, print_json, print_table, show
+from .proofs import Here, Proof, Proofs, check_here, proof_of_file, proofs, proofs_here
 
 _BLOCK = re.compile(r"\.\d+(?=\.|$)")
-Proofs = dict[str, dict[str, "Proof"]]
-"""Engine -> component -> its proof."""
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What an engine does, and what was promised of it (node -> scheme)."""
-
-    report: KernelReport
-    promised: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -43,80 +33,6 @@ class Layer:
     weight_bits: float | None
     kernel: str
     cause: str
-
-
-def proofs(bundle: Bundle, component: str | None, engine: str | None) -> Proofs:
-    """The proofs in the bundle's receipt, of one component or engine only if named.
-
-    A bundle without one promised nothing: what ONNX Runtime makes of its graphs is read here.
-
-    Raises:
-        UsageError: there is no such component or engine.
-        IntegrityError: the receipt is not one.
-    """
-    if "kernels" not in bundle.manifest.receipts:
-        return _chosen({"onnxruntime-cpu": _read_here(bundle, component)}, component, engine)
-    receipt = bundle.receipt("kernels")
-    try:
-        found = {
-            name: {
-                part: Proof(KernelReport.from_json(proof), dict(proof["promised"]))
-                for part, proof in components.items()
-            }
-            for name, components in receipt.items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(
-            f"The receipt kernels.json of {bundle.root} cannot be read.", repr(error), "Build it again."
-        ) from error
-    return _chosen(found, component, engine)
-
-
-def proof_of_file(bundle: Bundle, info: Path, component: str | None) -> Proofs:
-    """The proof of a component by TensorRT's layer information ``info``, with the bundle's promises.
-
-    Raises:
-        UsageError: no component was named.
-        IntegrityError: the file is no layer information.
-    """
-    from ..engines.proof_inspector import proof_from_inspector
-
-    if component is None:
-        raise UsageError("--layer-info is of one component.", "", "Name it: --component vision.")
-    base = bundle.manifest.compute_dtype
-    report = proof_from_inspector(info, bundle.graph(component, base))
-    known = proofs(bundle, component, None) if "kernels" in bundle.manifest.receipts else {}
-    # ONNX Runtime's promises are of its own graph.
-    promised = next((p[component].promised for name, p in known.items() if name != "onnxruntime-cpu"), {})
-    return {f"{report.backend} ({info.name})": {component: Proof(report, promised)}}
-
-
-def _read_here(bundle: Bundle, component: str | None) -> dict[str, Proof]:
-    from ..engines.proof_onnxruntime import proof_from_onnxruntime
-
-    graphs = {
-        name: part.graphs for name, part in bundle.manifest.components.items() if component in (None, name)
-    }
-    return {
-        name: Proof(proof_from_onnxruntime(bundle.path(files["fp32"])), {})
-        for name, files in graphs.items()
-        if "fp32" in files
-    }
-
-
-def _chosen(found: Proofs, component: str | None, engine: str | None) -> Proofs:
-    components = list(dict.fromkeys(name for parts in found.values() for name in parts))
-    for wanted, known, option in ((engine, list(found), "--engine"), (component, components, "--component")):
-        if wanted is not None and wanted not in known:
-            raise UsageError(
-                f"There is no proof of {wanted}.", f"There are {', '.join(known) or 'none'}.",
-                f"Give {option} one of these.",
-            )  # fmt: skip
-    return {
-        name: {part: p for part, p in parts.items() if component in (None, part)}
-        for name, parts in found.items()
-        if engine in (None, name)
-    }
 
 
 def layers(proof: Proof) -> Iterator[Layer]:
@@ -222,11 +138,15 @@ def run(
     component: str | None,
     engine: str | None,
     info: Path | None,
+    here: Here | None,
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """What ``inspect --layers`` does."""
-    found = proofs(bundle, component, engine) if info is None else proof_of_file(bundle, info, component)
+    """What ``inspect --layers`` does; BuildError behind the output if ``here`` breaks a promise."""
+    if here is not None:
+        found = proofs_here(bundle, component, here)
+    else:
+        found = proofs(bundle, component, engine) if info is None else proof_of_file(bundle, info, component)
     if html is not None:
         from .layers_page import write_page
 
@@ -237,3 +157,5 @@ def run(
         print_layers(found)
     else:
         typer.echo(f"{sum(len(p) for p in found.values())} proofs on one page: {show(html)}")
+    if here is not None and here.backend == "torch":
+        check_here(found, here)

@@ -7,8 +7,9 @@ from html import escape
 from pathlib import Path
 
 from ..errors import UsageError
-from .layers import Layer, Proofs, layers, summary
+from .layers import Layer, layers, summary
 from .output import human_bytes, show
+from .proofs import Proofs
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """What the browser may load: nothing from anywhere."""
@@ -176,10 +177,12 @@ def _cell(text: str, style: str = "", order: float | None = None) -> str:
 def _tone(engine: str, layer: Layer) -> str:
     """Green for 8 bits or less, amber for more, red for a promise that is not kept.
 
-    ONNX Runtime has no FP8 kernels on a CPU: nothing is promised of it there.
+    ONNX Runtime and torch have no FP8 kernels on a CPU: nothing is promised of them there.
     """
     kinds = set(layer.runs.split("x"))
-    held = layer.promised == "int8" or (layer.promised == "fp8" and not engine.startswith("onnxruntime"))
+    held = layer.promised == "int8" or (
+        layer.promised == "fp8" and not engine.startswith(("onnxruntime", "torch-cpu"))
+    )
     if held and kinds != {layer.promised}:
         return "bad"
     return "low" if kinds <= {"fp8", "int8", "int4"} else "high" if layer.runs else ""

@@ -26,7 +26,6 @@ SCHEMA = "ivl-export.layers/1"
 BACKENDS = ("onnxruntime", "torch")
 OUTSIDE = "outside the blocks"
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)(?:[./]|$)")
-_MODULE = "module "
 
 
 @dataclass(frozen=True)
@@ -133,32 +132,18 @@ def _torch_calls(
 ) -> tuple[Call, ...]:
     """Calls of the torch backend on the CPU: each operator's own time, named by the module it is in."""
     import torch
-    from torch.profiler import ProfilerActivity, profile, record_function
+    from torch.profiler import ProfilerActivity, profile
 
     from ..torch_backend.module import component_of
+    from ..torch_backend.trace import named_ranges
 
     if threads is not None:
         torch.set_num_threads(threads)
     place = torch.device("cpu")
     module = component_of(bundle, component, dtype=torch.float32, device=place, product=None)
-    open_ranges: list[Any] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            open_ranges.append(record_function(f"{_MODULE}{name}"))
-            open_ranges[-1].__enter__()
-
-        return hook
-
-    def leave(*_: object) -> None:
-        open_ranges.pop().__exit__(None, None, None)
-
-    for name, part in module.named_modules():
-        part.register_forward_pre_hook(enter(name))
-        part.register_forward_hook(leave)
     feeds = [torch.from_numpy(inputs[tensor.name]) for tensor in bundle.spec(component).inputs]
     found = []
-    with torch.no_grad():
+    with torch.no_grad(), named_ranges(module):
         module(*feeds)
         for _ in range(calls):
             with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -168,17 +153,19 @@ def _torch_calls(
 
 
 def _torch_call(events: Iterable[Any]) -> Call:
+    from ..torch_backend.trace import MODULE
+
     found, total = [], 0.0
     for event in events:
-        if event.name == _MODULE:  # the component itself
+        if event.name == MODULE:  # the component itself
             total += event.time_range.elapsed_us()
-        if event.name.startswith(_MODULE):
+        if event.name.startswith(MODULE):
             continue
         parent = event.cpu_parent
-        while parent is not None and not parent.name.startswith(_MODULE):
+        while parent is not None and not parent.name.startswith(MODULE):
             parent = parent.cpu_parent
         if parent is not None and event.self_cpu_time_total > 0:
-            name = parent.name.removeprefix(_MODULE)
+            name = parent.name.removeprefix(MODULE)
             found.append(Event(name, event.name, event.time_range.start, event.self_cpu_time_total))
     return Call(total, tuple(found))
 

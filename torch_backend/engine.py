@@ -119,20 +119,26 @@ def open_torch(
     """
     place = device_of(device)
     bundle = Bundle.open(path)
-    chosen = dtype or ("fp32" if place.type == "cpu" else base_type(bundle))
-    if chosen not in DTYPES:
-        raise UsageError(f"Unknown dtype {chosen!r}.", "", f"Choose from {', '.join(DTYPES)}.")
+    computes = compute_type(bundle, place, dtype)
     if cuda_graphs and place.type != "cuda":
         raise CapabilityError("CUDA graphs need a GPU.", f"The device is {place}.", "Leave cuda_graphs out.")
     if threads is not None:
         torch.set_num_threads(threads)
-    module = component_of(bundle, spec.name, dtype=DTYPES[chosen], device=place, product=product)
+    module = component_of(bundle, spec.name, dtype=computes, device=place, product=product)
     call: Call = module
     if compile:
         compile_blocks(module, None if compile is True else compile)
     if cuda_graphs:
         call = CudaGraphs(call)
-    return TorchEngine(spec, call, DTYPES[chosen], place)
+    return TorchEngine(spec, call, computes, place)
+
+
+def compute_type(bundle: Bundle, device: torch.device, dtype: str | None = None) -> torch.dtype:
+    """What everything unquantised computes in, see :func:`open_torch`; UsageError if ``dtype`` is unknown."""
+    chosen = dtype or ("fp32" if device.type == "cpu" else base_type(bundle))
+    if chosen not in DTYPES:
+        raise UsageError(f"Unknown dtype {chosen!r}.", "", f"Choose from {', '.join(DTYPES)}.")
+    return DTYPES[chosen]
 
 
 def base_type(bundle: Bundle) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..calibration.quantize import LIMITS, dequantise
+from ..calibration.quantize import LOWEST, dequantise, quantise_values, unpack
 from ..calibration.schemes import SCHEMES
 
 Product = Literal["rowwise", "tensorwise", "restored"]
@@ -32,7 +32,7 @@ class QuantisedLinear(nn.Module):
 
     Args:
         values: the stored weight, [out, in] (INT4: two values a byte).
-        scale: fp32 [out], or [out, blocks].
+        scale: fp32 [out], [out, blocks], or [] of the whole weight.
         bias: in the compute type, or None.
     """
 
@@ -43,7 +43,7 @@ class QuantisedLinear(nn.Module):
     def __init__(self, values: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("values", values)
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", scale if scale.dim() else scale.repeat(values.shape[0]))
         self.register_buffer("bias", bias)
 
     def extra_repr(self) -> str:
@@ -113,23 +113,33 @@ class Fp8Linear(QuantisedLinear):
 
 
 class Int8Linear(QuantisedLinear):
-    """INT8 times INT8, summed in 32 bits; ``input_scale`` is that of ``x``."""
+    """INT8 times INT8, summed in 32 bits. INT4 values are unpacked first: torch multiplies none as they are.
+
+    Args:
+        values, scale, bias: see :class:`QuantisedLinear`.
+        input_scale: of ``x``.
+        kind: what ``x`` is rounded to, ``int8`` or ``int4``.
+    """
 
     factor: Tensor
     input_scale: Tensor
 
-    def __init__(self, values: Tensor, scale: Tensor, bias: Tensor | None, input_scale: float) -> None:
+    def __init__(
+        self, values: Tensor, scale: Tensor, bias: Tensor | None, input_scale: float, kind: str = "int8"
+    ) -> None:
         super().__init__(values, scale, bias)
         self.register_buffer("input_scale", torch.tensor(input_scale, device=values.device))
-        self.register_buffer("factor", scale * input_scale)
+        self.register_buffer("factor", self.scale * input_scale)
+        self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], same dtype."""
-        rows = rounded(x, self.input_scale, "int8").reshape(-1, x.shape[-1])
+        rows = rounded(x, self.input_scale, self.kind).reshape(-1, x.shape[-1])
+        values = unpack(self.values) if self.values.dtype == torch.uint8 else self.values
         count = rows.shape[0]
         if x.is_cuda and count < _MIN_ROWS:
             rows = F.pad(rows, (0, 0, 0, _MIN_ROWS - count))
-        y = torch._int_mm(rows, self.values.t())[:count] * self.factor
+        y = torch._int_mm(rows, values.t())[:count] * self.factor
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
@@ -158,17 +168,15 @@ def quantised_linear(
         return RestoredLinear(values, scale, bias)
     if input_scale is None:
         raise ValueError(f"{scheme} needs the scale of the layer's input")
-    if SCHEMES[scheme].activation == "fp8":
+    kind = SCHEMES[scheme].activation
+    if kind == "fp8":
         return Fp8Linear(values, scale, bias, input_scale, product)
-    return Int8Linear(values, scale, bias, input_scale)
+    return Int8Linear(values, scale, bias, input_scale, kind)
 
 
 def rounded(x: Tensor, scale: Tensor, kind: str) -> Tensor:
     """QuantizeLinear: ``x / scale`` rounded half to even and saturated, as float8_e4m3fn or int8."""
-    scaled = x.float() / scale
-    if kind == "fp8":  # torch's cast turns what is too large into NaN, so saturate first
-        return scaled.clamp(-LIMITS["fp8"], LIMITS["fp8"]).to(torch.float8_e4m3fn)
-    return scaled.round().clamp(-128, 127).to(torch.int8)
+    return quantise_values(x, scale, kind, LOWEST[kind])
 
 
 def restored(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

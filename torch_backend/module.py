@@ -64,7 +64,10 @@ def component_of(
     weights = _Weights(bundle, dtype, device)
     recipe = Recipe.from_json(bundle.manifest.recipe, "manifest.json") if bundle.manifest.recipe else None
     if recipe is not None and recipe.quantises:
-        ranges = _ranges(bundle, component)
+        rounds = recipe.attention == "fp8" or any(
+            SCHEMES[rule.scheme].activation for rule in recipe.rules if rule.scheme in SCHEMES
+        )
+        ranges = _ranges(bundle, component) if rounds else {}
         _quantise_linears(module, recipe, ranges, weights, product)
         if recipe.attention == "fp8":
             for name in _attentions_in_fp8(component, config):

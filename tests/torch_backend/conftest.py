@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,17 @@ def nano_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nano_fp8_attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in FP8 with FP8 attention."""
     return built("fp8-attention", tmp_path_factory.mktemp("attention") / "bundle", ("vision",))
+
+
+@pytest.fixture(scope="session")
+def nano_weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The same in any precision."""
+
+    @cache
+    def made(precision: str) -> Path:
+        return built(precision, tmp_path_factory.mktemp(precision) / "bundle", ("vision",))
+
+    return made
 
 
 def built(precision: str, out: Path, components: tuple[str, ...]) -> Path:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_export.calibration.quantize import dequantise, pack, quantise
+from ivl_export.calibration.schemes import SCHEMES
 from ivl_export.torch_backend.linears import (
     Fp8Linear,
     Int8Linear,
@@ -17,7 +18,8 @@ from ivl_export.torch_backend.linears import (
     rounded,
 )
 
-SCALES = {"fp8": 4.0 / 448, "int8": 4.0 / 127}
+SCALES = {"fp8": 4.0 / 448, "int8": 4.0 / 127, "w4a8": 4.0 / 127, "w4a4": 4.0 / 7}
+SCALES |= {f"{kind}-tensor": SCALES[kind] for kind in ("fp8", "int8")}
 
 
 def sample(scheme: str, rows: int, out: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -25,16 +27,17 @@ def sample(scheme: str, rows: int, out: int, width: int) -> tuple[torch.Tensor, 
     generator = torch.Generator().manual_seed(rows + out + width)
     x = torch.randn(rows, width, generator=generator)
     values, scale = quantise(torch.randn(out, width, generator=generator), scheme)
-    return x, pack(values) if scheme == "int4-weight" else values, scale
+    return x, pack(values) if SCHEMES[scheme].weight == "int4" else values, scale
 
 
 def exact(scheme: str, x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     if scheme in SCALES:
-        x = rounded(x, torch.tensor(SCALES[scheme]), scheme).double() * SCALES[scheme]
+        kind = SCHEMES[scheme].activation
+        x = rounded(x, torch.tensor(SCALES[scheme]), kind).double() * SCALES[scheme]
     return x.double() @ dequantise(values, scale).double().T
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "int8", "int8-weight", "int4-weight"])
+@pytest.mark.parametrize("scheme", [*SCALES, "int8-weight", "int4-weight"])
 @settings(max_examples=15)
 @given(rows=st.integers(1, 40), out=st.integers(1, 5), width=st.integers(1, 5), bias=st.booleans())
 def test_products_are_exact_in_fp32(scheme: str, rows: int, out: int, width: int, bias: bool) -> None:
@@ -72,6 +75,7 @@ def test_values_out_of_range_saturate() -> None:
     big = torch.tensor([[1e9, -1e9, float(2**-20)]])
     assert rounded(big, torch.tensor(1.0), "fp8").float().tolist()[0][:2] == [448, -448]
     assert rounded(big, torch.tensor(1.0), "int8").tolist() == [[127, -128, 0]]
+    assert rounded(big, torch.tensor(1.0), "int4").tolist() == [[7, -8, 0]]
 
 
 def test_a_scale_is_asked_for_where_it_is_needed() -> None:

@@ -1,0 +1,157 @@
+"""Where ``ivl-export inspect --layers`` has its proofs from: receipts, a vendor's file, or a look here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..bundle import Bundle
+from ..engines.promise import check_promise
+from ..engines.proof import KernelReport
+from ..errors import CapabilityError, IntegrityError, UsageError
+
+Proofs = dict[str, dict[str, "Proof"]]
+"""Engine -> component -> its proof."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What an engine does, and what was promised of it (node -> scheme)."""
+
+    report: KernelReport
+    promised: Mapping[str, str]
+
+
+def proofs(bundle: Bundle, component: str | None, engine: str | None) -> Proofs:
+    """The proofs in the bundle's receipt, of one component or engine only if named.
+
+    A bundle without one promised nothing: what ONNX Runtime makes of its graphs is read here.
+
+    Raises:
+        UsageError: there is no such component or engine.
+        IntegrityError: the receipt is not one.
+    """
+    if "kernels" not in bundle.manifest.receipts:
+        return _chosen({"onnxruntime-cpu": _read_here(bundle, component)}, component, engine)
+    receipt = bundle.receipt("kernels")
+    try:
+        found = {
+            name: {
+                part: Proof(KernelReport.from_json(proof), dict(proof["promised"]))
+                for part, proof in components.items()
+            }
+            for name, components in receipt.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"The receipt kernels.json of {bundle.root} cannot be read.", repr(error), "Build it again."
+        ) from error
+    return _chosen(found, component, engine)
+
+
+def proof_of_file(bundle: Bundle, info: Path, component: str | None) -> Proofs:
+    """The proof of a component by TensorRT's layer information ``info``, with the bundle's promises.
+
+    Raises:
+        UsageError: no component was named.
+        IntegrityError: the file is no layer information.
+    """
+    from ..engines.proof_inspector import proof_from_inspector
+
+    if component is None:
+        raise UsageError("--layer-info is of one component.", "", "Name it: --component vision.")
+    base = bundle.manifest.compute_dtype
+    report = proof_from_inspector(info, bundle.graph(component, base))
+    known = proofs(bundle, component, None) if "kernels" in bundle.manifest.receipts else {}
+    # ONNX Runtime's promises are of its own graph.
+    promised = next((p[component].promised for name, p in known.items() if name != "onnxruntime-cpu"), {})
+    return {f"{report.backend} ({info.name})": {component: Proof(report, promised)}}
+
+
+@dataclass(frozen=True)
+class Here:
+    """How a backend is to run on this machine: ``backend``, and for ``torch`` what
+    :func:`~ivl_export.torch_backend.engine.open_torch` takes."""
+
+    backend: str
+    device: str = "cpu"
+    dtype: str | None = None
+    compile: bool = False
+
+
+def proofs_here(bundle: Bundle, component: str | None, here: Here) -> Proofs:
+    """What ``here`` makes of the bundle on this machine, read now.
+
+    Raises:
+        UsageError: a backend that cannot be read so, or no such component.
+        CapabilityError: the backend is not installed, or lacks the device.
+    """
+    if here.backend == "onnxruntime":
+        return _chosen({"onnxruntime-cpu": _read_here(bundle, component)}, component, None)
+    if here.backend != "torch":
+        raise UsageError(
+            f"What {here.backend} runs is not read so.",
+            "Engines of TensorRT and TensorRT-RTX are read from their files, into the bundle's receipt; "
+            "torch-tensorrt names layers after nodes of its own.",
+            "Give --backend torch or onnxruntime, --engine of the receipt, or --layer-info FILE.",
+        )
+    name = f"torch-{here.device}{', compiled' if here.compile else ''}"
+    chosen = [part for part in bundle.manifest.components if component in (None, part)]
+    return _chosen({name: {part: _run_torch(bundle, part, here) for part in chosen}}, component, None)
+
+
+def _run_torch(bundle: Bundle, component: str, here: Here) -> Proof:
+    try:
+        from ..torch_backend.proof import proof_from_torch
+    except ImportError as error:
+        raise CapabilityError("torch is not installed.", str(error), "pip install torch") from error
+    from ..profiles.inputs import random_inputs
+
+    spec = bundle.spec(component)
+    sizes = {axis.name: axis.opt for axis in spec.axes}
+    sizes |= {"batch": spec.axis("batch").min}
+    # One token id is like another here: what runs depends on shapes.
+    inputs = random_inputs(spec, sizes, vocabulary=4)
+    return Proof(
+        *proof_from_torch(
+            bundle, component, inputs, device=here.device, dtype=here.dtype, compile=here.compile
+        )
+    )
+
+
+def check_here(found: Proofs, here: Here) -> None:
+    """Hold torch to what it has kernels for on this device; BuildError if it does something else."""
+    from ..torch_backend.proof import held
+
+    for parts in found.values():
+        for proof in parts.values():
+            check_promise(proof.report, held(proof.promised, here.device, here.dtype))
+
+
+def _read_here(bundle: Bundle, component: str | None) -> dict[str, Proof]:
+    from ..engines.proof_onnxruntime import proof_from_onnxruntime
+
+    graphs = {
+        name: part.graphs for name, part in bundle.manifest.components.items() if component in (None, name)
+    }
+    return {
+        name: Proof(proof_from_onnxruntime(bundle.path(files["fp32"])), {})
+        for name, files in graphs.items()
+        if "fp32" in files
+    }
+
+
+def _chosen(found: Proofs, component: str | None, engine: str | None) -> Proofs:
+    components = list(dict.fromkeys(name for parts in found.values() for name in parts))
+    for wanted, known, option in ((engine, list(found), "--engine"), (component, components, "--component")):
+        if wanted is not None and wanted not in known:
+            raise UsageError(
+                f"There is no proof of {wanted}.", f"There are {', '.join(known) or 'none'}.",
+                f"Give {option} one of these.",
+            )  # fmt: skip
+    return {
+        name: {part: p for part, p in parts.items() if component in (None, part)}
+        for name, parts in found.items()
+        if engine in (None, name)
+    }

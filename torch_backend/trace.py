@@ -1,0 +1,136 @@
+"""What one call of a module really executes: every operator, those it is made of, and the kernels below.
+
+Torch's profiler records it: types, sizes and addresses of what each operator takes. An operator that has no
+kernel of its own shows the ones that do its work inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+MODULE = "module "
+"""Ranges of :func:`named_ranges` are called by this and the module's name."""
+
+
+_EMITTED = "cpp_fused_"
+"""In the names of the kernels that ``torch.compile`` writes for a CPU."""
+
+_VIEWS = frozenset(
+    {"_reshape_alias", "alias", "as_strided", "chunk", "contiguous", "detach", "empty", "empty_like"}
+    | {"empty_strided", "expand", "expand_as", "flatten", "narrow", "permute", "reshape", "resolve_conj"}
+    | {"resize_", "result_type", "select", "slice", "split", "squeeze", "t", "to", "transpose", "type_as"}
+    | {"unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as"}
+)
+"""Operators that by themselves only look at memory, or ask for it."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that an operator takes; ``address`` is that of its storage, whichever view of it this is."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    address: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operator of a call.
+
+    Args:
+        name: ``aten::mm``.
+        scope: the module that was running; empty: the outermost, or unknown (compiled code has no modules).
+        inputs: its tensors, in the order of its arguments.
+        inner: the operators that it is made of.
+        kernels: what it launched on a GPU itself.
+    """
+
+    name: str
+    scope: str
+    inputs: tuple[Operand, ...]
+    inner: tuple[Op, ...]
+    kernels: tuple[str, ...] = ()
+
+    def all_kernels(self) -> Iterator[str]:
+        """What it and all inside it launch."""
+        yield from self.kernels
+        for op in self.inner:
+            yield from op.all_kernels()
+
+    @property
+    def work(self) -> int:
+        """How many operators in it compute or copy, on a GPU how many kernels it launches."""
+        inner = sum(op.work for op in self.inner)
+        own = len(self.kernels) or (not inner and self.name.removeprefix("aten::") not in _VIEWS)
+        return inner + own
+
+
+@contextmanager
+def named_ranges(module: nn.Module) -> Iterator[None]:
+    """Inside, the profiler sees a range ``module <name>`` around the call of each part of ``module``."""
+    open_ranges: list[Any] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            open_ranges.append(record_function(f"{MODULE}{name}"))
+            open_ranges[-1].__enter__()
+
+        return hook
+
+    def leave(*_: object) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    with ExitStack() as hooks:
+        for name, part in module.named_modules():
+            hooks.enter_context(part.register_forward_pre_hook(enter(name)))
+            hooks.enter_context(part.register_forward_hook(leave))
+        yield
+
+
+def traced(call: Callable[[], object], device: torch.device) -> tuple[Op, ...]:
+    """The operators of one ``call`` on ``device``. Call it once before: what is set up then is not seen."""
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with torch.no_grad(), profile(activities=kinds, record_shapes=True) as recorded:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
+    return tuple(_ops(recorded.profiler.kineto_results.experimental_event_tree(), ""))
+
+
+def _ops(events: Sequence[Any], scope: str) -> Iterator[Op]:
+    """The operators of ``events``; ranges and the runtime's own calls are looked through."""
+    for event in events:
+        kind, fields = event.typed
+        if event.name.startswith(MODULE):
+            yield from _ops(event.children, event.name.removeprefix(MODULE))
+        elif kind.name == "TorchOp" and ("::" in event.name or _EMITTED in event.name):
+            inputs = tuple(
+                Operand(given.dtype, tuple(given.sizes), given.storage_data_ptr)
+                for given in fields.inputs
+                if hasattr(given, "storage_data_ptr")
+            )
+            yield Op(
+                event.name, scope, inputs, tuple(_ops(event.children, scope)), tuple(_kernels(event.children))
+            )
+        else:
+            yield from _ops(event.children, scope)
+
+
+def _kernels(events: Sequence[Any]) -> Iterator[str]:
+    """Kernels of a GPU below ``events``, not below their operators."""
+    for event in events:
+        if event.typed[0].name == "TorchOp":
+            continue
+        # The calls of the runtime that launch a kernel stand above it, and are recorded alike.
+        if event.typed[0].name == "Kineto" and not event.name.startswith(("cuda", "cu", "Mem")):
+            yield event.name
+        yield from _kernels(event.children)
