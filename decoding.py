@@ -7,9 +7,9 @@ captions were made with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,10 @@ class Sampling:
                 f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}.",
                 "temperature and top_k are 0 or more, top_p is over 0 and at most 1.",
             )
+
+
+Pick = Callable[[Any, Sampling, np.random.Generator, "int | None"], int]
+"""What :func:`pick` does."""
 
 
 class Step(Protocol):
@@ -114,21 +118,27 @@ def check_search(limits: Limits, num_beams: int, sampling: Sampling | None) -> N
 class Chooser:
     """Takes one sequence's tokens, one after another, as its settings say; ``done`` after the last one."""
 
-    def __init__(self, limits: Limits, sampling: Sampling | None = None) -> None:
+    def __init__(self, limits: Limits, sampling: Sampling | None = None, picker: Pick | None = None) -> None:
+        """``picker`` does what :func:`pick` does, of logits of another kind."""
         self.limits, self.sampling = limits, sampling or Sampling()
+        self._pick: Pick = picker or pick
         self.done, self._count = False, 0
         self._rng = np.random.default_rng(self.sampling.seed)
 
-    def choose(self, logits: Scores) -> int:
+    def choose(self, logits: Any) -> int:
         """The next token, of the ``logits`` [V] behind the ones before it."""
-        token = pick(_bar_eos(logits, self._count, self.limits), self.sampling, self._rng)
+        barred = self.limits.eos if self._count < self.limits.min_new_tokens else None
+        token = self._pick(logits, self.sampling, self._rng, barred)
         self._count += 1
         self.done = token == self.limits.eos or self._count == self.limits.max_new_tokens
         return token
 
 
-def pick(logits: Scores, how: Sampling, rng: np.random.Generator) -> int:
-    """One token of ``logits`` [V]."""
+def pick(logits: Scores, how: Sampling, rng: np.random.Generator, barred: int | None = None) -> int:
+    """One token of ``logits`` [V], any but ``barred``."""
+    if barred is not None:
+        logits = logits.copy()
+        logits[barred] = -np.inf
     if how.temperature == 0:
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")[: how.top_k or None]

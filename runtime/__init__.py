@@ -5,6 +5,7 @@ No torch; a backend is imported with its first engine.
 
 from .admission import Answer, ServiceLimits
 from .chat import Chat, InternVLChat
+from .chat_service import ChatService
 from .images import Reading
 from .index import Index
 from .model import InternVL, Mode, Ranking
@@ -15,6 +16,7 @@ from .urls import UrlPolicy
 __all__ = [
     "Answer",
     "Chat",
+    "ChatService",
     "Index",
     "InternVL",
     "InternVLChat",

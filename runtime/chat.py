@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +21,10 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..conversation import SYSTEM, Turn, encode
-from ..decoding import Sampling
+from ..decoding import Limits, Sampling, check_search
 from ..errors import CapabilityError, InputError, UsageError
 from ..preprocess import Array
+from .chat_service import ChatService
 from .components import Components
 from .context import Context
 from .images import Images, Reading
@@ -78,6 +80,24 @@ class InternVLChat(Loaded):
         """
         return Chat(self, images, history, system)
 
+    async def achat(self, images: Images = (), history: Sequence[Turn] = (), system: str = SYSTEM) -> Chat:
+        """As :meth:`chat`, for asyncio."""
+        return await self.requests.chat(images, history, system)
+
+    @cached_property
+    def requests(self) -> ChatService:
+        """Questions of many conversations at once; the ``a...`` methods go through it.
+
+        For other limits, make a :class:`~ivl_export.runtime.chat_service.ChatService` of your own.
+        """
+        return ChatService(self)
+
+    def close(self) -> None:
+        """Free the engines; the model cannot be used afterwards."""
+        if "requests" in self.__dict__:
+            self.requests.close()
+        super().close()
+
     def encode_images(self, images: Images) -> tuple[Array, list[bytes]]:
         """What the decoder sees of images, float32 [I, V, H], and a digest of each one's pixels.
 
@@ -122,7 +142,7 @@ class Chat:
 
     def restart(self) -> None:
         """Forget what was said. The image stays, and so do its keys and values."""
-        with self._alone():
+        with self.alone():
             self._turns = []
 
     def ask(
@@ -154,14 +174,10 @@ class Chat:
             InputError: the conversation is too long for the bundle; it stays as it was.
             UsageError: another answer is being heard.
         """
-        if max_new_tokens < 1:
-            raise UsageError("max_new_tokens must be at least 1.", f"It is {max_new_tokens}.")
-        turn = Turn(question, None, 0 if self._turns else len(self.context.digests))
-        encoded = encode([*self._turns, turn], self.model.tokenizer, self.system)
-        how = sampling or Sampling()
-        text, answered = "", False
-        new = self.context.tokens(encoded.ids, max_new_tokens, how, self._eos, min_new_tokens)
-        with self._alone(), closing(new):
+        limits, text, answered = self.limits(max_new_tokens, min_new_tokens), "", False
+        with self.alone():
+            turn, ids = self.prompt(question)
+            new = self.context.tokens(ids, limits, sampling or Sampling())
             try:
                 for piece in self.model.tokenizer.stream(new):
                     text += piece
@@ -171,11 +187,44 @@ class Chat:
                 answered = True
                 raise
             finally:
+                new.close()
                 if answered:
-                    self._turns.append(replace(turn, answer=text.strip()))
+                    self.said(turn, text)
+
+    async def aask(self, question: str, max_new_tokens: int = 256, sampling: Sampling | None = None) -> str:
+        """As :meth:`ask`, for asyncio: decoded together with the answers of other conversations."""
+        return (await self.model.requests.ask(self, question, max_new_tokens, sampling)).value
+
+    def astream(
+        self, question: str, max_new_tokens: int = 256, sampling: Sampling | None = None
+    ) -> AsyncGenerator[str, None]:
+        """As :meth:`stream`, for asyncio: ``async for piece in chat.astream(question)``."""
+        return self.model.requests.stream(self, question, max_new_tokens, sampling)
+
+    def limits(self, max_new_tokens: int, min_new_tokens: int) -> Limits:
+        """The limits of one answer, with the checkpoint's EOS; UsageError if they cannot be right."""
+        config: Any = self.model.bundle.manifest.model.config
+        eos = config.get("eos_token_id")
+        limits = Limits(
+            self.model.tokenizer.eos if eos is None else int(eos),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+        )
+        check_search(limits, 1, None)
+        return limits
+
+    def prompt(self, question: str) -> tuple[Turn, list[int]]:
+        """The turn that ``question`` opens, and the ids of the conversation up to its answer."""
+        turn = Turn(question, None, 0 if self._turns else len(self.context.digests))
+        return turn, encode([*self._turns, turn], self.model.tokenizer, self.system).ids
+
+    def said(self, turn: Turn, answer: str) -> None:
+        """``turn`` was answered."""
+        self._turns.append(replace(turn, answer=answer.strip()))
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
+        """The conversation is one caller's inside the ``with`` block; UsageError if it is another's."""
         if not self._lock.acquire(blocking=False):
             raise UsageError(
                 "This conversation is answering already.",
@@ -186,9 +235,3 @@ class Chat:
             yield
         finally:
             self._lock.release()
-
-    @property
-    def _eos(self) -> int:
-        config: Any = self.model.bundle.manifest.model.config
-        found = config.get("eos_token_id")
-        return self.model.tokenizer.eos if found is None else int(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Hashable, Sequence
 from typing import Any
 
@@ -9,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..conversation import IMAGE_TOKEN
-from ..decoding import Sampling
+from ..decoding import Chooser, Limits, Sampling
 from ..errors import InputError
 from ..preprocess import Array
 from .cache import KVCache
 from .components import Components
-from .picking import pick, without
+from .picking import pick
 from .prefixes import BLOCK, Prefixes
+from .scheduler import Started
 
 GRAIN = 256
 """A cache has a multiple of this many positions: a step computes over all of them."""
@@ -39,36 +41,57 @@ class Context:
         self._spec = components.spec("decoder")
         self._cache: KVCache | None = None  # it comes with the first keys, on their device
         self._held: list[Hashable] = []  # what the cache's positions stand for
+        self._lock = threading.Lock()
 
-    def tokens(
-        self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling, eos: int, min_new_tokens: int = 0
-    ) -> Generator[int, None, None]:
-        """New token ids after the prompt ``ids`` (with :data:`~ivl_export.conversation.IMAGE_TOKEN`).
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return len(self._held)
 
-        ``eos`` is not among them, and may not come before ``min_new_tokens``.
-
-        What this or another conversation has computed of the prompt is not computed again.
-        """
-        rng = np.random.default_rng(sampling.seed)
-        keys = self._keys(ids)
-        room = self._room(len(keys) + max_new_tokens - 1)
-        self._recall(keys[:-1], room)  # the last position has to be computed: its logits are wanted
-        new = keys[len(self._held) :]
-        logits = self._feed(self._embedded(new), new, room)
+    def tokens(self, ids: Sequence[int], limits: Limits, sampling: Sampling) -> Generator[int, None, None]:
+        """New token ids after the prompt ``ids``, as :meth:`read` takes it; EOS is not among them."""
+        logits = self.read(ids, limits.max_new_tokens)
+        room, chooser = (
+            self._room(len(self._held) + limits.max_new_tokens - 1),
+            Chooser(limits, sampling, pick),
+        )
         try:
-            for number in range(max_new_tokens):
-                if number < min_new_tokens:
-                    logits = without(logits, eos)
-                token = pick(logits, sampling, rng)
-                if token == eos:
+            while not chooser.done:
+                token = chooser.choose(logits)
+                if token == limits.eos:
                     return
                 yield token
-                if number == 0:  # others may ask while this answer is being heard
-                    self._share()
-                if number + 1 < max_new_tokens:
+                if not chooser.done:
                     logits = self._feed(self._embed([token]), [token], room)
         finally:
             self._share()
+
+    def started(self, ids: Sequence[int], limits: Limits) -> Started:
+        """The prompt ``ids`` read, for others to decode. The answer is read anew with the next question."""
+        with self._lock:  # an earlier question may be given up while its prompt is being read
+            logits = self.read(ids, limits.max_new_tokens)
+            assert self._cache is not None
+            return Started(self._cache.row(0), logits)
+
+    def read(self, ids: Sequence[int], new: int) -> Any:
+        """The logits [V] behind the prompt ``ids``, where the engine left them.
+
+        What this or another conversation has computed of it is not computed again, and others have what was.
+
+        Args:
+            ids: tokens, and :data:`~ivl_export.conversation.IMAGE_TOKEN` where an image stands.
+            new: tokens that may follow.
+
+        Raises:
+            InputError: prompt and answer are too long for the bundle.
+        """
+        keys = self._keys(ids)
+        room = self._room(len(keys) + new - 1)
+        self._recall(keys[:-1], room)  # the last position has to be computed: its logits are wanted
+        left = keys[len(self._held) :]
+        logits = self._feed(self._embedded(left), left, room)
+        self._share()
+        return logits
 
     def _recall(self, keys: Sequence[Hashable], room: int) -> None:
         """Hold as many of the first ``keys`` as this or another conversation has, and nothing else."""

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CapabilityError
+from .chat_service import ChatService
 from .service import Service
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Collector:
         CapabilityError: prometheus_client is not installed.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service | ChatService) -> None:
         self._service, self._core = service, _prometheus()
 
     def collect(self) -> Iterator[Metric]:
@@ -47,7 +48,7 @@ class Collector:
         yield from (stages, ended, now)
 
 
-def exposition(service: Service) -> bytes:
+def exposition(service: Service | ChatService) -> bytes:
     """The page that Prometheus reads, of ``service`` alone; CapabilityError as :class:`Collector`."""
     collector = Collector(service)
     from prometheus_client import CollectorRegistry, generate_latest

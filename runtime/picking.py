@@ -12,27 +12,23 @@ import numpy as np
 
 from .. import decoding
 from ..decoding import Sampling
-from ..engines.device import as_tensor, copied
+from ..engines.device import as_tensor
 
 if TYPE_CHECKING:
     import torch
 
 
-def pick(logits: Any, how: Sampling, rng: np.random.Generator) -> int:
-    """One token of ``logits`` [V], an array or a tensor on any device, as :func:`.decoding.pick`."""
+def pick(logits: Any, how: Sampling, rng: np.random.Generator, barred: int | None = None) -> int:
+    """As :func:`.decoding.pick`, of ``logits`` [V] that are an array, or a tensor on any device."""
     if isinstance(logits, np.ndarray):
-        return decoding.pick(logits, how, rng)
+        return decoding.pick(logits, how, rng, barred)
     scores = as_tensor(logits).float()
+    if barred is not None:
+        scores = scores.clone()
+        scores[barred] = -np.inf
     if how.temperature == 0:
         return int(scores.argmax())
     return int(_drawn(scores, how, rng.random()))
-
-
-def without(logits: Any, token: int) -> Any:
-    """A copy of ``logits`` [V], where they lie, that never gives ``token``."""
-    left = copied(logits)
-    left[token] = -np.inf
-    return left
 
 
 def _drawn(scores: torch.Tensor, how: Sampling, number: float) -> torch.Tensor:

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from ..decoding import Chooser, Ids, Limits, Sampling, Scores
-from ..engines.device import to_host
+from ..decoding import Chooser, Ids, Limits, Sampling
 from ..errors import InputError, UsageError
 from ..specs import ComponentSpec
 from .batching import Ran
+from .picking import pick
 from .slots import Slots
 
 Hear = Callable[[int], None]
@@ -30,10 +30,13 @@ Hear = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Started:
-    """A prompt that was read: keys and values [2, layers, heads, n, head_dim], and the logits [V] after."""
+    """A prompt that was read: keys and values [2, layers, heads, n, head_dim], and the logits [V] after.
+
+    Both are arrays, or tensors on the engine's device.
+    """
 
     held: Any
-    logits: Scores
+    logits: Any
 
 
 @dataclass(eq=False)
@@ -97,7 +100,7 @@ class Scheduler:
                 f"They need a past of {longest} positions; the engine was built for {past}.",
                 "Ask for fewer new tokens, or rebuild with a larger range.",
             )
-        sequence = _Sequence(Chooser(limits, sampling), hear)
+        sequence = _Sequence(Chooser(limits, sampling, pick), hear)
         with self._changed:
             if self._closed:
                 raise UsageError("This model was closed.", fix="Load it again.")
@@ -167,11 +170,10 @@ class Scheduler:
             sequence.company = max(sequence.company, len(self._running))
         made = self._run({**self._inputs(tokens), **self._slots.feeds()})
         self._slots.append(made)
-        logits = to_host(made["logits"])
         for slot in list(self._running):
-            self._choose(slot, logits[slot])
+            self._choose(slot, made["logits"][slot])
 
-    def _choose(self, slot: int, logits: Scores) -> None:
+    def _choose(self, slot: int, logits: Any) -> None:
         sequence = self._running[slot]
         try:
             sequence.tokens.append(sequence.chooser.choose(logits))

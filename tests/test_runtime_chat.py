@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from ivl_export.cli import main
 from ivl_export.conversation import Turn
-from ivl_export.decoding import Sampling, pick
+from ivl_export.decoding import Limits, Sampling, pick
 from ivl_export.errors import CapabilityError, InputError, UsageError
 from ivl_export.runtime import Chat, InternVL, InternVLChat
 from ivl_export.runtime.context import Context
@@ -69,7 +69,7 @@ def test_greedy_tokens_are_the_published_ones(model: InternVLChat, row: int) -> 
     ids = GOLDEN[f"gen{row}.input_ids"][0].tolist()
     want = GOLDEN[f"gen{row}.new_tokens"][0].tolist()
     for _ in range(2):  # the second time out of the cache
-        assert list(context.tokens(ids, len(want), Sampling(), EOS)) == want
+        assert list(context.tokens(ids, Limits(EOS, max_new_tokens=len(want)), Sampling())) == want
 
 
 def test_a_further_question_computes_only_itself(
@@ -234,7 +234,8 @@ def test_conversations_in_threads(model: InternVLChat, monkeypatch: pytest.Monke
 def test_an_answer_is_not_shorter_than_asked(model: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = model.chat([picture()])
     monkeypatch.setattr(chat.context, "_feed", lambda *given: np.eye(200, dtype=np.float32)[EOS])
-    assert list(chat.context.tokens([1, -200, 5], 8, Sampling(), EOS, 3)) == [0, 0, 0]
+    limits = Limits(EOS, max_new_tokens=8, min_new_tokens=3)
+    assert list(chat.context.tokens([1, -200, 5], limits, Sampling())) == [0, 0, 0]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(5.0, top_k=20, top_p=0.9, seed=3)])
@@ -278,7 +279,7 @@ def test_errors(model: InternVLChat, tiny_bundle: Path, chat_bundle: Path) -> No
         model.chat([picture()], [Turn("a", "b", 2)])
     with pytest.raises(InputError, match="A sequence of images"):
         model.chat("photo.jpg")
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(UsageError, match="generation settings"):
         model.chat().ask("a", 0)
     with pytest.raises(CapabilityError, match="cannot chat"):
         InternVLChat.load(tiny_bundle)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ivl_export import decoding
 from ivl_export.decoding import Sampling
-from ivl_export.runtime.picking import pick, without
+from ivl_export.runtime.picking import pick
 
 torch = pytest.importorskip("torch")
 
@@ -26,9 +26,12 @@ SETTINGS = st.builds(
 def test_a_device_draws_what_the_host_draws(how: Sampling, size: int, ties: bool) -> None:
     drawn = np.random.default_rng(how.seed).normal(0, 3, size).astype(np.float32)
     logits = np.round(drawn) if ties else drawn
+    barred = how.seed % size if size > 1 else None
     own, other = np.random.default_rng(how.seed), np.random.default_rng(how.seed)
     for _ in range(5):
-        assert pick(torch.from_numpy(logits), how, own) == decoding.pick(logits, how, other)
+        found = pick(torch.from_numpy(logits), how, own, barred)
+        assert found == decoding.pick(logits, how, other, barred)
+        assert found != barred
     assert pick(logits, how, own) == decoding.pick(logits, how, other)
 
 
@@ -49,5 +52,5 @@ def test_shares_are_those_of_the_distribution() -> None:
 def test_of_any_float_type(kind: str) -> None:
     logits = torch.tensor([0.0, 3.0, 1.0]).to(getattr(torch, kind))
     assert pick(logits, Sampling(), np.random.default_rng(0)) == 1
-    assert pick(without(logits, 1), Sampling(), np.random.default_rng(0)) == 2
+    assert pick(logits, Sampling(), np.random.default_rng(0), 1) == 2
     assert logits[1] == 3, "the engine's own logits stay"

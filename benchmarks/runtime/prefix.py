@@ -1,0 +1,65 @@
+"""Prefix reuse: the first token about an image that was asked about before, and about one that was not.
+
+The calls are those of :mod:`ivl_export.profiles.chat_latency`: pixels and a question that nobody has asked
+in, one token's text out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from ivl_export.benchmarks.runtime.measured import Candidate, Comparison, Goal, side_by_side
+from ivl_export.benchmarks.runtime.models import Setting
+from ivl_export.bundle import Bundle
+from ivl_export.profiles.chat_latency import question
+from ivl_export.profiles.inputs import random_pixels
+from ivl_export.runtime import InternVLChat
+from ivl_export.runtime.components import Components
+
+FASTER = 3.0
+"""How many times as fast the first token shall be where the image is known."""
+FIRST, NEXT, OTHER = "first question about an image", "next question", "another conversation, same image"
+PRECISIONS = ("fp32", "int8")
+
+
+def measure(setting: Setting) -> Sequence[Comparison]:
+    """Each chat model in each precision."""
+    return [
+        compared(setting, f"{model}-chat", precision) for model in setting.models for precision in PRECISIONS
+    ]
+
+
+def compared(setting: Setting, name: str, precision: str) -> Comparison:
+    """The first token of a question in three conversations, which share their engines."""
+    bundle = Bundle.open(setting.bundle(name, precision))
+    with InternVLChat(
+        bundle, Components(bundle, "onnxruntime", threads=setting.threads), kept_bytes=0
+    ) as alone:
+        sharing = InternVLChat(bundle, alone.components)
+        size = alone.image_settings.size
+        pixels = random_pixels((1, 3, size, size))
+        chat = sharing.chat(pixels)
+
+        def ask_again() -> str:
+            chat.restart()
+            return chat.ask(question(), 1, min_new_tokens=1)
+
+        def ask_anew(model: InternVLChat) -> str:
+            return model.chat(pixels).ask(question(), 1, min_new_tokens=1)
+
+        ask_again()
+        timed = side_by_side(
+            [
+                Candidate(FIRST, partial(ask_anew, alone), precision),
+                Candidate(NEXT, ask_again, precision),
+                Candidate(OTHER, partial(ask_anew, sharing), precision),
+            ],
+            setting.rounds,
+        )
+        facts = {
+            "image_positions": int(chat.context.visual.shape[1]),
+            "prompt_positions": chat.context.length,
+        }
+    goals = tuple(Goal(of, FIRST, "speed", FASTER) for of in (NEXT, OTHER))
+    return Comparison(f"{name}: one token of an answer", timed, goals, facts)

@@ -1,0 +1,163 @@
+"""Many conversations at once on one model: asyncio, bounded, decoded together, timed.
+
+Each question is admitted (:mod:`.admission`), its prompt is read on a pool of threads, as far as nobody has
+read it before (:mod:`.prefixes`), and its answer is decoded together with those of other conversations
+(:mod:`.scheduler`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..conversation import SYSTEM, Turn
+from ..decoding import Ids, Limits, Sampling
+from ..preprocess import Pieces
+from .admission import Admission, Answer, Clock, ServiceLimits
+from .batching import Ran
+from .images import Images
+from .scheduler import Hear, Scheduler
+
+if TYPE_CHECKING:
+    from .chat import Chat, InternVLChat
+
+
+class ChatService:
+    """Asynchronous questions to ``model``, from one event loop at a time. Close it when done.
+
+    ``limits.running`` counts questions whose prompt is read or whose answer is decoded, ``limits.max_batch``
+    answers decoded at a time (None: as many as the decoder takes).
+    """
+
+    def __init__(self, model: InternVLChat, limits: ServiceLimits | None = None) -> None:
+        self.model, self.limits = model, limits or ServiceLimits()
+        self._admission = Admission(self.limits)
+        self.counts = self._admission.counts
+        self._readers = ThreadPoolExecutor(os.cpu_count() or 1, "ivl-reader")
+
+    async def chat(
+        self,
+        images: Images = (),
+        history: Sequence[Turn] = (),
+        system: str = SYSTEM,
+        timeout: float | None = None,
+    ) -> Chat:
+        """As :meth:`.chat.InternVLChat.chat`, the images read and encoded on another thread.
+
+        Raises:
+            BusyError: too many requests wait, or it was not done in ``timeout`` seconds.
+            InputError: as there.
+        """
+
+        async def run(clock: Clock) -> Ran[Chat]:
+            made = await self._read(self.model.chat, images, history, system)
+            clock.mark("read")
+            return Ran(made, 0.0, 0.0, 1)
+
+        return (await self._admission.request(run, timeout)).value
+
+    async def ask(
+        self,
+        chat: Chat,
+        question: str,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        min_new_tokens: int = 0,
+        timeout: float | None = None,
+    ) -> Answer[str]:
+        """The answer to ``question``; a conversation whose question fails stays as it was.
+
+        Raises:
+            BusyError: too many requests wait, or it was not done in ``timeout`` seconds.
+            InputError, UsageError: as :meth:`.chat.Chat.stream`.
+        """
+        limits = chat.limits(max_new_tokens, min_new_tokens)
+        with chat.alone():
+            turn, ids = chat.prompt(question)
+            found = await self._tokens(chat, ids, limits, sampling, timeout)
+            said = [token for token in found.value if token != limits.eos]
+            text = self.model.tokenizer.decode(said).strip()
+            chat.said(turn, text)
+        return Answer(text, found.timings, found.batch)
+
+    async def stream(
+        self,
+        chat: Chat,
+        question: str,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        min_new_tokens: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[str, None]:
+        """The answer in pieces, as they are found; errors as :meth:`ask`, ``timeout`` is for all of it.
+
+        Whoever stops listening (``aclose``) frees its place, and the conversation keeps what was heard.
+        """
+        limits, pieces, text = chat.limits(max_new_tokens, min_new_tokens), Pieces(self.model.tokenizer), ""
+        loop = asyncio.get_running_loop()
+        heard: asyncio.Queue[int | None] = asyncio.Queue()
+
+        def hear(token: int) -> None:  # by the scheduler's thread
+            loop.call_soon_threadsafe(heard.put_nowait, token)
+
+        with chat.alone():
+            turn, ids = chat.prompt(question)
+            task = asyncio.create_task(self._tokens(chat, ids, limits, sampling, timeout, hear))
+            task.add_done_callback(lambda _: heard.put_nowait(None))
+            try:
+                while (token := await heard.get()) is not None:
+                    if token != limits.eos and (piece := pieces.add(token)):
+                        text += piece
+                        yield piece
+                await task
+                chat.said(turn, text)
+            except GeneratorExit:
+                chat.said(turn, text)
+                raise
+            finally:
+                task.cancel()
+
+    def close(self) -> None:
+        """Refuse and cancel what waits; what runs is finished."""
+        if "_scheduler" in self.__dict__:
+            self._scheduler.close()
+        self._readers.shutdown(cancel_futures=True)
+
+    async def _tokens(
+        self,
+        chat: Chat,
+        ids: Sequence[int],
+        limits: Limits,
+        sampling: Sampling | None,
+        timeout: float | None,
+        hear: Hear | None = None,
+    ) -> Answer[list[int]]:
+        scheduler = self._scheduler
+
+        async def run(clock: Clock) -> Ran[list[int]]:
+            started = await self._read(chat.context.started, ids, limits)
+            clock.mark("read")
+            return await asyncio.wrap_future(scheduler.submit(started, limits, sampling, hear))
+
+        return await self._admission.request(run, timeout)
+
+    async def _read(self, work: Any, *given: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work, *given)
+
+    @cached_property
+    def _scheduler(self) -> Scheduler:
+        components = self.model.components
+        spec = components.spec("decoder")
+        most = spec.axis("batch").max
+
+        def inputs(ids: Ids) -> dict[str, Any]:
+            return {
+                "input_embeds": components.run_device("decoder_embed", {"input_ids": ids})["input_embeds"]
+            }
+
+        slots = min(self.limits.max_batch or most, most)
+        return Scheduler(lambda feeds: components.run_device("decoder", feeds), spec, slots, inputs)
