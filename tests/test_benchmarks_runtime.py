@@ -70,6 +70,15 @@ def test_chained_calls_compute_what_bare_sessions_do(tiny: Setting) -> None:
     assert all(c.facts["equal"] and len(c.timed) == 2 for c in found)
 
 
+def test_prefixes_are_reused_without_another_answer(chat_bundle: Path) -> None:
+    found = part("prefix")(Given(chat_bundle, threads=1, rounds=3, models=("tiny",)))
+    assert [c.timed[0].precision for c in found] == ["fp32", "int8"]
+    for comparison in found:
+        assert comparison.facts["equal"]
+        assert comparison.facts["image_positions"] < comparison.facts["prompt_positions"]
+        assert [(g.of, g.bound) for g in comparison.goals] == [(t.name, 3.0) for t in comparison.timed[1:]]
+
+
 def test_the_command_keeps_a_receipt(
     tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,7 @@
 """Prefix reuse: the first token about an image that was asked about before, and about one that was not.
 
 The calls are those of :mod:`ivl_export.profiles.chat_latency`: pixels and a question that nobody has asked
-in, one token's text out.
+in, one token's text out. ``equal``: a whole answer is the same with and without reuse.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ def measure(setting: Setting) -> Sequence[Comparison]:
 def compared(setting: Setting, name: str, precision: str) -> Comparison:
     """The first token of a question in three conversations, which share their engines."""
     bundle = Bundle.open(setting.bundle(name, precision))
-    with InternVLChat(
-        bundle, Components(bundle, "onnxruntime", threads=setting.threads), kept_bytes=0
-    ) as alone:
-        sharing = InternVLChat(bundle, alone.components)
+    components = Components(bundle, "onnxruntime", threads=setting.threads)
+    with InternVLChat(bundle, components, kept_bytes=0) as alone:
+        sharing = InternVLChat(bundle, components)
         size = alone.image_settings.size
         pixels = random_pixels((1, 3, size, size))
         chat = sharing.chat(pixels)
@@ -57,7 +56,10 @@ def compared(setting: Setting, name: str, precision: str) -> Comparison:
             ],
             setting.rounds,
         )
+        asked, tokens = question(), setting.new_tokens
+        answers = {model.chat(pixels).ask(asked, tokens) for model in (alone, sharing)}
         facts = {
+            "equal": len(answers) == 1,
             "image_positions": int(chat.context.visual.shape[1]),
             "prompt_positions": chat.context.length,
         }
