@@ -107,7 +107,7 @@ class InternVLChat(Loaded):
         rows = [np.zeros((0, *shape), np.float32)]
         digests: list[bytes] = []
         for pixels in self.pixel_batches(images):
-            own = [hashlib.sha256(np.ascontiguousarray(p)).digest() for p in pixels]
+            own = [hashlib.sha256(np.ascontiguousarray(p).data).digest() for p in pixels]
             seen = {digest: self.prefixes.image(digest) for digest in own}
             new = {digest: p for digest, p in zip(own, pixels, strict=True) if seen[digest] is None}
             if new:
