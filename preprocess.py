@@ -112,6 +112,12 @@ class ImageSettings:
         return cls.from_json(data, str(path))
 
 
+def buckets_of(low: int, high: int) -> list[int]:
+    """The lengths that texts are padded to for an engine that takes ``low`` to ``high`` tokens."""
+    longest = min(MAX_LENGTH, high)
+    return sorted({max(low, min(b, longest)) for b in (*BUCKETS, longest)})
+
+
 def preprocess_images(
     images: Sequence[ImageInput], settings: ImageSettings, threads: int = 1, fast: bool = False
 ) -> Array:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..export.blocks import block_prefix
+from ..export.blocks import CROSSING, block_prefix
 from ..export.components import component_spec
 from ..models.chat_config import ChatConfig, InternViTConfig
 from .quantize import activation_scale, quantise_values
@@ -77,16 +77,15 @@ def _attentions(component: str, config: ModelConfig) -> dict[str, AttentionShape
     assert not isinstance(config, InternViTConfig)
     llama = config.decoder if isinstance(config, ChatConfig) else config.qllama
     least = {axis.name: axis.min for axis in component_spec(component, config).axes}
-    own = least.get("total") or least.get("text")
+    own, crossing = least.get("total", least.get("text", 0)), set()
+    if component in CROSSING and not isinstance(config, ChatConfig):
+        own += config.num_query_token
+        crossing = {i for i in range(llama.num_hidden_layers) if config.has_cross_attention(i)}
     found = {}
     for i in range(llama.num_hidden_layers):
-        if own is None:
-            assert not isinstance(config, ChatConfig)
-            found[f"{prefix}.{i}.self_attn"] = AttentionShape(llama.head_dim, config.num_query_token)
-            if config.has_cross_attention(i):
-                found[f"{prefix}.{i}.cross_attn"] = AttentionShape(llama.head_dim, vision.num_tokens)
-        else:
-            found[f"{prefix}.{i}.self_attn"] = AttentionShape(llama.head_dim, own)
+        found[f"{prefix}.{i}.self_attn"] = AttentionShape(llama.head_dim, own)
+        if i in crossing:
+            found[f"{prefix}.{i}.cross_attn"] = AttentionShape(llama.head_dim, vision.num_tokens)
     return found
 
 

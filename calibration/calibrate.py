@@ -43,7 +43,7 @@ class PartTime:
     """What one part of a tower took.
 
     Args:
-        tower: ``vision`` or ``qllama`` (query, text and step pass together).
+        tower: ``vision`` or ``qllama`` (query, text, step and matching pass together).
         block: its number; None for the entry and the exit.
         seconds: wall clock, with reading the weights.
         samples: how many went through.
@@ -73,6 +73,7 @@ def spilled_bytes(config: Whole, components: Sequence[str], samples: int) -> int
         values += (2 * config.num_visual + LONGEST + MAX_STEP) * llama.hidden_size * ("decoder" in order)
         return 2 * 4 * samples * values
     rows = {"qllama_query": config.num_query_token, "qllama_text": MAX_LENGTH, "qllama_step": MAX_STEP}
+    rows["qllama_itm"] = config.num_query_token + MAX_LENGTH
     values = vision.num_tokens * vision.hidden_size * ("vision" in order)
     values += sum(rows.get(component, 0) for component in order) * llama.hidden_size
     return 2 * 4 * samples * values

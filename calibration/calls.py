@@ -159,6 +159,10 @@ def _runs(
         for rows, length in groups(texts.lengths.tolist()):
             inputs = {"input_ids": texts.input_ids[rows, :length], "lengths": texts.lengths[rows]}
             yield rows, inputs, length
+    elif component == "qllama_itm":
+        for rows, length in groups(texts.match_lengths.tolist()):
+            inputs = {"input_ids": texts.match_ids[rows, :length], "lengths": texts.match_lengths[rows]}
+            yield rows, inputs, queries + length
     else:
         for rows, length in groups([len(ids) for ids in texts.caption_ids]):
             ids = np.array([texts.caption_ids[row] for row in rows], np.int64)

@@ -65,6 +65,10 @@ def run_chain(runners: Mapping[str, Runner], batch: Batch | ChatBatch) -> Iterat
             past = {f"past_{name}": array[rows] for name, array in cache.items()}
             inputs = {**step_inputs(ids, past["past_key.0"].shape[2]), **past}
             yield _run(runners, "qllama_step", inputs)
+    if "qllama_itm" in runners and "tokens" in made:
+        for rows, length in groups(batch.match_lengths.tolist()):
+            texts = {"input_ids": batch.match_ids[rows, :length], "lengths": batch.match_lengths[rows]}
+            yield _run(runners, "qllama_itm", {"tokens": made["tokens"][rows], **texts})
 
 
 def _run_chat(runners: Mapping[str, Runner], batch: ChatBatch) -> Iterator[Step]:

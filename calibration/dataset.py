@@ -112,26 +112,22 @@ class Texts:
     Args:
         input_ids, lengths: contrastive texts, int64 [B, T] and [B].
         caption_ids: for each sample the tokens a caption decoder is fed: bos, prompt, caption (no eos).
+        match_ids, match_lengths: plain captions to match the images with, int64 [B, T] and [B]; as in
+            training half of them are wrong: those of the next sample.
     """
 
     input_ids: Array
     lengths: Array
     caption_ids: tuple[tuple[int, ...], ...]
+    match_ids: Array
+    match_lengths: Array
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Model inputs.
-
-    Args:
-        pixel_values: float32 [B, 3, S, S].
-        input_ids, lengths, caption_ids: as in :class:`Texts`.
-    """
+class Batch(Texts):
+    """Model inputs: ``pixel_values`` float32 [B, 3, S, S] beside the texts."""
 
     pixel_values: Array
-    input_ids: Array
-    lengths: Array
-    caption_ids: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -204,7 +200,8 @@ class CalibrationSet:
             prompts = tuple(
                 tuple(tokenizer.encode_prompt(prompt_for(text) + text)[:MAX_STEP]) for text in texts
             )
-            yield Texts(ids, lengths, prompts)
+            others = [texts[(i + i % 2) % len(texts)] for i in range(len(texts))]
+            yield Texts(ids, lengths, prompts, *tokenizer.encode_contrastive(others, prefix=""))
 
     def pixels(self, settings: ImageSettings, batch_size: int = 8) -> Iterator[Array]:
         """The images of each batch, float32 [B, 3, S, S], one batch in memory at a time."""
@@ -219,7 +216,7 @@ class CalibrationSet:
         """Preprocessed batches, one in memory at a time."""
         pixels = self.pixels(settings, batch_size)
         for texts, images in zip(self.texts(tokenizer, batch_size), pixels, strict=True):
-            yield Batch(images, texts.input_ids, texts.lengths, texts.caption_ids)
+            yield Batch(**vars(texts), pixel_values=images)
 
     def _parts(self, batch_size: int) -> Iterator[tuple[Sample, ...]]:
         for start in range(0, len(self), batch_size):

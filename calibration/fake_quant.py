@@ -31,8 +31,8 @@ STRETCH = (0.02, 4.0)
 """How much of the calibrated range of its inputs a layer may cover, where scales are learned."""
 
 STACKED = ("qllama_text", "qllama_text", "qllama_step")
-"""Whose ranges the texts of stage 2 take, third by third: matching (which no component runs), contrastive and
-generation. Their queries run as in ``qllama_query``."""
+"""Whose ranges the texts of stage 2 take, third by third: matching (those of ``qllama_itm`` are not trained),
+contrastive and generation. Their queries run as in ``qllama_query``."""
 
 
 POOLED = re.compile(r"clip_projector2?\.cross_attn\.[qkv]")

@@ -1,7 +1,7 @@
 """Component modules a part at a time: what stands before their blocks, each block, what stands behind.
 
-InternVL's four components are two towers: InternViT, and the QLLaMA layers that query, text and step passes
-share. A chat model has two towers as well: InternViT with the projector, and the decoder.
+InternVL's components are two towers: InternViT, and the QLLaMA layers that query, text, step and matching
+passes share. A chat model has two towers as well: InternViT with the projector, and the decoder.
 Modules stay on the meta device; a part's weights are there while the part runs, and no longer, so memory
 follows one block and not the model. A part computes just what the component's ``forward`` computes there.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..export.blocks import block_prefix
+from ..export.blocks import CROSSING, block_prefix
 from ..export.components import component_module
 from ..models.chat_config import ChatConfig, Whole
 from ..models.generate import step_mask
@@ -25,16 +25,22 @@ from ..models.qllama import KeyValue, Visible, rotary_tables
 if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint
 
-ORDER = ("vision", "qllama_query", "qllama_text", "qllama_step", "vision_chat", "decoder_embed", "decoder")
+TOWERS = {
+    "vision": ("vision",),
+    "qllama": ("qllama_query", "qllama_text", "qllama_step", "qllama_itm"),
+    "vision_chat": ("vision_chat",),
+    "decoder": ("decoder_embed", "decoder"),
+}
+"""Components that run through the same blocks."""
+
+ORDER = tuple(component for tower in TOWERS.values() for component in tower)
 NEEDS = {
     "qllama_query": ("vision",),
     "qllama_step": ("vision", "qllama_query"),
+    "qllama_itm": ("vision",),
     "decoder": ("vision_chat", "decoder_embed"),
 }
 """Components whose outputs a component takes."""
-
-TOWERS = {"vision": ORDER[:1], "qllama": ORDER[1:4], "vision_chat": ORDER[4:5], "decoder": ORDER[5:]}
-"""Components that run through the same blocks."""
 
 WITHOUT_BLOCKS = ("decoder_embed",)
 """Components that end where their tower's blocks begin."""
@@ -153,7 +159,7 @@ class Context:
     Args:
         inputs: its inputs as arrays turned into tensors: ids, lengths, positions, mask, pixels.
         rows: samples in the batch.
-        tokens: vision tokens [B, N, D], for the query pass.
+        tokens: vision tokens [B, N, D], for the query pass and for matching.
         past: keys and values of this layer in the query pass, for the step; of the prompt, for the answer.
     """
 
@@ -175,6 +181,8 @@ def enter(component: str, module: Any, given: Context) -> Tensor:
         out = module.query_tokens.expand(given.rows, -1, -1)
     else:
         out = module.qllama.embed(given.inputs["input_ids"])
+        if component == "qllama_itm":
+            out = torch.cat([module.query_tokens.expand(given.rows, -1, -1), out], 1)
     return out
 
 
@@ -189,8 +197,8 @@ def run_block(component: str, module: Any, block: int, x: Tensor, given: Context
     positions = given.inputs.get("positions")
     if positions is None:
         positions = torch.arange(x.shape[1], device=x.device)[None]
-    if component == "qllama_query":
-        count = x.shape[1]
+    if component in CROSSING:
+        count = module.query_tokens.shape[1]
     if component in ("qllama_step", "decoder") and given.past is not None:
         visible = Visible(step_mask(given.inputs["attention_mask"], x.shape[1]))
     model = module.model if component == "decoder" else module.qllama.model
@@ -211,6 +219,8 @@ def leave(component: str, module: Any, x: Tensor, given: Context) -> dict[str, T
     hidden = module.qllama.model.norm(x)
     if component == "qllama_query":
         return {"query_hidden": hidden, "query_embed": module.clip_projector2(hidden)}
+    if component == "qllama_itm":
+        return {"itm_logits": module.itm_head(hidden[:, : module.query_tokens.shape[1]]).mean(1)}
     if component == "qllama_text":
         last = (given.inputs["lengths"] - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
         return {"text_embed": (hidden.gather(1, last) @ module.text_projection).squeeze(1)}

@@ -122,6 +122,8 @@ def _taken(call: Call, made: Arrays) -> Arrays:
     """The inputs of ``call`` that are pixels, or other components' outputs."""
     if call.component == "qllama_step":
         return {name: array[call.rows] for name, array in _past(made).items()}
+    if call.component == "qllama_itm":
+        return {"tokens": made["tokens"][call.rows]}
     taken = {"vision": "pixel_values", "vision_chat": "pixel_values", "qllama_query": "tokens"}
     name = taken.get(call.component)
     return {name: made[name]} if name else {}

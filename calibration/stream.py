@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from ..export.blocks import CROSSING
 from ..models.chat_config import ChatConfig
 from ..models.qllama import KeyValue
 from ..preprocess import Array
@@ -38,7 +39,7 @@ class Flow:
         samples: the calls.
         folder: where hidden states are spilled.
         name: of the files there.
-        given: another flow whose tokens, keys and values the query and step passes take; None: its own.
+        given: another flow whose tokens, keys and values the other passes take; None: its own.
         components: those of ``modules`` that run; None: all.
     """
 
@@ -123,7 +124,7 @@ class Flow:
     def whole(self, part: Part) -> bool:
         """Whether everything ``part`` reads is there."""
         wanted = [] if part.entry else [self.spills[part.tower].whole(part.block % 2)]
-        if part.tower == "qllama" and "qllama_query" in self.components:
+        if part.tower == "qllama" and set(CROSSING) & set(self.components):
             tokens = self.given.spills["vision"]
             wanted.append(tokens.whole(self.given.modules.config.vision.num_hidden_layers % 2))
         if part.tower == "decoder" and part.entry and self.given._visual is not None:
@@ -151,11 +152,11 @@ class Flow:
         return torch.cat([x[:, : call.cut], visual, x[:, call.cut :]], 1)
 
     def _tokens(self, call: Call) -> torch.Tensor | None:
-        if call.component != "qllama_query":
+        if call.component not in CROSSING:
             return None
         side = self.modules.config.vision.num_hidden_layers % 2
         place = self._token_places[call.batch]
-        return self.given.spills["vision"].read(side, place).to(self.modules.device)
+        return self.given.spills["vision"].read(side, place)[call.rows].to(self.modules.device)
 
     def _past_of(self, call: Call) -> KeyValue | None:
         past = self.given._past

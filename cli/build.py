@@ -65,6 +65,9 @@ def build(
         typer.Option(help="Engines to build: onnxruntime,tensorrt-rtx,tensorrt; else all that can be."),
     ] = None,
     components: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
+    itm: Annotated[
+        bool, typer.Option("--itm", help="Build qllama_itm too: 'run retrieve --rerank' needs it.")
+    ] = False,
     features: Annotated[
         str | None,
         typer.Option(help="Vision blocks whose outputs the bundle gives too: 12,24,36 (-1 is the last)."),
@@ -168,6 +171,7 @@ def build(
             targets=targets,
             backends=names(backend),
             components=names(components),
+            itm=itm,
             features=numbers(features, "--features"),
             allow_accuracy_loss=allow_accuracy_loss,
             split=split,

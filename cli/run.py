@@ -145,6 +145,9 @@ def retrieve(
     images: ImagesArg,
     query: Annotated[list[str] | None, typer.Option(help="A text to look for; repeat for more.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Images shown a query.")] = 5,
+    rerank: Annotated[
+        int, typer.Option(min=0, help="Match the best N with the query again, image and text together.")
+    ] = 0,
     mode: HeadOpt = Head.C,
     backend: BackendOpt = "onnxruntime",
     target: TargetOpt = None,
@@ -155,9 +158,12 @@ def retrieve(
     """Rank images by how well they fit a text."""
     if not query:
         raise UsageError("No query was given.", "", "Add --query TEXT.")
+    if 0 < rerank < top:
+        raise UsageError(f"--rerank {rerank} leaves less than --top {top}.", "", f"Give {top} or more.")
     files = ImageFiles.find(images)
     import numpy as np
 
+    from ..runtime import Ranking
     from ..runtime.zero_shot import rank
 
     with session(bundle, backend, target, device, threads, as_json) as (model, report):
@@ -165,20 +171,26 @@ def retrieve(
         for found, pictures in files.read():
             names += [str(f) for f in found]
             rows.append(model.encode_image(pictures, mode.mode, resize="square"))
-        order, scores = rank(model.encode_text(query), np.concatenate(rows), top)
+        ranking = Ranking(*rank(model.encode_text(query), np.concatenate(rows), rerank or top))
+        if rerank:
+            ranking = model.rerank(query, names, ranking)
+        score = "score" if rerank else "cosine"
         items: list[dict[str, Any]] = [
             {
                 "query": q,
-                "results": [{"file": names[i], "cosine": float(s)} for i, s in zip(best, row, strict=True)],
+                "results": [
+                    {"file": names[i], score: float(s)} for i, s in zip(best[:top], row[:top], strict=True)
+                ],
             }
-            for q, best, row in zip(query, order, scores, strict=True)
+            for q, best, row in zip(query, ranking.indices, ranking.scores, strict=True)
         ]
-        report.update(mode=mode.mode, images=len(names), items=items, skipped=files.skipped)
+        report.update(mode=mode.mode, images=len(names), reranked=rerank, items=items, skipped=files.skipped)
+        again = f", the best {rerank} matched with the query" if rerank else ""
         report["table"] = (
-            f"Retrieval among {len(names)} images, {mode.mode}",
-            ("query", "rank", "cosine", "image"),
+            f"Retrieval among {len(names)} images, {mode.mode}{again}",
+            ("query", "rank", score, "image"),
             [
-                (item["query"] if n == 1 else "", n, r["cosine"], r["file"])
+                (item["query"] if n == 1 else "", n, r[score], r["file"])
                 for item in items
                 for n, r in enumerate(item["results"], 1)
             ],

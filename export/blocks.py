@@ -18,6 +18,8 @@ from ..models.chat_config import ChatConfig, InternViTConfig, ModelConfig
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+CROSSING = ("qllama_query", "qllama_itm")
+"""Components whose blocks attend to the image at every ``cross_attention_frequency``-th."""
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -34,7 +36,7 @@ def block_prefix(component: str) -> str:
 def one_period(component: str, config: ModelConfig) -> tuple[ModelConfig, int]:
     """A config with just as many blocks as must be traced, and how many times they come.
 
-    Query passes alternate between blocks with and without cross-attention; all others repeat one block.
+    Passes with queries alternate between blocks with and without cross-attention, others repeat one block.
     """
     if isinstance(config, ChatConfig):
         if component == "decoder_embed":
@@ -52,7 +54,7 @@ def one_period(component: str, config: ModelConfig) -> tuple[ModelConfig, int]:
         return replace(config, vision=one), layers
     if isinstance(config, InternViTConfig):
         raise ValueError(f"an InternViT alone has no {component}")
-    period = config.cross_attention_frequency if component == "qllama_query" else 1
+    period = config.cross_attention_frequency if component in CROSSING else 1
     if config.qllama.num_hidden_layers % period:
         return config, 1
     times = config.qllama.num_hidden_layers // period

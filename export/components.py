@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..errors import CapabilityError, UsageError
 from ..models.chat_config import ChatConfig, InternViTConfig, ModelConfig
 from ..models.config import QLlamaConfig
-from ..models.layout import CHAT_COMPONENTS, COMPONENTS, components_of
+from ..models.layout import CHAT_COMPONENTS, COMPONENTS, OPTIONAL, components_of
 from ..specs import Axis, ComponentSpec, TensorSpec, feature_name
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Ranges:
 
     Args:
         batch: rows of every component.
-        text: tokens of a ``qllama_text`` row; 80 is the longest the model was trained on.
+        text: tokens of a ``qllama_text`` or ``qllama_itm`` row; 80 is the longest the model was trained on.
         prompt: new tokens of one ``qllama_step``: 1 while decoding, the prompt's length at first.
         caption: text positions that a ``qllama_step`` may find in its past, behind the queries.
         chats: rows of a chat model's decoder, whose cache is half a megabyte a token and more.
@@ -80,10 +80,14 @@ def component_spec(name: str, config: ModelConfig, ranges: Ranges | None = None)
         lengths = TensorSpec("lengths", "int64", ("batch",))
         pooled = TensorSpec("text_embed", "float", ("batch", embed))
         return ComponentSpec(name, (ids, lengths), (pooled,), (batch, Axis("text", *ranges.text)))
+    if name == "qllama_itm":
+        lengths = TensorSpec("lengths", "int64", ("batch",))
+        logits = TensorSpec("itm_logits", "float", ("batch", 2))
+        return ComponentSpec(name, (tokens, ids, lengths), (logits,), (batch, Axis("text", *ranges.text)))
     if name == "qllama_step":
         past = tuple(queries + n for n in ranges.caption)
         return _step_spec(name, ids, q, (batch, *_lengths(ranges.prompt, past)))
-    raise _unknown(name, COMPONENTS)
+    raise _unknown(name, (*COMPONENTS, *OPTIONAL))
 
 
 def _chat_spec(name: str, config: ChatConfig, ranges: Ranges) -> ComponentSpec:
@@ -152,7 +156,7 @@ def component_module(name: str, config: ModelConfig, contrastive_only: bool = Fa
         return _made(name, config, modules.CHAT)
     if isinstance(config, InternViTConfig):
         return _made(name, config, modules.INTERNVIT)
-    if name in COMPONENTS and name not in components_of(config, contrastive_only):
+    if contrastive_only and name in modules.INTERNVL and name not in components_of(config, True):
         raise CapabilityError(
             f"Component {name} cannot be made from this checkpoint.",
             "It is an InternVL-C file, without queries, cross-attention and lm_head.",

@@ -69,6 +69,30 @@ class Text(nn.Module):
         return ((hidden.gather(1, last) @ self.text_projection).squeeze(1),)
 
 
+class Match(nn.Module):
+    """Image-text matching (ITM, paper section 3.3): queries and text see each other, and the image.
+
+    Everything sees everything but padding; the head reads the query rows.
+    """
+
+    def __init__(self, config: InternVLConfig) -> None:
+        super().__init__()
+        width = config.qllama.hidden_size
+        self.qllama = QLlama(config, lm_head=False)
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_token, width))
+        self.itm_head = nn.Linear(width, 2)
+
+    def forward(self, tokens: Tensor, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor]:
+        """[B, N, D], [B, T], [B] -> itm_logits [B, 2]: no match, match."""
+        count, length = self.query_tokens.shape[1], input_ids.shape[1]
+        queries = self.query_tokens.expand(tokens.shape[0], -1, -1)
+        rows = torch.cat([queries, self.qllama.embed(input_ids)], 1)
+        positions = torch.arange(count + length, device=tokens.device)[None]
+        seen = (positions < count + lengths[:, None])[:, None, None].expand(-1, -1, count + length, -1)
+        hidden, _ = self.qllama(rows, positions, Visible(seen), tokens, count)
+        return (self.itm_head(hidden[:, :count]).mean(1),)
+
+
 class Step(nn.Module):
     """New text tokens over a cache of keys and values: plain LLaMA, no cross-attention."""
 
@@ -144,11 +168,12 @@ class ChatStep(nn.Module):
         return (self.lm_head(hidden[:, -1:]).squeeze(1), *_flat(new))
 
 
-INTERNVL: dict[str, type[Vision | Query | Text | Step]] = {
+INTERNVL: dict[str, type[Vision | Query | Text | Step | Match]] = {
     "vision": Vision,
     "qllama_query": Query,
     "qllama_text": Text,
     "qllama_step": Step,
+    "qllama_itm": Match,
 }
 INTERNVIT = {"vision": VisionTokens}
 CHAT: dict[str, type[ChatVision | ChatEmbed | ChatStep]] = {

@@ -20,6 +20,7 @@ from .layout import (
     expected_shapes,
     infer_config,
     is_ignored,
+    optional_of,
     published_key,
 )
 from .storage import (
@@ -68,7 +69,7 @@ class Checkpoint:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The components this checkpoint has weights for."""
+        """The components this checkpoint has weights for, without the optional ones."""
         return components_of(self.model, self.contrastive_only)
 
     @property
@@ -90,7 +91,7 @@ class Checkpoint:
 
     def has(self, component: str) -> bool:
         """Whether ``component`` can be made from this checkpoint."""
-        return component in self.components
+        return component in (*self.components, *optional_of(self.model, self.contrastive_only))
 
     @property
     def modes(self) -> tuple[str, ...]:

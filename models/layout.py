@@ -15,6 +15,8 @@ from .config import InternVLConfig, QLlamaConfig, VisionConfig
 Shape = tuple[int, ...]
 
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
+OPTIONAL = ("qllama_itm",)
+"""Built when they are asked for."""
 CHAT_COMPONENTS = ("vision_chat", "decoder_embed", "decoder")
 VISION = "vision_model."
 CHAT_TOWER = "model.vision_tower.vision_tower."
@@ -31,12 +33,20 @@ def is_ignored(name: str) -> bool:
 
 
 def components_of(config: ModelConfig, contrastive_only: bool = False) -> tuple[str, ...]:
-    """The components of a model of ``config``; an InternVL-C file has no query and no caption pass."""
+    """The components of a model of ``config``; an InternVL-C file has no query and no caption pass.
+
+    Those that are only built when they are asked for are :func:`optional_of`.
+    """
     if isinstance(config, ChatConfig):
         return CHAT_COMPONENTS
     if isinstance(config, InternViTConfig):
         return ("vision",)
     return ("vision", "qllama_text") if contrastive_only else COMPONENTS
+
+
+def optional_of(config: ModelConfig, contrastive_only: bool = False) -> tuple[str, ...]:
+    """The optional components of a model of ``config``."""
+    return OPTIONAL if isinstance(config, InternVLConfig) and not contrastive_only else ()
 
 
 def expected_shapes(config: ModelConfig, contrastive_only: bool = False) -> dict[str, Shape]:

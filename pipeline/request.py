@@ -68,6 +68,7 @@ class Request:
         cache: whether engines and kernel times of earlier builds are used, and kept for later ones.
         cache_size: the most bytes of engines kept; None: the environment's, see :mod:`..engines.cache`.
         components: empty: all that the checkpoint has.
+        itm: also build ``qllama_itm``, which scores image and text together.
         features: blocks whose outputs the vision component gives out too (:mod:`..export.features`).
         allow_accuracy_loss: report a loss over budget instead of failing.
         split: parts that each component with blocks is built in.
@@ -86,6 +87,7 @@ class Request:
     targets: str = "sm89"
     backends: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
+    itm: bool = False
     features: tuple[int, ...] = ()
     allow_accuracy_loss: bool = False
     split: int = 1
@@ -150,7 +152,7 @@ class Job:
         assert source is not None
         self.checkpoint: Checkpoint = with_features(open_checkpoint(source), request.features)
         self.folder = source if source.is_dir() else source.parent
-        self.components = _components(self.checkpoint, request.components)
+        self.components = _components(self.checkpoint, request.components, request.itm)
         self.parts = {name: self._split(name) for name in self.components}
         self.shapes = parse_shapes(request.shapes)
         self._check_engines()
@@ -289,10 +291,11 @@ def _backends(asked: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]
     return tuple(found), (notice,) if len(found) == 1 else ()
 
 
-def _components(checkpoint: Checkpoint, asked: tuple[str, ...]) -> tuple[str, ...]:
-    from ..models.layout import CHAT_COMPONENTS, COMPONENTS
+def _components(checkpoint: Checkpoint, asked: tuple[str, ...], itm: bool) -> tuple[str, ...]:
+    from ..models.layout import CHAT_COMPONENTS, COMPONENTS, OPTIONAL
 
-    known = CHAT_COMPONENTS if isinstance(checkpoint.model, ChatConfig) else COMPONENTS
+    known = CHAT_COMPONENTS if isinstance(checkpoint.model, ChatConfig) else (*COMPONENTS, *OPTIONAL)
+    asked = (*(asked or checkpoint.components), *(OPTIONAL if itm else ()))
     unknown = [c for c in asked if c not in known]
     if unknown:
         raise UsageError(f"Unknown component {unknown[0]!r}.", f"Known: {', '.join(known)}.")
@@ -302,7 +305,7 @@ def _components(checkpoint: Checkpoint, asked: tuple[str, ...]) -> tuple[str, ..
             f"This checkpoint has no weights for {', '.join(missing)}.",
             f"It has {', '.join(checkpoint.components)}.",
         )
-    return tuple(c for c in checkpoint.components if not asked or c in asked)
+    return tuple(c for c in known if c in asked)
 
 
 def _sized(settings: ImageSettings, size: int) -> ImageSettings:

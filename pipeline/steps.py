@@ -38,6 +38,6 @@ def steps(job: Job) -> list[Step]:
     found += [*scales, *stores, *graph_steps.values(), *engine_steps]
     found.append(kernels_step(job, [*graph_steps.values(), *engine_steps]))
     found.append(accuracy_step(job, [preprocess, *graph_steps.values()]))
-    if job.evaluation and set(job.components) == set(job.checkpoint.components):
+    if job.evaluation and set(job.components) >= set(job.checkpoint.components):
         found.append(tasks_step(job, preprocess, [*scales, *graph_steps.values()]))
     return found

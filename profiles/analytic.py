@@ -50,6 +50,9 @@ def component_macs(name: str, config: InternVLConfig, sizes: Mapping[str, int]) 
     elif name == "qllama_text":
         macs = _llama(config, sizes["text"], sizes["text"])
         macs["text_projection"] = config.qllama.hidden_size * config.clip_embed_dim
+    elif name == "qllama_itm":
+        macs = _llama(config, queries + sizes["text"], queries + sizes["text"]) | _cross(config, queries)
+        macs["itm_head"] = queries * config.qllama.hidden_size * 2
     elif name == "qllama_step":
         macs = _llama(config, sizes["text"], sizes["past"] + sizes["text"])
         macs["qllama.lm_head"] = config.qllama.hidden_size * config.qllama.vocab_size

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..models.layout import CHAT_COMPONENTS, COMPONENTS
+from ..models.layout import CHAT_COMPONENTS, COMPONENTS, OPTIONAL
 from .measure import Measurement, StopRule, measure
 
 Kind = Literal["component", "chained", "host", "baseline"]
 """A component's engine alone; a call of the runtime's model; the host's work; the torch modules."""
 
-_STEPS = ("qllama_step", "decoder_embed", "decoder")
+_ENGINES = (*COMPONENTS, *OPTIONAL, *CHAT_COMPONENTS)
+_UNITS = {"qllama_text": "texts", "qllama_itm": "pairs"}
+_UNITS |= dict.fromkeys(("qllama_step", "decoder_embed", "decoder"), "tokens")
 Clock = Literal["host clock", "CUDA events"]
 Progress = Callable[[str, int, int], None]
 """Called with the case that comes next, how many are done, and how many there are."""
@@ -96,7 +98,7 @@ class Case:
     @property
     def components_ms(self) -> float:
         """Chained calls: the components' share of :attr:`mean_ms`."""
-        return sum(ms for stage, ms in self.stages_ms.items() if stage in (*COMPONENTS, *CHAT_COMPONENTS))
+        return sum(ms for stage, ms in self.stages_ms.items() if stage in _ENGINES)
 
     @property
     def rest_ms(self) -> float:
@@ -152,7 +154,7 @@ class Task:
         prepare: Callable[[], Callable[[], object]],
     ) -> Task:
         """One call of component ``name`` at ``sizes``; tokens are counted of a decoding step."""
-        unit = "texts" if name == "qllama_text" else "tokens" if name in _STEPS else "images"
+        unit = _UNITS.get(name, "images")
         items = sizes["batch"] * (sizes["text"] if unit == "tokens" else 1)
         return cls(name, kind, sizes["batch"], sizes, items, unit, boundary, prepare)
 

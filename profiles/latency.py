@@ -17,7 +17,7 @@ from ..engines.device import HOST, as_tensor
 from ..errors import UsageError
 from ..models.chat_config import ChatConfig, Whole
 from ..models.config import InternVLConfig
-from ..models.layout import components_of
+from ..models.layout import components_of, optional_of
 from ..preprocess import CAPTION_PROMPT
 from ..runtime import InternVL, Mode
 from ..runtime.loaded import Loaded
@@ -69,7 +69,8 @@ def plan(
 def specs_of(model: Loaded, config: Whole) -> dict[str, ComponentSpec]:
     """The contracts of the components that the bundle holds, in the order of the chain."""
     held = model.bundle.manifest.components
-    return {name: model.components.spec(name) for name in components_of(config) if name in held}
+    names = (*components_of(config), *optional_of(config))
+    return {name: model.components.spec(name) for name in names if name in held}
 
 
 def named(model: Loaded, tasks: Iterable[Task]) -> list[Task]:
@@ -121,7 +122,8 @@ def sizes_of(spec: ComponentSpec, batch: int, lengths: Sequence[int], config: Wh
     """The dynamic axes at the sizes the engine is tuned for, and at ``lengths`` as far as it takes them."""
     tuned = {axis.name: axis.opt for axis in spec.axes} | {"batch": batch}
     image = config.num_visual if isinstance(config, ChatConfig) else config.num_query_token
-    swept = {"qllama_text": ("text", 0), "qllama_step": ("past", image), "decoder": ("past", image)}
+    swept = dict.fromkeys(("qllama_text", "qllama_itm"), ("text", 0))
+    swept |= dict.fromkeys(("qllama_step", "decoder"), ("past", image))
     found = [tuned]
     if spec.name in swept:
         name, before = swept[spec.name]

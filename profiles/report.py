@@ -16,7 +16,7 @@ from ..errors import BuildError, CapabilityError, UsageError
 from ..manifest import MANIFEST, Model
 from ..models.chat_config import ChatConfig, InternViTConfig, Whole, config_from_published
 from ..models.config import InternVLConfig
-from ..models.layout import COMPONENTS, components_of
+from ..models.layout import COMPONENTS, OPTIONAL, components_of
 from ..runtime import InternVL, InternVLChat
 from ..runtime.loaded import Loaded
 from . import baseline, chat_latency, latency
@@ -211,7 +211,7 @@ def _batches(bundle: Bundle, options: Options, tables: bool) -> Sequence[int] | 
     """The sizes asked for, or those of the paper's tables as far as every engine takes them."""
     if options.batches is not None or not tables:
         return options.batches
-    axes = [bundle.spec(n).axis("batch") for n in COMPONENTS if n in bundle.manifest.components]
+    axes = [bundle.spec(n).axis("batch") for n in (*COMPONENTS, *OPTIONAL) if n in bundle.manifest.components]
     low, high = max(axis.min for axis in axes), min(axis.max for axis in axes)
     return sorted({min(max(batch, low), high) for batch in (*PAPER_RATES, BATCH)})
 

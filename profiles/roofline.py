@@ -16,6 +16,7 @@ from ..calibration.attention import FP8_ATTENTION
 from ..calibration.recipe import Plan, Recipe
 from ..calibration.schemes import SCHEMES
 from ..errors import CapabilityError
+from ..export.blocks import CROSSING
 from ..export.components import component_spec
 from ..models.config import InternVLConfig
 from .analytic import component_macs
@@ -248,6 +249,6 @@ def _attention_values(layer: str, name: str, config: InternVLConfig, sizes: Mapp
     elif ".cross_attn" in layer:
         new, seen = queries, tokens
     else:
-        new = queries if name == "qllama_query" else sizes["text"]
+        new = queries * (name in CROSSING) + (0 if name == "qllama_query" else sizes["text"])
         seen = new + sizes.get("past", 0)
     return 2 * (new + seen) * width * sizes["batch"]

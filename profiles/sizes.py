@@ -19,6 +19,7 @@ _TENSORS = {
     "vision": r"vision_model\.|clip_projector\.",
     "qllama_query": rf"query_tokens|{_TEXT}|qllama\.model\.layers\.\d+\.cross_attn\.|clip_projector2\.",
     "qllama_text": rf"{_TEXT}|qllama\.model\.embed_tokens\.|text_projection",
+    "qllama_itm": rf"query_tokens|{_TEXT}|qllama\.model\.(layers\.\d+\.cross_attn|embed_tokens)\.|itm_head\.",
     "qllama_step": rf"{_TEXT}|qllama\.model\.embed_tokens\.|qllama\.lm_head\.",
 }
 _JOINED = re.compile(r"self_attn\.[qkv]_proj|cross_attn\.[kv]_proj|mlp\.(gate|up)_proj")

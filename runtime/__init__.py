@@ -8,7 +8,8 @@ from .chat import Chat, InternVLChat
 from .chat_service import ChatService
 from .images import Reading
 from .index import Index
-from .model import InternVL, Mode, Ranking
+from .matching import Ranking
+from .model import InternVL, Mode
 from .service import Service
 from .timings import Timing
 from .urls import UrlPolicy

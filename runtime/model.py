@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..bundle import Bundle
 from ..decoding import Ids, Sampling
 from ..engines.device import to_host
 from ..errors import CapabilityError, UsageError
 from ..pictures import ImageInput
-from ..preprocess import BUCKETS, CAPTION_PROMPT, MAX_LENGTH, ResizeMode
-from . import captions, zero_shot
+from ..preprocess import CAPTION_PROMPT, ResizeMode, buckets_of
+from . import captions, matching, zero_shot
 from .components import Components
 from .dense import dense
 from .images import Floats, Images, Reading
 from .loaded import Loaded, fixed
+from .matching import Ranking
 from .service import Service
 
 Mode = Literal["InternVL-C", "InternVL-G"]
 MODES: tuple[Mode, ...] = ("InternVL-C", "InternVL-G")
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Per query the best images: ``indices`` [Q, K] and cosines ``scores`` [Q, K], best first."""
-
-    indices: NDArray[np.int64]
-    scores: Floats
 
 
 class InternVL(Loaded):
@@ -84,13 +75,12 @@ class InternVL(Loaded):
         embedding.
         """
         axis = self.components.spec("qllama_text").axis("text")
-        longest = min(MAX_LENGTH, axis.max)
-        buckets = sorted({max(axis.min, min(b, longest)) for b in (*BUCKETS, longest)})
+        buckets = buckets_of(axis.min, axis.max)
         out = np.zeros((len(texts), fixed(self._output("qllama_text", "text_embed")[1])), np.float32)
         if not texts:
             return out
         with self.components.timings.measure("tokenize"):
-            ids, lengths = self.tokenizer.encode_contrastive(texts, longest, buckets)
+            ids, lengths = self.tokenizer.encode_contrastive(texts, buckets[-1], buckets)
         bucket = np.searchsorted(buckets, lengths)
         for which in np.unique(bucket):
             rows = np.flatnonzero(bucket == which)
@@ -191,6 +181,20 @@ class InternVL(Loaded):
         """
         images_embedded = self.encode_image(images, mode, resize)
         return Ranking(*zero_shot.rank(self.encode_text(queries), images_embedded, top))
+
+    def rerank(
+        self,
+        queries: Sequence[str],
+        images: Images,
+        ranking: Ranking,
+        resize: ResizeMode | None = "square",
+    ) -> Ranking:
+        """What was found, in the order of both heads; see :func:`~ivl_export.runtime.matching.rerank`."""
+        return matching.rerank(self, queries, images, ranking, resize)
+
+    def match(self, images: Images, texts: Sequence[str], resize: ResizeMode | None = "square") -> Floats:
+        """The probability [B] that text i describes image i; see :mod:`~ivl_export.runtime.matching`."""
+        return matching.match(self, images, texts, resize)
 
     def caption(
         self,

@@ -126,12 +126,14 @@ def build_tiny_bundle(out: Path) -> None:
     from ivl_export.export.weights import open_store, write_store
     from ivl_export.manifest import Component, Manifest, Model
     from ivl_export.models.checkpoint import open_checkpoint
+    from ivl_export.models.layout import OPTIONAL
     from ivl_export.preprocess import ImageSettings
 
     staging = out.with_name(f"{out.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     checkpoint = with_features(open_checkpoint(TINY), (1, 2))
-    graphs = {name: export_component(name, checkpoint, "float32") for name in checkpoint.components}
+    names = (*checkpoint.components, *OPTIONAL)
+    graphs = {name: export_component(name, checkpoint, "float32") for name in names}
     separate_past(graphs["qllama_step"])
     store = staging / "onnx" / "weights" / "model.safetensors"
     write_store(checkpoint, (key for graph in graphs.values() for key in unbound(graph)), store, "float32")

@@ -1,0 +1,133 @@
+"""Image-text matching (ITM): does this text describe this image? QLLaMA reads both together.
+
+Every pair is a pass of its own, so it re-ranks the best of a search (InternVL paper section 3.3; ALBEF, arXiv
+2107.07651). Needs ``qllama_itm``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CapabilityError, InputError, UsageError
+from ..preprocess import ResizeMode, buckets_of
+from .images import Floats, Images
+
+if TYPE_CHECKING:
+    from .model import InternVL
+
+COMPONENT = "qllama_itm"
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Per query the best images: ``indices`` [Q, K] and ``scores`` [Q, K], best first.
+
+    Scores are cosines, or what :func:`rerank` says.
+    """
+
+    indices: NDArray[np.int64]
+    scores: Floats
+
+
+def match(
+    model: InternVL, images: Images, texts: Sequence[str], resize: ResizeMode | None = "square"
+) -> Floats:
+    """The probability that text i describes image i, [B] float32.
+
+    Raises:
+        InputError: another number of texts than of images, or an image cannot be read.
+        CapabilityError: the bundle has no ``qllama_itm``.
+    """
+    if len(images) != len(texts):
+        raise InputError(f"{len(texts)} texts for {len(images)} images.", "", "Give one for each.")
+    pairs = np.arange(len(texts))
+    log_odds = _log_odds(model, images, texts, pairs, pairs, resize)
+    return np.asarray(np.exp(-np.logaddexp(0.0, -log_odds)), np.float32)  # a sigmoid without overflow
+
+
+def rerank(
+    model: InternVL,
+    queries: Sequence[str],
+    images: Images,
+    ranking: Ranking,
+    resize: ResizeMode | None = "square",
+) -> Ranking:
+    """``ranking`` with its images in the order of both heads together.
+
+    A score is the log odds of a match plus the contrastive logit, exp(logit_scale) times the cosine: two
+    estimates of one thing, summed as BLIP-2's evaluation does. Places of -1 (nothing found) stay at the end.
+
+    Args:
+        model: its bundle has ``qllama_itm``.
+        queries: the texts of ``ranking``, one a row.
+        images: all that its indices are places in; only those it names are read, each once.
+        ranking: what :meth:`.InternVL.retrieve` or a search of an index found.
+        resize: see :class:`.InternVL`.
+
+    Raises:
+        UsageError: ``ranking`` is not of these queries and images.
+        InputError, CapabilityError: as :func:`match`.
+    """
+    order = np.asarray(ranking.indices)
+    if order.ndim != 2 or len(order) != len(queries) or not np.all((order >= -1) & (order < len(images))):
+        raise UsageError(
+            "This ranking is not of these queries and images.",
+            f"Indices {list(order.shape)}, {len(queries)} queries, {len(images)} images.",
+        )
+    rows, columns = np.nonzero(order >= 0)
+    found = np.full(order.shape, -np.inf)
+    matched = _log_odds(model, images, queries, order[rows, columns], rows, resize)
+    scale = np.exp(model.bundle.manifest.model.logit_scale)
+    found[rows, columns] = matched + scale * ranking.scores[rows, columns]
+    best = np.argsort(-found, axis=1, kind="stable")
+    scores = np.take_along_axis(found, best, 1).astype(np.float32)
+    return Ranking(np.take_along_axis(order, best, 1), scores)
+
+
+def _log_odds(
+    model: InternVL,
+    images: Images,
+    texts: Sequence[str],
+    shown: NDArray[Any],
+    said: NDArray[Any],
+    resize: ResizeMode | None,
+) -> NDArray[np.float64]:
+    """Logit of a match less that of none, for image ``shown[i]`` with text ``said[i]``: [pairs]."""
+    components = model.components
+    if COMPONENT not in model.bundle.manifest.components:
+        raise CapabilityError(
+            f"{model.bundle.root} cannot match images with texts.",
+            f"It has no {COMPONENT}.",
+            "Build it again with --itm.",
+        )
+    if not len(shown):
+        return np.empty(0)
+    axis = components.spec(COMPONENT).axis("text")
+    buckets = buckets_of(axis.min, axis.max)
+    with components.timings.measure("tokenize"):
+        ids, lengths = model.tokenizer.encode_contrastive(texts, buckets[-1], buckets, prefix="")
+    width = np.asarray(buckets)[np.searchsorted(buckets, lengths)]  # padding is masked, and costs time
+    used, place = np.unique(shown, return_inverse=True)
+    chosen: Images = images[used] if isinstance(images, np.ndarray) else [images[i] for i in used]
+    out, limit, first = np.empty(len(shown)), components.batch, 0
+    for pixels in model.pixel_batches(chosen, resize):
+        tokens: Any = components.run_device("vision", {"pixel_values": pixels}, ["tokens"])["tokens"]
+        here = np.flatnonzero((place >= first) & (place < first + len(pixels)))
+        for size in np.unique(width[said[here]]):
+            pairs = here[width[said[here]] == size]
+            for start in range(0, len(pairs), limit):
+                part = pairs[start : start + limit]
+                feeds = {
+                    "tokens": tokens[(place[part] - first).tolist()],
+                    "input_ids": ids[said[part], :size],
+                    "lengths": lengths[said[part]],
+                }
+                logits = components.run(COMPONENT, feeds, ["itm_logits"])["itm_logits"]
+                out[part] = np.diff(logits.astype(np.float64))[:, 0]
+        first += len(pixels)
+    return out
