@@ -6,6 +6,7 @@ the manifest and the docs. It imports nothing heavy, so that the runtime can use
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -33,6 +34,13 @@ class Shaped(Protocol):
 
 SUMS = {"total": ("past", "text")}
 """Axes that are the sum of others."""
+_PLUS = re.compile(r"(\w+)\.plus\.(\d+)")
+
+
+def terms(axis: str) -> tuple[str | int, ...]:
+    """What an axis is the sum of: others, or one and a number (``text.plus.16``); empty where it is none."""
+    found = _PLUS.fullmatch(axis)
+    return (found[1], int(found[2])) if found else SUMS.get(axis, ())
 
 
 FEATURES = "features."

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from ..errors import CapabilityError, UsageError
 from ..manifest import EngineFile, Manifest
-from ..specs import FEATURES, SUMS
+from ..specs import FEATURES, terms
 from . import trt
 from .gpu import Gpu, gpus
 from .options import BuildOptions
@@ -91,7 +91,7 @@ def rebuild_line(manifest: Manifest, engine: EngineFile, device: int = 0) -> str
         if (other.backend, other.target, other.part) == (engine.backend, engine.target, 0) and other.built:
             spec = manifest.components[other.component].spec
             for axis, before in zip(narrowed(spec, other.built.profiles).axes, spec.axes, strict=True):
-                if axis != before and axis.name not in SUMS:
+                if axis != before and not terms(axis.name):
                     sizes = f"{axis.min}:{axis.opt}:{axis.max}"
                     words += ["--shapes", f"{other.component}.{axis.name}={sizes}"]
     return shlex.join(words)

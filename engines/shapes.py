@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..errors import UsageError
-from ..specs import SUMS, ComponentSpec
+from ..specs import ComponentSpec, terms
 
 Range = tuple[int, int, int]
 Profile = dict[str, Range]
@@ -104,10 +104,10 @@ def parse_shapes(texts: tuple[str, ...]) -> dict[str, Range]:
         low, best, high = (int(part) for part in (parts if len(parts) == 3 else parts * 3))
         if not low <= best <= high:
             raise UsageError(f"--shapes {text}: the sizes must not fall.", f"{low} <= {best} <= {high}?")
-        if name.rpartition(".")[2] in SUMS:
+        if parts_of := terms(name.rpartition(".")[2]):
             raise UsageError(
                 f"--shapes cannot set {name}.",
-                f"It is {' plus '.join(SUMS[name.rpartition('.')[2]])}.",
+                f"It is {' plus '.join(map(str, parts_of))}.",
                 "Set those.",
             )
         found[name] = (low, best, high)
@@ -116,8 +116,9 @@ def parse_shapes(texts: tuple[str, ...]) -> dict[str, Range]:
 
 def check_shape_names(shapes: Mapping[str, Range], specs: Mapping[str, ComponentSpec]) -> None:
     """UsageError if a key of ``shapes`` is an axis of no component of ``specs``."""
-    known = {axis.name for spec in specs.values() for axis in spec.axes} - set(SUMS)
-    known |= {f"{n}.{axis.name}" for n, s in specs.items() for axis in s.axes if axis.name not in SUMS}
+    own = {n: [axis.name for axis in s.axes if not terms(axis.name)] for n, s in specs.items()}
+    known = {axis for axes in own.values() for axis in axes}
+    known |= {f"{n}.{axis}" for n, axes in own.items() for axis in axes}
     for key in shapes:
         if key not in known:
             raise UsageError(f"--shapes knows no axis {key!r}.", f"Known: {', '.join(sorted(known))}.")
@@ -142,12 +143,13 @@ def _within(key: str, wanted: Range, allowed: Range) -> Range:
 
 def _summed(ranges: Profile) -> Profile:
     """``ranges`` with every axis that is a sum of others set to their sum."""
-    return {
-        name: _total([ranges[part] for part in SUMS[name]])
-        if name in SUMS and all(part in ranges for part in SUMS[name])
-        else value
-        for name, value in ranges.items()
-    }
+
+    def summed(name: str, value: Range) -> Range:
+        parts = [(t, t, t) if isinstance(t, int) else ranges.get(t) for t in terms(name)]
+        found = [part for part in parts if part is not None]
+        return _total(found) if found and len(found) == len(parts) else value
+
+    return {name: summed(name, value) for name, value in ranges.items()}
 
 
 def _total(parts: list[Range]) -> Range:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # the exporter's name for the top level
 _CORE = ".core"  # of CoreAttention: an attention is named after the module that holds it
+_PLUS = re.compile(r"^(\w+) \+ (\d+)$")
 _SYMBOL = re.compile(r"\bs\d+\b")
 
 
@@ -84,7 +85,7 @@ def _name_interface(graph: ir.Graph, spec: ComponentSpec) -> None:
 
 
 def _name_dimensions(graph: ir.Graph, spec: ComponentSpec) -> None:
-    """Replace the exporter's symbols (``s15``) by axis names, in every shape."""
+    """Replace the exporter's symbols (``s15``, ``s15 + 16``) by axis names, in every shape."""
     import onnx_ir as ir
 
     axes: dict[str, str] = {}
@@ -94,7 +95,8 @@ def _name_dimensions(graph: ir.Graph, spec: ComponentSpec) -> None:
                 axes.setdefault(str(got.value), want)
 
     def name(symbol: str) -> str:
-        return axes.get(symbol) or _SYMBOL.sub(lambda m: axes.get(m[0], m[0]), symbol)
+        named = axes.get(symbol) or _SYMBOL.sub(lambda m: axes.get(m[0], m[0]), symbol)
+        return _PLUS.sub(r"\1.plus.\2", named)
 
     for value in [*graph.inputs, *(v for node in graph for v in node.outputs)]:
         if value.shape is not None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError, UsageError
-from ..specs import ComponentSpec, TensorSpec, part_starts
+from ..specs import Axis, ComponentSpec, TensorSpec, part_starts, terms
 from .blocks import block_prefix
 
 if TYPE_CHECKING:
@@ -148,8 +148,8 @@ def _part(
         graph.inputs.remove(value)
     names = {value.name for value in graph.inputs}
     inputs += [tensor for tensor in spec.inputs if tensor.name in names]
-    sizes = {size for tensor in (*inputs, *outputs) for size in tensor.shape}
-    axes = tuple(axis for axis in spec.axes if axis.name in sizes)
+    sizes = {str(size): None for tensor in (*inputs, *outputs) for size in tensor.shape}
+    axes = (*(a for a in spec.axes if a.name in sizes), *filter(None, (_sum(name, spec) for name in sizes)))
     return made, replace(
         spec, name=f"{spec.name}.{part}", inputs=tuple(inputs), outputs=tuple(outputs), axes=axes
     )
@@ -158,10 +158,18 @@ def _part(
 def _tensor(value: ir.Value, spec: ComponentSpec, part: int) -> TensorSpec:
     shape = tuple(d if isinstance(d, int) else d.value for d in value.shape or ())
     axes = {axis.name for axis in spec.axes}
-    if not shape or any(not isinstance(d, int) and d not in axes for d in shape):
+    if not shape or any(not isinstance(d, int) and d not in axes and not _sum(str(d), spec) for d in shape):
         raise BuildError(f"Graph {spec.name} cannot be split.", f"{value.name} has shape {list(shape)}.")
     name = next((tensor.name for tensor in spec.outputs if tensor.name == value.name), f"hidden.{part}")
     return TensorSpec(name, "float", tuple(d if isinstance(d, int) else str(d) for d in shape))
+
+
+def _sum(name: str, spec: ComponentSpec) -> Axis | None:
+    """The axis of a size that the component has no axis for: queries and text together."""
+    if name in {axis.name for axis in spec.axes} or not terms(name):
+        return None
+    parts = [Axis("", t, t, t) if isinstance(t, int) else spec.axis(t) for t in terms(name)]
+    return Axis(name, *(sum(sizes) for sizes in zip(*((p.min, p.opt, p.max) for p in parts), strict=True)))
 
 
 def _merge_shapes(graph: ir.Graph) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError, CapabilityError, IntegrityError
-from ..specs import ComponentSpec
+from ..specs import ComponentSpec, terms
 
 Shape = tuple[int, ...]
 Typed = tuple[int, Shape]
@@ -153,8 +153,9 @@ def _resolved(path: Path, spec: ComponentSpec, sizes: Mapping[str, int]) -> Any:
     # What the exporter noted for inner values helps where inference gives up (the length of a Range).
     for value in graph.value_info:
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in sizes:
-                dim.dim_value = sizes[dim.dim_param]
+            noted = terms(dim.dim_param) or (dim.dim_param,)
+            if all(isinstance(term, int) or term in sizes for term in noted):
+                dim.dim_value = sum(term if isinstance(term, int) else sizes[term] for term in noted)
             elif dim.HasField("dim_param"):
                 dim.ClearField("dim_param")
     shapes = {t.name: t.shape for t in spec.inputs}

@@ -31,7 +31,7 @@ from ivl_export.export.weights import open_store, write_store
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.internvl import InternVL
-from ivl_export.models.layout import COMPONENTS, expected_shapes
+from ivl_export.models.layout import COMPONENTS, OPTIONAL, expected_shapes
 from ivl_export.runtime.generation import generate
 from ivl_export.specs import ComponentSpec, TensorSpec
 
@@ -39,6 +39,7 @@ GOLDENS = Path(__file__).parent / "goldens" / "tiny"
 Array = np.ndarray[Any, Any]
 
 # Odd widths, a head count that is no power of two, both kinds of QLLaMA layer, a qkv bias.
+EVERY = (*COMPONENTS, *OPTIONAL)
 SMALL = InternVLConfig(
     VisionConfig(60, 2, 5, 128, 56, 14, qkv_bias=True),
     QLlamaConfig(48, 2, 3, 72, 91),
@@ -159,7 +160,7 @@ def close(got: dict[str, Array], want: dict[str, Array]) -> None:
         )
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_graph_equals_module_at_any_size(small: Built, name: str) -> None:
     spec, torch_run = small.spec(name), reference(small, name)
 
@@ -178,7 +179,7 @@ def test_graph_equals_module_at_any_size(small: Built, name: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("dtype", sorted(COMPUTE_DTYPES))
 def test_graph_is_valid_small_and_named(small: Built, name: str, dtype: str) -> None:
     path = small.path(name, dtype)
@@ -202,7 +203,7 @@ def test_graph_is_valid_small_and_named(small: Built, name: str, dtype: str) -> 
     assert all(v.shape is not None and v.dtype is not None for node in graph for v in node.outputs)
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_layers_are_named_after_their_weights(small: Built, name: str) -> None:
     model = export_component(name, small.checkpoint)
     graph = model.graph
@@ -233,7 +234,7 @@ def test_layers_are_named_after_their_weights(small: Built, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "layers"), [("qllama_query", 4), ("qllama_step", 2)])
+@pytest.mark.parametrize(("name", "layers"), [("qllama_query", 4), ("qllama_step", 2), ("qllama_itm", 4)])
 def test_repeated_blocks_equal_traced_ones(name: str, layers: int) -> None:
     """Node for node: names, operators, attributes, wiring and shapes."""
     config = replace(SMALL, qllama=replace(SMALL.qllama, num_hidden_layers=layers))
@@ -436,13 +437,9 @@ def test_graphs_can_use_the_checkpoint_itself(tmp_path: Path) -> None:
 def test_full_size_components_use_every_published_tensor() -> None:
     used: set[str] = set()
     with torch.device("meta"):
-        for name in COMPONENTS:
+        for name in EVERY:
             used |= set(component_module(name, InternVLConfig()).state_dict())
-    assert set(expected_shapes(InternVLConfig())) - used == {
-        "logit_scale",
-        "itm_head.weight",
-        "itm_head.bias",
-    }
+    assert set(expected_shapes(InternVLConfig())) - used == {"logit_scale"}
 
 
 def test_no_qk_norm(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from ivl_export.specs import ComponentSpec, TensorSpec
 
 pytest.importorskip("onnxscript")
 
-COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
+COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step", "qllama_itm")
 QUERIES = 8
 
 
@@ -60,7 +60,7 @@ def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     root = tmp_path_factory.mktemp("split")
     # Nano's second block ends the first of two parts, its first and third those of three.
     asked = Request(root / "out", split=request.param, backends=("onnxruntime",), calib_samples=4)
-    job = Job(replace(asked, features=(1, 2, 3)))
+    job = Job(replace(asked, itm=True, features=(1, 2, 3)))
     made = graphs.Source(job.checkpoint, job.recipe, job.plan, None)
     layers = {c: graphs.component_weights(made, [c])[1] for c in job.components}
     amax = {c: dict.fromkeys(names, 8.0) for c, names in layers.items()}

@@ -36,22 +36,23 @@ from ivl_export.export.trace import export_component
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.layers import attention
-from ivl_export.models.layout import COMPONENTS
+from ivl_export.models.layout import COMPONENTS, OPTIONAL
 from ivl_export.preprocess import ImageSettings, Tokenizer
 from ivl_export.tests.calibration.reference import reference_modules, reference_runners
 from ivl_export.tests.calibration.test_qdq import bound, runner
 
+EVERY = (*COMPONENTS, *OPTIONAL)
 Sets = tuple[CalibrationSet, CalibrationSet]
 
 
 @pytest.fixture(scope="module")
 def scales(shallow: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer) -> Scales:
-    return calibrate(shallow, COMPONENTS, scenes[0], settings, tokenizer, batch_size=4)
+    return calibrate(shallow, EVERY, scenes[0], settings, tokenizer, batch_size=4)
 
 
 def everything(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     """All attentions, whether TensorRT-RTX would fuse them or not."""
-    return {c: tuple(found) for c, found in attentions(checkpoint.config, COMPONENTS).items()}
+    return {c: tuple(found) for c, found in attentions(checkpoint.config, EVERY).items()}
 
 
 @given(
@@ -112,7 +113,7 @@ def test_calibration_sees_the_scaled_query(shallow: Checkpoint, scales: Scales) 
     assert scales.amax["vision"]["vision_model.encoder.layers.0.attn.q"] < 64**0.5 / 4
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", EVERY)
 def test_the_graph_equals_the_simulation(
     component: str,
     shallow: Checkpoint,
@@ -130,10 +131,10 @@ def test_the_graph_equals_the_simulation(
     proto = bound(model, shallow, {})
     onnx.checker.check_model(proto, full_check=True)
 
-    module = reference_modules(shallow, COMPONENTS)[component]
+    module = reference_modules(shallow, EVERY)[component]
     quantise_attention(module, names, amax)
     batch = next(scenes[1].batches(settings, tokenizer, 4))
-    steps = run_chain(reference_runners(shallow, COMPONENTS), batch)
+    steps = run_chain(reference_runners(shallow, EVERY), batch)
     step = next(s for s in steps if s.component == component)
     got = runner(proto, True)(step.inputs)
     want = torch_runner(module, component_spec(component, shallow.config))(step.inputs)
@@ -164,16 +165,16 @@ def test_unmeasured_attention(shallow: Checkpoint, scales: Scales) -> None:
 
 
 def test_which_attentions_fit() -> None:
-    full = attentions(InternVLConfig(), COMPONENTS)
-    assert {c: len(found) for c, found in full.items()} == dict(
-        zip(COMPONENTS, (48, 48, 32, 32), strict=True)
-    )
+    full = attentions(InternVLConfig(), EVERY)
+    assert {c: len(found) for c, found in full.items()} == dict(zip(EVERY, (48, 48, 32, 32, 48), strict=True))
+    matching = full["qllama_itm"]["qllama.model.layers.0.self_attn"]
+    assert matching == AttentionShape(128, 97), "the queries and one token at least"
     assert full["vision"]["vision_model.encoder.layers.47.attn"] == AttentionShape(128, 257)
     shapes = {"vision_model.encoder.layers.0.attn.qkv": (9600, 3200)}
     recipe = Recipe("x", (Rule("vision*", "fp8"),), attention="fp8")
     found = plan(recipe, shapes, full)
     assert {c: len(names) for c, names in found.attention.items()} == {
-        "vision": 48, "qllama_query": 48, "qllama_text": 0, "qllama_step": 32
+        "vision": 48, "qllama_query": 48, "qllama_text": 0, "qllama_step": 32, "qllama_itm": 48,
     }  # fmt: skip
     (left_out,) = found.exclusions
     assert (left_out.layer, left_out.scheme) == ("qllama_text: self_attn", FP8_ATTENTION)
