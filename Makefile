@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := cpu,rtx,quant,serve,datasets,faiss,train,plots,eval,dev
+EXTRAS := cpu,rtx,quant,serve,datasets,video,faiss,train,plots,eval,dev
 
 .PHONY: setup demo test lint types clean
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from .session import (
     BackendOpt,
     BundleArg,
     DeviceOpt,
+    FramesOpt,
     Head,
     HeadOpt,
     ImagesArg,
@@ -31,13 +31,6 @@ app = typer.Typer(
 app.command()(features)
 
 
-class Prompts(str, Enum):
-    """A shipped list of classification templates (``runtime.zero_shot.TEMPLATES``)."""
-
-    plain = "plain"
-    photo = "photo"
-
-
 @app.command()
 def embed(
     bundle: BundleArg,
@@ -45,6 +38,10 @@ def embed(
         list[Path] | None, typer.Argument(help="Image files and folders.", show_default=False)
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text to embed too; repeat for more.")] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="A video, or animated image, to embed too; repeat for more.")
+    ] = None,
+    frames: FramesOpt = 8,
     mode: HeadOpt = Head.C,
     out: Annotated[Path | None, typer.Option(help="Save all embeddings [N, E] as this .npy file.")] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to length 1.")] = False,
@@ -54,9 +51,9 @@ def embed(
     threads: ThreadsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Embed images and texts: one row each, images first."""
-    if not images and not text:
-        raise UsageError("Nothing to embed.", "No images and no --text were given.", "Name some.")
+    """Embed images, videos and texts: one row each, in this order."""
+    if not images and not text and not video:
+        raise UsageError("Nothing to embed.", "No images, --video or --text were given.", "Name some.")
     import numpy as np
 
     from ..runtime.zero_shot import l2
@@ -69,6 +66,9 @@ def embed(
                 rows.append(model.encode_image(pictures, mode.mode))
                 names += [{"file": str(f)} for f in found]
             report["skipped"] = files.skipped
+        if video:
+            rows.append(model.encode_videos(video, frames, mode.mode))
+            names += [{"video": str(v)} for v in video]
         if text:
             rows.append(model.encode_text(text))
             names += [{"text": t} for t in text]
@@ -87,7 +87,11 @@ def embed(
             f"{mode.mode} embeddings {list(vectors.shape)}" + (f", saved as {out}" if out else ""),
             ("item", "norm", "first values"),
             [
-                (name.get("file") or f'"{name["text"]}"', norm, [f"{v:.3f}" for v in row[:4]] + ["…"])
+                (
+                    name.get("file") or name.get("video") or f'"{name["text"]}"',
+                    norm,
+                    [f"{v:.3f}" for v in row[:4]] + ["…"],
+                )
                 for name, norm, row in zip(names, norms, vectors, strict=True)
             ],
         )
@@ -102,7 +106,10 @@ def classify(
     template: Annotated[
         list[str] | None, typer.Option(help="A text with {} for the label; repeat to average.")
     ] = None,
-    prompts: Annotated[Prompts, typer.Option(help="Templates, where --template gives none.")] = Prompts.plain,
+    prompts: Annotated[
+        str,
+        typer.Option(help="Published templates by name: photo, imagenet, food101, ... (? lists them)."),
+    ] = "plain",
     mode: HeadOpt = Head.C,
     top: Annotated[int, typer.Option(min=1, help="Labels shown an image.")] = 3,
     backend: BackendOpt = "onnxruntime",
@@ -113,10 +120,11 @@ def classify(
 ) -> None:
     """Zero-shot classification: which label fits each image."""
     names, files = _labels(labels, labels_file), ImageFiles.find(images)
-    from ..runtime.zero_shot import TEMPLATES
+    from ..runtime.templates import templates
 
+    texts = template or templates(prompts)
     with session(bundle, backend, target, device, threads, as_json) as (model, report):
-        classes = model.class_embeddings(names, template or TEMPLATES[prompts.value])
+        classes = model.class_embeddings(names, texts)
         items = []
         for found, pictures in files.read():
             for file, row in zip(found, model.classify(pictures, classes, mode=mode.mode), strict=True):

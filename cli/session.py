@@ -33,6 +33,7 @@ class Head(str, Enum):
 BundleArg = Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)]
 ImagesArg = Annotated[list[Path], typer.Argument(help="Image files and folders.", show_default=False)]
 HeadOpt = Annotated[Head, typer.Option("--mode", help="InternVL-C or InternVL-G embeddings.")]
+FramesOpt = Annotated[int, typer.Option(min=1, help="Frames read of a video, evenly spread.")]
 BackendOpt = Annotated[str, typer.Option(help="Whose engines: onnxruntime, tensorrt-rtx, ...")]
 TargetOpt = Annotated[str | None, typer.Option(help="Which engines of the backend: sm89, ...")]
 DeviceOpt = Annotated[

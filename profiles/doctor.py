@@ -42,6 +42,7 @@ NEEDED = {
     "score captions": "eval",
     "Prometheus metrics": "serve",
     "search with FAISS": "faiss",
+    "read video files": "video",
 }
 """What somebody wants to do, and the extra that installs it."""
 _PYTHON = ((3, 10), (3, 14))

@@ -3,6 +3,7 @@
 No torch; a backend is imported with its first engine.
 """
 
+from ..video import frames_of
 from .admission import Answer, ServiceLimits
 from .chat import Chat, InternVLChat
 from .chat_service import ChatService
@@ -28,4 +29,5 @@ __all__ = [
     "ServiceLimits",
     "Timing",
     "UrlPolicy",
+    "frames_of",
 ]

@@ -14,6 +14,7 @@ from ..engines.device import to_host
 from ..errors import CapabilityError, UsageError
 from ..pictures import ImageInput
 from ..preprocess import CAPTION_PROMPT, ResizeMode, buckets_of
+from ..video import FRAMES, Video
 from . import captions, matching, zero_shot
 from .components import Components
 from .dense import dense
@@ -21,6 +22,8 @@ from .images import Floats, Images, Reading
 from .loaded import Loaded, fixed
 from .matching import Ranking
 from .service import Service
+from .templates import PLAIN
+from .videos import encode_videos
 
 Mode = Literal["InternVL-C", "InternVL-G"]
 MODES: tuple[Mode, ...] = ("InternVL-C", "InternVL-G")
@@ -67,6 +70,27 @@ class InternVL(Loaded):
                 embed = zero_shot.l2(embed) + zero_shot.l2(query["query_embed"])
             parts.append(embed)
         return np.concatenate(parts).astype(np.float32, copy=False)
+
+    def encode_video(
+        self,
+        video: Video,
+        frames: int = FRAMES,
+        mode: Mode = "InternVL-C",
+        resize: ResizeMode | None = None,
+    ) -> Floats:
+        """The embedding [E] of one video, a file or a sequence of images; see :meth:`encode_videos`."""
+        embedding: Floats = self.encode_videos([video], frames, mode, resize)[0]
+        return embedding
+
+    def encode_videos(
+        self,
+        videos: Sequence[Video],
+        frames: int = FRAMES,
+        mode: Mode = "InternVL-C",
+        resize: ResizeMode | None = None,
+    ) -> Floats:
+        """Embeddings [V, E]: the mean over ``frames`` of each; see :mod:`~ivl_export.runtime.videos`."""
+        return encode_videos(self, videos, frames, mode, resize)
 
     def encode_text(self, texts: Sequence[str]) -> Floats:
         """Embeddings [B, E] float32, not normalised; the same in InternVL-C and InternVL-G.
@@ -142,10 +166,11 @@ class InternVL(Loaded):
         """As :func:`~ivl_export.runtime.dense.dense`: the hidden states behind several blocks."""
         return dense(self, images, blocks, resize)
 
-    def class_embeddings(
-        self, labels: Sequence[str], templates: Sequence[str] = zero_shot.TEMPLATES["plain"]
-    ) -> Floats:
-        """One unit vector a label [L, E], averaged over ``templates`` (texts with ``{}`` for the label)."""
+    def class_embeddings(self, labels: Sequence[str], templates: Sequence[str] = PLAIN) -> Floats:
+        """One unit vector a label [L, E], averaged over ``templates``, texts with ``{}`` for the label.
+
+        Published lists have names: :func:`~ivl_export.runtime.templates.templates`.
+        """
         if not labels or not templates:
             raise UsageError("Zero-shot classification needs labels and templates.", "One list is empty.")
         texts = [zero_shot.fill(template, label) for label in labels for template in templates]
@@ -155,7 +180,7 @@ class InternVL(Loaded):
         self,
         images: Images,
         labels: Sequence[str] | Floats,
-        templates: Sequence[str] = zero_shot.TEMPLATES["plain"],
+        templates: Sequence[str] = PLAIN,
         mode: Mode = "InternVL-C",
         resize: ResizeMode | None = "center_crop",
     ) -> Floats:

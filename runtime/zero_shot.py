@@ -12,20 +12,6 @@ from ..errors import UsageError
 Array = np.ndarray[Any, Any]
 Floats = NDArray[np.float32]
 
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "plain": ("{}",),
-    # The seven that CLIP's authors found to do as well as their eighty (CLIP repository, notebooks).
-    "photo": (
-        "itap of a {}.",
-        "a bad photo of the {}.",
-        "a origami {}.",
-        "a photo of the large {}.",
-        "a {} in a video game.",
-        "art of the {}.",
-        "a photo of the small {}.",
-    ),
-}
-
 
 def l2(embeddings: Array) -> Floats:
     """Rows [.., E] scaled to length 1 (a zero row stays zero, as in ``torch.nn.functional.normalize``)."""
