@@ -19,7 +19,7 @@ from ivl_export.benchmarks.runtime.measured import RECEIPTS, ROUNDS, Comparison,
 from ivl_export.benchmarks.runtime.models import Setting
 
 Part = Callable[[Setting], Sequence[Comparison]]
-PARTS = ("chained", "prefix")
+PARTS = ("chained", "prefix", "images")
 """Modules beside this one; each has a function ``measure`` that is a :data:`Part`."""
 
 
