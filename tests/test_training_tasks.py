@@ -33,7 +33,7 @@ class Oracle:
         self.blind, self.noise, self.rng = set(blind), noise, np.random.default_rng(9)
         plan: list[tuple[int, int, int, Kind | None, bool]]
         plan = [(tasks._CLASSIFY, 60, 0, "single", False)]
-        plan += [(tasks._RETRIEVE, 40, part, None, True) for part in range(2)]
+        plan += [(tasks.RETRIEVE, 40, part, None, True) for part in range(2)]
         plan += [(tasks._CAPTION, 30, 0, None, False)]
         self.scene: dict[bytes, Scene] = {}
         for task, n, part, kind, distinct in plan:
@@ -146,16 +146,16 @@ def test_no_answers_say_nothing() -> None:
 
 
 def test_evaluation_scenes_are_seeded_held_out_and_distinct() -> None:
-    a = eval_scenes(tasks._RETRIEVE, 200, 0, distinct=True)
-    assert a == eval_scenes(tasks._RETRIEVE, 200, 0, distinct=True)
-    assert a[:50] == eval_scenes(tasks._RETRIEVE, 50, 0, distinct=True)
+    a = eval_scenes(tasks.RETRIEVE, 200, 0, distinct=True)
+    assert a == eval_scenes(tasks.RETRIEVE, 200, 0, distinct=True)
+    assert a[:50] == eval_scenes(tasks.RETRIEVE, 50, 0, distinct=True)
     others: tuple[dict[str, Any], ...] = (
         {"seed": 1},
         {"part": 1, "seed": 0},
         {"task": tasks._CAPTION, "seed": 0},
     )
     for other in others:
-        assert a != eval_scenes(**{"task": tasks._RETRIEVE, "n": 200, "distinct": True, **other})
+        assert a != eval_scenes(**{"task": tasks.RETRIEVE, "n": 200, "distinct": True, **other})
     for lang in LANGUAGES:
         assert len({caption(s, lang) for s in a}) == 200
     assert any((o.shape, o.color) in HELD_OUT for s in a for o in s.objects)

@@ -21,7 +21,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 MODES = ("InternVL-C", "InternVL-G")
 _STREAM = 0x7E57
-_CLASSIFY, _RETRIEVE, _CAPTION = 0, 1, 2
+_CLASSIFY, RETRIEVE, _CAPTION = 0, 1, 2
 
 
 class Model(Protocol):
@@ -171,7 +171,7 @@ def retrieve(
     found: tuple[list[Array], list[Array]] = ([], [])
     asked: list[Scene] = []
     for gallery in range(galleries):
-        scenes = eval_scenes(_RETRIEVE, n, seed, part=gallery, distinct=True)
+        scenes = eval_scenes(RETRIEVE, n, seed, part=gallery, distinct=True)
         similarity = (
             _texts(model, [caption(s) for s in scenes], batch) @ _images(model, mode, scenes, batch).T
         )
