@@ -241,6 +241,10 @@ def chat(
     question: Annotated[
         list[str] | None, typer.Option(help="Ask this; repeat to ask on. Without it, questions are typed in.")
     ] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="A video, or animated image, shown after the images.")
+    ] = None,
+    frames: FramesOpt = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: all.")] = 0,
@@ -252,14 +256,15 @@ def chat(
     threads: ThreadsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Answer questions about images; the bundle must be that of an InternVL-Chat."""
+    """Answer questions about images and videos; the bundle must be that of an InternVL-Chat."""
     from ..decoding import Sampling
     from .run_chat import chat as run_chat
 
     engines = {"backend": backend, "target": target, "threads": threads}
     engines |= {} if device is None else {"device": device}
     sampling = Sampling(temperature, top_k, top_p, seed)
-    run_chat(bundle, images or [], question or [], max_new_tokens, sampling, engines, as_json)
+    shown = (images or [], video or [], frames)
+    run_chat(bundle, shown, question or [], max_new_tokens, sampling, engines, as_json)
 
 
 def _labels(text: str | None, file: Path | None) -> list[str]:

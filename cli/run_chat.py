@@ -18,23 +18,27 @@ if TYPE_CHECKING:
 
 def chat(
     bundle: Path,
-    images: list[Path],
+    shown: tuple[list[Path], list[Path], int],
     questions: list[str],
     max_new_tokens: int,
     sampling: Sampling,
     engines: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Ask ``questions``, or what is typed in until the input ends; answers are printed as they are found."""
+    """Ask ``questions``, or what is typed in until the input ends; answers are printed as they are found.
+
+    ``shown``: image files, video files, and how many frames of each video.
+    """
     if as_json and not questions:
         raise UsageError(
             "There is nothing to answer.", "--json takes no questions from the keyboard.", "--question"
         )
-    from ..runtime import InternVLChat
+    from ..runtime import InternVLChat, frames_of
 
     started = time.perf_counter()
+    images, videos, frames = shown
     with InternVLChat.load(bundle, **engines) as model:
-        talk = model.chat(images)
+        talk = model.chat([*images, *(frame for video in videos for frame in frames_of(video, frames))])
         for question in questions or _typed():
             if questions and not as_json:
                 typer.echo(f"> {question}")
@@ -51,6 +55,7 @@ def chat(
                     "backend": engines["backend"],
                     "precision": model.bundle.manifest.precision,
                     "images": [str(image) for image in images],
+                    "videos": [str(video) for video in videos],
                     "turns": [{"question": t.question, "answer": t.answer} for t in talk.history],
                     "seconds": seconds,
                     "timings": {

@@ -32,12 +32,13 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def png_header(width: int, height: int) -> bytes:
     """A valid PNG up to its (missing) pixels: what a decompression bomb looks like from outside."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
@@ -126,6 +127,21 @@ def test_sixteen_bit_grey_keeps_its_brightness(kind: str) -> None:
     assert np.asarray(load_image(encoded(grey, kind)))[0, :, 1].tolist() == [0, 128, 255]
 
 
+@pytest.mark.parametrize("mode", ["I;16B", "I;16", "I"])
+def test_sixteen_bit_tiffs_of_either_byte_order(mode: str) -> None:
+    values = np.array([[0, 32768, 65535]], {"I;16B": ">u2", "I;16": "<u2", "I": "<i4"}[mode])
+    grey = Image.frombytes(mode, (3, 1), values.tobytes())
+    assert np.asarray(load_image(encoded(grey, "TIFF")))[0, :, 1].tolist() == [0, 128, 255]
+
+
+def test_sixteen_bit_color_keeps_its_colors() -> None:
+    pixels = struct.pack(">6H", 65535, 0, 32768, 0, 65535, 65535)
+    size = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)  # two pixels, 16 bits, RGB
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0" + pixels))
+    shown = np.asarray(load_image(data + chunk(b"IEND", b""))).astype(int)
+    assert np.abs(shown - [[[255, 0, 128], [0, 255, 255]]]).max() <= 1
+
+
 def test_animation_shows_its_first_frame() -> None:
     frames = [Image.new("RGB", (6, 6), color) for color in ("red", "blue")]
     for kind in ("GIF", "PNG", "WEBP"):
@@ -186,6 +202,12 @@ def test_a_draft_is_a_smaller_jpeg_that_keeps_its_shorter_side(
     assert load_image(data).size == load_image(encoded(picture, "PNG"), draft=200).size == size
     near = picture.resize(want, Image.Resampling.BOX)
     assert np.abs(np.asarray(draft).astype(int)[:, :, :2] - np.asarray(near).astype(int)[:, :, :2]).mean() < 3
+
+
+def test_a_draft_is_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert load_image(encoded(photo(1600, 1200), "JPEG", exif=exif), draft=200).size == (300, 400)
 
 
 def test_a_draft_does_not_hide_how_large_an_image_is() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 
 from ivl_export import cli, video
 from ivl_export.errors import CapabilityError, InputError, UsageError
-from ivl_export.runtime import InternVL, frames_of
+from ivl_export.runtime import InternVL, InternVLChat, frames_of
 from ivl_export.runtime.zero_shot import l2
 from ivl_export.video import spread
 
@@ -203,3 +204,19 @@ def test_a_video_is_the_mean_of_its_frames(
     assert cli.main([*line, "--out", str(out)]) == 0
     np.testing.assert_allclose(np.load(out), want[None], atol=1e-6)
     assert f'"video": "{path}"' in capsys.readouterr().out
+
+
+def test_a_chat_sees_a_video_frame_by_frame(
+    chat_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "clip.webp"
+    path.write_bytes(animated("WEBP"))
+    with InternVLChat.load(chat_bundle, threads=1) as model:
+        talk = model.chat(frames_of(path, 3))
+        want = talk.ask("what is this?", 4)
+        assert talk.history[0].images == 3
+        assert want == model.chat([f for f in colors(20) if f in frames_of(path, 3)]).ask("what is this?", 4)
+    line = ["run", "chat", str(chat_bundle), "--video", str(path), "--frames", "3", "--json"]
+    assert cli.main([*line, "--question", "what is this?", "--max-new-tokens", "4"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["turns"][0]["answer"], said["videos"]) == (want, [str(path)])
