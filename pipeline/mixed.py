@@ -78,7 +78,7 @@ def _search_step(job: Job, preprocess: Step, before: list[Step]) -> Step:
             "A search weighs accuracy against modelled time.",
             "Give another --targets first, or name a recipe.",
         )
-    tasks = bool(job.evaluation) and set(job.components) == set(job.checkpoint.components)
+    tasks = bool(job.evaluation) and set(job.components) >= set(job.checkpoint.components)
     budget = BUDGETS[MIXED] if job.request.budget is None else job.request.budget
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> Made:

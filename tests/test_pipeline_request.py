@@ -343,3 +343,17 @@ def test_steps_depend_on_what_they_read(ask: Ask, tiny_model: Path, photos: Path
     )  # fmt: skip
     (words / "tokenizer.model").write_bytes(model.getvalue())
     assert changed(model=words) == {"preprocess", "calibrate", *after_scales}
+
+
+def test_what_is_built_beside_the_usual(ask: Ask) -> None:
+    usual = ask()
+    assert "qllama_itm" not in usual.components
+    more = ask(itm=True, features=(-2, 1))
+    assert more.components == (*usual.components, "qllama_itm")
+    assert more.checkpoint.whole.vision.feature_blocks == (1, 2)  # of three
+    assert ask(components=("qllama_itm", "vision")).components == ("vision", "qllama_itm")
+    assert ask(components=("vision",), itm=True).components == ("vision", "qllama_itm")
+    with pytest.raises(UsageError, match="no block 9"):
+        ask(features=(9,))
+    with pytest.raises(UsageError, match="qllama_itm"):
+        ask(model=request.NANO_CHAT, itm=True)
