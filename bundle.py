@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from .errors import BuildError, CapabilityError, IntegrityError
-from .manifest import MANIFEST, EngineFile, FileEntry, Manifest, read_manifest
+from .manifest import MANIFEST, EngineFile, FileEntry, Manifest
+from .manifest_reading import manifest_from_json, read_manifest
 from .specs import ComponentSpec
 from .strict_json import read_json
 
@@ -170,7 +171,7 @@ def seal(staging: Path, manifest: Manifest, out: Path, progress: Progress | None
         sealed = manifest.with_files(files)
         try:
             text = sealed.dumps()
-            Manifest.from_json(json.loads(text))
+            manifest_from_json(json.loads(text))
         except (IntegrityError, TypeError, ValueError) as error:
             raise BuildError("The bundle's manifest cannot be written.", str(error)) from error
         (staging / MANIFEST).write_text(text, encoding="utf-8")

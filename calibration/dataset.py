@@ -84,7 +84,7 @@ class Sample:
         """``pixel_values`` float32 [1, 3, S, S]; InputError if the file changed since the set was opened."""
         image = self.image
         if not isinstance(image, Path | Stored):
-            from ..training.scenes import render
+            from ..training.drawing import render
 
             return preprocess_images([render(image, settings.size)], settings)
 

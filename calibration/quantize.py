@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
-from ..export.weights import StoredTensor
+from ..export.store import StoredTensor
 from .schemes import SCHEMES, block_size
 
 if TYPE_CHECKING:

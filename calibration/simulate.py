@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..export.components import component_spec
-from ..export.weights import open_store
+from ..export.store import open_store
 from ..models.storage import open_reader
 from ..preprocess import ImageSettings, Tokenizer
 from .accuracy import Comparison, Metrics, Table

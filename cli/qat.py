@@ -75,7 +75,8 @@ def qat(
     """
     import torch
 
-    from ..pipeline.qat import Asked, QatJob, run
+    from ..pipeline.qat import run
+    from ..pipeline.qat_job import Asked, QatJob
     from ..training.distributed import known_strategy
     from .progress import Bars
 

@@ -65,8 +65,8 @@ def draw(
     from PIL import Image
 
     from ..training.batches import batch_scenes
+    from ..training.drawing import render
     from ..training.grammar import caption
-    from ..training.scenes import render
 
     try:
         _make_room(out, force)

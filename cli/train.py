@@ -102,8 +102,9 @@ def train(
 
     from ..preprocess import ImageSettings, Tokenizer
     from ..training import tasks, trainer
-    from ..training.distributed import known_strategy, together
+    from ..training.distributed import known_strategy
     from ..training.evaluate import TorchModel
+    from ..training.launch import together
     from ..training.publish import Run, publish
     from ..training.tokenizer import train_tokenizer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError
-from .weights import Store, cannot_write
+from .store import Store, cannot_write
 
 if TYPE_CHECKING:
     import onnx_ir as ir

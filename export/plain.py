@@ -17,8 +17,9 @@ from .beside import Check, beside
 from .binding import bind, save_graph
 from .components import component_module
 from .past import separate_past
+from .store import Store, cannot_write, plan_store
 from .trace import export_component
-from .weights import Store, cannot_write, plan_store, stored_as, write_store
+from .weights import stored_as, write_store
 
 if TYPE_CHECKING:
     import onnx_ir as ir

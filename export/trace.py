@@ -1,7 +1,7 @@
 """Tracing a component to an ONNX graph that holds no weights.
 
 The module stands on the meta device, so a 14-billion-parameter model is traced in the memory of its graph.
-Every initializer is left unbound (name, type, shape; no data) under its published key; :mod:`.weights` binds
+Every initializer is left unbound (name, type, shape; no data) under its published key; :mod:`.binding` binds
 them to stored bytes.
 
 One trace serves all compute types: it is made in bf16, where every deliberate fp32 region shows as a pair of

@@ -1,206 +1,22 @@
-"""The weights store: one safetensors file that all graphs of a bundle point into.
-
-A tensor that several components and both graph variants use is stored once; :mod:`.binding` points their
-initializers at it. Any safetensors reader opens the store.
-"""
+"""A checkpoint's tensors in a weights store: as they are, or cast, a block of rows at a time."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from io import FileIO
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ..errors import BuildError, CheckpointError
+from ..errors import CheckpointError
 from ..models.checkpoint import Checkpoint
-from ..models.storage import SAFETENSORS_DTYPES, TensorRef, read_header
-from .copying import copy_bytes, in_threads, reserve, write_all
+from .copying import in_threads
+from .store import StoredTensor, StoreWriter
 
 if TYPE_CHECKING:
     import torch
 
-ALIGNMENT = 4096  # a page: what memory maps and direct reads like
 BLOCK_VALUES = 1 << 22
 """Weights converted at a time, whatever the size of the tensor."""
-_SAFETENSORS = {
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "float8_e4m3fn": "F8_E4M3",
-    "int8": "I8",
-    "uint8": "U8",
-}
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
-
-Store = dict[str, TensorRef]
-"""Stored name to its place, over all files of a store."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a store: its name, torch dtype name and shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it takes."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class StoreLayout:
-    """Where each tensor of a store comes to lie, known before any is written.
-
-    Tensors stand sorted by the power of two in their size, largest first: each then starts at a multiple of
-    that power (up to a page) without holes, which safetensors forbids.
-
-    Args:
-        path: the file.
-        header: its first bytes, all before the tensors.
-        refs: tensor to its place, as :func:`open_store` will read it.
-        size: bytes of the file.
-    """
-
-    path: Path
-    header: bytes
-    refs: Store
-    size: int
-
-
-def plan_store(path: Path, tensors: Iterable[StoredTensor]) -> StoreLayout:
-    """The layout of a store of ``tensors`` at ``path``; ValueError when a name is listed twice."""
-    ordered = sorted(tensors, key=lambda t: (-_power_of_two(t.nbytes), t.name))
-    header: dict[str, object] = {}
-    begins, end = [], 0
-    for t in ordered:
-        begins.append(end)
-        end += t.nbytes
-        header[t.name] = {
-            "dtype": _SAFETENSORS[t.dtype],
-            "shape": list(t.shape),
-            "data_offsets": [begins[-1], end],
-        }
-    if len(header) != len(ordered):
-        raise ValueError("a tensor is listed twice")
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
-    data = 8 + len(raw)
-    refs = {
-        t.name: TensorRef(path, t.name, _header_dtype(t.dtype), t.shape, data + begin, t.nbytes)
-        for t, begin in zip(ordered, begins, strict=True)
-    }
-    return StoreLayout(path, len(raw).to_bytes(8, "little") + raw, refs, data + end)
-
-
-class StoreWriter:
-    """Writes a store of known tensors as a stream; a context manager.
-
-    Offsets are fixed by the layout, so rows of different tensors may come in any interleaving. The file
-    appears under ``path`` when the block ends without an error, all of it or nothing.
-    """
-
-    def __init__(self, path: Path, tensors: Sequence[StoredTensor]) -> None:
-        self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._layout = plan_store(path, tensors)
-        self._tensors = {t.name: t for t in tensors}
-        self._written = dict.fromkeys(self._tensors, 0)
-        self._file: FileIO | None = None
-
-    def __enter__(self) -> StoreWriter:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = FileIO(self._temporary, "w")
-            reserve(self._file, self._layout.size)
-            write_all(self._file, 0, memoryview(self._layout.header))
-        except OSError as error:
-            self._abandon()
-            raise cannot_write(self.path, error) from error
-        return self
-
-    def write(self, name: str, values: torch.Tensor) -> None:
-        """Append ``values`` (whole rows, of the tensor's dtype) to tensor ``name``.
-
-        Raises:
-            BuildError: more rows than the tensor has, another dtype, or the disk is full.
-        """
-        import torch
-
-        tensor, done = self._tensors[name], self._written[name]
-        nbytes = values.numel() * values.element_size()
-        if str(values.dtype) != f"torch.{tensor.dtype}" or done + nbytes > tensor.nbytes:
-            raise BuildError(
-                f"The weights store got the wrong values for {name}.",
-                f"{list(values.shape)} {values.dtype} after {done} of {tensor.nbytes} bytes of "
-                f"{list(tensor.shape)} {tensor.dtype}.",
-            )
-        data = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        with self._place(name) as (file, at):
-            write_all(file, at, data)
-        self._written[name] += nbytes
-
-    def copy(self, name: str, ref: TensorRef, progress: Callable[[int], None]) -> None:
-        """Make the bytes that ``ref`` points at tensor ``name``, which is of its dtype and shape.
-
-        ``progress`` hears the size of each piece.
-
-        Raises:
-            CheckpointError: the file cannot be read, or is shorter than it was.
-            BuildError: the disk is full.
-        """
-        if ref.offset is None or ref.nbytes != self._tensors[name].nbytes:
-            raise ValueError(f"{ref} cannot be copied to {self._tensors[name]}")
-        with self._place(name) as (file, at):
-            copy_bytes(ref.file, ref.offset, file, at, ref.nbytes, progress)
-        self._written[name] += ref.nbytes
-
-    @contextlib.contextmanager
-    def _place(self, name: str) -> Iterator[tuple[FileIO, int]]:
-        """The file, and the byte where tensor ``name`` goes on; says which file could not be written."""
-        assert self._file is not None, "used outside its with block"
-        begin = self._layout.refs[name].offset
-        assert begin is not None
-        try:
-            yield self._file, begin + self._written[name]
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._abandon()
-            return
-        short = [n for n, t in self._tensors.items() if self._written[n] != t.nbytes]
-        if short:
-            self._abandon()
-            raise BuildError(
-                f"{len(short)} tensors of the weights store are incomplete.", f"For example {short[0]}."
-            )
-        try:
-            assert self._file is not None
-            self._file.close()
-            self._temporary.replace(self.path)
-        except OSError as failure:
-            self._abandon()
-            raise cannot_write(self.path, failure) from failure
-
-    def _abandon(self) -> None:
-        with contextlib.suppress(OSError):  # what is buffered may not fit on the disk either
-            if self._file is not None:
-                self._file.close()
-        with contextlib.suppress(OSError):
-            self._temporary.unlink()
 
 
 def stored_as(checkpoint: Checkpoint, keys: Iterable[str], dtype: str | None) -> list[StoredTensor]:
@@ -276,41 +92,3 @@ def _row_blocks(values: torch.Tensor) -> Sequence[torch.Tensor]:
         return [values]
     step = max(1, BLOCK_VALUES * values.shape[0] // values.numel())
     return [values[i : i + step] for i in range(0, values.shape[0], step)]
-
-
-def open_store(*paths: Path) -> Store:
-    """Every tensor of the given store files, from their headers.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-        BuildError: a name is in two of them.
-    """
-    store: Store = {}
-    for path in paths:
-        refs = read_header(path)
-        twice = sorted(set(refs) & set(store))
-        if twice:
-            raise BuildError(
-                f"{len(twice)} tensors are in two weights stores.", f"{twice[0]} is in {path} and before."
-            )
-        store.update(refs)
-    return store
-
-
-def _header_dtype(dtype: str) -> str:
-    """``dtype`` as :func:`.storage.read_header` names it."""
-    return SAFETENSORS_DTYPES.get(_SAFETENSORS[dtype], _SAFETENSORS[dtype])
-
-
-def _power_of_two(nbytes: int) -> int:
-    """The largest power of two that divides ``nbytes``, at most a page."""
-    return min(nbytes & -nbytes or ALIGNMENT, ALIGNMENT)
-
-
-def cannot_write(path: Path, error: OSError) -> BuildError:
-    """The error for a file that could not be written."""
-    return BuildError(
-        f"{path} cannot be written.",
-        error.strerror or str(error),
-        "Free disk space or choose another --out; what was built so far is kept.",
-    )

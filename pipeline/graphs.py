@@ -17,8 +17,9 @@ from ..export.binding import bind, save_graph
 from ..export.components import component_module, component_spec
 from ..export.past import separate_past
 from ..export.split import split_graph
+from ..export.store import StoreWriter, open_store
 from ..export.trace import export_component
-from ..export.weights import StoreWriter, open_store, write_store
+from ..export.weights import write_store
 from ..models.checkpoint import Checkpoint
 from .calibration import SMOOTHING
 

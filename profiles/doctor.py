@@ -9,13 +9,9 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, requires
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 from ..calibration.recipe import Plan, Recipe, load_recipe, shipped_recipes
 from ..engines.gpu import gpus
@@ -25,26 +21,12 @@ from ..errors import BuildError
 from ..models.config import InternVLConfig
 from ..models.layout import COMPONENTS
 from .backends import Here, backends_here
-from .backends import installed as installed_version
+from .extras import NEEDED, Extra, extra_here
 from .gpus import of_driver
 from .machine import Gpu, Machine, machine
 from .sizes import weights
 
 SCHEMA = "ivl-export.doctor/1"
-NEEDED = {
-    "run on the CPU": "cpu",
-    "run on a GPU": "gpu",
-    "build": "quant",
-    "GPU engines": "rtx",
-    "train": "train",
-    "calibrate on Hugging Face sets": "datasets",
-    "draw PNG files": "plots",
-    "score captions": "eval",
-    "Prometheus metrics": "serve",
-    "search with FAISS": "faiss",
-    "read video files": "video",
-}
-"""What somebody wants to do, and the extra that installs it."""
 _PYTHON = ((3, 10), (3, 14))
 _OVERHEAD = 256 << 20
 """Disk for what is small: graphs, receipts, scales."""
@@ -57,29 +39,6 @@ class Problem:
     what: str
     why: str
     fix: str
-
-
-@dataclass(frozen=True)
-class Extra:
-    """An optional part of this package: its packages and their versions (None: not installed).
-
-    ``outside`` are packages whose version is outside the range that this package was made for, and the range.
-    """
-
-    name: str
-    purpose: str
-    packages: dict[str, str | None]
-    outside: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def installed(self) -> bool:
-        """Whether every package is there, as far as this package's metadata says which they are."""
-        return bool(self.packages) and None not in self.packages.values()
-
-    @property
-    def install(self) -> str:
-        """The line that installs it."""
-        return f"pip install 'ivl-export[{self.name}]'"
 
 
 @dataclass(frozen=True)
@@ -144,7 +103,7 @@ class Asked:
 def diagnose(asked: Asked | None = None, where: Path = Path()) -> Diagnosis:
     """Look at this machine, and check what was ``asked`` of it; ``where`` is the folder a bundle goes to."""
     here = machine()
-    extras = tuple(_extra(name, purpose) for purpose, name in NEEDED.items())
+    extras = tuple(extra_here(name, purpose) for purpose, name in NEEDED.items())
     installed = {e.name: e.installed for e in extras}
     abilities = tuple(
         ability
@@ -188,40 +147,19 @@ def needs_of(
     return needs, load
 
 
-def _extra(name: str, purpose: str) -> Extra:
-    wanted = extra_packages(name)
-    packages = {package: installed_version(package) for package in wanted}
-    outside = {
-        package: str(wanted[package])
-        for package, found in packages.items()
-        if found is not None and not wanted[package].contains(found, prereleases=True)
-    }
-    return Extra(name, purpose, packages, outside)
-
-
-def extra_packages(name: str) -> dict[str, SpecifierSet]:
-    """Packages that ``pip install 'ivl-export[name]'`` adds, and their ranges, by this package's metadata."""
-    try:
-        wanted = map(Requirement, requires("ivl-export") or [])
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return {}
-    mine = {"extra": name}
-    return {
-        r.name: r.specifier
-        for r in wanted
-        if r.marker and r.marker.evaluate(mine) and "extra" in str(r.marker)
-    }
-
-
 def _version_problems(extras: Iterable[Extra]) -> list[Problem]:
-    outside = {package: wanted for extra in extras for package, wanted in extra.outside.items()}
+    outside = {
+        package: (extra.packages[package], wanted)
+        for extra in extras
+        for package, wanted in extra.outside.items()
+    }
     return [
         Problem(
-            f"{package} {installed_version(package)} is outside the range that is supported.",
+            f"{package} {found} is outside the range that is supported.",
             f"The range is {wanted}.",
             f"pip install '{package}{wanted}'",
         )
-        for package, wanted in outside.items()
+        for package, (found, wanted) in outside.items()
     ]
 
 

@@ -35,7 +35,7 @@ def tiny_bundle(request: pytest.FixtureRequest) -> Path:
     """
     pytest.importorskip("onnxscript")
     digest = hashlib.sha256()
-    sources = [ROOT / name for name in ("specs.py", "bundle.py", "manifest.py")]
+    sources = [ROOT / name for name in ("specs.py", "bundle.py", "manifest.py", "manifest_reading.py")]
     sources += [*(ROOT / "models").glob("*.py"), *(ROOT / "export").glob("*.py")]
     for path in [*sorted(sources), Path(__file__), TINY / "config.json", TINY / "model.safetensors"]:
         digest.update(path.read_bytes())
@@ -122,8 +122,9 @@ def build_tiny_bundle(out: Path) -> None:
     from ivl_export.export.components import component_spec
     from ivl_export.export.features import with_features
     from ivl_export.export.past import separate_past
+    from ivl_export.export.store import open_store
     from ivl_export.export.trace import export_component
-    from ivl_export.export.weights import open_store, write_store
+    from ivl_export.export.weights import write_store
     from ivl_export.manifest import Component, Manifest, Model
     from ivl_export.models.checkpoint import open_checkpoint
     from ivl_export.models.layout import OPTIONAL

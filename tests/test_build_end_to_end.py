@@ -21,8 +21,9 @@ from ivl_export.bundle import Bundle
 from ivl_export.cli import main
 from ivl_export.models.config import InternVLConfig
 from ivl_export.training import tasks
+from ivl_export.training.drawing import render
 from ivl_export.training.grammar import caption
-from ivl_export.training.scenes import ALL_COMBINATIONS, Scene, render
+from ivl_export.training.scenes import ALL_COMBINATIONS, Scene
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("tensorrt_rtx")

@@ -20,9 +20,10 @@ from ivl_export.engines.protocol import BACKENDS
 from ivl_export.errors import CapabilityError
 from ivl_export.models.config import InternVLConfig
 from ivl_export.pipeline.request import nano_folder
-from ivl_export.profiles import doctor, machine
+from ivl_export.profiles import extras, machine
 from ivl_export.profiles.backends import backends_here
-from ivl_export.profiles.doctor import Asked, Extra, asked_problems, diagnose, extra_packages
+from ivl_export.profiles.doctor import Asked, asked_problems, diagnose
+from ivl_export.profiles.extras import Extra, extra_packages
 from ivl_export.profiles.machine import Gpu, parse_gpus
 from ivl_export.profiles.sizes import plan_of
 
@@ -116,7 +117,7 @@ def test_missing_packages_are_named_with_the_line() -> None:
 def test_versions_outside_the_supported_range_are_problems(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "installed_version", lambda package: "1.2" if package == "onnx" else "99.0")
+    monkeypatch.setattr(extras, "installed_version", lambda package: "1.2" if package == "onnx" else "99.0")
     assert cli.main(["doctor", "--json"]) == 5
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert problem["what"] == "onnx 1.2 is outside the range that is supported."

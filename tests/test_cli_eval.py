@@ -15,8 +15,9 @@ from ivl_export import cli
 from ivl_export.evaluation.tasks import TASKS, evaluate
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.zero_shot import l2
+from ivl_export.training.drawing import render
 from ivl_export.training.grammar import caption
-from ivl_export.training.scenes import Scene, render
+from ivl_export.training.scenes import Scene
 from ivl_export.training.tasks import eval_scenes
 
 COUNT = 12

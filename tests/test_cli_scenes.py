@@ -14,8 +14,9 @@ from PIL import Image
 from ivl_export.calibration.sources import open_calibration
 from ivl_export.cli import main
 from ivl_export.training.batches import batch_scenes
+from ivl_export.training.drawing import render
 from ivl_export.training.grammar import Language, caption
-from ivl_export.training.scenes import Split, render
+from ivl_export.training.scenes import Split
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -26,8 +26,9 @@ from ivl_export.export.binding import bind, save_graph, unbound
 from ivl_export.export.blocks import SCOPES, one_period, repeat_blocks
 from ivl_export.export.components import component_module, component_spec
 from ivl_export.export.graph import finish, retype
+from ivl_export.export.store import open_store
 from ivl_export.export.trace import COMPUTE_DTYPES, export_component
-from ivl_export.export.weights import open_store, write_store
+from ivl_export.export.weights import write_store
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.internvl import InternVL

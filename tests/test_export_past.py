@@ -16,8 +16,9 @@ from ivl_export.export.binding import bind, save_graph, unbound
 from ivl_export.export.components import component_spec
 from ivl_export.export.past import separate_past
 from ivl_export.export.split import split_graph
+from ivl_export.export.store import open_store
 from ivl_export.export.trace import export_component
-from ivl_export.export.weights import open_store, write_store
+from ivl_export.export.weights import write_store
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.specs import ComponentSpec
 

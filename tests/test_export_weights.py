@@ -21,14 +21,8 @@ from safetensors.torch import load_file, save_file
 from ivl_export.errors import BuildError, CheckpointError
 from ivl_export.export import copying
 from ivl_export.export.binding import bind, save_graph, unbound
-from ivl_export.export.weights import (
-    ALIGNMENT,
-    StoredTensor,
-    StoreWriter,
-    open_store,
-    plan_store,
-    write_store,
-)
+from ivl_export.export.store import ALIGNMENT, StoredTensor, StoreWriter, open_store, plan_store
+from ivl_export.export.weights import write_store
 from ivl_export.models.checkpoint import open_checkpoint
 
 TINY = Path(__file__).parent / "goldens" / "tiny"

@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 
 from ivl_export.training.batches import batch_scenes, batches, make_batch
+from ivl_export.training.drawing import render
 from ivl_export.training.grammar import caption
-from ivl_export.training.scenes import Scene, render
+from ivl_export.training.scenes import Scene
 
 
 def test_a_batch_holds_its_scenes_pictures_and_captions() -> None:

@@ -20,9 +20,11 @@ from ivl_export.models.config import InternVLConfig
 from ivl_export.models.internvl import InternVL
 from ivl_export.tests.test_training_trainer import STAGES, TINY
 from ivl_export.training import distributed as dist
+from ivl_export.training.initial import initialised
+from ivl_export.training.launch import together
 from ivl_export.training.losses import Stage2Batch, Text, across_ranks, stage2_losses
 from ivl_export.training.tokenizer import train_tokenizer
-from ivl_export.training.trainer import Options, Progress, initialised, train
+from ivl_export.training.trainer import Options, Progress, train
 
 GOLDENS = Path(__file__).parent / "goldens" / "tiny"
 PRESET = replace(
@@ -108,7 +110,7 @@ def trained(folder: Path, processes: int, strategy: dist.Strategy) -> tuple[list
     torch.set_num_threads(1)
     options = Options(folder, save_every=2, workers=0, bf16=False, strategy=strategy)
     try:
-        result = dist.together(processes, train, (PRESET, train_tokenizer(), options), report=heard.append)
+        result = together(processes, train, (PRESET, train_tokenizer(), options), report=heard.append)
     finally:
         torch.set_num_threads(threads)
     assert result is not None
@@ -152,4 +154,4 @@ def test_batches_that_cannot_be_shared_are_refused(monkeypatch: pytest.MonkeyPat
 
 
 if __name__ == "__main__":
-    dist.together(1, golden_gradients, (sys.argv[1], sys.argv[2]))
+    together(1, golden_gradients, (sys.argv[1], sys.argv[2]))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from skimage.measure import label, regionprops
 
+from ivl_export.training.drawing import SIZE, layout, render
 from ivl_export.training.grammar import caption
 from ivl_export.training.scenes import (
     ALL_COMBINATIONS,
@@ -18,14 +19,11 @@ from ivl_export.training.scenes import (
     HELD_OUT,
     RELATIONS,
     SHAPES,
-    SIZE,
     SIZES,
     Obj,
     Scene,
     Split,
-    layout,
     near_copy,
-    render,
     sample_scene,
 )
 

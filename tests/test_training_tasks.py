@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from ivl_export.training import tasks
+from ivl_export.training.drawing import Image8, render
 from ivl_export.training.grammar import LANGUAGES, Language, caption
-from ivl_export.training.scenes import HELD_OUT, Image8, Kind, Scene, render
+from ivl_export.training.scenes import HELD_OUT, Kind, Scene
 from ivl_export.training.tasks import Array, Score, best, classify, describe, eval_scenes, evaluate, retrieve
 
 SETTINGS: dict[str, Any] = {

@@ -22,20 +22,12 @@ from ivl_export.models.internvl import InternVL
 from ivl_export.preprocess import ImageSettings, Tokenizer
 from ivl_export.training import tasks
 from ivl_export.training.evaluate import TorchModel
+from ivl_export.training.initial import initialised, sine_positions
 from ivl_export.training.presets import NANO, PRESETS, Preset, Stage
 from ivl_export.training.publish import Run, publish
 from ivl_export.training.scenes import HELD_OUT, SHAPES
 from ivl_export.training.tokenizer import VOCAB_SIZE, train_tokenizer
-from ivl_export.training.trainer import (
-    MAX_LOGIT_SCALE,
-    Options,
-    Progress,
-    initialised,
-    schedule,
-    shortened,
-    sine_positions,
-    train,
-)
+from ivl_export.training.trainer import MAX_LOGIT_SCALE, Options, Progress, schedule, shortened, train
 
 STAGES = (
     Stage("one", "contrastive", steps=4, batch=4, lr=2e-3, matrix_lr=0.02, warmup=2),

@@ -23,7 +23,7 @@ from ..calibration.scales import Scales
 from ..calibration.schemes import SCHEMES
 from ..errors import CapabilityError, CheckpointError, IntegrityError
 from ..export.components import component_module
-from ..export.weights import Store, open_store
+from ..export.store import Store, open_store
 from ..models.chat_config import ModelConfig, config_from_published
 from ..models.storage import open_reader
 from .attention import Fp8Attention

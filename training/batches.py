@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .drawing import SIZE, Image8, render
 from .grammar import Language, caption
-from .scenes import PAIRS, SIZE, Image8, Scene, Split, near_copy, render, sample_scene
+from .scenes import PAIRS, Scene, Split, near_copy, sample_scene
 
 # Keeps the random streams of the splits apart, whatever their seeds are.
 _STREAM: dict[Split, int] = {"train": 0x7A1, "heldout": 0xE7A}

@@ -15,8 +15,8 @@ from ..models.chat import InternVLChat
 from ..models.checkpoint import Checkpoint
 from ..models.layout import CHAT_TOWER, VISION, expected_shapes
 from ..preprocess import ImageSettings, Tokenizer, preprocess_images
+from .drawing import Image8
 from .presets import ChatPreset
-from .scenes import Image8
 
 STD = 0.04
 LONGEST_ANSWER = 24

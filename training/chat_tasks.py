@@ -14,7 +14,8 @@ import numpy as np
 
 from ..conversation import Turn
 from .dialogues import KINDS, Asked, conversation, dialogue, two_turns
-from .scenes import Image8, Scene, render
+from .drawing import Image8, render
+from .scenes import Scene
 from .tasks import Score, TaskScore, eval_scenes
 
 Answer = Callable[[Image8, Sequence[Sequence[Turn]]], list[str]]

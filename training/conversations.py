@@ -18,8 +18,9 @@ from ..errors import InputError
 from ..pictures import ImageInput
 from ..preprocess import Array, ImageSettings, Tokenizer, preprocess_images
 from .dialogues import conversation, dialogue
+from .drawing import render
 from .presets import Stage
-from .scenes import near_copy, render, sample_scene
+from .scenes import near_copy, sample_scene
 
 _STREAM = 0x7A3
 _ORDER_STREAM = 0x0DE

@@ -9,8 +9,8 @@ import torch
 from ..models.internvl import InternVL
 from ..preprocess import CAPTION_PROMPT, Array, ImageSettings, Tokenizer
 from .collate import BUCKETS, normalise
+from .drawing import Image8
 from .grammar import Language
-from .scenes import Image8
 from .tasks import BothHeads
 
 

@@ -20,7 +20,8 @@ from . import lora as low_rank
 from .conversations import ChatBatch, ChatBatches
 from .lora import Lora
 from .presets import Stage
-from .trainer import Options, Progress, optimizers, read_state, save_state, schedule
+from .state import read_state, save_state
+from .trainer import Options, Progress, optimizers, schedule
 
 Trains = Literal["projector", "decoder", "all", "lora"]
 TRAINS: dict[Trains, tuple[str, ...]] = {

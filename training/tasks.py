@@ -14,8 +14,9 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from .drawing import Image8, render
 from .grammar import Language, caption, class_prompts
-from .scenes import ALL_COMBINATIONS, Image8, Kind, Scene, render, sample_scene
+from .scenes import ALL_COMBINATIONS, Kind, Scene, sample_scene
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

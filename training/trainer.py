@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 
-from ..errors import InputError
 from ..models.internvl import InternVL
 from ..preprocess import ImageSettings
 from . import distributed as dist
 from .collate import Drawn, SceneBatches, normalise
+from .initial import initialised
 from .losses import (
     IGNORE,
     Gather,
@@ -39,9 +39,9 @@ from .losses import (
     stage2_losses,
 )
 from .presets import Preset, Stage
+from .state import read_state, save_state
 
 MAX_LOGIT_SCALE = math.log(100)
-STATE = "state.pt"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def train(
 ) -> tuple[InternVL, float]:
     """Run all stages of ``preset``: the trained model (fp32, eval mode) and the seconds its steps took.
 
-    In a group (:func:`.distributed.together`) every process calls it, and trains on its rows of each batch.
+    In a group (:func:`.launch.together`) every process calls it, and trains on its rows of each batch.
 
     Raises:
         InputError: ``work_dir`` holds the state of a run with other settings.
@@ -127,44 +127,6 @@ def train(
         trained.load_state_dict(dist.whole(model.state_dict()))
         model = trained
     return model.cpu().eval(), seconds
-
-
-def initialised(preset: Preset) -> InternVL:
-    """The untrained model: normal weights, residual outputs scaled down by depth (as GPT-2).
-
-    Positions start as sines and cosines about as large as the patches' content: from small random ones a
-    short run hardly learns where things stand.
-    """
-    torch.manual_seed(preset.seed)
-    model = InternVL(preset.model)
-    config = preset.model
-    depths = {"vision_model": config.vision.num_hidden_layers, "qllama": config.qllama.num_hidden_layers}
-    for name, parameter in model.named_parameters():
-        depth = next((n for part, n in depths.items() if name.startswith(part)), 1)
-        residual = name.endswith(("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight"))
-        if name.endswith((".ls1", ".ls2")):
-            nn.init.constant_(parameter, 1.0)  # so shallow a ViT needs no damping
-        elif name.endswith("position_embedding"):
-            grid = config.vision.image_size // config.vision.patch_size
-            parameter.data[:, 1:] = sine_positions(grid, config.vision.hidden_size)
-            nn.init.zeros_(parameter.data[:, :1])
-        elif parameter.dim() >= 2:
-            nn.init.trunc_normal_(parameter, std=0.04 / (2 * depth) ** 0.5 if residual else 0.04)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-    nn.init.trunc_normal_(model.vision_model.embeddings.patch_embedding.weight, std=0.02)
-    return model
-
-
-def sine_positions(grid: int, width: int) -> Tensor:
-    """Fixed 2-D sines and cosines [grid * grid, width], half of the channels for each axis (as MAE)."""
-    quarter = width // 4
-    frequencies = 1.0 / 100.0 ** (torch.arange(quarter) / quarter)
-    angles = torch.arange(grid)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], 1)
-    rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
-    table = torch.cat([rows, columns], -1).flatten(0, 1)
-    return nn.functional.pad(table, (0, width - table.shape[1]))
 
 
 def _batches(preset: Preset, stage: Stage, tokenizer: bytes, first: int, workers: int) -> Iterator[Drawn]:
@@ -268,42 +230,6 @@ def _batch(stage: Stage, drawn: Drawn, pixels: Tensor) -> Stage2Batch:
 def _trim(text: Text) -> Text:
     longest = int(text.lengths().max())
     return Text(text.input_ids[:, :longest], text.mask[:, :longest])
-
-
-def read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """What :func:`save_state` left in ``folder``; None if nothing is there.
-
-    Raises:
-        InputError: it is the state of a run of another ``identity``.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / STATE).exists():
-        return None
-    state: dict[str, Any] = torch.load(folder / STATE, weights_only=True, map_location="cpu")
-    if state["identity"] != identity:
-        raise InputError(
-            f"{folder} holds another run.",
-            "Its model, data or settings differ from what is asked now.",
-            "Use another --work-dir, or delete that one.",
-        )
-    return state
-
-
-def save_state(
-    folder: Path, model: nn.Module, chosen: list[torch.optim.Optimizer], place: dict[str, Any]
-) -> None:
-    """Write where a run stands; in a group every process calls it, and the first one writes.
-
-    ``place`` says whose run it is, and how far it has come.
-    """
-    states = dist.whole([o.state_dict() for o in chosen])
-    state = {**place, "model": dist.whole(model.state_dict()), "optimizers": states}
-    if dist.rank() > 0:
-        return
-    path = folder / STATE
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
 
 
 def shortened(preset: Preset, steps: int | None, batch: int | None) -> Preset:

@@ -200,7 +200,8 @@ def test_tensorrt_rtx_fuses_it(tmp_path: Path) -> None:
     from ivl_export.engines.promise import check_promise
     from ivl_export.engines.proof_rtx import proof_from_engine
     from ivl_export.export.binding import bind, save_graph, unbound
-    from ivl_export.export.weights import open_store, write_store
+    from ivl_export.export.store import open_store
+    from ivl_export.export.weights import write_store
     from ivl_export.models.checkpoint import open_checkpoint
 
     config = sliced(InternVLConfig(), 1, 1)

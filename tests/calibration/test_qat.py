@@ -23,11 +23,12 @@ from ivl_export.calibration.sources import open_calibration
 from ivl_export.cli import main
 from ivl_export.engines.protocol import open_engine
 from ivl_export.export.components import component_spec
-from ivl_export.export.weights import open_store
+from ivl_export.export.store import open_store
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.storage import open_reader
 from ivl_export.pipeline import qat
 from ivl_export.pipeline.graphs import LOW_STORE, graph_path
+from ivl_export.pipeline.qat_job import Asked, QatJob
 from ivl_export.pipeline.qat_plot import plot
 from ivl_export.pipeline.request import ORT, Job, Request
 from ivl_export.pipeline.step import Made, Step
@@ -76,23 +77,23 @@ def one_thread() -> Any:
 
 
 @pytest.fixture
-def asked(model: Path, data: Path, tmp_path: Path) -> qat.Asked:
-    return qat.Asked(
+def asked(model: Path, data: Path, tmp_path: Path) -> Asked:
+    return Asked(
         tmp_path / "out", model, "w4a8", data=data, steps=6, batch=4, save_every=2, scale_lr=0.02, lr=1e-3
     )
 
 
-def run(asked: qat.Asked, processes: int = 1, stop: int = 0) -> dict[str, Any]:
+def run(asked: Asked, processes: int = 1, stop: int = 0) -> dict[str, Any]:
     def report(progress: Progress) -> None:
         if progress.done == stop:
             raise KeyboardInterrupt
 
-    outcome = qat.run(qat.QatJob(asked), processes, Silent(), report)
+    outcome = qat.run(QatJob(asked), processes, Silent(), report)
     assert outcome is not None
     return outcome.receipt
 
 
-def test_the_built_graph_is_what_was_trained(asked: qat.Asked, tmp_path: Path) -> None:
+def test_the_built_graph_is_what_was_trained(asked: Asked, tmp_path: Path) -> None:
     receipt = run(replace(asked, teacher=True))
     assert len(receipt["losses"]) == 6
     files = {p.name for p in asked.out.iterdir()} - {"curve.png"}
@@ -106,7 +107,7 @@ def test_the_built_graph_is_what_was_trained(asked: qat.Asked, tmp_path: Path) -
         "tokenizer.model",
     }
     # What training simulated last: its state, before anything was written in another form.
-    before = qat.QatJob(asked).job
+    before = QatJob(asked).job
     scales = qat.measured_scales(before, asked.work, Silent())
     trained = qat.student_of(before, scales, True)
     trained.load_state_dict(torch.load(asked.work / "state.pt", weights_only=True)["model"])
@@ -165,7 +166,7 @@ def test_the_built_graph_is_what_was_trained(asked: qat.Asked, tmp_path: Path) -
     assert compare(last.numpy(), got["tokens"]).sqnr_db > 25
 
 
-def test_runs_repeat_and_go_on(asked: qat.Asked, tmp_path: Path) -> None:
+def test_runs_repeat_and_go_on(asked: Asked, tmp_path: Path) -> None:
     first = run(asked)
     again = run(replace(asked, out=tmp_path / "again"))
     assert again["losses"] == first["losses"]
@@ -185,9 +186,7 @@ def test_runs_repeat_and_go_on(asked: qat.Asked, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("strategy", "teacher"), [("ddp", True), ("fsdp", False)])
-def test_two_processes_train_as_one_does(
-    strategy: Any, teacher: bool, asked: qat.Asked, tmp_path: Path
-) -> None:
+def test_two_processes_train_as_one_does(strategy: Any, teacher: bool, asked: Asked, tmp_path: Path) -> None:
     asked = replace(asked, teacher=teacher, steps=2)
     alone = run(asked)["losses"]
     shared = run(replace(asked, out=tmp_path / "shared", strategy=strategy), 2)["losses"]

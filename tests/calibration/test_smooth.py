@@ -20,7 +20,8 @@ from ivl_export.calibration.schemes import folded_layers
 from ivl_export.calibration.smooth import channel_ranges, factors
 from ivl_export.errors import UsageError
 from ivl_export.export.components import component_spec
-from ivl_export.export.weights import open_store, write_store
+from ivl_export.export.store import open_store
+from ivl_export.export.weights import write_store
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.preprocess import ImageSettings, Tokenizer
 from ivl_export.tests.calibration.reference import reference_modules

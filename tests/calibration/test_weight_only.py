@@ -31,8 +31,9 @@ from ivl_export.engines.protocol import open_engine
 from ivl_export.errors import BuildError
 from ivl_export.export.binding import bind, save_graph
 from ivl_export.export.components import component_spec
+from ivl_export.export.store import StoreWriter, open_store
 from ivl_export.export.trace import export_component
-from ivl_export.export.weights import StoreWriter, open_store, write_store
+from ivl_export.export.weights import write_store
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.tests.calibration.reference import reference_modules
 

@@ -47,8 +47,8 @@ def export(
     from ivl_export.calibration.qdq import write_qdq
     from ivl_export.calibration.quantize import quantise, stored_names
     from ivl_export.export.binding import bind, save_graph
+    from ivl_export.export.store import StoredTensor, StoreWriter, open_store
     from ivl_export.export.trace import export_component
-    from ivl_export.export.weights import StoredTensor, StoreWriter, open_store
 
     model = export_component("vision", checkpoint, compute)
     weights = {}

@@ -21,7 +21,8 @@ from ivl_export.torch_backend.attention import Fp8Attention
 from ivl_export.torch_backend.exported import exported
 from ivl_export.torch_backend.linears import Fp8Linear, Int8Linear
 from ivl_export.torch_backend.module import component_of
-from ivl_export.training.scenes import render, sample_scene
+from ivl_export.training.drawing import render
+from ivl_export.training.scenes import sample_scene
 
 Array = np.ndarray[Any, Any]
 
