@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..errors import IvlError
 
 INTERRUPTED = 130
 
@@ -37,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _usage(error, as_json)
         if debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and (lacking := _lacking(error, args[:1])) is not None:
+            report(lacking, as_json)
+            return lacking.exit_code
         if type(error).__name__ == "Abort":  # what older typer releases make of Ctrl-C
             code = INTERRUPTED
         else:
@@ -64,6 +71,24 @@ def report(error: object, as_json: bool) -> None:
     for name, text in (("why", error.why), ("fix", error.fix)):
         if text:
             print(f"  {name}: {_printable(text)}", file=sys.stderr)
+
+
+def _lacking(error: ModuleNotFoundError, verb: Sequence[str]) -> IvlError | None:
+    """What to say where a package of an extra is not installed; None if no extra has it.
+
+    Of several extras that have it the verb's own is named, or the first.
+    """
+    from ..errors import CapabilityError
+    from ..profiles.extras import extras_with
+
+    module = (error.name or "").partition(".")[0]
+    extras = extras_with(module)
+    if not extras:
+        return None
+    named = next((name for name in verb if name in extras), extras[0])
+    return CapabilityError(
+        f"{module} is not installed.", "This needs it.", f"pip install 'ivl-export[{named}]'"
+    )
 
 
 def _usage(error: Exception, as_json: bool) -> int:

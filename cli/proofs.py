@@ -9,7 +9,7 @@ from pathlib import Path
 from ..bundle import Bundle
 from ..engines.promise import check_promise
 from ..engines.proof import KernelReport
-from ..errors import CapabilityError, IntegrityError, UsageError
+from ..errors import IntegrityError, UsageError
 
 Proofs = dict[str, dict[str, "Proof"]]
 """Engine -> component -> its proof."""
@@ -102,11 +102,8 @@ def proofs_here(bundle: Bundle, component: str | None, here: Here) -> Proofs:
 
 
 def _run_torch(bundle: Bundle, component: str, here: Here) -> Proof:
-    try:
-        from ..torch_backend.proof import proof_from_torch
-    except ImportError as error:
-        raise CapabilityError("torch is not installed.", str(error), "pip install torch") from error
     from ..profiles.inputs import random_inputs
+    from ..torch_backend.proof import proof_from_torch
 
     spec = bundle.spec(component)
     sizes = {axis.name: axis.opt for axis in spec.axes}

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, requires
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from .backends import installed as installed_version
 
@@ -73,3 +74,13 @@ def extra_packages(name: str) -> dict[str, SpecifierSet]:
         for r in wanted
         if r.marker and r.marker.evaluate(mine) and "extra" in str(r.marker)
     }
+
+
+def extras_with(module: str) -> list[str]:
+    """The extras that install the module ``module``: packages may be called ``<vendor>-<module>``."""
+    name = module.replace("_", "-").lower()
+    return [
+        extra
+        for extra in NEEDED.values()
+        if any(p == name or p.endswith(f"-{name}") for p in map(canonicalize_name, extra_packages(extra)))
+    ]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ivl_export import __version__, cli
+from ivl_export.cli import app as app_module
 from ivl_export.cli import inputs, output
 from ivl_export.cli.app import VERBS
 from ivl_export.errors import InputError, IvlError
@@ -200,3 +201,31 @@ def test_broken_files_that_were_named_are_errors(tmp_path: Path) -> None:
     for paths in ([tmp_path / "empty"], [tmp_path / "missing.png"], []):
         with pytest.raises(InputError):
             inputs.ImageFiles.find(paths)
+
+
+@pytest.mark.parametrize(
+    ("verb", "absent", "extra"),
+    [("train", "torch", "train"), ("build", "torch", "quant"), ("recipes", "modelopt.torch", "quant")],
+)
+def test_a_package_of_an_extra_that_is_not_installed(
+    verb: str, absent: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError(f"No module named {absent!r}", name=absent)
+
+    monkeypatch.setattr(app_module, "_load", lacking)
+    assert cli.main([verb, "--json"]) == 5
+    told = json.loads(capsys.readouterr().err)
+    assert told["what"] == f"{absent.partition('.')[0]} is not installed."
+    assert told["fix"] == f"pip install 'ivl-export[{extra}]'"
+
+
+def test_a_module_that_no_extra_has_is_a_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'ivl_export.gone'", name="ivl_export.gone")
+
+    monkeypatch.setattr(app_module, "_load", lacking)
+    assert cli.main(["recipes"]) == 1
+    assert "bug in ivl-export" in capsys.readouterr().err
