@@ -7,12 +7,11 @@ from html import escape
 from pathlib import Path
 
 from ..errors import UsageError
+from ..profiles.html import document
 from .layers import Layer, layers, summary
 from .output import human_bytes, show
 from .proofs import Proofs
 
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""What the browser may load: nothing from anywhere."""
 _COLUMNS = (
     "engine", "component", "kind", "layer", "promised", "runs", "fused", "weight", "stored", "bits", "kernel",
     "why not in 8 bits",
@@ -85,19 +84,7 @@ def page(model: str, precision: str, found: Proofs) -> str:
         for layer in layers(proof)
     )
     heads = "".join(f'<th scope="col"><button>{escape(name)}</button></th>' for name in _COLUMNS)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>{_CSS}</style>
-</head>
-<body>
-<main>
-<h1>{escape(title)}</h1>
+    main = f"""<h1>{escape(title)}</h1>
 <p>Each matrix product, convolution and attention of the graphs, as the engines run it: types of both factors
 (input x weight), what is stored of the weight, and what one kernel does together.</p>
 <h2>Engines</h2>
@@ -112,12 +99,8 @@ def page(model: str, precision: str, found: Proofs) -> str:
 </div>
 <div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>
 {rows}
-</tbody></table></div>
-</main>
-<script>{_JS}</script>
-</body>
-</html>
-"""
+</tbody></table></div>"""
+    return document(title, _CSS, main, _JS)
 
 
 def write_page(model: str, precision: str, found: Proofs, path: Path) -> None:

@@ -8,12 +8,11 @@ from html import escape
 from .cases import Case
 from .charts import charts
 from .drawing import number
+from .html import document
 from .receipt import Profile
 from .svg import style, svg
 from .table19 import BATCH, SOURCE, SOURCE_11, Row, Table19
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""What the browser may load: nothing from elsewhere."""
 _CSS = """
 :root{color-scheme:light dark}
 body{margin:0;background:var(--page);color:var(--text);font:15px/1.5 system-ui,sans-serif}
@@ -44,30 +43,15 @@ def page(profile: Profile) -> str:
         for d in charts(profile)
     )
     notes = "".join(f"<p>{escape(note)}</p>" for note in profile.notes)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>Profile of {name}</title>
-<style>{_CSS}{style()}</style>
-</head>
-<body>
-<main>
-<h1>Profile of {name}</h1>
+    main = f"""<h1>Profile of {name}</h1>
 <p>{escape(_subtitle(profile))}</p>
 {_facts(profile)}
 {figures}
 {"".join(_cases(profile, kind) for kind in _KINDS)}
 {_ceilings(profile)}
 {_table19(profile.table19) if profile.table19 else ""}
-{notes}
-</main>
-</body>
-</html>
-"""
+{notes}"""
+    return document(f"Profile of {profile.subject.name}", _CSS + style(), main)
 
 
 def _subtitle(profile: Profile) -> str:

@@ -57,11 +57,8 @@ def test_onnxruntime_multiplies_rounded_values(scheme: str, shallow: Checkpoint,
         linear.register_forward_pre_hook(rounded)
     pixels = np.random.default_rng(0).normal(size=(2, 3, 28, 28)).astype(np.float32)
     spec = component_spec("vision", shallow.config)
-    engine = open_engine("onnxruntime", spec, graph)
-    try:
+    with open_engine("onnxruntime", spec, graph) as engine:
         got = engine.run({"pixel_values": pixels})
-    finally:
-        engine.close()
     with torch.no_grad():
         wanted = module(torch.from_numpy(pixels))
     for tensor, want in zip(spec.outputs, wanted, strict=True):

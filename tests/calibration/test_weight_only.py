@@ -82,11 +82,8 @@ def test_onnxruntime_multiplies_by_the_dequantised_weights(
         values = dequantise(*quantise(weight, scheme))
         rounded.get_submodule(layer).weight = torch.nn.Parameter(values, False)
     spec = component_spec("vision", shallow.config)
-    engine = open_engine("onnxruntime", spec, graph)
-    try:
+    with open_engine("onnxruntime", spec, graph) as engine:
         got = engine.run({"pixel_values": pixels})
-    finally:
-        engine.close()
     with torch.no_grad():
         wanted, exact = (m(torch.from_numpy(pixels)) for m in (rounded, plain))
     for tensor, want, true in zip(spec.outputs, wanted, exact, strict=True):
