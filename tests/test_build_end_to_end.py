@@ -28,7 +28,8 @@ from ivl_export.training.scenes import ALL_COMBINATIONS, Scene
 pytestmark = pytest.mark.slow
 pytest.importorskip("tensorrt_rtx")
 
-COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
+COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step", "qllama_itm")
+BUILD = ("build", "--itm", "--features", "2")
 BUDGETS = {"fp8": 0.010, "int8": 0.015}
 RUN = "import sys\nfrom ivl_export.cli import main\nsys.exit(main(sys.argv[1:]))"
 # The same, in a process that must not come to import torch or onnx.
@@ -73,7 +74,7 @@ def killed(cache: Any) -> Killed:
     """``ivl-export build``, killed when the second graph is there."""
     out = Path("bundles/internvl-nano-fp8").absolute()
     steps = out.parent / ".internvl-nano-fp8.build" / "steps"
-    build = subprocess.Popen([sys.executable, "-c", RUN, "build"], stderr=subprocess.PIPE, text=True)
+    build = subprocess.Popen([sys.executable, "-c", RUN, *BUILD], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not (steps / "graph-qllama_query.json").exists():
         if build.poll() is not None or time.monotonic() > deadline:
@@ -88,7 +89,7 @@ def killed(cache: Any) -> Killed:
 def build_again() -> dict[str, Any]:
     said = StringIO()
     with redirect_stdout(said):
-        code = main(["build", "--json"])
+        code = main([*BUILD, "--json"])
     assert code == 0
     report: dict[str, Any] = json.loads(said.getvalue())
     return report
@@ -107,7 +108,8 @@ def layers(config: InternVLConfig) -> dict[str, int]:
     crossing = len(range(0, q.num_hidden_layers, config.cross_attention_frequency))
     text = q.num_hidden_layers * 7  # q, k, v, o, gate, up, down
     vision = config.vision.num_hidden_layers * 4  # qkv, proj, fc1, fc2
-    return {"vision": vision, "qllama_query": text + crossing * 4, "qllama_text": text, "qllama_step": text}
+    both = text + crossing * 4  # queries attend to the image too
+    return dict(zip(COMPONENTS, (vision, both, text, text, both), strict=True))
 
 
 def test_a_killed_build_leaves_no_bundle_and_goes_on(killed: Killed, built: Built) -> None:
@@ -241,6 +243,17 @@ def test_retrieve(built: Built, photographs: Path, scenes: tuple[Path, list[Scen
     found = [Path(item["results"][0]["file"]).name for item in out["items"]]
     right = sum(name == f"{i:02}.png" for i, name in enumerate(found))
     assert right >= 10, found
+    again = use("run", "retrieve", built.root, folder, photographs, *asked, "--top", "1", "--rerank", "4")
+    best = [Path(item["results"][0]["file"]).name for item in again["items"]]
+    assert sum(name == f"{i:02}.png" for i, name in enumerate(best)) >= right, best
+
+
+def test_features(built: Built, scenes: tuple[Path, list[Scene]], tmp_path: Path) -> None:
+    asked = ("--blocks", "2,-1", "--out", tmp_path / "f.safetensors")
+    out = use("run", "features", built.root, scenes[0], *asked)
+    config = InternVLConfig.from_published(built.bundle.manifest.model.config).vision
+    shape = [16, config.num_tokens, config.hidden_size]
+    assert out["shapes"] == {"features.2": shape, f"features.{config.num_hidden_layers}": shape}
 
 
 def test_caption(built: Built, photographs: Path, scenes: tuple[Path, list[Scene]]) -> None:
