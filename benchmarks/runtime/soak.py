@@ -1,0 +1,195 @@
+"""Whether a service's memory stays flat: mixed requests by many clients, with the faults that real ones have.
+
+    python -m ivl_export.benchmarks.runtime.soak --bundle BUNDLE --chat CHAT_BUNDLE
+
+Clients ask at once for embeddings (InternVL-C and -G, of texts), classes, captions, and answers about images;
+some
+send what is no image, some walk away, some give too little time. After every round all have been answered,
+and the process's memory is read: RSS, as Linux tells it. What the first rounds take (kernels, arenas, caches
+that are bounded) is not a leak: growth is counted from then on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ivl_export.benchmarks.runtime.measured import RECEIPTS, receipt, receipt_path
+from ivl_export.cli.output import print_table
+from ivl_export.errors import BusyError, InputError
+from ivl_export.profiles.receipt import write_text
+from ivl_export.runtime import InternVL, InternVLChat
+
+GOAL = 0.02
+KEPT_BYTES = 4 << 20
+"""Of conversations, so that their store is full when warm-up ends."""
+CLIENTS = 16
+_SHARES = {
+    "image, C": 22, "image, G": 14, "text": 22, "classes": 10, "caption": 10,
+    "no image": 6, "cancelled": 8, "out of time": 6, "chat": 2,
+}  # fmt: skip
+_WORDS = ("red", "blue", "small", "large", "circle", "star", "ring", "left", "of", "a", "two")
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Soaked:
+    """What was seen.
+
+    Args:
+        requests: answered so far, after each round.
+        rss: bytes then.
+        asked: how many of each kind.
+    """
+
+    requests: tuple[int, ...]
+    rss: tuple[int, ...]
+    asked: dict[str, int]
+
+    def growth(self, warm_up: int) -> float:
+        """Growth of memory from the end of ``warm_up`` requests to the last, as a share of what it was."""
+        first = next(i for i, done in enumerate(self.requests) if done >= warm_up)
+        return self.rss[-1] / self.rss[first] - 1
+
+
+async def soak(
+    model: InternVL,
+    chat: InternVLChat | None,
+    requests: int,
+    every: int,
+    clients: int = CLIENTS,
+    seed: int = 0,
+) -> Soaked:
+    """Ask ``requests`` times, ``clients`` at once, and read the memory after ``every`` requests."""
+    classes = model.class_embeddings(["circle", "star", "ring"])
+    kinds = [kind for kind in _SHARES if chat is not None or kind != "chat"]
+    shares = np.array([_SHARES[kind] for kind in kinds], float)
+    rng = np.random.default_rng(seed)
+    asked: Counter[str] = Counter()
+    done: list[int] = []
+    rss: list[int] = []
+
+    async def ask(kind: str, own: Rng) -> None:
+        image = picture(own)
+        calls: dict[str, Callable[[], Awaitable[Any]]] = {
+            "image, C": lambda: model.aencode_image(image),
+            "image, G": lambda: model.aencode_image(image, "InternVL-G"),
+            "text": lambda: model.aencode_text(sentence(own)),
+            "classes": lambda: model.aclassify(image, classes),
+            "caption": lambda: model.acaption(image),
+            "no image": lambda: failing(model.aencode_image(own.bytes(2000)), InputError),
+            "cancelled": lambda: cancelled(model.aencode_image(image), own.uniform(0, 0.02)),
+            "out of time": lambda: failing(model.requests.caption(image, timeout=0.001), BusyError),
+            "chat": lambda: asyncio.to_thread(talk, image, own),
+        }
+        await calls[kind]()
+        asked[kind] += 1
+
+    def talk(image: Any, own: Rng) -> None:
+        assert chat is not None
+        conversation = chat.chat([image])
+        for _ in range(2):
+            conversation.ask(sentence(own), max_new_tokens=8)
+
+    while sum(asked.values()) < requests:
+        queue = list(rng.choice(kinds, every, p=shares / shares.sum()))
+        seeds = iter(rng.integers(0, 2**32, every).tolist())
+
+        async def client(queue: list[str] = queue, seeds: Any = seeds) -> None:
+            while queue:
+                await ask(str(queue.pop()), np.random.default_rng(next(seeds)))
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        gc.collect()
+        done.append(sum(asked.values()))
+        rss.append(resident())
+    return Soaked(tuple(done), tuple(rss), dict(sorted(asked.items())))
+
+
+async def failing(call: Awaitable[Any], error: type[Exception]) -> None:
+    """Await ``call``, which may fail with ``error``."""
+    with suppress(error):
+        await call
+
+
+async def cancelled(call: Any, after: float) -> None:
+    """Begin ``call`` and walk away ``after`` seconds."""
+    task = asyncio.ensure_future(call)
+    await asyncio.sleep(after)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def picture(rng: Rng) -> Any:
+    """A picture of some size as a user may give it: a file's bytes, an array, or an image."""
+    array = rng.integers(0, 256, (*rng.integers(20, 200, 2), 3), dtype=np.uint8)
+    which = rng.integers(4)
+    if which == 0:
+        return array
+    image = Image.fromarray(array)
+    if which == 1:
+        return image
+    file = io.BytesIO()
+    image.save(file, ("PNG", "JPEG")[which - 2])
+    return file.getvalue()
+
+
+def sentence(rng: Rng) -> str:
+    """Some words."""
+    return " ".join(rng.choice(_WORDS, rng.integers(1, 20)))
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("this system does not tell how much memory a process has")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Whether a service's memory stays flat over many requests.")
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--chat", type=Path, help="a chat bundle, for conversations")
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--warm-up", type=int, default=1_000, help="requests before growth is counted")
+    parser.add_argument("--every", type=int, default=500, help="requests between two looks at the memory")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RECEIPTS, help="the folder of the receipt")
+    args = parser.parse_args(argv)
+    model = InternVL.load(args.bundle, threads=args.threads)
+    chat = None
+    if args.chat is not None:
+        chat = InternVLChat.load(args.chat, threads=args.threads, kept_bytes=KEPT_BYTES)
+    found = asyncio.run(soak(model, chat, args.requests, args.every))
+    growth = found.growth(args.warm_up)
+    rows = [(f"{n:,}", f"{r / 1e6:.1f}") for n, r in zip(found.requests, found.rss, strict=True)]
+    print_table(f"{args.bundle.name}: memory", ("requests", "RSS MB"), rows)
+    print(f"growth after {args.warm_up:,} requests: {growth:+.2%} (goal: within {GOAL:.0%})")
+    bundles = [path.name for path in (args.bundle, args.chat) if path is not None]
+    counts = asdict(model.requests.counts)
+    result = receipt("soak", args.threads, ()) | {
+        "bundles": bundles, "clients": CLIENTS, "warm_up": args.warm_up, "growth": growth, "counts": counts,
+        **asdict(found),
+    }  # fmt: skip
+    write_text(json.dumps(result, indent=1) + "\n", receipt_path("soak", args.out))
+    model.close()
+    return int(abs(growth) > GOAL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Memory and load time: what the benchmarks say, and that a service's memory stays flat."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivl_export.benchmarks.runtime import measured
+from ivl_export.benchmarks.runtime.memory import SHARING, main
+from ivl_export.benchmarks.runtime.soak import Soaked
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="memory is read as Linux tells it"
+)
+LEAK = """
+import ivl_export.runtime.model as model
+read, kept = model.InternVL.pixel_values, []
+def leaking(*given):
+    pixels = read(*given)
+    kept.append(pixels.copy())
+    return pixels
+model.InternVL.pixel_values = leaking
+"""
+FLAT = 0.04
+
+
+def soaked(bundle: Path, out: Path, before: str = "") -> dict[str, Any]:
+    """700 mixed requests in a process of its own."""
+    code = f"""{before}
+from ivl_export.benchmarks.runtime.soak import main
+asked = ["--requests", "700", "--warm-up", "300", "--every", "100"]
+main(["--bundle", {str(bundle)!r}, "--out", {str(out)!r}, *asked])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(measured.receipt_path("soak", out).read_text())
+    return found
+
+
+def test_memory_stays_flat_over_mixed_requests(tiny_bundle: Path, tmp_path: Path) -> None:
+    found = soaked(tiny_bundle, tmp_path)
+    assert found["growth"] < FLAT, found["rss"]
+    counts, asked = found["counts"], found["asked"]
+    assert found["requests"][-1] == sum(asked.values()) == 700
+    assert counts["failed"] == asked["no image"] > 10
+    assert counts["expired"] > 0
+    assert counts["cancelled"] > 0
+    assert counts["running"] == counts["waiting"] == 0
+
+
+def test_a_leak_of_one_image_a_request_is_seen(tiny_bundle: Path, tmp_path: Path) -> None:
+    assert soaked(tiny_bundle, tmp_path, LEAK)["growth"] > FLAT
+
+
+def test_growth_counts_from_the_end_of_warm_up() -> None:
+    found = Soaked((500, 1000, 1500), (50, 100, 101), {"text": 1500})
+    assert found.growth(1000) == pytest.approx(0.01)
+    assert found.growth(500) == pytest.approx(1.02)
+
+
+def test_held_memory_has_a_row_for_each_way_to_load(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tiny_bundle), "--rounds", "1", "--out", str(tmp_path)]) == 0
+    found = json.loads(measured.receipt_path("memory", tmp_path).read_text())
+    assert [row["weights"] for row in found["held"]] == list(SHARING)
+    for row in found["held"]:
+        assert 0 < row["once"] <= row["held"]
+        assert row["load_seconds"] > 0
+        assert row["import_seconds"] > 0
+    assert all(case["facts"]["equal"] for case in found["comparisons"])
+    assert "held MB" in capsys.readouterr().out
