@@ -30,10 +30,10 @@ FLAT = 0.04
 
 
 def soaked(bundle: Path, out: Path, before: str = "") -> dict[str, Any]:
-    """700 mixed requests in a process of its own."""
+    """900 mixed requests in a process of its own."""
     code = f"""{before}
 from ivl_export.benchmarks.runtime.soak import main
-asked = ["--requests", "700", "--warm-up", "300", "--every", "100"]
+asked = ["--requests", "900", "--warm-up", "300", "--every", "50"]
 main(["--bundle", {str(bundle)!r}, "--out", {str(out)!r}, *asked])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -45,8 +45,9 @@ main(["--bundle", {str(bundle)!r}, "--out", {str(out)!r}, *asked])
 def test_memory_stays_flat_over_mixed_requests(tiny_bundle: Path, tmp_path: Path) -> None:
     found = soaked(tiny_bundle, tmp_path)
     assert found["growth"] < FLAT, found["rss"]
+    assert found["heap_growth"] < FLAT, found["heap"]
     counts, asked = found["counts"], found["asked"]
-    assert found["requests"][-1] == sum(asked.values()) == 700
+    assert found["requests"][-1] == sum(asked.values()) == 900
     assert counts["failed"] == asked["no image"] > 10
     assert counts["expired"] > 0
     assert counts["cancelled"] > 0
@@ -58,9 +59,11 @@ def test_a_leak_of_one_image_a_request_is_seen(tiny_bundle: Path, tmp_path: Path
 
 
 def test_growth_counts_from_the_end_of_warm_up() -> None:
-    found = Soaked((500, 1000, 1500), (50, 100, 101), {"text": 1500})
-    assert found.growth(1000) == pytest.approx(0.01)
-    assert found.growth(500) == pytest.approx(1.02)
+    requests = tuple(range(100, 1001, 100))
+    found = Soaked(requests, (50, 90, *(100,) * 4, 103, *(110,) * 3), (7,) * 10, {"text": 1000})
+    assert found.growth(200) == pytest.approx(0.1)
+    assert found.growth(0) == pytest.approx(110 / 70 - 1)
+    assert found.growth(200, found.heap) == 0
 
 
 def test_held_memory_has_a_row_for_each_way_to_load(

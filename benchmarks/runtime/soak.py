@@ -5,17 +5,21 @@
 Clients ask at once for embeddings (InternVL-C and -G, of texts), classes, captions, and answers about images;
 some
 send what is no image, some walk away, some give too little time. After every round all have been answered,
-and the process's memory is read: RSS, as Linux tells it. What the first rounds take (kernels, arenas, caches
-that are bounded) is not a leak: growth is counted from then on.
+and the process's memory is read: RSS, as Linux tells it, and what of the heap is in use, as glibc does. What the
+first rounds take (kernels, arenas, caches that are bounded) is not a leak: growth is counted from then on,
+from the median of the first quarter of rounds to that of the last, for the memory that malloc holds free
+differs by a few percent from one round to the next.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import io
 import json
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -52,17 +56,22 @@ class Soaked:
     Args:
         requests: answered so far, after each round.
         rss: bytes then.
+        heap: bytes that were allocated then; 0 where no C library tells.
         asked: how many of each kind.
     """
 
     requests: tuple[int, ...]
     rss: tuple[int, ...]
+    heap: tuple[int, ...]
     asked: dict[str, int]
 
-    def growth(self, warm_up: int) -> float:
-        """Growth of memory from the end of ``warm_up`` requests to the last, as a share of what it was."""
-        first = next(i for i, done in enumerate(self.requests) if done >= warm_up)
-        return self.rss[-1] / self.rss[first] - 1
+    def growth(self, warm_up: int, of: Sequence[int] | None = None) -> float:
+        """Growth after ``warm_up`` requests, of ``rss`` unless said otherwise, as a share of what it was."""
+        pairs = zip(self.requests, self.rss if of is None else of, strict=True)
+        later = [size for done, size in pairs if done > warm_up]
+        few = max(1, len(later) // 4)
+        first = statistics.median(later[:few])
+        return statistics.median(later[-few:]) / first - 1 if first else 0.0
 
 
 async def soak(
@@ -81,6 +90,7 @@ async def soak(
     asked: Counter[str] = Counter()
     done: list[int] = []
     rss: list[int] = []
+    heap: list[int] = []
 
     async def ask(kind: str, own: Rng) -> None:
         image = picture(own)
@@ -116,7 +126,8 @@ async def soak(
         gc.collect()
         done.append(sum(asked.values()))
         rss.append(resident())
-    return Soaked(tuple(done), tuple(rss), dict(sorted(asked.items())))
+        heap.append(allocated())
+    return Soaked(tuple(done), tuple(rss), tuple(heap), dict(sorted(asked.items())))
 
 
 async def failing(call: Awaitable[Any], error: type[Exception]) -> None:
@@ -161,13 +172,35 @@ def resident() -> int:
     raise OSError("this system does not tell how much memory a process has")
 
 
+class _Mallinfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    )  # fmt: skip
+
+
+def allocated() -> int:
+    """Bytes of the heap in use, of all threads; 0 without glibc."""
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        return 0
+    mallinfo.restype = _Mallinfo
+    found = mallinfo()
+    return int(found.uordblks + found.hblkhd)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Whether a service's memory stays flat over many requests.")
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--chat", type=Path, help="a chat bundle, for conversations")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--warm-up", type=int, default=1_000, help="requests before growth is counted")
-    parser.add_argument("--every", type=int, default=500, help="requests between two looks at the memory")
+    parser.add_argument("--every", type=int, default=250, help="requests between two looks at the memory")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RECEIPTS, help="the folder of the receipt")
     args = parser.parse_args(argv)
@@ -177,13 +210,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         chat = InternVLChat.load(args.chat, threads=args.threads, kept_bytes=KEPT_BYTES)
     found = asyncio.run(soak(model, chat, args.requests, args.every))
     growth = found.growth(args.warm_up)
-    rows = [(f"{n:,}", f"{r / 1e6:.1f}") for n, r in zip(found.requests, found.rss, strict=True)]
-    print_table(f"{args.bundle.name}: memory", ("requests", "RSS MB"), rows)
+    heap_growth = found.growth(args.warm_up, found.heap)
+    rows = [
+        (f"{done:,}", f"{rss / 1e6:.1f}", f"{heap / 1e6:.1f}")
+        for done, rss, heap in zip(found.requests, found.rss, found.heap, strict=True)
+    ]
+    print_table(f"{args.bundle.name}: memory", ("requests", "RSS MB", "in use MB"), rows)
     print(f"growth after {args.warm_up:,} requests: {growth:+.2%} (goal: within {GOAL:.0%})")
+    print(f"growth of what is in use: {heap_growth:+.2%}")
     bundles = [path.name for path in (args.bundle, args.chat) if path is not None]
     counts = asdict(model.requests.counts)
     result = receipt("soak", args.threads, ()) | {
-        "bundles": bundles, "clients": CLIENTS, "warm_up": args.warm_up, "growth": growth, "counts": counts,
+        "bundles": bundles, "clients": CLIENTS, "warm_up": args.warm_up, "growth": growth, "heap_growth": heap_growth,
+        "counts": counts,
         **asdict(found),
     }  # fmt: skip
     write_text(json.dumps(result, indent=1) + "\n", receipt_path("soak", args.out))
