@@ -3,11 +3,10 @@
     python -m ivl_export.benchmarks.runtime.soak --bundle BUNDLE --chat CHAT_BUNDLE
 
 Clients ask at once for embeddings (InternVL-C and -G, of texts), classes, captions, and answers about images;
-some
-send what is no image, some walk away, some give too little time. After every round all have been answered,
-and the process's memory is read: RSS, as Linux tells it, and what of the heap is in use, as glibc does. What the
-first rounds take (kernels, arenas, caches that are bounded) is not a leak: growth is counted from then on,
-from the median of the first quarter of rounds to that of the last, for the memory that malloc holds free
+some send what is no image, some walk away, some give too little time. After every round all have been
+answered, and the process's memory is read: RSS, as Linux tells it, and what of the heap is in use, as glibc
+does. What the first rounds take (kernels, arenas, caches that are bounded) is not a leak: growth is counted
+from then on, from the median of the first quarter of rounds to that of the last, for what malloc holds free
 differs by a few percent from one round to the next.
 """
 
@@ -175,12 +174,8 @@ def resident() -> int:
 class _Mallinfo(ctypes.Structure):
     """glibc's struct mallinfo2."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-        )
-    )  # fmt: skip
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names.split())
 
 
 def allocated() -> int:
@@ -221,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bundles = [path.name for path in (args.bundle, args.chat) if path is not None]
     counts = asdict(model.requests.counts)
     result = receipt("soak", args.threads, ()) | {
-        "bundles": bundles, "clients": CLIENTS, "warm_up": args.warm_up, "growth": growth, "heap_growth": heap_growth,
+        "bundles": bundles, "clients": CLIENTS, "warm_up": args.warm_up,
+        "growth": growth, "heap_growth": heap_growth,
         "counts": counts,
         **asdict(found),
     }  # fmt: skip
