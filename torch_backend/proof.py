@@ -61,7 +61,7 @@ def proof_from_torch(
     place = device_of(device)
     computes = compute_type(bundle, place, dtype)
     module = component_of(bundle, component, dtype=computes, device=place, product=product)
-    given = [torch.from_numpy(inputs[tensor.name]) for tensor in bundle.spec(component).inputs]
+    given = [torch.tensor(inputs[tensor.name]) for tensor in bundle.spec(component).inputs]
     feeds = [value.to(place, computes if value.is_floating_point() else None) for value in given]
 
     def call() -> None:
