@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..models.config import InternVLConfig, VisionConfig
+from ..models.layout import COMPONENTS
 from .ceilings import CPU
 from .flops import ComponentCost
 from .gpus import GPUS, GpuPeaks, of_driver
@@ -84,7 +85,7 @@ def paper(arithmetic: Arithmetic) -> list[Timed]:
 
 
 def read_receipts(folder: Path, arithmetic_of: Callable[[str], Arithmetic]) -> list[Timed]:
-    """Components that profile receipts in ``folder`` timed; receipts of something else are passed over.
+    """InternVL's components that profile receipts in ``folder`` timed; other receipts are passed over.
 
     On a GPU of the table they are held to its published peaks, elsewhere to the ceilings measured with them.
 
@@ -101,7 +102,7 @@ def read_receipts(folder: Path, arithmetic_of: Callable[[str], Arithmetic]) -> l
         arithmetic = arithmetic_of(profile.subject.precision)
         for case in profile.of_kind("component"):
             cost = profile.cost(case)
-            if peaks is not None and cost is not None:
+            if peaks is not None and cost is not None and case.name in COMPONENTS:
                 name = f"{path.stem}: {case.name} at batch {case.batch}"
                 length = case.sizes.get("past", case.sizes.get("text"))
                 name += "" if length is None else f", {length} tokens"
