@@ -78,6 +78,11 @@ class ChainedEngine:
                 break
         return {name: values[name] for name in wanted}
 
+    @property
+    def parts(self) -> tuple[Engine, ...]:
+        """The engines in the order they run."""
+        return self._parts
+
     def close(self) -> None:
         """Close all parts."""
         for part in self._parts:

@@ -146,7 +146,7 @@ BACKENDS: dict[str, Backend] = {
             reads_bundle=True,
         ),
         *(
-            Backend(name, f"pip install {name}", ".tensorrt_backend:open_tensorrt", reads_record=True)
+            Backend(name, f"pip install {name}", ".tensorrt_open:open_tensorrt", reads_record=True)
             for name in BUILDERS
         ),
     )

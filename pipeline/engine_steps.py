@@ -16,7 +16,7 @@ from ..engines.proof_inspector import proof_from_inspector
 from ..engines.proof_onnxruntime import proof_from_onnxruntime
 from ..engines.proof_rtx import proof_from_engine
 from ..engines.shapes import Profile
-from ..engines.tensorrt_backend import open_tensorrt
+from ..engines.tensorrt_open import open_tensorrt
 from ..export.components import component_spec
 from ..specs import ComponentSpec
 from . import evaluate

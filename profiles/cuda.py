@@ -6,8 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, cast
 
-WARM_CALLS = 3
-"""Calls on a side stream before a capture, so that libraries have made their plans and workspaces."""
+from ..engines.cuda_graphs import capture
 
 
 def has_gpu() -> bool:
@@ -40,15 +39,10 @@ def event_timer(call: Callable[[], object]) -> Callable[[], int]:
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
     """``call`` as a CUDA graph that replays its kernels in one launch, on the same memory."""
-    torch = cast(Any, import_module("torch"))
+    graph, made = capture(call)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_CALLS):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return cast(Callable[[], object], graph.replay)
+    def replay() -> object:
+        graph.replay()
+        return made  # what it writes into lives as long as this
+
+    return replay

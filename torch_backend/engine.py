@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -10,17 +10,15 @@ import torch
 from torch import Tensor
 
 from ..bundle import Bundle
+from ..engines.cuda_graphs import Call, CudaGraphs
 from ..engines.device import Array, Buffer, as_tensor, deliver, on_stream, run_from_host
 from ..errors import BuildError, CapabilityError, UsageError
 from ..specs import ComponentSpec
 from .compiled import compile_blocks
-from .cuda_graphs import CudaGraphs
 from .linears import Product
 from .module import component_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-Call = Callable[..., tuple[Tensor, ...]]
 
 
 class TorchEngine:
@@ -55,8 +53,7 @@ class TorchEngine:
 
         All outputs are computed, whatever ``outputs`` says.
         """
-        if self._call is None:
-            raise UsageError(f"Component {self.spec.name} is closed.", "", "Open it again.")
+        call = self._opened()
         self.spec.check(inputs)
         names = self.spec.select(outputs)
         with on_stream(self.device, stream), torch.no_grad():
@@ -65,7 +62,7 @@ class TorchEngine:
                 given = as_tensor(inputs[tensor.name], self.device)
                 feeds.append(given.to(self._dtype) if tensor.dtype == "float" else given)
             try:
-                made = self._call(*feeds)
+                made = call(*feeds)
             except torch.OutOfMemoryError as error:
                 raise BuildError(
                     f"Component {self.spec.name} does not fit on {self.device}.",
@@ -74,6 +71,16 @@ class TorchEngine:
                 ) from error
             values = dict(zip((t.name for t in self.spec.outputs), made, strict=True))
             return deliver({name: values[name] for name in names}, out)
+
+    def with_graphs(self) -> TorchEngine:
+        """The same module, replayed from a CUDA graph for each shapes; UsageError if it is closed."""
+        call = self._opened()
+        return TorchEngine(self.spec, CudaGraphs(lambda: call), self._dtype, torch.device(self.device))
+
+    def _opened(self) -> Call:
+        if self._call is None:
+            raise UsageError(f"Component {self.spec.name} is closed.", "", "Open it again.")
+        return self._call
 
     def close(self) -> None:
         """Let go of the module; weights that no other component reads are freed."""
@@ -128,9 +135,8 @@ def open_torch(
     call: Call = module
     if compile:
         compile_blocks(module, None if compile is True else compile)
-    if cuda_graphs:
-        call = CudaGraphs(call)
-    return TorchEngine(spec, call, computes, place)
+    engine = TorchEngine(spec, call, computes, place)
+    return engine.with_graphs() if cuda_graphs else engine
 
 
 def compute_type(bundle: Bundle, device: torch.device, dtype: str | None = None) -> torch.dtype:

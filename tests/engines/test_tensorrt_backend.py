@@ -5,6 +5,8 @@ The library is the recording stand-in of ``fake_tensorrt``; no engine runs here.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ivl_export.engines import loadable, tensorrt_backend, trt
+from ivl_export.engines import cuda_graphs, loadable, trt
 from ivl_export.engines.gpu import Gpu, gpus
 from ivl_export.engines.loadable import check_loadable, fitting_target, rebuild_line
 from ivl_export.engines.protocol import open_engine
 from ivl_export.engines.shapes import profiles_of
-from ivl_export.engines.tensorrt_backend import TensorRTEngine
+from ivl_export.engines.tensorrt_backend import MAX_GRAPHS, TensorRTEngine
+from ivl_export.engines.tensorrt_open import open_tensorrt
 from ivl_export.errors import BuildError, CapabilityError, InputError, IntegrityError, UsageError
 from ivl_export.manifest import Built, Component, EngineFile, Manifest, Model
 from ivl_export.specs import Axis, ComponentSpec, TensorSpec
@@ -296,8 +299,128 @@ def test_the_inspector_is_asked_for_json(opened: Any) -> None:
     assert engine.layers() == "[JSON]"
 
 
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Captures without a GPU: a graph remembers its call, and a replay makes it again into its outputs."""
+    graphs: list[Any] = []
+
+    class Graph:
+        def __init__(self, call: Callable[[], Any]) -> None:
+            call()
+            self.call, self.made = call, call()
+            graphs.append(self)
+
+        def replay(self) -> None:
+            for static, fresh in zip(self.made, self.call(), strict=True):
+                static.copy_(fresh)
+
+    def capture(call: Callable[[], Any]) -> tuple[Any, Any]:
+        graph = Graph(call)
+        return graph, graph.made
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    return graphs
+
+
+def test_runs_are_recorded_once_for_each_shapes(opened: Any, recorded: list[Any]) -> None:
+    fake, engine = opened(cuda_graphs=True)
+    written: list[int] = []
+    contexts: list[Any] = []
+
+    def run(context: Any, stream: int) -> bool:
+        written.append(1)
+        contexts.append(context)
+        return True
+
+    fake.behaviours["IExecutionContext.execute_async_v3"] = run
+    if hasattr(fake.module, "CudaGraphStrategy"):  # the library records them itself
+        (config,) = fake.named("IRuntimeConfig.cuda_graph_strategy")
+        assert config == (fake.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE,)
+        engine.run(feeds(1))
+        ((given,),) = fake.named("ICudaEngine.create_execution_context")
+        assert isinstance(given, fake.module.IRuntimeConfig)
+        assert not recorded
+        return
+    shapes = [(1, 2), (4, 2), (16, 2), (1, 2), (4, 2), (1, 3)]
+    for text, batch in shapes:
+        out = engine.run(feeds(text, batch))
+        assert out["key"].shape == (batch, text, 2)
+    assert len(recorded) == len(set(shapes)) == 4
+    assert len(fake.named("ICudaEngine.create_execution_context")) == 4, "each graph has a context of its own"
+    assert len({id(context) for context in contexts}) == 4
+    for text in range(5, 5 + MAX_GRAPHS):
+        engine.run(feeds(text))
+    assert len(engine._graphs._recorded) == MAX_GRAPHS
+    engine.run(feeds(1))  # was let go of in between
+    assert len(recorded) == 4 + MAX_GRAPHS + 1
+    engine.close()
+    assert not engine._graphs._recorded
+    with pytest.raises(UsageError, match="closed"):
+        engine.run(feeds(1))
+
+
+def test_what_a_replay_gives_is_the_callers_own(opened: Any, recorded: list[Any]) -> None:
+    fake, engine = opened(cuda_graphs=True)
+    if hasattr(fake.module, "CudaGraphStrategy"):
+        pytest.skip("the library records graphs itself")
+    count = iter(range(1, 100))
+    addresses: dict[str, int] = {}
+
+    def place(context: Any, name: str, memory: int) -> bool:
+        addresses[name] = memory
+        return True
+
+    def run(context: Any, stream: int) -> bool:  # writes a number into the logits, as a kernel would
+        raw = (ctypes.c_uint16 * 6).from_address(addresses["logits"])
+        value = torch.tensor(float(next(count))).to(torch.bfloat16).view(torch.uint16).item()
+        raw[:] = [value] * 6
+        return True
+
+    fake.behaviours |= {
+        "IExecutionContext.set_tensor_address": place, "IExecutionContext.execute_async_v3": run
+    }  # fmt: skip
+    first = engine.run_tensors(feeds(1))["logits"]
+    kept = first.clone()
+    mine = torch.zeros((2, 3), dtype=torch.bfloat16)
+    second = engine.run_tensors(feeds(1), out={"logits": mine})["logits"]
+    assert torch.equal(first, kept)
+    assert second.data_ptr() == mine.data_ptr()
+    assert (mine > kept).all()
+
+
+def test_layers_are_timed_in_a_context_of_their_own(opened: Any) -> None:
+    fake, engine = opened()
+
+    def report(context: Any) -> bool:
+        assert context.enqueue_emits_profile is False
+        for name, ms in (("fc1", 0.5), ("Reformat", 0.25)):
+            context.profiler.report_layer_time(name, ms)
+        return True
+
+    fake.behaviours["IExecutionContext.report_to_profiler"] = report
+    times, outputs = engine.profiled(feeds(1), calls=3, warmup=1)
+    assert [layers for _, layers in times] == [[("fc1", 0.5), ("Reformat", 0.25)]] * 3
+    assert all(length > 0 for length, _ in times)
+    assert outputs["logits"].shape == (2, 3)
+    engine.run(feeds(1))
+    assert len(fake.named("ICudaEngine.create_execution_context")) == 2
+    assert len(fake.named("IExecutionContext.profiler")) == 1, "other runs are not slowed down"
+    fake.behaviours["IExecutionContext.report_to_profiler"] = lambda context: False
+    with pytest.raises(BuildError, match="refuses the layers' times"):
+        engine.profiled(feeds(1), calls=1)
+
+
+def test_with_graphs_shares_the_engine(opened: Any) -> None:
+    fake, engine = opened()
+    other = engine.with_graphs()
+    assert other.spec is engine.spec
+    assert len(fake.named("Runtime.deserialize_cuda_engine")) == 1
+    other.close()
+    engine.run(feeds(1))
+
+
 def test_torch_without_cuda_is_named(opened: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     here(monkeypatch, "1.7.1", ADA)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CapabilityError, match="torch with CUDA"):
-        tensorrt_backend.open_tensorrt(SPEC, tmp_path / "x", record=engine_file(), rebuild=LINE)
+        open_tensorrt(SPEC, tmp_path / "x", record=engine_file(), rebuild=LINE)

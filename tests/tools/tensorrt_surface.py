@@ -32,12 +32,12 @@ CLASSES = (
     "Builder", "IBuilderConfig", "INetworkDefinition", "ILayer", "IAttentionInputLayer", "IAttention",
     "ITensor", "OnnxParser", "ParserError", "IOptimizationProfile", "ITimingCache", "IHostMemory", "Runtime",
     "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "EngineInspector", "Refitter", "OnnxParserRefitter",
-    "ILogger", "Logger", "IStreamWriter", "IStreamReaderV2",
+    "ILogger", "Logger", "IProfiler", "IStreamWriter", "IStreamReaderV2",
 )  # fmt: skip
 ENUMS = (
-    "BuilderFlag", "ComputeCapability", "DataType", "HardwareCompatibilityLevel", "LayerInformationFormat",
-    "LayerType", "MemoryPoolType", "NetworkDefinitionCreationFlag", "ProfilingVerbosity", "SeekPosition",
-    "TacticSource", "TensorIOMode", "TilingOptimizationLevel",
+    "BuilderFlag", "ComputeCapability", "CudaGraphStrategy", "DataType", "HardwareCompatibilityLevel",
+    "LayerInformationFormat", "LayerType", "MemoryPoolType", "NetworkDefinitionCreationFlag",
+    "ProfilingVerbosity", "SeekPosition", "TacticSource", "TensorIOMode", "TilingOptimizationLevel",
 )  # fmt: skip
 _PACKAGE = re.compile(r"\b(tensorrt|tensorrt_rtx)(_bindings)?\.((tensorrt|tensorrt_rtx)\.)?")
 
