@@ -16,34 +16,28 @@ _COLUMNS = (
     "engine", "component", "kind", "layer", "promised", "runs", "fused", "weight", "stored", "bits", "kernel",
     "why not in 8 bits",
 )  # fmt: skip
-_NUMBERS = frozenset({"stored", "bits"})
+_NUMBERS = frozenset({"weight", "stored", "bits"})
 _CSS = """
-:root{color-scheme:light dark;--page:#fbfbfa;--text:#1b1f24;--muted:#5a636e;--line:#d9dde1;--card:#fff;
---low:#0b6b3a;--high:#7a4a00;--bad:#b42318;--focus:#0b5cad}
-@media (prefers-color-scheme:dark){:root{--page:#14171a;--text:#e6e9ec;--muted:#9aa5b1;--line:#30363d;
---card:#1c2126;--low:#5fd38d;--high:#e0b35a;--bad:#ff8a80;--focus:#79b8ff}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--text);font:15px/1.45 system-ui,"DejaVu Sans",sans-serif}
-main{max-width:1500px;margin:0 auto;padding:24px 20px 60px}
-h1{font-size:25px;margin:0}h2{font-size:18px;margin:30px 0 8px}p{margin:4px 0;color:var(--muted)}
+:root{--card:light-dark(#f6f7f9,#1d2027);--low:light-dark(#0b6b3a,#5fd38d);--high:light-dark(#7a4a00,#e0b35a);
+--bad:light-dark(#b42318,#ff8a80)}
+main{max-width:1500px}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:12px}
-.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px}
+.card{background:var(--card);border:1px solid var(--grid);border-radius:8px;padding:10px 14px}
 .card h3{font-size:15px;margin:0 0 6px}dl{display:grid;grid-template-columns:auto 1fr;gap:2px 12px;margin:0;
 font-size:13px}dt{color:var(--muted)}dd{margin:0}
 .tools{display:flex;flex-wrap:wrap;gap:10px;margin:6px 0 10px;align-items:center}
-input,select{font:inherit;color:inherit;background:var(--card);border:1px solid var(--line);border-radius:6px;
-padding:5px 9px}input{flex:1;min-width:220px}:focus-visible{outline:2px solid var(--focus)}
-.scroll{overflow-x:auto;border:1px solid var(--line);border-radius:8px;background:var(--card)}
-table{border-collapse:collapse;font-size:13px;width:100%}
-th,td{padding:5px 10px;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
+input,select{font:inherit;color:inherit;background:var(--card);border:1px solid var(--grid);border-radius:6px;
+padding:5px 9px}input{flex:1;min-width:220px}
+.scroll{border:1px solid var(--grid);border-radius:8px}table{width:100%;margin:0}
+th,td{padding:5px 10px;vertical-align:top;white-space:normal}
 th{position:sticky;top:0;background:var(--card);padding:0}
-th button{all:unset;cursor:pointer;padding:6px 10px;font-weight:600;color:var(--muted);white-space:nowrap}
-th button:focus-visible{outline:2px solid var(--focus)}
+th button{all:unset;cursor:pointer;padding:6px 10px;white-space:nowrap}
+th button:focus-visible{outline:2px solid var(--s0)}
 th[aria-sort=ascending] button::after{content:" \\2191"}
 th[aria-sort=descending] button::after{content:" \\2193"}
-td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.n{white-space:nowrap}
 td.mono{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:12px;overflow-wrap:anywhere}
-td.name{min-width:330px}
+td.name{min-width:330px}td.why{min-width:260px}
 .low{color:var(--low);font-weight:600}.high{color:var(--high);font-weight:600}
 .bad{color:var(--bad);font-weight:600}
 """
@@ -83,10 +77,14 @@ def page(model: str, precision: str, found: Proofs) -> str:
         for component, proof in parts.items()
         for layer in layers(proof)
     )
-    heads = "".join(f'<th scope="col"><button>{escape(name)}</button></th>' for name in _COLUMNS)
-    main = f"""<h1>{escape(title)}</h1>
-<p>Each matrix product, convolution and attention of the graphs, as the engines run it: types of both factors
-(input x weight), what is stored of the weight, and what one kernel does together.</p>
+    heads = "".join(
+        f'<th scope="col"{" class=n" if name in _NUMBERS else ""}><button>{escape(name)}</button></th>'
+        for name in _COLUMNS
+    )
+    return document(
+        title,
+        f"""<p>Each matrix product, convolution and attention of the graphs, as the engines run it: types of
+both factors (input x weight), what is stored of the weight, and what one kernel does together.</p>
 <h2>Engines</h2>
 <div class="cards">{_cards(found)}</div>
 <h2>Layers</h2>
@@ -99,8 +97,10 @@ def page(model: str, precision: str, found: Proofs) -> str:
 </div>
 <div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>
 {rows}
-</tbody></table></div>"""
-    return document(title, _CSS, main, _JS)
+</tbody></table></div>""",
+        _CSS,
+        _JS,
+    )
 
 
 def write_page(model: str, precision: str, found: Proofs, path: Path) -> None:
@@ -147,7 +147,7 @@ def _row(engine: str, component: str, layer: Layer) -> str:
         _cell(stored, "n", layer.weight_bytes),
         _cell(bits, "n", layer.weight_bits or 0),
         _cell(layer.kernel, "mono"),
-        _cell(layer.cause),
+        _cell(layer.cause, "why"),
     ]
     return f"<tr>{''.join(cells)}</tr>"
 

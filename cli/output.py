@@ -7,7 +7,10 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+from ..errors import UsageError
 
 
 def print_json(data: Any) -> None:
@@ -66,3 +69,13 @@ def _is_number(cell: object) -> bool:
     if isinstance(cell, str):
         return cell[:1].isdigit() and cell.split(" ")[-1] in ("B", "KiB", "MiB", "GiB", "%", "ms", "s")
     return cell is None or (isinstance(cell, int | float) and not isinstance(cell, bool))
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """UsageError if ``path``, given as ``option``, is no file that can be written."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(
+            f"{option} {path} is no file that can be written.",
+            "It is a folder, or its folder does not exist.",
+            "Name a file in a folder that is there.",
+        )

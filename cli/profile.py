@@ -14,8 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import LatencyError, UsageError
-from .output import print_json, print_table
-from .profile_layers import layers
+from .output import check_writable, print_json, print_table
+from .profile_layers import layers as profile_layers
 
 if TYPE_CHECKING:
     from ..profiles.cases import Progress
@@ -39,7 +39,7 @@ class _Profile(TyperGroup):
 
 
 app = typer.Typer(cls=_Profile, add_completion=False)
-app.command("layers")(layers)
+app.command("layers")(profile_layers)
 
 Html = Annotated[Path | None, typer.Option(help="Write one self-contained page with charts here.")]
 Png = Annotated[Path | None, typer.Option(help="Write each chart as a PNG into this folder.")]
@@ -84,6 +84,9 @@ def measure(
         Path | None, typer.Option(help="The bundle's weights, for the baseline.", show_default="its source")
     ] = None,
     ceilings: Annotated[bool, typer.Option(help="Measure what the machine reaches at best.")] = True,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Time each layer too, by the backend's own profiler.")
+    ] = False,
     beside: Beside = None,
     out: Annotated[Path | None, typer.Option(help="Write the receipt, with raw samples, here.")] = None,
     html: Html = None,
@@ -95,10 +98,11 @@ def measure(
     batches = None if batch is None else parse_sizes("--batch", batch)
     texts = () if lengths is None else tuple(parse_sizes("--lengths", lengths))
     for name, path in (("--out", out), ("--html", html), ("--csv", csv)):
-        _writable(name, path)
+        check_writable(name, path)
     if checkpoint is not None and not (table19 and baseline):
         raise UsageError("--checkpoint is for the baseline.", "There is none here.", "Add --table19.")
     from ..profiles import receipt, report
+    from ..profiles.layers import with_layers
     from ..profiles.measure import StopRule
 
     others = [receipt.read(path) for path in beside or ()]
@@ -117,6 +121,8 @@ def measure(
     )
     with _progress() as progress:
         result = report.profile(bundle, options, progress)
+        if layers:
+            result = with_layers(result, bundle, progress)
     if out is not None:
         receipt.write(result.to_json(), out)
     _export(result, others, html, png, csv, as_json)
@@ -135,7 +141,7 @@ def report_again(
 ) -> None:
     """Print and draw a receipt again, without measuring."""
     for name, path in (("--html", html), ("--csv", csv)):
-        _writable(name, path)
+        check_writable(name, path)
     from ..profiles.receipt import read
 
     _export(read(receipt), [read(path) for path in beside or ()], html, png, csv, as_json)
@@ -190,15 +196,6 @@ def parse_percent(text: str) -> float:
     return value
 
 
-def _writable(option: str, path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UsageError(
-            f"{option} {path} is no file that can be written.",
-            "It is a folder, or its folder does not exist.",
-            "Name a file in a folder that is there.",
-        )
-
-
 def _export(
     result: Profile,
     others: list[Profile],
@@ -227,9 +224,10 @@ def _export(
         write_text(page(result), html)
         written.append(html)
     if png is not None:
-        from ..profiles.png import write_charts
+        from ..profiles.charts import charts
+        from ..profiles.png import write_drawings
 
-        written += write_charts(result, png)
+        written += write_drawings(charts(result), png)
     if as_json:
         print_json(result.to_json())
         return

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from ..profiles.cases import Case
     from ..profiles.flops import ComponentCost
     from ..profiles.receipt import Profile
-    from ..profiles.sensors import GpuClocks, Range
     from ..profiles.table19 import Row, Table19
 
 _TIMES = ("batch", "tokens", "p50", "p90", "p95", "p99", "per second", "calls", "steady", "floor", "of it")
@@ -52,7 +51,7 @@ def _about(result: Profile) -> None:
             ("CPU", f"{machine.cpu}, {machine.cores} cores, {_bytes(machine.memory_bytes)} of memory"),
             ("CPU clock before and after", " and ".join(f"{value:.0f} MHz" for value in mhz) or None),
             *[("GPU", f"{gpu.name}, {gpu.memory_mib} MiB, driver {gpu.driver}") for gpu in machine.gpus],
-            *[("while measured", _gpu(gpu)) for gpu in clocks.gpus],
+            *[("while measured", gpu.told) for gpu in clocks.gpus],
             ("load average before", machine.load_average),
             ("first request", f"{start.first_request_ms:.0f} ms: {start.boundary}"),
             ("opening", [f"{name} {seconds:.2f} s" for name, seconds in start.load_seconds.items()]),
@@ -69,20 +68,6 @@ def _about(result: Profile) -> None:
 
 def _bytes(size: int | None) -> str:
     return "unknown" if size is None else human_bytes(size)
-
-
-def _gpu(gpu: GpuClocks) -> str:
-    def said(what: str, unit: str, values: Range | None) -> list[str]:
-        return [f"{what} {values.least:.0f} to {values.most:.0f} {unit}"] if values else []
-
-    parts = [
-        *said("clock", "MHz", gpu.sm_mhz),
-        *said("memory clock", "MHz", gpu.memory_mhz),
-        *said("temperature", "C", gpu.celsius),
-        *said("power", "W", gpu.watts),
-        *([f"slowed by {', '.join(gpu.slowed_by)}"] if gpu.slowed_by else []),
-    ]
-    return f"{gpu.name}: {', '.join(parts)}"
 
 
 def _cases(result: Profile, kind: str) -> None:
@@ -133,7 +118,7 @@ def tokens(sizes: dict[str, int]) -> str | None:
 
 
 def _call(case: Case) -> str:
-    return case.name.replace("InternVL-", "") + (" (CUDA graph)" if "graph" in case.backend else "")
+    return case.call.replace("InternVL-", "")
 
 
 def _footnotes(result: Profile, cases: tuple[Case, ...]) -> None:

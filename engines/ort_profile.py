@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from ..specs import ComponentSpec
 from .device import Array
 from .graph import read_graph
+from .layer_times import Call, Event
 from .onnxruntime_backend import OnnxRuntimeEngine
 from .ort_providers import placement
 from .ort_session import make_session
 
 _NODE = "_kernel_time"
 _CALL = "model_run"
-
-
-@dataclass(frozen=True)
-class Event:
-    """Work on one node in one call: its name and operator, begin and length in microseconds."""
-
-    name: str
-    op: str
-    start_us: float
-    us: float
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call: its length in microseconds, and its nodes in the order they ran."""
-
-    us: float
-    events: tuple[Event, ...]
 
 
 def profiled_calls(
@@ -44,8 +27,11 @@ def profiled_calls(
     *,
     threads: int | None = None,
     warmup: int = 2,
-) -> tuple[Call, ...]:
+) -> tuple[tuple[Call, ...], dict[str, Array]]:
     """Run the graph ``path`` on the CPU ``calls`` times after ``warmup`` calls, each node timed.
+
+    Returns:
+        The calls, and the outputs of the last one.
 
     Timing every node costs time of its own: calls take longer than elsewhere.
 
@@ -59,7 +45,7 @@ def profiled_calls(
         )
         with OnnxRuntimeEngine(spec, session, placed) as engine:
             for _ in range(warmup + calls):
-                engine.run(inputs)
+                outputs = engine.run(inputs)
         records = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     found: list[Call] = []
     events: list[Event] = []
@@ -69,6 +55,7 @@ def profiled_calls(
             op = str(record.get("args", {}).get("op_name", ""))
             events.append(Event(name.removesuffix(_NODE), op, float(record["ts"]), length))
         elif name == _CALL:  # ends after its nodes
-            found.append(Call(length, tuple(events)))
+            begin = float(record["ts"])
+            found.append(Call(length, tuple(replace(e, start_us=e.start_us - begin) for e in events)))
             events = []
-    return tuple(found[warmup:])
+    return tuple(found[warmup:]), outputs

@@ -86,6 +86,22 @@ def read_inspector(path: Path) -> tuple[Program, ...]:
     )
 
 
+def layer_names(text: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Each layer of an inspector's JSON ``text``: its name to its type and the ONNX nodes it computes.
+
+    Layers of which only names are told, and text that is no such JSON, are left out: names serve a reader.
+    """
+    try:
+        data = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return {}
+    layers = data.get("Layers") if isinstance(data, dict) else None
+    found = [x for x in layers if isinstance(x, dict)] if isinstance(layers, list) else []
+    return {
+        x["Name"]: (str(x.get("LayerType", "")), _names(x)) for x in found if isinstance(x.get("Name"), str)
+    }
+
+
 def _layers(path: Path) -> list[Any]:
     try:
         with path.open("rb") as file:

@@ -17,7 +17,7 @@ from ..errors import IvlError, UsageError
 from ..manifest import Model
 from ..models.config import InternVLConfig
 from ..specs import ComponentSpec
-from .cases import Case, Progress, Task
+from .cases import GRAPHS, Case, Progress, Task
 from .cuda import captured, event_timer, has_gpu
 from .inputs import random_inputs
 from .measure import StopRule
@@ -25,7 +25,8 @@ from .measure import StopRule
 if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint
 
-BACKEND, GRAPH_BACKEND, PRECISION = "PyTorch", "PyTorch, CUDA graph", "bf16"
+BACKEND, PRECISION = "PyTorch", "bf16"
+GRAPH_BACKEND = f"{BACKEND}{GRAPHS}"
 NANO = Path(__file__).parent.parent / "models" / "nano"
 SHIPPED = "internvl-nano (shipped)"
 

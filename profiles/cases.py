@@ -16,6 +16,8 @@ _ENGINES = (*COMPONENTS, *OPTIONAL, *CHAT_COMPONENTS)
 _UNITS = {"qllama_text": "texts", "qllama_itm": "pairs"}
 _UNITS |= dict.fromkeys(("qllama_step", "decoder_embed", "decoder"), "tokens")
 Clock = Literal["host clock", "CUDA events"]
+GRAPHS = ", CUDA graph"
+"""Behind a backend's name where its calls are replayed."""
 Progress = Callable[[str, int, int], None]
 """Called with the case that comes next, how many are done, and how many there are."""
 
@@ -84,6 +86,11 @@ class Case:
         """What tells it from the other cases of a profile."""
         sizes = tuple(sorted(self.sizes.items()))
         return self.kind, self.name, self.batch, sizes, self.backend, self.precision, self.clock
+
+    @property
+    def call(self) -> str:
+        """Its name, and whether it was replayed from a CUDA graph."""
+        return self.name + (GRAPHS if self.backend.endswith(GRAPHS) else "")
 
     @property
     def per_second(self) -> float:

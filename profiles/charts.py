@@ -1,4 +1,4 @@
-"""The charts of a profile: Table 19, roofline, latency histograms, batch sweep, layer treemap.
+"""The charts of a profile: Table 19, roofline, latency histograms, batch sweep, layer treemaps.
 
 Each function lays out one :class:`.drawing.Drawing`, or None where the profile has nothing for it.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .cases import Case
+from .cases import GRAPHS, Case
 from .drawing import (
     SERIES,
     Dot,
@@ -21,13 +21,13 @@ from .drawing import (
     decades,
     fitted,
     number,
-    squarified,
     text_width,
     ticks,
 )
 from .receipt import Profile
 from .roofline_chart import roofline_chart
 from .table19 import Row
+from .treemap import time_map, work_map
 
 WIDTH = 960.0
 MIN_SAMPLES = 10
@@ -42,7 +42,8 @@ def charts(profile: Profile) -> list[Drawing]:
         roofline_chart,
         histograms,
         batch_sweep,
-        treemap,
+        work_map,
+        time_map,
     )
     return [drawing for make in makers if (drawing := make(profile)) is not None]
 
@@ -157,7 +158,7 @@ def _histogram(drawing: Drawing, case: Case, x: float, y: float, width: float) -
 
 def case_title(case: Case) -> str:
     """A case in a few words: its name, batch and lengths."""
-    name = case.name.replace("InternVL-", "")
+    name = case.call.replace("InternVL-", "")
     if "past" in case.sizes:
         return f"{name}, batch {case.batch}, past {case.sizes['past']}"
     tokens = f", {case.sizes['text']} tokens" if "text" in case.sizes else ""
@@ -168,6 +169,8 @@ def batch_sweep(profile: Profile) -> Drawing | None:
     """Throughput and median time against the batch size, a line for each component at its tuned sizes."""
     series: dict[str, list[Case]] = {}
     for case in profile.of_kind("component"):
+        if case.backend.endswith(GRAPHS):
+            continue  # a line for each component
         found = series.setdefault(f"{case.name} ({case.unit}/s)", [])
         if all(case.batch != other.batch for other in found):  # the tuned sizes come first
             found.append(case)
@@ -222,51 +225,6 @@ def _spread(values: Sequence[float], scale: Scale, apart: float) -> list[float]:
         if not kept or abs(scale(value) - scale(kept[-1])) >= apart:
             kept.append(value)
     return kept
-
-
-def treemap(profile: Profile) -> Drawing | None:
-    """Where the products are: a panel for each component, areas as the layer types' multiply-accumulates."""
-    costs = {}
-    for case in profile.of_kind("component"):
-        cost = profile.cost(case)
-        if cost is not None and case.name not in costs and cost.macs:
-            costs[case.name] = cost
-    if not costs:
-        return None
-    across = min(2, len(costs))
-    width, height = WIDTH / across, 250.0
-    drawing = Drawing(
-        "layers",
-        "Layers by work",
-        "Multiply-accumulates of one call by layer type, counted from the graphs; the number of layers of a "
-        "type in brackets.",
-        WIDTH,
-        height * -(-len(costs) // across) + 4,
-    )
-    for i, (name, cost) in enumerate(costs.items()):
-        x, y = (i % across) * width + 8, (i // across) * height
-        sizes = ", ".join(f"{axis} {size}" for axis, size in cost.sizes.items() if axis != "total")
-        title = fitted(f"{name}: {number(cost.macs / 1e9)} GMAC at {sizes}", width - 24)
-        drawing.add(Text(x, y + 18, title, bold=True))
-        layers = sorted((layer for layer in cost.layers if layer.macs), key=lambda layer: -layer.macs)
-        boxes = squarified([float(layer.macs) for layer in layers], x, y + 28, width - 20, height - 40)
-        for layer, (bx, by, bw, bh) in zip(layers, boxes, strict=True):
-            label = layer.layer.rpartition("layers.*.")[2]
-            share = f"{layer.macs / cost.macs:.1%}"
-            told = f"{layer.layer} ({layer.count}): {number(layer.macs / 1e6)} MMAC, {share}"
-            colour = _family(layer.layer)
-            drawing.add(Rect(bx, by, max(bw - 2, 0.5), max(bh - 2, 0.5), colour, told, 0.28))
-            if bh >= 34 and (text := fitted(f"{label} ({layer.count})", bw - 12, 11)):
-                drawing.add(Text(bx + 5, by + 15, text, size=11))
-                if text_width(share, 11) <= bw - 12:
-                    drawing.add(Text(bx + 5, by + 29, share, size=11, fill="muted"))
-    return drawing
-
-
-def _family(layer: str) -> str:
-    """The colour of a layer type by what it belongs to."""
-    families = (("cross_attn", "s3"), ("attn", "s0"), ("mlp", "s2"))
-    return next((colour for part, colour in families if part in layer), "s4")
 
 
 def _vertical_grid(

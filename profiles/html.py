@@ -1,14 +1,37 @@
-"""The frame of a page that needs nothing else: the browser loads nothing for it from anywhere."""
+"""Pages that need nothing else: one style sheet, light or dark as the reader prefers, figures and tables."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from html import escape
 
+from .drawing import Drawing, number
+from .svg import style, svg
 
-def document(title: str, style: str, main: str, script: str = "") -> str:
-    """A whole HTML document of the HTML ``main``; without ``script`` the browser may run none."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    policy += "; script-src 'unsafe-inline'" if script else ""
+Cell = str | float | int | None
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""What the browser may load: nothing from elsewhere."""
+_CSS = """
+:root{color-scheme:light dark}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--text);font:15px/1.5 system-ui,"DejaVu Sans",sans-serif}
+main{max-width:1000px;margin:0 auto;padding:24px 20px 60px}
+h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:36px 0 6px}
+p,figcaption,.muted{color:var(--muted)}p{margin:4px 0}
+figure{margin:0}svg{width:100%;height:auto;display:block}svg text{font-family:system-ui,sans-serif}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px;margin:6px 0}
+th,td{padding:3px 10px 3px 0;text-align:left;border-bottom:1px solid var(--grid);white-space:nowrap}
+.facts td{white-space:normal;vertical-align:top}.facts td:first-child{white-space:nowrap}
+th{color:var(--muted);font-weight:600}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+:focus-visible{outline:2px solid var(--s0)}
+@media print{body{background:#fff}}
+"""
+
+
+def document(title: str, body: str, css: str = "", script: str = "") -> str:
+    """The whole HTML document: ``body`` is markup below the heading, ``css`` goes behind the common sheet."""
+    policy = f"{_POLICY}; script-src 'unsafe-inline'" if script else _POLICY
+    scripts = f"<script>{script}</script>\n" if script else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -17,13 +40,42 @@ def document(title: str, style: str, main: str, script: str = "") -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>{escape(title)}</title>
-<style>{style}</style>
+<style>{_CSS}{style()}{css}</style>
 </head>
 <body>
 <main>
-{main}
+<h1>{escape(title)}</h1>
+{body}
 </main>
-{f"<script>{script}</script>" if script else ""}
-</body>
+{scripts}</body>
 </html>
 """
+
+
+def figures(drawings: Iterable[Drawing]) -> str:
+    """Each drawing under its title, with its caption."""
+    return "\n".join(
+        f"<h2>{escape(d.title)}</h2><figure>{svg(d)}<figcaption>{escape(d.caption)}</figcaption></figure>"
+        for d in drawings
+    )
+
+
+def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table under a heading; columns of numbers stand to the right, what is missing is a dash."""
+    cells = [list(row) for row in rows]
+    numeric = [bool(cells) and all(not isinstance(row[i], str) for row in cells) for i in range(len(heads))]
+    mark = [' class="n"' if n else "" for n in numeric]
+    top = "".join(f"<th{m}>{escape(h)}</th>" for h, m in zip(heads, mark, strict=True)) if any(heads) else ""
+    body = "".join(
+        "<tr>" + "".join(f"<td{m}>{_show(c)}</td>" for c, m in zip(row, mark, strict=True)) + "</tr>"
+        for row in cells
+    )
+    head = f"<thead><tr>{top}</tr></thead>" if top else ""
+    title = f"<h2>{escape(title)}</h2>" if title else ""
+    return f'{title}<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+
+
+def _show(cell: Cell) -> str:
+    if cell is None or cell == "":
+        return "-"
+    return escape(cell if isinstance(cell, str) else number(float(cell)))

@@ -10,10 +10,8 @@ every shape has run, before anything is timed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 
-from ..engines.device import HOST, as_tensor
 from ..errors import UsageError
 from ..models.chat_config import ChatConfig, Whole
 from ..models.config import InternVLConfig
@@ -23,10 +21,10 @@ from ..runtime import InternVL, Mode
 from ..runtime.loaded import Loaded
 from ..specs import ComponentSpec
 from .cases import Case, Progress, Task
-from .cuda import event_timer, has_gpu
 from .inputs import JPEG_SIZE, TEXT, jpeg, random_inputs, random_pixels
 from .measure import StopRule
 from .recording import RecordingComponents
+from .resident import resident_tasks
 
 CAPTION_TOKENS = 30
 LABELS = 1000
@@ -76,7 +74,10 @@ def specs_of(model: Loaded, config: Whole) -> dict[str, ComponentSpec]:
 def named(model: Loaded, tasks: Iterable[Task]) -> list[Task]:
     """``tasks`` with what computes them."""
     backend, precision = model.components.backend, model.bundle.manifest.precision
-    return [task.of("host", "") if task.kind == "host" else task.of(backend, precision) for task in tasks]
+    return [
+        task.of("host", "") if task.kind == "host" else task.of(backend + task.backend, precision)
+        for task in tasks
+    ]
 
 
 def run(
@@ -138,23 +139,15 @@ def sizes_of(spec: ComponentSpec, batch: int, lengths: Sequence[int], config: Wh
 def component(model: Loaded, spec: ComponentSpec, config: Whole, sizes: dict[str, int]) -> list[Task]:
     """One call of a component, host memory to host memory; on a GPU first within its memory, by its clock."""
 
+    vocabulary = config.llama.vocab_size
+
     def prepare() -> Callable[[], object]:
-        inputs = random_inputs(spec, sizes, config.llama.vocab_size)
+        inputs = random_inputs(spec, sizes, vocabulary)
         return partial(model.components.open(spec.name).run, inputs)
 
     boundary = "one engine call: arrays in host memory in, all outputs in host memory out"
     task = Task.component("component", spec.name, sizes, boundary, prepare)
-    device = model.components.open(spec.name).device
-    if device == HOST or not has_gpu():
-        return [task]
-
-    def resident() -> Callable[[], object]:
-        inputs = random_inputs(spec, sizes, config.llama.vocab_size)
-        tensors = {name: as_tensor(array, device) for name, array in inputs.items()}
-        return partial(model.components.open(spec.name).run_tensors, tensors)
-
-    boundary = "one engine call: tensors in GPU memory in, all outputs in GPU memory out"
-    return [replace(task, boundary=boundary, prepare=resident, timer=event_timer), task]
+    return [*resident_tasks(task, model.components, partial(random_inputs, spec, sizes, vocabulary)), task]
 
 
 def _chained(model: InternVL, specs: dict[str, ComponentSpec], batch: int) -> list[Task]:

@@ -1,177 +1,187 @@
 """Where the time of one call goes: by layer, by layer type, by block.
 
-ONNX Runtime's profile gives the time of each node, torch's profiler that of each operator inside each module.
-Both slow a call down, small layers most: shares say where to look, not how fast it is.
+ONNX Runtime's profile gives the time of each node, torch's profiler that of each operator inside each module,
+TensorRT's that of each layer of the engine. All slow a call down, small layers most: shares say where to
+look, not how fast it is.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
-from ..engines.ort_profile import Call, Event, profiled_calls
+from ..engines import ort_profile, trt_profile
+from ..engines.chain import ChainedEngine
+from ..engines.layer_times import Call, in_a_row
+from ..engines.trt import BUILDERS
 from ..errors import UsageError
-from ..models.config import InternVLConfig
-from .flops import layer_type
+from ..models.chat_config import InternViTConfig, config_from_published
+from ..runtime.components import Components
+from ..specs import ComponentSpec
+from .cases import Progress
 from .inputs import Array, random_inputs
 from .latency import sizes_of
-from .receipt import write
+from .layer_profile import LayerProfile, LayerTime
+from .receipt import Profile, write
 
 SCHEMA = "ivl-export.layers/1"
-BACKENDS = ("onnxruntime", "torch")
-OUTSIDE = "outside the blocks"
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)(?:[./]|$)")
-
-
-@dataclass(frozen=True)
-class LayerTime:
-    """A layer's milliseconds in one call, mean of all calls."""
-
-    name: str
-    op: str
-    ms: float
-
-    @property
-    def type(self) -> str:
-        """The name without the block's number."""
-        return layer_type(self.name)
-
-    @property
-    def block(self) -> str:
-        """``block 3``, or :data:`OUTSIDE`."""
-        found = _BLOCK.search(self.name)
-        return f"block {found[1]}" if found else OUTSIDE
-
-
-@dataclass(frozen=True)
-class LayerProfile:
-    """One component's layers: ``call_ms`` is the mean of the whole calls, ``trace`` the last one's events."""
-
-    component: str
-    backend: str
-    sizes: dict[str, int]
-    calls: int
-    call_ms: float
-    layers: tuple[LayerTime, ...]
-    trace: tuple[Event, ...]
-
-    @property
-    def rest_ms(self) -> float:
-        """Time of a call in none of its layers; with several threads at work it may be negative."""
-        return self.call_ms - sum(layer.ms for layer in self.layers)
-
-    def by(self, key: Callable[[LayerTime], str]) -> dict[str, float]:
-        """Milliseconds of one call by ``key``, the most first."""
-        sums: dict[str, float] = defaultdict(float)
-        for layer in self.layers:
-            sums[key(layer)] += layer.ms
-        return dict(sorted(sums.items(), key=lambda item: -item[1]))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data with the sums; events go into the trace only."""
-        data = {k: v for k, v in asdict(self).items() if k != "trace"}
-        sums = {
-            "by_op": self.by(lambda layer: layer.op),
-            "by_type": self.by(lambda layer: layer.type),
-            "by_block": self.by(lambda layer: layer.block),
-        }
-        return {**data, "rest_ms": self.rest_ms, **sums}
+LAYER_CALLS = 10
+"""Calls that a profile times layer by layer."""
+BACKENDS = ("onnxruntime", "torch", *BUILDERS)
+Timed = tuple[tuple[Call, ...], dict[str, Array]]
+"""Calls, and the outputs of the last one."""
 
 
 def profile_layers(
-    bundle: Bundle, component: str, backend: str, batch: int, calls: int, threads: int | None = None
+    bundle: Bundle,
+    component: str,
+    backend: str,
+    batch: int,
+    calls: int,
+    threads: int | None = None,
+    target: str | None = None,
+    device: str | None = None,
 ) -> LayerProfile:
     """Time the layers of one component, at the sizes its engine is tuned for.
 
+    Args:
+        bundle: where the component is; of one in parts these are timed one after another.
+        component, backend, target: whose engine.
+        batch: rows of a call.
+        calls: calls that are timed.
+        threads: CPU threads of an engine.
+        device: the GPU of TensorRT engines; None: the first.
+
     Raises:
-        UsageError: a backend that has no profiler here, a component in parts, or a batch it does not take.
+        UsageError: a backend that has no profiler here, or a batch it does not take.
         CapabilityError, IntegrityError: as opening the engine.
     """
     if backend not in BACKENDS:
         raise UsageError(
-            f"The layers of {backend} engines cannot be timed here.", "", f"Give {' or '.join(BACKENDS)}."
+            f"The layers of {backend} engines cannot be timed here.",
+            "",
+            f"Give one of {', '.join(BACKENDS)}.",
         )
-    config = InternVLConfig.from_published(bundle.manifest.model.config)
+    config = config_from_published(bundle.manifest.model.config)
+    if isinstance(config, InternViTConfig):
+        raise UsageError("A vision tower alone has no components to time.")
     spec = bundle.spec(component)
     axis = spec.axis("batch")
     if not axis.min <= batch <= axis.max:
         raise UsageError(f"{component} takes batches of {axis.min} to {axis.max}, not {batch}.")
     sizes = sizes_of(spec, batch, (), config)[0]
-    inputs = random_inputs(spec, sizes, config.qllama.vocab_size)
+    inputs = random_inputs(spec, sizes, config.llama.vocab_size)
     if backend == "torch":
-        timed = _torch_calls(bundle, component, inputs, calls, threads)
+        from ..torch_backend.profile import profiled_calls
+
+        timed = profiled_calls(bundle, component, inputs, calls, threads)
+    elif backend in BUILDERS:
+        timed = _tensorrt_calls(bundle, component, backend, inputs, calls, target, device)
     else:
-        (engine, *parts) = bundle.engines(component, backend)
-        if parts:
-            raise UsageError(f"{component} is split into parts.", "", "Give --backend torch.")
-        timed = profiled_calls(spec, bundle.path(engine.file), inputs, calls, threads=threads)
+        timed = _onnxruntime_calls(bundle, component, inputs, calls, threads)
+    # What disturbs a call makes it longer: the slower half is left out.
+    quick = sorted(timed, key=lambda call: call.us)[: -(-len(timed) // 2)]
     sums: dict[tuple[str, str], float] = defaultdict(float)
-    for call in timed:
+    for call in quick:
         for event in call.events:
             sums[event.name, event.op] += event.us
-    layers = [LayerTime(name, op, us / len(timed) / 1e3) for (name, op), us in sums.items()]
-    total = sum(call.us for call in timed) / len(timed) / 1e3
+    layers = [LayerTime(name, op, us / len(quick) / 1e3) for (name, op), us in sums.items()]
     return LayerProfile(
         component,
         backend,
         sizes,
         len(timed),
-        total,
+        sum(call.us for call in quick) / len(quick) / 1e3,
         tuple(sorted(layers, key=lambda la: -la.ms)),
-        timed[-1].events,
+        quick[0].events,
     )
 
 
-def _torch_calls(
+def with_layers(
+    result: Profile, path: Path, progress: Progress | None = None, calls: int = LAYER_CALLS
+) -> Profile:
+    """``result``, of the bundle in ``path``, with the layers of its components at the first batch size.
+
+    Raises: as :func:`profile_layers`.
+    """
+    bundle, settings = Bundle.open(path, "size"), result.settings
+    names = [name for name in bundle.manifest.components if any(c.name == name for c in result.cases)]
+    found = []
+    for done, name in enumerate(names):
+        if progress is not None:
+            progress(f"layers of {name}", done, len(names))
+        device = None if settings.on_cpu else settings.device
+        one = profile_layers(
+            bundle,
+            name,
+            settings.backend,
+            settings.batches[0],
+            calls,
+            settings.threads,
+            settings.target,
+            device,
+        )
+        found.append(replace(one, trace=()))
+    return replace(result, layers=tuple(found))
+
+
+def _onnxruntime_calls(
     bundle: Bundle, component: str, inputs: dict[str, Array], calls: int, threads: int | None
 ) -> tuple[Call, ...]:
-    """Calls of the torch backend on the CPU: each operator's own time, named by the module it is in."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
+    files, whole = bundle.engines(component, "onnxruntime"), bundle.manifest.components[component]
+    specs = [part.spec for part in whole.parts] or [whole.spec]
 
-    from ..torch_backend.module import component_of
-    from ..torch_backend.trace import named_ranges
+    def run(spec: ComponentSpec, feeds: dict[str, Array]) -> Timed:
+        path = bundle.path(files[specs.index(spec)].file)
+        return ort_profile.profiled_calls(spec, path, feeds, calls, threads=threads)
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    place = torch.device("cpu")
-    module = component_of(bundle, component, dtype=torch.float32, device=place, product=None)
-    feeds = [torch.from_numpy(inputs[tensor.name]) for tensor in bundle.spec(component).inputs]
-    found = []
-    with torch.no_grad(), named_ranges(module):
-        module(*feeds)
-        for _ in range(calls):
-            with profile(activities=[ProfilerActivity.CPU]) as recorded:
-                module(*feeds)
-            found.append(_torch_call(recorded.events()))
-    return tuple(found)
+    return _chained(specs, inputs, run)
 
 
-def _torch_call(events: Iterable[Any]) -> Call:
-    from ..torch_backend.trace import MODULE
+def _tensorrt_calls(
+    bundle: Bundle,
+    component: str,
+    backend: str,
+    inputs: dict[str, Array],
+    calls: int,
+    target: str | None,
+    device: str | None,
+) -> tuple[Call, ...]:
+    options: dict[str, Any] = {"device": device} if device else {}
+    components = Components(bundle, backend, target, None, **options)
+    try:
+        engine: Any = components.open(component)
+        parts: tuple[Any, ...] = engine.parts if isinstance(engine, ChainedEngine) else (engine,)
+        of_spec = {part.spec.name: part for part in parts}
+        return _chained(
+            [part.spec for part in parts],
+            inputs,
+            lambda spec, feeds: trt_profile.profiled_calls(of_spec[spec.name], feeds, calls),
+        )
+    finally:
+        components.close()
 
-    found, total = [], 0.0
-    for event in events:
-        if event.name == MODULE:  # the component itself
-            total += event.time_range.elapsed_us()
-        if event.name.startswith(MODULE):
-            continue
-        parent = event.cpu_parent
-        while parent is not None and not parent.name.startswith(MODULE):
-            parent = parent.cpu_parent
-        if parent is not None and event.self_cpu_time_total > 0:
-            name = parent.name.removeprefix(MODULE)
-            found.append(Event(name, event.name, event.time_range.start, event.self_cpu_time_total))
-    return Call(total, tuple(found))
+
+def _chained(
+    specs: Sequence[ComponentSpec],
+    inputs: dict[str, Array],
+    run: Callable[[ComponentSpec, dict[str, Array]], Timed],
+) -> tuple[Call, ...]:
+    """The calls of a component's parts, each fed with what those before it made, joined call by call."""
+    values, timed = dict(inputs), []
+    for spec in specs:
+        calls, made = run(spec, {tensor.name: values[tensor.name] for tensor in spec.inputs})
+        values |= made
+        timed.append(calls)
+    return tuple(in_a_row(parts) for parts in zip(*timed, strict=True))
 
 
 def chrome_trace(profiles: Iterable[LayerProfile]) -> dict[str, Any]:
-    """The last call of each profile in Chrome's trace format (chrome://tracing, Perfetto)."""
+    """The quickest call of each profile in Chrome's trace format (chrome://tracing, Perfetto)."""
     events: list[dict[str, Any]] = []
     for process, found in enumerate(profiles, 1):
         label = f"{found.component} on {found.backend}"

@@ -30,7 +30,8 @@ class StopRule:
         window_calls: least calls of a window.
         window_share: least length of a window, as a share of ``seconds`` (or ``max_window_calls`` calls).
         max_window_calls: most calls of a window.
-        min_samples: least calls in the windows that agree, so that p99 means something.
+        min_samples: least calls in the windows that agree, so that p99 means something; as far as the limit
+            allows.
         max_samples: most calls kept.
         warmup_calls, warmup_share: calls made before, fewer once that share of ``seconds`` has passed.
     """
@@ -69,7 +70,8 @@ class Measurement:
         samples_ns: every call after the warm-up, in order.
         window_sizes: how many of them each window has; the last one may have been cut off by a limit.
         steady_from: index of the first sample that counts.
-        ended: why it ended; only ``stable`` means that the windows agreed.
+        ended: why it ended; only ``stable`` means that the windows agreed: those at its end, of fewer calls
+            than asked for where the limit came first.
         warmup_calls: calls made before.
     """
 
@@ -149,9 +151,10 @@ def measure(
         sizes.append(len(samples) - sum(sizes))
         medians.append(float(np.median(samples[-sizes[-1] :])))
         # A window that a limit cut off takes no part in the verdict.
-        agree = len(medians) >= rule.windows and _agree(medians[-rule.windows :], rule.tolerance)
-        steady = _steady_from(medians, sizes, rule) if ended is None and agree else 0
-        if ended is None and agree and len(samples) - steady >= rule.min_samples:
+        whole = len(medians) - (ended is not None)
+        agree = whole >= rule.windows and _agree(medians[whole - rule.windows : whole], rule.tolerance)
+        steady = _steady_from(medians[:whole], sizes[:whole], rule) if agree else 0
+        if agree and (ended is not None or len(samples) - steady >= rule.min_samples):
             ended = "stable"
     return Measurement(tuple(samples), tuple(sizes), steady, ended, warmup)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError, CapabilityError
-from .charts import charts
 from .drawing import PALETTE, Dot, Drawing, Line, Rect
-from .receipt import Profile
 
 _DPI = 100
 _SCALE = 2
@@ -16,8 +15,8 @@ _SCALE = 2
 _ANCHORS = {"start": "left", "middle": "center", "end": "right"}
 
 
-def write_charts(profile: Profile, folder: Path) -> list[Path]:
-    """Write every chart of ``profile`` as ``<name>.png`` into ``folder`` (made if it is missing).
+def write_drawings(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
+    """Write every drawing as ``<name>.png`` into ``folder`` (made if it is missing).
 
     Raises:
         CapabilityError: matplotlib is not installed.
@@ -32,7 +31,7 @@ def write_charts(profile: Profile, folder: Path) -> list[Path]:
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for drawing in charts(profile):
+        for drawing in drawings:
             out = folder / f"{drawing.name}.png"
             part = out.with_name(f".{out.name}.part")
             try:

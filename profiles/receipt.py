@@ -13,6 +13,7 @@ from ..strict_json import read_json
 from .cases import Case
 from .ceilings import Ceilings
 from .flops import ComponentCost
+from .layer_profile import LayerProfile
 from .machine import Machine
 from .measure import StopRule
 from .plain import decode
@@ -80,7 +81,7 @@ class Profile:
 
     ``costs`` has one entry for each component and sizes that a case called, ``notes`` say what is missing and
     why. ``peak_memory_bytes`` is the whole process' (host memory), ``peak_device_bytes`` what the GPU in use
-    held more than before, by all processes; None without one.
+    held more than before, by all processes; None without one. ``layers``: none unless they were timed.
     """
 
     created: str
@@ -98,6 +99,7 @@ class Profile:
     ceilings: Ceilings | None
     table19: Table19 | None
     notes: tuple[str, ...]
+    layers: tuple[LayerProfile, ...] = ()
 
     def cost(self, case: Case) -> ComponentCost | None:
         """What one call of a component case costs; None where it was not counted."""
@@ -128,6 +130,7 @@ class Profile:
             "ceilings": None if self.ceilings is None else asdict(self.ceilings),
             "table19": None if self.table19 is None else self.table19.to_json(),
             "notes": list(self.notes),
+            "layers": [layer.to_json() for layer in self.layers],
         }
 
     @classmethod

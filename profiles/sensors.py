@@ -48,6 +48,19 @@ class GpuClocks:
     peak_used_bytes: int | None
     slowed_by: tuple[str, ...]
 
+    @property
+    def told(self) -> str:
+        """In a line, with units."""
+        ranges = (
+            ("clock", "MHz", self.sm_mhz),
+            ("memory clock", "MHz", self.memory_mhz),
+            ("temperature", "C", self.celsius),
+            ("power", "W", self.watts),
+        )
+        parts = [f"{what} {r.least:.0f} to {r.most:.0f} {unit}" for what, unit, r in ranges if r]
+        parts += [f"slowed by {', '.join(self.slowed_by)}"] if self.slowed_by else []
+        return f"{self.name}: {', '.join(parts)}"
+
 
 @dataclass(frozen=True)
 class Clocks:

@@ -8,6 +8,7 @@ from typing import Any
 from ivl_export.profiles.cases import Call, Case, Floor, Kind
 from ivl_export.profiles.ceilings import Ceilings, Copy, Product
 from ivl_export.profiles.flops import ComponentCost, LayerCost
+from ivl_export.profiles.layer_profile import LayerProfile, LayerTime
 from ivl_export.profiles.machine import Gpu, Machine
 from ivl_export.profiles.measure import Measurement, StopRule
 from ivl_export.profiles.receipt import Profile, Settings, Startup, Subject
@@ -45,6 +46,20 @@ def made_cost(name: str = "vision", batch: int = 1, **sizes: int) -> ComponentCo
         for part, macs in (("attn.qkv", 30_000_000), ("mlp.fc1", 40_000_000), ("mlp.fc2", 40_000_000))
     )
     return ComponentCost(name, "fp32", {"batch": batch, **sizes}, layers, 12_000, 1000 * batch, 1000 * batch)
+
+
+def made_layers(component: str = "vision") -> LayerProfile:
+    blocks = "vision_model.encoder.layers"
+    layers = (
+        LayerTime(f"{blocks}.0.mlp.fc1", "MatMul", 1.5),
+        LayerTime(f"{blocks}.0.attn.qkv", "MatMul", 1.0),
+        LayerTime(f"{blocks}.1.mlp.fc1", "MatMul", 0.5),
+        *(
+            LayerTime(f"{blocks}.0.{part}", "MatMul", 0.25)
+            for part in ("mlp.fc2", "attn.proj", "norm1", "norm2")
+        ),
+    )
+    return LayerProfile(component, "onnxruntime", {"batch": 1}, 10, 4.25, layers)
 
 
 def made_profile(

@@ -28,6 +28,7 @@ from ivl_export.pipeline.graphs import graph_path
 from ivl_export.pipeline.manifest import manifest_of
 from ivl_export.pipeline.request import Job, Request
 from ivl_export.pipeline.workspace import Record
+from ivl_export.profiles.layers import profile_layers
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.components import Components
 from ivl_export.runtime.model import MODES
@@ -150,6 +151,18 @@ def test_the_runtime_runs_a_split_bundle(split: Split) -> None:
         captions = chain.caption(pixels, num_beams=2, max_new_tokens=8)
         assert captions == one.caption(pixels, num_beams=2, max_new_tokens=8)
         assert chain.caption(pixels, max_new_tokens=8) == one.caption(pixels, max_new_tokens=8)
+
+
+def test_layers_of_all_parts_are_timed(split: Split) -> None:
+    whole = Bundle(split.bundle.root, split.whole)
+    one, all_parts = (profile_layers(b, "vision", "onnxruntime", 1, 2, 1) for b in (whole, split.bundle))
+    assert set(all_parts.by(lambda layer: layer.block)) == set(one.by(lambda layer: layer.block))
+    products = {layer.name for layer in one.layers if layer.name.endswith((".qkv", ".fc1", ".fc2"))}
+    assert products
+    assert products <= {layer.name for layer in all_parts.layers}
+    starts = [event.start_us for event in all_parts.trace]
+    assert starts == sorted(starts)
+    assert starts[0] < 0.5e3 * all_parts.call_ms < starts[-1]
 
 
 def test_each_weight_of_a_block_is_in_one_part(split: Split) -> None:

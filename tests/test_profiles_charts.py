@@ -27,14 +27,14 @@ from ivl_export.profiles.drawing import (
     text_width,
     ticks,
 )
-from ivl_export.profiles.png import write_charts
+from ivl_export.profiles.png import write_drawings
 from ivl_export.profiles.receipt import Profile
 from ivl_export.profiles.svg import style, svg
 from ivl_export.profiles.table19 import Column, Row, Table19, merged
 from ivl_export.profiles.table19 import Line as TableLine
-from ivl_export.tests.made_profiles import made_case, made_cost, made_profile
+from ivl_export.tests.made_profiles import made_case, made_cost, made_layers, made_profile
 
-NAMES = ["table19", "roofline", "histograms", "batches", "layers"]
+NAMES = ["table19", "roofline", "histograms", "batches", "layers", "layer-times"]
 
 
 def full(batches: tuple[int, ...] = (1, 8, 128)) -> Profile:
@@ -48,7 +48,7 @@ def full(batches: tuple[int, ...] = (1, 8, 128)) -> Profile:
         for batch in batches
     ]
     costs = [made_cost(name, batch) for name in ("vision", "qllama_query") for batch in batches]
-    return made_profile(cases, costs, table)
+    return made_profile(cases, costs, table, layers=(made_layers(),))
 
 
 def boxes(drawing: Drawing) -> list[tuple[float, float, float, float]]:
@@ -109,6 +109,17 @@ def test_areas_of_the_treemap_are_the_work() -> None:
         if isinstance(mark, Rect) and "vision_model" in mark.title
     ][:3]
     assert areas[0] / areas[2] == pytest.approx(40 / 30, rel=1e-6)
+
+
+def test_areas_of_the_other_treemap_are_the_times() -> None:
+    (drawing,) = [d for d in charts(full()) if d.name == "layer-times"]
+    told = {m.title: (m.width + 2) * (m.height + 2) for m in drawing.marks if isinstance(m, Rect)}
+    two = next(area for title, area in told.items() if "mlp.fc1 (2): 2 ms, 50.0%" in title)
+    one = next(area for title, area in told.items() if "attn.qkv (1): 1 ms, 25.0%" in title)
+    assert two / one == pytest.approx(2.0)
+    counted = next(d for d in charts(full()) if d.name == "layers")
+    assert "not timed" in counted.caption
+    assert drawing.title.endswith("measured")
 
 
 @given(
@@ -201,7 +212,7 @@ def test_png_of_every_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     from PIL import Image
 
     pytest.importorskip("matplotlib")
-    written = write_charts(full(), tmp_path / "new")
+    written = write_drawings(charts(full()), tmp_path / "new")
     assert [path.name for path in written] == [f"{name}.png" for name in NAMES]
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(path.name for path in written)
     for path, drawing in zip(written, charts(full()), strict=True):
@@ -210,7 +221,7 @@ def test_png_of_every_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             assert len(image.convert("RGB").getcolors(1 << 20) or ()) > 10
     (tmp_path / "file").touch()
     with pytest.raises(BuildError, match="Cannot write into"):
-        write_charts(full(), tmp_path / "file")
+        write_drawings(charts(full()), tmp_path / "file")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(CapabilityError, match="plots"):
-        write_charts(full(), tmp_path)
+        write_drawings(charts(full()), tmp_path)

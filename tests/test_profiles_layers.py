@@ -11,7 +11,10 @@ from ivl_export import cli
 from ivl_export.bundle import Bundle
 from ivl_export.engines.onnxruntime_backend import optimized_graph
 from ivl_export.engines.products import node_name
-from ivl_export.profiles.layers import OUTSIDE, LayerTime, chrome_trace, profile_layers
+from ivl_export.profiles.layer_profile import OUTSIDE, LayerTime
+from ivl_export.profiles.layers import chrome_trace, profile_layers, with_layers
+from ivl_export.profiles.receipt import Profile
+from ivl_export.tests.made_profiles import made_case, made_profile
 
 
 def test_every_node_of_onnxruntimes_graph_is_timed(tiny_bundle: Path) -> None:
@@ -41,6 +44,14 @@ def test_torch_operators_are_named_by_their_module(tiny_bundle: Path) -> None:
     assert sum(layer.ms for layer in found.layers) < found.call_ms
 
 
+def test_a_profile_keeps_the_layers_of_its_components(tiny_bundle: Path) -> None:
+    profile = made_profile([made_case("vision"), made_case("encode_image InternVL-C", kind="chained")])
+    found = with_layers(profile, tiny_bundle, calls=2)
+    (layers,) = found.layers
+    assert (layers.component, layers.sizes["batch"]) == ("vision", 1)
+    assert Profile.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
 def test_blocks_and_types_by_name() -> None:
     name = "vision_model.encoder.layers.12.mlp.fc1/Add"
     assert LayerTime(name, "Add", 1.0).block == "block 12"
@@ -61,11 +72,16 @@ def test_the_verb_and_its_trace(
     assert events[0]["args"]["name"] == "vision on onnxruntime"
     assert all(e["ph"] == "X" and e["dur"] >= 0 and e["ts"] >= 0 for e in events[1:])
     assert {e["cat"] for e in events[1:]} == set(found["by_op"])
-    assert cli.main([*command, "--top", "2"]) == 0
+    page = tmp_path / "layers.html"
+    assert cli.main([*command, "--top", "2", "--html", str(page)]) == 0
     out = capsys.readouterr().out
+    assert f"Written: {page}" in out
+    assert 'id="layer-times"' in page.read_text()
+    assert "mean of the quicker half of 2 calls" in page.read_text()
     assert "by block" in out
     assert "in no layer" in out
-    assert cli.main([*command, "--backend", "tensorrt-rtx"]) == 2
+    assert cli.main([*command, "--backend", "torch-tensorrt"]) == 2
+    assert cli.main([*command, "--backend", "tensorrt-rtx"]) == 5  # it has no such engines
     assert cli.main([*command, "--batch", "99999"]) == 2
     assert cli.main([*command, "--trace", str(tmp_path)]) == 2
     assert chrome_trace([]) == {"traceEvents": [], "displayTimeUnit": "ms"}

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from ivl_export import cli
+from ivl_export.cli.layers_page import page as layers_page
+from ivl_export.profiles.layer_page import layer_page
 from ivl_export.profiles.page import page
 from ivl_export.profiles.receipt import read, write
-from ivl_export.tests.made_profiles import made_case, made_profile
+from ivl_export.tests.made_profiles import made_case, made_layers, made_profile
 from ivl_export.tests.test_profiles_charts import NAMES, full
 
 RECEIPT = Path(__file__).parent.parent / "profiles" / "receipts" / "nano-fp8.json"
@@ -107,6 +109,24 @@ def test_the_page_loads_silently_and_alone(text: str, tmp_path: Path) -> None:
 
     with Image.open(shot) as image:
         assert len(image.convert("RGB").getcolors(1 << 22) or ()) > 20
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_pages_of_layers_are_readable(dark: bool, tmp_path: Path) -> None:
+    """The times of layers, and what layers really are (``inspect --layers``): one style sheet."""
+    option = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    text = layer_page("Layers", [made_layers(name) for name in ("vision", "qllama_text")])
+    found = probed(text, tmp_path, option)
+    chart = found["charts"]["layer-times"]
+    assert chart["marks"] > 5
+    assert chart["outside"] == chart["touching"] == []
+    inspected = layers_page("nano", "fp8", {})
+    assert probed(inspected, tmp_path, option)["page"] == found["page"]
+    for page_text in (text, inspected):
+        path = tmp_path / "page.html"
+        path.write_text(page_text, encoding="utf-8")
+        assert "CONSOLE" not in browse(path, option, "--enable-logging=stderr", "--dump-dom").stderr
 
 
 @needs_browser
