@@ -9,6 +9,8 @@ import numpy as np
 from ..errors import CapabilityError
 from .sensitivity import Sensitivity
 
+_DPI = 150
+
 
 def draw(found: Sensitivity, path: Path) -> None:
     """Write the SQNR of every layer in every scheme, of the component that suffers most, as a PNG.
@@ -33,10 +35,15 @@ def draw(found: Sensitivity, path: Path) -> None:
     axes = figure.add_subplot()
     image = axes.imshow(np.ma.masked_invalid(table), aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(schemes)), schemes, rotation=30, ha="right")
-    axes.set_yticks(range(len(layers)), layers, fontsize=6)
+    axes.set_yticks(range(len(layers)), layers, fontsize=7)
+    middle = np.nanmean(table) if np.isfinite(table).any() else 0.0
+    for (row, column), value in np.ndenumerate(table):
+        if np.isfinite(value):
+            ink = "black" if value > middle else "white"
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=ink)
     axes.set_title("SQNR (dB) of a block's update\nwith one layer quantised", fontsize=9)
-    figure.colorbar(image, label="dB: darker loses more")
+    figure.colorbar(image, label="dB: darker loses more; white: nothing was lost")
     partial = path.with_name(f".{path.name}.tmp")
     FigureCanvasAgg(figure)
-    figure.savefig(partial, format="png")
+    figure.savefig(partial, format="png", dpi=_DPI)
     partial.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,8 @@ def open_engine(backend: str, spec: ComponentSpec, path: Path, **options: Any) -
     """Open the engine file ``path`` of component ``spec`` with ``backend``.
 
     Raises:
-        UsageError: an unknown backend; the known ones are listed with the line that installs them.
+        UsageError: an unknown backend; the known ones are listed with the line that installs them. An option
+            that it does not have.
         CapabilityError: the backend's library is not installed, or the engine was built for another release,
             GPU or target.
         IntegrityError: the file is missing or damaged.
@@ -165,4 +167,7 @@ def open_engine(backend: str, spec: ComponentSpec, path: Path, **options: Any) -
     if backend not in BACKENDS:
         known = "; ".join(f"{b.name} ({b.install})" for b in BACKENDS.values())
         raise UsageError(f"Unknown backend {backend!r}.", f"Known: {known}.", "Name one of these.")
-    return BACKENDS[backend].load()(spec, path, **options)
+    loader = BACKENDS[backend].load()
+    if strange := sorted(set(options) - set(inspect.signature(loader).parameters)):
+        raise UsageError(f"Engines of {backend} have no option {strange[0]!r}.", "", "Leave it out.")
+    return loader(spec, path, **options)

@@ -56,7 +56,7 @@ class Loaded:
             share_weights: whether ONNX Runtime's sessions on the CPU map one copy of the weights that several
                 components have, kept in the cache folder; None: where that saves 64 MiB, and there is room.
             options: the backend's own: ``device`` and ``provider`` of ``onnxruntime``; ``device``, ``dtype``,
-                ``compile`` and ``cuda_graphs`` of ``torch``.
+                ``compile`` and ``cuda_graphs`` of ``torch``; ``device`` and ``cuda_graphs`` of the TensorRTs.
 
         Raises:
             IntegrityError: the bundle is damaged.

@@ -122,6 +122,11 @@ def test_an_engine_without_its_record_is_not_opened(tmp_path: Path) -> None:
         open_engine(trt.RTX, SPEC, tmp_path / "x.engine")
 
 
+def test_an_option_of_another_backend_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="have no option 'threads'"):
+        open_engine(trt.RTX, SPEC, tmp_path / "x.engine", record=engine_file(), threads=1)
+
+
 @pytest.mark.skipif(bool(gpus()), reason="for machines without a GPU")
 def test_this_machine_says_what_it_lacks(tmp_path: Path) -> None:
     release = trt.installed_release(trt.RTX)
