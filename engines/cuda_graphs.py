@@ -1,4 +1,4 @@
-"""CUDA graphs of a callable on torch tensors: recorded once for each shape, replayed from then on.
+"""CUDA graphs of a callable on torch tensors: recorded once for each set of shapes, replayed from then on.
 
 A replay launches all kernels at once, which is what small batches and single decode steps wait for.
 Needs torch with CUDA.
@@ -39,7 +39,7 @@ class CudaGraphs:
         make: gives the call to record, once for each graph, and it is kept as long as that graph. It takes
             and gives tensors on that GPU, launches the same kernels whatever their values are, and never
             waits for the GPU once it has run.
-        most: graphs kept, one for each shapes of the inputs.
+        most: graphs kept, one for each set of input shapes.
     """
 
     def __init__(self, make: Callable[[], Call], most: int = MAX_SHAPES) -> None:

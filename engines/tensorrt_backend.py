@@ -91,8 +91,6 @@ class TensorRTEngine:
     ) -> dict[str, torch.Tensor]:
         """Enqueue one run on ``stream``; see :meth:`~ivl_export.engines.protocol.Engine.run_tensors`."""
         require_torch()
-        if self._engine is None:
-            raise UsageError(f"Component {self.spec.name} is closed.", "", "Open it again.")
         sizes, names = self.spec.check(inputs), self.spec.select(outputs)
         index = self._profile(sizes)
         given = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
@@ -189,7 +187,9 @@ class TensorRTEngine:
         return str(inspector.get_engine_information(self._module.LayerInformationFormat.JSON))
 
     def _profile(self, sizes: dict[str, int]) -> int:
-        """The optimization profile for ``sizes``; InputError if there is none."""
+        """The optimization profile for ``sizes``; InputError if there is none, UsageError if it is closed."""
+        if self._engine is None:
+            raise UsageError(f"Component {self.spec.name} is closed.", "", "Open it again.")
         index = choose_profile(self._profiles, sizes)
         if index is None:
             raise InputError(

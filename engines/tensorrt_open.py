@@ -45,7 +45,7 @@ def open_tensorrt(
         host_code: let a version-compatible engine run the code of its library that it carries. It is as
             trusted as a program: only for bundles of your own.
         any_gpu: try it on a GPU that it was not built for.
-        cuda_graphs: record a CUDA graph for each shapes and replay it; ``MAX_GRAPHS`` of
+        cuda_graphs: record a CUDA graph for each set of shapes and replay it; ``MAX_GRAPHS`` of
             :mod:`.tensorrt_backend` are kept, each with the memory of one more context. TensorRT-RTX
             bounds its own.
 

@@ -39,7 +39,7 @@ class StopRule:
     seconds: float = 3.0
     tolerance: float = 0.02
     windows: int = 3
-    window_calls: int = 5
+    window_calls: int = 3
     window_share: float = 0.05
     max_window_calls: int = 500
     min_samples: int = 100

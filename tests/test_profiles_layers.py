@@ -44,6 +44,12 @@ def test_torch_operators_are_named_by_their_module(tiny_bundle: Path) -> None:
     assert sum(layer.ms for layer in found.layers) < found.call_ms
 
 
+def test_layers_of_a_chat_are_timed(chat_bundle: Path) -> None:
+    found = profile_layers(Bundle.open(chat_bundle), "decoder", "onnxruntime", 1, 2, threads=1)
+    assert "block 0" in found.by(lambda layer: layer.block)
+    assert found.sizes["total"] == found.sizes["past"] + found.sizes["text"]
+
+
 def test_a_profile_keeps_the_layers_of_its_components(tiny_bundle: Path) -> None:
     profile = made_profile([made_case("vision"), made_case("encode_image InternVL-C", kind="chained")])
     found = with_layers(profile, tiny_bundle, calls=2)

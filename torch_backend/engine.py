@@ -73,7 +73,7 @@ class TorchEngine:
             return deliver({name: values[name] for name in names}, out)
 
     def with_graphs(self) -> TorchEngine:
-        """The same module, replayed from a CUDA graph for each shapes; UsageError if it is closed."""
+        """The same module, replayed from a CUDA graph for each set of shapes; UsageError if it is closed."""
         call = self._opened()
         return TorchEngine(self.spec, CudaGraphs(lambda: call), self._dtype, torch.device(self.device))
 
