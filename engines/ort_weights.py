@@ -35,7 +35,8 @@ LEAST_SAVED = 64 << 20
 _LEAST_STORED = 16 << 20
 _LEAST_TENSOR = 64 << 10
 _HEADROOM = 1 << 30
-_LAYOUT = 1
+_CODE = ("ort_session.py", "ort_weights.py")
+"""What decides how graphs are optimised and kept."""
 _PAGE = 4096
 _SETTINGS = {
     "session.optimized_model_external_initializers_min_size_in_bytes": str(_LEAST_TENSOR),
@@ -104,7 +105,7 @@ def shared_weights(bundle: Bundle, wanted: bool | None) -> SharedWeights | None:
     if wanted is None and (saved < LEAST_SAVED or needed > min(cache_limit(), _free())):
         return None
     content = json.dumps(
-        [_LAYOUT, sorted((rel, entry.sha256) for rel, entry in stored.items()), _release(), _processor()]
+        [_code(), sorted((rel, entry.sha256) for rel, entry in stored.items()), _release(), _processor()]
     )
     folder = cache_folder() / KIND / hashlib.sha256(content.encode()).hexdigest()
     return SharedWeights(folder, bool(wanted))
@@ -216,6 +217,11 @@ def _free() -> int:
         return shutil.disk_usage(folder).free - _HEADROOM
     except OSError:
         return 0
+
+
+def _code() -> str:
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in _CODE)).hexdigest()
 
 
 def _release() -> str:

@@ -29,6 +29,7 @@ import numpy as np
 
 from ivl_export.benchmarks.runtime.measured import (
     RECEIPTS,
+    ROUNDS,
     Candidate,
     Comparison,
     Goal,
@@ -173,7 +174,7 @@ def goals(found: Sequence[Held]) -> Iterator[tuple[str, float, bool]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Memory and load time of bundles, weights shared and not.")
     parser.add_argument("bundles", type=Path, nargs="+")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="processes of each kind")
     parser.add_argument("--out", type=Path, default=RECEIPTS, help="the folder of the receipt")
     args = parser.parse_args(argv)
     found: list[Held] = []
@@ -181,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for bundle in args.bundles:
         with new_cache():
             found += held(bundle, args.rounds)
-            compared += speed(bundle, args.rounds)
+            compared += speed(bundle, ROUNDS)
     print_table("memory and loading", COLUMNS, [run.row() for run in found])
     show(compared)
     wanted = [{"goal": text, "found": value, "met": met} for text, value, met in goals(found)]

@@ -18,6 +18,7 @@ import ctypes
 import gc
 import io
 import json
+import os
 import statistics
 import sys
 from collections import Counter
@@ -219,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bundles": bundles, "clients": CLIENTS, "warm_up": args.warm_up,
         "growth": growth, "heap_growth": heap_growth,
         "counts": counts,
+        "malloc": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
         **asdict(found),
     }  # fmt: skip
     write_text(json.dumps(result, indent=1) + "\n", receipt_path("soak", args.out))
