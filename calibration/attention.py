@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..models.chat_config import ModelConfig
+    from ..models.chat_config import ModelConfig, Whole
+    from ..models.config import InternVLConfig
 
 FP8_ATTENTION = "fp8-attention"
 """What it is called beside the schemes of layers."""
@@ -65,28 +66,34 @@ def attentions(config: ModelConfig, components: Iterable[str]) -> dict[str, dict
 
 
 def _attentions(component: str, config: ModelConfig) -> dict[str, AttentionShape]:
-    prefix, vision = block_prefix(component), config.vision
+    prefix, vision = block_prefix(component, config), config.vision
     if component == "decoder_embed":
         return {}
     if component.startswith("vision"):
         blocks, tokens = vision.num_hidden_layers, vision.num_tokens
         if isinstance(config, ChatConfig):
-            blocks, tokens = config.vision_blocks, 1 + (config.image_size // vision.patch_size) ** 2
+            blocks, tokens = config.vision_blocks, config.num_tokens
         shape = AttentionShape(vision.hidden_size // vision.num_attention_heads, tokens)
         return {f"{prefix}.{i}.attn": shape for i in range(blocks)}
     assert not isinstance(config, InternViTConfig)
-    llama = config.decoder if isinstance(config, ChatConfig) else config.qllama
+    crosses = _crosses(component, config)
+    llama = crosses.qllama if crosses else config.llama
     least = {axis.name: axis.min for axis in component_spec(component, config).axes}
-    own, crossing = least.get("total", least.get("text", 0)), set()
-    if component in CROSSING and not isinstance(config, ChatConfig):
-        own += config.num_query_token
-        crossing = {i for i in range(llama.num_hidden_layers) if config.has_cross_attention(i)}
+    own = least.get("total", least.get("text", 0)) + (crosses.num_query_token if crosses else 0)
+    tokens = config.num_tokens if isinstance(config, ChatConfig) else vision.num_tokens
     found = {}
     for i in range(llama.num_hidden_layers):
         found[f"{prefix}.{i}.self_attn"] = AttentionShape(llama.head_dim, own)
-        if i in crossing:
-            found[f"{prefix}.{i}.cross_attn"] = AttentionShape(llama.head_dim, vision.num_tokens)
+        if crosses and crosses.has_cross_attention(i):
+            found[f"{prefix}.{i}.cross_attn"] = AttentionShape(llama.head_dim, tokens)
     return found
+
+
+def _crosses(component: str, config: Whole) -> InternVLConfig | None:
+    """The model whose queries ``component`` runs over vision tokens; None where there are none."""
+    if isinstance(config, ChatConfig):
+        return config.queries if component == "query_chat" else None
+    return config if component in CROSSING else None
 
 
 def operand_names(attention: str) -> tuple[str, str, str]:

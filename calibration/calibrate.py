@@ -59,17 +59,19 @@ def calibration_units(config: Whole, components: Sequence[str], samples: int) ->
     """What the progress of :func:`calibrate` counts to: samples times parts."""
     from .parts import needed, parts
 
-    return samples * len(parts(config, needed(components)))
+    return samples * len(parts(config, needed(components, config)))
 
 
 def spilled_bytes(config: Whole, components: Sequence[str], samples: int) -> int:
     """At most what :func:`calibrate` keeps on disk at a time: two copies of each tower's hidden states."""
     from .parts import needed
 
-    vision, llama, order = config.vision, config.llama, needed(components)
+    vision, llama, order = config.vision, config.llama, needed(components, config)
     if isinstance(config, ChatConfig):
-        patches = 1 + (config.image_size // vision.patch_size) ** 2
-        values = patches * vision.hidden_size * ("vision_chat" in order)
+        values = config.num_tokens * vision.hidden_size * ("vision_chat" in order)
+        if config.queries:
+            width = config.queries.qllama.hidden_size + llama.hidden_size
+            values += config.num_queries * width * ("query_chat" in order)
         values += (2 * config.num_visual + LONGEST + MAX_STEP) * llama.hidden_size * ("decoder" in order)
         return 2 * 4 * samples * values
     rows = {"qllama_query": config.num_query_token, "qllama_text": MAX_LENGTH, "qllama_step": MAX_STEP}
@@ -160,7 +162,7 @@ def calibrate(
     from .stream import Flow, visit
 
     recorded = algorithm_name(algorithm)
-    order = needed(components)
+    order = needed(components, checkpoint.whole)
     modules = Modules(checkpoint, order, device=device)
     chosen_for: dict[str, str] = {}
     if depends_on_type(recorded):

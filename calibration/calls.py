@@ -104,11 +104,15 @@ def _chat_calls(
 ) -> list[Call]:
     calls: list[Call] = []
     place, width = 0, config.decoder.hidden_size
-    patches = (settings.size // config.vision.patch_size) ** 2
+    tokens = 1 + (settings.size // config.vision.patch_size) ** 2
     for batch, said in enumerate(dialogues_of(chosen, tokenizer, batch_size)):
+        every = list(range(len(said)))
         if "vision_chat" in components:
-            shape = (len(said), 1 + patches, config.vision.hidden_size)
-            calls.append(Call("vision_chat", batch, list(range(len(said))), {}, shape, batch))
+            shape = (len(said), tokens, config.vision.hidden_size)
+            calls.append(Call("vision_chat", batch, every, {}, shape, batch))
+        if "query_chat" in components and config.queries:
+            shape = (len(said), config.num_queries, config.queries.qllama.hidden_size)
+            calls.append(Call("query_chat", batch, every, {}, shape, batch))
         past = 0
         for run in runs(said) if set(components) & set(TOWERS["decoder"]) else ():
             rows, length = len(run.rows), run.length(config.num_visual)

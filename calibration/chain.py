@@ -15,7 +15,7 @@ import numpy as np
 
 from ..preprocess import Array
 from ..specs import ComponentSpec
-from .chat import ChatBatch, empty_past, runs, splice
+from .chat import ChatBatch, empty_past, runs, splice, visual_of
 from .chat import step_inputs as chat_inputs
 from .dataset import Batch
 
@@ -76,8 +76,14 @@ def _run_chat(runners: Mapping[str, Runner], batch: ChatBatch) -> Iterator[Step]
     visual: Array | None = None
     if "vision_chat" in runners:
         step = _run(runners, "vision_chat", {"pixel_values": batch.pixel_values})
-        visual = step.outputs["visual_embeds"]
+        made = dict(step.outputs)
         yield step
+        if "query_chat" in runners:
+            step = _run(runners, "query_chat", {"tokens": made["tokens"]})
+            made |= step.outputs
+            yield step
+        if "query_embeds" in made or "tokens" not in made:
+            visual = visual_of(made)
     past: Arrays = {}
     for run in runs(batch.dialogues) if "decoder_embed" in runners else ():
         step = _run(runners, "decoder_embed", {"input_ids": run.ids})

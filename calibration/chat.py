@@ -6,7 +6,7 @@ of the last answer. Those go in together (teacher forcing): the activations are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -123,6 +123,12 @@ def empty_past(rows: int, llama: QLlamaConfig) -> dict[str, Array]:
     """The one hidden position of :func:`step_inputs`, in every layer."""
     zero = np.zeros((rows, llama.num_attention_heads, 1, llama.head_dim), np.float32)
     return {f"past_{kind}.{i}": zero for i in range(llama.num_hidden_layers) for kind in ("key", "value")}
+
+
+def visual_of(made: Mapping[str, Array]) -> Array:
+    """Visual embeddings [B, V, H] among components' outputs: those of queries, if there are any, first."""
+    seen = [made[name] for name in ("query_embeds", "visual_embeds") if name in made]
+    return np.concatenate(seen, 1)
 
 
 def splice(embeds: Array, visual: Array, cut: int | None) -> Array:

@@ -30,8 +30,9 @@ from .stream import Flow, visit
 if TYPE_CHECKING:
     from torch import Tensor
 
-_VISION = r"((?:vision_model|model\.vision_tower\.vision_tower)\.encoder\.layers\.\d+\.)"
-_LLAMA = r"((?:qllama\.)?model\.layers\.\d+\.)"
+_CHAT = r"model\.vision_tower\.vision_tower"
+_VISION = rf"((?:vision_model|{_CHAT}|{_CHAT}\.vision_model)\.encoder\.layers\.\d+\.)"
+_LLAMA = rf"((?:(?:{_CHAT}\.)?qllama\.)?model\.layers\.\d+\.)"
 _FED = (
     (_VISION, "norm1", ("attn.qkv",)),
     (_VISION, "attn.qkv", ("attn.proj",)),
@@ -180,7 +181,7 @@ def watch_inputs(
         progress: hears how much of :func:`.calibrate.calibration_units` is done.
         passed: is called when all samples are through a block.
     """
-    order, wanted = needed(components), set(layers)
+    order, wanted = needed(components, checkpoint.whole), set(layers)
 
     def hook(layer: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
         return lambda _, args: see(layer, args[0].detach())

@@ -1,7 +1,8 @@
 """Component modules a part at a time: what stands before their blocks, each block, what stands behind.
 
 InternVL's components are two towers: InternViT, and the QLLaMA layers that query, text, step and matching
-passes share. A chat model has two towers as well: InternViT with the projector, and the decoder.
+passes share. A chat model's towers are InternViT with a projector, QLLaMA with one of its own (where there
+are queries), and the decoder.
 Modules stay on the meta device; a part's weights are there while the part runs, and no longer, so memory
 follows one block and not the model. A part computes just what the component's ``forward`` computes there.
 """
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..export.blocks import CROSSING, block_prefix
+from ..export.blocks import block_pattern
 from ..export.components import component_module
 from ..models.chat_config import ChatConfig, Whole
+from ..models.chat_vision import QueryTower
 from ..models.generate import step_mask
+from ..models.layout import CHAT_TOWER, components_of
 from ..models.qllama import KeyValue, Visible, rotary_tables
 
 if TYPE_CHECKING:
@@ -29,18 +32,20 @@ TOWERS = {
     "vision": ("vision",),
     "qllama": ("qllama_query", "qllama_text", "qllama_step", "qllama_itm"),
     "vision_chat": ("vision_chat",),
+    "query_chat": ("query_chat",),
     "decoder": ("decoder_embed", "decoder"),
 }
 """Components that run through the same blocks."""
 
 ORDER = tuple(component for tower in TOWERS.values() for component in tower)
-NEEDS = {
-    "qllama_query": ("vision",),
+TOKENS_OF = {"qllama_query": "vision", "qllama_itm": "vision", "query_chat": "vision_chat"}
+"""Components that take vision tokens, and whose."""
+
+_NEEDS = {
+    **{component: (tower,) for component, tower in TOKENS_OF.items()},
     "qllama_step": ("vision", "qllama_query"),
-    "qllama_itm": ("vision",),
-    "decoder": ("vision_chat", "decoder_embed"),
+    "decoder": ("vision_chat", "query_chat", "decoder_embed"),
 }
-"""Components whose outputs a component takes."""
 
 WITHOUT_BLOCKS = ("decoder_embed",)
 """Components that end where their tower's blocks begin."""
@@ -50,28 +55,42 @@ ENTRY = (
     "query_tokens",
     "qllama.model.embed_tokens.",
     "model.embed_tokens.",
-    "model.vision_tower.vision_tower.embeddings.",
+    f"{CHAT_TOWER}embeddings.",
+    f"{CHAT_TOWER}vision_model.embeddings.",
+    f"{CHAT_TOWER}query_tokens",
 )
 """Weights that stand before the blocks."""
+
+FEATURES = "model.mm_projector.mlp1."
+"""Weights that stand beside them: the projector of features that leave the tower in the midst of it."""
 
 Load = Callable[[str], Tensor]
 """An fp32 weight by its published key."""
 
 
-def needed(components: Iterable[str]) -> list[str]:
+def needs(component: str, config: Whole) -> set[str]:
+    """The components of a model of ``config`` whose outputs ``component`` takes."""
+    return set(_NEEDS.get(component, ())) & set(components_of(config))
+
+
+def needed(components: Iterable[str], config: Whole) -> list[str]:
     """``components`` and those they take inputs from, in the order they run."""
     wanted = set(components)
     for component in list(wanted):
-        wanted.update(NEEDS.get(component, ()))
+        wanted.update(needs(component, config))
     return [c for c in ORDER if c in wanted] + sorted(wanted - set(ORDER))
 
 
 class Part(NamedTuple):
-    """One part of a tower: its ``block``, or the entry (-1) or the exit (its depth)."""
+    """One part of a tower: its ``block``, or the entry (-1) or the exit (its depth).
+
+    ``features``: whether what it makes also leaves the tower, through a projector of its own.
+    """
 
     tower: str
     block: int
     depth: int
+    features: bool = False
 
     @property
     def entry(self) -> bool:
@@ -85,24 +104,31 @@ class Part(NamedTuple):
 
     def holds(self, component: str, key: str) -> bool:
         """Whether weight ``key`` of ``component`` belongs to it."""
-        prefix = f"{block_prefix(component)}."
-        if key.startswith(prefix):
-            return key.startswith(f"{prefix}{self.block}.")
+        if found := block_pattern(component).match(key):
+            return int(found[1]) == self.block
+        if key.startswith(FEATURES):
+            return self.features
         return self.entry if key.startswith(ENTRY) else self.exit
 
 
 def depths(config: Whole) -> dict[str, int]:
     """Blocks of each tower."""
     if isinstance(config, ChatConfig):
-        return {"vision_chat": config.vision_blocks, "decoder": config.decoder.num_hidden_layers}
+        queries = {"query_chat": config.queries.qllama.num_hidden_layers} if config.queries else {}
+        return {
+            "vision_chat": config.vision_blocks,
+            **queries,
+            "decoder": config.decoder.num_hidden_layers,
+        }
     return {"vision": config.vision.num_hidden_layers, "qllama": config.qllama.num_hidden_layers}
 
 
 def parts(config: Whole, components: Iterable[str]) -> list[Part]:
     """All parts of the towers of ``components``, in the order they run."""
     names = set(components)
+    apart = config.read_blocks - 1 if isinstance(config, ChatConfig) and config.queries else None
     return [
-        Part(tower, block, depth)
+        Part(tower, block, depth, tower == "vision_chat" and block == apart)
         for tower, depth in depths(config).items()
         if names & set(TOWERS[tower])
         for block in range(-1, depth + 1)
@@ -174,11 +200,11 @@ def enter(component: str, module: Any, given: Context) -> Tensor:
     if component == "vision":
         out: Tensor = module.vision_model.embeddings(given.inputs["pixel_values"])
     elif component == "vision_chat":
-        out = module.model["vision_tower"].vision_tower.embeddings(given.inputs["pixel_values"])
+        out = _internvit(module).embeddings(given.inputs["pixel_values"])
     elif component == "decoder_embed":
         out = module.model["embed_tokens"](given.inputs["input_ids"])
-    elif component == "qllama_query":
-        out = module.query_tokens.expand(given.rows, -1, -1)
+    elif component in ("qllama_query", "query_chat"):
+        out = _queries(component, module).query_tokens.expand(given.rows, -1, -1)
     else:
         out = module.qllama.embed(given.inputs["input_ids"])
         if component == "qllama_itm":
@@ -191,17 +217,17 @@ def run_block(component: str, module: Any, block: int, x: Tensor, given: Context
     if component == "vision":
         return module.vision_model.encoder.layers[block](x), None
     if component == "vision_chat":
-        return module.model["vision_tower"].vision_tower.encoder.layers[block](x), None
+        return _internvit(module).encoder.layers[block](x), None
     # A prompt of the chat decoder has no past: nothing but the order of its own positions hides anything.
     visible, count = Visible(causal=component in ("qllama_text", "decoder") and given.past is None), 0
     positions = given.inputs.get("positions")
     if positions is None:
         positions = torch.arange(x.shape[1], device=x.device)[None]
-    if component in CROSSING:
-        count = module.query_tokens.shape[1]
+    if component in TOKENS_OF:
+        count = _queries(component, module).query_tokens.shape[1]
     if component in ("qllama_step", "decoder") and given.past is not None:
         visible = Visible(step_mask(given.inputs["attention_mask"], x.shape[1]))
-    model = module.model if component == "decoder" else module.qllama.model
+    model = module.model if component == "decoder" else _queries(component, module).qllama.model
     rotary = rotary_tables(positions, model.config, x.dtype)
     made: tuple[Tensor, KeyValue] = model.layers[block](x, rotary, visible, given.tokens, count, given.past)
     return made
@@ -212,11 +238,12 @@ def leave(component: str, module: Any, x: Tensor, given: Context) -> dict[str, T
     if component == "vision":
         return {"tokens": x, "image_embed": module.clip_projector(x)}
     if component == "vision_chat":
-        first = module.model["vision_tower"].first
-        return {"visual_embeds": module.model["mm_projector"](x[:, first:])}
+        return {"tokens": x} if has_queries(module) else project_features(module, x)
     if component == "decoder":
         return {"logits": module.lm_head(module.model.norm(x)[:, -1:]).squeeze(1)}
-    hidden = module.qllama.model.norm(x)
+    hidden = _queries(component, module).qllama.model.norm(x)
+    if component == "query_chat":
+        return {"query_embeds": module.model.mm_projector.mlp2(hidden)}
     if component == "qllama_query":
         return {"query_hidden": hidden, "query_embed": module.clip_projector2(hidden)}
     if component == "qllama_itm":
@@ -225,6 +252,28 @@ def leave(component: str, module: Any, x: Tensor, given: Context) -> dict[str, T
         last = (given.inputs["lengths"] - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
         return {"text_embed": (hidden.gather(1, last) @ module.text_projection).squeeze(1)}
     return {"logits": module.qllama.lm_head(hidden[:, -1:]).squeeze(1)}
+
+
+def project_features(module: Any, x: Tensor) -> dict[str, Tensor]:
+    """``visual_embeds`` of ``vision_chat`` [B, P, H], from the states of the selected layer [B, N, D]."""
+    project = module.model.mm_projector
+    project = project.mlp1 if has_queries(module) else project
+    return {"visual_embeds": project(x[:, module.model.vision_tower.first :])}
+
+
+def has_queries(module: Any) -> bool:
+    """Whether the chat model has QLLaMA's queries: ``vision_chat`` gives out its last layer then."""
+    return isinstance(module.model.vision_tower, QueryTower)
+
+
+def _internvit(module: Any) -> Any:
+    tower = module.model.vision_tower.vision_tower
+    return tower.vision_model if has_queries(module) else tower
+
+
+def _queries(component: str, module: Any) -> Any:
+    """What holds ``qllama`` and ``query_tokens``."""
+    return module.model.vision_tower.vision_tower if component == "query_chat" else module
 
 
 def _put(module: nn.Module, key: str, tensor: Tensor) -> None:

@@ -13,7 +13,7 @@ from ..models.chat_config import ChatConfig
 from ..preprocess import ImageSettings, Tokenizer
 from .calibrate import spilled_bytes
 from .chain import Arrays, Step
-from .chat import LONGEST, ChatBatch, chat_batches, empty_past, splice
+from .chat import LONGEST, ChatBatch, chat_batches, empty_past, splice, visual_of
 from .dataset import MAX_STEP, Batch, CalibrationSet
 
 if TYPE_CHECKING:
@@ -26,10 +26,12 @@ def recorded_bytes(config: Whole, components: Sequence[str], samples: int) -> in
     """At most what a :class:`Recording` takes on disk: activations, and the large outputs."""
     from .parts import needed
 
-    vision, llama, order = config.vision, config.llama, needed(components)
+    vision, llama, order = config.vision, config.llama, needed(components, config)
     cached = 2 * llama.num_hidden_layers * llama.hidden_size
     if isinstance(config, ChatConfig):
-        values = config.num_visual * llama.hidden_size * ("vision_chat" in order)
+        values = config.num_features * llama.hidden_size * ("vision_chat" in order)
+        if config.queries:
+            values += config.num_tokens * vision.hidden_size + config.num_queries * llama.hidden_size
         text = config.num_visual + LONGEST + MAX_STEP
         values += (text * (cached + llama.hidden_size) + llama.vocab_size) * ("decoder" in order)
         return spilled_bytes(config, components, samples) + 4 * samples * values
@@ -70,7 +72,7 @@ class Recording:
         from .parts import Modules, needed, parts
         from .stream import Flow, visit
 
-        order = needed(components)
+        order = needed(components, checkpoint.whole)
         self.folder = folder
         samples = samples_of(chosen, settings, tokenizer, checkpoint.whole, order, batch_size)
         self._calls = samples.calls
@@ -101,7 +103,7 @@ class Recording:
                     continue
                 outputs = {n: np.load(self._path(call, n)) for n in self._names[call.component]}
                 steps.append(Step(call.component, self._inputs(call, made), outputs))
-                if call.component in ("vision", "qllama_query", "vision_chat", "decoder_embed", "decoder"):
+                if call.component not in ("qllama_text", "qllama_step"):
                     made.update(outputs)
             yield batch, steps
 
@@ -111,7 +113,7 @@ class Recording:
             return {**call.inputs, **_taken(call, made)}
         own = {name: array for name, array in call.inputs.items() if name != "input_ids"}
         past = empty_past(len(call.rows), self._llama) if call.cut is not None else _past(made)
-        x = splice(made["input_embeds"], made["visual_embeds"][call.rows], call.cut)
+        x = splice(made["input_embeds"], visual_of(made)[call.rows], call.cut)
         return {"input_embeds": x, **own, **past}
 
     def _path(self, call: Call, name: str) -> Path:
@@ -120,11 +122,13 @@ class Recording:
 
 def _taken(call: Call, made: Arrays) -> Arrays:
     """The inputs of ``call`` that are pixels, or other components' outputs."""
+    from .parts import TOKENS_OF
+
     if call.component == "qllama_step":
         return {name: array[call.rows] for name, array in _past(made).items()}
-    if call.component == "qllama_itm":
+    if call.component in TOKENS_OF:
         return {"tokens": made["tokens"][call.rows]}
-    taken = {"vision": "pixel_values", "vision_chat": "pixel_values", "qllama_query": "tokens"}
+    taken = {"vision": "pixel_values", "vision_chat": "pixel_values"}
     name = taken.get(call.component)
     return {name: made[name]} if name else {}
 

@@ -128,7 +128,7 @@ def measure(
             f"Scheme {unfit[0]!r} cannot be tried on one layer alone.",
             f"Known: {', '.join([*known, FP8_ATTENTION])}.",
         )
-    order = needed(components)
+    order = needed(components, checkpoint.whole)
     samples = samples_of(chosen, settings, tokenizer, checkpoint.config, order, batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     modules = Modules(checkpoint, order)
@@ -193,7 +193,8 @@ class _Variants:
         self.tried: dict[str, list[tuple[str, str]]] = {}
         self.compared: dict[tuple[str, str, str], Comparison] = {}
         for component in () if part.entry or part.exit else components:
-            module, prefix = modules.by_name[component], f"{block_prefix(component)}.{part.block}."
+            module = modules.by_name[component]
+            prefix = f"{block_prefix(component, modules.config)}.{part.block}."
             for name, layer in module.named_modules():
                 if isinstance(layer, torch.nn.Linear) and name.startswith(prefix):
                     size = layer.out_features, layer.in_features

@@ -23,7 +23,7 @@ from .accuracy import Comparison, Metrics, Table
 from .attention import attention_scales, core_attentions, fake_attention
 from .calls import samples_of
 from .dataset import CalibrationSet
-from .parts import NEEDS, WITHOUT_BLOCKS, Load, Modules, needed, parts
+from .parts import WITHOUT_BLOCKS, Load, Modules, needed, needs, parts
 from .quantize import LOWEST, activation_scale, dequantise, quantise_values, stored_names
 from .scales import Scales
 from .schemes import SCHEMES
@@ -99,14 +99,15 @@ def simulated_accuracy(
     Raises:
         BuildError: NaN or infinity in a quantised component; too little disk.
     """
-    config, order = checkpoint.whole, needed(components)
+    config = checkpoint.whole
+    order = needed(components, config)
     samples = samples_of(chosen, settings, tokenizer, config, order, batch_size)
     here = [c for c in order if c in components]
     simulated = Modules(checkpoint, here, _stored(quantised), device)
     reference = Flow(Modules(checkpoint, order, device=device), samples, folder, "fp32")
     # Components that take no other's outputs are the same in both modes: they run once.
-    chained = [c for c in here if set(NEEDS.get(c, ())) <= set(here)]
-    fed = [c for c in here if c in NEEDS]
+    chained = [c for c in here if needs(c, config) <= set(here)]
+    fed = [c for c in here if needs(c, config)]
     flows = [
         reference,
         Flow(simulated, samples, folder, "chained", components=chained),

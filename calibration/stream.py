@@ -15,13 +15,24 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from ..export.blocks import CROSSING
 from ..models.chat_config import ChatConfig
 from ..models.qllama import KeyValue
 from ..preprocess import Array
 from ..specs import feature_name
 from .calls import Call, Samples
-from .parts import TOWERS, WITHOUT_BLOCKS, Context, Modules, Part, enter, leave, run_block
+from .parts import (
+    TOKENS_OF,
+    TOWERS,
+    WITHOUT_BLOCKS,
+    Context,
+    Modules,
+    Part,
+    depths,
+    enter,
+    leave,
+    project_features,
+    run_block,
+)
 from .spill import Spill
 
 Made: TypeAlias = "tuple[torch.Tensor, dict[str, torch.Tensor]]"
@@ -59,14 +70,16 @@ class Flow:
             if set(members) & set(self.components):
                 shapes: list[tuple[int, ...]] = [call.shape for call in samples.tower(tower)]
                 self.spills[tower] = Spill(folder, f"{name}-{tower}", shapes)
-        self._token_places = {c.batch: c.place for c in samples.tower("vision")}
-        seen = [call.shape for call in samples.tower("vision_chat")]
-        self._visual: Spill | None = None
-        if "vision_chat" in self.components and isinstance(config := modules.config, ChatConfig):
-            rows: list[tuple[int, ...]] = [
-                (size[0], config.num_visual, config.decoder.hidden_size) for size in seen
-            ]
-            self._visual = Spill(folder, f"{name}-visual", rows)
+        self._token_places = {
+            (c.component, c.batch): c.place for tower in TOKENS_OF.values() for c in samples.tower(tower)
+        }
+        self._visual: dict[str, Spill] = {}
+        if isinstance(config := modules.config, ChatConfig):
+            counts = {"query_chat": config.num_queries, "vision_chat": config.num_features}
+            for component in (c for c in counts if c in self.components):
+                width, calls = config.decoder.hidden_size, samples.tower(component)
+                rows: list[tuple[int, ...]] = [(call.shape[0], counts[component], width) for call in calls]
+                self._visual[component] = Spill(folder, f"{name}-{component}-out", rows)
         self._past: KeyValue | None = None
 
     @torch.inference_mode()
@@ -85,12 +98,11 @@ class Flow:
             return x, {}
         x = spill.read(part.block % 2, call.place).to(device)
         if part.exit:
-            left = leave(component, module, x, Context(inputs, len(call.rows)))
-            if self._visual is not None and component == "vision_chat":
-                self._visual.write(0, call.place, left["visual_embeds"])
-            return x, left
+            return x, self._kept(call, leave(component, module, x, Context(inputs, len(call.rows))))
         x, made = run_block(component, module, part.block, x, self._context(call, inputs))
         spill.write((part.block + 1) % 2, call.place, x)
+        if part.features:
+            return x, self._kept(call, project_features(module, x))
         if component == "qllama_query" or call.cut is not None:
             self._past = made
         number = part.block + 1
@@ -114,26 +126,25 @@ class Flow:
     def finished(self, part: Part) -> None:
         """``part`` has run on every call: what it made is safe, what it read is not needed any more."""
         spill = self.spills[part.tower]
+        if part.tower in self._visual and (part.features or part.exit):
+            self._visual[part.tower].sync(0)
         if part.exit:
             spill.remove(1 - part.block % 2)
-            if self._visual is not None and part.tower == "vision_chat":
-                self._visual.sync(0)
             return
         spill.sync((part.block + 1) % 2)
 
     def whole(self, part: Part) -> bool:
         """Whether everything ``part`` reads is there."""
         wanted = [] if part.entry else [self.spills[part.tower].whole(part.block % 2)]
-        if part.tower == "qllama" and set(CROSSING) & set(self.components):
-            tokens = self.given.spills["vision"]
-            wanted.append(tokens.whole(self.given.modules.config.vision.num_hidden_layers % 2))
-        if part.tower == "decoder" and part.entry and self.given._visual is not None:
-            wanted.append(self.given._visual.whole(0))
+        here = set(TOWERS[part.tower]) & set(self.components) & set(TOKENS_OF)
+        wanted += [self._spilled_tokens(component).whole(self._side(component)) for component in here]
+        if part.tower == "decoder" and part.entry:
+            wanted += [visual.whole(0) for visual in self.given._visual.values()]
         return all(wanted)
 
     def close(self) -> None:
         """Close the files."""
-        for spill in (*self.spills.values(), *([self._visual] if self._visual else [])):
+        for spill in (*self.spills.values(), *self._visual.values()):
             spill.close()
 
     def _context(self, call: Call, inputs: dict[str, torch.Tensor]) -> Context:
@@ -147,16 +158,30 @@ class Flow:
         x = enter("decoder_embed", holder.by_name["decoder_embed"], given)
         if call.cut is None:
             return x
-        assert self.given._visual is not None
-        visual = self.given._visual.read(0, call.batch).to(self.modules.device)[call.rows]
-        return torch.cat([x[:, : call.cut], visual, x[:, call.cut :]], 1)
+        seen = [spill.read(0, call.batch)[call.rows] for spill in self.given._visual.values()]
+        visual = [rows.to(self.modules.device) for rows in seen]
+        return torch.cat([x[:, : call.cut], *visual, x[:, call.cut :]], 1)
+
+    def _kept(self, call: Call, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``outputs``, of which those that the decoder reads are kept."""
+        for name in ("visual_embeds", "query_embeds"):
+            if name in outputs:
+                self._visual[call.component].write(0, call.place, outputs[name])
+        return outputs
 
     def _tokens(self, call: Call) -> torch.Tensor | None:
-        if call.component not in CROSSING:
+        if call.component not in TOKENS_OF:
             return None
-        side = self.modules.config.vision.num_hidden_layers % 2
-        place = self._token_places[call.batch]
-        return self.given.spills["vision"].read(side, place)[call.rows].to(self.modules.device)
+        place = self._token_places[TOKENS_OF[call.component], call.batch]
+        found = self._spilled_tokens(call.component).read(self._side(call.component), place)
+        return found[call.rows].to(self.modules.device)
+
+    def _spilled_tokens(self, component: str) -> Spill:
+        return self.given.spills[TOKENS_OF[component]]
+
+    def _side(self, component: str) -> int:
+        """Where the last hidden states of the tower lie that ``component`` takes its tokens from."""
+        return depths(self.given.modules.config)[TOKENS_OF[component]] % 2
 
     def _past_of(self, call: Call) -> KeyValue | None:
         past = self.given._past

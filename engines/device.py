@@ -152,16 +152,16 @@ def run_from_host(
     return {name: to_host(made) for name, made in engine.run_tensors(tensors, outputs).items()}
 
 
-def concatenate(parts: Sequence[Buffer]) -> Any:
-    """Buffers of one kind, arrays or tensors, joined along their first axis."""
+def concatenate(parts: Sequence[Buffer], axis: int = 0) -> Any:
+    """Buffers of one kind, arrays or tensors, joined along ``axis``."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], np.ndarray):
-        return np.concatenate([np.asarray(part) for part in parts])
+        return np.concatenate([np.asarray(part) for part in parts], axis)
     require_torch()
     import torch
 
-    return torch.cat([as_tensor(part) for part in parts])
+    return torch.cat([as_tensor(part) for part in parts], axis)
 
 
 def zeros(shape: Sequence[int], like: Buffer) -> Any:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import BuildError
 from ..models.chat_config import ChatConfig, InternViTConfig, ModelConfig
+from ..models.config import InternVLConfig
+from ..models.layout import CHAT_TOWER, VISION
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,14 +25,28 @@ CROSSING = ("qllama_query", "qllama_itm")
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def block_prefix(component: str) -> str:
+PLACES = {
+    "vision": ("vision_model.encoder.layers",),
+    "vision_chat": (f"{CHAT_TOWER}encoder.layers", f"{CHAT_TOWER}{VISION}encoder.layers"),
+    "query_chat": (f"{CHAT_TOWER}qllama.model.layers",),
+    "decoder": ("model.layers",),
+}
+"""Where the blocks of a component stand in its module, in any model; else under ``qllama.model.layers``.
+
+InternViT alone and within an InternVL are two places in a chat model.
+"""
+
+
+def block_prefix(component: str, config: ModelConfig) -> str:
     """Where the blocks of a component stand in its module."""
-    places = {
-        "vision": "vision_model.encoder.layers",
-        "vision_chat": "model.vision_tower.vision_tower.encoder.layers",
-        "decoder": "model.layers",
-    }
-    return places.get(component, "qllama.model.layers")
+    places = PLACES.get(component, ("qllama.model.layers",))
+    return places[-1] if isinstance(config, ChatConfig) and config.queries else places[0]
+
+
+def block_pattern(component: str) -> re.Pattern[str]:
+    """Matches the weights in a component's blocks, in any model; its group is the block's number."""
+    places = PLACES.get(component, ("qllama.model.layers",))
+    return re.compile(rf"(?:{'|'.join(map(re.escape, places))})\.(\d+)\.")
 
 
 def one_period(component: str, config: ModelConfig) -> tuple[ModelConfig, int]:
@@ -44,25 +60,43 @@ def one_period(component: str, config: ModelConfig) -> tuple[ModelConfig, int]:
         if component == "decoder":
             layers = config.decoder.num_hidden_layers
             return replace(config, decoder=replace(config.decoder, num_hidden_layers=1)), layers
-        if not config.vision_blocks:
+        if component == "query_chat":
+            assert config.queries is not None
+            queries, times = _one_query_period(config.queries)
+            return replace(config, tower=queries), times
+        if not config.read_blocks:
             return config, 1
         one = replace(config.vision, num_hidden_layers=1)
-        return replace(config, vision=one, select_layer=1), config.vision_blocks
+        tower = replace(config.queries, vision=one) if config.queries else one
+        return replace(config, tower=tower, select_layer=1), config.vision_blocks
     if component == "vision":
         layers = config.vision.num_hidden_layers
         one = replace(config.vision, num_hidden_layers=1, feature_blocks=())
         return replace(config, vision=one), layers
     if isinstance(config, InternViTConfig):
         raise ValueError(f"an InternViT alone has no {component}")
-    period = config.cross_attention_frequency if component in CROSSING else 1
-    if config.qllama.num_hidden_layers % period:
-        return config, 1
-    times = config.qllama.num_hidden_layers // period
-    return replace(config, qllama=replace(config.qllama, num_hidden_layers=period)), times
+    if component in CROSSING:
+        return _one_query_period(config)
+    return _with_layers(config, 1), config.qllama.num_hidden_layers
+
+
+def _one_query_period(config: InternVLConfig) -> tuple[InternVLConfig, int]:
+    period, layers = config.cross_attention_frequency, config.qllama.num_hidden_layers
+    return (config, 1) if layers % period else (_with_layers(config, period), layers // period)
+
+
+def _with_layers(config: InternVLConfig, layers: int) -> InternVLConfig:
+    return replace(config, qllama=replace(config.qllama, num_hidden_layers=layers))
 
 
 def repeat_blocks(
-    graph: ir.Graph, prefix: str, times: int, inputs: int, outputs: int, taps: Sequence[int] = ()
+    graph: ir.Graph,
+    prefix: str,
+    times: int,
+    inputs: int,
+    outputs: int,
+    taps: Sequence[int] = (),
+    read: int | None = None,
 ) -> None:
     """Make ``times`` copies of the blocks under ``prefix`` in an unoptimised graph, chained; in place.
 
@@ -74,6 +108,8 @@ def repeat_blocks(
         inputs: how many inputs of the graph, its last ones, belong to the blocks (a past).
         outputs: how many outputs, its last ones, belong to them (new keys and values).
         taps: periods, counted from 1, behind which the hidden states become outputs too, the last ones.
+        read: behind how many periods the nodes that follow read the hidden states; None: behind all. An
+            output that is the hidden states is always those behind all.
 
     Raises:
         BuildError: the blocks do not form one chain.
@@ -106,7 +142,7 @@ def repeat_blocks(
         behind, x = nodes[-1], copy.values[last]
         ends.append(x)
     for node, i in users:
-        node.replace_input_with(i, x)
+        node.replace_input_with(i, ends[(read or times) - 1])
     for i, value in enumerate(graph.outputs):
         if value is last:
             graph.outputs[i] = x

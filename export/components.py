@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..errors import CapabilityError, UsageError
 from ..models.chat_config import ChatConfig, InternViTConfig, ModelConfig
 from ..models.config import QLlamaConfig
-from ..models.layout import CHAT_COMPONENTS, COMPONENTS, OPTIONAL, components_of
+from ..models.layout import COMPONENTS, OPTIONAL, components_of
 from ..specs import Axis, ComponentSpec, TensorSpec, feature_name
 
 if TYPE_CHECKING:
@@ -94,16 +94,22 @@ def _chat_spec(name: str, config: ChatConfig, ranges: Ranges) -> ComponentSpec:
     width, side = config.decoder.hidden_size, config.image_size
     rows, (text, past, total) = Axis("batch", *ranges.chats), _lengths(ranges.turn, ranges.history)
     embeds = TensorSpec("input_embeds", "float", ("batch", "text", width))
+    batch = Axis("batch", *ranges.batch)
+    states = TensorSpec("tokens", "float", ("batch", config.num_tokens, config.vision.hidden_size))
+    tokens = (states,) if config.queries else ()
     if name == "vision_chat":
         pixels = TensorSpec("pixel_values", "float", ("batch", 3, side, side))
-        visual = TensorSpec("visual_embeds", "float", ("batch", config.num_visual, width))
-        return ComponentSpec(name, (pixels,), (visual,), (Axis("batch", *ranges.batch),))
+        visual = TensorSpec("visual_embeds", "float", ("batch", config.num_features, width))
+        return ComponentSpec(name, (pixels,), (visual, *tokens), (batch,))
+    if name == "query_chat" and config.queries:
+        queries = TensorSpec("query_embeds", "float", ("batch", config.num_queries, width))
+        return ComponentSpec(name, tokens, (queries,), (batch,))
     if name == "decoder_embed":
         ids = TensorSpec("input_ids", "int64", ("batch", "text"))
         return ComponentSpec(name, (ids,), (embeds,), (rows, text))
     if name == "decoder":
         return _step_spec(name, embeds, config.decoder, (rows, text, past, total))
-    raise _unknown(name, CHAT_COMPONENTS)
+    raise _unknown(name, components_of(config))
 
 
 def _step_spec(name: str, first: TensorSpec, llama: QLlamaConfig, axes: tuple[Axis, ...]) -> ComponentSpec:
@@ -153,7 +159,7 @@ def component_module(name: str, config: ModelConfig, contrastive_only: bool = Fa
     from . import modules
 
     if isinstance(config, ChatConfig):
-        return _made(name, config, modules.CHAT)
+        return _made(name, config, modules.QUERY_CHAT if config.queries else modules.CHAT)
     if isinstance(config, InternViTConfig):
         return _made(name, config, modules.INTERNVIT)
     if contrastive_only and name in modules.INTERNVL and name not in components_of(config, True):

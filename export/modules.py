@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..models.chat import VisionTower, projector
 from ..models.chat_config import ChatConfig, InternViTConfig
+from ..models.chat_vision import QueryTower, TwoMLP, VisionTower, projector
 from ..models.config import InternVLConfig
 from ..models.generate import step_mask
 from ..models.heads import AttentionPool
-from ..models.qllama import Decoder, KeyValue, QLlama, Visible, run_layers
+from ..models.qllama import Decoder, KeyValue, QLlama, Visible, query_pass, run_layers
 from ..models.vit import InternViT
 
 
@@ -43,10 +43,7 @@ class Query(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """[B, N, D] -> query_hidden [B, Q, H], query_embed [B, E], then key and value of every layer."""
-        count = self.query_tokens.shape[1]
-        queries = self.query_tokens.expand(tokens.shape[0], -1, -1)
-        positions = torch.arange(count, device=tokens.device)[None]
-        hidden, new = self.qllama(queries, positions, Visible(), tokens, count)
+        hidden, new = query_pass(self.qllama, self.query_tokens, tokens)
         return (hidden, self.clip_projector2(hidden), *_flat(new))
 
 
@@ -135,6 +132,40 @@ class ChatVision(nn.Module):
         return (self.model["mm_projector"](self.model["vision_tower"](pixel_values)),)
 
 
+class ChatFeatures(nn.Module):
+    """InternViT under QLLaMA, and the projector of the selected layer's features."""
+
+    def __init__(self, config: ChatConfig) -> None:
+        super().__init__()
+        self.model = _Sight(config)
+        del self.model.vision_tower.vision_tower.qllama, self.model.vision_tower.vision_tower.query_tokens
+        del self.model.mm_projector.mlp2
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] -> visual_embeds [B, P, H], tokens [B, N, D]."""
+        features, tokens = self.model.vision_tower.features(pixel_values)
+        return self.model.mm_projector.mlp1(features), tokens
+
+
+class ChatQueries(nn.Module):
+    """The query pass of a chat model's QLLaMA, and its projector."""
+
+    def __init__(self, config: ChatConfig) -> None:
+        super().__init__()
+        self.model = _Sight(config)
+        del self.model.vision_tower.vision_tower.vision_model, self.model.mm_projector.mlp1
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor]:
+        """[B, N, D] -> query_embeds [B, Q, H]."""
+        return (self.model.mm_projector.mlp2(self.model.vision_tower.query(tokens)),)
+
+
+class _Sight(nn.Module):
+    def __init__(self, config: ChatConfig) -> None:
+        super().__init__()
+        self.vision_tower, self.mm_projector = QueryTower(config), TwoMLP(config)
+
+
 class ChatEmbed(nn.Module):
     """The token embeddings of a chat model, apart from its decoder: visual embeddings go between them."""
 
@@ -176,10 +207,12 @@ INTERNVL: dict[str, type[Vision | Query | Text | Step | Match]] = {
     "qllama_itm": Match,
 }
 INTERNVIT = {"vision": VisionTokens}
-CHAT: dict[str, type[ChatVision | ChatEmbed | ChatStep]] = {
-    "vision_chat": ChatVision,
-    "decoder_embed": ChatEmbed,
-    "decoder": ChatStep,
+_DECODER: dict[str, type[ChatEmbed | ChatStep]] = {"decoder_embed": ChatEmbed, "decoder": ChatStep}
+CHAT: dict[str, type[nn.Module]] = {"vision_chat": ChatVision, **_DECODER}
+QUERY_CHAT: dict[str, type[nn.Module]] = {
+    "vision_chat": ChatFeatures,
+    "query_chat": ChatQueries,
+    **_DECODER,
 }
 
 

@@ -8,14 +8,13 @@ again from those.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError, UsageError
 from ..specs import Axis, ComponentSpec, TensorSpec, part_starts, terms
-from .blocks import block_prefix
+from .blocks import block_pattern
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,7 +38,7 @@ def split_graph(model: ir.Model, spec: ComponentSpec, count: int) -> list[tuple[
         UsageError: more parts than blocks, or none.
         BuildError: something else than one residual stream goes from part to part.
     """
-    block, blocks = _block(spec.name), block_count(spec.name, model.graph.initializers)
+    block, blocks = block_pattern(spec.name), block_count(spec.name, model.graph.initializers)
     check_split(spec.name, blocks, count)
     starts = part_starts(blocks, count)
 
@@ -54,7 +53,7 @@ def split_graph(model: ir.Model, spec: ComponentSpec, count: int) -> list[tuple[
 
 def block_count(component: str, names: Iterable[str]) -> int:
     """How many blocks of ``component`` have weights among ``names``."""
-    block = _block(component)
+    block = block_pattern(component)
     return 1 + max((int(m[1]) for name in names if (m := block.match(name))), default=-1)
 
 
@@ -66,10 +65,6 @@ def check_split(component: str, blocks: int, count: int) -> None:
             f"It has {blocks} blocks, and a part holds one at least.",
             f"Give --split a number from 1 to {blocks}.",
         )
-
-
-def _block(component: str) -> re.Pattern[str]:
-    return re.compile(rf"{re.escape(block_prefix(component))}\.(\d+)\.")
 
 
 def _stages(graph: ir.Graph, part_of: PartOf) -> dict[ir.Value, int]:

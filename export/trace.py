@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError
-from ..models.chat_config import ModelConfig
+from ..models.chat_config import ChatConfig, ModelConfig
 from ..models.checkpoint import Checkpoint
 from ..specs import ComponentSpec
 from .blocks import block_prefix, one_period, repeat_blocks
@@ -75,7 +75,8 @@ def _trace(name: str, config: ModelConfig, contrastive_only: bool) -> ir.Model:
         spec = component_spec(name, traced)
         inputs, outputs = (sum(t.name[-1].isdigit() for t in part) for part in (spec.inputs, spec.outputs))
         taps = config.vision.feature_blocks if name == "vision" else ()
-        repeat_blocks(model.graph, block_prefix(name), times, inputs, outputs, taps)
+        read = config.read_blocks if name == "vision_chat" and isinstance(config, ChatConfig) else None
+        repeat_blocks(model.graph, block_prefix(name, config), times, inputs, outputs, taps, read)
     return model
 
 

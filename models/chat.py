@@ -1,4 +1,4 @@
-"""InternVL-Chat (paper section 3.3, LLaVA layout): InternViT, a two-layer projector, a LLaMA decoder."""
+"""InternVL-Chat (paper section 3.3, LLaVA layout): a vision tower, its projector, a LLaMA decoder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..conversation import IMAGE_TOKEN
 from ..decoding import Limits
 from ..errors import InputError
 from .chat_config import ChatConfig
+from .chat_vision import projector, vision_tower
 from .generate import search, step_mask
 from .qllama import Decoder, KeyValue, Visible, run_layers
-from .vit import InternViT
 
 
 class InternVLChat(nn.Module):
@@ -103,28 +103,8 @@ class ChatDecoder(Decoder):
 
     def __init__(self, config: ChatConfig) -> None:
         super().__init__(config.decoder, [None] * config.decoder.num_hidden_layers)
-        self.vision_tower = VisionTower(config)
+        self.vision_tower = vision_tower(config)
         self.mm_projector = projector(config)
-
-
-class VisionTower(nn.Module):
-    """InternViT up to the selected layer."""
-
-    def __init__(self, config: ChatConfig) -> None:
-        super().__init__()
-        self.vision_tower = InternViT(config.vision, config.vision_blocks)
-        self.first = 1 if config.select_feature == "patch" else 0
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, V, D]."""
-        out: Tensor = self.vision_tower(pixel_values)[:, self.first :]
-        return out
-
-
-def projector(config: ChatConfig) -> nn.Sequential:
-    """Vision features [B, V, D] to embeddings of the decoder [B, V, H]."""
-    width = config.decoder.hidden_size
-    return nn.Sequential(nn.Linear(config.vision.hidden_size, width), nn.GELU(), nn.Linear(width, width))
 
 
 def splice(

@@ -1,4 +1,13 @@
-"""Sizes of InternVL-Chat (LLaVA layout) and of an InternViT published alone."""
+"""Sizes of InternVL-Chat (LLaVA layout) and of an InternViT published alone.
+
+InternVL-Chat has two forms (paper figure 4): on InternViT, whose weights are published, and on InternViT and
+QLLaMA, whose are not. The second is as the published code has it (OpenGVLab/InternVL, read in
+``internvl_chat_llava/llava/model``): ``multimodal_projector/builder.py`` has the projector ``two_mlp``; where
+the tower's name says ``internvl_14b``, ``multimodal_encoder/clip_encoder.py`` takes an InternVL without its
+heads, reads features at the selected layer, and beside them the queries, which see the last one;
+``mm_hidden_size`` is then QLLaMA's width. Assumed, for no config of it was published: layer and image size
+are the first form's.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +34,8 @@ VICUNA_13B = QLlamaConfig(
 )
 TOWER_CONFIG = "vision_tower_config.json"
 IMAGE_SIZE = 336
+MLP, TWO_MLP = "mlp2x_gelu", "two_mlp"
+"""Projectors: of InternViT's features, and one each for them and for QLLaMA's queries."""
 _FEATURES = ("patch", "cls_patch")
 
 
@@ -55,20 +66,22 @@ class InternViTConfig:
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """InternVL-Chat: InternViT, a two-layer projector and a LLaMA decoder (paper section 3.3).
+    """InternVL-Chat: a vision tower, two-layer projectors and a LLaMA decoder (paper section 3.3).
 
     Args:
-        vision: the tower as stored; its ``image_size`` is the grid of the stored position embedding.
+        tower: the vision tower as stored: an InternViT, or an InternVL, whose queries the decoder sees too.
+            Its ``image_size`` is the grid of the stored position embedding.
         decoder: LLaMA's sizes.
         image_size: side of the images in pixels; the position embedding is resized to it.
-        select_layer: which of the tower's L + 1 hidden states (the embeddings are the first) is read.
+        select_layer: which of InternViT's L + 1 hidden states (the embeddings are the first) is read; QLLaMA
+            reads the last.
         select_feature: ``patch`` drops the class token, ``cls_patch`` keeps it.
 
     Raises:
         CheckpointError: the tower has no such state, or the images do not split into patches.
     """
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
+    tower: VisionConfig | InternVLConfig = field(default_factory=VisionConfig)
     decoder: QLlamaConfig = VICUNA_7B
     image_size: int = IMAGE_SIZE
     select_layer: int = -4
@@ -96,33 +109,65 @@ class ChatConfig:
         return self.decoder
 
     @property
-    def vision_blocks(self) -> int:
-        """How many of the tower's blocks are run."""
+    def vision(self) -> VisionConfig:
+        """InternViT, as stored."""
+        return self.tower if isinstance(self.tower, VisionConfig) else self.tower.vision
+
+    @property
+    def queries(self) -> InternVLConfig | None:
+        """The InternVL whose QLLaMA is run; None where the tower is an InternViT."""
+        return self.tower if isinstance(self.tower, InternVLConfig) else None
+
+    @property
+    def read_blocks(self) -> int:
+        """Behind how many of InternViT's blocks the features are read."""
         return self.select_layer % (self.vision.num_hidden_layers + 1)
+
+    @property
+    def vision_blocks(self) -> int:
+        """How many of InternViT's blocks are run."""
+        return self.vision.num_hidden_layers if self.queries else self.read_blocks
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image in InternViT: patches and the class token."""
+        return (self.image_size // self.vision.patch_size) ** 2 + 1
+
+    @property
+    def num_features(self) -> int:
+        """Visual embeddings of one image that are features of the selected layer."""
+        return self.num_tokens - (self.select_feature == "patch")
+
+    @property
+    def num_queries(self) -> int:
+        """Visual embeddings of one image that QLLaMA's queries make; they come first."""
+        return self.queries.num_query_token if self.queries else 0
 
     @property
     def num_visual(self) -> int:
         """Visual embeddings of one image: what an image placeholder in the prompt becomes."""
-        return (self.image_size // self.vision.patch_size) ** 2 + (self.select_feature == "cls_patch")
+        return self.num_queries + self.num_features
 
     def to_published(self) -> dict[str, Any]:
         """The ``config.json`` of the LLaVA layout; the tower's own is :meth:`InternViTConfig.to_published`.
 
         ``mm_image_size`` is not of that layout: it says the image size where no preprocessor's settings do.
+        Nor is ``vision_config``, the tower's own config.
         """
+        queries = self.queries
         return {
             "architectures": ["LlavaLlamaForCausalLM"],
             "model_type": "llava_llama",
             **asdict(self.decoder),
             "hidden_act": "silu",
             "tie_word_embeddings": False,
-            "mm_hidden_size": self.vision.hidden_size,
-            "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_tower": "intern_vit_6b_224px",
+            "mm_hidden_size": queries.qllama.hidden_size if queries else self.vision.hidden_size,
+            "mm_projector_type": TWO_MLP if queries else MLP,
+            "mm_vision_tower": "internvl_14b_224px" if queries else "intern_vit_6b_224px",
             "mm_vision_select_layer": self.select_layer,
             "mm_vision_select_feature": self.select_feature,
             "mm_image_size": self.image_size,
-            "vision_config": self.vision.to_published(),
+            "vision_config": (queries or self.vision).to_published(),
             "image_aspect_ratio": "pad",
         }
 
@@ -131,7 +176,7 @@ class ChatConfig:
         cls,
         data: dict[str, Any],
         source: str = "config.json",
-        tower: VisionConfig | None = None,
+        tower: VisionConfig | InternVLConfig | None = None,
         image_size: int | None = None,
     ) -> ChatConfig:
         """Read a LLaVA ``config.json``.
@@ -139,31 +184,25 @@ class ChatConfig:
         Args:
             data: its content.
             source: its name in messages.
-            tower: the vision tower's sizes; None: from a ``vision_config`` section, else InternViT-6B's.
+            tower: the vision tower's sizes; None: from a ``vision_config`` section, else those published.
             image_size: side of the images; None: ``mm_image_size``, else 336.
 
         Raises:
             CheckpointError: it says what this model is not.
-            CapabilityError: the model has a projector for which no weights were published.
+            CapabilityError: the model has another projector.
         """
         check_untied(data, source, "the top level")
         check_llama(data, source, "the top level")
-        projector = data.get("mm_projector_type", "mlp2x_gelu")
-        if projector != "mlp2x_gelu":
-            raise CapabilityError(
-                f"{source} asks for the projector {projector!r}.",
-                "Only the two-layer projector on InternViT (mlp2x_gelu) has published weights.",
-                "Use InternVL-Chat-ViT-6B-Vicuna-7B or -13B.",
-            )
         section = data.get("vision_config")
         if tower is None and isinstance(section, dict):
-            tower = InternViTConfig.from_published(section, f"{source}: vision_config").vision
-        tower = tower or VisionConfig()
-        width = data.get("mm_hidden_size", tower.hidden_size)
-        if width != tower.hidden_size:
+            tower = tower_from_published(data, section, f"{source}: vision_config")
+        tower = tower or _tower_kind(data, source)()
+        own = tower.hidden_size if isinstance(tower, VisionConfig) else tower.qllama.hidden_size
+        width = data.get("mm_hidden_size", own)
+        if width != own:
             raise CheckpointError(
                 f"{source} does not fit its vision tower.",
-                f"mm_hidden_size is {width}, the tower's width {tower.hidden_size}.",
+                f"mm_hidden_size is {width}, the tower's width {own}.",
                 f"Put the tower's own config beside it, as {TOWER_CONFIG}.",
             )
         return cls(
@@ -173,6 +212,39 @@ class ChatConfig:
             data.get("mm_vision_select_layer", -4),
             data.get("mm_vision_select_feature", "patch"),
         )
+
+
+def tower_from_published(
+    chat: dict[str, Any], data: dict[str, Any], source: str
+) -> VisionConfig | InternVLConfig:
+    """A vision tower's own ``config.json``, of the kind that the projector of the ``chat`` config goes with.
+
+    Raises:
+        CheckpointError: it is of the other kind, or says what this model is not.
+        CapabilityError: the projector is none of InternVL-Chat's.
+    """
+    kind = _tower_kind(chat, source)
+    if (kind is InternVLConfig) != ("qllama_config" in data):
+        has, needs = ("InternVL", "InternViT") if kind is VisionConfig else ("InternViT", "InternVL")
+        raise CheckpointError(
+            f"{source} is the config of an {has}.",
+            f"The projector {chat.get('mm_projector_type', MLP)} reads an {needs}.",
+            "Correct mm_projector_type, or put the config of the tower it was trained with there.",
+        )
+    if kind is InternVLConfig:
+        return InternVLConfig.from_published(data, source)
+    return InternViTConfig.from_published(data, source).vision
+
+
+def _tower_kind(chat: dict[str, Any], source: str) -> type[VisionConfig] | type[InternVLConfig]:
+    projector = chat.get("mm_projector_type", MLP)
+    if projector not in (MLP, TWO_MLP):
+        raise CapabilityError(
+            f"{source} asks for the projector {projector!r}.",
+            f"InternVL-Chat has {MLP} on InternViT, and {TWO_MLP} on InternViT and QLLaMA.",
+            "Use InternVL-Chat-ViT-6B-Vicuna-7B or -13B.",
+        )
+    return VisionConfig if projector == MLP else InternVLConfig
 
 
 Whole = InternVLConfig | ChatConfig
@@ -219,7 +291,7 @@ def _config(data: dict[str, Any], path: Path) -> ModelConfig:
     return ChatConfig.from_published(
         data,
         str(path),
-        InternViTConfig.from_published(read_json(tower), str(tower)).vision if tower else None,
+        tower_from_published(data, read_json(tower), str(tower)) if tower else None,
         ImageSettings.load(settings).size if settings.is_file() else None,
     )
 

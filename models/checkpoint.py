@@ -15,6 +15,7 @@ from .chat_config import ChatConfig, InternViTConfig, ModelConfig, Whole, load_c
 from .config import InternVLConfig, read_json
 from .layout import (
     CHAT_TOWER,
+    HEADS,
     VISION,
     components_of,
     expected_shapes,
@@ -247,9 +248,10 @@ def _tower(chat: Path, readers: dict[Path, Reader]) -> dict[str, TensorRef]:
         raise CheckpointError(
             f"{chat} has no weights of its vision tower.",
             f"They are not among its own, and no checkpoint {data.get('mm_vision_tower')} lies beside it.",
-            "Put the folder of the InternViT checkpoint it was trained with beside it, under that name.",
+            "Put the folder of the checkpoint it was trained with beside it, under that name.",
         )
-    return {CHAT_TOWER + name: ref for name, ref in _read_folder(folder, readers)[1].items()}
+    stored = _read_folder(folder, readers)[1]
+    return {CHAT_TOWER + n: ref for n, ref in stored.items() if not (is_ignored(n) or n.startswith(HEADS))}
 
 
 def _read_folder(folder: Path, readers: dict[Path, Reader]) -> tuple[Path, dict[str, TensorRef]]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..errors import UsageError
 from .config import InternVLConfig
 from .heads import AttentionPool
-from .qllama import KeyValue, QLlama, Visible
+from .qllama import KeyValue, QLlama, Visible, query_pass
 from .vit import InternViT
 
 Mode = Literal["InternVL-C", "InternVL-G"]
@@ -47,12 +47,7 @@ class InternVL(nn.Module):
 
     def query_pass(self, tokens: Tensor) -> tuple[Tensor, list[KeyValue]]:
         """Vision tokens [B, N, D] -> query rows after the final norm [B, Q, H], their keys and values."""
-        queries = self.query_tokens.expand(tokens.shape[0], -1, -1)
-        positions = torch.arange(self.config.num_query_token, device=tokens.device)[None]
-        out: tuple[Tensor, list[KeyValue]] = self.qllama(
-            queries, positions, Visible(), tokens, self.config.num_query_token
-        )
-        return out
+        return query_pass(self.qllama, self.query_tokens, tokens)
 
     def query_features(self, pixel_values: Tensor) -> Tensor:
         """[B, 3, S, S] -> query rows after the final norm [B, Q, H]."""

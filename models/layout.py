@@ -18,13 +18,19 @@ COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
 OPTIONAL = ("qllama_itm",)
 """Built when they are asked for."""
 CHAT_COMPONENTS = ("vision_chat", "decoder_embed", "decoder")
+QUERY_CHAT_COMPONENTS = ("vision_chat", "query_chat", "decoder_embed", "decoder")
+"""Of a chat model whose tower has queries."""
 VISION = "vision_model."
 CHAT_TOWER = "model.vision_tower.vision_tower."
+HEADS = ("clip_projector.", "clip_projector2.", "text_projection", "logit_scale", "itm_head.")
+"""What an InternVL has besides its towers: it is no part of a chat model."""
 PUBLISHED_HEAD_DIM = 128
 PUBLISHED_POOL_HEADS = 16
 
 # Old transformers releases stored the rotary frequencies as a buffer; they follow from the config.
-_ROTARY = re.compile(r"(qllama\.model|transformer|model)\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_ROTARY = re.compile(
+    rf"(({re.escape(CHAT_TOWER)})?qllama\.model|transformer|model)\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)
 
 
 def is_ignored(name: str) -> bool:
@@ -38,7 +44,7 @@ def components_of(config: ModelConfig, contrastive_only: bool = False) -> tuple[
     Those that are only built when they are asked for are :func:`optional_of`.
     """
     if isinstance(config, ChatConfig):
-        return CHAT_COMPONENTS
+        return QUERY_CHAT_COMPONENTS if config.queries else CHAT_COMPONENTS
     if isinstance(config, InternViTConfig):
         return ("vision",)
     return ("vision", "qllama_text") if contrastive_only else COMPONENTS
@@ -83,11 +89,19 @@ def expected_shapes(config: ModelConfig, contrastive_only: bool = False) -> dict
 
 
 def _chat(config: ChatConfig) -> dict[str, Shape]:
-    v, q = config.vision, config.decoder
-    shapes = {"model.embed_tokens.weight": (q.vocab_size, q.hidden_size), **_vision(v, CHAT_TOWER)}
-    shapes["model.mm_projector.0.weight"] = (q.hidden_size, v.hidden_size)
-    shapes["model.mm_projector.2.weight"] = (q.hidden_size, q.hidden_size)
-    shapes["model.mm_projector.0.bias"] = shapes["model.mm_projector.2.bias"] = (q.hidden_size,)
+    v, q, queries = config.vision, config.decoder, config.queries
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (q.vocab_size, q.hidden_size)}
+    if queries is None:
+        shapes.update(_vision(v, CHAT_TOWER))
+        projectors = {"": v.hidden_size}
+    else:
+        tower = expected_shapes(queries)
+        shapes.update({CHAT_TOWER + key: s for key, s in tower.items() if not key.startswith(HEADS)})
+        projectors = {"mlp1.": v.hidden_size, "mlp2.": queries.qllama.hidden_size}
+    for name, width in projectors.items():
+        mlp = f"model.mm_projector.{name}"
+        shapes[mlp + "0.weight"], shapes[mlp + "2.weight"] = (q.hidden_size, width), (q.hidden_size,) * 2
+        shapes[mlp + "0.bias"] = shapes[mlp + "2.bias"] = (q.hidden_size,)
     for i in range(q.num_hidden_layers):
         shapes.update(_qllama_layer(f"model.layers.{i}.", q, v.hidden_size, cross=False))
     shapes["model.norm.weight"] = (q.hidden_size,)

@@ -71,6 +71,24 @@ class QLlama(nn.Module):
         return run_layers(self.model, inputs_embeds, positions, visible, vision, num_queries, past)
 
 
+def query_pass(qllama: QLlama, query_tokens: Tensor, tokens: Tensor) -> tuple[Tensor, list[KeyValue]]:
+    """The queries over vision tokens; all queries see each other, so there is no mask.
+
+    Args:
+        qllama: with its cross-attention.
+        query_tokens: [1, Q, H].
+        tokens: [B, N, D].
+
+    Returns:
+        Query rows after the final norm [B, Q, H], and their keys and values.
+    """
+    count = query_tokens.shape[1]
+    positions = torch.arange(count, device=tokens.device)[None]
+    queries = query_tokens.expand(tokens.shape[0], -1, -1)
+    out: tuple[Tensor, list[KeyValue]] = qllama(queries, positions, Visible(), tokens, count)
+    return out
+
+
 def run_layers(
     decoder: Decoder,
     x: Tensor,

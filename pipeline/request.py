@@ -292,9 +292,10 @@ def _backends(asked: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def _components(checkpoint: Checkpoint, asked: tuple[str, ...], itm: bool) -> tuple[str, ...]:
-    from ..models.layout import CHAT_COMPONENTS, COMPONENTS, OPTIONAL
+    from ..models.layout import OPTIONAL, components_of
 
-    known = CHAT_COMPONENTS if isinstance(checkpoint.model, ChatConfig) else (*COMPONENTS, *OPTIONAL)
+    optional = () if isinstance(checkpoint.model, ChatConfig) else OPTIONAL
+    known = (*components_of(checkpoint.model), *optional)
     asked = (*(asked or checkpoint.components), *(OPTIONAL if itm else ()))
     unknown = [c for c in asked if c not in known]
     if unknown:

@@ -22,14 +22,16 @@ import numpy as np
 from ..bundle import Bundle
 from ..conversation import SYSTEM, Turn, encode
 from ..decoding import Limits, Sampling, check_search
+from ..engines.device import to_host
 from ..errors import CapabilityError, InputError, UsageError
 from ..preprocess import Array
 from .chat_service import ChatService
 from .components import Components
 from .context import Context
 from .images import Images, Reading
-from .loaded import Loaded, fixed
+from .loaded import Loaded
 from .prefixes import KEPT_BYTES, Prefixes
+from .visual import visual_embeds, visual_shape
 
 M = TypeVar("M", bound="InternVLChat")
 
@@ -103,16 +105,14 @@ class InternVLChat(Loaded):
 
         An image that another conversation has shown is not encoded again.
         """
-        shape = map(fixed, self.components.spec("vision_chat").outputs[0].shape[1:])
-        rows = [np.zeros((0, *shape), np.float32)]
+        rows = [np.zeros((0, *visual_shape(self.components)), np.float32)]
         digests: list[bytes] = []
         for pixels in self.pixel_batches(images):
             own = [hashlib.sha256(np.ascontiguousarray(p).data).digest() for p in pixels]
             seen = {digest: self.prefixes.image(digest) for digest in own}
             new = {digest: p for digest, p in zip(own, pixels, strict=True) if seen[digest] is None}
             if new:
-                feeds = {"pixel_values": np.stack(list(new.values()))}
-                made = self.components.run("vision_chat", feeds)["visual_embeds"]
+                made = to_host(visual_embeds(self.components, np.stack(list(new.values()))))
                 for digest, row in zip(new, made, strict=True):
                     seen[digest] = row
                     self.prefixes.keep_image(digest, row)

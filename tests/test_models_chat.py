@@ -17,6 +17,7 @@ from ivl_export.errors import CapabilityError, CheckpointError, InputError
 from ivl_export.models import ChatConfig, InternViTConfig, VisionConfig, load_chat, load_model
 from ivl_export.models.chat import InternVLChat, splice
 from ivl_export.models.chat_config import VICUNA_7B, VICUNA_13B, load_config
+from ivl_export.models.chat_vision import VisionTower
 from ivl_export.models.checkpoint import load_state, open_checkpoint
 from ivl_export.models.layout import CHAT_TOWER, expected_shapes
 from ivl_export.models.vit import InternViT, resize_positions
@@ -52,6 +53,7 @@ def near(value: Tensor, golden: Tensor, tolerance: float) -> None:
 @torch.no_grad()
 def test_visual_embeddings(model: InternVLChat, golden: dict[str, Tensor]) -> None:
     tower = model.model.vision_tower
+    assert isinstance(tower, VisionTower)
     embeddings = tower.vision_tower.embeddings
     grid = resize_positions(embeddings.position_embedding, (6, 6))
     near(grid[:, 1:], golden["vit_interpolated_position_embedding"], HIDDEN)
@@ -264,7 +266,12 @@ def test_vision_tower_alone(folder: Path, golden: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"mm_projector_type": "two_mlp"}, CapabilityError, "two_mlp"),
+        ({"mm_projector_type": "linear"}, CapabilityError, "linear"),
+        (
+            {"mm_projector_type": "two_mlp"},
+            CheckpointError,
+            "an InternViT.*two_mlp reads an InternVL",
+        ),
         ({"mm_vision_select_layer": -9}, CheckpointError, "7 states"),
         ({"mm_vision_select_feature": "cls"}, CheckpointError, "mm_vision_select_feature"),
         ({"mm_hidden_size": 61}, CheckpointError, "does not fit its vision tower"),

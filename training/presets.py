@@ -113,7 +113,7 @@ class ChatPreset:
 NANO_CHAT = ChatPreset(
     name="nano-chat",
     model=ChatConfig(
-        vision=_NANO.vision,
+        tower=_NANO.vision,
         decoder=QLlamaConfig(
             hidden_size=128,
             num_hidden_layers=4,

@@ -18,7 +18,7 @@ from ivl_export.models.checkpoint import Checkpoint, load_state
 def reference_modules(checkpoint: Checkpoint, components: Iterable[str]) -> dict[str, torch.nn.Module]:
     """fp32 modules of ``components`` and of those they need inputs from."""
     modules = {}
-    for component in needed(components):
+    for component in needed(components, checkpoint.whole):
         with torch.device("meta"):
             module = component_module(component, checkpoint.config, checkpoint.contrastive_only)
         load_state(module.requires_grad_(False), checkpoint, torch.float32)
