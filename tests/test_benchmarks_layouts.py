@@ -15,6 +15,8 @@ from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.preprocess import ImageSettings
 
 NARROW = ChatConfig(VisionConfig(320, 6, 5, 640, 56, 14), QLlamaConfig(256, 4, 4, 384, 1500), image_size=84)
+TOWER = 5_902_793_600 + 6_680_883_200 + 956_418_048 + 204_611_584 + 393_216
+"""InternViT, QLLaMA with its cross-attention and lm_head, and the queries."""
 
 
 @pytest.mark.parametrize(
@@ -24,6 +26,8 @@ NARROW = ChatConfig(VisionConfig(320, 6, 5, 640, 56, 14), QLlamaConfig(256, 4, 4
         # with the two layers of the projector, and the three blocks of the tower that are not run
         ("chat-7b", 5_902_793_600 + 6_738_415_616 + 4096 * (3200 + 1 + 4096 + 1), (45, 32)),
         ("chat-13b", 5_902_793_600 + 13_015_864_320 + 5120 * (3200 + 1 + 5120 + 1), (45, 40)),
+        ("chat-7b-qllama", TOWER + 6_738_415_616 + 4096 * (3200 + 4096 + 2 * (1 + 4096 + 1)), (48, 32)),
+        ("chat-13b-qllama", TOWER + 13_015_864_320 + 5120 * (3200 + 4096 + 2 * (1 + 5120 + 1)), (48, 40)),
     ],
 )
 def test_full_sizes(tmp_path: Path, layout: str, parameters: int, blocks: tuple[int, int]) -> None:
@@ -41,7 +45,7 @@ def test_any_number_of_blocks(tmp_path: Path, layout: str) -> None:
     model = open_checkpoint(tmp_path).model
     assert depths(model) == (2, 0 if layout == "internvit-6b" else 2)
     if isinstance(model, ChatConfig):
-        assert (model.vision.num_hidden_layers, model.select_layer) == (5, -4)
+        assert (model.vision.num_hidden_layers, model.select_layer) == ((2, -2) if model.queries else (5, -4))
 
 
 def test_a_made_chat_model_runs(tmp_path: Path) -> None:

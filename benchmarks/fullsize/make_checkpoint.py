@@ -4,8 +4,9 @@ Written as a stream, a block of rows at a time: memory does not depend on the si
 model's where tools are sensitive to them: heavy tails, a few massive channels in the residual stream, norms
 that keep activations finite. They mean nothing: the model's answers are noise.
 
-Layouts: InternVL-14B, InternViT-6B alone, and InternVL-Chat with Vicuna-7B or -13B, in names, shapes and
-config; the files are safetensors throughout (InternViT-6B and the chat models were published as ``.bin``).
+Layouts: InternVL-14B, InternViT-6B alone, and InternVL-Chat with Vicuna-7B or -13B, on InternViT or (of which
+no weights were published) on QLLaMA as well, in names, shapes and config; the files are safetensors throughout
+(InternViT-6B and the chat models were published as ``.bin``).
 
     python -m ivl_export.benchmarks.fullsize.make_checkpoint OUT --layout chat-7b --blocks 4
 """
@@ -54,6 +55,8 @@ LAYOUTS: dict[str, ModelConfig] = {
     "internvit-6b": InternViTConfig(),
     "chat-7b": ChatConfig(decoder=VICUNA_7B),
     "chat-13b": ChatConfig(decoder=VICUNA_13B),
+    "chat-7b-qllama": ChatConfig(InternVLConfig(), VICUNA_7B),
+    "chat-13b-qllama": ChatConfig(InternVLConfig(), VICUNA_13B),
 }
 C = TypeVar("C", bound=ModelConfig)
 
@@ -71,13 +74,24 @@ def depths(config: ModelConfig) -> tuple[int, int]:
 
 
 def sliced(config: C, vision: int, text: int) -> C:
-    """``config`` with other depths; a chat model keeps the blocks of its tower that are never run."""
-    unread = config.vision.num_hidden_layers - depths(config)[0]
-    parts: dict[str, Any] = {"vision": replace(config.vision, num_hidden_layers=vision + unread)}
+    """``config`` with other depths, ``text`` of QLLaMA (at most its own) and of a chat decoder.
+
+    A chat model reads the features as far from the end of its tower, and keeps the blocks that are never run.
+    """
     if isinstance(config, ChatConfig):
-        parts["decoder"] = replace(config.decoder, num_hidden_layers=text)
-        parts["select_layer"] = -(unread + 1)
-    elif isinstance(config, InternVLConfig):
+        behind = config.vision.num_hidden_layers - config.read_blocks
+        unread = config.vision.num_hidden_layers - config.vision_blocks
+        tower = config.queries or InternViTConfig(config.vision)
+        layers = min(text, config.queries.qllama.num_hidden_layers) if config.queries else 0
+        made = sliced(tower, vision + unread, layers)
+        parts: dict[str, Any] = {
+            "tower": made.vision if isinstance(made, InternViTConfig) else made,
+            "decoder": replace(config.decoder, num_hidden_layers=text),
+            "select_layer": -(min(behind, vision + unread - 1) + 1),
+        }
+        return replace(config, **parts)
+    parts = {"vision": replace(config.vision, num_hidden_layers=vision)}
+    if isinstance(config, InternVLConfig):
         parts["qllama"] = replace(config.qllama, num_hidden_layers=text)
     return replace(config, **parts)
 
@@ -135,7 +149,7 @@ def make_checkpoint(
     _json(out / "config.json", {**config.to_published(), "torch_dtype": "bfloat16"})
     settings = ImageSettings(config.vision.image_size)
     if isinstance(config, ChatConfig):
-        _json(out / TOWER_CONFIG, InternViTConfig(config.vision).to_published())
+        _json(out / TOWER_CONFIG, (config.queries or InternViTConfig(config.vision)).to_published())
         settings = ImageSettings(config.image_size, mode="pad")
     settings.save(out / "preprocessor_config.json")
     if not isinstance(config, InternViTConfig):
