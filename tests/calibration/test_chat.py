@@ -18,18 +18,20 @@ from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.conversation import SYSTEM
 from ivl_export.export.components import component_module, component_spec
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
-from ivl_export.models.layout import CHAT_COMPONENTS
 from ivl_export.pipeline.request import nano_chat_folder
 from ivl_export.preprocess import ImageSettings, Tokenizer
 
-FOLDER = nano_chat_folder()
-TOKENIZER = Tokenizer(FOLDER / "tokenizer.model")
-SETTINGS = ImageSettings.load(FOLDER / "preprocessor_config.json")
+TOKENIZER = Tokenizer(nano_chat_folder() / "tokenizer.model")
+
+
+@pytest.fixture(scope="module", params=["nano-chat", "with queries"])
+def checkpoint(request: pytest.FixtureRequest, query_chat: Path) -> Checkpoint:
+    return open_checkpoint(nano_chat_folder() if request.param == "nano-chat" else query_chat)
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
-    return open_checkpoint(FOLDER)
+def settings(checkpoint: Checkpoint) -> ImageSettings:
+    return ImageSettings.load(checkpoint.path / "preprocessor_config.json")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def chosen() -> CalibrationSet:
 @pytest.fixture(scope="module")
 def modules(checkpoint: Checkpoint) -> dict[str, torch.nn.Module]:
     found = {}
-    for name in CHAT_COMPONENTS:
+    for name in checkpoint.components:
         with torch.device("meta"):
             found[name] = component_module(name, checkpoint.model)
         load_state(found[name], checkpoint, torch.float32)
@@ -78,9 +80,15 @@ def test_runs_of_equal_lengths() -> None:
 
 
 def test_a_recording_is_what_the_whole_model_gives(
-    checkpoint: Checkpoint, chosen: CalibrationSet, whole: dict[str, Runner], tmp_path: Path
+    checkpoint: Checkpoint,
+    settings: ImageSettings,
+    chosen: CalibrationSet,
+    whole: dict[str, Runner],
+    tmp_path: Path,
 ) -> None:
-    recording = Recording(checkpoint, CHAT_COMPONENTS, chosen, SETTINGS, TOKENIZER, tmp_path, batch_size=3)
+    recording = Recording(
+        checkpoint, checkpoint.components, chosen, settings, TOKENIZER, tmp_path, batch_size=3
+    )
     count = 0
     for batch, steps in recording:
         want = list(run_chain(whole, batch))
@@ -96,15 +104,19 @@ def test_a_recording_is_what_the_whole_model_gives(
     assert count == 5
     forced, chained = component_accuracy(recording, whole)
     for table in (forced, chained):
-        assert set(table) == set(CHAT_COMPONENTS)
+        assert set(table) == set(checkpoint.components)
         assert min(m.cosine for outputs in table.values() for m in outputs.values()) > 0.99999
 
 
 def test_ranges_are_those_of_the_whole_model(
-    checkpoint: Checkpoint, chosen: CalibrationSet, modules: dict[str, torch.nn.Module], tmp_path: Path
+    checkpoint: Checkpoint,
+    settings: ImageSettings,
+    chosen: CalibrationSet,
+    modules: dict[str, torch.nn.Module],
+    tmp_path: Path,
 ) -> None:
     scales = calibrate(
-        checkpoint, CHAT_COMPONENTS, chosen, SETTINGS, TOKENIZER, batch_size=2, folder=tmp_path / "s"
+        checkpoint, checkpoint.components, chosen, settings, TOKENIZER, batch_size=2, folder=tmp_path / "s"
     )
     seen: dict[str, dict[str, float]] = {name: {} for name in modules}
     hooks = []
@@ -118,7 +130,7 @@ def test_ranges_are_those_of_the_whole_model(
                 hooks.append(layer.register_forward_pre_hook(hook))
     runners = {n: torch_runner(m, component_spec(n, checkpoint.model)) for n, m in modules.items()}
     llama = checkpoint.whole.llama
-    for batch in chat_batches(chosen, SETTINGS, TOKENIZER, llama, 2):
+    for batch in chat_batches(chosen, settings, TOKENIZER, llama, 2):
         assert isinstance(batch, ChatBatch)
         assert list(run_chain(runners, batch))
     for handle in hooks:
