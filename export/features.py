@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..errors import CapabilityError
+from ..models.chat_config import ChatConfig
 from ..models.checkpoint import Checkpoint
 from ..specs import block_number
 
@@ -22,15 +23,15 @@ def with_features(checkpoint: Checkpoint, blocks: Iterable[int]) -> Checkpoint:
         UsageError: the tower has no such block.
         CapabilityError: a chat model, whose tower ends in its projector.
     """
-    vision = checkpoint.model.vision
+    model, vision = checkpoint.model, checkpoint.model.vision
     chosen = {block_number(block, vision.num_hidden_layers) for block in blocks} - {vision.num_hidden_layers}
     if not chosen:
         return checkpoint
-    if not checkpoint.has("vision"):
+    if isinstance(model, ChatConfig):
         raise CapabilityError(
             "A chat model gives no features of single blocks.",
             "Its vision component ends in the projector to the decoder.",
             "Take the features from the InternVL or InternViT checkpoint that it was made of.",
         )
     vision = replace(vision, feature_blocks=tuple(sorted(chosen)))
-    return replace(checkpoint, model=replace(checkpoint.model, vision=vision))
+    return replace(checkpoint, model=replace(model, vision=vision))

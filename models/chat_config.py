@@ -29,9 +29,7 @@ from .config import (
 )
 
 VICUNA_7B = QLlamaConfig(vocab_size=32000, rms_norm_eps=1e-5, max_position_embeddings=4096)
-VICUNA_13B = QLlamaConfig(
-    5120, 40, 40, 13824, vocab_size=32000, rms_norm_eps=1e-5, max_position_embeddings=4096
-)
+VICUNA_13B = QLlamaConfig(5120, 40, 40, 13824, 32000, 1e-5, max_position_embeddings=4096)
 TOWER_CONFIG = "vision_tower_config.json"
 IMAGE_SIZE = 336
 MLP, TWO_MLP = "mlp2x_gelu", "two_mlp"
@@ -149,10 +147,9 @@ class ChatConfig:
         return self.num_queries + self.num_features
 
     def to_published(self) -> dict[str, Any]:
-        """The ``config.json`` of the LLaVA layout; the tower's own is :meth:`InternViTConfig.to_published`.
+        """The ``config.json`` of the LLaVA layout, and two keys that are not of it.
 
-        ``mm_image_size`` is not of that layout: it says the image size where no preprocessor's settings do.
-        Nor is ``vision_config``, the tower's own config.
+        ``mm_image_size`` says the image size where no preprocessor's settings do, ``vision_config`` the tower's sizes.
         """
         queries = self.queries
         return {
@@ -242,7 +239,6 @@ def _tower_kind(chat: dict[str, Any], source: str) -> type[VisionConfig] | type[
         raise CapabilityError(
             f"{source} asks for the projector {projector!r}.",
             f"InternVL-Chat has {MLP} on InternViT, and {TWO_MLP} on InternViT and QLLaMA.",
-            "Use InternVL-Chat-ViT-6B-Vicuna-7B or -13B.",
         )
     return VisionConfig if projector == MLP else InternVLConfig
 

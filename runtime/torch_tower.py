@@ -16,6 +16,7 @@ from ..engines.device import as_tensor
 from ..errors import CapabilityError, UsageError
 from .components import Components
 from .dense import outputs_of
+from .visual import visual_embeds, visual_shape
 
 OUTPUTS = {"vision": "tokens", "vision_chat": "visual_embeds"}
 """A bundle's vision component, and its output with a row for each patch."""
@@ -23,6 +24,8 @@ OUTPUTS = {"vision": "tokens", "vision_chat": "visual_embeds"}
 
 class VisionTower(nn.Module):
     """InternViT from a bundle: ``tower(pixel_values)`` gives its last hidden state, or another block's.
+
+    That of a chat model gives what the decoder sees of an image, queries and projectors included.
 
     Args:
         components: the engines of an opened bundle; ``VisionTower.load`` opens one.
@@ -50,6 +53,7 @@ class VisionTower(nn.Module):
         self.component = here[0]
         self.components, self.first = components, int(select == "patches")
         spec, self.output = components.spec(self.component), OUTPUTS[self.component]
+        self.image_size = int(spec.inputs[0].shape[2])
         if block != -1 and self.component == "vision_chat":
             raise CapabilityError(
                 "The tower of a chat bundle gives no single block.",
@@ -58,8 +62,10 @@ class VisionTower(nn.Module):
             )
         if block != -1:
             (self.output,) = outputs_of(components.bundle.manifest, spec, [block]).values()
+        if self.component == "vision_chat":
+            self.num_tokens, self.hidden_size = visual_shape(components)
+            return
         shape = next(t.shape for t in spec.outputs if t.name == self.output)
-        self.image_size = int(spec.inputs[0].shape[2])
         self.num_tokens, self.hidden_size = int(shape[1]) - self.first, int(shape[2])
 
     @classmethod
@@ -97,8 +103,12 @@ class VisionTower(nn.Module):
         Raises:
             InputError: images of another size.
         """
-        made = self.components.run_device(self.component, {"pixel_values": pixel_values}, [self.output])
-        rows = as_tensor(made[self.output])[:, self.first :]
+        if self.component == "vision_chat":
+            made = visual_embeds(self.components, pixel_values)
+        else:
+            feeds = {"pixel_values": pixel_values}
+            made = self.components.run_device(self.component, feeds, [self.output])[self.output]
+        rows = as_tensor(made)[:, self.first :]
         return rows.to(pixel_values.device, pixel_values.dtype)
 
     def close(self) -> None:

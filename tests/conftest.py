@@ -106,7 +106,7 @@ def chat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def query_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a small chat model whose tower has queries: made-up weights, a tokenizer, scenes.
 
-    It reads 2 of InternViT's 3 blocks, on images of twice the stored grid. Tests must not change it.
+    It reads 2 of InternViT's 3 blocks, on images of thrice the stored grid. Tests must not change it.
     """
     from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
     from ivl_export.models.chat_config import ChatConfig
@@ -115,7 +115,7 @@ def query_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("query_chat")
     vision, qllama = VisionConfig(64, 3, 4, 128, 28, 14), QLlamaConfig(96, 2, 3, 192, vocab_size=200)
     tower = InternVLConfig(vision, qllama, clip_embed_dim=32, attn_pool_num_heads=4, num_query_token=6)
-    make_checkpoint(folder, ChatConfig(tower, QLlamaConfig(128, 2, 4, 256, vocab_size=512), 56, -2), depth=3)
+    make_checkpoint(folder, ChatConfig(tower, QLlamaConfig(128, 2, 4, 256, vocab_size=512), 84, -2), depth=3)
     return folder
 
 

@@ -50,7 +50,7 @@ def config_of(checkpoint: Checkpoint, **changes: Any) -> ChatConfig:
 
 
 def pixels_of(batch: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal((batch, 3, 56, 56), np.float32)
+    return np.random.default_rng(seed).standard_normal((batch, 3, 84, 84), np.float32)
 
 
 @settings(max_examples=6, deadline=None)
@@ -68,7 +68,7 @@ def test_graphs_are_the_modules_and_together_the_model(
     with torch.no_grad():
         whole = load_chat(checkpoint).visual(torch.from_numpy(pixels["pixel_values"])).numpy()
     close([np.concatenate([queries, visual], 1)], [whole])
-    assert whole.shape == (batch, 6 + 16, 128)
+    assert whole.shape == (batch, 6 + 36, 128)
 
 
 def test_graphs_over_the_checkpoints_own_bytes(query_chat: Path, exported: Exported) -> None:
@@ -130,7 +130,7 @@ def test_parts_one_after_another_are_the_component(
     (folder / "weights" / store.name).write_bytes(store.read_bytes())
     values: dict[str, Array] = {"pixel_values": pixels_of(3)}
     if name == "query_chat":
-        values = {"tokens": np.random.default_rng(0).standard_normal((3, 17, 64), np.float32)}
+        values = {"tokens": np.random.default_rng(0).standard_normal((3, 37, 64), np.float32)}
     want = session(exported.graphs[name]).run(None, values)
     holders = []
     for model, part in split_graph(export_component(name, checkpoint, "float32"), spec, count):

@@ -4,8 +4,8 @@ Written as a stream, a block of rows at a time: memory does not depend on the si
 model's where tools are sensitive to them: heavy tails, a few massive channels in the residual stream, norms
 that keep activations finite. They mean nothing: the model's answers are noise.
 
-Layouts: InternVL-14B, InternViT-6B alone, and InternVL-Chat with Vicuna-7B or -13B, on InternViT or (of which
-no weights were published) on QLLaMA as well, in names, shapes and config; the files are safetensors throughout
+Layouts: InternVL-14B, InternViT-6B alone, and InternVL-Chat with Vicuna-7B or -13B, on InternViT or (without
+published weights) on QLLaMA too, in names, shapes and config; the files are safetensors throughout
 (InternViT-6B and the chat models were published as ``.bin``).
 
     python -m ivl_export.benchmarks.fullsize.make_checkpoint OUT --layout chat-7b --blocks 4
