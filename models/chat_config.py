@@ -149,7 +149,7 @@ class ChatConfig:
     def to_published(self) -> dict[str, Any]:
         """The ``config.json`` of the LLaVA layout, and two keys that are not of it.
 
-        ``mm_image_size`` says the image size where no preprocessor's settings do, ``vision_config`` the tower's sizes.
+        ``mm_image_size`` says the size of images where no preprocessor does, ``vision_config`` the tower's sizes.
         """
         queries = self.queries
         return {
