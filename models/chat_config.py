@@ -149,7 +149,7 @@ class ChatConfig:
     def to_published(self) -> dict[str, Any]:
         """The ``config.json`` of the LLaVA layout, and two keys that are not of it.
 
-        ``mm_image_size`` says the size of images where no preprocessor does, ``vision_config`` the tower's sizes.
+        ``mm_image_size`` says the images' size where no preprocessor does, ``vision_config`` what the tower is.
         """
         queries = self.queries
         return {
