@@ -149,7 +149,7 @@ class ChatConfig:
     def to_published(self) -> dict[str, Any]:
         """The ``config.json`` of the LLaVA layout, and two keys that are not of it.
 
-        ``mm_image_size`` says the images' size where no preprocessor does, ``vision_config`` what the tower is.
+        ``mm_image_size`` says the images' size where no preprocessor does, ``vision_config`` the tower's.
         """
         queries = self.queries
         return {
