@@ -292,10 +292,9 @@ def _backends(asked: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def _components(checkpoint: Checkpoint, asked: tuple[str, ...], itm: bool) -> tuple[str, ...]:
-    from ..models.layout import OPTIONAL, components_of
+    from ..models.layout import OPTIONAL, components_of, optional_of
 
-    optional = () if isinstance(checkpoint.model, ChatConfig) else OPTIONAL
-    known = (*components_of(checkpoint.model), *optional)
+    known = (*components_of(checkpoint.model), *optional_of(checkpoint.model))
     asked = (*(asked or checkpoint.components), *(OPTIONAL if itm else ()))
     unknown = [c for c in asked if c not in known]
     if unknown:

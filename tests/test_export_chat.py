@@ -27,6 +27,8 @@ from ivl_export.export.trace import export_component
 from ivl_export.models import ChatConfig, InternViTConfig, QLlamaConfig, VisionConfig, load_chat
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.layout import CHAT_COMPONENTS, CHAT_TOWER, VISION, expected_shapes
+from ivl_export.profiles.analytic import component_macs
+from ivl_export.profiles.flops import graph_cost
 
 CHAT = Path(__file__).parent / "goldens" / "chat"
 Array = np.ndarray[Any, Any]
@@ -171,6 +173,18 @@ def test_components_together_read_just_the_model() -> None:
         used = {k for name in CHAT_COMPONENTS for k in component_module(name, config).state_dict()}
     unread = set(expected_shapes(config)) - used
     assert {k.removeprefix(f"{CHAT_TOWER}encoder.layers.")[:3] for k in unread} == {"45.", "46.", "47."}
+
+
+@pytest.mark.parametrize("name", CHAT_COMPONENTS)
+def test_macs_of_the_graph_are_those_of_the_configuration(
+    checkpoint: Checkpoint, tmp_path: Path, name: str
+) -> None:
+    assert isinstance(checkpoint.model, ChatConfig)
+    spec, known = component_spec(name, checkpoint.model), {"batch": 2, "text": 3, "past": 4, "total": 7}
+    sizes = {axis.name: known[axis.name] for axis in spec.axes}
+    graph = export_plain(checkpoint, tmp_path / "out", [name], "bf16").graphs[name]
+    found = {layer.layer: layer.macs for layer in graph_cost(graph, spec, sizes).layers}
+    assert found == component_macs(name, checkpoint.model, sizes)
 
 
 def test_axes_fit_together() -> None:

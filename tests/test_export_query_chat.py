@@ -27,6 +27,8 @@ from ivl_export.export.weights import open_store
 from ivl_export.models import ChatConfig, InternVLConfig, load_chat
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.layout import QUERY_CHAT_COMPONENTS
+from ivl_export.profiles.analytic import component_macs
+from ivl_export.profiles.flops import graph_cost
 
 from .test_export_chat import close, run_torch, session
 
@@ -143,6 +145,18 @@ def test_parts_one_after_another_are_the_component(
         values |= dict(zip((t.name for t in part.outputs), made, strict=True))
     close([values[t.name] for t in spec.outputs], want)
     assert len(holders) == 1
+
+
+@pytest.mark.parametrize("name", QUERY_CHAT_COMPONENTS)
+def test_macs_of_the_graph_are_those_of_the_configuration(
+    checkpoint: Checkpoint, exported: Exported, name: str
+) -> None:
+    spec = component_spec(name, checkpoint.model)
+    sizes = {"batch": 3, "text": 5, "past": 7, "total": 12}
+    sizes = {axis.name: sizes[axis.name] for axis in spec.axes}
+    found = graph_cost(exported.graphs[name], spec, sizes)
+    want = component_macs(name, config_of(checkpoint), sizes)
+    assert {layer.layer: layer.macs for layer in found.layers} == want
 
 
 def test_components_together_hold_just_the_model(checkpoint: Checkpoint) -> None:
