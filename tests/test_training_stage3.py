@@ -16,6 +16,7 @@ from ivl_export.conversation import IGNORE
 from ivl_export.errors import CheckpointError, InputError, UsageError
 from ivl_export.models import load_chat, load_model
 from ivl_export.models.chat import InternVLChat
+from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.preprocess import ImageSettings, Tokenizer
 from ivl_export.training import lora
 from ivl_export.training.conversations import ChatBatch, ChatBatches, SceneDialogues
@@ -234,6 +235,21 @@ def test_the_verb_trains_a_checkpoint_on_a_users_data(
     for key, value in adapted.state_dict().items():
         torch.testing.assert_close(value, tuned.state_dict()[key])
     assert Tokenizer(out / "tokenizer.model").model == (folder / "tokenizer.model").read_bytes()
+
+
+def test_the_projectors_of_a_model_with_queries_are_trained(
+    query_chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both of them, on drawn scenes; all else, also what is never run, is written as it was read."""
+    given = {"stage": 3, "model": query_chat, "out": tmp_path / "out", "steps": 2, "batch": 2, "threads": 1}
+    args = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+    assert main(["train", *args, "--trains", "projector", "--json"]) == 0
+    base, tuned = open_checkpoint(query_chat), open_checkpoint(tmp_path / "out")
+    assert tuned.model == base.model
+    changed = {key for key in base.tensors if not torch.equal(base.load(key), tuned.load(key))}
+    assert {key.rpartition(".")[0] for key in changed} == {
+        f"model.mm_projector.mlp{n}.{i}" for n in (1, 2) for i in (0, 2)
+    }
 
 
 @pytest.mark.parametrize(

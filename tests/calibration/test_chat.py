@@ -9,15 +9,19 @@ import pytest
 import torch
 
 from ivl_export.calibration.accuracy import component_accuracy
-from ivl_export.calibration.calibrate import calibrate
+from ivl_export.calibration.calibrate import PartTime, calibrate, spilled_bytes
 from ivl_export.calibration.chain import Runner, run_chain, torch_runner
 from ivl_export.calibration.chat import ChatBatch, Dialogue, chat_batches, dialogue_of, runs
 from ivl_export.calibration.dataset import CalibrationSet
+from ivl_export.calibration.folding import fold, groups
+from ivl_export.calibration.parts import TOWERS, parts
 from ivl_export.calibration.recording import Recording
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.conversation import SYSTEM
 from ivl_export.export.components import component_module, component_spec
+from ivl_export.models import load_chat
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
+from ivl_export.models.layout import CHAT_TOWER
 from ivl_export.pipeline.request import nano_chat_folder
 from ivl_export.preprocess import ImageSettings, Tokenizer
 
@@ -138,3 +142,63 @@ def test_ranges_are_those_of_the_whole_model(
     for component, layers in seen.items():
         for name, amax in layers.items():
             assert scales.amax[component][name] == pytest.approx(amax, rel=1e-4), name
+
+
+def test_each_weight_belongs_to_one_part(checkpoint: Checkpoint) -> None:
+    """Memory follows a block because no weight is held twice or longer."""
+    held = parts(checkpoint.whole, checkpoint.components)
+    for component in checkpoint.components:
+        with torch.device("meta"):
+            keys = list(component_module(component, checkpoint.model).state_dict())
+        own = [part for part in held if component in TOWERS[part.tower]]
+        assert all(sum(part.holds(component, key) for part in own) == 1 for key in keys)
+
+
+def test_a_stopped_run_goes_on_at_its_part(
+    checkpoint: Checkpoint, settings: ImageSettings, chosen: CalibrationSet, tmp_path: Path
+) -> None:
+    """Wherever it stopped: what leaves a tower in its midst is as safe as what leaves at its end."""
+    plan = parts(checkpoint.whole, checkpoint.components)
+    args = (checkpoint, checkpoint.components, chosen, settings, TOKENIZER)
+    whole = calibrate(*args, batch_size=2)
+    for stop in range(2, len(plan), 2):
+
+        def stopped(done: int, stop: int = stop) -> None:
+            if done > stop * len(chosen):
+                raise KeyboardInterrupt
+
+        folder, ran = tmp_path / str(stop), list[PartTime]()
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(*args, batch_size=2, folder=folder, progress=stopped)
+        assert calibrate(*args, batch_size=2, folder=folder, timed=ran.append) == whole
+        assert len(ran) == len(plan) - stop
+
+
+def test_what_lies_on_disk_is_bounded(
+    checkpoint: Checkpoint, settings: ImageSettings, chosen: CalibrationSet, tmp_path: Path
+) -> None:
+    folder, most = tmp_path / "spill", 0
+
+    def look(done: int) -> None:
+        nonlocal most
+        most = max(most, sum(path.stat().st_size for path in folder.glob("states-*")))
+
+    calibrate(checkpoint, checkpoint.components, chosen, settings, TOKENIZER, folder=folder, progress=look)
+    assert 0 < most <= spilled_bytes(checkpoint.whole, checkpoint.components, len(chosen))
+
+
+def test_factors_fold_into_a_model_that_sees_the_same(checkpoint: Checkpoint) -> None:
+    """Of every place in the tower that SmoothQuant and AWQ fold into."""
+    model, generator = load_chat(checkpoint), torch.Generator().manual_seed(0)
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and CHAT_TOWER in n]
+    foldable = [name for name in names if not name.endswith(("self_attn.o_proj", "mlp.fc2"))]
+    divisors = {}
+    for source in sorted(groups(foldable)):
+        width = checkpoint.tensors[f"{source}.weight"].shape[0] // (3 if source.endswith("qkv") else 1)
+        divisors[source] = torch.exp2(torch.randint(-3, 4, (width,), generator=generator).float())
+    size = checkpoint.whole.image_size
+    pixels = torch.randn(2, 3, size, size, generator=generator)
+    with torch.no_grad():
+        want, got = model.visual(pixels), load_chat(fold(checkpoint, divisors)).visual(pixels)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    assert len(divisors) >= 3 * 3
