@@ -22,8 +22,8 @@ from ivl_export.export.components import component_module, component_spec
 from ivl_export.export.graph import finish
 from ivl_export.export.plain import Exported, export_plain
 from ivl_export.export.split import split_graph
+from ivl_export.export.store import open_store
 from ivl_export.export.trace import export_component
-from ivl_export.export.weights import open_store
 from ivl_export.models import ChatConfig, InternVLConfig, load_chat
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.layout import QUERY_CHAT_COMPONENTS
