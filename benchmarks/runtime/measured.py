@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,8 +152,8 @@ def side_by_side(
 
 
 def _repeats(call: Callable[[], object], least_seconds: float) -> int:
-    call()  # kernels are chosen, memory is taken
-    return max(1, round(least_seconds / max(_sample(call, 1), 1e-9)))
+    first = _sample(call, 1)  # kernels are chosen, memory is taken
+    return 1 if first > 1 else max(1, round(least_seconds / max(_sample(call, 1), 1e-9)))
 
 
 def _sample(call: Callable[[], object], repeats: int) -> float:
@@ -168,11 +170,20 @@ def receipt(part: str, threads: int, comparisons: Sequence[Comparison]) -> dict[
         "part": part,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": asdict(machine()),
-        "versions": versions(),
+        "versions": versions() | _compared_with(),
         "commit": commit(),
         "threads": threads,
         "comparisons": [c.to_json() for c in comparisons],
     }
+
+
+def _compared_with() -> dict[str, str]:
+    """Releases of the packages that the runtime is compared with; only what is installed."""
+    found = {}
+    for name in ("transformers", "onnxruntime-genai"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def receipt_path(part: str, folder: Path = RECEIPTS) -> Path:

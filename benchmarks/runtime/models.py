@@ -15,7 +15,7 @@ from ivl_export.benchmarks.precision.report import Quiet
 from ivl_export.models.chat_config import ChatConfig, ModelConfig
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.pipeline.build import build
-from ivl_export.pipeline.request import NANO_CHAT, ORT, Job, Request
+from ivl_export.pipeline.request import NANO_CHAT, ORT, Job, Request, nano_chat_folder, nano_folder
 
 TOWER = VisionConfig(768, 12, 12, 3072, image_size=224, patch_size=14)
 LLAMA = QLlamaConfig(1024, 8, 16, 2816, vocab_size=32000)
@@ -42,14 +42,14 @@ class Setting:
         threads: of every candidate's products.
         rounds: samples of each candidate.
         models: of :data:`CONFIGS` and :data:`SHIPPED` without ``-chat``.
-        new_tokens: of a caption or an answer.
+        new_tokens: that are decoded.
     """
 
     work: Path
     threads: int = 2
     rounds: int = 7
     models: tuple[str, ...] = ("nano", "mid")
-    new_tokens: int = 30
+    new_tokens: int = 17
 
     def bundle(self, model: str, precision: str) -> Path:
         """The bundle of ``model`` in ``precision`` (of :data:`PRECISIONS`), built if it is not there."""
@@ -63,7 +63,9 @@ class Setting:
         return build(Job(request), Quiet()).bundle.root
 
     def checkpoint(self, model: str) -> Path:
-        """The checkpoint of a model of :data:`CONFIGS`, made if it is not there."""
+        """The checkpoint of ``model``; one of :data:`CONFIGS` is made if it is not there."""
+        if model in SHIPPED:
+            return nano_folder() if model == "nano" else nano_chat_folder()
         folder = self.work / model
         if not (folder / "config.json").is_file():
             part = folder.with_name(f".{model}.part")

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 
 from ivl_export.benchmarks.runtime.measured import RECEIPTS, ROUNDS, Comparison, keep, receipt, show
 from ivl_export.benchmarks.runtime.models import Setting
 
-Part = Callable[[Setting], Sequence[Comparison]]
-PARTS = ("chained", "prefix", "images")
+Part = Callable[[Setting], Iterable[Comparison]]
+PARTS = ("chained", "pytorch", "precisions", "clients", "decoding", "prefix", "images")
 """Modules beside this one; each has a function ``measure`` that is a :data:`Part`."""
 
 
@@ -44,9 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     setting = Setting(args.work, args.threads, args.rounds, tuple(args.models.split(",")))
     for name in names:
-        comparisons = part(name)(setting)
-        show(comparisons)
-        keep(receipt(name, setting.threads, comparisons), args.out)
+        comparisons: list[Comparison] = []
+        for comparison in part(name)(setting):
+            comparisons.append(comparison)
+            show([comparison])
+            keep(
+                receipt(name, setting.threads, comparisons), args.out
+            )  # one that is killed keeps what it has
     return 0
 
 
