@@ -75,7 +75,7 @@ def test_every_product_and_attention_is_proven(report: dict[str, Any]) -> None:
     # Those that see 32 keys: all of InternViT's 37 tokens, of the queries the cross-attention only.
     attentions = {"vision_chat": 3, "query_chat": 1, "decoder_embed": 0, "decoder": 0}
     for name, proof in kernels.items():
-        fused = [layer for layer in proof["promised"] if layer.endswith("Softmax")]
+        fused = [layer for layer in proof["promised"] if layer.endswith("softmax")]
         assert len(fused) == attentions[name], name
         assert len(proof["promised"]) == products[name] + attentions[name], name
         assert not proof.get("fallbacks")
