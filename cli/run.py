@@ -19,8 +19,12 @@ from .session import (
     HeadOpt,
     ImagesArg,
     JsonOpt,
+    SeedOpt,
     TargetOpt,
+    TemperatureOpt,
     ThreadsOpt,
+    TopKOpt,
+    TopPOpt,
     save,
     session,
 )
@@ -215,20 +219,26 @@ def caption(
     beams: Annotated[int, typer.Option(min=1, help="Beams kept; 1 is greedy (published captions: 5).")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit.")] = 30,
     min_new_tokens: Annotated[int, typer.Option(min=0, help="Least length (published captions: 8).")] = 0,
+    temperature: TemperatureOpt = 0.0,
+    top_k: TopKOpt = 0,
+    top_p: TopPOpt = 1.0,
+    seed: SeedOpt = 0,
     backend: BackendOpt = "onnxruntime",
     target: TargetOpt = None,
     device: DeviceOpt = None,
     threads: ThreadsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Write a caption for each image."""
+    """Write a caption for each image: the likeliest by --beams, or one that is drawn (--temperature)."""
+    from ..decoding import Sampling
     from ..preprocess import CAPTION_PROMPT
 
+    sampling = Sampling(temperature, top_k, top_p, seed) if temperature else None
     files, prompt = ImageFiles.find(images), CAPTION_PROMPT["en"] if prompt is None else prompt
     with session(bundle, backend, target, device, threads, as_json) as (model, report):
         items = []
         for found, pictures in files.read():
-            texts = model.caption(pictures, prompt, beams, max_new_tokens, min_new_tokens)
+            texts = model.caption(pictures, prompt, beams, max_new_tokens, min_new_tokens, sampling=sampling)
             items += [{"file": str(f), "caption": t} for f, t in zip(found, texts, strict=True)]
         report.update(prompt=prompt, beams=beams, items=items, skipped=files.skipped)
         report["table"] = ("Captions", ("image", "caption"), [(i["file"], i["caption"]) for i in items])
@@ -246,10 +256,10 @@ def chat(
     ] = None,
     frames: FramesOpt = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    temperature: TemperatureOpt = 0.0,
+    top_k: TopKOpt = 0,
+    top_p: TopPOpt = 1.0,
+    seed: SeedOpt = 0,
     backend: BackendOpt = "onnxruntime",
     target: TargetOpt = None,
     device: DeviceOpt = None,

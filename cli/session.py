@@ -40,6 +40,10 @@ DeviceOpt = Annotated[
     str | None, typer.Option(help="Where onnxruntime and torch run: cpu, cuda, cuda:1.", show_default="cpu")
 ]
 ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads of an engine.")]
+TemperatureOpt = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token always.")]
+TopKOpt = Annotated[int, typer.Option(min=0, help="Draw from so many tokens; 0: all.")]
+TopPOpt = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")]
+SeedOpt = Annotated[int, typer.Option(help="Of the draws.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from ..errors import BusyError
+from ..errors import BusyError, UsageError
 from .batching import Ran
 
 R = TypeVar("R")
@@ -81,9 +81,19 @@ class Admission:
     def __init__(self, limits: ServiceLimits) -> None:
         self.limits, self.counts = limits, Counts()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._closed = True
 
     async def request(self, run: Callable[[Clock], Awaitable[Ran[R]]], timeout: float | None) -> Answer[R]:
-        """The result of ``run``, once it has a place; BusyError if there is none, or no time left."""
+        """The result of ``run``, once it has a place; BusyError if there is none, or no time left.
+
+        UsageError once closed.
+        """
+        if self._closed:
+            raise UsageError("This model was closed.", fix="Load it again.")
         clock, seconds = Clock(), self.limits.timeout if timeout is None else timeout
 
         async def admitted() -> Ran[R]:

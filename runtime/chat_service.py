@@ -123,6 +123,7 @@ class ChatService:
 
     def close(self) -> None:
         """Refuse and cancel what waits; what runs is finished."""
+        self._admission.close()
         if "_scheduler" in self.__dict__:
             self._scheduler.close()
         self._readers.shutdown(cancel_futures=True)

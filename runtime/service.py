@@ -166,6 +166,7 @@ class Service:
 
     def close(self) -> None:
         """Refuse and cancel what waits; what runs is finished."""
+        self._admission.close()
         for batcher in (self._images, self._texts, self._beams, self._starts):
             batcher.close()
         if "_scheduler" in self.__dict__:

@@ -91,6 +91,18 @@ def test_caption(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[
     assert [item["caption"] for item in out["items"]] == want
 
 
+def test_a_caption_is_drawn(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ivl_export.decoding import Sampling
+
+    given = ("--temperature", "3", "--top-k", "20", "--seed", "5", "--max-new-tokens", "6")
+    out = run(capsys, "caption", tiny_bundle, folder, *given)
+    with InternVL.load(tiny_bundle) as model:
+        want = model.caption(files(folder), max_new_tokens=6, sampling=Sampling(3.0, 20, seed=5))
+        assert want != model.caption(files(folder), max_new_tokens=6)
+    assert [item["caption"] for item in out["items"]] == want
+
+
+
 def test_features(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = folder / "out.safetensors"
     out = run(capsys, "features", tiny_bundle, folder, "--blocks", "1,-1", "--out", saved)

@@ -157,3 +157,13 @@ def test_no_more_than_the_limits_say(model: InternVLChat, monkeypatch: pytest.Mo
     asyncio.run(crowd())
     assert service.counts.refused == 1
     service.close()
+
+
+def test_a_closed_service_says_so(model: InternVLChat) -> None:
+    service = ChatService(model)
+    chat = model.chat([picture()])
+    service.close()
+    for request in (service.chat, lambda: service.ask(chat, "a red ring")):
+        with pytest.raises(UsageError, match="closed"):
+            asyncio.run(request())
+    assert not chat.history

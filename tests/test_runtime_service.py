@@ -290,3 +290,11 @@ def test_captions_that_cannot_be_made_fail_alone(model: InternVL) -> None:
     assert isinstance(unread, InputError)
     assert isinstance(long, InputError)
     assert isinstance(unsampled, UsageError)
+
+
+def test_a_closed_service_says_so(model: InternVL) -> None:
+    service = Service(model)
+    service.close()
+    with pytest.raises(UsageError, match="closed"):
+        asyncio.run(service.encode_text("a ring"))
+    assert service.counts.running == service.counts.done == 0

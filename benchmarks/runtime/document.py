@@ -81,7 +81,7 @@ def about(found: Mapping[str, Any]) -> str:
     few, many = min(rounds, default=0), max(rounds, default=0)
     return (
         f"Medians of {few if few == many else f'{few} to {many}'} rounds on {found['machine']['cpu']}, "
-        f"{found['threads']} threads, {found['created'][:10]}."
+        f"{found['threads']} thread{'s' * (found['threads'] > 1)}, {found['created'][:10]}."
     )
 
 
