@@ -27,7 +27,7 @@ from .machine import Gpu, Machine, machine
 from .sizes import weights
 
 SCHEMA = "ivl-export.doctor/1"
-_PYTHON = ((3, 11), (3, 14))
+_PYTHON = ((3, 10), (3, 14))
 _OVERHEAD = 256 << 20
 """Disk for what is small: graphs, receipts, scales."""
 
