@@ -4,6 +4,8 @@ softmax(q [K, k]^T) [V, v] is computed in two pieces, over the past K, V and the
 
     s = [q K^T, q k^T] / sqrt(d),  w = softmax(s),  w[:past] V + w[past:] v
 
+or zero, as torch has it, in a row that sees nothing.
+
 Only scores and weights are joined and cut: a number a pair of positions, not a key and a value. Scores
 are scaled once they are joined: ONNX Runtime would take a scale before them into the product, and then
 multiply a single row (a decoding step) by its slower kernel. Graphs for TensorRT keep their ``Attention``,
@@ -19,7 +21,7 @@ from .nodes import Place, constant
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_LOWEST = -3.4e38  # not -inf: a row that sees nothing stays finite
+_LOWEST = -3.4e38  # not -inf: the softmax of a row that sees nothing stays finite
 _LAST = 3
 _SLICE = {"start": 0, "end": 2**63 - 1, "axis": _LAST}
 
@@ -86,7 +88,9 @@ def _separate(graph: ir.Graph, node: ir.Node, keys: ir.Node, values: ir.Node) ->
         return place.add("MatMul", f"{kind}_mixed", [own, value], [batch, heads, new, width], dtype)
 
     outs = [mixed("past", past_value, start, cut, past), mixed("new", new_value, cut, end, new)]
-    out = place.add("Add", "mixed", outs, [batch, heads, new, width], dtype)
+    whole_rows = [batch, heads, new, width]
+    out = place.add("Add", "mixed", outs, whole_rows, dtype)
+    out = place.add("Mul", "seen", [out, _seeing(graph, node, mask)], whole_rows, dtype)
     node.outputs[0].replace_all_uses_with(out)
     graph.remove(node, safe=True)
 
@@ -105,3 +109,20 @@ def _cut(graph: ir.Graph) -> ir.Value:
     positions = next(value for value in graph.inputs if value.name == "positions")
     length = place.add("Shape", "length", [positions], [1], whole, start=1, end=2)
     return place.add("Neg", "cut", [length], [1], whole)
+
+
+def _seeing(graph: ir.Graph, node: ir.Node, mask: ir.Value) -> ir.Value:
+    """[batch, 1, new, 1] of a ``mask`` [batch, 1, new, past + new]: 1 in rows that see a position, else 0.
+
+    One for the graph, whose attentions have one mask.
+    """
+    import onnx_ir as ir
+
+    for made in graph:
+        if made.name == "past/seeing":
+            return made.outputs[0]
+    assert mask.shape is not None
+    place, dtype = Place(graph, node, "past"), ir.DataType.FLOAT
+    numbers = place.add("Cast", "visible", [mask], list(mask.shape), dtype, to=int(dtype))
+    last = constant(graph, "past.last", [_LAST], ir.DataType.INT64)
+    return place.add("ReduceMax", "seeing", [numbers, last], [*mask.shape[:_LAST], 1], dtype, keepdims=1)

@@ -28,7 +28,8 @@ _THROUGH = frozenset({"Transpose", "Cast", "DequantizeLinear", "Identity"})
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 _REPEAT = re.compile(r"(/\w+)\.\d+$")
 _PIECE = re.compile(r"/(past|new)_(scores|mixed)$")
-"""Products of an attention that is computed in pieces (:mod:`..export.past`)."""
+"""Products of an attention that is computed in pieces (:mod:`..export.past`): four are one attention."""
+_FIRST_PIECE = "/past_scores"
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,11 @@ def graph_cost(path: Path, spec: ComponentSpec, sizes: Mapping[str, int], dtype:
         key = layer_type(node.name or node.op_type)
         before = layers.get(key, LayerCost(key, node.op_type, 0, 0, 0, 0, values.kind(node)))
         weights, activations = values.traffic(node)
+        further = _PIECE.search(node.name) is not None and not node.name.endswith(_FIRST_PIECE)
         layers[key] = LayerCost(
             key,
             node.op_type,
-            before.count + 1,
+            before.count + (not further),
             before.macs + macs,
             before.weight_bytes + weights,
             before.activation_bytes + activations,

@@ -102,7 +102,6 @@ def test_a_caption_is_drawn(tiny_bundle: Path, folder: Path, capsys: pytest.Capt
     assert [item["caption"] for item in out["items"]] == want
 
 
-
 def test_features(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = folder / "out.safetensors"
     out = run(capsys, "features", tiny_bundle, folder, "--blocks", "1,-1", "--out", saved)

@@ -30,6 +30,8 @@ from ivl_export.runtime.generation import prefill, stepper
 
 BATCHES = (1, 8)
 PROMPT = 64
+UNKNOWN = 0
+"""A token that no text of the training has."""
 TRANSFORMERS, GENAI = "transformers", "onnxruntime_genai"
 OVER_TRANSFORMERS, OVER_GENAI = 1.5, 1.0
 Generate = Callable[[int], Ids]
@@ -186,6 +188,7 @@ def genai_folder(llama: Path, precision: str, threads: int) -> Path:
     path = folder / "genai_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+    config["model"]["eos_token_id"] = UNKNOWN  # or it would bar the one that the others may choose
     path.write_text(json.dumps(config), encoding="utf-8")
     return folder
 
