@@ -10,6 +10,10 @@ Settings follow from the graph, each for a fault or a limit of ONNX Runtime 1.31
   matrices would become Gemm, for which there is no such INT8 kernel, so that fusion is off.
 * INT8 and INT4 weights alone: its kernel (``MatMulNBits``) would round the inputs to INT8 as well;
   ``session.qdq_matmulnbits_accuracy_level`` keeps them in fp32.
+
+Each session has threads of its own, which spin for a while after a run in case another follows. What follows
+is the next component's, on the same cores: ``session.force_spinning_stop`` ends the spinning with the run, so
+that chained components do not take each other's time (docs/runtime.md has figures).
 """
 
 from __future__ import annotations
@@ -98,7 +102,7 @@ def _trim() -> None:
 
 
 def _settings(types: frozenset[str]) -> dict[str, str]:
-    settings = {}
+    settings = {"session.force_spinning_stop": "1"}
     if types & {"fp8", "fp8_e5m2"}:
         settings["session.disable_quant_qdq"] = "1"
     if "int8" in types and not _exact_int8():
