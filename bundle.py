@@ -2,11 +2,6 @@
 
 :class:`Bundle` opens one, :func:`seal` writes one. A bundle loads offline and is checked when it is opened;
 files are reached only through the manifest.
-
-Sealing swaps folders by two renames under a lock on the parent folder: ``out`` becomes ``.out.old.<pid>``,
-the staging folder becomes ``out``, the old one is deleted. A process killed before the first rename leaves
-the old bundle, after the second the new one; between the two, the next :meth:`Bundle.open` or :func:`seal`
-puts the old one back. (Python has no call for Linux' exchanging rename; other systems have no such rename.)
 """
 
 from __future__ import annotations
@@ -15,8 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import re
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +22,7 @@ from .manifest import MANIFEST, EngineFile, FileEntry, Manifest
 from .manifest_reading import manifest_from_json, read_manifest
 from .specs import ComponentSpec
 from .strict_json import read_json
+from .swap import flush, restore, swap
 
 Verify = Literal["size", "hash"]
 Progress = Callable[[str, int], None]
@@ -55,8 +49,7 @@ class Bundle:
         """
         root = Path(path)
         if not root.exists():
-            with _locked(root.absolute().parent):
-                _restore(root)
+            restore(root)
         bundle = cls(root, read_manifest(root / MANIFEST))
         if verify is not None:
             bundle.check(verify)
@@ -150,7 +143,7 @@ def seal(staging: Path, manifest: Manifest, out: Path, progress: Progress | None
     """Turn the finished folder ``staging`` into the bundle ``out``, replacing a bundle that is there.
 
     Hashes every file, writes ``manifest.json`` (``manifest.files`` is filled here), flushes all to disk and
-    swaps the folders (see the module docstring). ``staging`` must be on the same file system as ``out``.
+    swaps the folders (see :mod:`.swap`). ``staging`` must be on the same file system as ``out``.
 
     Raises:
         BuildError: the disk is full, ``staging`` holds links, ``out`` is something that is no bundle, or the
@@ -164,7 +157,7 @@ def seal(staging: Path, manifest: Manifest, out: Path, progress: Progress | None
                 continue  # of a seal that was interrupted; written anew below
             if file.is_symlink() or not file.is_file():
                 raise BuildError(f"{rel} cannot go into a bundle.", "It is not a regular file.", "Copy it.")
-            _flush(file)
+            flush(file)
             files[rel] = FileEntry(_sha256(file), file.stat().st_size)
             if progress is not None:
                 progress(rel, files[rel].size)
@@ -175,21 +168,11 @@ def seal(staging: Path, manifest: Manifest, out: Path, progress: Progress | None
         except (IntegrityError, TypeError, ValueError) as error:
             raise BuildError("The bundle's manifest cannot be written.", str(error)) from error
         (staging / MANIFEST).write_text(text, encoding="utf-8")
-        _flush(staging / MANIFEST)
+        flush(staging / MANIFEST)
         for folder in sorted({file.parent for file in _walk(staging)} | {staging}):
-            _flush(folder)
-        _swap(staging, out)
+            flush(folder)
+        swap(staging, out)
     return Bundle(out, sealed)
-
-
-def refuse_foreign(out: Path) -> None:
-    """BuildError if ``out`` exists and is neither a bundle nor an empty folder: it is never replaced."""
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise BuildError(
-            f"{out} is not replaced.",
-            "It exists and is not a bundle.",
-            "Give --out a new folder, or remove that one.",
-        )
 
 
 @contextmanager
@@ -208,65 +191,6 @@ def disk_errors(out: Path) -> Iterator[None]:
         raise BuildError(f"{what} while making the bundle {out}.", str(error), fix) from error
 
 
-def _swap(staging: Path, out: Path) -> None:
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    old = parent / f".{out.name}.old.{os.getpid()}"
-    with _locked(parent):
-        _restore(out)
-        refuse_foreign(out)
-        for leftover in _leftovers(out):
-            _remove(leftover)
-        replaced = out.exists()
-        if replaced:
-            os.rename(out, old)  # noqa: PTH104 - os.rename says which of the two paths failed
-        try:
-            os.rename(staging, out)  # noqa: PTH104
-        except OSError:
-            if replaced:
-                os.rename(old, out)  # noqa: PTH104
-            raise
-        _flush(parent)
-    if replaced:
-        _remove(old)
-
-
-def _restore(out: Path) -> None:
-    """Undo a swap that was killed between its two renames."""
-    old = [p for p in _leftovers(out) if (p / MANIFEST).is_file()]
-    if old and not out.exists():
-        max(old, key=lambda p: p.stat().st_mtime).rename(out)
-
-
-def _remove(old: Path) -> None:
-    (old / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted bundle is never put back
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _leftovers(out: Path) -> list[Path]:
-    parent, pattern = out.absolute().parent, re.compile(re.escape(f".{out.name}.old.") + r"\d+")
-    if not parent.is_dir():
-        return []
-    return [p for p in parent.iterdir() if pattern.fullmatch(p.name)]
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on ``folder`` (none on systems without flock); a killed process lets go of it."""
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _walk(root: Path) -> Iterator[Path]:
     """Every path below ``root`` that is not a folder (links to folders count as files), in a fixed order."""
     for folder, names, files in os.walk(root):
@@ -281,17 +205,6 @@ def _sha256(file: Path) -> str:
         while size := stream.readinto(buffer):
             digest.update(buffer[:size])
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or folder, so that the rename that follows cannot reach the disk before its content."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _refuse(root: Path, rel: str, why: str) -> NoReturn:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..engines.options import TACTICS, BuildOptions
 from ..errors import UsageError
-from .output import human_bytes, print_json, print_table
-
-if TYPE_CHECKING:
-    from ..pipeline.build import Planned
-    from ..pipeline.request import Job
+from .build_tables import print_dry_run, print_report, print_search
+from .output import print_json
 
 app = typer.Typer(add_completion=False)
 
@@ -148,11 +145,13 @@ def build(
     already is not made again: a build that was stopped goes on, a second one does nothing.
     """
     from ..engines.cache import parse_size
+    from ..models.shipped import shipped_name
     from ..pipeline.build import build as run_build
     from ..pipeline.build import preview
+    from ..pipeline.job import Job
     from ..pipeline.mixed import mixed_job
     from ..pipeline.report import describe
-    from ..pipeline.request import MIXED, Job, Request, shipped_name
+    from ..pipeline.request import MIXED, Request
     from .inputs import names, numbers
     from .progress import Bars
 
@@ -209,7 +208,7 @@ def build(
         else:
             result = run_build(job, bars)
     if dry_run:
-        _print_dry_run(as_json, planned, job)
+        print_dry_run(as_json, planned, job)
         return
     report = describe(result, job.notices)
     if as_json:
@@ -220,109 +219,8 @@ def build(
             print_search(result.bundle.receipt(MIXED))
 
 
-def print_search(found: dict[str, Any]) -> None:
-    """How a recipe was searched, and why each layer has its scheme."""
-    print_table(
-        f"Recipes measured: at most {found['budget']:g} {found['unit']} may be lost",
-        (f"place of {found['places']}", "modelled us", "lost", "within"),
-        [(t["place"], round(1e3 * t["ms"], 2), t["lost"], t["within"]) for t in found["tried"]],
-    )
-    print_table(
-        f"What was chosen, {found['speedup']:.2f}x as fast as bf16 (modelled on {found['gpu']})",
-        ("layers", "scheme", "why"),
-        [(", ".join(c["layers"]), c["scheme"], c["reason"]) for c in found["choices"]],
-    )
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """The report of a finished build as tables."""
-    for notice in report["notices"]:
-        typer.echo(f"note: {notice}")
-    if report["over_budget"]:
-        typer.secho(f"warning: {report['over_budget']} (allowed)", fg="yellow")
-    accuracy = [
-        (component, output, round(m["cosine"], 6), m["sqnr_db"], m["samples"])
-        for component, outputs in report["components"].items()
-        for output, m in _worst_of_layers(outputs).items()
-    ]
-    print_table(
-        f"{report['precision']} against fp32, chained, held-out inputs ({report['components_in']})",
-        ("component", "output", "cosine", "SQNR dB", "samples"),
-        accuracy,
-    )
-    if report["tasks"]:
-        names = list(report["tasks"])
-        figures = list(report["tasks"][names[0]])
-        rows = [(f, *(f"{report['tasks'][n][f]:.1%}" for n in names)) for f in figures]
-        print_table("Accuracy on held-out scenes", ("task", *names), rows)
-    kernels = [
-        (
-            engine,
-            component,
-            proof["promised"],
-            ", ".join(f"{n} {kind}" for kind, n in proof["precisions"].items()),
-            f"{proof['fused_attention']} of {proof['attention']}",
-            proof["fallbacks"] or "none",
-        )
-        for engine, found in report["kernels"].items()
-        for component, proof in found.items()
-    ]
-    print_table(
-        "What really runs: matrix products by operand types, read from the engines",
-        ("engine", "component", "promised", "products", "fused attention", "fallbacks"),
-        kernels,
-    )
-    for cause in report["fallback_causes"]:
-        typer.echo(f"note: {cause}")
-    steps = [(s["step"], s["seconds"], "reused" if s["reused"] else "run") for s in report["steps"]]
-    print_table("Steps", ("step", "seconds", ""), steps)
-    typer.echo(f"bundle: {report['bundle']} ({human_bytes(report['bytes'])}, {report['files']} files)")
-
-
-def _worst_of_layers(outputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Outputs of every layer (``key.0``, ``key.1``, ...) as one row, that of the worst layer."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, metrics in outputs.items():
-        stem, _, layer = name.partition(".")
-        label = f"{stem}, worst layer" if layer else name
-        # No SQNR means bit-equal.
-        if label not in found or (metrics["sqnr_db"] or 1e9) < (found[label]["sqnr_db"] or 1e9):
-            found[label] = metrics
-    return found
-
-
-def _print_dry_run(as_json: bool, planned: list[Planned], job: Job) -> None:
-    schemes: dict[str, int] = {}
-    for scheme in job.plan.schemes.values():
-        schemes[scheme] = schemes.get(scheme, 0) + 1
-    if as_json:
-        steps = [
-            {
-                "step": p.step,
-                "action": "reuse" if p.known else "run",
-                "writes_bytes": p.writes,
-                "memory_bytes": p.memory,
-            }
-            for p in planned
-        ]
-        print_json({"steps": steps, "layers": schemes, "notices": list(job.notices)})
-        return
-    for notice in job.notices:
-        typer.echo(f"note: {notice}")
-    rows = [
-        (p.step, "reuse" if p.known else "run", *(_size(p, size) for size in (p.writes, p.memory)))
-        for p in planned
-    ]
-    print_table(f"Would build {job.request.out}", ("step", "action", "writes about", "memory about"), rows)
-    print_table("Linear layers", ("scheme", "layers"), list(schemes.items()))
-
-
 def _sources(text: str | None) -> tuple[str, ...] | None:
     """Tactic sources; an empty tuple for ``none``, None where nothing was said."""
     if text is None:
         return None
     return tuple(name.strip() for name in text.split(",") if name.strip() not in ("", "none"))
-
-
-def _size(planned: Planned, size: int) -> str:
-    return human_bytes(size) if size and not planned.known else ""

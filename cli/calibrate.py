@@ -46,8 +46,9 @@ def calibrate(
     A recipe that folds factors into the weights also gets smoothing.safetensors beside the file: keep the two
     together. A run that was stopped goes on where it was.
     """
+    from ..pipeline.job import Job
     from ..pipeline.measure import measure
-    from ..pipeline.request import ORT, Job, Request
+    from ..pipeline.request import ORT, Request
     from .inputs import names
     from .progress import Bars
 

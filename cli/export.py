@@ -43,7 +43,7 @@ def export(
     from ..export.features import with_features
     from ..export.plain import export_plain
     from ..models.checkpoint import open_checkpoint
-    from ..pipeline.request import nano_folder
+    from ..models.shipped import nano_folder
     from .inputs import names, numbers
 
     started = time.perf_counter()

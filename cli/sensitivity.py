@@ -50,7 +50,8 @@ def sensitivity(
     """
     from ..calibration.heatmap import draw
     from ..calibration.sensitivity import DEFAULT
-    from ..pipeline.request import ORT, Job, Request
+    from ..pipeline.job import Job
+    from ..pipeline.request import ORT, Request
     from ..pipeline.sensitivity import report
     from ..pipeline.sensitivity import sensitivity as run
     from .inputs import names

@@ -32,7 +32,7 @@ def train_nano_chat(asked: Asked) -> None:
     from rich.console import Console
 
     from ..models.checkpoint import open_checkpoint
-    from ..pipeline.request import nano_folder
+    from ..models.shipped import nano_folder
     from ..preprocess import ImageSettings, Tokenizer
     from ..training import chat_tasks
     from ..training.chat_model import TorchChat, initialised, write

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,29 +24,14 @@ from .layout import (
     optional_of,
     published_key,
 )
-from .storage import (
-    ITEM_BYTES,
-    TensorRef,
-    named,
-    open_reader,
-    read_header,
-    read_index,
-    read_torch,
-    torch_refs,
-)
+from .storage import ITEM_BYTES, TensorRef, named, open_reader
+from .weight_files import read_file, read_folder
 
 if TYPE_CHECKING:
     import torch
 
-    Reader = Callable[[str], torch.Tensor]
+    from .weight_files import Reader
 
-# In a folder, the first of these that exists is the checkpoint (as in the transformers library).
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 FULL_HASH_BYTES = 1 << 28
 SAMPLE_BYTES = 4096
 
@@ -178,7 +163,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     config = load_config(path / "config.json")
     readers: dict[Path, Reader] = {}
-    source, stored = _read_folder(path, readers)
+    source, stored = read_folder(path, readers)
     prefix = VISION if isinstance(config, InternViTConfig) else ""
     tensors = {prefix + name: ref for name, ref in stored.items() if not is_ignored(name)}
     if isinstance(config, ChatConfig) and not any(key.startswith(CHAT_TOWER) for key in tensors):
@@ -227,7 +212,7 @@ def _open_older(path: Path) -> Checkpoint:
         )
     readers: dict[Path, Reader] = {}
     tensors: dict[str, TensorRef] = {}
-    for name, ref in _read_file(path, readers).items():
+    for name, ref in read_file(path, readers).items():
         key = published_key(name)
         if key in tensors:
             raise CheckpointError(f"{path} holds {key} twice.", f"As {tensors[key].name} and as {name}.")
@@ -252,54 +237,8 @@ def _tower(chat: Path, readers: dict[Path, Reader]) -> dict[str, TensorRef]:
             f"They are not among its own, and no checkpoint {data.get('mm_vision_tower')} lies beside it.",
             "Put the folder of the checkpoint it was trained with beside it, under that name.",
         )
-    stored = _read_folder(folder, readers)[1]
+    stored = read_folder(folder, readers)[1]
     return {CHAT_TOWER + n: ref for n, ref in stored.items() if not (is_ignored(n) or n.startswith(HEADS))}
-
-
-def _read_folder(folder: Path, readers: dict[Path, Reader]) -> tuple[Path, dict[str, TensorRef]]:
-    """The file that stands for a folder's weights, and the tensors by their stored names."""
-    source = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if source is None:
-        raise CheckpointError(f"No weights in {folder}.", f"Looked for {', '.join(WEIGHT_FILES)}.")
-    return source, _read_shards(source, readers) if source.suffix == ".json" else _read_file(source, readers)
-
-
-def _read_file(path: Path, readers: dict[Path, Reader]) -> dict[str, TensorRef]:
-    if path.suffix == ".safetensors":
-        return read_header(path)
-    tensors = read_torch(path)
-    readers[path] = tensors.__getitem__
-    return torch_refs(path, tensors)
-
-
-def _read_shards(index: Path, readers: dict[Path, Reader]) -> dict[str, TensorRef]:
-    weight_map = read_index(index)
-    shards = sorted(set(weight_map.values()))
-    absent = [name for name in shards if not (index.parent / name).is_file()]
-    if absent:
-        lost = [k for k, v in weight_map.items() if v in absent]
-        raise CheckpointError(
-            f"{index.parent} lacks {len(absent)} of the {len(shards)} shards its index names.",
-            f"Missing {', '.join(absent)}, with {named(lost)}",
-            "Download the missing files.",
-        )
-    found: dict[str, TensorRef] = {}
-    for shard in shards:
-        refs = _read_file(index.parent / shard, readers)
-        twice = [k for k in refs if k in found]
-        if twice:
-            raise CheckpointError(f"{index.parent} holds tensors in two shards.", named(twice))
-        found.update(refs)
-    moved = [k for k, v in weight_map.items() if k not in found or found[k].file.name != v]
-    unlisted = [k for k in found if k not in weight_map and not is_ignored(k)]
-    for names, what in ((moved, "are not in the shard the index names"), (unlisted, "are not in the index")):
-        if names:
-            raise CheckpointError(
-                f"{index} does not fit its shards.",
-                f"Tensors that {what}: {named(names)}",
-                "Download it again.",
-            )
-    return found
 
 
 def _check(source: Path, tensors: dict[str, TensorRef], want: dict[str, tuple[int, ...]]) -> None:

@@ -18,8 +18,8 @@ from ..export.components import component_spec
 from ..manifest import Component, FileEntry, Manifest
 from . import evaluate, graphs
 from .graphs import Source, graph_path, source
+from .job import Job
 from .manifest import manifest_of
-from .request import Job
 from .step import Made, Step, after, model_of, write_receipt
 from .workspace import Workspace
 

@@ -13,8 +13,8 @@ from ..errors import AccuracyError
 from ..manifest import Manifest
 from ..strict_json import read_json
 from .evaluate import headlines
+from .job import Job
 from .manifest import manifest_of
-from .request import Job
 from .resources import check_disk
 from .step import Step, run_step
 from .steps import steps

@@ -18,7 +18,7 @@ from ..engines.cache import cache_folder
 from ..errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from .request import Job
+    from .job import Job
 
 OWN_CALIBRATION = ("calibration.jsonl", "calibration")
 """A manifest or folder beside the weights: the calibration set that a checkpoint brings along."""

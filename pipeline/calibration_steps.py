@@ -20,7 +20,7 @@ from ..calibration.scales import Scales
 from ..calibration.schemes import folded_layers
 from .calibration import SMOOTHING
 from .graphs import SCALES, folded_checkpoint
-from .request import Job
+from .job import Job
 from .step import Made, Step, after, model_of
 from .workspace import Workspace, step_digest
 

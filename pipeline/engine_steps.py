@@ -22,8 +22,9 @@ from ..specs import ComponentSpec
 from . import evaluate
 from .graph_steps import STORES
 from .graphs import Source, graph_path
+from .job import Job
 from .manifest import engine_file, part_specs
-from .request import ORT, RTX, Job
+from .request import ORT, RTX
 from .resources import build_load, stored_bytes
 from .step import Made, Step, after, write_receipt
 from .workspace import Data, Workspace

@@ -30,7 +30,8 @@ from ..training.tasks import BothHeads
 from . import evaluate_chat
 from .environment import code_digest, tool_versions
 from .graphs import BASE_STORE, LOW_STORE, Source, graph_path
-from .request import ORT, Job
+from .job import Job
+from .request import ORT
 from .workspace import Workspace
 
 if TYPE_CHECKING:

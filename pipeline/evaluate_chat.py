@@ -10,7 +10,7 @@ from ..preprocess import Array
 
 if TYPE_CHECKING:
     from ..runtime import InternVLChat
-    from .request import Job
+    from .job import Job
 
 SCENES = 200
 LONGEST_ANSWER = 24

@@ -10,7 +10,7 @@ from ..export.components import component_spec
 from ..specs import ComponentSpec
 from . import graphs
 from .graphs import Source, folded_checkpoint, graph_path, source
-from .request import Job
+from .job import Job
 from .resources import stored_bytes
 from .step import Made, Step, after, model_of
 from .workspace import Workspace

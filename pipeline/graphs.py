@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..specs import ComponentSpec
-    from .request import Job
+    from .job import Job
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 GRAPHS = Path("onnx")

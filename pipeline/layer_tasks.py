@@ -15,7 +15,7 @@ from .evaluate import headlines
 
 if TYPE_CHECKING:
     from ..models.internvl import InternVL
-    from .request import Job
+    from .job import Job
 
 QUESTIONS = 64
 """Questions of each task. One is 1.6 points: enough to see which layers break the model, and no more."""

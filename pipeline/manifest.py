@@ -9,11 +9,13 @@ from ..engines.trt import BUILDERS
 from ..export.components import component_spec
 from ..manifest import Built, Calibration, Component, EngineFile, Manifest, Model
 from ..models.checkpoint import Checkpoint
+from ..models.shipped import shipped_name
 from ..specs import ComponentSpec
 from .calibration import needs_data
 from .environment import tool_versions
 from .graphs import DTYPES, graph_path
-from .request import ORT, Job, shipped_name
+from .job import Job
+from .request import ORT
 from .workspace import Record
 
 

@@ -10,7 +10,7 @@ from ..errors import UsageError
 from .calibration import SMOOTHING
 from .calibration_steps import calibrate_step, fold_steps, preprocess_step
 from .graphs import SCALES
-from .request import Job
+from .job import Job
 from .resources import check_disk
 from .step import run_step
 from .workspace import Reporter, Workspace

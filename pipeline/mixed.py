@@ -22,7 +22,8 @@ from . import evaluate, graphs
 from .accuracy_steps import scores_of
 from .calibration_steps import calibrate_step, preprocess_step
 from .graphs import SCALES, Source
-from .request import MIXED, Job, Request
+from .job import Job
+from .request import MIXED, Request
 from .sensitivity import RECEIPT, sensitivity_step
 from .step import Made, Step, after, model_of, run_step, write_receipt
 from .workspace import Reporter, Workspace

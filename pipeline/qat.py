@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..calibration.scales import Scales
 from .graphs import SCALES
+from .job import EVALUATION, Job
 from .qat_job import RECEIPT, Asked, QatJob
 from .qat_plot import plot
-from .request import EVALUATION, Job
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset

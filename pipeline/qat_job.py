@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..calibration.dataset import CalibrationSet
 from ..calibration.sources import open_calibration
 from ..errors import InputError, UsageError
-from .request import ORT, Job, Request
+from .job import Job
+from .request import ORT, Request
 
 if TYPE_CHECKING:
     from ..calibration.finetune import Tuning

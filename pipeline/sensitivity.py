@@ -14,8 +14,8 @@ from ..calibration.sensitivity import Loss, Sensitivity, measure
 from ..strict_json import read_json
 from .calibration_steps import calibrate_step, preprocess_step
 from .graphs import SCALES
+from .job import Job
 from .layer_tasks import LayerTasks
-from .request import Job
 from .step import Made, Step, after, model_of, run_step, write_receipt
 from .workspace import Reporter, Workspace
 

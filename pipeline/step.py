@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.memory import Load
-from .request import Job
+from .job import Job
 from .workspace import Data, Workspace, step_digest
 
 Made = tuple[list[str], Data]

@@ -11,8 +11,8 @@ from .accuracy_steps import accuracy_step, tasks_step
 from .calibration_steps import calibrate_step, fold_steps, preprocess_step
 from .engine_steps import engine_step, kernels_step
 from .graph_steps import graph_step, store_steps
+from .job import Job
 from .mixed import search_steps
-from .request import Job
 from .step import Step
 
 

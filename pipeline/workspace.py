@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..bundle import Bundle, disk_errors, refuse_foreign
+from ..bundle import Bundle, disk_errors
 from ..errors import BuildError, IntegrityError
 from ..strict_json import Node, read_json
+from ..swap import refuse_foreign
 
 RECEIPT = "build"
 Data = dict[str, Any]

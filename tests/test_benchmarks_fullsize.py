@@ -23,7 +23,8 @@ from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.layout import expected_shapes
 from ivl_export.models.qllama import Visible
 from ivl_export.pipeline.graphs import BASE_STORE, LOW_STORE
-from ivl_export.pipeline.request import ORT, Job, Request
+from ivl_export.pipeline.job import Job
+from ivl_export.pipeline.request import ORT, Request
 from ivl_export.preprocess import ImageSettings, Tokenizer
 
 NARROW = InternVLConfig(

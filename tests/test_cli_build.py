@@ -23,7 +23,8 @@ from ivl_export.cli import main
 from ivl_export.engines import memory
 from ivl_export.engines.gpu import gpus
 from ivl_export.manifest import EngineFile
-from ivl_export.pipeline import evaluate, graphs, request
+from ivl_export.models import shipped
+from ivl_export.pipeline import evaluate, graphs
 from ivl_export.runtime import InternVL
 
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
@@ -145,7 +146,7 @@ def test_without_arguments_it_is_nano_that_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(request, "nano_folder", lambda: tmp_path / "absent" / "nano")
+    monkeypatch.setattr(shipped, "nano_folder", lambda: tmp_path / "absent" / "nano")
     assert main(["build"]) == 4
     assert "nano" in capsys.readouterr().err
 

@@ -11,7 +11,8 @@ from ivl_export.bundle import Bundle
 from ivl_export.calibration.scales import Scales
 from ivl_export.cli import main
 from ivl_export.errors import InputError, UsageError
-from ivl_export.pipeline.request import ORT, Job, Request
+from ivl_export.pipeline.job import Job
+from ivl_export.pipeline.request import ORT, Request
 from ivl_export.pipeline.steps import steps
 
 

@@ -19,7 +19,7 @@ from ivl_export.engines import memory, trt
 from ivl_export.engines.protocol import BACKENDS
 from ivl_export.errors import CapabilityError
 from ivl_export.models.config import InternVLConfig
-from ivl_export.pipeline.request import nano_folder
+from ivl_export.models.shipped import nano_folder
 from ivl_export.profiles import extras, machine
 from ivl_export.profiles.backends import backends_here
 from ivl_export.profiles.doctor import Asked, asked_problems, diagnose

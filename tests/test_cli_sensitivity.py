@@ -17,8 +17,9 @@ from ivl_export.errors import UsageError
 from ivl_export.models.config import InternVLConfig
 from ivl_export.pipeline import mixed
 from ivl_export.pipeline.graphs import Source
+from ivl_export.pipeline.job import Job
 from ivl_export.pipeline.layer_tasks import LayerTasks
-from ivl_export.pipeline.request import ORT, Job, Request
+from ivl_export.pipeline.request import ORT, Request
 from ivl_export.pipeline.sensitivity import sensitivity
 from ivl_export.pipeline.workspace import Workspace
 from ivl_export.profiles.gpus import find_gpu

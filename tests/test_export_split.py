@@ -25,8 +25,9 @@ from ivl_export.manifest import Manifest
 from ivl_export.manifest_reading import manifest_from_json
 from ivl_export.pipeline import graphs
 from ivl_export.pipeline.graphs import graph_path
+from ivl_export.pipeline.job import Job
 from ivl_export.pipeline.manifest import manifest_of
-from ivl_export.pipeline.request import Job, Request
+from ivl_export.pipeline.request import Request
 from ivl_export.pipeline.workspace import Record
 from ivl_export.profiles.layers import profile_layers
 from ivl_export.runtime import InternVL

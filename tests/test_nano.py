@@ -12,7 +12,7 @@ import torch
 from ivl_export.models import load_model
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.internvl import InternVL
-from ivl_export.pipeline.request import nano_folder
+from ivl_export.models.shipped import nano_folder
 from ivl_export.preprocess import ImageSettings, Tokenizer
 from ivl_export.training import tasks
 from ivl_export.training.evaluate import TorchModel

@@ -11,7 +11,8 @@ import pytest
 from ivl_export.errors import AccuracyError
 from ivl_export.pipeline.build import _check_accuracy
 from ivl_export.pipeline.evaluate import HEADLINES, cached
-from ivl_export.pipeline.request import ORT, Job, Request
+from ivl_export.pipeline.job import Job
+from ivl_export.pipeline.request import ORT, Request
 from ivl_export.pipeline.workspace import Record
 
 TASKS = {"tasks": Record("0" * 64, {"receipts/tasks.json": 1}, 1.0)}

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from ivl_export.pipeline.build import build
-from ivl_export.pipeline.request import ORT, RTX, Job, Request
+from ivl_export.pipeline.job import Job
+from ivl_export.pipeline.request import ORT, RTX, Request
 from ivl_export.tests.test_cli_sensitivity import Heard
 
 

@@ -17,10 +17,12 @@ from ivl_export.engines import trt
 from ivl_export.engines.gpu import Gpu
 from ivl_export.engines.options import BuildOptions
 from ivl_export.errors import CapabilityError, CheckpointError, InputError, IvlError, UsageError
+from ivl_export.models import shipped
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
-from ivl_export.pipeline import request
+from ivl_export.pipeline import job as job_module
 from ivl_export.pipeline.calibration import OWN_CALIBRATION
-from ivl_export.pipeline.request import ORT, RTX, TENSORRT, Job, Request
+from ivl_export.pipeline.job import Job
+from ivl_export.pipeline.request import ORT, RTX, TENSORRT, Request
 from ivl_export.pipeline.steps import steps
 from ivl_export.training.tokenizer import train_tokenizer
 
@@ -54,7 +56,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *releases: str, gpu: bool = False) 
     """Which TensorRT builders are installed, and whether there is a GPU."""
     found = dict.fromkeys(releases, "1.0")
     monkeypatch.setattr(trt, "installed_release", found.get)
-    monkeypatch.setattr(request, "gpus", lambda: (Gpu("NVIDIA H100", "sm90"),) if gpu else ())
+    monkeypatch.setattr(job_module, "gpus", lambda: (Gpu("NVIDIA H100", "sm90"),) if gpu else ())
 
 
 def copied(model: Path, folder: Path) -> Path:
@@ -142,7 +144,7 @@ def test_components_that_the_checkpoint_lacks(ask: Ask, monkeypatch: pytest.Monk
     def narrow(path: Path) -> Checkpoint:
         return replace(open_checkpoint(path), contrastive_only=True)
 
-    monkeypatch.setattr(request, "open_checkpoint", narrow)
+    monkeypatch.setattr(job_module, "open_checkpoint", narrow)
     with pytest.raises(CapabilityError, match=r"no weights for qllama_step\. It has vision, qllama_text"):
         ask(components=("vision", "qllama_step"))
     assert ask(components=("vision",)).components == ("vision",)
@@ -237,7 +239,7 @@ def test_truncated_weights(ask: Ask, tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_nano_is_named(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request, "nano_folder", lambda: tmp_path / "nano")
+    monkeypatch.setattr(shipped, "nano_folder", lambda: tmp_path / "nano")
     with pytest.raises(CheckpointError, match="nano"):
         ask(model=None)
 
@@ -356,4 +358,4 @@ def test_what_is_built_beside_the_usual(ask: Ask) -> None:
     with pytest.raises(UsageError, match="no block 9"):
         ask(features=(9,))
     with pytest.raises(UsageError, match="qllama_itm"):
-        ask(model=request.NANO_CHAT, itm=True)
+        ask(model=shipped.NANO_CHAT, itm=True)

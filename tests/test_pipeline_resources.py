@@ -14,7 +14,8 @@ from ivl_export.engines.graph import read_graph
 from ivl_export.engines.memory import graph_load
 from ivl_export.errors import BuildError
 from ivl_export.pipeline import graphs, resources
-from ivl_export.pipeline.request import Job, Request
+from ivl_export.pipeline.job import Job
+from ivl_export.pipeline.request import Request
 from ivl_export.pipeline.resources import check_disk, stored_bytes
 from ivl_export.pipeline.step import Step
 from ivl_export.pipeline.steps import steps

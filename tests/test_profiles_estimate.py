@@ -15,7 +15,8 @@ from ivl_export.errors import CapabilityError, UsageError
 from ivl_export.models.config import InternVLConfig, VisionConfig
 from ivl_export.models.layout import COMPONENTS, expected_shapes
 from ivl_export.pipeline import graphs, resources
-from ivl_export.pipeline.request import Job, Request
+from ivl_export.pipeline.job import Job
+from ivl_export.pipeline.request import Request
 from ivl_export.profiles.analytic import component_macs
 from ivl_export.profiles.estimate import RECEIPTS, Estimate, estimate
 from ivl_export.profiles.flops import graph_cost

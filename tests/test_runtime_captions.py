@@ -11,7 +11,7 @@ import pytest
 
 from ivl_export.decoding import Sampling
 from ivl_export.errors import UsageError
-from ivl_export.pipeline.request import nano_folder
+from ivl_export.models.shipped import nano_folder
 from ivl_export.preprocess import Tokenizer
 from ivl_export.runtime import InternVL
 

@@ -27,8 +27,9 @@ from ivl_export.errors import UsageError
 from ivl_export.models.config import InternVLConfig
 from ivl_export.pipeline.build import build
 from ivl_export.pipeline.evaluate import headlines
+from ivl_export.pipeline.job import Job
 from ivl_export.pipeline.mixed import mixed_job
-from ivl_export.pipeline.request import MIXED, ORT, Job, Request
+from ivl_export.pipeline.request import MIXED, ORT, Request
 from ivl_export.profiles.estimate import estimate
 from ivl_export.profiles.gpus import find_gpu
 from ivl_export.profiles.machine import commit, machine, versions

@@ -63,7 +63,7 @@ def cosines(files: list[bytes]) -> dict[str, float]:
     import torch
 
     from ivl_export.models import load_model
-    from ivl_export.pipeline.request import nano_folder
+    from ivl_export.models.shipped import nano_folder
 
     model = load_model(nano_folder(), dtype=torch.float32, device="cpu")
     settings = ImageSettings.load(nano_folder() / "preprocessor_config.json")

@@ -14,8 +14,10 @@ from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
 from ivl_export.benchmarks.precision.report import Quiet
 from ivl_export.models.chat_config import ChatConfig, ModelConfig
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
+from ivl_export.models.shipped import NANO_CHAT, nano_chat_folder, nano_folder
 from ivl_export.pipeline.build import build
-from ivl_export.pipeline.request import NANO_CHAT, ORT, Job, Request, nano_chat_folder, nano_folder
+from ivl_export.pipeline.job import Job
+from ivl_export.pipeline.request import ORT, Request
 
 TOWER = VisionConfig(768, 12, 12, 3072, image_size=224, patch_size=14)
 LLAMA = QLlamaConfig(1024, 8, 16, 2816, vocab_size=32000)

@@ -21,7 +21,8 @@ from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.load import load_model
 from ivl_export.pipeline.evaluate import component_receipt
 from ivl_export.pipeline.graphs import source
-from ivl_export.pipeline.request import ORT, Job, Request
+from ivl_export.pipeline.job import Job
+from ivl_export.pipeline.request import ORT, Request
 from ivl_export.pipeline.step import run_step
 from ivl_export.pipeline.steps import steps
 from ivl_export.pipeline.workspace import Workspace

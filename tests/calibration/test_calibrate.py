@@ -27,7 +27,7 @@ from ivl_export.calibration.spill import Spill
 from ivl_export.errors import BuildError
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.config import InternVLConfig
-from ivl_export.pipeline.request import nano_folder
+from ivl_export.models.shipped import nano_folder
 from ivl_export.preprocess import ImageSettings, Tokenizer
 from ivl_export.tests.calibration.reference import whole_amax
 

@@ -22,7 +22,7 @@ from ivl_export.export.components import component_module, component_spec
 from ivl_export.models import load_chat
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.layout import CHAT_TOWER
-from ivl_export.pipeline.request import nano_chat_folder
+from ivl_export.models.shipped import nano_chat_folder
 from ivl_export.preprocess import ImageSettings, Tokenizer
 
 TOKENIZER = Tokenizer(nano_chat_folder() / "tokenizer.model")

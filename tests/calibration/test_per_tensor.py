@@ -13,7 +13,8 @@ from ivl_export.calibration.quantize import LIMITS, dequantise, quantise
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.pipeline import graphs
 from ivl_export.pipeline.evaluate import component_receipt
-from ivl_export.pipeline.request import ORT, Job, Request
+from ivl_export.pipeline.job import Job
+from ivl_export.pipeline.request import ORT, Request
 from ivl_export.pipeline.step import run_step
 from ivl_export.pipeline.steps import steps
 from ivl_export.pipeline.workspace import Workspace

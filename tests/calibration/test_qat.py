@@ -28,9 +28,10 @@ from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.storage import open_reader
 from ivl_export.pipeline import qat
 from ivl_export.pipeline.graphs import LOW_STORE, graph_path
+from ivl_export.pipeline.job import Job
 from ivl_export.pipeline.qat_job import Asked, QatJob
 from ivl_export.pipeline.qat_plot import plot
-from ivl_export.pipeline.request import ORT, Job, Request
+from ivl_export.pipeline.request import ORT, Request
 from ivl_export.pipeline.step import Made, Step
 from ivl_export.pipeline.steps import steps
 from ivl_export.pipeline.workspace import Workspace

@@ -11,7 +11,8 @@ from ivl_export.calibration.accuracy import SIMULATED, Receipt
 from ivl_export.calibration.calibrate import calibration_units
 from ivl_export.pipeline import evaluate
 from ivl_export.pipeline.graphs import source
-from ivl_export.pipeline.request import ORT, Job, Request
+from ivl_export.pipeline.job import Job
+from ivl_export.pipeline.request import ORT, Request
 from ivl_export.pipeline.step import Made, Step
 from ivl_export.pipeline.steps import steps
 from ivl_export.pipeline.workspace import Workspace
