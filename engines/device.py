@@ -79,7 +79,7 @@ def as_tensor(buffer: Buffer, device: str | None = None) -> torch.Tensor:
 def to_host(buffer: Buffer) -> Array:
     """``buffer`` as a numpy array; floats become float32. Its own memory where it can be."""
     if isinstance(buffer, np.ndarray):
-        return buffer if buffer.dtype not in (np.float16, np.float64) else buffer.astype(np.float32)
+        return buffer if buffer.dtype.char not in "ed" else buffer.astype(np.float32)
     tensor = as_tensor(buffer, HOST)
     array: Array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     return array

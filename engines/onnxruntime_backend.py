@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,26 @@ _ELEMENTS = {
 """Types that a session's inputs and outputs have: torch's name and ONNX' number."""
 
 
+_NARROW = (np.float16, np.float64)
+_PLANS = 64
+"""Kept at a time by an engine: sizes of batches, texts and caches that come again and again are few."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How inputs of certain shapes and types are run.
+
+    Args:
+        outputs: names asked for.
+        cast: inputs of another float type than the session takes, and that one.
+        widen: whether an output is not float32.
+    """
+
+    outputs: list[str]
+    cast: dict[str, Any]
+    widen: bool
+
+
 class OnnxRuntimeEngine:
     """A component in an ONNX Runtime session. See :class:`~ivl_export.engines.protocol.Engine`."""
 
@@ -48,6 +69,7 @@ class OnnxRuntimeEngine:
         self._session = session
         self._where = where
         self._types = {i.name: i.type for i in (*session.get_inputs(), *session.get_outputs())}
+        self._plans: dict[Any, _Plan] = {}
 
     @property
     def device(self) -> str:
@@ -57,16 +79,31 @@ class OnnxRuntimeEngine:
     def run(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run once; see :meth:`~ivl_export.engines.protocol.Engine.run`."""
         session = self._open()
+        kinds = tuple((key, array.shape, array.dtype.char) for key, array in inputs.items())
+        asked = (None if outputs is None else tuple(outputs), kinds)
+        plan = self._plans.get(asked) or self._planned(asked, inputs)
+        feeds = inputs
+        if plan.cast:
+            feeds = inputs | {key: inputs[key].astype(kind) for key, kind in plan.cast.items()}
+        try:
+            values = session.run(plan.outputs, feeds)
+        except Exception as error:  # its exceptions share no base class but this
+            raise self._failure(error) from error
+        if plan.widen:
+            values = [v.astype(np.float32) if v.dtype in _NARROW else v for v in values]
+        return dict(zip(plan.outputs, values, strict=True))
+
+    def _planned(self, asked: Any, inputs: Mapping[str, Array]) -> _Plan:
+        """What has to be done for inputs of these shapes and types: found once, kept for further calls."""
         self.spec.check(inputs)
-        names = self.spec.select(outputs)
-        floats = {k: _FLOAT_INPUTS.get(self._types[k]) for k in inputs}
-        feeds = {k: v.astype(floats[k], copy=False) if floats[k] else v for k, v in inputs.items()}
-        with self._failures():
-            values = session.run(names, feeds)
-        return {
-            name: value.astype(np.float32) if value.dtype in (np.float16, np.float64) else value
-            for name, value in zip(names, values, strict=True)
-        }
+        names = self.spec.select(asked[0])
+        floats = {key: _FLOAT_INPUTS.get(self._types[key]) for key in inputs}
+        cast = {key: kind for key, kind in floats.items() if kind and inputs[key].dtype != kind}
+        widen = any(self._types[name] in ("tensor(float16)", "tensor(double)") for name in names)
+        if len(self._plans) >= _PLANS:
+            self._plans.clear()
+        plan = self._plans[asked] = _Plan(names, cast, widen)
+        return plan
 
     def run_tensors(
         self,
@@ -138,12 +175,13 @@ class OnnxRuntimeEngine:
             yield
         except IvlError:
             raise
-        except Exception as error:  # its exceptions share no base class but this
-            raise BuildError(
-                f"Component {self.spec.name} failed in ONNX Runtime.",
-                first_line(error),
-                "Rebuild the bundle.",
-            ) from error
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> BuildError:
+        return BuildError(
+            f"Component {self.spec.name} failed in ONNX Runtime.", first_line(error), "Rebuild the bundle."
+        )
 
     def close(self) -> None:
         """Free the session."""

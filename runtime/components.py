@@ -54,18 +54,21 @@ class Components:
         self._batch, self._share_weights = batch, share_weights
         self.timings = Timings()
         self._engines: dict[str, Engine] = {}
+        self._specs: dict[str, ComponentSpec] = {}
         self._locks = {name: threading.Lock() for name in bundle.manifest.components}
         self._closed = False
 
     def spec(self, name: str) -> ComponentSpec:
         """The contract of component ``name``, with the ranges that its engine was built for."""
-        spec = self.bundle.spec(name)
-        if self.backend not in BUILDERS:
-            return spec
-        built = self.bundle.engines(name, self.backend, self.target)[0].built
-        return narrowed(spec, built.profiles) if built is not None else spec
+        if name not in self._specs:
+            spec = self.bundle.spec(name)
+            if self.backend in BUILDERS:
+                built = self.bundle.engines(name, self.backend, self.target)[0].built
+                spec = narrowed(spec, built.profiles) if built is not None else spec
+            self._specs[name] = spec
+        return self._specs[name]
 
-    @property
+    @cached_property
     def batch(self) -> int:
         """Images run at once."""
         chat = "vision_chat" in self.bundle.manifest.components
@@ -133,16 +136,22 @@ class Components:
 
         From an engine on the CPU they are arrays if ``inputs`` are, from one on a GPU tensors there.
         """
-        engine, limit = self.open(name), self.spec(name).axis("batch").max
-        host = {k: v for k, v in inputs.items() if isinstance(v, np.ndarray)}
-        plain = engine.device == HOST and len(host) == len(inputs)
-        whole: dict[str, Any] = host if plain else {k: as_tensor(v, engine.device) for k, v in inputs.items()}
+        engine, limit = self._engines.get(name) or self.open(name), self.spec(name).axis("batch").max
+        plain = engine.device == HOST and all(type(buffer) is np.ndarray for buffer in inputs.values())
+        run: Any = engine.run if plain else engine.run_tensors
+        whole: dict[str, Any] = dict(inputs)
+        if not plain:
+            whole = {key: as_tensor(buffer, engine.device) for key, buffer in inputs.items()}
         rows = len(next(iter(whole.values())))
+        if rows <= limit:
+            with self.timings.measure(name):
+                found: dict[str, Buffer] = run(whole, outputs)
+            return found
         parts: list[Mapping[str, Buffer]] = []
         for start in range(0, rows, limit):
             part = {key: values[start : start + limit] for key, values in whole.items()}
             with self.timings.measure(name):
-                parts.append(engine.run(part, outputs) if plain else engine.run_tensors(part, outputs))
+                parts.append(run(part, outputs))
         return {key: concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def close(self) -> None:

@@ -47,8 +47,6 @@ def pixel_batches(
     An array is taken as ready ``pixel_values``. Reading is timed as ``preprocess``. Raises InputError for
     what is no sequence of images, and as :func:`~ivl_export.preprocess.load_image`.
     """
-    if isinstance(images, str | bytes | PathLike):
-        raise InputError("One image was given.", "A sequence of images is needed.", "Use [image].")
     if isinstance(images, np.ndarray):
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.float32:
             raise InputError(
@@ -56,8 +54,11 @@ def pixel_batches(
                 f"It is {images.dtype} {list(images.shape)}; float32 [B, 3, S, S] is needed.",
                 "Give pictures as a list of [H, W, 3] arrays.",
             )
-        yield from (images[i : i + size] for i in range(0, len(images), size))
+        for start in range(0, len(images), size):
+            yield images[start : start + size]
         return
+    if isinstance(images, str | bytes | PathLike):
+        raise InputError("One image was given.", "A sequence of images is needed.", "Use [image].")
 
     how = reading or Reading()
     threads = how.threads or os.cpu_count() or 1

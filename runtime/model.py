@@ -13,7 +13,7 @@ from ..decoding import Ids, Sampling
 from ..engines.device import to_host
 from ..errors import CapabilityError, UsageError
 from ..pictures import ImageInput
-from ..preprocess import CAPTION_PROMPT, ResizeMode, buckets_of
+from ..preprocess import CAPTION_PROMPT, ResizeMode
 from ..video import FRAMES, Video
 from . import captions, matching, zero_shot
 from .components import Components
@@ -23,10 +23,13 @@ from .loaded import Loaded, fixed
 from .matching import Ranking
 from .service import Service
 from .templates import PLAIN
+from .texts import encode_texts, encode_tokens
 from .videos import encode_videos
 
 Mode = Literal["InternVL-C", "InternVL-G"]
 MODES: tuple[Mode, ...] = ("InternVL-C", "InternVL-G")
+_WANTED = {"InternVL-C": ["image_embed"], "InternVL-G": ["image_embed", "tokens"]}
+"""What each mode takes from the vision engine."""
 
 
 class InternVL(Loaded):
@@ -59,9 +62,8 @@ class InternVL(Loaded):
         """Embeddings [B, E] float32, not normalised: InternVL-C, or InternVL-G (with the queries' head)."""
         if mode not in MODES:
             raise UsageError(f"Unknown mode {mode!r}.", fix=f"Use {' or '.join(MODES)}.")
-        wanted = ["image_embed"] if mode == "InternVL-C" else ["image_embed", "tokens"]
-        width = fixed(self._output("vision", "image_embed")[1])
-        parts = [np.zeros((0, width), np.float32)]
+        wanted = _WANTED[mode]
+        parts: list[Floats] = []
         for pixels in self.pixel_batches(images, resize):
             out = self.components.run_device("vision", {"pixel_values": pixels}, wanted)
             embed = to_host(out["image_embed"])
@@ -69,7 +71,9 @@ class InternVL(Loaded):
                 query = self.components.run("qllama_query", {"tokens": out["tokens"]}, ["query_embed"])
                 embed = zero_shot.l2(embed) + zero_shot.l2(query["query_embed"])
             parts.append(embed)
-        return np.concatenate(parts).astype(np.float32, copy=False)
+        if not parts:
+            return np.zeros((0, fixed(self._output("vision", "image_embed")[1])), np.float32)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def encode_video(
         self,
@@ -95,22 +99,13 @@ class InternVL(Loaded):
     def encode_text(self, texts: Sequence[str]) -> Floats:
         """Embeddings [B, E] float32, not normalised; the same in InternVL-C and InternVL-G.
 
-        Texts are cut to 80 tokens. Short ones run in shorter batches: padding on the right never changes an
-        embedding.
+        Texts are cut to 80 tokens; see :mod:`~ivl_export.runtime.texts`.
         """
-        axis = self.components.spec("qllama_text").axis("text")
-        buckets = buckets_of(axis.min, axis.max)
-        out = np.zeros((len(texts), fixed(self._output("qllama_text", "text_embed")[1])), np.float32)
-        if not texts:
-            return out
-        with self.components.timings.measure("tokenize"):
-            ids, lengths = self.tokenizer.encode_contrastive(texts, buckets[-1], buckets)
-        bucket = np.searchsorted(buckets, lengths)
-        for which in np.unique(bucket):
-            rows = np.flatnonzero(bucket == which)
-            feeds = {"input_ids": ids[rows, : buckets[which]], "lengths": lengths[rows]}
-            out[rows] = self.components.run("qllama_text", feeds, ["text_embed"])["text_embed"]
-        return out
+        return encode_texts(self.components, self.tokenizer, texts)
+
+    def encode_tokens(self, ids: Ids, lengths: Ids) -> Floats:
+        """As :meth:`encode_text` for texts that are tokens; see :mod:`~ivl_export.runtime.texts`."""
+        return encode_tokens(self.components, ids, lengths)
 
     @cached_property
     def requests(self) -> Service:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from types import TracebackType
 from typing import Any
+
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -24,38 +25,67 @@ class Timings:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stages: dict[str, Timing] = {}
+        self._stages: dict[str, list[float]] = {}  # calls, seconds
 
-    @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
+    def measure(self, stage: str) -> _Stage:
         """Add the time of the ``with`` block to ``stage``, also when it raises."""
-        tracer = _tracer()
-        start = time.perf_counter()
-        try:
-            with tracer.start_as_current_span(f"ivl_export.{stage}") if tracer else nullcontext():
-                yield
-        finally:
-            seconds = time.perf_counter() - start
-            with self._lock:
-                before = self._stages.get(stage, Timing(0, 0.0))
-                self._stages[stage] = Timing(before.calls + 1, before.seconds + seconds)
+        return _Stage(self._lock, self._stages.setdefault(stage, [0, 0.0]), stage)
 
     def snapshot(self) -> dict[str, Timing]:
         """What was measured so far, in the order of first use."""
         with self._lock:
-            return dict(self._stages)
+            return {stage: Timing(int(n), seconds) for stage, (n, seconds) in self._stages.items() if n}
 
     def reset(self) -> None:
         """Forget everything measured so far."""
         with self._lock:
-            self._stages.clear()
+            for total in self._stages.values():
+                total[:] = 0, 0.0
 
 
-@cache
-def _tracer() -> Any:
-    """OpenTelemetry's tracer; None where it is not installed. What it does is the application's to set up."""
-    try:
-        from opentelemetry import trace
-    except ImportError:
-        return None
-    return trace.get_tracer("ivl_export")
+class _Stage:
+    """One call of a stage. As little as can be: between two engines nothing of Python is in the caches."""
+
+    __slots__ = ("_lock", "_name", "_span", "_start", "_sum")
+
+    def __init__(self, lock: threading.Lock, total: list[float], name: str) -> None:
+        self._lock, self._sum, self._name = lock, total, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+        self._span: Any = None
+        if (tracer := _spans.tracer_at(self._start)) is not None:
+            self._span = tracer.start_as_current_span(f"ivl_export.{self._name}")
+            self._span.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        seconds = time.perf_counter() - self._start
+        with self._lock:
+            self._sum[0] += 1
+            self._sum[1] += seconds
+        if self._span is not None:
+            self._span.__exit__(kind, error, trace)
+
+
+class _Spans:
+    """OpenTelemetry's tracer, once the application has set one up; that is looked for once a second."""
+
+    def __init__(self) -> None:
+        self.tracer: Any = None
+        self.looked = -_LOOK_SECONDS
+
+    def tracer_at(self, now: float) -> Any:
+        """The tracer; None where it is not installed or nothing is set up: an unheard span costs 10 us."""
+        if self.tracer is None and now - self.looked >= _LOOK_SECONDS:
+            self.looked = now
+            with suppress(ImportError):
+                from opentelemetry import trace
+
+                if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+                    self.tracer = trace.get_tracer("ivl_export")
+        return self.tracer
+
+
+_spans = _Spans()

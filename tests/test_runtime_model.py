@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ivl_export.errors import CapabilityError, InputError, IvlError, UsageError
 from ivl_export.preprocess import preprocess_images
@@ -203,9 +205,28 @@ def test_more_rows_than_the_engine_takes_are_split(model: InternVL) -> None:
     np.testing.assert_allclose(out[-1], model.encode_text(labels[-1:])[0], atol=1e-5)
 
 
+@settings(max_examples=20, deadline=None)
+@given(words=st.lists(st.integers(0, 40), min_size=1, max_size=6), more=st.integers(0, 3))
+def test_tokens_of_any_lengths_equal_their_texts(model: InternVL, words: list[int], more: int) -> None:
+    texts = [" ".join(["a ring"] * n) for n in words]
+    ids, lengths = model.tokenizer.encode_contrastive(texts)
+    ids = np.pad(ids, ((0, 0), (0, more)), constant_values=7)  # nobody reads what stands there
+    found = model.encode_tokens(ids[:, : lengths.max() + more], lengths)
+    np.testing.assert_allclose(found, model.encode_text(texts), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths"), [((2, 8), [3]), ((2, 8), [0, 3]), ((1, 8), [9]), ((1, 90), [81]), ((8,), [3])]
+)
+def test_what_is_no_text_is_refused(model: InternVL, ids: tuple[int, ...], lengths: list[int]) -> None:
+    with pytest.raises(InputError, match="not texts"):
+        model.encode_tokens(np.ones(ids, np.int64), np.array(lengths))
+
+
 def test_nothing_in_nothing_out(model: InternVL) -> None:
     assert model.encode_image([]).shape == (0, 48)
     assert model.encode_text([]).shape == (0, 48)
+    assert model.encode_tokens(np.zeros((0, 16), np.int64), np.zeros(0, np.int64)).shape == (0, 48)
     assert model.dense([]).shape == (0, 17, 60)
     assert model.caption([]) == []
     assert model.classify([], ["a", "b"]).shape == (0, 2)

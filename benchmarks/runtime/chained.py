@@ -1,12 +1,13 @@
 """What the runtime adds to its engines: a chained call against the bare sum of ``session.run`` calls.
 
-The bare calls get their arrays ready made (token ids, too) and keep what comes out; the runtime tokenizes,
-checks, splits in batches, times each stage and joins the parts. Both use the same sessions.
+Both get their arrays ready made, pixels and token ids, and use the same sessions; the runtime checks, splits
+in batches, times each stage and joins the parts. What tokenization adds stands beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,22 +29,43 @@ def measure(setting: Setting) -> Iterator[Comparison]:
         for precision in ("fp32", "int8"):
             with InternVL.load(setting.bundle(name, precision), threads=setting.threads) as model:
                 for batch in BATCHES:
-                    for case, chained, bare, embedding in calls(model, batch):
-                        candidates = [
-                            Candidate("runtime", chained, precision, batch),
-                            Candidate("session.run", bare, precision, batch),
-                        ]
-                        timed = side_by_side(candidates, setting.rounds)
-                        if not np.array_equal(chained(), embedding(*bare())):
-                            raise AssertionError(f"{name}, {case}, batch {batch}: not the same embeddings")
-                        goal = Goal("runtime", "session.run", "time", MOST)
-                        yield Comparison(f"{name}, {case}, batch {batch}", timed, (goal,))
+                    for call in calls(model, batch):
+                        yield _compared(
+                            f"{name}, {call.case}, batch {batch}", call, precision, batch, setting
+                        )
 
 
-def calls(
-    model: InternVL, batch: int
-) -> Iterator[tuple[str, Callable[[], Array], Callable[[], list[Array]], Callable[..., Array]]]:
-    """(what, the runtime's call, the bare calls, what makes embeddings of the bare calls' outputs)."""
+@dataclass(frozen=True)
+class Call:
+    """One thing done in several ways.
+
+    Args:
+        case: what.
+        chained: the runtime's call.
+        bare: the ``session.run`` calls it consists of.
+        embedding: makes of their outputs what ``chained`` gives.
+        more: further calls of the runtime that give the same, by name.
+    """
+
+    case: str
+    chained: Callable[[], Array]
+    bare: Callable[[], list[Array]]
+    embedding: Callable[..., Array]
+    more: Mapping[str, Callable[[], Array]] = field(default_factory=dict)
+
+
+def _compared(case: str, call: Call, precision: str, batch: int, setting: Setting) -> Comparison:
+    ways = {"runtime": call.chained, "session.run": call.bare, **call.more}
+    candidates = [Candidate(name, way, precision, batch) for name, way in ways.items()]
+    timed = side_by_side(candidates, setting.rounds)
+    wanted = call.embedding(*call.bare())
+    if not all(np.array_equal(way(), wanted) for way in (call.chained, *call.more.values())):
+        raise AssertionError(f"{case}: not the same embeddings")
+    return Comparison(case, timed, (Goal("runtime", "session.run", "time", MOST),))
+
+
+def calls(model: InternVL, batch: int) -> Iterator[Call]:
+    """InternVL-C, InternVL-G and text."""
     vision, query, text = (session(model, c) for c in ("vision", "qllama_query", "qllama_text"))
     size = model.image_settings.size
     pixels = random_pixels((batch, 3, size, size))
@@ -60,14 +82,18 @@ def calls(
     def plain_text() -> list[Array]:
         return list(text.run(["text_embed"], {"input_ids": ids, "lengths": lengths}))
 
-    yield "InternVL-C", lambda: model.encode_image(pixels), internvl_c, lambda embed: embed
-    yield (
-        "InternVL-G",
-        lambda: model.encode_image(pixels, "InternVL-G"),
-        internvl_g,
-        lambda embed, queries: l2(embed) + l2(queries),
+    def both(embed: Array, queries: Array) -> Array:
+        return l2(embed) + l2(queries)
+
+    yield Call("InternVL-C", lambda: model.encode_image(pixels), internvl_c, lambda embed: embed)
+    yield Call("InternVL-G", lambda: model.encode_image(pixels, "InternVL-G"), internvl_g, both)
+    yield Call(
+        "text",
+        lambda: model.encode_tokens(ids, lengths),
+        plain_text,
+        lambda embed: embed,
+        {"runtime, with tokenization": lambda: model.encode_text(texts)},
     )
-    yield "text", lambda: model.encode_text(texts), plain_text, lambda embed: embed
 
 
 def session(model: InternVL, component: str) -> Any:
