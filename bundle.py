@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from .atomic import flush
 from .errors import BuildError, CapabilityError, IntegrityError
 from .manifest import MANIFEST, EngineFile, FileEntry, Manifest
 from .manifest_reading import manifest_from_json, read_manifest
 from .specs import ComponentSpec
 from .strict_json import read_json
-from .swap import flush, restore, swap
+from .swap import restore, swap
 
 Verify = Literal["size", "hash"]
 Progress = Callable[[str, int], None]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..atomic import atomic
 from ..errors import BuildError
 from ..models.chat_config import ChatConfig
 from ..preprocess import MAX_LENGTH, ImageSettings, Tokenizer
@@ -236,13 +236,9 @@ class _State:
         for component, layers in amax.items():
             self.amax[component].update(layers)
         self.done = done
-        path = self.folder / STATE
-        partial = path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump({"identity": self.identity, "done": done, "amax": self.amax}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        state = {"identity": self.identity, "done": done, "amax": self.amax}
+        with atomic(self.folder / STATE, durable=True) as partial:
+            partial.write_text(json.dumps(state), encoding="utf-8")
 
     def _read(self) -> Any:
         """The state of an earlier run of just this kind, or None."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..atomic import atomic
 from ..errors import CapabilityError
 from .sensitivity import Sensitivity
 
@@ -43,7 +44,6 @@ def draw(found: Sensitivity, path: Path) -> None:
             axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=ink)
     axes.set_title("SQNR (dB) of a block's update\nwith one layer quantised", fontsize=9)
     figure.colorbar(image, label="dB: darker loses more; white: nothing was lost")
-    partial = path.with_name(f".{path.name}.tmp")
     FigureCanvasAgg(figure)
-    figure.savefig(partial, format="png", dpi=_DPI)
-    partial.replace(path)
+    with atomic(path) as partial:
+        figure.savefig(partial, format="png", dpi=_DPI)

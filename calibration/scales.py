@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..atomic import atomic
 from ..errors import InputError, IntegrityError
 from ..strict_json import read_json
 from .attention import operand_names
@@ -53,9 +54,8 @@ class Scales:
     def save(self, path: Path) -> None:
         """Write ``path`` (a ``scales.json``), whole or not at all."""
         text = json.dumps({"version": VERSION, **asdict(self)}, indent=1, sort_keys=True, ensure_ascii=False)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
+        with atomic(path) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Scales:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..atomic import atomic
 from ..errors import UsageError
 from ..export.blocks import block_prefix
 from ..preprocess import ImageSettings, Tokenizer
@@ -157,9 +158,8 @@ def measure(
             losses += variants.losses()
             findings += channels.findings(components)
             found = Sensitivity(tuple(losses), tuple(findings))
-            partial = state.with_suffix(".partial")
-            partial.write_text(json.dumps({"asked": asked, "done": number + 1, **found.to_json()}))
-            partial.replace(state)
+            with atomic(state) as partial:
+                partial.write_text(json.dumps({"asked": asked, "done": number + 1, **found.to_json()}))
     finally:
         flow.close()
     return Sensitivity(tuple(losses), tuple(findings))

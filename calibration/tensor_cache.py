@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..atomic import atomic
 from ..preprocess import Array, ImageSettings
 
 LIMIT = 4 << 30
@@ -67,10 +68,5 @@ class TensorCache:
         if made.nbytes > self.limit:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with partial.open("wb") as file:
-                np.save(file, made, allow_pickle=False)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic(path) as partial, partial.open("wb") as file:
+            np.save(file, made, allow_pickle=False)

@@ -11,9 +11,10 @@ from typing import Any
 
 import typer
 
+from ..atomic import write_text
 from ..bundle import Bundle
 from ..engines.proof import AttentionProof, KernelReport, ProductProof
-from .output import human_bytes, print_json, print_table, show
+from .output import check_writable, human_bytes, print_json, print_table, show
 from .proofs import Here, Proof, Proofs, check_here, proof_of_file, proofs, proofs_here
 
 _BLOCK = re.compile(r"\.\d+(?=\.|$)")
@@ -143,14 +144,15 @@ def run(
     as_json: bool,
 ) -> None:
     """What ``inspect --layers`` does; BuildError behind the output if ``here`` breaks a promise."""
+    check_writable("--html", html)
     if here is not None:
         found = proofs_here(bundle, component, here)
     else:
         found = proofs(bundle, component, engine) if info is None else proof_of_file(bundle, info, component)
     if html is not None:
-        from .layers_page import write_page
+        from .layers_page import page
 
-        write_page(bundle.manifest.model.name, bundle.manifest.precision, found, html)
+        write_text(page(bundle.manifest.model.name, bundle.manifest.precision, found), html)
     if as_json:
         print_json(json_layers(found))
     elif html is None:

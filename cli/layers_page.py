@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from html import escape
-from pathlib import Path
 
-from ..errors import UsageError
 from ..profiles.html import document
 from .layers import Layer, layers, summary
 from .output import human_bytes, show
@@ -101,19 +98,6 @@ both factors (input x weight), what is stored of the weight, and what one kernel
         _CSS,
         _JS,
     )
-
-
-def write_page(model: str, precision: str, found: Proofs, path: Path) -> None:
-    """Write the page to ``path``, whole or not at all; UsageError if it cannot be written."""
-    staging = path.with_name(f".{path.name}.tmp.{os.getpid()}")
-    try:
-        staging.write_text(page(model, precision, found), encoding="utf-8")
-        staging.replace(path)
-    except OSError as error:
-        staging.unlink(missing_ok=True)
-        raise UsageError(
-            f"--html {path} cannot be written.", str(error), "Name a file in a folder that is there."
-        ) from error
 
 
 def _cards(found: Proofs) -> str:

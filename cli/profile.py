@@ -207,7 +207,7 @@ def _export(
     """Everything that is written or printed of a profile; ``others`` add columns to its Table 19."""
     from dataclasses import replace
 
-    from ..profiles.receipt import write_text
+    from ..atomic import write_text
     from ..profiles.table19 import merged
 
     if tables := [p.table19 for p in (result, *others) if p.table19 is not None]:

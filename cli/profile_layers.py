@@ -52,8 +52,8 @@ def layers(
     if trace is not None:
         write_trace(found, trace)
     if html is not None:
+        from ..atomic import write_text
         from ..profiles.layer_page import layer_page
-        from ..profiles.receipt import write_text
 
         write_text(layer_page(f"Layers of {opened.root.resolve().name}", found), html)
         written.append(html)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
+from ..atomic import atomic
 from ..errors import BuildError
 from .output import print_json, print_table, show
 
@@ -83,12 +84,9 @@ def session(
 
 def save(out: Path, write: Callable[[BinaryIO], object]) -> Path:
     """Write ``out`` whole or not at all; BuildError if it cannot be."""
-    part = out.with_name(f".{out.name}.part")
     try:
-        with part.open("wb") as file:
+        with atomic(out) as partial, partial.open("wb") as file:
             write(file)
-        part.replace(out)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise BuildError(f"Cannot write {out}.", str(error), "Choose another place for --out.") from error
     return out

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .cache import cache_folder, locked, touch, write_atomic
+from ..atomic import atomic
+from .cache import cache_folder, locked, touch
 from .gpu import Gpu
 from .trt import Library
 
@@ -44,7 +45,8 @@ def timing_cache(lib: Library, config: Any, gpu: Gpu | None, *, enabled: bool = 
         with locked(path.with_suffix(".lock")):
             if kept := _read(path):
                 cache.combine(config.create_timing_cache(kept), False)
-            write_atomic(path, bytes(cache.serialize()))
+            with atomic(path, durable=True) as partial:
+                partial.write_bytes(bytes(cache.serialize()))
     except OSError:
         return  # as above
 

@@ -6,10 +6,10 @@ ONNX Runtime refuse external data outside the graph's folder, so the store lies 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..atomic import atomic
 from ..errors import BuildError
 from .store import Store, cannot_write
 
@@ -89,18 +89,15 @@ def save_graph(model: ir.Model, path: Path) -> None:
     loose = unbound(model)
     if loose:
         raise BuildError(f"Graph {model.graph.name} has {len(loose)} weights without data.", loose[0])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        ir.save(model, temporary, format="protobuf")
-        onnx.checker.check_model(str(temporary), full_check=True)
-        temporary.replace(path)
+        with atomic(path) as partial:
+            ir.save(model, partial, format="protobuf")
+            onnx.checker.check_model(str(partial), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise BuildError(f"Graph {model.graph.name} is not valid ONNX.", str(error)) from error
     except OSError as error:
         raise cannot_write(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _cast(graph: ir.Graph, value: ir.Value, stored: ir.DataType, wanted: ir.DataType) -> None:

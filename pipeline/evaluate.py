@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..atomic import atomic
 from ..bundle import Bundle
 from ..calibration.accuracy import SIMULATED, Metrics, Receipt, Table, component_accuracy
 from ..calibration.calibrate import calibration_units
@@ -16,7 +17,7 @@ from ..calibration.chain import Step
 from ..calibration.chat import ChatBatch
 from ..calibration.dataset import Batch
 from ..calibration.recording import Recording
-from ..engines.cache import cache_folder, write_atomic
+from ..engines.cache import cache_folder
 from ..engines.memory import available_memory
 from ..engines.protocol import open_engine
 from ..export.components import component_spec
@@ -223,7 +224,8 @@ def cached(content: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any
     result = compute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(result).encode())
+        with atomic(path, durable=True) as partial:
+            partial.write_text(json.dumps(result), encoding="utf-8")
     except OSError:
         pass  # a cache that cannot be written costs time, not correctness
     return result

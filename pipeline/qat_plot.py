@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..atomic import atomic
 from ..errors import CapabilityError
 
 SHOWN = (("caption", "en"), ("InternVL-G", "classify"), ("InternVL-G", "text_to_image"))
@@ -50,6 +51,5 @@ def plot(receipt: dict[str, Any], path: Path) -> None:
             axes[1].axhline(whole, color=line[0].get_color(), ls=":", lw=1)
         axes[1].set(xlabel="step", ylabel="accuracy, %", title="held-out scenes (dotted: fp32)")
         axes[1].legend(frameon=False, loc="lower right")
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
-    partial.replace(path)
+    with atomic(path) as partial:
+        figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..atomic import write_text
 from ..calibration.calibrate import calibration_units, spilled_bytes
 from ..calibration.scales import Scales
 from ..calibration.sensitivity import Loss, Sensitivity, measure
@@ -121,9 +122,7 @@ def sensitivity(
             name = "layer-tasks"
         result = Sensitivity.from_json(read_json(space.root / "receipts" / f"{name}.json"))
         out.mkdir(parents=True, exist_ok=True)
-        partial = out / ".sensitivity.json.tmp"
-        partial.write_text(json.dumps(report(job, result, questions), indent=1) + "\n", encoding="utf-8")
-        partial.replace(out / "sensitivity.json")
+        write_text(json.dumps(report(job, result, questions), indent=1) + "\n", out / "sensitivity.json")
         space.discard()
     return result
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..atomic import atomic
 from ..bundle import Bundle, disk_errors
 from ..errors import BuildError, IntegrityError
 from ..strict_json import Node, read_json
@@ -202,10 +203,8 @@ class Workspace:
             (self.root / rel).unlink(missing_ok=True)
 
     def _write(self, name: str, record: Record) -> None:
-        path = self._record_path(name)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(record)))
-        partial.replace(path)
+        with atomic(self._record_path(name)) as partial:
+            partial.write_text(json.dumps(asdict(record)))
 
     def _record_path(self, name: str) -> Path:
         return self._steps / f"{name}.json"

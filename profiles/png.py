@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..atomic import atomic
 from ..errors import BuildError, CapabilityError
 from .drawing import PALETTE, Dot, Drawing, Line, Rect
 
@@ -33,12 +34,8 @@ def write_drawings(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for drawing in drawings:
             out = folder / f"{drawing.name}.png"
-            part = out.with_name(f".{out.name}.part")
-            try:
-                _draw(drawing, part)
-                part.replace(out)
-            finally:
-                part.unlink(missing_ok=True)
+            with atomic(out) as partial:
+                _draw(drawing, partial)
             written.append(out)
     except OSError as error:
         raise BuildError(f"Cannot write into {folder}.", str(error), "Choose another --png.") from error

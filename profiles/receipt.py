@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_text
 from ..engines.device import HOST
-from ..errors import BuildError, InputError, IntegrityError
+from ..errors import InputError, IntegrityError
 from ..strict_json import read_json
 from .cases import Case
 from .ceilings import Ceilings
@@ -159,14 +160,3 @@ def read(path: Path) -> Profile:
 def write(receipt: Any, out: Path) -> None:
     """Write plain data as JSON, whole or not at all; BuildError if the file system refuses."""
     write_text(json.dumps(receipt, allow_nan=False) + "\n", out)
-
-
-def write_text(text: str, out: Path) -> None:
-    """Write ``text``, whole or not at all; BuildError if the file system refuses."""
-    part = out.with_name(f".{out.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(out)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise BuildError(f"Cannot write {out}.", str(error), "Choose another place for it.") from error

@@ -7,7 +7,6 @@ a stranger runs nothing.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..atomic import atomic
 from ..errors import CapabilityError, InputError, IntegrityError, UsageError
 from .images import Floats
 from .zero_shot import l2, top_of
@@ -109,12 +109,8 @@ class Index:
     def save(self, path: Path) -> None:
         """Write ``path``, whole or not at all. An approximate FAISS structure is made anew when opened."""
         about = {"names": json.dumps(self.names), "kind": self.kind, "factory": self.factory}
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file({"embeddings": self.vectors()}, aside, about)
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with atomic(path) as partial:
+            save_file({"embeddings": self.vectors()}, partial, about)
 
     @classmethod
     def load(cls, path: Path, kind: Kind | None = None) -> Index:

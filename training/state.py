@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..atomic import atomic
 from ..errors import InputError
 from . import distributed as dist
 
@@ -44,7 +45,5 @@ def save_state(
     state = {**place, "model": dist.whole(model.state_dict()), "optimizers": states}
     if dist.rank() > 0:
         return
-    path = folder / STATE
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    with atomic(folder / STATE) as partial:
+        torch.save(state, partial)

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ivl_export.atomic import write_text
+
 ROOT = Path(__file__).resolve().parents[2]
 RECEIPTS = ROOT / "profiles" / "receipts"
 DOCUMENT = ROOT / "docs" / "scale.md"
@@ -111,9 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     new = render(old, sorted(RECEIPTS.glob("fullsize-*.json")))
     if args.check:
         return int(old != new)
-    part = DOCUMENT.with_name(f".{DOCUMENT.name}.part")
-    part.write_text(new, encoding="utf-8")
-    part.replace(DOCUMENT)
+    write_text(new, DOCUMENT)
     return 0
 
 

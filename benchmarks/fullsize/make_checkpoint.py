@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ivl_export.atomic import atomic, write_text
 from ivl_export.cli.scenes import draw
 from ivl_export.models.chat_config import (
     TOWER_CONFIG,
@@ -132,8 +132,7 @@ def make_checkpoint(
     paths = []
     for i, keys in enumerate(shards, 1):
         path = out / f"model-{i:05}-of-{len(shards):05}.safetensors"
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
+        with atomic(path) as partial, partial.open("wb") as file:
             file.write(_header({_stored(key, config): shapes[key] for key in keys}))
             if holes:
                 file.truncate(file.tell() + sum(_nbytes(shapes[key]) for key in keys))
@@ -142,7 +141,6 @@ def make_checkpoint(
                     file.write(rows.view(torch.uint8).numpy().data)
                     done += rows.numel() * ITEM_BYTES
                     progress(done, total)
-        temporary.replace(path)
         index.update({_stored(key, config): path.name for key in keys})
         paths.append(path)
     _json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
@@ -246,9 +244,7 @@ def _nbytes(shape: Shape) -> int:
 
 
 def _json(path: Path, data: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(json.dumps(data, indent=2) + "\n", path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

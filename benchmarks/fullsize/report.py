@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ivl_export.atomic import write_text
 from ivl_export.benchmarks.fullsize.document import notes
 from ivl_export.benchmarks.fullsize.make_checkpoint import ITEM_BYTES, sliced
 from ivl_export.benchmarks.fullsize.measured import Run, StepFailed, run
@@ -247,9 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write(data: dict[str, Any], out: Path) -> None:
     """The receipt, whole or not at all."""
-    part = out.with_name(f".{out.name}.part")
-    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    part.replace(out)
+    write_text(json.dumps(data, indent=1) + "\n", out)
 
 
 def _needed(config: InternVLConfig, steps: Sequence[str], components: Sequence[str]) -> int:

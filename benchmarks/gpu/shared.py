@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ivl_export.atomic import write_text
 from ivl_export.calibration.quantize import quantise, round_scale
 from ivl_export.calibration.recipe import load_recipe
 from ivl_export.calibration.schemes import excluded
@@ -72,10 +73,8 @@ class Receipt:
     def _write(self) -> None:
         if self._out is None:
             return
-        part = self._out.with_name(f".{self._out.name}.part")
         data = {**self._head, "goals": self._goals, "rows": self.rows}
-        part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(self._out)
+        write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", self._out)
 
 
 class Budget:

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ivl_export.atomic import write_text
 from ivl_export.benchmarks.precision.document import DOCUMENT, RECEIPT, render
 from ivl_export.benchmarks.precision.outliers import measure
 from ivl_export.calibration.recipe import Recipe, load_recipe, shipped_recipes
@@ -134,13 +135,6 @@ def measured(work: Path, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def write(path: Path, text: str) -> None:
-    """``text`` at ``path``, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Measure every precision, and write docs/precision.md.")
@@ -156,14 +150,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with tempfile.TemporaryDirectory(prefix="ivl-precision-") as folder:
             found = measured(args.work or Path(folder), say)
-        write(RECEIPT, json.dumps(found, indent=1) + "\n")
+        write_text(json.dumps(found, indent=1) + "\n", RECEIPT)
     if not RECEIPT.is_file():
         raise UsageError(f"{RECEIPT} is not there.", fix="Run this without --document first.")
     old = DOCUMENT.read_text(encoding="utf-8")
     new = render(old)
     if args.check:
         return int(old != new)
-    write(DOCUMENT, new)
+    write_text(new, DOCUMENT)
     return 0
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ivl_export.atomic import write_text
 from ivl_export.benchmarks.runtime.measured import (
     COLUMNS,
     RECEIPTS,
@@ -22,7 +23,6 @@ from ivl_export.benchmarks.runtime.measured import (
     rows,
 )
 from ivl_export.benchmarks.runtime.report import PARTS
-from ivl_export.profiles.receipt import write_text
 
 DOCUMENT = RECEIPTS.parents[1] / "docs" / "runtime.md"
 END = "<!-- end -->"

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ivl_export.atomic import write_text
 from ivl_export.profiles.machine import commit, machine, versions
-from ivl_export.profiles.receipt import write_text
 
 SCHEMA = "ivl-export.runtime/1"
 RECEIPTS = Path(__file__).resolve().parents[2] / "profiles" / "receipts"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ivl_export.atomic import atomic
 from ivl_export.engines import cache, engine_cache
-from ivl_export.engines.cache import Entry, entries, locked, parse_size, prune, write_atomic
+from ivl_export.engines.cache import Entry, entries, locked, parse_size, prune
 from ivl_export.engines.engine_cache import EngineKey, file_hash, keep_engine, take_engine
 from ivl_export.errors import UsageError
 
@@ -154,12 +155,12 @@ def test_hashes_follow_the_content(tmp_path: Path) -> None:
 
 def test_writers_take_turns_and_readers_see_whole_files(tmp_path: Path) -> None:
     path, lock = tmp_path / "times", tmp_path / "times.lock"
-    write_atomic(path, b"")
+    path.write_bytes(b"")
 
     def add(name: bytes) -> None:
         for _ in range(20):
-            with locked(lock):
-                write_atomic(path, path.read_bytes() + name)
+            with locked(lock), atomic(path, durable=True) as partial:
+                partial.write_bytes(path.read_bytes() + name)
 
     threads = [threading.Thread(target=add, args=(bytes([65 + i]),)) for i in range(4)]
     for thread in threads:
