@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from ..preprocess import Array
-from ..specs import ComponentSpec
 from .chat import ChatBatch, empty_past, runs, splice, visual_of
 from .chat import step_inputs as chat_inputs
 from .dataset import Batch
-
-if TYPE_CHECKING:
-    import torch
 
 Arrays: TypeAlias = "dict[str, Array]"
 Runner = Callable[[Arrays], Arrays]
@@ -108,22 +104,6 @@ def step_inputs(ids: Array, past: int) -> Arrays:
         "positions": np.tile(np.arange(past, past + length, dtype=np.int64), (batch, 1)),
         "attention_mask": np.ones((batch, past + length), np.int64),
     }
-
-
-def torch_runner(module: torch.nn.Module | Callable[..., object], spec: ComponentSpec) -> Runner:
-    """A runner over a component module that takes inputs and returns outputs in the spec's order."""
-    import torch
-
-    names = [tensor.name for tensor in spec.outputs]
-
-    def run(inputs: Arrays) -> Arrays:
-        tensors = [torch.from_numpy(np.ascontiguousarray(inputs[t.name])) for t in spec.inputs]
-        with torch.inference_mode():
-            outputs = module(*tensors)
-        found = outputs if isinstance(outputs, tuple | list) else (outputs,)
-        return {name: t.float().numpy() for name, t in zip(names, found, strict=True)}
-
-    return run
 
 
 def _run(runners: Mapping[str, Runner], component: str, inputs: Arrays) -> Step:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..errors import BuildError
 from ..specs import part_starts
-from .graph import Graph, read_graph, stored_bytes
+from .graph import Graph, stored_bytes
 from .products import find_products, node_name
 
 LIBRARY_BYTES = 200 << 20
@@ -74,15 +74,6 @@ def graph_load(graph: Graph) -> Load:
             for name in together:
                 sizes[name] *= 2
     return Load.of(sizes)
-
-
-def predict_build_bytes(graph: Path) -> int:
-    """The most anonymous memory that building an engine of the ONNX file ``graph`` takes, in bytes.
-
-    Raises:
-        IntegrityError: it is no ONNX model.
-    """
-    return graph_load(read_graph(graph)).build_bytes
 
 
 def check_memory(name: str, load: Load, parts: int = 1) -> None:

@@ -49,10 +49,6 @@ class InternVL(nn.Module):
         """Vision tokens [B, N, D] -> query rows after the final norm [B, Q, H], their keys and values."""
         return query_pass(self.qllama, self.query_tokens, tokens)
 
-    def query_features(self, pixel_values: Tensor) -> Tensor:
-        """[B, 3, S, S] -> query rows after the final norm [B, Q, H]."""
-        return self.query_pass(self.vision(pixel_values))[0]
-
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T] -> [B, T, H] after the final norm; ids 0 are padding unless a mask [B, T] says otherwise."""
         mask = (input_ids > 0) if attention_mask is None else attention_mask.bool()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint, sliced
 from ivl_export.calibration.accuracy import Metrics, compare
 from ivl_export.calibration.calibrate import calibrate
-from ivl_export.calibration.chain import Arrays, Runner, Step, run_chain, torch_runner
+from ivl_export.calibration.chain import Arrays, Runner, Step, run_chain
 from ivl_export.calibration.dataset import Batch
 from ivl_export.calibration.recipe import load_recipe, plan
 from ivl_export.calibration.scales import Scales
@@ -36,6 +36,7 @@ from ivl_export.pipeline.graphs import (
     write_quantised_store,
 )
 from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.tests.calibration.reference import torch_runner
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ import torch
 
 from ivl_export.benchmarks.fullsize.make_checkpoint import LAYOUTS, make_checkpoint
 from ivl_export.calibration.accuracy import compare
-from ivl_export.calibration.chain import Arrays, torch_runner
+from ivl_export.calibration.chain import Arrays
 from ivl_export.calibration.recipe import Recipe, Rule, plan
 from ivl_export.calibration.scales import Scales
 from ivl_export.engines.protocol import open_engine
@@ -30,6 +30,7 @@ from ivl_export.pipeline.graphs import (
 )
 from ivl_export.preprocess import Array
 from ivl_export.specs import ComponentSpec
+from ivl_export.tests.calibration.reference import torch_runner
 
 pytestmark = pytest.mark.slow
 

@@ -67,9 +67,8 @@ def test_position_embedding_resize(model: InternVL, vision: dict[str, Tensor], g
 
 @torch.no_grad()
 def test_queries_and_text(model: InternVL, contrastive: dict[str, Tensor]) -> None:
-    near(
-        model.query_features(contrastive["pixel_values"]), contrastive["get_image_features_queries"], FEATURES
-    )
+    queries, _ = model.query_pass(model.vision(contrastive["pixel_values"]))
+    near(queries, contrastive["get_image_features_queries"], FEATURES)
     near(model.text_features(contrastive["input_ids"]), contrastive["text_features"], FEATURES)
     mask = contrastive["left_attention_mask"]
     left = model.text_features(contrastive["left_input_ids"], mask)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from ivl_export.calibration.chain import run_chain, torch_runner
+from ivl_export.calibration.chain import run_chain
 from ivl_export.calibration.dataset import Batch
 from ivl_export.calibration.recording import Recording
 from ivl_export.calibration.sources import scenes_calibration
@@ -23,6 +23,7 @@ from ivl_export.export.components import component_module, component_spec
 from ivl_export.models.checkpoint import load_state, open_checkpoint
 from ivl_export.preprocess import ImageSettings, Tokenizer
 from ivl_export.runtime import InternVL, Ranking
+from ivl_export.tests.calibration.reference import torch_runner
 from ivl_export.training.losses import IGNORE, Stage2Batch, Text, matching_texts
 
 TINY = Path(__file__).parent / "goldens" / "tiny"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from pathlib import Path
 
 from .grammar import corpus
 
@@ -44,8 +43,3 @@ def train_tokenizer(texts: Iterable[list[str]] | None = None, vocab_size: int = 
         minloglevel=2,
     )
     return model.getvalue()
-
-
-def write_tokenizer(path: Path) -> None:
-    """Train and write ``path`` (a ``tokenizer.model``)."""
-    path.write_bytes(train_tokenizer())

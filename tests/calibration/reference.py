@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
 
 from ivl_export.calibration.attention import core_attentions, operand_names
-from ivl_export.calibration.chain import Runner, run_chain, torch_runner
+from ivl_export.calibration.chain import Arrays, Runner, run_chain
 from ivl_export.calibration.dataset import Batch
 from ivl_export.calibration.observe import Watch, observers
 from ivl_export.calibration.parts import needed
 from ivl_export.export.components import component_module, component_spec
 from ivl_export.models.checkpoint import Checkpoint, load_state
+from ivl_export.specs import ComponentSpec
+
+
+def torch_runner(module: torch.nn.Module | Callable[..., object], spec: ComponentSpec) -> Runner:
+    """A runner over a component module that takes inputs and returns outputs in the spec's order."""
+    names = [tensor.name for tensor in spec.outputs]
+
+    def run(inputs: Arrays) -> Arrays:
+        tensors = [torch.from_numpy(np.ascontiguousarray(inputs[t.name])) for t in spec.inputs]
+        with torch.inference_mode():
+            outputs = module(*tensors)
+        found = outputs if isinstance(outputs, tuple | list) else (outputs,)
+        return {name: t.float().numpy() for name, t in zip(names, found, strict=True)}
+
+    return run
 
 
 def reference_modules(checkpoint: Checkpoint, components: Iterable[str]) -> dict[str, torch.nn.Module]:

@@ -23,7 +23,7 @@ from ivl_export.calibration.attention import (
     operand_names,
 )
 from ivl_export.calibration.calibrate import calibrate
-from ivl_export.calibration.chain import run_chain, torch_runner
+from ivl_export.calibration.chain import run_chain
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.qdq import quantised_gemms, write_qdq
 from ivl_export.calibration.qdq_attention import quantised_attentions
@@ -38,7 +38,7 @@ from ivl_export.models.config import InternVLConfig
 from ivl_export.models.layers import attention
 from ivl_export.models.layout import COMPONENTS, OPTIONAL
 from ivl_export.preprocess import ImageSettings, Tokenizer
-from ivl_export.tests.calibration.reference import reference_modules, reference_runners
+from ivl_export.tests.calibration.reference import reference_modules, reference_runners, torch_runner
 from ivl_export.tests.calibration.test_qdq import bound, runner
 
 EVERY = (*COMPONENTS, *OPTIONAL)

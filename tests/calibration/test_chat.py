@@ -10,7 +10,7 @@ import torch
 
 from ivl_export.calibration.accuracy import component_accuracy
 from ivl_export.calibration.calibrate import PartTime, calibrate, spilled_bytes
-from ivl_export.calibration.chain import Runner, run_chain, torch_runner
+from ivl_export.calibration.chain import Runner, run_chain
 from ivl_export.calibration.chat import ChatBatch, Dialogue, chat_batches, dialogue_of, runs
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.folding import fold, groups
@@ -24,6 +24,7 @@ from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.layout import CHAT_TOWER
 from ivl_export.models.shipped import nano_chat_folder
 from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.tests.calibration.reference import torch_runner
 
 TOKENIZER = Tokenizer(nano_chat_folder() / "tokenizer.model")
 

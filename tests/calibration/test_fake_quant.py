@@ -167,7 +167,7 @@ def test_every_pass_takes_its_components_ranges(
     seen = seen_scales(student)
     with torch.no_grad():
         student.encode_text(batch.summarize.input_ids)
-        student.query_features(batch.pixel_values)
+        student.query_pass(student.vision(batch.pixel_values))
         answers(student, batch, True)
     order = ("text", "query", "text", "query", "step")
     assert [float(s) for s in seen[name]] == [ranges[f"qllama_{c}"] for c in order]

@@ -12,7 +12,7 @@ import torch
 
 from ivl_export.calibration.accuracy import compare
 from ivl_export.calibration.calibrate import calibrate
-from ivl_export.calibration.chain import Runner, run_chain, torch_runner
+from ivl_export.calibration.chain import Runner, run_chain
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.qdq import quantised_gemms, write_qdq
 from ivl_export.calibration.qdq_nodes import Style
@@ -24,7 +24,7 @@ from ivl_export.export.components import component_spec
 from ivl_export.export.trace import export_component
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.preprocess import ImageSettings, Tokenizer
-from ivl_export.tests.calibration.reference import reference_modules, reference_runners
+from ivl_export.tests.calibration.reference import reference_modules, reference_runners, torch_runner
 
 Sets = tuple[CalibrationSet, CalibrationSet]
 COMPONENTS = ("vision", "qllama_query", "qllama_step")
