@@ -32,7 +32,8 @@ def write_text(text: str, out: Path) -> None:
         with atomic(out) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise BuildError(f"Cannot write {out}.", str(error), "Choose another place for it.") from error
+        why = error.strerror or str(error)
+        raise BuildError(f"Cannot write {out}.", f"{why}.", "Choose another place for it.") from error
 
 
 def flush(path: Path) -> None:

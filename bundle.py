@@ -108,7 +108,9 @@ class Bundle:
         graphs = self.manifest.components[component].graphs
         if dtype not in graphs:
             raise CapabilityError(
-                f"This bundle has no {dtype} graph of {component}.", f"It has {', '.join(graphs) or 'none'}."
+                f"This bundle has no {dtype} graph of {component}.",
+                f"It has {', '.join(graphs) or 'none'}.",
+                "Build the bundle again with a recipe of that base.",
             )
         return self.path(graphs[dtype])
 
@@ -129,10 +131,11 @@ class Bundle:
         if backend == "onnxruntime" and target in (None, "cpu") and graph is not None:
             return (EngineFile(component, backend, "cpu", graph, ""),)
         have = ", ".join(sorted({f"{e.backend}-{e.target}" for e in engines}))
+        fix = f"Rebuild it with --backend {backend}{f' --targets {target}' if target else ''}."
         raise CapabilityError(
             f"This bundle has no engine of {component} for {backend}{f'-{target}' if target else ''}.",
             f"It was built for {have or 'ONNX Runtime on the CPU only'}.",
-            f"Rebuild it with --backend {backend}{f' --targets {target}' if target else ''}.",
+            "Leave the target out: ONNX Runtime's is cpu." if backend == "onnxruntime" else fix,
         )
 
     def receipt(self, name: str) -> Any:

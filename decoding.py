@@ -105,11 +105,12 @@ def stream(first: Scores, step: Step, limits: Limits, sampling: Sampling | None 
 
 def check_search(limits: Limits, num_beams: int, sampling: Sampling | None) -> None:
     """UsageError for settings that cannot be right."""
-    if num_beams < 1 or limits.max_new_tokens < 1 or limits.min_new_tokens < 0:
+    if num_beams < 1 or not 0 <= limits.min_new_tokens <= limits.max_new_tokens >= 1:
         raise UsageError(
             "These generation settings cannot be right.",
             f"num_beams {num_beams}, max_new_tokens {limits.max_new_tokens}, "
             f"min_new_tokens {limits.min_new_tokens}.",
+            "num_beams and max_new_tokens are 1 or more, min_new_tokens is 0 to max_new_tokens.",
         )
     if num_beams > 1 and sampling is not None:
         raise UsageError("Beams are not sampled.", f"num_beams is {num_beams}.", "Give one of the two.")

@@ -106,9 +106,10 @@ class FileEntry:
 class Manifest:
     """All a bundle says about itself.
 
-    ``recipe`` is the quantisation recipe as plain data, ``receipts`` the names of ``receipts/<name>.json``,
-    ``steps`` the build steps' content hashes, ``tools`` library versions. ``files`` is filled by
-    :func:`ivl_export.bundle.seal`.
+    ``compute_dtype`` is what engines compute in where nothing is quantised, by its name in
+    :attr:`Component.graphs`. ``recipe`` is the quantisation recipe as plain data, ``receipts`` the names of
+    ``receipts/<name>.json``, ``steps`` the build steps' content hashes, ``tools`` library versions.
+    ``files`` is filled by :func:`ivl_export.bundle.seal`.
     """
 
     model: Model

@@ -26,6 +26,9 @@ from .manifest import (
 from .specs import ComponentSpec
 from .strict_json import Node, read_json, refuse
 
+_LONG = {"bfloat16": "bf16", "float16": "fp16"}
+"""Compute types as the first builds of this schema named them."""
+
 
 def read_manifest(path: Path) -> Manifest:
     """Read a ``manifest.json`` of unknown origin; IntegrityError if it is missing or not the schema."""
@@ -54,7 +57,7 @@ def manifest_from_json(data: Any) -> Manifest:
     manifest = Manifest(
         model=_model(top["model"]),
         precision=top["precision"].name(),
-        compute_dtype=top["compute_dtype"].name(),
+        compute_dtype=_LONG.get(dtype := top["compute_dtype"].name(), dtype),
         recipe=top["recipe"].object().data,
         calibration=None if top["calibration"].data is None else _calibration(top["calibration"]),
         components=top["components"].map(_component),

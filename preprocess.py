@@ -190,12 +190,19 @@ class Tokenizer:
             self.model = model if isinstance(model, bytes) else Path(model).read_bytes()
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except (OSError, RuntimeError) as error:
+            why = error.strerror if isinstance(error, OSError) else None
             raise CheckpointError(
-                f"Cannot read {name}.", str(error), "Take the tokenizer.model of the checkpoint."
+                f"Cannot read {name}.",
+                why or "It is no SentencePiece model, or a damaged one.",
+                "Take the tokenizer.model of the checkpoint.",
             ) from error
         self.bos, self.eos = int(self._sp.bos_id()), int(self._sp.eos_id())
         if self.bos < 0 or self.eos < 0:
-            raise CheckpointError(f"Cannot use {name}.", "It has no bos or no eos piece.")
+            raise CheckpointError(
+                f"Cannot use {name}.",
+                "It has no bos or no eos piece.",
+                "Take the tokenizer.model of the checkpoint.",
+            )
 
     def __len__(self) -> int:
         return int(self._sp.vocab_size())

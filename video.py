@@ -95,7 +95,9 @@ def _animation(image: Image.Image, count: int, name: str) -> Iterator[Image.Imag
             yield load_image(frame.copy(), f"{name}, frame {number}")
         if number == wanted[-1]:
             return
-    raise InputError(f"The video {name} is damaged.", f"It ends before frame {wanted[-1]}.")
+    raise InputError(
+        f"The video {name} is damaged.", f"It ends before frame {wanted[-1]}.", "Copy or download it again."
+    )
 
 
 def _film(file: BinaryIO, count: int, name: str) -> Iterator[Image.Image]:
@@ -111,7 +113,7 @@ def _film(file: BinaryIO, count: int, name: str) -> Iterator[Image.Image]:
     safe = {"format_whitelist": _CONTAINERS, "protocol_whitelist": ""}
     with av.open(file, "r", options=safe, metadata_errors="ignore") as container:
         if not container.streams.video:
-            raise InputError(f"The video {name} has no pictures.")
+            raise InputError(f"The video {name} has no pictures.", fix="Give a video that has pictures.")
         stream = container.streams.video[0]
         times, keys = _times(container, stream, name)
         wanted = [times[i] for i in spread(len(times), count)]
@@ -134,7 +136,7 @@ def _times(container: Any, stream: Any, name: str) -> tuple[list[int], list[int]
         if len(times) > MAX_PACKETS:
             raise _too_large(name, f"It has over {MAX_PACKETS} frames.")
     if not times:
-        raise InputError(f"The video {name} has no pictures.")
+        raise InputError(f"The video {name} has no pictures.", fix="Give a video that has pictures.")
     return sorted(times), sorted(keys)
 
 
@@ -151,7 +153,9 @@ def _at(container: Any, stream: Any, time: int, keys: list[int], name: str) -> A
                 return frame
             if decoded > MAX_GROUP:
                 raise _too_large(name, f"Over {MAX_GROUP} frames follow from one another.")
-    raise InputError(f"The video {name} is damaged.", "It ends before its last frame.")
+    raise InputError(
+        f"The video {name} is damaged.", "It ends before its last frame.", "Copy or download it again."
+    )
 
 
 def _check(pixels: int, drawn: int, kept: int, name: str) -> None:

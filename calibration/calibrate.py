@@ -221,7 +221,11 @@ class _State:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise BuildError(f"Cannot write to {folder}.", error.strerror or str(error)) from error
+                raise BuildError(
+                    f"Cannot write to {folder}.",
+                    error.strerror or str(error),
+                    "Free disk space, or choose another place for --out.",
+                ) from error
         else:
             self.done, self.amax = found["done"], {c: found["amax"][c] for c in order}
 

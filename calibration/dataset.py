@@ -259,10 +259,16 @@ def read_bytes(image: Path | Stored) -> bytes:
         return image.read()
     path = image
     if not path.is_file():
-        raise InputError(f"Cannot read {path}.", "There is no such file.")
+        raise InputError(f"Cannot read {path}.", "There is no such file.", "Check the path.")
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path} is refused.", f"It is larger than {MAX_FILE_BYTES >> 20} MiB.")
+            raise InputError(
+                f"{path} is refused.",
+                f"It is larger than {MAX_FILE_BYTES >> 20} MiB.",
+                "Leave it out, or store it smaller.",
+            )
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"Cannot read {path}.", error.strerror or str(error)) from error
+        raise InputError(
+            f"Cannot read {path}.", error.strerror or str(error), "Make it readable, or leave it out."
+        ) from error

@@ -151,7 +151,9 @@ def algorithm_name(algorithm: str) -> str:
     if name not in ALGORITHMS or (dash and name != "percentile"):
         known = ", ".join(ALGORITHMS)
         raise UsageError(
-            f"Unknown calibration algorithm {algorithm!r}.", f"Known: {known}; percentile-99.9 names its own."
+            f"Unknown calibration algorithm {algorithm!r}.",
+            f"Known: {known}; percentile-99.9 names its own.",
+            "Give --algorithm max.",
         )
     if name != "percentile":
         return name

@@ -96,7 +96,11 @@ class Recipe:
     def from_json(cls, data: Any, source: str = "recipe") -> Recipe:
         """Inverse of :meth:`to_json`; UsageError names what does not fit."""
         if not isinstance(data, dict) or not isinstance(data.get("rules", []), list):
-            raise UsageError(f"{source} is no recipe.", "It needs a mapping with 'name' and a list 'rules'.")
+            raise UsageError(
+                f"{source} is no recipe.",
+                "It needs a mapping with 'name' and a list 'rules'.",
+                "Start from a shipped one: ivl-export recipes fp8.",
+            )
         _known_keys(data, {"name", "summary", "rules", "attention", "base"}, source)
         rules = []
         for i, rule in enumerate(data.get("rules", [])):
@@ -111,7 +115,7 @@ class Recipe:
         texts = {k: v for k, v in data.items() if k != "rules"}
         for key, value in texts.items():
             if not isinstance(value, str):
-                raise UsageError(f"{source}: {key} is no text.", f"It is {value!r}.")
+                raise UsageError(f"{source}: {key} is no text.", f"It is {value!r}.", "Write it in quotes.")
         return cls(rules=tuple(rules), **{"name": "", **texts})
 
     def to_yaml(self) -> str:
@@ -181,9 +185,15 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         text = path.read_text(encoding="utf-8")
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
-        raise UsageError(f"Recipe {path} cannot be read.", error.strerror or str(error)) from error
+        raise UsageError(
+            f"Recipe {path} cannot be read.", error.strerror or str(error), "Check the path."
+        ) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UsageError(f"Recipe {path} is not {path.suffix[1:].upper()}.", str(error)) from error
+        raise UsageError(
+            f"Recipe {path} is not {path.suffix[1:].upper()}.",
+            " ".join(str(error).split()),
+            "Repair it, or start from a shipped one: ivl-export recipes fp8.",
+        ) from error
     return Recipe.from_json(data, str(path))
 
 
@@ -257,12 +267,16 @@ def plan(recipe: Recipe, shapes: Mapping[str, tuple[int, int]], attentions: Atte
 
 def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise UsageError(f"{where} is {value!r}.", f"Supported: {', '.join(allowed)}.")
+        raise UsageError(
+            f"{where} is {value!r}.", f"Supported: {', '.join(allowed)}.", "Write one of these there."
+        )
 
 
 def _known_keys(data: dict[Any, Any], known: set[str], where: str) -> None:
     unknown = sorted(str(key) for key in data if key not in known)
     if unknown:
         raise UsageError(
-            f"{where} has unknown keys: {', '.join(unknown)}.", f"Known: {', '.join(sorted(known))}."
+            f"{where} has unknown keys: {', '.join(unknown)}.",
+            f"Known: {', '.join(sorted(known))}.",
+            "Remove or rename them.",
         )

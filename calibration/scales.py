@@ -63,7 +63,11 @@ class Scales:
         try:
             data = read_json(path)
         except OSError as error:
-            raise InputError(f"Scales {path} cannot be read.", error.strerror or str(error)) from error
+            raise InputError(
+                f"Scales {path} cannot be read.",
+                error.strerror or str(error),
+                "Check the path, or measure them: ivl-export calibrate.",
+            ) from error
         except IntegrityError as error:
             raise InputError(error.what, error.why, "Calibrate again.") from error
         return cls.from_json(data, str(path))

@@ -128,6 +128,7 @@ def measure(
         raise UsageError(
             f"Scheme {unfit[0]!r} cannot be tried on one layer alone.",
             f"Known: {', '.join([*known, FP8_ATTENTION])}.",
+            "Give --schemes one of these.",
         )
     order = needed(components, checkpoint.whole)
     samples = samples_of(chosen, settings, tokenizer, checkpoint.config, order, batch_size)

@@ -177,7 +177,9 @@ def _columns(schema: pa.Schema, file: Path, named: tuple[str, ...]) -> tuple[str
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)[:1000]
     for name in named:
         if name not in schema.names:
-            raise InputError(f"{file} has no column {name!r}.", f"It has {listed}.")
+            raise InputError(
+                f"{file} has no column {name!r}.", f"It has {listed}.", "Give --calib-columns IMAGE,CAPTION."
+            )
     images = [
         n for n in (named[:1] or IMAGE_COLUMNS) if n in schema.names and _is_image(schema.field(n).type)
     ]

@@ -69,7 +69,9 @@ def _kinds(kind: str | None) -> tuple[str, ...]:
     from ..engines.cache import KINDS
 
     if kind is not None and kind not in KINDS:
-        raise UsageError(f"Nothing of kind {kind!r} is kept.", f"Known: {', '.join(KINDS)}.")
+        raise UsageError(
+            f"Nothing of kind {kind!r} is kept.", f"Known: {', '.join(KINDS)}.", "Give --kind one of these."
+        )
     return KINDS if kind is None else (kind,)
 
 

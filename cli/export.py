@@ -43,14 +43,14 @@ def export(
     from ..export.features import with_features
     from ..export.plain import export_plain
     from ..models.checkpoint import open_checkpoint
-    from ..models.shipped import nano_folder
+    from ..models.shipped import checkpoint_path, shipped_name
     from .inputs import names, numbers
 
     started = time.perf_counter()
     atexit.register(gc.freeze)  # else the process looks for garbage in all of torch's objects before it ends
-    checkpoint = with_features(open_checkpoint(model or nano_folder()), numbers(features, "--features"))
+    checkpoint = with_features(open_checkpoint(checkpoint_path(model)), numbers(features, "--features"))
     shards = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    name = "internvl-nano" if model is None else model.resolve().name.removesuffix(".pth")
+    name = shipped_name(model) or checkpoint.path.resolve().name.removesuffix(".pth")
     folder = out or (shards if zero_copy else Path("onnx") / f"{name}-{dtype}")
     with Bars() as bars:
         made = export_plain(checkpoint, folder, names(components), dtype, zero_copy, _Steps(bars))

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InputError, UsageError
 from .inputs import ImageFiles
+from .output import check_writable
 from .run_features import features
 from .session import (
     BackendOpt,
@@ -58,6 +59,7 @@ def embed(
     """Embed images, videos and texts: one row each, in this order."""
     if not images and not text and not video:
         raise UsageError("Nothing to embed.", "No images, --video or --text were given.", "Name some.")
+    check_writable("--out", out)
     import numpy as np
 
     from ..runtime.zero_shot import l2

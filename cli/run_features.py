@@ -9,6 +9,7 @@ import typer
 
 from ..errors import UsageError
 from .inputs import ImageFiles, numbers
+from .output import check_writable
 from .session import (
     BackendOpt,
     BundleArg,
@@ -44,8 +45,11 @@ def features(
     wanted, files = numbers(blocks, "--blocks"), ImageFiles.find(images)
     if out.suffix not in (".safetensors", ".npy") or not wanted or (out.suffix == ".npy" and len(wanted) > 1):
         raise UsageError(
-            f"{len(wanted)} blocks cannot be saved as {out.name}.", "", "Use .safetensors, or .npy for one."
+            f"Features of {len(wanted)} blocks cannot be saved as {out.name}.",
+            "A .safetensors file holds any number of blocks, an .npy file one.",
+            "Give --out features.safetensors.",
         )
+    check_writable("--out", out)
     import json
 
     import numpy as np

@@ -88,5 +88,6 @@ def save(out: Path, write: Callable[[BinaryIO], object]) -> Path:
         with atomic(out) as partial, partial.open("wb") as file:
             write(file)
     except OSError as error:
-        raise BuildError(f"Cannot write {out}.", str(error), "Choose another place for --out.") from error
+        why = error.strerror or str(error)
+        raise BuildError(f"Cannot write {out}.", f"{why}.", "Choose another place for --out.") from error
     return out

@@ -79,7 +79,9 @@ def train(
     if stage is not None or model is not None:
         if stage != 3 or model is None:
             raise UsageError(
-                "This cannot be trained.", "A checkpoint is fine-tuned by stage 3.", "--stage 3 --model CHAT"
+                "This cannot be trained.",
+                "A checkpoint is fine-tuned by stage 3.",
+                "Give --stage 3 --model CHAT.",
             )
         from ..training.lora import Lora
         from .train_chat import Asked, fine_tune_chat

@@ -87,6 +87,7 @@ def fine_tune_chat(
     from ..errors import UsageError
     from ..models.checkpoint import open_checkpoint
     from ..models.load import load_chat
+    from ..models.shipped import checkpoint_path
     from ..preprocess import ImageSettings, Tokenizer
     from ..training import lora as low_rank
     from ..training.chat_model import write
@@ -98,12 +99,11 @@ def fine_tune_chat(
         raise UsageError(
             f"Cannot train {trains!r}.", fix="Use projector, decoder or all; --lora-rank for LoRA."
         )
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint_path(checkpoint))
     model = load_chat(opened)
-    tokenizer = Tokenizer(_beside(checkpoint, "tokenizer.model"))
-    settings = replace(
-        ImageSettings.load(_beside(checkpoint, "preprocessor_config.json")), size=model.config.image_size
-    )
+    tokenizer = Tokenizer(_beside(opened.path, "tokenizer.model"))
+    settings = ImageSettings.load(_beside(opened.path, "preprocessor_config.json"))
+    settings = replace(settings, size=model.config.image_size)
     steps, batch = asked.steps or 1000, asked.batch or 16
     patterns = TRAINS["lora" if lora else trains]
     stage = Stage("stage3", "answers", steps, batch, lr, 0.0, max(1, steps * 3 // 100), trainable=patterns)

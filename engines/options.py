@@ -53,10 +53,16 @@ class BuildOptions:
         tactics = tuple(("--tactic-sources", source, TACTICS) for source in self.tactic_sources or ())
         for flag, value, known in (*named, *tactics):
             if value is not None and value not in known:
-                raise UsageError(f"{flag} does not know {value!r}.", f"Known: {', '.join(known)}.")
+                raise UsageError(
+                    f"{flag} does not know {value!r}.",
+                    f"Known: {', '.join(known)}.",
+                    "Give one of these, or leave it out.",
+                )
         for flag, size in (("--workspace", self.workspace_bytes), ("--l2", self.l2_bytes)):
             if size is not None and size <= 0:
-                raise UsageError(f"{flag} must be more than 0 bytes.", f"It is {size}.")
+                raise UsageError(
+                    f"{flag} must be more than 0 bytes.", f"It is {size}.", "Give a size such as 512M."
+                )
 
     def flags(self) -> list[str]:
         """The words of ``ivl-export build`` that give these options."""

@@ -154,20 +154,24 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def known_backend(name: str) -> Backend:
+    """The backend ``name``; UsageError lists the known ones with the line that installs each."""
+    if name not in BACKENDS:
+        known = "; ".join(f"{b.name} ({b.install})" for b in BACKENDS.values())
+        raise UsageError(f"Unknown backend {name!r}.", f"Known: {known}.", "Name one of these.")
+    return BACKENDS[name]
+
+
 def open_engine(backend: str, spec: ComponentSpec, path: Path, **options: Any) -> Engine:
     """Open the engine file ``path`` of component ``spec`` with ``backend``.
 
     Raises:
-        UsageError: an unknown backend; the known ones are listed with the line that installs them. An option
-            that it does not have.
+        UsageError: an unknown backend, or an option that it does not have.
         CapabilityError: the backend's library is not installed, or the engine was built for another release,
             GPU or target.
         IntegrityError: the file is missing or damaged.
     """
-    if backend not in BACKENDS:
-        known = "; ".join(f"{b.name} ({b.install})" for b in BACKENDS.values())
-        raise UsageError(f"Unknown backend {backend!r}.", f"Known: {known}.", "Name one of these.")
-    loader = BACKENDS[backend].load()
+    loader = known_backend(backend).load()
     if strange := sorted(set(options) - set(inspect.signature(loader).parameters)):
         raise UsageError(f"Engines of {backend} have no option {strange[0]!r}.", "", "Leave it out.")
     return loader(spec, path, **options)

@@ -103,7 +103,11 @@ def parse_shapes(texts: tuple[str, ...]) -> dict[str, Range]:
             )
         low, best, high = (int(part) for part in (parts if len(parts) == 3 else parts * 3))
         if not low <= best <= high:
-            raise UsageError(f"--shapes {text}: the sizes must not fall.", f"{low} <= {best} <= {high}?")
+            raise UsageError(
+                f"--shapes {text} is out of order.",
+                f"{low}, {best} and {high} are the smallest size, the one tuned for, and the largest.",
+                f"Give --shapes {name}={':'.join(map(str, sorted((low, best, high))))}.",
+            )
         if parts_of := terms(name.rpartition(".")[2]):
             raise UsageError(
                 f"--shapes cannot set {name}.",
@@ -121,7 +125,11 @@ def check_shape_names(shapes: Mapping[str, Range], specs: Mapping[str, Component
     known |= {f"{n}.{axis}" for n, axes in own.items() for axis in axes}
     for key in shapes:
         if key not in known:
-            raise UsageError(f"--shapes knows no axis {key!r}.", f"Known: {', '.join(sorted(known))}.")
+            raise UsageError(
+                f"--shapes knows no axis {key!r}.",
+                f"Known: {', '.join(sorted(known))}.",
+                "Name one of these.",
+            )
 
 
 def _batch(preset: str, batch: Range) -> Range:

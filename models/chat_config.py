@@ -93,7 +93,9 @@ class ChatConfig:
             )
         if self.select_feature not in _FEATURES:
             raise CheckpointError(
-                f"mm_vision_select_feature is {self.select_feature!r}.", f"Known: {', '.join(_FEATURES)}."
+                f"mm_vision_select_feature is {self.select_feature!r}.",
+                f"Known: {', '.join(_FEATURES)}.",
+                "Download it again.",
             )
         if self.image_size < 1 or self.image_size % self.vision.patch_size:
             raise CheckpointError(
@@ -262,7 +264,7 @@ def load_config(path: Path) -> ModelConfig:
     try:
         return _config(data, path)
     except TypeError as error:  # a size that is no number
-        raise CheckpointError(f"{path} cannot be read.", str(error)) from error
+        raise CheckpointError(f"{path} cannot be read.", str(error), "Download it again.") from error
 
 
 def config_from_published(data: dict[str, Any], source: str = "config.json") -> ModelConfig:

@@ -157,7 +157,7 @@ class InternVLConfig:
                 **{k: v for k, v in known(cls, data).items() if k not in ("vision", "qllama")},
             )
         except TypeError as error:
-            raise CheckpointError(f"{source} cannot be read.", str(error)) from error
+            raise CheckpointError(f"{source} cannot be read.", str(error), "Download it again.") from error
 
     @classmethod
     def load(cls, path: Path) -> InternVLConfig:
@@ -170,13 +170,21 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if not path.parent.is_dir():
+            raise CheckpointError(
+                f"No checkpoint at {path.parent}.",
+                "There is no such folder.",
+                "Check the path given as --model.",
+            ) from error
         raise CheckpointError(
             f"No {path.name} in {path.parent}.", "The model's sizes are read from it.", f"Add {path}."
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON.", str(error), "Download it again.") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not an InternVL config.", "It holds no JSON object.")
+        raise CheckpointError(
+            f"{path} is not an InternVL config.", "It holds no JSON object.", "Download it again."
+        )
     return data
 
 

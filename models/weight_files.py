@@ -34,7 +34,11 @@ def read_folder(folder: Path, readers: dict[Path, Reader]) -> tuple[Path, dict[s
     """
     source = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if source is None:
-        raise CheckpointError(f"No weights in {folder}.", f"Looked for {', '.join(WEIGHT_FILES)}.")
+        raise CheckpointError(
+            f"No weights in {folder}.",
+            f"Looked for {', '.join(WEIGHT_FILES)}.",
+            "Give the folder that holds the weights as --model.",
+        )
     return source, _read_shards(source, readers) if source.suffix == ".json" else read_file(source, readers)
 
 

@@ -105,7 +105,9 @@ def given_scales(job: Job) -> Given | None:
             "Give one of them.",
         )
     if not kinds and not folds:
-        raise UsageError(f"Precision {job.recipe.name} takes no scales.", "It measures nothing.")
+        raise UsageError(
+            f"Precision {job.recipe.name} takes no scales.", "It measures nothing.", "Leave --scales out."
+        )
     scales = Scales.load(path)
     fused = {c: [o for n in names for o in operand_names(n)] for c, names in job.plan.attention.items()}
     wanted = {

@@ -217,12 +217,17 @@ def _components(checkpoint: Checkpoint, asked: tuple[str, ...], itm: bool) -> tu
     asked = (*(asked or checkpoint.components), *(OPTIONAL if itm else ()))
     unknown = [c for c in asked if c not in known]
     if unknown:
-        raise UsageError(f"Unknown component {unknown[0]!r}.", f"Known: {', '.join(known)}.")
+        raise UsageError(
+            f"Unknown component {unknown[0]!r}.",
+            f"Known: {', '.join(known)}.",
+            "Give --components some of these, or leave it out.",
+        )
     missing = [c for c in asked if not checkpoint.has(c)]
     if missing:
         raise CapabilityError(
             f"This checkpoint has no weights for {', '.join(missing)}.",
             f"It has {', '.join(checkpoint.components)}.",
+            "Leave them out of --components, or use a checkpoint that has them.",
         )
     return tuple(c for c in known if c in asked)
 

@@ -13,7 +13,7 @@ from ..models.shipped import shipped_name
 from ..specs import ComponentSpec
 from .calibration import needs_data
 from .environment import tool_versions
-from .graphs import DTYPES, graph_path
+from .graphs import graph_path
 from .job import Job
 from .request import ORT
 from .workspace import Record
@@ -49,7 +49,7 @@ def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]
             parameters=sum(ref.nbytes // _item(ref.dtype) for ref in checkpoint.tensors.values()),
         ),
         precision=job.recipe.name,
-        compute_dtype=DTYPES[job.recipe.base],
+        compute_dtype=job.recipe.base,
         recipe=job.recipe.to_json(),
         calibration=_calibration(job),
         components=components,

@@ -103,7 +103,9 @@ class QatJob:
         self.job = Job(request, progress)
         if not self.job.plan.quantised:
             raise UsageError(
-                f"Precision {self.job.recipe.name} quantises nothing.", "There is nothing to train."
+                f"Precision {self.job.recipe.name} quantises nothing.",
+                "There is nothing to train.",
+                "Give --recipe int8, for example.",
             )
         check_trainable(self.job.plan.quantised)
         if any(self.job.plan.attention.values()):

@@ -68,11 +68,17 @@ def profile_layers(
         )
     config = config_from_published(bundle.manifest.model.config)
     if isinstance(config, InternViTConfig):
-        raise UsageError("A vision tower alone has no components to time.")
+        raise UsageError(
+            "A vision tower alone has no components to time.",
+            fix="Build a bundle of an InternVL or an InternVL-Chat.",
+        )
     spec = bundle.spec(component)
     axis = spec.axis("batch")
     if not axis.min <= batch <= axis.max:
-        raise UsageError(f"{component} takes batches of {axis.min} to {axis.max}, not {batch}.")
+        raise UsageError(
+            f"{component} takes batches of {axis.min} to {axis.max}, not {batch}.",
+            fix=f"Give --batch {axis.min}, for example.",
+        )
     sizes = sizes_of(spec, batch, (), config)[0]
     inputs = random_inputs(spec, sizes, config.llama.vocab_size)
     if backend == "torch":

@@ -152,9 +152,11 @@ def read(path: Path) -> Profile:
     try:
         return Profile.from_json(read_json(path))
     except OSError as error:
-        raise InputError(f"Cannot read {path}.", str(error), "Check the path.") from error
-    except (InputError, IntegrityError) as error:
-        raise InputError(f"{path}: {error.what}", error.why, getattr(error, "fix", "")) from error
+        raise InputError(f"Cannot read {path}.", error.strerror or str(error), "Check the path.") from error
+    except IntegrityError as error:
+        raise InputError(error.what, error.why, "Give a receipt that 'profile --out' wrote.") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error.what}", error.why, error.fix) from error
 
 
 def write(receipt: Any, out: Path) -> None:

@@ -45,7 +45,7 @@ class Index:
 
     def __init__(self, width: int, kind: Kind = "numpy", factory: str = "Flat") -> None:
         if kind not in KINDS:
-            raise UsageError(f"Unknown index {kind!r}.", f"Known: {', '.join(KINDS)}.")
+            raise UsageError(f"Unknown index {kind!r}.", f"Known: {', '.join(KINDS)}.", "Name one of these.")
         self.width, self.kind, self.factory = width, kind, factory
         self.names: list[str] = []
         self._blocks: list[Floats] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ..bundle import Bundle, Verify
+from ..engines.protocol import known_backend
 from ..errors import InputError
 from ..preprocess import ImageSettings, ResizeMode, Tokenizer
 from .components import Components
@@ -59,10 +60,12 @@ class Loaded:
                 ``compile`` and ``cuda_graphs`` of ``torch``; ``device`` and ``cuda_graphs`` of the TensorRTs.
 
         Raises:
+            UsageError: an unknown backend.
             IntegrityError: the bundle is damaged.
             CapabilityError: it has no such component or engine, the backend is not installed, or weights
                 cannot be shared though they were to be.
         """
+        known_backend(backend)
         bundle = Bundle.open(path, verify)
         options |= {} if threads is None else {"threads": threads}
         model = cls(bundle, Components(bundle, backend, target, batch, share_weights, **options), reading)

@@ -21,7 +21,11 @@ def templates(name: str) -> tuple[str, ...]:
     """The list called ``name``, texts with ``{}`` for the label; UsageError names those there are."""
     known = _known()
     if name not in known:
-        raise UsageError(f"There are no templates {name!r}.", f"Known: {', '.join(known)}.")
+        raise UsageError(
+            f"There are no templates {name!r}.",
+            f"Known: {', '.join(known)}.",
+            "Name one of these, or give --template.",
+        )
     return known[name]
 
 

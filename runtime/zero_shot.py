@@ -22,7 +22,7 @@ def l2(embeddings: Array) -> Floats:
 def fill(template: str, label: str) -> str:
     """``template`` with ``{}`` replaced by ``label``; UsageError if there is no ``{}``."""
     if "{}" not in template:
-        raise UsageError(f"The template {template!r} has no {{}}.", "The label goes there.")
+        raise UsageError(f"The template {template!r} has no {{}}.", "The label goes there.", "Add {} to it.")
     return template.replace("{}", label)
 
 

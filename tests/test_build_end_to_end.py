@@ -154,7 +154,8 @@ def test_accuracy_stays_within_budget(built: Built) -> None:
 
 def test_the_bundle_tells_what_it_is(built: Built) -> None:
     manifest = built.bundle.manifest
-    assert (manifest.precision, manifest.compute_dtype, manifest.model.name) == ("fp8", "bfloat16", "nano")
+    assert (manifest.precision, manifest.compute_dtype, manifest.model.name) == ("fp8", "bf16", "nano")
+    assert all(manifest.compute_dtype in part.graphs for part in manifest.components.values())
     assert manifest.calibration is not None
     assert (manifest.calibration.samples, manifest.calibration.synthetic) == (256, True)
     assert {(e.component, e.backend, e.target) for e in manifest.engines} == {

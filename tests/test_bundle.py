@@ -124,6 +124,13 @@ def test_manifest_round_trip(
     assert manifest_from_json(json.loads(manifest.dumps())) == manifest
 
 
+def test_compute_types_have_the_names_of_graphs(bundle: Bundle) -> None:
+    """Also in manifests of the first builds, which had torch's."""
+    path = bundle.root / "manifest.json"
+    path.write_text(path.read_text().replace('"compute_dtype": "bf16"', '"compute_dtype": "bfloat16"'))
+    assert Bundle.open(bundle.root).manifest.compute_dtype == "bf16"
+
+
 PARTS = st.sampled_from(["..", ".", "", "a", "C:", "\\", "a\\b", "\x00", "\n", "~", "/", "\ud800", "\u202e"])
 
 

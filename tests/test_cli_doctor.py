@@ -161,6 +161,9 @@ def test_gpus_of_other_machines() -> None:
     assert "No engines can be built for NVIDIA X (sm50)" in unknown.what
 
 
-def test_no_model_there(tmp_path: Path) -> None:
+def test_no_model_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--model", str(tmp_path)]) == 4
+    assert f"No config.json in {tmp_path}." in capsys.readouterr().err
+    assert cli.main(["doctor", "--model", str(tmp_path / "no")]) == 4
+    assert f"No checkpoint at {tmp_path / 'no'}." in capsys.readouterr().err
     assert cli.main(["doctor", "--precision", "fp3"]) == 2

@@ -53,7 +53,7 @@ def test_embed(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[st
     assert vectors.shape == (3, 48)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     assert "embedding" not in out["items"][0]
-    assert cli.main(["run", "embed", str(tiny_bundle), str(folder), "--out", str(folder / "no/x.npy")]) == 6
+    assert cli.main(["run", "embed", str(tiny_bundle), str(folder), "--out", str(folder / "no/x.npy")]) == 2
 
 
 def test_classify(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +115,7 @@ def test_features(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture
     run(capsys, "features", tiny_bundle, folder, "--out", folder / "last.npy")
     np.testing.assert_allclose(np.load(folder / "last.npy"), want[3], atol=1e-6)
     line = ["run", "features", str(tiny_bundle), str(folder), "--out", str(folder / "x.npy"), "--blocks"]
-    for blocks, said in (("1,2", "Use .safetensors"), ("one", "cannot be read"), ("4", "no block 4")):
+    for blocks, said in (("1,2", "an .npy file one"), ("one", "cannot be read"), ("4", "no block 4")):
         assert cli.main([*line, blocks]) == 2
         assert said in capsys.readouterr().err
 
@@ -147,6 +147,12 @@ def test_tables_and_skipped_files(
         (["caption", "{bundle}", "{folder}/text.png"], 3),
         (["caption", "{bundle}", "{folder}", "--max-new-tokens", "9999"], 3),
         (["caption", "{bundle}", "{folder}", "--backend", "tensorrt-rtx"], 5),
+        (["caption", "{bundle}", "{folder}", "--backend", "tensorflow"], 2),
+        (["caption", "{bundle}", "{folder}", "--target", "sm89"], 5),
+        (["caption", "{bundle}", "{folder}", "--max-new-tokens", "3", "--min-new-tokens", "4"], 2),
+        (["embed", "{bundle}", "{folder}", "--out", "{folder}"], 2),
+        (["features", "{bundle}", "{folder}", "--out", "{folder}/no/x.npy"], 2),
+        (["features", "{bundle}", "{folder}", "--out", "{folder}/x.txt"], 2),
         (["caption", "{folder}", "{folder}"], 8),
         (["classify", "{bundle}", "{folder}", "--labels", "a,a"], 3),
         (["classify", "{bundle}", "{folder}", "--labels", " , "], 3),
@@ -162,6 +168,7 @@ def test_wrong_input_has_its_exit_code(
     assert cli.main(["run", *filled]) == code
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
+    assert "\n  fix: " in captured.err
     assert not captured.out
 
 

@@ -329,3 +329,14 @@ def test_the_verb(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (tmp_path / "copy" / STORE).is_file()
     assert main([*args, "--out", str(tmp_path), "--zero-copy", "--json"]) == 0, "a folder above will do"
     assert main([*args, "--out", str(tmp_path / "copy"), "--zero-copy", "--json"]) == UsageError.exit_code
+
+
+def test_shipped_models_have_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["export", "--model", "nano-chat", "--components", "decoder_embed", "--dtype", "fp32", "--json"]
+    assert main(args) == 0
+    (graph,) = json.loads(capsys.readouterr().out)["graphs"].values()
+    assert graph == "onnx/internvl-nano-chat-fp32/decoder_embed.fp32.onnx"
+    assert (tmp_path / graph).is_file()

@@ -141,16 +141,10 @@ def open_torch(
 
 def compute_type(bundle: Bundle, device: torch.device, dtype: str | None = None) -> torch.dtype:
     """What everything unquantised computes in, see :func:`open_torch`; UsageError if ``dtype`` is unknown."""
-    chosen = dtype or ("fp32" if device.type == "cpu" else base_type(bundle))
+    chosen = dtype or ("fp32" if device.type == "cpu" else bundle.manifest.compute_dtype)
     if chosen not in DTYPES:
         raise UsageError(f"Unknown dtype {chosen!r}.", "", f"Choose from {', '.join(DTYPES)}.")
     return DTYPES[chosen]
-
-
-def base_type(bundle: Bundle) -> str:
-    """What the bundle's recipe leaves everything unquantised in: a key of :data:`DTYPES`."""
-    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    return short.get(bundle.manifest.compute_dtype, bundle.manifest.compute_dtype)
 
 
 def device_of(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from ..bundle import Bundle
 from ..errors import BuildError, CapabilityError
 from ..export.trace import example_inputs
 from ..specs import ComponentSpec
-from .engine import DTYPES, TorchEngine, base_type, device_of
+from .engine import DTYPES, TorchEngine, device_of
 from .module import component_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def open_torch_tensorrt(
         raise CapabilityError(
             "torch-tensorrt needs a GPU.", f"The device is {place}.", "Use --backend torch."
         )
-    chosen = DTYPES[dtype or base_type(bundle)]
+    chosen = DTYPES[dtype or bundle.manifest.compute_dtype]
     program = exported(spec, bundle, chosen, place)
     inputs = [
         torch_tensorrt.Input(

@@ -25,6 +25,10 @@ from .scenes import near_copy, sample_scene
 _STREAM = 0x7A3
 _ORDER_STREAM = 0x0DE
 PLACEHOLDER = "<image>"
+EXAMPLE = (
+    'Write [{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, '
+    '{"from": "gpt", "value": "A panda."}]}].'
+)
 
 
 @dataclass(frozen=True)
@@ -158,29 +162,47 @@ def read_llava(path: Path, images: Path | None = None, seed: int = 0) -> LlavaFi
     except (OSError, ValueError) as error:
         raise InputError(f"Cannot read {path}.", str(error), "Give a JSON list, or JSONL.") from error
     if not isinstance(rows, list) or not rows:
-        raise InputError(f"{path} holds no conversations.", "It must be a list that is not empty.")
+        raise InputError(
+            f"{path} holds no conversations.",
+            "It must be a list that is not empty.",
+            EXAMPLE,
+        )
     return LlavaFile(tuple(_sample(row, f"{path}, entry {i}", folder) for i, row in enumerate(rows)), seed)
 
 
 def _sample(row: Any, where: str, folder: Path) -> tuple[tuple[Path, ...], tuple[Turn, ...]]:
     said = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(said, list) or len(said) < 2:
-        raise InputError(f"{where} is no conversation.", "It needs 'conversations' of at least two messages.")
+        raise InputError(
+            f"{where} is no conversation.",
+            "It needs 'conversations' of at least two messages.",
+            EXAMPLE,
+        )
     names = row.get("image", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise InputError(f"{where}: 'image' is no file name.")
+        raise InputError(f"{where}: 'image' is no file name.", f"It is {names!r:.200}.", EXAMPLE)
     paths = tuple((folder / name).resolve() for name in names)
     for file in paths:
         if not file.is_relative_to(folder) or not file.is_file():
-            raise InputError(f"{where}: no image {file.name}.", f"Looked for it in {folder}.")
+            raise InputError(
+                f"{where}: no image {file.name}.",
+                f"Looked for it in {folder}.",
+                "Check --images, or leave the conversation out.",
+            )
     texts = []
     for i, message in enumerate(said[: len(said) // 2 * 2]):
         want = ("human", "user") if i % 2 == 0 else ("gpt", "assistant")
         if not isinstance(message, dict) or message.get("from") not in want:
-            raise InputError(f"{where}: message {i + 1} is not from {want[0]}.", "They must take turns.")
+            raise InputError(
+                f"{where}: message {i + 1} is not from {want[0]}.",
+                "They must take turns.",
+                "Put them in turns, or leave the conversation out.",
+            )
         if not isinstance(message.get("value"), str):
-            raise InputError(f"{where}: message {i + 1} has no text.")
+            raise InputError(
+                f"{where}: message {i + 1} has no text.", fix="Write one, or leave the conversation out."
+            )
         texts.append(message["value"])
     turns = tuple(
         Turn(question.replace(PLACEHOLDER, "").strip(), answer.strip(), question.count(PLACEHOLDER))
@@ -188,5 +210,8 @@ def _sample(row: Any, where: str, folder: Path) -> tuple[tuple[Path, ...], tuple
     )
     shown = sum(turn.images for turn in turns)
     if shown != len(paths):
-        raise InputError(f"{where} has {shown} placeholders {PLACEHOLDER} and {len(paths)} images.")
+        raise InputError(
+            f"{where} has {shown} placeholders {PLACEHOLDER} and {len(paths)} images.",
+            fix=f"Write {PLACEHOLDER} once for each image.",
+        )
     return paths, turns

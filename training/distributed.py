@@ -28,7 +28,9 @@ def known_strategy(name: str) -> Strategy:
     """``name``, if it is one of :data:`STRATEGIES`; UsageError otherwise."""
     found = next((strategy for strategy in STRATEGIES if strategy == name), None)
     if found is None:
-        raise UsageError(f"Unknown strategy {name!r}.", f"Known: {', '.join(STRATEGIES)}.")
+        raise UsageError(
+            f"Unknown strategy {name!r}.", f"Known: {', '.join(STRATEGIES)}.", "Name one of these."
+        )
     return found
 
 

@@ -46,7 +46,11 @@ def add(model: nn.Module, lora: Lora, seed: int = 0) -> list[str]:
     generator = torch.Generator().manual_seed(seed)
     found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and fnmatch(n, lora.pattern)]
     if not found:
-        raise UsageError("LoRA has nothing to adapt.", f"No linear layer matches {lora.pattern!r}.")
+        raise UsageError(
+            "LoRA has nothing to adapt.",
+            f"No linear layer matches {lora.pattern!r}.",
+            "Name layers that the model has.",
+        )
     for name in found:
         layer: Any = model.get_submodule(name)
         bound = 1 / math.sqrt(layer.in_features)
@@ -98,7 +102,11 @@ def load(model: nn.Module, folder: Path) -> Lora:
         tensors = load_file(folder / _WEIGHTS)
         lora = Lora(int(config["r"]), float(config["lora_alpha"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} holds no LoRA adapters.", str(error)) from error
+        raise CheckpointError(
+            f"{folder} holds no LoRA adapters.",
+            str(error),
+            "Give a folder that a training with --lora-rank wrote.",
+        ) from error
     names = sorted({key.removeprefix(_PEFT).rpartition(".lora_")[0] for key in tensors})
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name in names:
