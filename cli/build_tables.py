@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -48,7 +49,17 @@ def print_report(report: dict[str, Any]) -> None:
         figures = list(report["tasks"][names[0]])
         rows = [(f, *(f"{report['tasks'][n][f]:.1%}" for n in names)) for f in figures]
         print_table("Accuracy on held-out scenes", ("task", *names), rows)
-    kernels = [
+    print_kernels(report["kernels"])
+    for cause in report["fallback_causes"]:
+        typer.echo(f"note: {cause}")
+    steps = [(s["step"], s["seconds"], "reused" if s["reused"] else "run") for s in report["steps"]]
+    print_table("Steps", ("step", "seconds", ""), steps)
+    typer.echo(f"bundle: {report['bundle']} ({human_bytes(report['bytes'])}, {report['files']} files)")
+
+
+def print_kernels(kernels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Engine -> component -> the numbers of its proof, as a table."""
+    rows = [
         (
             engine,
             component,
@@ -57,19 +68,14 @@ def print_report(report: dict[str, Any]) -> None:
             f"{proof['fused_attention']} of {proof['attention']}",
             proof["fallbacks"] or "none",
         )
-        for engine, found in report["kernels"].items()
+        for engine, found in kernels.items()
         for component, proof in found.items()
     ]
     print_table(
         "What really runs: matrix products by operand types, read from the engines",
         ("engine", "component", "promised", "products", "fused attention", "fallbacks"),
-        kernels,
+        rows,
     )
-    for cause in report["fallback_causes"]:
-        typer.echo(f"note: {cause}")
-    steps = [(s["step"], s["seconds"], "reused" if s["reused"] else "run") for s in report["steps"]]
-    print_table("Steps", ("step", "seconds", ""), steps)
-    typer.echo(f"bundle: {report['bundle']} ({human_bytes(report['bytes'])}, {report['files']} files)")
 
 
 def _worst_of_layers(outputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

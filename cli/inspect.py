@@ -12,7 +12,9 @@ from ..bundle import Bundle
 from ..errors import UsageError
 from ..manifest import EngineFile
 from ..specs import ComponentSpec, TensorSpec
+from .build_tables import print_kernels
 from .output import human_bytes, print_json, print_table, show
+from .proofs import proofs
 
 MAX_ROWS = 40  # of one receipt's table
 
@@ -75,7 +77,12 @@ def inspect(
     _engines(opened)
     _files(opened)
     for name, receipt in receipts.items():
-        _receipt(name, receipt)
+        if name == "kernels":
+            _kernels(opened)
+        elif name == "build":
+            _receipt(name, _seconds(receipt))
+        else:
+            _receipt(name, receipt)
 
 
 def _overview(bundle: Bundle, checked: str) -> None:
@@ -159,6 +166,32 @@ def _files(bundle: Bundle) -> None:
         (path, human_bytes(entry.size), entry.sha256[:12]) for path, entry in bundle.manifest.files.items()
     ]
     print_table("Files", ("file", "size", "sha256"), rows)
+
+
+def _kernels(bundle: Bundle) -> None:
+    """What was proved of each engine, in numbers; ``--layers`` has the rest."""
+    print_kernels(
+        {
+            engine: {
+                part: {
+                    "promised": len(proof.promised),
+                    "precisions": proof.report.precisions,
+                    "fused_attention": proof.report.fused_attention,
+                    "attention": len(proof.report.attention),
+                    "fallbacks": len(proof.report.fallbacks),
+                }
+                for part, proof in parts.items()
+            }
+            for engine, parts in proofs(bundle, None, None).items()
+        }
+    )
+
+
+def _seconds(receipt: Any) -> Any:
+    """The seconds of each step of a build: what else it noted of them is for the next build."""
+    if not isinstance(receipt, dict) or not all(isinstance(step, dict) for step in receipt.values()):
+        return receipt
+    return {name: {"seconds": step.get("seconds")} for name, step in receipt.items()}
 
 
 def _receipt(name: str, receipt: Any) -> None:

@@ -32,9 +32,9 @@ th button{all:unset;cursor:pointer;padding:6px 10px;white-space:nowrap}
 th button:focus-visible{outline:2px solid var(--s0)}
 th[aria-sort=ascending] button::after{content:" \\2191"}
 th[aria-sort=descending] button::after{content:" \\2193"}
-td.n{white-space:nowrap}
+td.n,td.engine{white-space:nowrap}
 td.mono{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:12px;overflow-wrap:anywhere}
-td.name{min-width:330px}td.why{min-width:260px}
+td.name{min-width:330px}td.kernel{min-width:190px}td.why{min-width:260px}
 .low{color:var(--low);font-weight:600}.high{color:var(--high);font-weight:600}
 .bad{color:var(--bad);font-weight:600}
 """
@@ -120,7 +120,7 @@ def _row(engine: str, component: str, layer: Layer) -> str:
     bits = "" if layer.weight_bits is None else show(layer.weight_bits)
     stored = human_bytes(layer.weight_bytes) if layer.weight_bytes else ""
     cells = [
-        _cell(engine),
+        _cell(engine, "engine"),
         _cell(component),
         _cell(layer.kind),
         _cell(layer.name, "mono name"),
@@ -130,7 +130,7 @@ def _row(engine: str, component: str, layer: Layer) -> str:
         _cell("x".join(map(str, layer.shape)), "n"),
         _cell(stored, "n", layer.weight_bytes),
         _cell(bits, "n", layer.weight_bits or 0),
-        _cell(layer.kernel, "mono"),
+        _cell(layer.kernel, "mono kernel"),
         _cell(layer.cause, "why"),
     ]
     return f"<tr>{''.join(cells)}</tr>"

@@ -20,8 +20,8 @@ from .drawing import (
     Text,
     decades,
     fitted,
+    legend,
     number,
-    text_width,
     ticks,
 )
 from .receipt import Profile
@@ -79,7 +79,7 @@ def table19_chart(profile: Profile) -> Drawing | None:
     bottom = top + step * len(bars)
     _vertical_grid(drawing, scale, ticks(0.0, most), top, bottom)
     drawing.add(Text((left + WIDTH - right) / 2, bottom + 36, "ms a pair", "middle", "muted"))
-    _legend(drawing, [(part, colour) for part, colour in _PARTS], left, 22)
+    legend(drawing, [(part, colour) for part, colour in _PARTS], left, 22)
     for i, (head, who, row) in enumerate(bars):
         y = top + step * i
         if head and i:
@@ -183,7 +183,7 @@ def batch_sweep(profile: Profile) -> Drawing | None:
         WIDTH,
         372.0,
     )
-    _legend(drawing, list(zip(series, SERIES, strict=False)), 60, 22)
+    legend(drawing, list(zip(series, SERIES, strict=False)), 60, 22)
     panels = (
         ("items per second", lambda case: case.per_second, 60.0),
         ("median ms of a call", lambda case: case.measurement.summary.p50_ms, 60.0 + WIDTH / 2),
@@ -233,9 +233,3 @@ def _vertical_grid(
     for value in values:
         drawing.add(Line(((scale(value), top), (scale(value), bottom)), "grid"))
         drawing.add(Text(scale(value), bottom + 16, number(value), "middle", "muted", 11))
-
-
-def _legend(drawing: Drawing, entries: Sequence[tuple[str, str]], x: float, y: float) -> None:
-    for name, colour in entries:
-        drawing.add(Rect(x, y - 10, 12, 12, colour), Text(x + 17, y, name))
-        x += 17 + text_width(name) + 18

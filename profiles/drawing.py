@@ -6,7 +6,7 @@ Colours are roles with a light and a dark value, so that a page can follow the r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -196,3 +196,12 @@ def _worst(row: Sequence[float], side: float) -> float:
     """The largest ratio of sides in a row of areas along ``side``."""
     total = sum(row)
     return max(max(side**2 * area / total**2, total**2 / (side**2 * area)) for area in row)
+
+
+def legend(
+    drawing: Drawing, entries: Iterable[tuple[str, str]], x: float, y: float, opacity: float = 1.0
+) -> None:
+    """Names beside squares of their colours in a row, its letters standing on ``y``."""
+    for name, colour in entries:
+        drawing.add(Rect(x, y - 10, 12, 12, colour, opacity=opacity), Text(x + 17, y, name))
+        x += 17 + text_width(name) + 18

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .drawing import Drawing, Rect, Text, fitted, number, squarified, text_width
+from .drawing import Drawing, Rect, Text, fitted, legend, number, squarified, text_width
 from .layer_profile import LayerProfile
 from .receipt import Profile
 
@@ -16,6 +16,12 @@ HEIGHT = 250.0
 """Of one panel."""
 SIZE = 11.0
 """Of the letters."""
+_TOP = 30.0
+"""Above the panels, of the legend."""
+_SHADE = 0.28
+_FAMILIES = (("cross_attn", "s3", "cross-attention"), ("attn", "s0", "attention"), ("mlp", "s2", "MLP"))
+"""What a layer type with this in its name belongs to, and the colour of that."""
+_OTHER = ("s4", "other")
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,12 @@ def _drawing(
         return None
     across = min(2, len(panels))
     width = WIDTH / across
-    drawing = Drawing(name, title, caption, WIDTH, HEIGHT * -(-len(panels) // across) + 4)
+    drawing = Drawing(name, title, caption, WIDTH, _TOP + HEIGHT * -(-len(panels) // across) + 4)
+    families = {_family(box.layer) for _, boxes in panels for box in boxes}
+    known = (*(family[1:] for family in _FAMILIES), _OTHER)
+    legend(drawing, [(told, colour) for colour, told in known if (colour, told) in families], 8, 20, _SHADE)
     for i, (head, boxes) in enumerate(panels):
-        _panel(drawing, head, boxes, (i % across) * width + 8, (i // across) * HEIGHT, width)
+        _panel(drawing, head, boxes, (i % across) * width + 8, _TOP + (i // across) * HEIGHT, width)
     return drawing
 
 
@@ -105,7 +114,8 @@ def _panel(drawing: Drawing, head: str, boxes: Sequence[_Box], x: float, y: floa
     for box, (bx, by, bw, bh) in zip(shown, places, strict=True):
         share = f"{box.value / total:.1%}"
         told = f"{box.layer} ({box.count}): {box.told}, {share}"
-        drawing.add(Rect(bx, by, max(bw - 2, 0.5), max(bh - 2, 0.5), _family(box.layer), told, 0.28))
+        colour, _ = _family(box.layer)
+        drawing.add(Rect(bx, by, max(bw - 2, 0.5), max(bh - 2, 0.5), colour, told, _SHADE))
         if bh >= 34 and (text := _label(box, bw - 12)):
             drawing.add(Text(bx + 5, by + 15, text, size=SIZE))
             if text_width(share, SIZE) <= bw - 12:
@@ -114,7 +124,7 @@ def _panel(drawing: Drawing, head: str, boxes: Sequence[_Box], x: float, y: floa
 
 def _label(box: _Box, width: float) -> str:
     """As much of a type's name as fits: its end tells most."""
-    name = box.layer.rpartition("layers.*.")[2]
+    name = box.layer.rpartition("layers.*.")[2].rstrip("./")
     ends = [name, *(name[m.end() :] for m in re.finditer(r"[./]", name))]
     for text in (*(f"{end} ({box.count})" for end in ends), *ends):
         if text_width(text, SIZE) <= width:
@@ -122,7 +132,6 @@ def _label(box: _Box, width: float) -> str:
     return fitted(ends[-1], width, SIZE)
 
 
-def _family(layer: str) -> str:
-    """The colour of a layer type by what it belongs to."""
-    families = (("cross_attn", "s3"), ("attn", "s0"), ("mlp", "s2"))
-    return next((colour for part, colour in families if part in layer), "s4")
+def _family(layer: str) -> tuple[str, str]:
+    """The colour of a layer type and what it belongs to."""
+    return next(((colour, told) for part, colour, told in _FAMILIES if part in layer), _OTHER)

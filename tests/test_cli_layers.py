@@ -115,6 +115,15 @@ def test_tables_fold_equal_blocks(bundle: Bundle, capsys: pytest.CaptureFixture[
     )
 
 
+def test_without_layers_their_proof_is_a_line(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(bundle.root)]) == 0
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if line.strip().startswith("tensorrt-rtx-sm89"))
+    found = re.split(r"\s{2,}", line.strip())
+    assert found == ["tensorrt-rtx-sm89", "vision", "4", "4 fp8xfp8, 1 bf16xbf16", "1 of 2", "none"]
+    assert "blocks.0.q" not in out
+
+
 def test_json_is_the_receipt(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(bundle.root), "--layers", "--component", "vision", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == bundle.receipt("kernels")

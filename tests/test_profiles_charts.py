@@ -27,11 +27,13 @@ from ivl_export.profiles.drawing import (
     text_width,
     ticks,
 )
+from ivl_export.profiles.layer_profile import LayerProfile, LayerTime
 from ivl_export.profiles.png import write_drawings
 from ivl_export.profiles.receipt import Profile
 from ivl_export.profiles.svg import style, svg
 from ivl_export.profiles.table19 import Column, Row, Table19, merged
 from ivl_export.profiles.table19 import Line as TableLine
+from ivl_export.profiles.treemap import layer_times
 from ivl_export.tests.made_profiles import made_case, made_cost, made_layers, made_profile
 
 NAMES = ["table19", "roofline", "histograms", "batches", "layers", "layer-times"]
@@ -120,6 +122,18 @@ def test_areas_of_the_other_treemap_are_the_times() -> None:
     counted = next(d for d in charts(full()) if d.name == "layers")
     assert "not timed" in counted.caption
     assert drawing.title.endswith("measured")
+
+
+def test_the_treemaps_colours_and_labels_say_what_they_are() -> None:
+    layers = (
+        LayerTime("b.layers.0.self_attn/MatMulFusion/", "FusedMatMul", 1.0),
+        LayerTime("norm", "Norm", 0.5),
+    )
+    drawing = layer_times([LayerProfile("decoder", "onnxruntime", {"batch": 1}, 10, 2.0, layers)])
+    assert drawing is not None
+    words = [mark.text for mark in drawing.marks if isinstance(mark, Text)]
+    assert words[:2] == ["attention", "other"]
+    assert {"self_attn/MatMulFusion (1)", "norm (1)"} <= set(words)
 
 
 @given(
