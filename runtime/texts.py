@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -79,4 +80,7 @@ def _run(components: Components, ids: Ids, lengths: Ids, size: int) -> Floats:
 def _buckets(components: Components) -> list[int]:
     """Lengths that texts are padded to."""
     axis = components.spec("qllama_text").axis("text")
-    return buckets_of(axis.min, axis.max)
+    return _between(axis.min, axis.max)
+
+
+_between = cache(buckets_of)
