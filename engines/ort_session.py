@@ -18,14 +18,14 @@ that chained components do not take each other's time (docs/runtime.md has figur
 
 from __future__ import annotations
 
-import ctypes
 import platform
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import CapabilityError, IntegrityError
+from .device import HOST
 from .graph import Graph
+from .ort_memory import arena_settings, hand_back
 from .ort_providers import Placement
 
 
@@ -70,7 +70,8 @@ def make_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save is not None:
         options.optimized_model_filepath = str(save)
-    for key, value in {**_settings(graph.element_types), **settings}.items():
+    arena = arena_settings() if where.device == HOST else {}
+    for key, value in {**arena, **_settings(graph.element_types), **settings}.items():
         options.add_session_config_entry(key, value)
     try:
         session = ort.InferenceSession(
@@ -91,14 +92,8 @@ def make_session(
             f"ONNX Runtime cannot load {path}.", message, "Rebuild the bundle, or copy it again."
         ) from error
     where.check_used(session)
-    _trim()
+    hand_back()  # glibc would keep the weights as they were before they were packed
     return session
-
-
-def _trim() -> None:
-    """Hand back what was freed: glibc would keep the weights as they were before they were packed."""
-    with suppress(OSError, TypeError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _settings(types: frozenset[str]) -> dict[str, str]:

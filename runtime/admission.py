@@ -7,6 +7,7 @@ memory stays bounded and the caller hears it soon.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -29,6 +30,8 @@ class ServiceLimits:
         timeout: seconds for a request from its call to its result, where it gives none itself.
         max_batch: rows in a batch, and captions decoded at a time; None: what the engines were tuned for.
         max_delay: seconds that the first request of a batch waits for others on their way.
+        rest: seconds without a request after which memory is handed back to the system; the next one takes
+            it again, page by page. ``math.inf``: never.
     """
 
     running: int = 64
@@ -36,6 +39,7 @@ class ServiceLimits:
     timeout: float = 30.0
     max_batch: int | None = None
     max_delay: float = 0.002
+    rest: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,17 @@ class Clock:
 
 
 class Admission:
-    """The door of a service, for one event loop at a time."""
+    """The door of a service, for one event loop at a time.
 
-    def __init__(self, limits: ServiceLimits) -> None:
-        self.limits, self.counts = limits, Counts()
+    Args:
+        limits: see there.
+        rest: called on a thread when nobody has been inside for ``limits.rest`` seconds.
+    """
+
+    def __init__(self, limits: ServiceLimits, rest: Callable[[], None]) -> None:
+        self.limits, self.counts, self._rest = limits, Counts(), rest
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._resting: asyncio.TimerHandle | None = None
         self._closed = False
 
     def close(self) -> None:
@@ -135,6 +145,8 @@ class Admission:
                 "Ask again later.",
             )
         self.counts.waiting += 1
+        if self._resting is not None:
+            self._resting.cancel()
         try:
             await self._places.acquire()
         finally:
@@ -145,3 +157,5 @@ class Admission:
         finally:
             self.counts.running -= 1
             self._places.release()
+            if not self.counts.running and not self.counts.waiting and math.isfinite(self.limits.rest):
+                self._resting = loop.call_later(self.limits.rest, loop.run_in_executor, None, self._rest)

@@ -35,7 +35,7 @@ class ChatService:
 
     def __init__(self, model: InternVLChat, limits: ServiceLimits | None = None) -> None:
         self.model, self.limits = model, limits or ServiceLimits()
-        self._admission = Admission(self.limits)
+        self._admission = Admission(self.limits, self.model.components.rest)
         self.counts = self._admission.counts
         self._readers = ThreadPoolExecutor(os.cpu_count() or 1, "ivl-reader")
 

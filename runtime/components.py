@@ -14,6 +14,7 @@ from ..bundle import Bundle
 from ..engines.chain import ChainedEngine
 from ..engines.device import HOST, Array, Buffer, as_tensor, concatenate, to_host
 from ..engines.loadable import fitting_target, gpu_number, rebuild_line
+from ..engines.ort_memory import hand_back
 from ..engines.ort_weights import SharedWeights, shared_weights
 from ..engines.protocol import BACKENDS, Engine, open_engine
 from ..engines.shapes import narrowed
@@ -154,6 +155,11 @@ class Components:
                 parts.append(run(part, outputs))
         return {key: concatenate([part[key] for part in parts]) for key in parts[0]}
 
+    def rest(self) -> None:
+        """Hand back memory that nothing is computed in; the next call takes it anew."""
+        if self.backend == "onnxruntime":
+            hand_back()
+
     def close(self) -> None:
         """Close all engines; the model cannot be used afterwards."""
         self._closed = True
@@ -161,3 +167,4 @@ class Components:
             with lock:
                 if name in self._engines:
                     self._engines.pop(name).close()
+        self.rest()

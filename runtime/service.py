@@ -37,7 +37,7 @@ class Service:
 
     def __init__(self, model: InternVL, limits: ServiceLimits | None = None) -> None:
         self.model, self.limits = model, limits or ServiceLimits()
-        self._admission = Admission(self.limits)
+        self._admission = Admission(self.limits, self.model.components.rest)
         self.counts = self._admission.counts
         self._readers = ThreadPoolExecutor(os.cpu_count() or 1, "ivl-reader")
         self._images = self._batcher(self._run_images)

@@ -60,7 +60,7 @@ def test_a_leak_of_one_image_a_request_is_seen(tiny_bundle: Path, tmp_path: Path
 
 def test_growth_counts_from_the_end_of_warm_up() -> None:
     requests = tuple(range(100, 1001, 100))
-    found = Soaked(requests, (50, 90, *(100,) * 4, 103, *(110,) * 3), (7,) * 10, {"text": 1000})
+    found = Soaked(requests, (9,) * 10, (50, 90, *(100,) * 4, 103, *(110,) * 3), (7,) * 10, {"text": 1000})
     assert found.growth(200) == pytest.approx(0.1)
     assert found.growth(0) == pytest.approx(110 / 70 - 1)
     assert found.growth(200, found.heap) == 0

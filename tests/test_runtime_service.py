@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import pytest
 from ivl_export.decoding import Sampling
 from ivl_export.errors import BusyError, InputError, UsageError
 from ivl_export.runtime import InternVL, Service, ServiceLimits
+from ivl_export.runtime.admission import Admission, Clock
+from ivl_export.runtime.batching import Ran
 
 TEXTS = ["a small red circle", "two large blue stars", "a ring", "a green square left of a ring"]
 
@@ -292,6 +295,29 @@ def test_captions_that_cannot_be_made_fail_alone(model: InternVL) -> None:
     assert isinstance(unread, InputError)
     assert isinstance(long, InputError)
     assert isinstance(unsampled, UsageError)
+
+
+def test_memory_is_handed_back_when_nobody_has_asked_for_a_while(model: InternVL) -> None:
+    rests: list[int] = []
+
+    async def work() -> None:
+        admission = Admission(ServiceLimits(rest=0.1), lambda: rests.append(admission.counts.done))
+
+        async def answer(clock: Clock) -> Ran[int]:
+            await asyncio.sleep(0.15)
+            return Ran(1, 0, 0, 1)
+
+        for _ in range(3):  # never idle for long enough
+            await asyncio.gather(*(admission.request(answer, None) for _ in range(4)))
+            await asyncio.sleep(0.01)
+        assert rests == []
+        await asyncio.sleep(0.3)
+        assert rests == [12], "once, after the last"
+        never = Admission(ServiceLimits(rest=math.inf), lambda: rests.append(-1))
+        await never.request(answer, None)
+
+    asyncio.run(work())
+    assert rests == [12]
 
 
 def test_a_closed_service_says_so(model: InternVL) -> None:

@@ -4,10 +4,10 @@
 
 Clients ask at once for embeddings (InternVL-C and -G, of texts), classes, captions, and answers about images;
 some send what is no image, some walk away, some give too little time. After every round all have been
-answered, and the process's memory is read: RSS, as Linux tells it, and what of the heap is in use, as glibc
-does. What the first rounds take (kernels, arenas, caches that are bounded) is not a leak: growth is counted
-from then on, from the median of the first quarter of rounds to that of the last, for what malloc holds free
-differs by a few percent from one round to the next.
+answered, and the process's memory is read: RSS, as Linux tells it, at once and when the service has come to
+rest, and what of the heap is in use then, as glibc does. What the first rounds take (kernels, caches that are
+bounded, an arena for the largest batches that meet) is not a leak: growth is counted from then on, from the
+median of the first quarter of rounds to that of the last.
 """
 
 from __future__ import annotations
@@ -55,12 +55,14 @@ class Soaked:
 
     Args:
         requests: answered so far, after each round.
-        rss: bytes then.
+        busy: bytes of RSS then.
+        rss: bytes of RSS at rest.
         heap: bytes that were allocated then; 0 where no C library tells.
         asked: how many of each kind.
     """
 
     requests: tuple[int, ...]
+    busy: tuple[int, ...]
     rss: tuple[int, ...]
     heap: tuple[int, ...]
     asked: dict[str, int]
@@ -89,6 +91,7 @@ async def soak(
     rng = np.random.default_rng(seed)
     asked: Counter[str] = Counter()
     done: list[int] = []
+    busy: list[int] = []
     rss: list[int] = []
     heap: list[int] = []
 
@@ -125,9 +128,11 @@ async def soak(
         await asyncio.gather(*(client() for _ in range(clients)))
         gc.collect()
         done.append(sum(asked.values()))
+        busy.append(resident())
+        model.components.rest()  # as the service does after a while
         rss.append(resident())
         heap.append(allocated())
-    return Soaked(tuple(done), tuple(rss), tuple(heap), dict(sorted(asked.items())))
+    return Soaked(tuple(done), tuple(busy), tuple(rss), tuple(heap), dict(sorted(asked.items())))
 
 
 async def failing(call: Awaitable[Any], error: type[Exception]) -> None:
@@ -194,8 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Whether a service's memory stays flat over many requests.")
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--chat", type=Path, help="a chat bundle, for conversations")
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--warm-up", type=int, default=1_000, help="requests before growth is counted")
+    parser.add_argument("--requests", type=int, default=12_000)
+    parser.add_argument("--warm-up", type=int, default=2_000, help="requests before growth is counted")
     parser.add_argument("--every", type=int, default=250, help="requests between two looks at the memory")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RECEIPTS, help="the folder of the receipt")
@@ -206,19 +211,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         chat = InternVLChat.load(args.chat, threads=args.threads, kept_bytes=KEPT_BYTES)
     found = asyncio.run(soak(model, chat, args.requests, args.every))
     growth = found.growth(args.warm_up)
-    heap_growth = found.growth(args.warm_up, found.heap)
+    busy_growth, heap_growth = (found.growth(args.warm_up, of) for of in (found.busy, found.heap))
     rows = [
-        (f"{done:,}", f"{rss / 1e6:.1f}", f"{heap / 1e6:.1f}")
-        for done, rss, heap in zip(found.requests, found.rss, found.heap, strict=True)
+        (f"{done:,}", *(f"{size / 1e6:.1f}" for size in sizes))
+        for done, *sizes in zip(found.requests, found.busy, found.rss, found.heap, strict=True)
     ]
-    print_table(f"{args.bundle.name}: memory", ("requests", "RSS MB", "in use MB"), rows)
-    print(f"growth after {args.warm_up:,} requests: {growth:+.2%} (goal: within {GOAL:.0%})")
-    print(f"growth of what is in use: {heap_growth:+.2%}")
+    print_table(f"{args.bundle.name}: memory", ("requests", "RSS MB", "at rest MB", "in use MB"), rows)
+    print(f"growth at rest after {args.warm_up:,} requests: {growth:+.2%} (goal: within {GOAL:.0%})")
+    print(f"growth without rest: {busy_growth:+.2%}; of what is in use: {heap_growth:+.2%}")
     bundles = [path.name for path in (args.bundle, args.chat) if path is not None]
     counts = asdict(model.requests.counts)
     result = receipt("soak", args.threads, ()) | {
         "bundles": bundles, "clients": CLIENTS, "warm_up": args.warm_up,
-        "growth": growth, "heap_growth": heap_growth,
+        "growth": growth, "busy_growth": busy_growth, "heap_growth": heap_growth,
         "counts": counts,
         "malloc": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
         **asdict(found),
