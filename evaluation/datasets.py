@@ -7,11 +7,15 @@ flickr30k  ``dataset_flickr30k.json`` (Karpathy), ``flickr30k-images/*.jpg``
 coco       ``dataset_coco.json`` (Karpathy), ``val2014/*.jpg`` (and ``train2014/``)
 xtd        ``test_image_names.txt``, ``test_1kcaptions_<language>.txt``, ``val2014/``, ``train2014/``
 video      ``<class>/<video>/*.jpg``: frames in the order of their names
+questions  ``questions.jsonl``, or a file of another name: ``{"image": "photos/1.jpg", "question":
+           "What is it?", "answer": "a ring"}`` a line, or ``"answers": ["a ring", "ring"]``;
+           images lie beside the file or below it
 ========== =====================================================================================
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,16 @@ class Captioned:
     name: str
     files: tuple[Path, ...]
     captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about an image, and the answers that are right."""
+
+    name: str
+    files: tuple[Path, ...]
+    question: str
+    answers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -153,6 +167,44 @@ def xtd(root: Path, language: str) -> tuple[Captioned, ...]:
         file = inside(root, f"{split}/{name}", f"{index.name}, line {line}")
         items.append(Captioned(name, (file,), (caption,)))
     return tuple(items)
+
+
+def questions(path: Path) -> tuple[Question, ...]:
+    """The questions in a JSON-lines file, or in ``questions.jsonl`` of the folder ``path``.
+
+    Raises:
+        InputError: a line is not as the module says (it is named), or there is none.
+    """
+    file = path / "questions.jsonl" if path.is_dir() else path
+    lines = read_text(file, "a question about an image a line").split("\n")
+    found = [_question(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise InputError(f"{file} asks nothing.", "It has no line.", f"Write {_ASKED} a line.")
+    return tuple(found)
+
+
+_ASKED = '{"image": "1.jpg", "question": "What is it?", "answer": "a ring"}'
+
+
+def _question(line: str, file: Path, number: int) -> Question:
+    where = f"{file}, line {number}"
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON.", f"{error}.", f"Write {_ASKED}.") from error
+    row = row if isinstance(row, dict) else {}
+    image, question = row.get("image"), row.get("question")
+    given = row["answers"] if "answers" in row else [row.get("answer")]
+    answers = [a.strip() if isinstance(a, str) else "" for a in given] if isinstance(given, list) else []
+    texts = all(isinstance(text, str) and text.strip() for text in (image, question))
+    if not texts or not answers or not all(answers):
+        raise InputError(f"{where} is no question about an image.", f"{line[:200]!r}", f"Write {_ASKED}.")
+    return Question(
+        f"{image}: {question}",
+        (inside(file.parent, str(image), where),),
+        str(question).strip(),
+        tuple(answers),
+    )
 
 
 def _captioned(entry: dict[str, Any], root: Path, folder: str, where: str) -> Captioned:

@@ -78,7 +78,7 @@ class Runner:
         check_cider()
         kept: list[Captioned] = []
         said: list[str] = []
-        with self._stage("captions", len(items)) as advanced:
+        with stage(self.progress, "captions", len(items)) as advanced:
             for piece, images in reader.pieces(items, PIECE):
                 flat = [image for group in images for image in group]
                 said += self.model.caption(
@@ -88,10 +88,10 @@ class Runner:
                 advanced(len(kept) + len(reader.skipped))
         return kept, [mean("CIDEr", cider(said, [item.captions for item in kept]))]
 
-    def texts(self, texts: Sequence[str], stage: str) -> Array:
+    def texts(self, texts: Sequence[str], name: str) -> Array:
         """Embeddings [len(texts), E], not normalised."""
         parts = []
-        with self._stage(stage, len(texts)) as advanced:
+        with stage(self.progress, name, len(texts)) as advanced:
             for start in range(0, len(texts), PIECE):
                 parts.append(self.model.encode_text(texts[start : start + PIECE]))
                 advanced(min(start + PIECE, len(texts)))
@@ -101,7 +101,7 @@ class Runner:
         """The items that could be read and a unit vector for each [N, E]: the mean over its frames."""
         kept: list[T] = []
         parts = []
-        with self._stage("images", len(items)) as advanced:
+        with stage(self.progress, "images", len(items)) as advanced:
             for piece, images in reader.pieces(items, PIECE):
                 flat = [image for group in images for image in group]
                 embeds = l2(self.model.encode_image(flat, self.mode, resize))
@@ -111,15 +111,17 @@ class Runner:
                 advanced(len(kept) + len(reader.skipped))
         return kept, np.concatenate(parts)
 
-    @contextmanager
-    def _stage(self, name: str, total: int) -> Iterator[_Advanced]:
-        start, told = time.perf_counter(), self.progress
-        if told is None:
-            yield lambda done: None
-            return
-        told.started(name, total)
-        yield told.advanced
-        told.finished(name, time.perf_counter() - start, False)
+
+@contextmanager
+def stage(told: Progress | None, name: str, total: int) -> Iterator[_Advanced]:
+    """``told`` hears of a stage of ``total`` samples; what it is advanced with is given to the block."""
+    start = time.perf_counter()
+    if told is None:
+        yield lambda done: None
+        return
+    told.started(name, total)
+    yield told.advanced
+    told.finished(name, time.perf_counter() - start, False)
 
 
 class _Advanced(Protocol):

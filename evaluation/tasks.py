@@ -1,5 +1,7 @@
 """The benchmarks by name, run through :class:`ivl_export.runtime.InternVL` on the backend it was loaded with.
 
+Those of chat bundles are in :mod:`.chat`.
+
 Protocol: classes are ensembles of prompts; images are cropped for classification and made square for
 retrieval and captions; the frames of a video are embedded one by one and their unit embeddings averaged;
 captions come from 5 beams with 8 to 30 tokens. Images are decoded in pieces, only embeddings are kept.
@@ -26,16 +28,19 @@ LANGUAGES: dict[str, tuple[str, ...]] = {
     "imagenet": ("en", "zh", "jp", "ar", "it"),
     "xtd": ("en", "es", "fr", "zh", "it", "ko", "ru", "jp"),
 }
-TASKS = tuple(PUBLISHED)
+QUESTIONS = "questions"
+"""The task of chat bundles, :func:`.chat.evaluate`."""
+TASKS = (*PUBLISHED, QUESTIONS)
 
 
 @dataclass(frozen=True)
 class Result:
     """What a task gave.
 
-    ``samples`` images or videos of the ``available`` ones were used; ``questions`` is the hash of what was
-    asked; ``source`` is the paper's table; ``whole`` says whether the set is as large as the paper's: if not,
-    the paper's numbers answer other questions. Captions have the mode InternVL-G, whose queries they read.
+    ``samples`` images or videos of the ``available`` ones were used (of chat: scenes, or questions);
+    ``questions`` is the hash of what was asked; ``source`` is the paper's table, empty where it has none;
+    ``whole`` says whether the set is as large as the paper's: if not, the paper's numbers answer other
+    questions. Captions have the mode InternVL-G, whose queries they read.
     """
 
     task: str
@@ -78,14 +83,16 @@ def evaluate(
     frames: int = FRAMES,
     progress: Progress | None = None,
 ) -> Result:
-    """Run ``task`` (one of :data:`TASKS`) on the data set in the folder ``data``.
+    """Run ``task`` (one of :data:`TASKS`, but :data:`QUESTIONS`) on the data set in the folder ``data``.
 
     Raises:
-        UsageError: no such task, or it does not exist in this language.
+        UsageError: no such task, or it does not exist in this language, or is one of chat bundles.
         InputError: files are missing or wrong, or over a tenth of the images cannot be read.
         CapabilityError: the bundle lacks a component, or CIDEr cannot be computed here.
     """
     check_task(task, language)
+    if task == QUESTIONS:
+        raise UsageError(f"{task} are put to a chat bundle.", fix="Call evaluation.chat.evaluate.")
     runner = Runner(model, mode, progress)
     if task in ("imagenet", "video"):
         answers = _classify(runner, task, data, language, limit, frames)

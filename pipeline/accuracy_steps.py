@@ -56,9 +56,9 @@ def tasks_step(job: Job, preprocess: Step, before: list[Step]) -> Step:
         for done, other in enumerate(_compared(job, made), 2):
             advanced(done)
             scores[other.recipe.name] = scores_of(job, other, space, preprocess)
-        return [write_receipt(space, "tasks", {"scores": scores, "sizes": evaluate.SIZES})], {}
+        return [write_receipt(space, "tasks", {"scores": scores, "sizes": evaluate.sizes(job)})], {}
 
-    return Step("tasks", {"sizes": evaluate.SIZES, **after([preprocess, *before])}, run, 5)
+    return Step("tasks", {"sizes": evaluate.sizes(job), **after([preprocess, *before])}, run, 5)
 
 
 def scores_of(job: Job, made: Source, space: Workspace, preprocess: Step) -> dict[str, Any]:

@@ -201,6 +201,11 @@ def evaluate_engines(root: Path, manifest: Manifest) -> dict[str, Any]:
         return tasks.evaluate(EngineModel(model), **cast(Any, SIZES))
 
 
+def sizes(job: Job) -> dict[str, int]:
+    """How much the tasks of the job's model ask."""
+    return evaluate_chat.SIZES if isinstance(job.checkpoint.model, ChatConfig) else SIZES
+
+
 def headlines(scores: Mapping[str, Any]) -> dict[str, float]:
     """The accuracies (0..1) that budgets are held to."""
     found = ((name, *place) for name, place in HEADLINES.items() if place[0] in scores)
@@ -213,7 +218,7 @@ def cached(content: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any
     The cache is ``$IVL_EXPORT_CACHE`` or ``ivl-export`` in the user's cache folder; without a folder to
     write to there is none.
     """
-    parts = [content, SIZES, evaluate_chat.SCENES, tool_versions(), code_digest()]
+    parts = [content, SIZES, evaluate_chat.SIZES, tool_versions(), code_digest()]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "evaluations" / f"{digest}.json"
     try:

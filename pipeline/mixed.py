@@ -110,7 +110,7 @@ def _search_step(job: Job, preprocess: Step, before: list[Step]) -> Step:
         }
         return [write_receipt(space, MIXED, receipt)], {"measured": measured}
 
-    inputs = {"budget": budget, "gpu": asdict(gpu), "tasks": tasks and evaluate.SIZES, **model_of(job)}
+    inputs = {"budget": budget, "gpu": asdict(gpu), "tasks": tasks and evaluate.sizes(job), **model_of(job)}
     return Step("search", {**inputs, **after([preprocess, *before])}, run, unit="recipes measured")
 
 

@@ -47,7 +47,7 @@ class InternVL(Loaded):
             raise CapabilityError(
                 f"{bundle.root} holds a chat model.",
                 "It gives no embeddings.",
-                "Use InternVLChat.load, or ivl-export run chat.",
+                "Use InternVLChat.load, ivl-export run chat, or eval --task questions.",
             )
 
     def close(self) -> None:

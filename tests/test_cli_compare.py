@@ -77,6 +77,21 @@ def test_side_by_side(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "20 int8xint8" in out
 
 
+def test_the_scores_of_a_chat(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As builds write them: every kind of question, not the new combinations among them."""
+    sides = []
+    for correct, precision in ((480, "fp8"), (478, "int8")):
+        data = receipts(correct, precision)
+        score = TaskScore(Score(correct, 500), Score(5, 9)).to_json()
+        data["tasks"] = {"scores": {precision: {"chat": {"all": score, "color": score}, "settings": {}}},
+                         "sizes": {"scenes": 200}}  # fmt: skip
+        sides.append(bundle(tiny_bundle, tmp_path / precision, data, precision))
+    found = compare(capsys, *sides)["tasks"]
+    assert [row["name"] for row in found] == ["chat all", "chat color"]
+    assert found[0]["difference"] == pytest.approx(-0.004)
+    assert found[0]["within"] is True
+
+
 def test_different_questions_are_not_compared(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

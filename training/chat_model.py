@@ -15,11 +15,11 @@ from ..models.chat import InternVLChat
 from ..models.checkpoint import Checkpoint
 from ..models.layout import CHAT_TOWER, VISION, expected_shapes
 from ..preprocess import ImageSettings, Tokenizer, preprocess_images
+from .chat_tasks import LONGEST_ANSWER
 from .drawing import Image8
 from .presets import ChatPreset
 
 STD = 0.04
-LONGEST_ANSWER = 24
 
 
 def initialised(preset: ChatPreset, tower: Checkpoint) -> InternVLChat:

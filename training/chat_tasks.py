@@ -23,8 +23,24 @@ Answer = Callable[[Image8, Sequence[Sequence[Turn]]], list[str]]
 
 SCENES = 1000
 """Enough for an interval of two points."""
+LONGEST_ANSWER = 24
+"""In tokens."""
 _TASK = 3
 _STREAM = 0xC4A7
+
+
+def exact(said: str, answers: Sequence[str]) -> bool:
+    """Whether ``said`` is one of ``answers`` word for word; spaces around it do not count."""
+    return said.strip() in answers
+
+
+def held_out(scenes: int = SCENES, seed: int = 0) -> tuple[list[Scene], list[list[Asked]]]:
+    """Scenes that no training shows, and what is asked about each."""
+    shown = eval_scenes(_TASK, scenes, seed)
+    rng = np.random.default_rng([_STREAM, seed])
+    return shown, [
+        dialogue(rng, scene, 1) if i < scenes // 2 else two_turns(rng, scene) for i, scene in enumerate(shown)
+    ]
 
 
 def evaluate(
@@ -38,11 +54,7 @@ def evaluate(
 
     ``progress`` hears the number of scenes that are done.
     """
-    shown = eval_scenes(_TASK, scenes, seed)
-    rng = np.random.default_rng([_STREAM, seed])
-    asked = [
-        dialogue(rng, scene, 1) if i < scenes // 2 else two_turns(rng, scene) for i, scene in enumerate(shown)
-    ]
+    shown, asked = held_out(scenes, seed)
     right: list[tuple[Asked, Scene, bool]] = []
     for start in range(0, scenes, batch):
         part = slice(start, start + batch)
@@ -69,7 +81,7 @@ def _ask(
         for i, turn, text in zip(rows, opened, said, strict=True):
             history[i].append(replace(turn, answer=text.strip()))
             question = asked[i][number]
-            found.append((question, scenes[i], text.strip() == question.answer))
+            found.append((question, scenes[i], exact(text, [question.answer])))
     return found
 
 

@@ -1,0 +1,178 @@
+"""Questions about images, put to a chat bundle and scored by exact answers.
+
+Protocol: the likeliest token always, every question in a conversation of its own, several conversations
+decoded together. Without a data set the drawn scenes of :mod:`..training.chat_tasks` are asked about, some in
+two turns, and an answer is right word for word. On a user's own questions two shares are given: answers that
+are right word for word, and those that are once both sides are :func:`normalised`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import unicodedata
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..conversation import Turn
+from ..errors import UsageError
+from ..training import chat_tasks
+from .datasets import questions
+from .files import Reader, choose, fingerprint
+from .runner import PIECE, Progress, stage
+from .scores import Measure, share
+from .tasks import QUESTIONS, Result
+
+if TYPE_CHECKING:
+    from ..pictures import ImageInput
+    from ..runtime import InternVLChat
+
+MODE = "InternVL-Chat"
+PLAIN = "{}"
+"""A question as it is."""
+
+
+class EngineChat:
+    """A bundle's engines as :data:`..training.chat_tasks.Answer`; answers are decoded together."""
+
+    def __init__(self, model: InternVLChat, max_new_tokens: int = chat_tasks.LONGEST_ANSWER) -> None:
+        self.model, self.max_new_tokens = model, max_new_tokens
+
+    def __call__(self, images: Iterable[ImageInput], conversations: Sequence[Sequence[Turn]]) -> list[str]:
+        """Greedy answers to the last turn of each conversation, each about one image."""
+        with ThreadPoolExecutor(1) as apart:  # the caller may have an event loop of its own
+            return apart.submit(asyncio.run, self._answers(images, conversations)).result()
+
+    async def _answers(
+        self, images: Iterable[ImageInput], conversations: Sequence[Sequence[Turn]]
+    ) -> list[str]:
+        from ..runtime.admission import ServiceLimits
+        from ..runtime.chat_service import ChatService
+
+        # As many conversations at a time as are decoded together: each has a cache of its own.
+        together = self.model.components.spec("decoder").axis("batch").max
+        places = asyncio.Semaphore(together)
+        service = ChatService(self.model, ServiceLimits(running=together, timeout=float("inf")))
+
+        async def answer(image: ImageInput, turns: Sequence[Turn]) -> str:
+            *history, last = turns
+            async with places:
+                chat = await service.chat([image], history)
+                return (await service.ask(chat, last.question, self.max_new_tokens)).value
+
+        try:
+            asked = zip(images, conversations, strict=True)
+            return await asyncio.gather(*(answer(image, turns) for image, turns in asked))
+        finally:
+            service.close()
+
+
+def normalised(text: str) -> str:
+    """What is compared of an answer: Unicode's NFKC form without case, single spaces, no full stop behind."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(". ")
+
+
+def evaluate(
+    model: InternVLChat,
+    data: Path | None = None,
+    limit: int | None = None,
+    prompt: str = PLAIN,
+    max_new_tokens: int = chat_tasks.LONGEST_ANSWER,
+    progress: Progress | None = None,
+) -> Result:
+    """Ask ``model`` about the images of ``data`` (:func:`.datasets.questions`; None: drawn scenes).
+
+    Args:
+        model: a chat bundle.
+        data: a file or a folder.
+        limit: so many questions (of drawn scenes: scenes), None: all.
+        prompt: what is asked, ``{}`` for a question of ``data``.
+        max_new_tokens: longest answer.
+        progress: hears how it goes.
+
+    Raises:
+        UsageError: ``prompt`` has no place for the question, or there is none to put in.
+        InputError: ``data`` is not as it must be, or over a tenth of the images cannot be read.
+    """
+    if PLAIN not in prompt or (data is None and prompt != PLAIN):
+        raise UsageError(
+            f"The prompt {prompt!r} cannot be asked.",
+            "It needs {} for the question, and questions of yours: nano-chat knows the plain ones only.",
+            'Give --prompt "{} Answer with one word." and --data.',
+        )
+    answer = EngineChat(model, max_new_tokens)
+    settings: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens}
+    if data is None:
+        return _scenes(answer, limit, settings, progress)
+    return _questions(answer, data, limit, prompt, settings, progress)
+
+
+def _scenes(
+    answer: EngineChat, limit: int | None, settings: dict[str, Any], progress: Progress | None
+) -> Result:
+    count = min(limit or chat_tasks.SCENES, chat_tasks.SCENES)
+    with stage(progress, "scenes", count) as advanced:
+        found = chat_tasks.evaluate(answer, count, progress=advanced)
+    scores = {**found["chat"], "new combinations": found["chat"]["all"]["novel"]}
+    measures = tuple(
+        Measure(f"exact, {kind}", 100 * s["accuracy"], 100 * s["low"], 100 * s["high"], s["total"], "wilson")
+        for kind, s in scores.items()
+        if s["total"]
+    )
+    asked = [
+        text for said in chat_tasks.held_out(count)[1] for one in said for text in (one.question, one.answer)
+    ]
+    return _result(count, chat_tasks.SCENES, asked, {"data": "drawn scenes", **settings}, measures, [])
+
+
+def _questions(
+    answer: EngineChat,
+    data: Path,
+    limit: int | None,
+    prompt: str,
+    settings: dict[str, Any],
+    progress: Progress | None,
+) -> Result:
+    every = questions(data)
+    items = choose(every, limit)
+    reader = Reader(len(items))
+    kept, said = [], []
+    with stage(progress, "questions", len(items)) as advanced:
+        for piece, images in reader.pieces(items, PIECE):
+            turns = [[Turn(prompt.replace(PLAIN, item.question), None, 1)] for item in piece]
+            said += answer([image for (image,) in images], turns)
+            kept += piece
+            advanced(len(kept) + len(reader.skipped))
+    pairs = list(zip(said, kept, strict=True))
+    same = [normalised(text) in map(normalised, item.answers) for text, item in pairs]
+    word = [chat_tasks.exact(text, item.answers) for text, item in pairs]
+    measures = share("exact, normalised", np.array(same)), share("exact, word for word", np.array(word))
+    asked = [text for item in kept for text in (item.name, *item.answers)]
+    return _result(len(kept), len(every), asked, {"data": data.name, **settings}, measures, reader.skipped)
+
+
+def _result(
+    samples: int,
+    available: int,
+    asked: Sequence[str],
+    settings: dict[str, Any],
+    measures: tuple[Measure, ...],
+    skipped: Sequence[dict[str, str]],
+) -> Result:
+    whole = samples == available
+    return Result(
+        QUESTIONS,
+        MODE,
+        "",
+        samples,
+        available,
+        whole,
+        fingerprint(asked),
+        "",
+        settings,
+        measures,
+        tuple(skipped),
+    )
