@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from ..errors import IvlError
 
 INTERRUPTED = 130
+RESUMED = frozenset({"build", "calibrate", "qat", "sensitivity", "train"})
+"""Verbs that go on where they were stopped."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             report(IvlError(what, "This is a bug in ivl-export.", "Run with --debug for details."), as_json)
             return 1
     if code == INTERRUPTED:
-        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        resumed = not RESUMED.isdisjoint(args[:1])
+        print("\nInterrupted." + " The same command goes on from here." * resumed, file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

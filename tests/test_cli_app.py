@@ -153,8 +153,7 @@ def test_ctrl_c_exits_130(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "Interrupted" in err
-    assert "Traceback" not in err
+    assert err.strip() == "Interrupted."  # there is nothing to go on with
 
 
 def test_completion_offers_verbs_and_their_commands() -> None:
