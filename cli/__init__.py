@@ -18,7 +18,7 @@ RESUMED = frozenset({"build", "calibrate", "qat", "sensitivity", "train"})
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0 is success, 2 wrong usage, 3 to 8 errors of :mod:`ivl_export.errors`, 130 Ctrl-C, 1 the rest.
+    0 is success, 2 wrong usage, 3 to 9 errors of :mod:`ivl_export.errors`, 130 Ctrl-C, 1 the rest.
     Errors go to stderr: what, why and fix, or one JSON object with ``--json``. ``--debug`` raises them.
     """
     args = list(sys.argv[1:] if argv is None else argv)

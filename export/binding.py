@@ -40,7 +40,7 @@ def bind(model: ir.Model, store: Store, folder: Path) -> None:
 
     Args:
         model: a graph of :func:`.trace.export_component`, quantised or not.
-        store: from :func:`.weights.open_store`, or a safetensors checkpoint's ``tensors``: then nothing is
+        store: from :func:`.store.open_store`, or a safetensors checkpoint's ``tensors``: then nothing is
             copied, and the graph must be saved beside the shards.
         folder: where the graph will be saved; the store's files must lie below it.
 

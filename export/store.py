@@ -220,7 +220,7 @@ def open_store(*paths: Path) -> Store:
 
 
 def _header_dtype(dtype: str) -> str:
-    """``dtype`` as :func:`.storage.read_header` names it."""
+    """``dtype`` as :func:`..models.storage.read_header` names it."""
     return SAFETENSORS_DTYPES.get(_SAFETENSORS[dtype], _SAFETENSORS[dtype])
 
 

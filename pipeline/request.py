@@ -22,13 +22,14 @@ class Request:
 
     Args:
         out: the bundle's folder.
-        model: a checkpoint; None is the shipped internvl-nano.
+        model: a checkpoint, or what stands for a shipped one (:func:`..models.shipped.checkpoint_path`).
         precision: a shipped recipe or a recipe file.
-        calib: images and captions, of :data:`..calibration.sources.KINDS`; None: :data:`OWN_CALIBRATION`
-            beside the weights, or drawn scenes for a model trained on them.
+        calib: images and captions, of :data:`..calibration.sources.KINDS`; None:
+            :data:`.calibration.OWN_CALIBRATION` beside the weights, or drawn scenes for a model trained on them.
         calib_samples: how many of them.
         calib_seed: chooses which.
-        calib_columns: of image and caption, where they cannot be found (:func:`.sources.open_calibration`).
+        calib_columns: of image and caption, where they cannot be found
+            (:func:`..calibration.sources.open_calibration`).
         scales: a ``scales.json`` that was measured before; None: measure.
         algorithm: how ranges are picked (:mod:`..calibration.observe`); None: ``max``.
         targets: GPU generations, ``sm89,sm120``.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def pick(logits: Any, how: Sampling, rng: np.random.Generator, barred: int | None = None) -> int:
-    """As :func:`.decoding.pick`, of ``logits`` [V] that are an array, or a tensor on any device."""
+    """As :func:`..decoding.pick`, of ``logits`` [V] that are an array, or a tensor on any device."""
     if isinstance(logits, np.ndarray):
         return decoding.pick(logits, how, rng, barred)
     scores = as_tensor(logits).float()
