@@ -25,7 +25,8 @@ class Request:
         model: a checkpoint, or what stands for a shipped one (:func:`..models.shipped.checkpoint_path`).
         precision: a shipped recipe or a recipe file.
         calib: images and captions, of :data:`..calibration.sources.KINDS`; None:
-            :data:`.calibration.OWN_CALIBRATION` beside the weights, or drawn scenes for a model trained on them.
+            :data:`.calibration.OWN_CALIBRATION` beside the weights, or drawn scenes for a model trained on
+            them.
         calib_samples: how many of them.
         calib_seed: chooses which.
         calib_columns: of image and caption, where they cannot be found
