@@ -11,6 +11,15 @@ import typer
 from ..engines.options import TACTICS, BuildOptions
 from ..errors import UsageError
 from .build_tables import print_dry_run, print_report, print_search
+from .options import (
+    CalibColumnsOpt,
+    CalibOpt,
+    CalibSamplesOpt,
+    CalibSeedOpt,
+    ComponentsOpt,
+    FeaturesOpt,
+    ModelOpt,
+)
 from .output import print_json
 
 app = typer.Typer(add_completion=False)
@@ -20,12 +29,7 @@ ENGINES: dict[str, Any] = {"rich_help_panel": "GPU engines (tensorrt-rtx, tensor
 
 @app.command()
 def build(
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            help="Checkpoint: a folder of a published layout, or an older .pth file; or nano-chat; else nano."
-        ),
-    ] = None,
+    model: ModelOpt = None,
     precision: Annotated[
         str, typer.Option(help="A recipe (see 'recipes'), a recipe file, or mixed: searched within --budget.")
     ] = "fp8",
@@ -40,15 +44,10 @@ def build(
     out: Annotated[
         Path | None, typer.Option(help="The bundle's folder; else bundles/MODEL-PRECISION.")
     ] = None,
-    calib: Annotated[
-        Path | None,
-        typer.Option(help="Images and captions: a folder, JSONL, WebDataset shards, or Hugging Face folder."),
-    ] = None,
-    calib_samples: Annotated[int, typer.Option(help="How many of them.", min=1)] = 256,
-    calib_columns: Annotated[
-        str | None, typer.Option(help="Columns IMAGE,CAPTION of a data set, where their names are unusual.")
-    ] = None,
-    calib_seed: Annotated[int, typer.Option(help="Chooses which of them.")] = 0,
+    calib: CalibOpt = None,
+    calib_samples: CalibSamplesOpt = 256,
+    calib_columns: CalibColumnsOpt = None,
+    calib_seed: CalibSeedOpt = 0,
     algorithm: Annotated[
         str | None,
         typer.Option(help="How input ranges are picked: max, percentile[-99.99], entropy or mse; else max."),
@@ -61,14 +60,11 @@ def build(
         str | None,
         typer.Option(help="Engines to build: onnxruntime,tensorrt-rtx,tensorrt; else all that can be."),
     ] = None,
-    components: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
+    components: ComponentsOpt = None,
     itm: Annotated[
         bool, typer.Option("--itm", help="Build qllama_itm too: 'run retrieve --rerank' needs it.")
     ] = False,
-    features: Annotated[
-        str | None,
-        typer.Option(help="Vision blocks whose outputs the bundle gives too: 12,24,36 (-1 is the last)."),
-    ] = None,
+    features: FeaturesOpt = None,
     split: Annotated[
         int, typer.Option(help="Build each component in N parts, that run as one: less memory.", min=1)
     ] = 1,

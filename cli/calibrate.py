@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import CalibColumnsOpt, CalibOpt, CalibSamplesOpt, CalibSeedOpt, ComponentsOpt, ModelOpt
 from .output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -18,27 +19,19 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def calibrate(
-    model: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint: a folder of the published layout, or an older .pth file; else nano."),
-    ] = None,
+    model: ModelOpt = None,
     out: Annotated[Path, typer.Option(help="Where the ranges are written.")] = Path("scales.json"),
-    calib: Annotated[
-        Path | None,
-        typer.Option(help="Images and captions: a folder, JSONL, WebDataset shards, or Hugging Face folder."),
-    ] = None,
-    calib_samples: Annotated[int, typer.Option(help="How many of them.", min=1)] = 256,
-    calib_columns: Annotated[
-        str | None, typer.Option(help="Columns IMAGE,CAPTION of a data set, where their names are unusual.")
-    ] = None,
-    calib_seed: Annotated[int, typer.Option(help="Chooses which of them.")] = 0,
+    calib: CalibOpt = None,
+    calib_samples: CalibSamplesOpt = 256,
+    calib_columns: CalibColumnsOpt = None,
+    calib_seed: CalibSeedOpt = 0,
     algorithm: Annotated[
         str, typer.Option(help="How ranges are picked: max, percentile[-99.99], entropy or mse.")
     ] = "max",
     precision: Annotated[
         str, typer.Option(help="The recipe that will be built: entropy and mse pick ranges for its types.")
     ] = "fp8",
-    components: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
+    components: ComponentsOpt = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
     """Measure the input range of every linear layer, for 'build --scales'.

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .options import ComponentsOpt, FeaturesOpt, ModelOpt
 from .output import human_bytes, print_json, print_table
 from .progress import Bars
 
@@ -20,19 +21,13 @@ MEGABYTE = 10**6
 
 @app.command()
 def export(
-    model: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint: a folder of the published layout, or an older .pth file; else nano."),
-    ] = None,
+    model: ModelOpt = None,
     out: Annotated[
         Path | None,
         typer.Option(help="A new folder; else onnx/MODEL-DTYPE. With --zero-copy: the shards', or above."),
     ] = None,
-    components: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
-    features: Annotated[
-        str | None,
-        typer.Option(help="Vision blocks whose outputs the graph gives too: 12,24,36 (-1 is the last)."),
-    ] = None,
+    components: ComponentsOpt = None,
+    features: FeaturesOpt = None,
     dtype: Annotated[str, typer.Option(help="What the graphs compute in: bf16 or fp32.")] = "bf16",
     zero_copy: Annotated[
         bool, typer.Option("--zero-copy", help="Write graphs beside the shards that refer to their bytes.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import CapabilityError
+from .options import ComponentsOpt
 from .output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def sensitivity(
         Path | None, typer.Option(help="Images and captions: a folder, or a JSONL; 32 are held out.")
     ] = None,
     calib_samples: Annotated[int, typer.Option(help="How many ranges are measured on.", min=1)] = 64,
-    components: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
+    components: ComponentsOpt = None,
     questions: Annotated[
         int,
         typer.Option(min=0, help="Of each task, where the model has an evaluation set; 0 leaves tasks out."),
