@@ -21,6 +21,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 MODES: tuple[ResizeMode, ...] = ("square", "center_crop", "pad")
 PAD_COLOR = (123, 116, 103)
+_OTHER_TOKENIZER = "Take the tokenizer.model of the checkpoint."
 _BICUBIC = 3
 
 BUCKETS = (16, 32, 48, 80)
@@ -190,19 +191,11 @@ class Tokenizer:
             self.model = model if isinstance(model, bytes) else Path(model).read_bytes()
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except (OSError, RuntimeError) as error:
-            why = error.strerror if isinstance(error, OSError) else None
-            raise CheckpointError(
-                f"Cannot read {name}.",
-                why or "It is no SentencePiece model, or a damaged one.",
-                "Take the tokenizer.model of the checkpoint.",
-            ) from error
+            why = getattr(error, "strerror", None) or "It is no SentencePiece model, or a damaged one."
+            raise CheckpointError(f"Cannot read {name}.", why, _OTHER_TOKENIZER) from error
         self.bos, self.eos = int(self._sp.bos_id()), int(self._sp.eos_id())
         if self.bos < 0 or self.eos < 0:
-            raise CheckpointError(
-                f"Cannot use {name}.",
-                "It has no bos or no eos piece.",
-                "Take the tokenizer.model of the checkpoint.",
-            )
+            raise CheckpointError(f"Cannot use {name}.", "It has no bos or no eos piece.", _OTHER_TOKENIZER)
 
     def __len__(self) -> int:
         return int(self._sp.vocab_size())

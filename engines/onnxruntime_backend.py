@@ -7,7 +7,6 @@ sizes follow from the contract. On a GPU nothing passes through host memory.
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -270,15 +269,6 @@ def optimized_graph(path: Path) -> Graph:
         }
         make_session(path, graph, threads=1, settings=settings, save=copy)
         return read_graph(copy)
-
-
-def optimized_ops(path: Path) -> dict[str, int]:
-    """Operator -> how often ONNX Runtime runs it for the graph ``path``, after its own optimisation.
-
-    INT8 products are ``MatMulIntegerToFloat``, ``QLinearMatMul`` or ``QGemm``; ``MatMul`` and ``Gemm`` run in
-    fp32.
-    """
-    return dict(Counter(node.op for node in optimized_graph(path).nodes).most_common())
 
 
 def _run_options(*, wait: bool) -> Any:

@@ -93,9 +93,7 @@ class ChatConfig:
             )
         if self.select_feature not in _FEATURES:
             raise CheckpointError(
-                f"mm_vision_select_feature is {self.select_feature!r}.",
-                f"Known: {', '.join(_FEATURES)}.",
-                "Download it again.",
+                f"mm_vision_select_feature is {self.select_feature!r}.", f"Known: {', '.join(_FEATURES)}."
             )
         if self.image_size < 1 or self.image_size % self.vision.patch_size:
             raise CheckpointError(
