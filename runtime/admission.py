@@ -29,7 +29,8 @@ class ServiceLimits:
         waiting: requests that may wait to be admitted; one more is refused.
         timeout: seconds for a request from its call to its result, where it gives none itself.
         max_batch: rows in a batch, and captions decoded at a time; None: what the engines were tuned for.
-        max_delay: seconds that the first request of a batch waits for others on their way.
+        max_delay: seconds that the first request of a batch waits for others that are being read; None: 20 ms
+            where they are read on the cores that run batches, else 2 ms.
         rest: seconds without a request after which memory is handed back to the system; the next one takes
             it again, page by page. ``math.inf``: never.
     """
@@ -38,7 +39,7 @@ class ServiceLimits:
     waiting: int = 256
     timeout: float = 30.0
     max_batch: int | None = None
-    max_delay: float = 0.002
+    max_delay: float | None = None
     rest: float = 10.0
 
 

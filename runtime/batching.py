@@ -1,4 +1,4 @@
-"""Single requests run in batches: one worker thread, a short wait for company, a place freed when cancelled.
+"""Single requests run in batches: one worker thread, a wait for who is coming, a place freed when cancelled.
 
 A request is a future. Cancelling it while it waits takes it out of the queue at once; once its batch has
 begun, only its result is dropped.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -44,9 +45,7 @@ class Batcher(Generic[T, R]):
         run: maps a batch to results in the same order. A batch that it raises for is run again item by item,
             so that only those fail that are at fault.
         max_batch: items in a batch at most.
-        max_delay: seconds the first item of a batch waits for others.
-        expected: how many items are on their way in all, those that wait here included: when all are here,
-            nobody is waited for.
+        max_delay: seconds that the first item of a batch waits at most for those that are :meth:`coming`.
     """
 
     def __init__(
@@ -55,11 +54,10 @@ class Batcher(Generic[T, R]):
         *,
         max_batch: int,
         max_delay: float = 0.002,
-        expected: Callable[[], int] | None = None,
     ) -> None:
         if max_batch < 1 or max_delay < 0:
             raise UsageError("These batching settings cannot be right.", f"{max_batch=}, {max_delay=}.")
-        self._run, self._max_batch, self._max_delay, self._expected = run, max_batch, max_delay, expected
+        self._run, self._max_batch, self._max_delay, self._coming = run, max_batch, max_delay, 0
         self._queue: deque[_Request[T, R]] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -68,6 +66,18 @@ class Batcher(Generic[T, R]):
     def __len__(self) -> int:
         """Items that wait."""
         return len(self._queue)
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """An item is on its way inside the ``with`` block, where it is submitted or given up."""
+        with self._changed:
+            self._coming += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._coming -= 1
+                self._changed.notify_all()
 
     def submit(self, item: T) -> Future[Ran[R]]:
         """Queue ``item``; cancel the future to take it out again. UsageError once closed."""
@@ -137,7 +147,6 @@ class Batcher(Generic[T, R]):
                     self._changed.wait()
                     continue
                 left = self._queue[0].arrived + self._max_delay - time.perf_counter()
-                everybody = self._expected is not None and len(self._queue) >= self._expected()
-                if len(self._queue) >= self._max_batch or everybody or left <= 0:
+                if len(self._queue) >= self._max_batch or not self._coming or left <= 0:
                     return [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
                 self._changed.wait(left)

@@ -69,14 +69,18 @@ class Components:
             self._specs[name] = spec
         return self._specs[name]
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the engines compute on the CPU."""
+        known = BACKENDS.get(self.backend)
+        return known is not None and known.on_cpu and self.options.get("device", HOST) == HOST
+
     @cached_property
     def batch(self) -> int:
         """Images run at once."""
         chat = "vision_chat" in self.bundle.manifest.components
         axis = self.spec("vision_chat" if chat else "vision").axis("batch")
-        known = BACKENDS.get(self.backend)
-        on_cpu = known is not None and known.on_cpu and self.options.get("device", HOST) == HOST
-        usual = axis.opt if on_cpu else axis.max
+        usual = axis.opt if self.on_cpu else axis.max
         return min(self._batch or usual, axis.max)
 
     def open(self, name: str) -> Engine:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+_CPU_DELAY, _GPU_DELAY = 0.02, 0.002
+"""Seconds: a batch that begins while images are read takes the cores from them; on a GPU it takes nothing."""
 
 
 class Service:
@@ -43,7 +45,7 @@ class Service:
         self._images = self._batcher(self._run_images)
         self._texts = self._batcher(self._run_texts)
         self._beams = self._batcher(self._run_beams)
-        self._starts = self._batcher(partial(captions.start, model), lambda: len(self._scheduler))
+        self._starts = self._batcher(partial(captions.start, model))
 
     async def encode_image(
         self,
@@ -183,9 +185,11 @@ class Service:
         """What ``batcher`` makes of what ``read`` gives, or what ``then`` makes of that."""
 
         async def run(clock: Clock) -> Ran[Any]:
-            item = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+            with batcher.coming():
+                item = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+                submitted = batcher.submit(item)
             clock.mark("read")
-            ran = await asyncio.wrap_future(batcher.submit(item))
+            ran = await asyncio.wrap_future(submitted)
             if then is None:
                 return ran
             last = await asyncio.wrap_future(then(ran.value))
@@ -193,16 +197,11 @@ class Service:
 
         return await self._admission.request(run, timeout)
 
-    def _batcher(
-        self, run: Callable[[Sequence[Any]], Sequence[Any]], gone: Callable[[], int] = lambda: 0
-    ) -> Batcher[Any, Any]:
-        """A batcher of this service's requests, ``gone()`` of which are past it."""
-        return Batcher(
-            run,
-            max_batch=self._rows,
-            max_delay=self.limits.max_delay,
-            expected=lambda: self.counts.running - gone(),
-        )
+    def _batcher(self, run: Callable[[Sequence[Any]], Sequence[Any]]) -> Batcher[Any, Any]:
+        delay = self.limits.max_delay
+        if delay is None:
+            delay = _CPU_DELAY if self.model.components.on_cpu else _GPU_DELAY
+        return Batcher(run, max_batch=self._rows, max_delay=delay)
 
     @property
     def _rows(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -61,10 +62,38 @@ def test_what_comes_while_a_batch_runs_is_the_next_batch() -> None:
     batcher.close()
 
 
-def test_nobody_is_waited_for_when_all_are_there() -> None:
+def test_who_is_coming_is_waited_for_and_nobody_else() -> None:
     gate = Gate()
-    batcher = Batcher(gate, max_batch=8, max_delay=600, expected=lambda: 2)
-    assert values([batcher.submit(1), batcher.submit(2)]) == [2, 4]
+    batcher = Batcher(gate, max_batch=8, max_delay=600)
+    assert values([batcher.submit(1)]) == [2], "alone, at once"
+    with batcher.coming():
+        with batcher.coming():
+            second = batcher.submit(2)
+        assert not second.done()
+        third = batcher.submit(3)
+    assert values([second, third]) == [4, 6]
+    with suppress(KeyError), batcher.coming():
+        fourth = batcher.submit(4)
+        raise KeyError  # who gives up is not waited for
+    assert values([fourth]) == [8]
+    assert gate.batches == [[1], [2, 3], [4]]
+    batcher.close()
+
+
+def test_who_is_coming_is_waited_for_so_long_and_no_longer() -> None:
+    gate = Gate()
+    batcher = Batcher(gate, max_batch=8, max_delay=0.02)
+    with batcher.coming():
+        found = batcher.submit(1).result(30)
+    assert found.waited >= 0.02
+    batcher.close()
+
+
+def test_a_full_batch_waits_for_nobody() -> None:
+    gate = Gate()
+    batcher = Batcher(gate, max_batch=2, max_delay=600)
+    with batcher.coming():
+        assert values([batcher.submit(1), batcher.submit(2)]) == [2, 4]
     batcher.close()
 
 

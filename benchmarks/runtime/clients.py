@@ -8,7 +8,8 @@ at most where reading takes no time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -52,5 +53,17 @@ def _compared(case: str, model: InternVL, precision: str, setting: Setting) -> C
     reference = model.encode_image([picture])[0]
     answers = [row for rows in asyncio.run(at_once()) for row in rows]
     apart = max(float(np.abs(row - reference).max() / np.abs(reference).max()) for row in answers)
+    busy = _cores(lambda: asyncio.run(client(many)))
     goal = Goal("at once", "one after another", "speed", LEAST)
-    return Comparison(case, timed, (goal,), {"apart": apart, "answers": len(answers)})
+    note = (
+        f"{case}, {precision}: one after another keeps {busy:.2f} of {setting.threads} cores busy; "
+        f"filling them can give {setting.threads / busy:.2f}x."
+    )
+    return Comparison(case, timed, (goal,), {"apart": apart, "answers": len(answers), "cores": busy}, (note,))
+
+
+def _cores(call: Callable[[], object]) -> float:
+    """How many cores ``call`` keeps busy."""
+    wall, used = time.perf_counter(), time.process_time()
+    call()
+    return (time.process_time() - used) / (time.perf_counter() - wall)
