@@ -37,7 +37,10 @@ class Request:
 
 
 def requests() -> st.SearchStrategy[list[Request]]:
-    limits = st.builds(lambda new, least: Limits(EOS, 0, new, least), st.integers(1, 12), st.integers(0, 6))
+    def bounded(new: int, least: int) -> Limits:
+        return Limits(EOS, 0, new, min(new, least))
+
+    limits = st.builds(bounded, st.integers(1, 12), st.integers(0, 6))
     sampling = st.none() | st.builds(Sampling, st.just(2.0), st.just(40), st.just(0.9), st.integers(0, 5))
     pictures, prompts = st.integers(0, 2), st.integers(0, len(PROMPTS) - 1)
     one = st.builds(Request, pictures, prompts, limits, sampling, st.integers(0, 40), st.integers(0, 12))
