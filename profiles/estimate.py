@@ -7,7 +7,7 @@ which it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -99,7 +99,6 @@ def estimate(
     layers: Plan,
     gpu: GpuPeaks,
     batches: Sequence[int],
-    arithmetic_of: Callable[[str], Arithmetic],
     cost_per_hour: float | None = None,
     receipts: Path = RECEIPTS,
 ) -> Estimate:
@@ -110,7 +109,6 @@ def estimate(
         recipe, layers: the precision and what it means for this model.
         gpu: a row of the table.
         batches: images (texts) of one call.
-        arithmetic_of: the arithmetic of a shipped precision, for what receipts timed.
         cost_per_hour: the GPU's price.
         receipts: folder of profile receipts.
 
@@ -118,9 +116,7 @@ def estimate(
         CapabilityError: the GPU has no peak for a type of this precision.
     """
     arithmetic = Arithmetic.of(recipe, layers)
-    notes = tuple(note for kind in arithmetic.products if (note := peak(gpu, kind)[1]))
-    timed = (*read_receipts(receipts, arithmetic_of), *paper(arithmetic_of("bf16")))
-    found = efficiencies(timed)
+    found, assumptions, checks = known(gpu, arithmetic, receipts)
     needed = sum(weights(config, recipe, layers, [name]).nbytes for name in TIMED)
     points = tuple(
         _point(config, arithmetic, gpu, batch, found.values, needed, cost_per_hour) for batch in batches
@@ -134,15 +130,33 @@ def estimate(
         points,
         found,
         (
-            "Peaks are the vendor's, dense; the GPU holds its clocks.",
             "Engines of vision, qllama_query and qllama_text are loaded together, each with its own weights.",
             "Memory: these weights, and four times the widest layer's activations; no CUDA context.",
-            "A call has no launch gaps; preprocessing and copies from the host are not in it.",
-            "The A100 of the paper's Table 19 is taken to be the SXM 80 GB.",
-            *notes,
+            *assumptions,
         ),
-        tuple(check(one, found.values) for one in timed),
+        checks,
     )
+
+
+def known(
+    gpu: GpuPeaks, arithmetic: Arithmetic, receipts: Path = RECEIPTS
+) -> tuple[Efficiencies, tuple[str, ...], tuple[Check, ...]]:
+    """What every estimate for ``gpu`` starts from: shares of its peaks, assumptions, and what they say of
+    everything that was timed.
+
+    Raises:
+        CapabilityError: the GPU has no peak for a type of ``arithmetic``.
+    """
+    notes = [note for kind in arithmetic.products if (note := peak(gpu, kind)[1])]
+    timed = (*read_receipts(receipts), *paper())
+    found = efficiencies(timed)
+    assumptions = (
+        "Peaks are the vendor's, dense; the GPU holds its clocks.",
+        "A call has no launch gaps; preprocessing and copies from the host are not in it.",
+        "The A100 of the paper's Table 19 is taken to be the SXM 80 GB.",
+        *notes,
+    )
+    return found, assumptions, tuple(check(one, found.values) for one in timed)
 
 
 def efficiencies(timed: Iterable[Timed]) -> Efficiencies:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from ..calibration.recipe import load_recipe
+from ..models.chat_config import ChatConfig, Whole
 from ..models.config import InternVLConfig, VisionConfig
-from ..models.layout import COMPONENTS
+from ..models.layout import COMPONENTS, QUERY_CHAT_COMPONENTS
 from .ceilings import CPU
 from .flops import ComponentCost
 from .gpus import GPUS, GpuPeaks, of_driver
 from .receipt import SCHEMA, Profile, read
 from .roofline import Arithmetic, Efficiency, component_cost, component_time
+from .sizes import plan_of
 from .table19 import BATCH, PAPER, TEXT_TOKENS
 
 TIMED = ("vision", "qllama_query", "qllama_text")
+_KNOWN = {*COMPONENTS, *QUERY_CHAT_COMPONENTS}
 _PAPER_GPU = "a100"
 
 
@@ -68,9 +72,19 @@ def check(timed: Timed, efficiency: Efficiency) -> Check:
     return Check(timed.name, timed.gpu.title, timed.ms, predicted, error, timed.receipt, timed.published)
 
 
-def paper(arithmetic: Arithmetic) -> list[Timed]:
+@cache
+def arithmetic_of(precision: str) -> Arithmetic:
+    """That of a shipped precision at the published sizes, of InternVL and of both forms of InternVL-Chat."""
+    recipe = load_recipe(precision)
+    whole: tuple[Whole, ...] = (InternVLConfig(), ChatConfig(), ChatConfig(InternVLConfig()))
+    found = [Arithmetic.of(recipe, plan_of(recipe, config)) for config in whole]
+    return Arithmetic(recipe.base, {layer: types for one in found for layer, types in one.low.items()})
+
+
+def paper() -> list[Timed]:
     """The paper's Table 19 as measurements of bf16 at batch 128 on one A100."""
     found: dict[str, Timed] = {}
+    arithmetic = arithmetic_of("bf16")
     for row in PAPER:
         config = InternVLConfig(vision=VisionConfig(image_size=row.image_size))
         parts = zip(TIMED, (row.vit_ms, row.qllama_image_ms, row.qllama_text_ms), strict=True)
@@ -84,8 +98,8 @@ def paper(arithmetic: Arithmetic) -> list[Timed]:
     return list(found.values())
 
 
-def read_receipts(folder: Path, arithmetic_of: Callable[[str], Arithmetic]) -> list[Timed]:
-    """InternVL's components that profile receipts in ``folder`` timed; other receipts are passed over.
+def read_receipts(folder: Path) -> list[Timed]:
+    """The components with products that profile receipts in ``folder`` timed; other receipts are passed over.
 
     On a GPU of the table they are held to its published peaks, elsewhere to the ceilings measured with them.
 
@@ -102,10 +116,10 @@ def read_receipts(folder: Path, arithmetic_of: Callable[[str], Arithmetic]) -> l
         arithmetic = arithmetic_of(profile.subject.precision)
         for case in profile.of_kind("component"):
             cost = profile.cost(case)
-            if peaks is not None and cost is not None and case.name in COMPONENTS:
+            if peaks is not None and cost is not None and cost.layers and case.name in _KNOWN:
                 name = f"{path.stem}: {case.name} at batch {case.batch}"
-                length = case.sizes.get("past", case.sizes.get("text"))
-                name += "" if length is None else f", {length} tokens"
+                new, past = case.sizes.get("text"), case.sizes.get("past")
+                name += "" if new is None else f", {new} tokens" if past is None else f", {new} behind {past}"
                 ms = case.measurement.summary.p50_ms
                 found.append(Timed(name, peaks, cost, arithmetic, ms, True, published is not None))
     return found

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..calibration.schemes import SCHEMES
 from ..export.components import component_spec
-from ..models.config import InternVLConfig
+from ..models.chat_config import Whole
 from .estimate import efficiencies
 from .evidence import paper
 from .flops import layer_type
@@ -21,7 +21,7 @@ def gpu_of(target: str) -> GpuPeaks | None:
 
 
 def layer_times(
-    config: InternVLConfig, components: Sequence[str], schemes: Sequence[str], base: str, gpu: GpuPeaks
+    config: Whole, components: Sequence[str], schemes: Sequence[str], base: str, gpu: GpuPeaks
 ) -> dict[str, dict[str, float]]:
     """Layer -> scheme -> expected milliseconds, summed over one call of each of ``components``.
 
@@ -32,7 +32,7 @@ def layer_times(
         CapabilityError: the GPU has no peak for a type.
     """
     layers = list(linear_shapes(config))
-    shares = efficiencies(paper(Arithmetic("bf16", {}))).values
+    shares = efficiencies(paper()).values
     found: dict[str, dict[str, float]] = {}
     for scheme in (base, *schemes):
         arithmetic = Arithmetic(base, _low(layers, scheme, base))

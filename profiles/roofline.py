@@ -18,7 +18,7 @@ from ..calibration.schemes import SCHEMES
 from ..errors import CapabilityError
 from ..export.blocks import CROSSING
 from ..export.components import component_spec
-from ..models.config import InternVLConfig
+from ..models.chat_config import ChatConfig, Whole
 from .analytic import component_macs
 from .flops import ComponentCost, LayerCost, layer_type
 from .gpus import GpuPeaks
@@ -134,7 +134,7 @@ def peak(gpu: GpuPeaks, kind: str) -> tuple[float, str]:
 
 
 def component_cost(
-    name: str, config: InternVLConfig, sizes: Mapping[str, int], arithmetic: Arithmetic
+    name: str, config: Whole, sizes: Mapping[str, int], arithmetic: Arithmetic
 ) -> ComponentCost:
     """What one call of a component costs, from the configuration alone.
 
@@ -150,13 +150,14 @@ def component_cost(
     base_bits = ITEM_BITS[arithmetic.base]
     sizes = {"batch": 1, **sizes}
     shapes = component_shapes(name, config)
-    types = {key: layer_type(key).removesuffix(".weight") for key in shapes}
+    types = {key: layer_type(key.removesuffix(".weight")) for key in shapes}
     counts = Counter(types.values())
     matrices = {types[key]: shape for key, shape in shapes.items()}
     layers = []
     for layer, macs in component_macs(name, config, sizes).items():
         if layer.endswith("/Attention"):
-            count = counts[layer.removesuffix("/Attention") + ".proj"] or _attentions(layer, config)
+            owner = layer.removesuffix("/Attention")
+            count = counts[f"{owner}.proj"] or counts[f"{owner}.q_proj"]
             moved = _attention_values(layer, name, config, sizes) * base_bits // 8
             layers.append(LayerCost(layer, "Attention", count, macs, 0, count * moved, arithmetic.base))
             continue
@@ -230,25 +231,21 @@ def _ms(nbytes: int, gpu: GpuPeaks) -> float:
     return 1e3 * nbytes / (1e9 * gpu.memory_gbps)
 
 
-def _attentions(layer: str, config: InternVLConfig) -> int:
-    if layer.startswith("vision_model."):
-        return config.vision.num_hidden_layers
-    if ".cross_attn" in layer:
-        return sum(config.has_cross_attention(i) for i in range(config.qllama.num_hidden_layers))
-    return config.qllama.num_hidden_layers
-
-
-def _attention_values(layer: str, name: str, config: InternVLConfig, sizes: Mapping[str, int]) -> int:
+def _attention_values(layer: str, name: str, config: Whole, sizes: Mapping[str, int]) -> int:
     """Numbers that one attention reads and writes: queries and result, keys and values."""
-    queries, tokens, width = config.num_query_token, config.vision.num_tokens, config.qllama.hidden_size
-    if layer.startswith("clip_projector2."):
-        new, seen = 1, queries
-    elif layer.startswith(("vision_model.", "clip_projector.")):
-        new, seen, width = 1, tokens, config.vision.hidden_size
-        new = tokens if layer.startswith("vision_model.") else new
+    tokens = config.num_tokens if isinstance(config, ChatConfig) else config.vision.num_tokens
+    asking = config.queries if isinstance(config, ChatConfig) else config
+    queries = asking.num_query_token if asking is not None and name in (*CROSSING, "query_chat") else 0
+    llama = asking.qllama if asking is not None and name == "query_chat" else config.llama
+    if ".encoder.layers." in layer:
+        new, seen, width = tokens, tokens, config.vision.hidden_size
+    elif layer.startswith("clip_projector"):
+        second = layer.startswith("clip_projector2.")
+        new, seen = 1, queries if second else tokens
+        width = llama.hidden_size if second else config.vision.hidden_size
     elif ".cross_attn" in layer:
-        new, seen = queries, tokens
+        new, seen, width = queries, tokens, llama.hidden_size
     else:
-        new = queries * (name in CROSSING) + (0 if name == "qllama_query" else sizes["text"])
+        new, width = queries + sizes.get("text", 0), llama.hidden_size
         seen = new + sizes.get("past", 0)
     return 2 * (new + seen) * width * sizes["batch"]

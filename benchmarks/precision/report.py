@@ -23,7 +23,7 @@ from typing import Any
 from ivl_export.atomic import write_text
 from ivl_export.benchmarks.precision.document import DOCUMENT, RECEIPT, render
 from ivl_export.benchmarks.precision.outliers import measure
-from ivl_export.calibration.recipe import Recipe, load_recipe, shipped_recipes
+from ivl_export.calibration.recipe import Recipe, shipped_recipes
 from ivl_export.errors import UsageError
 from ivl_export.models.config import InternVLConfig
 from ivl_export.pipeline.build import build
@@ -34,7 +34,6 @@ from ivl_export.pipeline.request import MIXED, ORT, Request
 from ivl_export.profiles.estimate import estimate
 from ivl_export.profiles.gpus import find_gpu
 from ivl_export.profiles.machine import commit, machine, versions
-from ivl_export.profiles.roofline import Arithmetic
 from ivl_export.profiles.sizes import plan_of
 
 SCHEMA = "ivl-export.precision/1"
@@ -96,13 +95,8 @@ def built(work: Path, precision: str, algorithm: str | None = None) -> dict[str,
 
 def speed(recipe: Recipe, config: InternVLConfig) -> float:
     """Modelled images a second, InternVL-G, on :data:`GPU`."""
-
-    def arithmetic_of(name: str) -> Arithmetic:
-        shipped = load_recipe(name)
-        return Arithmetic.of(shipped, plan_of(shipped, InternVLConfig()))
-
     layers = plan_of(recipe, config)
-    return estimate(config, recipe, layers, find_gpu(GPU), [BATCH], arithmetic_of).points[0].images_g_per_s
+    return estimate(config, recipe, layers, find_gpu(GPU), [BATCH]).points[0].images_g_per_s
 
 
 def outliers() -> dict[str, Any]:
