@@ -55,6 +55,12 @@ def evaluate(
     frames: Annotated[int, typer.Option(min=1, help="Frames used of a video.")] = 8,
     prompt: Annotated[str, typer.Option(help="What a chat bundle is asked; {} is the question.")] = "{}",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer of a chat bundle.")] = 24,
+    rerank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of retrieval: match the best so many too; the bundle was built with --itm."
+        ),
+    ] = None,
     backend: BackendOpt = "onnxruntime",
     target: TargetOpt = None,
     threads: ThreadsOpt = None,
@@ -70,7 +76,7 @@ def evaluate(
     from ..evaluation.tasks import evaluate as run
     from ..runtime import InternVL, InternVLChat
 
-    check_task(task.value, language)
+    check_task(task.value, language, rerank)
     start = time.perf_counter()
     opened: dict[str, Any] = {"backend": backend, "threads": threads, "target": target, "batch": batch}
     if task.value == QUESTIONS:
@@ -82,7 +88,7 @@ def evaluate(
     else:
         with InternVL.load(bundle, **opened) as model, Bars() as bars:
             precision = model.bundle.manifest.precision
-            result = run(model, task.value, data, mode.value, language, limit, frames, bars)
+            result = run(model, task.value, data, mode.value, language, limit, frames, bars, rerank)
     seconds = time.perf_counter() - start
     if as_json:
         about = {"bundle": str(bundle), "precision": precision, "backend": backend, "seconds": seconds}

@@ -13,6 +13,7 @@ from ..runtime.zero_shot import ensemble, fill, l2
 from .cider import check_cider, cider
 from .datasets import Captioned, Classes, Labelled
 from .files import Item, Reader
+from .reranking import best, matched, moved
 from .scores import Array, Measure, mean, ranks, share
 
 if TYPE_CHECKING:
@@ -61,17 +62,32 @@ class Runner:
         measures.append(mean("mean of top-1 and top-5", ((place < 1) + 1.0 * (place < 5)) / 2))
         return kept, [*measures, mean("mean recall of the classes", recalls)]
 
-    def retrieve(self, items: Sequence[Captioned], reader: Reader) -> tuple[list[Captioned], list[Measure]]:
-        """Recall at 1, 5 and 10 both ways; an image is found by any of its captions."""
+    def retrieve(
+        self, items: Sequence[Captioned], reader: Reader, rerank: int | None = None
+    ) -> tuple[list[Captioned], list[Measure]]:
+        """Recall at 1, 5 and 10 both ways; an image is found by any of its captions.
+
+        With ``rerank`` also that of the best so many in the order of both heads.
+        """
         kept, images = self.images(items, reader, "square")
+        said = [text for item in kept for text in item.captions]
         owner = np.repeat(np.arange(len(kept)), [len(item.captions) for item in kept])
-        texts = l2(self.texts([text for item in kept for text in item.captions], "captions"))
-        own = [np.flatnonzero(owner == i) for i in range(len(kept))]
+        texts = l2(self.texts(said, "captions"))
+        own = [np.flatnonzero(owner == i) for i in range(len(kept))], [np.array([i]) for i in owner]
+        ways = ("image to text", "text to image")
         found = {
-            "image to text": ranks(images, texts, own),
-            "text to image": ranks(texts, images, [np.array([i]) for i in owner]),
+            (ways[0], ""): ranks(images, texts, own[0]),
+            (ways[1], ""): ranks(texts, images, own[1]),
         }
-        return kept, [share(f"{way} R@{k}", place < k) for way, place in found.items() for k in (1, 5, 10)]
+        if rerank is not None:
+            searched = best(images, texts, rerank), best(texts, images, rerank)
+            with stage(self.progress, "matching", len(kept)) as advanced:
+                both = matched(self.model, kept, said, *searched, PIECE, advanced)
+            for way, ranking, right in zip(ways, both, own, strict=True):
+                found[way, f", best {rerank} re-ranked"] = moved(found[way, ""], ranking, right)
+        order = sorted(found, key=lambda key: ways.index(key[0]))
+        measures = [share(f"{way} R@{k}{how}", found[way, how] < k) for way, how in order for k in (1, 5, 10)]
+        return kept, measures
 
     def caption(self, items: Sequence[Captioned], reader: Reader) -> tuple[list[Captioned], list[Measure]]:
         """CIDEr of the model's captions."""
@@ -113,7 +129,7 @@ class Runner:
 
 
 @contextmanager
-def stage(told: Progress | None, name: str, total: int) -> Iterator[_Advanced]:
+def stage(told: Progress | None, name: str, total: int) -> Iterator[Advanced]:
     """``told`` hears of a stage of ``total`` samples; what it is advanced with is given to the block."""
     start = time.perf_counter()
     if told is None:
@@ -124,5 +140,9 @@ def stage(told: Progress | None, name: str, total: int) -> Iterator[_Advanced]:
     told.finished(name, time.perf_counter() - start, False)
 
 
-class _Advanced(Protocol):
-    def __call__(self, done: int, /) -> None: ...
+class Advanced(Protocol):
+    """Is told how much of a stage is done."""
+
+    def __call__(self, done: int, /) -> None:
+        """``done`` of it are done."""
+        ...

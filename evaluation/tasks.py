@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..runtime.matching import check_matching
 from .datasets import imagenet, karpathy, videos, xtd
 from .files import Reader, choose, fingerprint
 from .published import PUBLISHED
@@ -31,6 +32,7 @@ LANGUAGES: dict[str, tuple[str, ...]] = {
 QUESTIONS = "questions"
 """The task of chat bundles, :func:`.chat.evaluate`."""
 TASKS = (*PUBLISHED, QUESTIONS)
+RETRIEVAL = ("flickr30k", "coco-retrieval", "xtd")
 
 
 @dataclass(frozen=True)
@@ -82,22 +84,27 @@ def evaluate(
     limit: int | None = None,
     frames: int = FRAMES,
     progress: Progress | None = None,
+    rerank: int | None = None,
 ) -> Result:
     """Run ``task`` (one of :data:`TASKS`, but :data:`QUESTIONS`) on the data set in the folder ``data``.
 
+    ``rerank``: of retrieval, the best so many of each search are matched as well, and both orders measured.
+
     Raises:
-        UsageError: no such task, or it does not exist in this language, or is one of chat bundles.
+        UsageError: no such task, not in this language, nothing in it to re-rank, or one of chat bundles.
         InputError: files are missing or wrong, or over a tenth of the images cannot be read.
         CapabilityError: the bundle lacks a component, or CIDEr cannot be computed here.
     """
-    check_task(task, language)
+    check_task(task, language, rerank)
     if task == QUESTIONS:
         raise UsageError(f"{task} are put to a chat bundle.", fix="Call evaluation.chat.evaluate.")
+    if rerank is not None:
+        check_matching(model)
     runner = Runner(model, mode, progress)
     if task in ("imagenet", "video"):
         answers = _classify(runner, task, data, language, limit, frames)
     else:
-        answers = _pairs(runner, task, data, language, limit)
+        answers = _pairs(runner, task, data, language, limit, rerank)
     shown = "InternVL-G" if task == "coco-caption" else mode
     published = PUBLISHED[task]
     numbers = published.numbers.get((shown, answers.variant), {})
@@ -118,13 +125,17 @@ def evaluate(
     )
 
 
-def check_task(task: str, language: str) -> None:
-    """UsageError if there is no such task, or not in this language."""
+def check_task(task: str, language: str, rerank: int | None = None) -> None:
+    """UsageError if there is no such task, not in this language, or nothing in it to re-rank."""
     if task not in TASKS:
         raise UsageError(f"Unknown task {task!r}.", "", f"Use one of {', '.join(TASKS)}.")
     known = LANGUAGES.get(task, ("en",))
     if language not in known:
         raise UsageError(f"{task} does not exist in {language!r}.", "", f"Use {' or '.join(known)}.")
+    if rerank is not None and task not in RETRIEVAL:
+        raise UsageError(f"{task} has nothing to re-rank.", "", f"Use {' or '.join(RETRIEVAL)}.")
+    if rerank is not None and rerank < 1:
+        raise UsageError(f"The best {rerank} of a search cannot be re-ranked.", "", "Give 1 or more.")
 
 
 def _classify(
@@ -142,14 +153,18 @@ def _classify(
     return _Answers(len(kept), len(classes.items), questions, variant, settings, measures, reader.skipped)
 
 
-def _pairs(runner: Runner, task: str, data: Path, language: str, limit: int | None) -> _Answers:
+def _pairs(
+    runner: Runner, task: str, data: Path, language: str, limit: int | None, rerank: int | None
+) -> _Answers:
     pairs = xtd(data, language) if task == "xtd" else karpathy(data, task.split("-")[0])
     items = choose(pairs, limit)
     reader = Reader(len(items))
     captions = task == "coco-caption"
-    kept, measures = (runner.caption if captions else runner.retrieve)(items, reader)
+    kept, measures = runner.caption(items, reader) if captions else runner.retrieve(items, reader, rerank)
     questions = [text for item in kept for text in (item.name, *item.captions)]
     settings: dict[str, Any] = {"captions": sum(len(item.captions) for item in kept)}
     if captions:
         settings |= {"beams": BEAMS, "min_new_tokens": MIN_TOKENS, "max_new_tokens": MAX_TOKENS}
+    if rerank is not None:
+        settings["rerank"] = rerank
     return _Answers(len(kept), len(pairs), questions, language, settings, measures, reader.skipped)

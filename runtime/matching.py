@@ -46,8 +46,7 @@ def match(
     if len(images) != len(texts):
         raise InputError(f"{len(texts)} texts for {len(images)} images.", "", "Give one for each.")
     pairs = np.arange(len(texts))
-    log_odds = _log_odds(model, images, texts, pairs, pairs, resize)
-    return np.asarray(np.exp(-np.logaddexp(0.0, -log_odds)), np.float32)  # a sigmoid without overflow
+    return probability(log_odds(model, images, texts, pairs, pairs, resize))
 
 
 def rerank(
@@ -73,38 +72,66 @@ def rerank(
         UsageError: ``ranking`` is not of these queries and images.
         InputError, CapabilityError: as :func:`match`.
     """
+    order = checked(ranking, len(queries), len(images))
+    rows, columns = np.nonzero(order >= 0)
+    matched = log_odds(model, images, queries, order[rows, columns], rows, resize)
+    return rescored(model, ranking, matched)
+
+
+def checked(ranking: Ranking, queries: int, images: int) -> NDArray[np.int64]:
+    """Its indices; UsageError if they are not those of so many queries and images."""
     order = np.asarray(ranking.indices)
-    if order.ndim != 2 or len(order) != len(queries) or not np.all((order >= -1) & (order < len(images))):
+    if order.ndim != 2 or len(order) != queries or not np.all((order >= -1) & (order < images)):
         raise UsageError(
             "This ranking is not of these queries and images.",
-            f"Indices {list(order.shape)}, {len(queries)} queries, {len(images)} images.",
+            f"Indices {list(order.shape)}, {queries} queries, {images} images.",
         )
-    rows, columns = np.nonzero(order >= 0)
-    found = np.full(order.shape, -np.inf)
-    matched = _log_odds(model, images, queries, order[rows, columns], rows, resize)
-    scale = np.exp(model.bundle.manifest.model.logit_scale)
-    found[rows, columns] = matched + scale * ranking.scores[rows, columns]
+    return order
+
+
+def rescored(model: InternVL, ranking: Ranking, matched: NDArray[np.float64]) -> Ranking:
+    """``ranking`` in the order of both heads: ``matched`` are the log odds of what it found, row by row."""
+    order, found = np.asarray(ranking.indices), np.full(ranking.indices.shape, -np.inf)
+    found[order >= 0] = matched + np.exp(model.bundle.manifest.model.logit_scale) * ranking.scores[order >= 0]
     best = np.argsort(-found, axis=1, kind="stable")
     scores = np.take_along_axis(found, best, 1).astype(np.float32)
     return Ranking(np.take_along_axis(order, best, 1), scores)
 
 
-def _log_odds(
-    model: InternVL,
-    images: Images,
-    texts: Sequence[str],
-    shown: NDArray[Any],
-    said: NDArray[Any],
-    resize: ResizeMode | None,
-) -> NDArray[np.float64]:
-    """Logit of a match less that of none, for image ``shown[i]`` with text ``said[i]``: [pairs]."""
-    components = model.components
+def probability(log_odds: NDArray[np.float64]) -> Floats:
+    """The probability of each match: a sigmoid without overflow."""
+    return np.asarray(np.exp(-np.logaddexp(0.0, -log_odds)), np.float32)
+
+
+def check_matching(model: InternVL) -> None:
+    """CapabilityError if the bundle has no ``qllama_itm``."""
     if COMPONENT not in model.bundle.manifest.components:
         raise CapabilityError(
             f"{model.bundle.root} cannot match images with texts.",
             f"It has no {COMPONENT}.",
             "Build it again with --itm.",
         )
+
+
+def chosen(images: Images, places: NDArray[Any]) -> Images:
+    """``images`` at ``places``, in that order."""
+    return images[places] if isinstance(images, np.ndarray) else [images[i] for i in places]
+
+
+def log_odds(
+    model: InternVL,
+    images: Images,
+    texts: Sequence[str],
+    shown: NDArray[Any],
+    said: NDArray[Any],
+    resize: ResizeMode | None = "square",
+) -> NDArray[np.float64]:
+    """Logit of a match less that of none, for image ``shown[i]`` with text ``said[i]``: [pairs].
+
+    Images that are shown are read and encoded once each. Errors as :func:`match`.
+    """
+    check_matching(model)
+    components = model.components
     if not len(shown):
         return np.empty(0)
     axis = components.spec(COMPONENT).axis("text")
@@ -113,9 +140,8 @@ def _log_odds(
         ids, lengths = model.tokenizer.encode_contrastive(texts, buckets[-1], buckets, prefix="")
     width = np.asarray(buckets)[np.searchsorted(buckets, lengths)]  # padding is masked, and costs time
     used, place = np.unique(shown, return_inverse=True)
-    chosen: Images = images[used] if isinstance(images, np.ndarray) else [images[i] for i in used]
     out, limit, first = np.empty(len(shown)), components.batch, 0
-    for pixels in model.pixel_batches(chosen, resize):
+    for pixels in model.pixel_batches(chosen(images, used), resize):
         tokens: Any = components.run_device("vision", {"pixel_values": pixels}, ["tokens"])["tokens"]
         here = np.flatnonzero((place >= first) & (place < first + len(pixels)))
         for size in np.unique(width[said[here]]):

@@ -129,6 +129,14 @@ class InternVL(Loaded):
         """Probabilities [L] of ``classes`` (:meth:`class_embeddings`); as :meth:`classify`, for asyncio."""
         return (await self.requests.classify(image, classes, mode)).value
 
+    async def amatch(self, image: ImageInput, text: str) -> float:
+        """The probability that ``text`` describes ``image``; as :meth:`match`, for asyncio."""
+        return (await self.requests.match(image, text)).value
+
+    async def arerank(self, query: str, images: Images, ranking: Ranking) -> Ranking:
+        """One query's ``ranking`` (one row) in the order of both heads; as :meth:`rerank`, for asyncio."""
+        return (await self.requests.rerank(query, images, ranking)).value
+
     async def acaption(
         self,
         image: ImageInput,

@@ -15,14 +15,16 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..decoding import Limits, Sampling, check_search
 from ..pictures import ImageInput
 from ..preprocess import CAPTION_PROMPT, Pieces, ResizeMode
-from . import captions
+from . import captions, matching
 from .admission import Admission, Answer, Clock, ServiceLimits
 from .batching import Batcher, Ran
-from .images import Floats
+from .images import Floats, Images
+from .matching import Ranking
 from .scheduler import Hear, Scheduler
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class Service:
         self._readers = ThreadPoolExecutor(os.cpu_count() or 1, "ivl-reader")
         self._images = self._batcher(self._run_images)
         self._texts = self._batcher(self._run_texts)
+        self._pairs = self._batcher(self._run_pairs)
         self._beams = self._batcher(self._run_beams)
         self._starts = self._batcher(partial(captions.start, model))
 
@@ -83,6 +86,53 @@ class Service:
         scale = self.model.bundle.manifest.model.logit_scale
         found = probabilities(answer.value[None], classes, scale)[0]
         return Answer(found, answer.timings, answer.batch)
+
+    async def match(
+        self,
+        image: ImageInput,
+        text: str,
+        resize: ResizeMode | None = "square",
+        timeout: float | None = None,
+    ) -> Answer[float]:
+        """The probability that ``text`` describes ``image``; see :meth:`InternVL.match`.
+
+        Raises:
+            BusyError, InputError: as :meth:`encode_image`.
+            CapabilityError: the bundle has no ``qllama_itm``.
+        """
+        answer = await self._matched(text, [image], resize, timeout)
+        return Answer(float(matching.probability(answer.value)[0]), answer.timings, answer.batch)
+
+    async def rerank(
+        self,
+        query: str,
+        images: Images,
+        ranking: Ranking,
+        resize: ResizeMode | None = "square",
+        timeout: float | None = None,
+    ) -> Answer[Ranking]:
+        """``ranking`` (one row) of ``query`` in the order of both heads; see :meth:`InternVL.rerank`.
+
+        One request, in one batch; the pixels of all images that it names are held until it is done.
+
+        Raises:
+            UsageError: ``ranking`` is not of one query and these images.
+            BusyError, InputError, CapabilityError: as :meth:`match`.
+        """
+        order = matching.checked(ranking, 1, len(images))[0]
+        shown = matching.chosen(images, order[order >= 0])
+        answer = await self._matched(query, shown, resize, timeout)
+        found = matching.rescored(self.model, ranking, answer.value)
+        return Answer(found, answer.timings, answer.batch)
+
+    async def _matched(
+        self, text: str, images: Images, resize: ResizeMode | None, timeout: float | None
+    ) -> Answer[NDArray[np.float64]]:
+        """The log odds [K] that ``text`` describes each of ``images``."""
+        matching.check_matching(self.model)
+        return await self._request(
+            self._pairs, lambda: (self.model.pixel_values(images, resize), text), timeout
+        )
 
     async def caption(
         self,
@@ -169,7 +219,7 @@ class Service:
     def close(self) -> None:
         """Refuse and cancel what waits; what runs is finished."""
         self._admission.close()
-        for batcher in (self._images, self._texts, self._beams, self._starts):
+        for batcher in (self._images, self._texts, self._pairs, self._beams, self._starts):
             batcher.close()
         if "_scheduler" in self.__dict__:
             self._scheduler.close()
@@ -212,6 +262,13 @@ class Service:
 
     def _run_texts(self, texts: Sequence[str]) -> list[Floats]:
         return list(self.model.encode_text(texts))
+
+    def _run_pairs(self, items: Sequence[tuple[Floats, str]]) -> list[NDArray[np.float64]]:
+        """Log odds [K] for each text and its images [K, 3, S, S]."""
+        ends = np.cumsum([len(pixels) for pixels, _ in items])
+        said = np.repeat(np.arange(len(items)), [len(pixels) for pixels, _ in items])
+        pixels, texts = np.concatenate([pixels for pixels, _ in items]), [text for _, text in items]
+        return np.split(matching.log_odds(self.model, pixels, texts, np.arange(len(said)), said), ends[:-1])
 
     def _run_beams(self, items: Sequence[tuple[Any, str, Floats]]) -> list[str]:
         def run(key: tuple[int, int, int], rows: list[tuple[str, Floats]]) -> list[str]:

@@ -115,6 +115,44 @@ def test_retrieval_against_a_full_matrix(
     assert {m["name"]: m["reference"] for m in out["measures"]}["text to image R@1"] == 85.0
 
 
+@pytest.mark.parametrize("top", [4, 100])
+def test_reranked_recall_stands_beside_the_search(
+    tiny_bundle: Path, data: Path, scenes: list[Scene], capsys: pytest.CaptureFixture[str], top: int
+) -> None:
+    folder = data / "flickr30k"
+    plain = run(capsys, tiny_bundle, "flickr30k", folder)
+    out = run(capsys, tiny_bundle, "flickr30k", folder, "--rerank", str(top))
+    how = f", best {top} re-ranked"
+    assert {name: value for name, value in values(out).items() if how not in name} == values(plain)
+    assert out["settings"]["rerank"] == top
+    owner = np.repeat(np.arange(COUNT), [1 + i % 2 for i in range(COUNT)])
+    texts = [t for i, s in enumerate(scenes) for t in (caption(s), caption(s, "zh"))[: 1 + i % 2]]
+    pictures = [Image.fromarray(render(s)) for s in scenes]
+    with InternVL.load(tiny_bundle, threads=1) as model:
+        similarity = l2(model.encode_text(texts)) @ l2(model.encode_image(pictures, resize="square")).T
+        chance = [model.match(pictures, [text] * COUNT).astype(np.float64) for text in texts]
+        scale = np.exp(model.bundle.manifest.model.logit_scale)
+    both = np.log(chance) - np.log1p(-np.array(chance)) + scale * similarity
+
+    def recall(first: Any, then: Any, right: Any, k: int) -> float:
+        found = []
+        for row, again, own in zip(first, then, right, strict=True):
+            kept = np.argsort(-row)[:top]
+            found.append(own[kept[np.argsort(-again[kept])][:k]].any())
+        return 100 * float(np.mean(found))
+
+    right = owner[:, None] == np.arange(COUNT)
+    for k in (1, 5, 10):
+        if k <= top:  # the best of a search stay before the rest
+            assert values(out)[f"text to image R@{k}{how}"] == pytest.approx(
+                recall(similarity, both, right, k)
+            )
+            want = recall(similarity.T, both.T, right.T, k)
+            assert values(out)[f"image to text R@{k}{how}"] == pytest.approx(want)
+        else:
+            assert values(out)[f"text to image R@{k}{how}"] == values(out)[f"text to image R@{k}"]
+
+
 def test_imagenet_is_classify_with_an_ensemble(
     tiny_bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +240,7 @@ def test_wrong_use(tiny_bundle: Path, data: Path, capsys: pytest.CaptureFixture[
     base = ["eval", str(tiny_bundle), "--data", str(data / "xtd"), "--task"]
     assert cli.main([*base, "coco-retrieval", "--language", "zh"]) == 2
     assert cli.main([*base, "imagenet21k"]) == 2
+    assert cli.main([*base, "imagenet", "--rerank", "5"]) == 2
     assert cli.main([*base, "flickr30k"]) == 3
     assert "dataset_flickr30k.json" in capsys.readouterr().err
 

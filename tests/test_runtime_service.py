@@ -15,7 +15,7 @@ import pytest
 
 from ivl_export.decoding import Sampling
 from ivl_export.errors import BusyError, InputError, UsageError
-from ivl_export.runtime import InternVL, Service, ServiceLimits
+from ivl_export.runtime import InternVL, Ranking, Service, ServiceLimits
 from ivl_export.runtime.admission import Admission, Clock
 from ivl_export.runtime.batching import Ran
 
@@ -95,6 +95,92 @@ class Slow:
         assert self.go.wait(30)
         self.texts += texts
         return self.model.encode_text(texts)
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 8])
+def test_matches_and_rerankings_share_batches_and_equal_the_calls(model: InternVL, max_batch: int) -> None:
+    images = pictures(6)
+    found = model.retrieve(TEXTS, images, top=3)
+    rows = [Ranking(found.indices[i : i + 1], found.scores[i : i + 1]) for i in range(len(TEXTS))]
+    nothing = Ranking(np.array([[-1, 2]]), np.array([[-np.inf, 0.3]], np.float32))
+    service = Service(model, ServiceLimits(max_batch=max_batch, max_delay=0.5))
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(
+            *(service.match(image, text) for image, text in zip(images, TEXTS, strict=False)),
+            *(service.rerank(text, images, row) for text, row in zip(TEXTS, rows, strict=True)),
+            service.rerank(TEXTS[0], images, nothing),
+        )
+
+    answers = asyncio.run(ask())
+    for answer, want in zip(answers, model.match(images[:4], TEXTS), strict=False):
+        assert answer.value == pytest.approx(float(want), abs=1e-5)
+    together = model.rerank(TEXTS, images, found)
+    for i, answer in enumerate(answers[4:8]):
+        assert answer.value.indices.tolist() == together.indices[i : i + 1].tolist()
+        np.testing.assert_allclose(answer.value.scores, together.scores[i : i + 1], atol=1e-4)
+    assert answers[8].value.indices.tolist() == [[2, -1]]
+    assert max(answer.batch for answer in answers) == max_batch
+    for answer in answers:
+        assert set(answer.timings) == {"admit", "read", "queue", "run", "total"}
+    service.close()
+
+    async def of_the_model() -> tuple[float, Ranking]:
+        return await model.amatch(images[0], TEXTS[0]), await model.arerank(TEXTS[0], images, rows[0])
+
+    chance, ranking = asyncio.run(of_the_model())
+    assert chance == pytest.approx(answers[0].value, abs=1e-5)
+    assert ranking.indices.tolist() == answers[4].value.indices.tolist()
+
+
+def test_a_match_that_cannot_be_made_fails_alone(model: InternVL) -> None:
+    images = pictures(2)
+    wrong = Ranking(np.array([[0, 2]]), np.zeros((1, 2), np.float32))
+
+    async def ask() -> tuple[Any, ...]:
+        return await asyncio.gather(
+            model.amatch(images[0], TEXTS[0]),
+            model.amatch(b"no image", TEXTS[0]),
+            model.arerank(TEXTS[0], images, wrong),
+            return_exceptions=True,
+        )
+
+    whole, unread, stranger = asyncio.run(ask())
+    assert whole == pytest.approx(float(model.match(images[:1], TEXTS[:1])[0]), abs=1e-5)
+    assert isinstance(unread, InputError)
+    assert isinstance(stranger, UsageError)
+
+
+def test_a_match_that_is_cancelled_or_out_of_time_frees_its_place(model: InternVL) -> None:
+    service, go = Service(model, ServiceLimits(running=2, max_delay=0)), threading.Event()
+    real, texts = service._pairs._run, list[str]()
+
+    def slow(items: Any) -> Any:
+        assert go.wait(30)
+        texts.extend(text for _, text in items)
+        return real(items)
+
+    service._pairs._run = slow
+    image = pictures(1)[0]
+
+    async def ask() -> None:
+        first = asyncio.create_task(service.match(image, TEXTS[0]))
+        await until(lambda: service.counts.running == 1 and not len(service._pairs))
+        with pytest.raises(BusyError, match="not done in time"):
+            await service.match(image, TEXTS[1], timeout=0.05)
+        second = asyncio.create_task(service.match(image, TEXTS[2]))
+        await until(lambda: len(service._pairs) == 1)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert (service.counts.running, len(service._pairs)) == (1, 0)
+        go.set()
+        await first
+
+    asyncio.run(ask())
+    assert texts == [TEXTS[0]]
+    assert (service.counts.done, service.counts.expired, service.counts.cancelled) == (1, 1, 1)
+    service.close()
 
 
 async def until(condition: Any) -> None:
