@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,49 +38,97 @@ def render(text: str, folder: Path = RECEIPTS) -> str:
     written: list[str] = []
 
     def table(match: re.Match[str]) -> str:
-        if match[1] not in PARTS:
+        if match[1] not in TABLES:
             raise ValueError(f"no part {match[1]!r}")
         written.append(match[1])
-        return "\n".join([match[0].splitlines()[0], *_section(receipt_path(match[1], folder)), END])
+        return "\n".join([match[0].splitlines()[0], *_section(match[1], folder), END])
 
     made = _MARK.sub(table, text)
-    if sorted(written) != sorted(PARTS):
-        raise ValueError(f"{sorted(PARTS)} must each stand once, found {written}")
+    if sorted(written) != sorted(TABLES):
+        raise ValueError(f"{sorted(TABLES)} must each stand once, found {written}")
     return made
 
 
-def _section(path: Path) -> Iterator[str]:
-    if not path.is_file():
+def _section(part: str, folder: Path) -> Iterator[str]:
+    paths = [
+        path
+        for path in (receipt_path(name, folder) for name in RECEIPTS_OF.get(part, (part,)))
+        if path.is_file()
+    ]
+    if not paths:
         yield "Not measured yet: there is no receipt."
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["schema"] != SCHEMA:
-        raise ValueError(f"{path.name}: {found['schema']} is not {SCHEMA}")
-    yield from lines(found)
+    receipts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for path, found in zip(paths, receipts, strict=True):
+        if found["schema"] != SCHEMA:
+            raise ValueError(f"{path.name}: {found['schema']} is not {SCHEMA}")
+    yield from TABLES[part](*receipts)
     yield ""
-    yield about(found)
+    yield about(receipts[0])
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """The table of a receipt, then its notes."""
+    """The table of comparisons, then their notes."""
     notes: list[str] = []
-    table: list[Sequence[str]] = [("", *COLUMNS), ("---", "---", "---", "---:", "---", "---:", "---")]
+    table: list[Sequence[str]] = []
     for comparison in map(Comparison.from_json, found["comparisons"]):
         for i, cells in enumerate(rows(comparison)):
             table.append(("" if i else comparison.case, *cells))
         notes += [f"- {comparison.case}: {note}" for note in comparison.notes]
-    yield from ("| " + " | ".join(cells) + " |" for cells in table)
+    yield from _table(("", *COLUMNS), "lll-l-l", table)
     if notes:
         yield ""
         yield from notes
+
+
+def memory(found: Mapping[str, Any]) -> Iterator[str]:
+    """What bundles hold, then their calls on shared weights."""
+    from ivl_export.benchmarks.runtime.memory import COLUMNS as HELD
+    from ivl_export.benchmarks.runtime.memory import Held
+
+    held = [
+        Held(**{key: value for key, value in row.items() if key != "ratio"}).row() for row in found["held"]
+    ]
+    yield from _table(HELD, "ll-------", held)
+    yield ""
+    yield from lines(found)
+
+
+def soak(*receipts: Mapping[str, Any]) -> Iterator[str]:
+    """How memory went over a service's requests, a row for each way malloc was set."""
+    table = []
+    for found in receipts:
+        malloc = ", ".join(f"{name}={value}" for name, value in found["malloc"].items()) or "as it is"
+        requests = f"{found['requests'][-1] - found['warm_up']:,}"
+        for what, ends in found["ends"].items():
+            sizes = (f"{size / 1e6:.1f}" for size in ends)
+            table.append((malloc, what, requests, *sizes, f"{found['growth'][what]:+.2%}"))
+    yield from _table(("malloc", "", "requests", "MB at first", "MB at last", "growth"), "ll----", table)
+
+
+def _table(head: Sequence[str], align: str, cells: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Markdown; ``align`` has a letter a column: ``l``eft, or ``-`` for numbers."""
+    yield "| " + " | ".join(head) + " |"
+    yield "| " + " | ".join("---" if letter == "l" else "---:" for letter in align) + " |"
+    yield from ("| " + " | ".join(row) + " |" for row in cells)
+
+
+TABLES: dict[str, Callable[..., Iterator[str]]] = dict.fromkeys(PARTS, lines) | {
+    "memory": memory,
+    "soak": soak,
+}
+"""What makes a part's table of its receipt."""
+RECEIPTS_OF = {"soak": ("soak", "soak-default")}
+"""Parts of several receipts."""
 
 
 def about(found: Mapping[str, Any]) -> str:
     """Where and how it was measured."""
     rounds = {len(t["seconds"]) for c in found["comparisons"] for t in c["timed"]}
     few, many = min(rounds, default=0), max(rounds, default=0)
+    medians = f"Medians of {few if few == many else f'{few} to {many}'} rounds on" if many else "On"
     return (
-        f"Medians of {few if few == many else f'{few} to {many}'} rounds on {found['machine']['cpu']}, "
+        f"{medians} {found['machine']['cpu']}, "
         f"{found['threads']} thread{'s' * (found['threads'] > 1)}, {found['created'][:10]}."
     )
 

@@ -67,13 +67,16 @@ class Soaked:
     heap: tuple[int, ...]
     asked: dict[str, int]
 
+    def ends(self, warm_up: int, of: Sequence[int]) -> tuple[float, float]:
+        """Bytes ``of`` which the process had after ``warm_up``: medians of the first and the last quarter."""
+        later = [size for done, size in zip(self.requests, of, strict=True) if done > warm_up]
+        few = max(1, len(later) // 4)
+        return statistics.median(later[:few]), statistics.median(later[-few:])
+
     def growth(self, warm_up: int, of: Sequence[int] | None = None) -> float:
         """Growth after ``warm_up`` requests, of ``rss`` unless said otherwise, as a share of what it was."""
-        pairs = zip(self.requests, self.rss if of is None else of, strict=True)
-        later = [size for done, size in pairs if done > warm_up]
-        few = max(1, len(later) // 4)
-        first = statistics.median(later[:few])
-        return statistics.median(later[-few:]) / first - 1 if first else 0.0
+        first, last = self.ends(warm_up, self.rss if of is None else of)
+        return last / first - 1 if first else 0.0
 
 
 async def soak(
@@ -203,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--warm-up", type=int, default=2_000, help="requests before growth is counted")
     parser.add_argument("--every", type=int, default=250, help="requests between two looks at the memory")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", default="soak", help="of the receipt")
     parser.add_argument("--out", type=Path, default=RECEIPTS, help="the folder of the receipt")
     args = parser.parse_args(argv)
     model = InternVL.load(args.bundle, threads=args.threads)
@@ -210,27 +214,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.chat is not None:
         chat = InternVLChat.load(args.chat, threads=args.threads, kept_bytes=KEPT_BYTES)
     found = asyncio.run(soak(model, chat, args.requests, args.every))
-    growth = found.growth(args.warm_up)
-    busy_growth, heap_growth = (found.growth(args.warm_up, of) for of in (found.busy, found.heap))
+    sizes = {"RSS at rest": found.rss, "RSS while busy": found.busy, "allocated at rest": found.heap}
+    growth = {what: found.growth(args.warm_up, of) for what, of in sizes.items()}
     rows = [
-        (f"{done:,}", *(f"{size / 1e6:.1f}" for size in sizes))
-        for done, *sizes in zip(found.requests, found.busy, found.rss, found.heap, strict=True)
+        (f"{done:,}", *(f"{size / 1e6:.1f}" for size in then))
+        for done, *then in zip(found.requests, found.busy, found.rss, found.heap, strict=True)
     ]
     print_table(f"{args.bundle.name}: memory", ("requests", "RSS MB", "at rest MB", "in use MB"), rows)
-    print(f"growth at rest after {args.warm_up:,} requests: {growth:+.2%} (goal: within {GOAL:.0%})")
-    print(f"growth without rest: {busy_growth:+.2%}; of what is in use: {heap_growth:+.2%}")
+    said = ", ".join(f"{what} {share:+.2%}" for what, share in growth.items())
+    print(f"growth after {args.warm_up:,} requests: {said} (goal: within {GOAL:.0%} at rest)")
     bundles = [path.name for path in (args.bundle, args.chat) if path is not None]
     counts = asdict(model.requests.counts)
-    result = receipt("soak", args.threads, ()) | {
+    result = receipt(args.name, args.threads, ()) | {
         "bundles": bundles, "clients": CLIENTS, "warm_up": args.warm_up,
-        "growth": growth, "busy_growth": busy_growth, "heap_growth": heap_growth,
+        "growth": growth, "ends": {what: found.ends(args.warm_up, of) for what, of in sizes.items()},
         "counts": counts,
         "malloc": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
         **asdict(found),
     }  # fmt: skip
-    write_text(json.dumps(result, indent=1) + "\n", receipt_path("soak", args.out))
+    write_text(json.dumps(result, indent=1) + "\n", receipt_path(args.name, args.out))
     model.close()
-    return int(abs(growth) > GOAL)
+    return int(abs(growth["RSS at rest"]) > GOAL)
 
 
 if __name__ == "__main__":
