@@ -69,7 +69,7 @@ class InternVL(Loaded):
             embed = to_host(out["image_embed"])
             if mode == "InternVL-G":
                 query = self.components.run("qllama_query", {"tokens": out["tokens"]}, ["query_embed"])
-                embed = zero_shot.l2_sum(embed, query["query_embed"])
+                embed = zero_shot.l2(embed) + zero_shot.l2(query["query_embed"])
             parts.append(embed)
         if not parts:
             return np.zeros((0, fixed(self._output("vision", "image_embed")[1])), np.float32)

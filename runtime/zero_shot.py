@@ -19,12 +19,6 @@ def l2(embeddings: Array) -> Floats:
     return np.asarray(embeddings / np.maximum(norm, 1e-12), np.float32)
 
 
-def l2_sum(a: Array, b: Array) -> Floats:
-    """``l2(a) + l2(b)``, both [B, E]: InternVL-G's image embedding of the tower's and the queries' head."""
-    unit = l2(np.concatenate((a, b)))  # one pass over both: between two engines every call counts
-    return unit[: len(a)] + unit[len(a) :]
-
-
 def fill(template: str, label: str) -> str:
     """``template`` with ``{}`` replaced by ``label``; UsageError if there is no ``{}``."""
     if "{}" not in template:
