@@ -90,6 +90,18 @@ class Sensitivity:
         return found
 
 
+def check_schemes(schemes: Sequence[str]) -> None:
+    """UsageError for a scheme that cannot be tried on one layer alone."""
+    unfit = [s for s in schemes if s != FP8_ATTENTION and (s not in SCHEMES or SCHEMES[s].fold)]
+    if unfit:
+        known = [name for name, scheme in SCHEMES.items() if not scheme.fold]
+        raise UsageError(
+            f"Scheme {unfit[0]!r} cannot be tried on one layer alone.",
+            f"Known: {', '.join([*known, FP8_ATTENTION])}.",
+            "Give --schemes one of these.",
+        )
+
+
 def measure(
     checkpoint: Checkpoint,
     components: Sequence[str],
@@ -122,14 +134,7 @@ def measure(
         UsageError: a scheme that cannot be tried on one layer alone.
         BuildError: NaN or infinity at a layer's input (layer and channel named); too little disk.
     """
-    unfit = [s for s in schemes if s != FP8_ATTENTION and (s not in SCHEMES or SCHEMES[s].fold)]
-    if unfit:
-        known = [name for name, scheme in SCHEMES.items() if not scheme.fold]
-        raise UsageError(
-            f"Scheme {unfit[0]!r} cannot be tried on one layer alone.",
-            f"Known: {', '.join([*known, FP8_ATTENTION])}.",
-            "Give --schemes one of these.",
-        )
+    check_schemes(schemes)
     order = needed(components, checkpoint.whole)
     samples = samples_of(chosen, settings, tokenizer, checkpoint.config, order, batch_size)
     folder.mkdir(parents=True, exist_ok=True)

@@ -113,11 +113,11 @@ def train(
     chosen = PRESETS[preset]
     if steps or batch:
         chosen = trainer.shortened(chosen, steps, batch)
+    options = trainer.Options(
+        work_dir or out.with_name(out.name + ".work"), strategy=known_strategy(strategy)
+    )
     tokenizer = train_tokenizer()
     with step_bar(chosen.stages[0].name, sum(s.steps for s in chosen.stages)) as report:
-        options = trainer.Options(
-            work_dir or out.with_name(out.name + ".work"), strategy=known_strategy(strategy)
-        )
         result = together(processes, trainer.train, (chosen, tokenizer, options), report=report)
     if result is None:  # one of torchrun's other processes
         return

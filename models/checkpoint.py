@@ -67,7 +67,7 @@ class Checkpoint:
         raise CheckpointError(
             f"{self.path} is not an InternVL-C or InternVL-G.",
             f"It is {'an InternVL-Chat' if chat else 'an InternViT alone'}.",
-            "Use an InternVL-14B-224px checkpoint; ivl-export export takes the others.",
+            "Give the checkpoint of an InternVL-C or InternVL-G.",
         )
 
     @property

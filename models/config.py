@@ -215,9 +215,13 @@ def check_llama(section: dict[str, Any], source: str, where: str) -> None:
 
 
 def known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
-    """What ``data`` says of the fields of dataclass ``cls``."""
-    names = {f.name for f in fields(cls)}
-    return {k: v for k, v in data.items() if k in names and v is not None}
+    """What ``data`` says of the fields of dataclass ``cls``; TypeError for a size that is no whole number."""
+    types = {f.name: f.type for f in fields(cls)}
+    found = {k: v for k, v in data.items() if k in types and v is not None}
+    for key, value in found.items():
+        if types[key] == "int" and type(value) is not int:
+            raise TypeError(f"{key} is {value!r}, not a whole number.")
+    return found
 
 
 def require(section: dict[str, Any], key: str, value: str, where: str) -> None:

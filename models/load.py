@@ -51,7 +51,7 @@ def load_chat(
         raise CheckpointError(
             f"{checkpoint.path} is not an InternVL-Chat.",
             "Its config.json has no model_type that begins with llava.",
-            "Use load_model for an InternVL.",
+            "Give the checkpoint of an InternVL-Chat.",
         )
     model = meta_chat(checkpoint)
     load_state(model, checkpoint, dtype, device)

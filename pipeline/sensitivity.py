@@ -11,7 +11,7 @@ from pathlib import Path
 from ..atomic import write_text
 from ..calibration.calibrate import calibration_units, spilled_bytes
 from ..calibration.scales import Scales
-from ..calibration.sensitivity import Loss, Sensitivity, measure
+from ..calibration.sensitivity import Loss, Sensitivity, check_schemes, measure
 from ..strict_json import read_json
 from .calibration_steps import calibrate_step, preprocess_step
 from .graphs import SCALES
@@ -109,6 +109,7 @@ def sensitivity(
         UsageError: a scheme that cannot be tried on a layer alone.
         BuildError: NaN or infinity at a layer's input; too little disk.
     """
+    check_schemes(schemes)
     preprocess = preprocess_step(job)
     calibrate = calibrate_step(job, [preprocess])
     losses = sensitivity_step(job, schemes, [preprocess, calibrate])

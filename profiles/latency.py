@@ -122,18 +122,40 @@ def batches_of(specs: Iterable[ComponentSpec], wanted: Sequence[int] | None) -> 
 def sizes_of(spec: ComponentSpec, batch: int, lengths: Sequence[int], config: Whole) -> list[dict[str, int]]:
     """The dynamic axes at the sizes the engine is tuned for, and at ``lengths`` as far as it takes them."""
     tuned = {axis.name: axis.opt for axis in spec.axes} | {"batch": batch}
-    image = config.num_visual if isinstance(config, ChatConfig) else config.num_query_token
-    swept = dict.fromkeys(("qllama_text", "qllama_itm"), ("text", 0))
-    swept |= dict.fromkeys(("qllama_step", "decoder"), ("past", image))
     found = [tuned]
-    if spec.name in swept:
-        name, before = swept[spec.name]
+    if (swept := _swept(spec, config)) is not None:
+        name, before = swept
         axis = spec.axis(name)
         found += [{**tuned, name: before + n} for n in lengths if axis.min <= before + n <= axis.max]
     for sizes in found:
         if "total" in sizes:
             sizes["total"] = sizes["past"] + sizes["text"]
     return [sizes for i, sizes in enumerate(found) if sizes not in found[:i]]
+
+
+def check_lengths(specs: Iterable[ComponentSpec], lengths: Sequence[int], config: Whole) -> None:
+    """UsageError if one of ``lengths`` is of no text that any of the engines takes."""
+    ranges = []
+    for spec in specs:
+        if (swept := _swept(spec, config)) is not None:
+            axis = spec.axis(swept[0])
+            ranges.append((axis.min - swept[1], axis.max - swept[1]))
+    for length in lengths:
+        if not any(low <= length <= high for low, high in ranges):
+            longest = max((high for _, high in ranges), default=0)
+            raise UsageError(
+                f"Texts of {length} tokens cannot be profiled.",
+                f"The engines of this bundle take at most {longest}.",
+                "Choose shorter --lengths.",
+            )
+
+
+def _swept(spec: ComponentSpec, config: Whole) -> tuple[str, int] | None:
+    """The axis that lengths of texts are swept over, and what lies before a text in it; None for images."""
+    image = config.num_visual if isinstance(config, ChatConfig) else config.num_query_token
+    swept = dict.fromkeys(("qllama_text", "qllama_itm"), ("text", 0))
+    swept |= dict.fromkeys(("qllama_step", "decoder"), ("past", image))
+    return swept.get(spec.name)
 
 
 def component(model: Loaded, spec: ComponentSpec, config: Whole, sizes: dict[str, int]) -> list[Task]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..engines.device import HOST
+from ..engines.protocol import known_backend
 from ..errors import BuildError, CapabilityError, UsageError
 from ..manifest import MANIFEST, Model
 from ..models.chat_config import ChatConfig, InternViTConfig, Whole, config_from_published
@@ -24,7 +25,7 @@ from .cases import Case, Progress, Task
 from .ceilings import Ceilings, floor_of, measure_ceilings
 from .flops import ComponentCost, graph_cost
 from .inputs import TEXT, jpeg, random_inputs
-from .latency import batches_of, run, sizes_of
+from .latency import batches_of, check_lengths, run, sizes_of
 from .machine import commit, machine, peak_memory, versions
 from .measure import StopRule
 from .receipt import Profile, Settings, Startup, Subject
@@ -75,7 +76,8 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
     """Profile the bundle in ``path`` on this machine; ``progress`` is called before each measurement.
 
     Raises:
-        UsageError: a batch size the engines do not take, or a checkpoint with other weights.
+        UsageError: an unknown backend, a batch size or a length that the engines do not take, or a checkpoint
+            with other weights.
         IntegrityError, CapabilityError, CheckpointError: the bundle is damaged or cannot run here.
     """
     options, here = options or Options(), machine()
@@ -97,6 +99,8 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
     ):  # before anything is timed: a wrong --checkpoint is said at once
         checkpoint, why_not = baseline.find_checkpoint(about, options.checkpoint)
         notes += [why_not] if why_not else []
+    known_backend(options.backend)
+    check_lengths((bundle.spec(name) for name in bundle.manifest.components), options.lengths, config)
     with watch() as watched:
         started = time.perf_counter()
         components = RecordingComponents(bundle, options.backend, options.target, None, **options.engine)

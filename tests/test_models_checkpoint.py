@@ -264,6 +264,15 @@ def test_tied_embeddings_are_refused(tiny: Tensors, tmp_path: Path) -> None:
     refused(path, "ties the word embeddings")
 
 
+@pytest.mark.parametrize("size", ["many", 4.5, True])
+def test_sizes_that_are_no_whole_numbers_are_named(size: object, tiny: Tensors, tmp_path: Path) -> None:
+    path = write_layout(tmp_path, tiny, "safetensors")
+    config = json.loads((path / "config.json").read_text())
+    config["qllama_config"]["hidden_size"] = size
+    (path / "config.json").write_text(json.dumps(config))
+    refused(path, f"hidden_size is {size!r}, not a whole number")
+
+
 def test_absent_things(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "No checkpoint at")
     refused(tmp_path, r"No config\.json")

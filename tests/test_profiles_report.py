@@ -354,6 +354,7 @@ def test_the_verb_prints_json_alone(tiny_bundle: Path, capsys: pytest.CaptureFix
     ("args", "code", "says"),
     [
         (["--lengths", "1,x"], 2, "--lengths '1,x'"),
+        (["--lengths", "8,9000"], 2, "Texts of 9000 tokens"),
         (["--checkpoint", "."], 2, "--table19"),
         (["--beside", "nothing.json"], 3, "nothing.json"),
         (["--html", "nowhere/at/all.html"], 2, "--html nowhere/at/all.html"),
@@ -362,7 +363,7 @@ def test_the_verb_prints_json_alone(tiny_bundle: Path, capsys: pytest.CaptureFix
         (["--batch", "0"], 2, "--batch '0'"),
         (["--batch", "100000"], 2, "Batch 100000"),
         (["--seconds", "0"], 2, "--seconds"),
-        (["--backend", "abacus"], 5, "abacus"),
+        (["--backend", "abacus"], 2, "Unknown backend 'abacus'"),
         (["--target", "sm89"], 5, "sm89"),
         (["--out", "nowhere/at/all.json"], 2, "--out nowhere/at/all.json"),
         (["--out", "."], 2, "--out ."),
