@@ -136,7 +136,7 @@ def measure(
     """
     check_schemes(schemes)
     order = needed(components, checkpoint.whole)
-    samples = samples_of(chosen, settings, tokenizer, checkpoint.config, order, batch_size)
+    samples = samples_of(chosen, settings, tokenizer, checkpoint.whole, order, batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     modules = Modules(checkpoint, order)
     flow = Flow(modules, samples, folder, "sensitivity")
@@ -149,7 +149,7 @@ def measure(
         base,
         batch_size,
     ]
-    state, plan = folder / "losses.json", parts(checkpoint.config, order)
+    state, plan = folder / "losses.json", parts(checkpoint.whole, order)
     losses, findings, done = _resumed(state, asked)
     if done < len(plan) and not flow.whole(plan[done]):
         losses, findings, done = [], [], 0

@@ -47,7 +47,7 @@ def sensitivity(
     """Quantise one layer at a time: the SQNR, cosine and task accuracy it costs, and odd channels.
 
     SQNR and cosine are of what the layer's block adds to the residual stream, on held-out samples. A run that
-    was stopped goes on where it was. Chat models are not taken.
+    was stopped goes on where it was.
     """
     from ..calibration.heatmap import draw
     from ..calibration.sensitivity import DEFAULT

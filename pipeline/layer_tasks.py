@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ..calibration.attention import FP8_ATTENTION, core_attentions, operand_names
 from ..calibration.quantize import dequantise, quantise
 from ..calibration.scales import Scales
 from ..calibration.schemes import SCHEMES
 from ..calibration.simulate import attention_hook, rounding_hook
+from ..models.chat_config import ChatConfig
 from .evaluate import headlines
 
 if TYPE_CHECKING:
-    from ..models.internvl import InternVL
+    from torch import nn
+
     from .job import Job
 
 QUESTIONS = 64
@@ -27,25 +29,15 @@ class LayerTasks:
     Args:
         job: names the model and its questions.
         scales: input ranges; each pass through QLLaMA has its own.
-        questions: of each task.
+        questions: of each task; of a chat model scenes, which get one or two.
     """
 
+    model: nn.Module
+
     def __init__(self, job: Job, scales: Scales, questions: int = QUESTIONS) -> None:
-        import torch
-
-        from ..models.load import load_model
-        from ..training.evaluate import TorchModel
-
         self.job, self.scales = job, scales
-        self.model: InternVL = load_model(job.checkpoint, torch.float32)
-        self.adapter = TorchModel(self.model, job.tokenizer, job.settings)
-        self.sizes = {
-            "n_classify": questions,
-            "n_retrieve": questions,
-            "n_galleries": 1,
-            "n_caption": questions,
-            "n_caption_zh": 0,
-        }
+        self.chat = isinstance(job.checkpoint.model, ChatConfig)
+        self.model, self._answers = (_chat if self.chat else _internvl)(job, questions)
         self._pass = "vision"
         self.reference = self._scores()
 
@@ -56,10 +48,7 @@ class LayerTasks:
         return {task: round(100 * (self.reference[task] - value), 6) for task, value in scores.items()}
 
     def _scores(self) -> dict[str, float]:
-        from ..training import tasks
-
-        self.adapter._seen.clear()
-        return headlines(tasks.evaluate(self.adapter, **cast(Any, self.sizes)))
+        return headlines(self._answers())
 
     @contextmanager
     def _quantised(self, layer: str, scheme: str) -> Iterator[None]:
@@ -68,8 +57,10 @@ class LayerTasks:
         base, ranges = self.job.recipe.base, self.scales.amax
         hooks: Mapping[str, Callable[..., Any]]
         with ExitStack() as stack:
-            follow = self.model.qllama.register_forward_pre_hook(self._follow, with_kwargs=True)
-            stack.callback(follow.remove)
+            if not self.chat:
+                qllama = self.model.get_submodule("qllama")
+                follow = qllama.register_forward_pre_hook(self._follow, with_kwargs=True)
+                stack.callback(follow.remove)
             if scheme == FP8_ATTENTION:
                 names = set(operand_names(layer))
                 measured = {c: amax for c, amax in ranges.items() if names <= set(amax)}
@@ -90,10 +81,14 @@ class LayerTasks:
             yield
 
     def _by_component(self, layer: str, hooks: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-        """The hook of the component that is running; it changes nothing where there is none."""
+        """The hook of the component that is running; it changes nothing where there is none.
+
+        A layer of a chat model runs in one component only.
+        """
+        only = next(iter(hooks.values()), None) if self.chat else None
 
         def hook(*given: Any) -> Any:
-            own = hooks.get("vision" if layer.startswith("vision_model.") else self._pass)
+            own = only or hooks.get("vision" if layer.startswith("vision_model.") else self._pass)
             return own(*given) if own is not None else None
 
         return hook
@@ -108,3 +103,35 @@ class LayerTasks:
             self._pass = "qllama_query"
         else:
             self._pass = "qllama_step" if given.get("past") else "qllama_text"
+
+
+def _internvl(job: Job, questions: int) -> tuple[nn.Module, Callable[[], dict[str, Any]]]:
+    """The model, and what scores it as it is now."""
+    import torch
+
+    from ..models.load import load_model
+    from ..training import tasks
+    from ..training.evaluate import TorchModel
+
+    model = load_model(job.checkpoint, torch.float32)
+    sizes: dict[str, Any] = {
+        "n_classify": questions,
+        "n_retrieve": questions,
+        "n_galleries": 1,
+        "n_caption": questions,
+        "n_caption_zh": 0,
+    }
+    # An adapter remembers what it was asked: each score has its own.
+    return model, lambda: tasks.evaluate(TorchModel(model, job.tokenizer, job.settings), **sizes)
+
+
+def _chat(job: Job, scenes: int) -> tuple[nn.Module, Callable[[], dict[str, Any]]]:
+    """As :func:`_internvl`, of a chat model."""
+    import torch
+
+    from ..models.load import load_chat
+    from ..training import chat_tasks
+    from ..training.chat_model import TorchChat
+
+    model = load_chat(job.checkpoint, torch.float32)
+    return model, lambda: chat_tasks.evaluate(TorchChat(model, job.tokenizer, job.settings), scenes)

@@ -121,7 +121,7 @@ def _groups(job: Job, found: Sensitivity) -> list[Group]:
     gpu, base, worst = gpu_of(job.targets[0]), job.recipe.base, found.worst()
     assert gpu is not None
     fit = candidates(job)
-    times = layer_times(job.checkpoint.config, job.components, fit, base, gpu)
+    times = layer_times(job.checkpoint.whole, job.components, fit, base, gpu)
     members: dict[str, list[str]] = {}
     for layer in dict.fromkeys(layer for layer, scheme in worst if scheme in fit):
         match = _JOINED.fullmatch(layer)

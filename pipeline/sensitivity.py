@@ -52,7 +52,7 @@ def sensitivity_step(job: Job, schemes: Sequence[str], before: list[Step]) -> St
         shutil.rmtree(folder, ignore_errors=True)
         return made, {"variants": len(found.losses)}
 
-    config, samples = job.checkpoint.config, len(job.held_out)
+    config, samples = job.checkpoint.whole, len(job.held_out)
     return Step(
         "sensitivity",
         inputs,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..calibration.schemes import SCHEMES
 from ..export.components import component_spec
-from ..models.chat_config import Whole
+from ..models.chat_config import ChatConfig, Whole
+from .chat_estimate import NEW_TOKENS, TEXT_TOKENS
 from .estimate import efficiencies
 from .evidence import paper
 from .flops import layer_type
@@ -23,10 +24,11 @@ def gpu_of(target: str) -> GpuPeaks | None:
 def layer_times(
     config: Whole, components: Sequence[str], schemes: Sequence[str], base: str, gpu: GpuPeaks
 ) -> dict[str, dict[str, float]]:
-    """Layer -> scheme -> expected milliseconds, summed over one call of each of ``components``.
+    """Layer -> scheme -> expected milliseconds, summed over the calls of ``components``.
 
-    Calls have the sizes that engines are tuned for (``opt`` of the axes). Each layer has ``base`` among its
-    schemes. The shares of the peaks are those of :mod:`.estimate`.
+    A call of each, at the sizes that engines are tuned for (``opt`` of the axes); of a chat's decoder the
+    calls of a conversation: a prompt with its image and the steps of an answer, as :mod:`.chat_estimate` has
+    them. Each layer has ``base`` among its schemes. The shares of the peaks are those of :mod:`.estimate`.
 
     Raises:
         CapabilityError: the GPU has no peak for a type.
@@ -36,9 +38,7 @@ def layer_times(
     found: dict[str, dict[str, float]] = {}
     for scheme in (base, *schemes):
         arithmetic = Arithmetic(base, _low(layers, scheme, base))
-        for component in components:
-            sizes = {axis.name: axis.opt for axis in component_spec(component, config).axes}
-            sizes.pop("total", None)  # past and text together
+        for component, sizes, times_run in _calls(config, components):
             cost = component_cost(component, config, sizes, arithmetic)
             counts = {layer.layer: layer.count for layer in cost.layers}
             times = component_time(cost, gpu, arithmetic, shares).layers
@@ -46,8 +46,21 @@ def layer_times(
             for layer in layers:
                 if layer_type(layer) in each:
                     own = found.setdefault(layer, {})
-                    own[scheme] = own.get(scheme, 0.0) + each[layer_type(layer)]
+                    own[scheme] = own.get(scheme, 0.0) + times_run * each[layer_type(layer)]
     return found
+
+
+def _calls(config: Whole, components: Sequence[str]) -> Iterator[tuple[str, dict[str, int], int]]:
+    """Component, sizes of a call, and how many calls."""
+    for component in components:
+        if component == "decoder" and isinstance(config, ChatConfig):
+            prompt = config.num_visual + TEXT_TOKENS
+            yield component, {"batch": 1, "text": prompt, "past": 1}, 1
+            yield component, {"batch": 1, "text": 1, "past": prompt + NEW_TOKENS // 2}, NEW_TOKENS - 1
+            continue
+        sizes = {axis.name: axis.opt for axis in component_spec(component, config).axes}
+        sizes.pop("total", None)  # past and text together
+        yield component, sizes, 1
 
 
 def _low(layers: Sequence[str], scheme: str, base: str) -> Mapping[str, tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from ivl_export.calibration.scales import Scales
 from ivl_export.calibration.simulate import rounding_hook
 from ivl_export.cli import main
 from ivl_export.errors import UsageError
+from ivl_export.models import load_chat
+from ivl_export.models.chat_config import ChatConfig
 from ivl_export.models.config import InternVLConfig
+from ivl_export.models.layout import CHAT_TOWER
+from ivl_export.models.shipped import NANO_CHAT
 from ivl_export.pipeline import mixed
 from ivl_export.pipeline.graphs import Source
 from ivl_export.pipeline.job import Job
@@ -25,6 +30,8 @@ from ivl_export.pipeline.workspace import Workspace
 from ivl_export.profiles.gpus import find_gpu
 from ivl_export.profiles.layer_costs import gpu_of, layer_times
 from ivl_export.tests.calibration.reference import reference_modules
+from ivl_export.training import chat_tasks
+from ivl_export.training.chat_model import TorchChat
 
 
 class Heard:
@@ -41,13 +48,19 @@ class Heard:
         self.ran[step] = not reused
 
 
-def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("model", "component", "blocks"), [(None, "vision", 5), ("nano-chat", "vision_chat", 4)]
+)
+def test_the_verb(
+    model: str | None, component: str, blocks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "found"
-    options = ["--components", "vision", "--schemes", "int8,fp8-attention", "--calib-samples", "8"]
+    options = ["--components", component, "--schemes", "int8,fp8-attention", "--calib-samples", "8"]
+    options += ["--model", model] if model else []
     assert main(["sensitivity", "--out", str(out), *options, "--questions", "0", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((out / "sensitivity.json").read_text(encoding="utf-8"))
-    assert len(printed["losses"]) == 5 * 4 + 5
+    assert len(printed["losses"]) == blocks * 4 + blocks
     assert printed["held_out"]["samples"] > 0
     assert (out / "sensitivity.png").is_file()
     assert {p.name for p in tmp_path.iterdir()} == {"found"}, "nothing else is left"
@@ -88,6 +101,7 @@ def test_each_pass_has_its_own_ranges(tmp_path: Path) -> None:
     layer = "qllama.model.layers.1.mlp.gate_proj"
     scales = Scales({c: {layer: top} for c, top in amax.items()}, "max", 8, "", True, 0, "", 0, {}, {})
     tasks = LayerTasks(job, scales, questions=2)
+    model: Any = tasks.model
     ids = torch.tensor([job.tokenizer.encode_contrastive(["a red circle"])[0][0].tolist()])
     ids = ids[:, : int((ids > 0).sum())]
     module = reference_modules(job.checkpoint, ["qllama_text"])["qllama_text"]
@@ -97,11 +111,54 @@ def test_each_pass_has_its_own_ranges(tmp_path: Path) -> None:
     linear.weight = torch.nn.Parameter(dequantise(*quantise(linear.weight.detach(), "int8")), False)
     linear.register_forward_pre_hook(rounding_hook(amax["qllama_text"], "int8", "bf16"))
     with torch.no_grad(), tasks._quantised(layer, "int8"):
-        got = tasks.model.encode_text(ids)
+        got = model.encode_text(ids)
     assert torch.allclose(got, module(ids, torch.tensor([ids.shape[1]]))[0], atol=1e-5)
     assert not torch.allclose(got, plain, atol=1e-4)
     with torch.no_grad():
-        assert torch.allclose(tasks.model.encode_text(ids), plain, atol=1e-5), "it is taken back"
+        assert torch.allclose(model.encode_text(ids), plain, atol=1e-5), "it is taken back"
+
+
+def test_a_layer_of_a_chat_model(tmp_path: Path) -> None:
+    """Quantised in its component's range, in the vision tower and in the decoder; then taken back."""
+    job = Job(Request(tmp_path, NANO_CHAT, "int8", calib_samples=8, backends=(ORT,)))
+    layers = {
+        "vision_chat": f"{CHAT_TOWER}encoder.layers.1.mlp.fc1",
+        "decoder": "model.layers.1.mlp.gate_proj",
+    }
+    amax = {component: {layer: 3.0} for component, layer in layers.items()}
+    tasks = LayerTasks(job, Scales(amax, "max", 8, "", True, 0, "", 0, {}, {}), questions=2)
+    assert tasks.reference.keys() == {"chat exact"}
+
+    def logits(model: torch.nn.Module) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        with model.get_submodule("lm_head").register_forward_hook(lambda m, given, out: seen.append(out)):
+            chat_tasks.evaluate(TorchChat(cast(Any, model), job.tokenizer, job.settings), 2)
+        return seen
+
+    plain = logits(tasks.model)
+    for layer in layers.values():
+        other = load_chat(job.checkpoint)
+        linear = other.get_submodule(layer)
+        assert isinstance(linear, torch.nn.Linear)
+        linear.weight = torch.nn.Parameter(dequantise(*quantise(linear.weight.detach(), "int8")), False)
+        linear.register_forward_pre_hook(rounding_hook(3.0, "int8", "bf16"))
+        with tasks._quantised(layer, "int8"):
+            got = logits(tasks.model)
+        assert all(map(torch.equal, got, logits(other)))
+        assert not torch.equal(got[0], plain[0])
+    assert all(map(torch.equal, logits(tasks.model), plain))
+    assert tasks.lost(layers["decoder"], "int8").keys() == {"chat exact"}
+
+
+def test_modelled_times_of_a_conversation() -> None:
+    """Steps of an answer read weights, so storing fewer bits saves; a prompt multiplies."""
+    times = layer_times(
+        ChatConfig(), ["vision_chat", "decoder"], ["fp8", "int4-weight"], "bf16", find_gpu("l40s")
+    )
+    vision, decoder = (times[f"{CHAT_TOWER}encoder.layers.0.mlp.fc1"], times["model.layers.0.mlp.up_proj"])
+    assert vision["int4-weight"] == pytest.approx(vision["bf16"])
+    assert vision["fp8"] < vision["bf16"]
+    assert decoder["int4-weight"] < decoder["fp8"] < decoder["bf16"]
 
 
 def test_modelled_times() -> None:
@@ -115,7 +172,10 @@ def test_modelled_times() -> None:
     assert "qllama.model.layers.0.cross_attn.q_proj" not in times, "of another component"
 
 
-def test_a_search_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("model", "component"), [(None, "vision"), (NANO_CHAT, "vision_chat")])
+def test_a_search_is_made_once(
+    model: Path | None, component: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured: list[Recipe] = []
 
     def lost(job: Job, made: Source, space: Workspace, preprocess: object) -> float:
@@ -125,9 +185,10 @@ def test_a_search_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(mixed, "_cosine_loss", lost)
     request = Request(
         tmp_path / "out",
+        model,
         precision="mixed",
         calib_samples=8,
-        components=("vision",),
+        components=(component,),
         backends=(ORT,),
         budget=0.5,
     )

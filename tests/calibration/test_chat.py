@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ivl_export.calibration.accuracy import component_accuracy
+from ivl_export.calibration.accuracy import Comparison, Metrics, component_accuracy
+from ivl_export.calibration.attention import FP8_ATTENTION, attentions
 from ivl_export.calibration.calibrate import PartTime, calibrate, spilled_bytes
 from ivl_export.calibration.chain import Runner, run_chain
 from ivl_export.calibration.chat import ChatBatch, Dialogue, chat_batches, dialogue_of, runs
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.folding import fold, groups
 from ivl_export.calibration.parts import TOWERS, parts
+from ivl_export.calibration.quantize import dequantise, quantise
 from ivl_export.calibration.recording import Recording
+from ivl_export.calibration.sensitivity import measure
+from ivl_export.calibration.simulate import rounding_hook
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.conversation import SYSTEM
+from ivl_export.export.blocks import block_prefix
 from ivl_export.export.components import component_module, component_spec
 from ivl_export.models import load_chat
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.layout import CHAT_TOWER
 from ivl_export.models.shipped import nano_chat_folder
-from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.preprocess import Array, ImageSettings, Tokenizer
 from ivl_export.tests.calibration.reference import torch_runner
 
 TOKENIZER = Tokenizer(nano_chat_folder() / "tokenizer.model")
@@ -203,3 +209,67 @@ def test_factors_fold_into_a_model_that_sees_the_same(checkpoint: Checkpoint) ->
         want, got = model.visual(pixels), load_chat(fold(checkpoint, divisors)).visual(pixels)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     assert len(divisors) >= 3 * 3
+
+
+def test_what_a_quantised_layer_loses(
+    checkpoint: Checkpoint,
+    settings: ImageSettings,
+    chosen: CalibrationSet,
+    modules: dict[str, torch.nn.Module],
+    tmp_path: Path,
+) -> None:
+    """Every layer of all blocks is tried; one of each tower is quantised by hand in the whole model."""
+    args = (chosen, settings, TOKENIZER)
+    scales = calibrate(checkpoint, checkpoint.components, *args, batch_size=2)
+    schemes = ("int8", FP8_ATTENTION)
+    found = measure(checkpoint, checkpoint.components, schemes, scales, *args, tmp_path, batch_size=2)
+    losses = {(x.component, x.layer): x for x in found.losses if x.scheme == "int8"}
+    fused = {(x.component, x.layer) for x in found.losses if x.scheme == FP8_ATTENTION}
+    known = attentions(checkpoint.whole, checkpoint.components)
+    assert fused == {(component, name) for component, names in known.items() for name in names}
+    for component in (c for c in checkpoint.components if c != "decoder_embed"):
+        blocks = f"{block_prefix(component, checkpoint.whole)}."
+        linears = {n for n, m in modules[component].named_modules() if isinstance(m, torch.nn.Linear)}
+        own = {layer for c, layer in losses if c == component}
+        assert own == {name for name in linears if name.startswith(blocks)}
+        layer = max(name for name in own if name.endswith(("fc1", "gate_proj")))
+        loss = losses[component, layer]
+        want = by_hand(checkpoint, modules, component, layer, scales.amax[component][layer], args)
+        assert loss.sqnr_db == pytest.approx(want.sqnr_db, abs=0.1), layer
+        assert loss.samples == want.samples
+
+
+def by_hand(
+    checkpoint: Checkpoint,
+    modules: dict[str, torch.nn.Module],
+    component: str,
+    layer: str,
+    amax: float,
+    args: tuple[CalibrationSet, ImageSettings, Tokenizer],
+) -> Metrics:
+    """What the block of ``layer`` adds with that layer in INT8, compared with fp32, in the whole model."""
+    runners = {n: torch_runner(m, component_spec(n, checkpoint.model)) for n, m in modules.items()}
+    linear = modules[component].get_submodule(layer)
+    assert isinstance(linear, torch.nn.Linear)
+
+    def added() -> list[Array]:
+        seen: list[Array] = []
+
+        def hook(_: object, given: tuple[torch.Tensor, ...], made: Any) -> None:
+            seen.append(((made[0] if isinstance(made, tuple) else made) - given[0]).numpy())
+
+        block = modules[component].get_submodule(layer.rsplit(".", 2)[0])
+        with block.register_forward_hook(hook):
+            for batch in chat_batches(*args, checkpoint.whole.llama, 2):
+                assert list(run_chain(runners, batch))
+        return seen
+
+    plain, kept = added(), linear.weight
+    linear.weight = torch.nn.Parameter(dequantise(*quantise(kept.detach(), "int8")), requires_grad=False)
+    with linear.register_forward_pre_hook(rounding_hook(amax, "int8", "bf16")):
+        rounded = added()
+    linear.weight = kept
+    compared = Comparison()
+    for want, got in zip(plain, rounded, strict=True):
+        compared.add(want, got)
+    return compared.metrics()
