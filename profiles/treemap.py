@@ -123,9 +123,9 @@ def _panel(drawing: Drawing, head: str, boxes: Sequence[_Box], x: float, y: floa
 
 
 def _label(box: _Box, width: float) -> str:
-    """As much of a type's name as fits: its end tells most."""
+    """As much of a type's name as fits: its end tells most, unless that is a number."""
     name = box.layer.rpartition("layers.*.")[2].rstrip("./")
-    ends = [name, *(name[m.end() :] for m in re.finditer(r"[./]", name))]
+    ends = [name, *(end for m in re.finditer(r"[./]", name) if not (end := name[m.end() :]).isdigit())]
     for text in (*(f"{end} ({box.count})" for end in ends), *ends):
         if text_width(text, SIZE) <= width:
             return text

@@ -128,12 +128,14 @@ def test_the_treemaps_colours_and_labels_say_what_they_are() -> None:
     layers = (
         LayerTime("b.layers.0.self_attn/MatMulFusion/", "FusedMatMul", 1.0),
         LayerTime("norm", "Norm", 0.5),
+        *(LayerTime(f"mm_projector.{i}", "MatMul", 0.05) for i in range(4)),
     )
     drawing = layer_times([LayerProfile("decoder", "onnxruntime", {"batch": 1}, 10, 2.0, layers)])
     assert drawing is not None
     words = [mark.text for mark in drawing.marks if isinstance(mark, Text)]
     assert words[:2] == ["attention", "other"]
     assert {"self_attn/MatMulFusion (1)", "norm (1)"} <= set(words)
+    assert words.count("mm_p…") == 4, "a number alone says nothing"
 
 
 @given(
