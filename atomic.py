@@ -11,12 +11,16 @@ from .errors import BuildError
 
 
 @contextmanager
-def atomic(path: Path, *, durable: bool = False) -> Iterator[Path]:
+def atomic(path: Path, *, durable: bool = False, alone: bool = False) -> Iterator[Path]:
     """Where to write what becomes ``path`` when the block ends; nothing stays of a block that raises.
 
-    ``durable``: the bytes are on the disk before the rename is, whatever then happens to the machine.
+    Args:
+        path: a file.
+        durable: the bytes are on the disk before the rename is, whatever then happens to the machine.
+        alone: no other process writes ``path``. So the place has a fixed name: of a large file, what a killed
+            process left is overwritten by the next one.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{os.getpid()}.tmp")
     try:
         yield partial
         if durable:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..atomic import atomic
 from ..errors import BuildError, CapabilityError, UsageError
 from ..manifest import Built
 from ..specs import ComponentSpec
@@ -173,18 +173,11 @@ def _check_names(contents: Graph, spec: ComponentSpec, graph: Path) -> None:
 
 
 def _write(parsed: trt_network.Network, config: Any, spec: ComponentSpec, out: Path) -> int:
-    """Write beside ``out`` and rename, so that ``out`` is whole or not there.
-
-    The temporary name is fixed: what a killed build left is overwritten by the next one.
-    """
-    staging = out.with_name(f".{out.name}.tmp")
+    """Write the engine, and return its bytes; ``out`` is whole or not there."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with staging.open("wb") as file:
-            size = trt_network.write_engine(parsed, config, file)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(out)
+        with atomic(out, durable=True, alone=True) as partial, partial.open("wb") as file:
+            return trt_network.write_engine(parsed, config, file)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise BuildError(
@@ -194,9 +187,6 @@ def _write(parsed: trt_network.Network, config: Any, spec: ComponentSpec, out: P
             if full
             else "Make the folder writable, or give --out another one.",
         ) from error
-    finally:
-        staging.unlink(missing_ok=True)
-    return size
 
 
 def _peak_rss() -> int:

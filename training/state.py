@@ -45,5 +45,5 @@ def save_state(
     state = {**place, "model": dist.whole(model.state_dict()), "optimizers": states}
     if dist.rank() > 0:
         return
-    with atomic(folder / STATE) as partial:
+    with atomic(folder / STATE, alone=True) as partial:
         torch.save(state, partial)
