@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import CapabilityError
+from .estimate import asked_model
 from .output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ app = typer.Typer(add_completion=False)
 def doctor(
     model: Annotated[
         Path | None,
-        typer.Option(help="Check disk and memory for building this model: a folder with its config.json."),
+        typer.Option(help="Check disk and memory for building this model, as estimate --model names it."),
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="Check building in it: bf16, fp16, fp8, ...", show_default="fp8")
@@ -32,16 +33,13 @@ def doctor(
     The exit code is 0, or 5 if what --model and --precision ask for cannot be built here, or cannot run on
     the GPU that is here.
     """
-    from ..calibration.recipe import load_recipe
-    from ..models.config import InternVLConfig
     from ..profiles.doctor import Asked, diagnose
     from ..profiles.sizes import plan_of
 
     asked = None
     if model is not None or precision is not None:
-        config = None if model is None else InternVLConfig.load(model / "config.json")
-        recipe = load_recipe(precision or "fp8")
-        asked = Asked(recipe, plan_of(recipe, config or InternVLConfig()), config)
+        config, recipe = asked_model(model, precision)
+        asked = Asked(recipe, plan_of(recipe, config), None if model is None else config)
     found = diagnose(asked)
     if as_json:
         print_json(found.to_json())

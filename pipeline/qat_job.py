@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..calibration.dataset import CalibrationSet
 from ..calibration.sources import open_calibration
-from ..errors import InputError, UsageError
+from ..errors import CapabilityError, InputError, UsageError
+from ..models.chat_config import ChatConfig
 from .job import Job
 from .request import ORT, Request
 
@@ -84,6 +85,7 @@ class QatJob:
 
     Raises (on construction):
         UsageError: a recipe that quantises nothing, or that folds factors; a stage that the model lacks.
+        CapabilityError: a chat model.
         InputError: no data; captions are missing that the stage's losses need; ``out`` is something else.
     """
 
@@ -101,6 +103,12 @@ class QatJob:
             backends=(ORT,),
         )
         self.job = Job(request, progress)
+        if isinstance(self.job.checkpoint.model, ChatConfig):
+            raise CapabilityError(
+                "A chat model is not fine-tuned for a precision.",
+                "Its decoder has the loss of stage 3; here the losses are those of stages 1 and 2.",
+                "Build it in one that needs no training: --precision mixed searches the fastest.",
+            )
         if not self.job.plan.quantised:
             raise UsageError(
                 f"Precision {self.job.recipe.name} quantises nothing.",

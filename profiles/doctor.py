@@ -18,8 +18,8 @@ from ..engines.gpu import gpus
 from ..engines.memory import Load, available_memory, check_memory
 from ..engines.targets import TARGETS
 from ..errors import BuildError
-from ..models.config import InternVLConfig
-from ..models.layout import COMPONENTS
+from ..models.chat_config import Whole
+from ..models.layout import components_of
 from .backends import Here, backends_here
 from .extras import NEEDED, Extra, extra_here
 from .gpus import of_driver
@@ -97,7 +97,7 @@ class Asked:
 
     recipe: Recipe
     layers: Plan
-    config: InternVLConfig | None = None
+    config: Whole | None = None
 
 
 def diagnose(asked: Asked | None = None, where: Path = Path()) -> Diagnosis:
@@ -126,10 +126,10 @@ def diagnose(asked: Asked | None = None, where: Path = Path()) -> Diagnosis:
 
 
 def needs_of(
-    config: InternVLConfig, recipe: Recipe, layers: Plan, where: Path, gpu_engines: bool = True
+    config: Whole, recipe: Recipe, layers: Plan, where: Path, gpu_engines: bool = True
 ) -> tuple[Needs, Load | None]:
     """What building a model takes and what is free in ``where``; the largest engine build, if any."""
-    parts = {name: weights(config, recipe, layers, [name]) for name in COMPONENTS}
+    parts = {name: weights(config, recipe, layers, [name]) for name in components_of(config)}
     stored = weights(config, recipe, layers).nbytes
     engines = sum(part.nbytes for part in parts.values()) if gpu_engines else 0
     loads: dict[str, Load] = {name: part.build_load for name, part in parts.items()} if gpu_engines else {}

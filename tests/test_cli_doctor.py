@@ -73,6 +73,19 @@ def test_it_loads_the_backends_libraries_but_not_torch() -> None:
 def test_a_small_model_can_be_built(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--model", str(nano_folder()), "--precision", "int8"]) == 0
     assert "bundle, one target" in capsys.readouterr().out
+    assert cli.main(["doctor", "--model", "nano-chat", "--precision", "int8"]) == 0
+    assert "bundle, one target" in capsys.readouterr().out
+
+
+def test_a_chat_model_of_full_size(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 8 * 10**9)
+    assert cli.main(["doctor", "--model", "InternVL-Chat-ViT-6B-Vicuna-7B", "--json"]) == 5
+    found = json.loads(capsys.readouterr().out)
+    assert found["needs"]["largest"] == "decoder"
+    # FP8 linears of 45 and 32 blocks, and both tables of 32,000 tokens in bf16
+    assert found["needs"]["weights"] == pytest.approx(12.3e9 + 2 * 32000 * 4096, rel=0.02)
 
 
 def test_room_is_checked(

@@ -246,6 +246,11 @@ def test_command_line(model: Path, data: Path, tmp_path: Path, capsys: pytest.Ca
     assert "--teacher" in capsys.readouterr().err
 
 
+def test_a_chat_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["qat", "--model", "nano-chat", "--out", str(tmp_path / "out"), "--dry-run"]) == 5
+    assert "--precision mixed" in capsys.readouterr().err
+
+
 def test_the_curve_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     score = {

@@ -8,8 +8,11 @@ import yaml
 
 from ivl_export.calibration.recipe import Recipe, Rule, load_recipe, plan, schemes, shipped_recipes
 from ivl_export.errors import UsageError
+from ivl_export.models.chat_config import Whole
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.internvl import InternVL
+from ivl_export.profiles.chat_estimate import FULL_SIZE
+from ivl_export.profiles.sizes import plan_of
 
 VIT = "vision_model.encoder.layers.{}."
 LLAMA = "qllama.model.layers.{}."
@@ -62,6 +65,16 @@ def test_full_model_gets_just_the_gemms_of_the_design(name: str, linears: dict[s
         "itm_head",
         *(f"clip_projector{n}.cross_attn.{p}" for n in ("", "2") for p in ("q", "k", "v", "proj")),
     }
+
+
+@pytest.mark.parametrize("name", sorted(set(shipped_recipes()) - {"bf16", "fp16"}))
+def test_every_form_of_the_model_gets_them(name: str) -> None:
+    """All layers of the blocks: of InternVL, and of a chat model without and with queries."""
+    configs: list[Whole] = [InternVLConfig(), *FULL_SIZE.values()]
+    for config in configs:
+        found = plan_of(load_recipe(name), config)
+        blocks = {layer for layer in found.schemes if ".layers." in layer}
+        assert set(found.quantised) == blocks
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
