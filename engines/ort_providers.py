@@ -22,7 +22,7 @@ NAMES: dict[Provider, str] = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 INSTALL: dict[Provider, str] = {
-    "cpu": "pip install onnxruntime",
+    "cpu": "pip install 'ivl-export[cpu]'",
     "cuda": "pip install 'ivl-export[gpu]'",
     "tensorrt": "pip install 'ivl-export[gpu]'",
 }

@@ -57,7 +57,7 @@ def make_session(
         import onnxruntime as ort
     except (ImportError, OSError) as error:
         raise CapabilityError(
-            "onnxruntime is not installed.", str(error), "Install it: pip install onnxruntime"
+            "onnxruntime is not installed.", str(error), "Install it: pip install 'ivl-export[cpu]'"
         ) from error
     where.check(ort)
     options = ort.SessionOptions()

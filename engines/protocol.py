@@ -134,7 +134,7 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend(
             "onnxruntime",
-            "pip install onnxruntime",
+            "pip install 'ivl-export[cpu]'",
             ".onnxruntime_backend:open_onnxruntime",
             on_cpu=True,
         ),
