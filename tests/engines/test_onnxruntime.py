@@ -135,10 +135,10 @@ def test_damaged_and_foreign_files_are_refused(make: Make, tmp_path: Path) -> No
 
 def test_unknown_backend_and_missing_library(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = make("mlp")
-    with pytest.raises(UsageError, match=r"onnxruntime \(pip install onnxruntime\)"):
+    with pytest.raises(UsageError, match=r"onnxruntime \(pip install 'ivl-export\[cpu\]'\)"):
         open_engine("openvino", sample.spec, sample.path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(CapabilityError, match="pip install onnxruntime"):
+    with pytest.raises(CapabilityError, match=r"pip install 'ivl-export\[cpu\]'"):
         open_engine("onnxruntime", sample.spec, sample.path)
 
 
