@@ -1,4 +1,4 @@
-"""The key-value cache of a decoder: one preallocated block."""
+"""The key-value cache of a decoder: one block, with room for what is used."""
 
 from __future__ import annotations
 
@@ -9,6 +9,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.device import Buffer, zeros
+from ..specs import Axis
+
+GRAIN = 32
+"""A cache has a multiple of this many positions: a step computes over all of them."""
+
+
+def fitted(longest: int, have: int, past: Axis) -> int:
+    """Positions that a cache shall have for sequences of ``longest`` ones.
+
+    It grows by an eighth at least, so that what is copied to make room stays in proportion to what is
+    written, and shrinks when not half of it is needed.
+
+    Args:
+        longest: positions that are needed, within ``past``.
+        have: positions there is room for now.
+        past: what the step engine takes.
+    """
+
+    def rounded(positions: int) -> int:
+        return max(longest, past.min, min(-(-positions // GRAIN) * GRAIN, past.max))
+
+    if longest <= have < 2 * rounded(longest + longest // 8):
+        return have
+    return rounded(max(longest, have + have // 8) if longest > have else longest)
 
 
 class KVCache:
@@ -17,7 +41,7 @@ class KVCache:
     Layout: ``data`` [2 (key, value), layers, rows, heads, capacity, head_dim]. A layer's keys of some rows
     are one contiguous piece, so an engine takes them without a copy: it is handed all ``capacity`` positions
     every step, and ``mask`` [rows, capacity] (1 = visible) hides padding and the positions not written yet
-    (they are zero). Shapes are thus the same in every step. The image's queries fill positions 0..Q-1 and
+    (they are zero). Shapes are thus the same from step to step. The image's queries fill positions 0..Q-1 and
     are always visible. ``data`` is a numpy array, or a torch tensor where the queries were left on a
     GPU; ``mask`` is on the host.
     """
@@ -86,8 +110,8 @@ class KVCache:
         self.mask[:, length:] = 0
         self.length = min(self.length, length)
 
-    def grow(self, capacity: int) -> None:
-        """Make room for ``capacity`` positions; what is held stays."""
+    def resize(self, capacity: int) -> None:
+        """Have room for ``capacity`` positions, no fewer than are held; these stay."""
         held, mask = self.data[..., : self.length, :], self.mask[:, : self.length]
         self.data = zeros((*self.data.shape[:4], capacity, self.data.shape[5]), self.data)
         self.data[..., : self.length, :] = held

@@ -1,6 +1,6 @@
 """Chat with images on a bundle's engines: ``InternVLChat.load(path).chat([image]).ask("...")``.
 
-A conversation has one preallocated cache, on the engine's device. Every question is the whole conversation
+A conversation has one cache, on the engine's device. Every question is the whole conversation
 again; what the cache holds of it already, from the first position on, is not computed again: the image's keys
 and values are made once, however many questions follow, and so are those of earlier turns. A conversation
 that begins as another one did, with the same image, starts from what that one left in :mod:`.prefixes`.

@@ -142,7 +142,9 @@ class ChatService:
         async def run(clock: Clock) -> Ran[list[int]]:
             started = await self._read(chat.context.started, ids, limits)
             clock.mark("read")
-            return await asyncio.wrap_future(scheduler.submit(started, limits, sampling, hear))
+            ran = await asyncio.wrap_future(scheduler.submit(started, limits, sampling, hear))
+            self._readers.submit(chat.context.settle)  # nobody waits for it
+            return ran
 
         return await self._admission.request(run, timeout)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,20 @@ from ..conversation import IMAGE_TOKEN
 from ..decoding import Chooser, Limits, Sampling
 from ..errors import InputError
 from ..preprocess import Array
-from .cache import KVCache
+from .cache import KVCache, fitted
 from .components import Components
 from .picking import pick
 from .prefixes import BLOCK, Prefixes
 from .scheduler import Started
 
-GRAIN = 256
-"""A cache has a multiple of this many positions: a step computes over all of them."""
+
+@dataclass(frozen=True)
+class _Answer:
+    """What was decoded elsewhere behind the prompt that was the ``reading``-th one read."""
+
+    reading: int
+    tokens: Sequence[int]
+    held: Any
 
 
 class Context:
@@ -41,6 +49,9 @@ class Context:
         self._spec = components.spec("decoder")
         self._cache: KVCache | None = None  # it comes with the first keys, on their device
         self._held: list[Hashable] = []  # what the cache's positions stand for
+        self._shared = 0  # blocks of these that others can have
+        self._readings = 0
+        self._answer: _Answer | None = None
         self._lock = threading.Lock()
 
     @property
@@ -50,28 +61,45 @@ class Context:
 
     def tokens(self, ids: Sequence[int], limits: Limits, sampling: Sampling) -> Generator[int, None, None]:
         """New token ids after the prompt ``ids``, as :meth:`read` takes it; EOS is not among them."""
-        logits = self.read(ids, limits.max_new_tokens)
-        room, chooser = (
-            self._room(len(self._held) + limits.max_new_tokens - 1),
-            Chooser(limits, sampling, pick),
-        )
-        try:
-            while not chooser.done:
-                token = chooser.choose(logits)
-                if token == limits.eos:
-                    return
-                yield token
-                if not chooser.done:
-                    logits = self._feed(self._embed([token]), [token], room)
-        finally:
-            self._share()
+        chooser = Chooser(limits, sampling, pick)
+        with self._lock:
+            logits = self.read(ids, limits.max_new_tokens)
+            try:
+                while not chooser.done:
+                    token = chooser.choose(logits)
+                    if token == limits.eos:
+                        return
+                    yield token
+                    if not chooser.done:
+                        logits = self._feed(self._embed([token]), [token])
+            finally:
+                self._share()
 
     def started(self, ids: Sequence[int], limits: Limits) -> Started:
-        """The prompt ``ids`` read, for others to decode. The answer is read anew with the next question."""
+        """The prompt ``ids`` read, for others to decode; they hand back what they read behind it."""
         with self._lock:  # an earlier question may be given up while its prompt is being read
             logits = self.read(ids, limits.max_new_tokens)
             assert self._cache is not None
-            return Started(self._cache.row(0), logits)
+            return Started(self._cache.row(0), logits, partial(self._left, self._readings))
+
+    def _left(self, reading: int, tokens: Sequence[int], held: Any) -> None:
+        # Nothing more is done by the thread that calls, for other conversations wait for it.
+        self._answer = _Answer(reading, tokens, held)
+
+    def settle(self) -> None:
+        """Take in what was decoded elsewhere, for other conversations too; the next prompt does so itself."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._take_answer()
+                self._share()
+            finally:
+                self._lock.release()
+
+    def _take_answer(self) -> None:
+        answer, self._answer = self._answer, None
+        if answer is not None and answer.reading == self._readings:  # no other prompt was read since
+            self._fit(self.length + len(answer.tokens)).extend(answer.held[:, :, None])
+            self._held += answer.tokens
 
     def read(self, ids: Sequence[int], new: int) -> Any:
         """The logits [V] behind the prompt ``ids``, where the engine left them.
@@ -86,36 +114,47 @@ class Context:
             InputError: prompt and answer are too long for the bundle.
         """
         keys = self._keys(ids)
-        room = self._room(len(keys) + new - 1)
-        self._recall(keys[:-1], room)  # the last position has to be computed: its logits are wanted
-        left = keys[len(self._held) :]
-        logits = self._feed(self._embedded(left), left, room)
+        self._check(len(keys) + new - 1)
+        self._take_answer()
+        self._readings += 1
+        self._recall(keys[:-1])  # the last position has to be computed: its logits are wanted
+        left = keys[self.length :]
+        logits = self._feed(self._embedded(left), left)
         self._share()
         return logits
 
-    def _recall(self, keys: Sequence[Hashable], room: int) -> None:
+    def _recall(self, keys: Sequence[Hashable]) -> None:
         """Hold as many of the first ``keys`` as this or another conversation has, and nothing else."""
         pairs = enumerate(zip(keys, self._held, strict=False))
         held = next((i for i, (a, b) in pairs if a != b), min(len(keys), len(self._held)))
         blocks = self.prefixes.find(keys)
+        self._shared = len(blocks)
         if self._cache is not None:
             self._cache.truncate(held)
-            if room > self._cache.capacity:
-                self._cache.grow(room)
-        elif blocks:
-            self._cache = KVCache.empty(blocks[0], room)
         del self._held[held:]
-        if self._cache is None:
+        if self._cache is None and not blocks:
             return
+        cache = self._fit(max(held, len(blocks) * BLOCK), *blocks[:1])
         for number in range(held // BLOCK, len(blocks)):
             start, end = len(self._held), (number + 1) * BLOCK
-            self._cache.extend(blocks[number][..., start - end :, :])
+            cache.extend(blocks[number][..., start - end :, :])
             self._held += keys[start:end]
+
+    def _fit(self, longest: int, like: Any = None) -> KVCache:
+        """The cache, with room for ``longest`` positions; ``like``: of what a new one holds."""
+        have = 0 if self._cache is None else self._cache.capacity
+        room = fitted(longest, have, self._spec.axis("past"))
+        if self._cache is None:
+            self._cache = KVCache.empty(like, room)
+        elif room != have:
+            self._cache.resize(room)
+        return self._cache
 
     def _share(self) -> None:
         """Let other conversations have what this one holds."""
-        if self._cache is not None:
+        if self._cache is not None and len(self._held) // BLOCK > self._shared:
             self.prefixes.keep(self._held, self._cache.data)
+            self._shared = len(self._held) // BLOCK
 
     def _keys(self, ids: Sequence[int]) -> list[Hashable]:
         """What each position stands for: a token, or a row of an image."""
@@ -131,8 +170,8 @@ class Context:
                 keys.append(int(token))
         return keys
 
-    def _room(self, positions: int) -> int:
-        """Capacity of a cache for ``positions``."""
+    def _check(self, positions: int) -> None:
+        """InputError if the engine takes no past of ``positions``."""
         limit = self._spec.axis("past").max
         if positions > limit:
             raise InputError(
@@ -140,7 +179,6 @@ class Context:
                 f"It needs a past of {positions} positions; the engine was built for {limit}.",
                 "Ask for fewer new tokens, start again, or rebuild with a larger range.",
             )
-        return min(limit, -(-positions // GRAIN) * GRAIN)
 
     def _embedded(self, keys: Sequence[Hashable]) -> Array:
         """Embeddings [1, T, H] of positions: text looked up in one go, images put between."""
@@ -163,7 +201,7 @@ class Context:
         ]
         return np.concatenate([part["input_embeds"] for part in parts], 1)
 
-    def _feed(self, embeds: Array, keys: Sequence[Hashable], room: int) -> Any:
+    def _feed(self, embeds: Array, keys: Sequence[Hashable]) -> Any:
         """Logits [V] behind new positions, where the engine left them; keys and values go into the cache."""
         limit = self._spec.axis("text").max
         out: dict[str, Any] = {}
@@ -179,9 +217,10 @@ class Context:
             }
             out = self.components.run_device("decoder", feeds)
             if self._cache is None:
+                room = fitted(part.shape[1], 0, self._spec.axis("past"))
                 self._cache = KVCache.of_queries(out, len(past) // 2, room)
             else:
-                self._cache.append(out, ones)
+                self._fit(seen + part.shape[1]).append(out, ones)
             self._held += keys[start : start + limit]
         return out["logits"][0]
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,23 +27,29 @@ from .slots import Slots
 
 Hear = Callable[[int], None]
 """Is told each token of a sequence when it is chosen, by the scheduler's thread."""
+Leave = Callable[[Sequence[int], Any], None]
+"""Is told, by that thread, tokens of a sequence that leaves its slot, finished or cancelled: all that were
+read, with their keys and values [2, layers, heads, n, head_dim]."""
 
 
 @dataclass(frozen=True)
 class Started:
     """A prompt that was read: keys and values [2, layers, heads, n, head_dim], and the logits [V] after.
 
-    Both are arrays, or tensors on the engine's device.
+    Both are arrays, or tensors on the engine's device. ``leave`` is for whoever wants the answer's, too.
     """
 
     held: Any
     logits: Any
+    leave: Leave | None = None
 
 
 @dataclass(eq=False)
 class _Sequence:
     chooser: Chooser
     hear: Hear | None
+    leave: Leave | None
+    prompt: int  # its positions
     future: Future[Ran[list[int]]] = field(default_factory=Future)
     tokens: list[int] = field(default_factory=list)
     arrived: float = field(default_factory=time.perf_counter)
@@ -93,14 +100,15 @@ class Scheduler:
             InputError: the sequence may become longer than the engine's past.
             UsageError: the scheduler was closed.
         """
-        longest, past = started.held.shape[3] + limits.max_new_tokens - 1, self._spec.axis("past").max
+        prompt, past = int(started.held.shape[3]), self._spec.axis("past").max
+        longest = prompt + limits.max_new_tokens - 1
         if longest > past:
             raise InputError(
                 "The prompt and the answer are too long for this bundle.",
                 f"They need a past of {longest} positions; the engine was built for {past}.",
                 "Ask for fewer new tokens, or rebuild with a larger range.",
             )
-        sequence = _Sequence(Chooser(limits, sampling, pick), hear)
+        sequence = _Sequence(Chooser(limits, sampling, pick), hear, started.leave, prompt)
         with self._changed:
             if self._closed:
                 raise UsageError("This model was closed.", fix="Load it again.")
@@ -188,6 +196,10 @@ class Scheduler:
     def _leave(self, slot: int, error: Exception | None = None) -> None:
         """Free ``slot``; its sequence is finished, has failed, or was cancelled."""
         sequence = self._running.pop(slot)
+        if sequence.leave is not None and error is None:
+            with suppress(Exception):  # no memory for it: then it is read anew
+                held = self._slots.behind(slot, sequence.prompt)
+                sequence.leave(sequence.tokens[: held.shape[3]], held)
         self._slots.free(slot)
         if not sequence.future.set_running_or_notify_cancel():
             return

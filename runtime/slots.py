@@ -7,12 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.device import zeros
+from ..engines.device import copied, zeros
 from ..specs import ComponentSpec
-
-_GRAIN = 64
-"""A cache has a multiple of this many positions, and an eighth more than the longest sequence needs: a step
-computes over all of them, and to make room copies what is held."""
+from .cache import fitted
 
 
 class Slots:
@@ -50,6 +47,10 @@ class Slots:
         self.lengths[slot] = length
         return slot
 
+    def behind(self, slot: int, position: int) -> Any:
+        """A copy of the keys and values in ``slot`` from ``position`` on, [2, layers, heads, n, head_dim]."""
+        return copied(self._data[:, :, slot, :, position : self.lengths[slot]])
+
     def free(self, slot: int) -> None:
         """Let the next sequence have ``slot``; what is in it is hidden from now on."""
         self.lengths[slot] = 0
@@ -83,10 +84,9 @@ class Slots:
 
     def _fit(self, longest: int, like: Any) -> None:
         """Have room for ``longest`` positions a row, and not for many more; ``like`` is such a cache."""
-        roomy = -(-(longest + longest // 8) // _GRAIN) * _GRAIN
-        wanted = max(longest, self._past.min, min(roomy, self._past.max))
         have = 0 if self._data is None else self._data.shape[4]
-        if longest <= have < 2 * wanted:
+        wanted = fitted(longest, have, self._past)
+        if wanted == have:
             return
         kinds, layers, _, heads, _, width = like.shape
         made = zeros((kinds, layers, len(self.lengths), heads, wanted, width), like)

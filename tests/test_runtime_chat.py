@@ -17,6 +17,7 @@ from ivl_export.conversation import Turn
 from ivl_export.decoding import Limits, Sampling, pick
 from ivl_export.errors import CapabilityError, InputError, UsageError
 from ivl_export.runtime import Chat, InternVL, InternVLChat
+from ivl_export.runtime.cache import GRAIN
 from ivl_export.runtime.context import Context
 from ivl_export.runtime.prefixes import BLOCK, Prefixes
 
@@ -168,6 +169,21 @@ def test_a_cache_grows(model: InternVLChat) -> None:
     assert model.chat([picture()], chat.history[:3]).ask("small red ring " * 8, 8) == answers[3]
 
 
+def test_a_cache_has_room_for_what_is_used_not_for_what_may_come(model: InternVLChat) -> None:
+    chat, context = model.chat([picture()]), model.chat([picture()]).context
+    most = context._spec.axis("past").max
+    prompt = len(context._keys(chat.prompt("a red ring")[1]))
+    stream = chat.stream("a red ring", most - prompt, min_new_tokens=60)
+    for used in range(prompt, prompt + 3 * GRAIN):
+        assert chat.context._cache is None or chat.context._cache.capacity <= used + used // 8 + GRAIN
+        next(stream)
+    stream.close()
+    chat.restart()
+    chat.ask("a", 2)
+    assert chat.context._cache is not None
+    assert chat.context._cache.capacity < 2 * (prompt + prompt // 8 + GRAIN)
+
+
 def test_streams(model: InternVLChat) -> None:
     chat = model.chat([picture()])
     pieces = list(chat.stream("a red ring", max_new_tokens=12))
@@ -270,10 +286,13 @@ def test_without_an_image(model: InternVLChat) -> None:
     assert model.chat().ask("a", 3) == model.chat(history=()).ask("a", 3)
 
 
-def test_errors(model: InternVLChat, tiny_bundle: Path, chat_bundle: Path) -> None:
-    chat = model.chat()
+def test_errors(
+    model: InternVLChat, tiny_bundle: Path, chat_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, chat = Counted(model, monkeypatch), model.chat()
     with pytest.raises(InputError, match="too long for this bundle"):
         chat.ask("a", 5000)
+    assert counted.seen == [], "nothing was begun"
     assert chat.history == ()
     with pytest.raises(InputError, match=r"shows 2 images.*1 were given"):
         model.chat([picture()], [Turn("a", "b", 2)])

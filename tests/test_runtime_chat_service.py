@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ivl_export.decoding import Sampling
+from ivl_export.decoding import Limits, Sampling
 from ivl_export.errors import BusyError, InputError, UsageError
-from ivl_export.runtime import ChatService, InternVLChat, ServiceLimits
+from ivl_export.runtime import Chat, ChatService, InternVLChat, ServiceLimits
+from ivl_export.runtime.prefixes import BLOCK, Prefixes
 
 QUESTIONS = ("a red ring", "two small squares", "above", "and", "a blue", "small", "is it", "left of")
 
@@ -67,6 +68,108 @@ def test_the_answers_are_those_given_alone(model: InternVLChat, service: ChatSer
     assert max(company) > 1, "they were decoded together"
     assert service.counts.done == 3 * len(turns)
     assert service.counts.running == service.counts.waiting == 0
+
+
+class Prompts:
+    """How many positions the decoder is fed of each prompt that is read: not of the steps of answers."""
+
+    def __init__(self, model: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fed: list[int] = []
+        real = model.components.run_device
+
+        def run(name: str, inputs: Any, outputs: Any = None) -> Any:
+            if name == "decoder" and inputs["input_embeds"].shape[1] > 1:
+                self.fed.append(inputs["input_embeds"].shape[1])
+            return real(name, inputs, outputs)
+
+        monkeypatch.setattr(model.components, "run_device", run)
+
+    def take(self) -> list[int]:
+        fed, self.fed = self.fed, []
+        return fed
+
+
+def test_a_further_question_reads_only_itself(
+    model: InternVLChat, service: ChatService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "prefixes", Prefixes(0))  # nothing comes from others
+    prompts = Prompts(model, monkeypatch)
+    tokens = 6
+    both = [model.chat([picture(i)]) for i in range(2)]
+
+    async def ask(question: str) -> list[int]:
+        """Positions of both conversations up to the answers."""
+        lengths = [len(chat.context._keys(chat.prompt(question)[1])) for chat in both]
+        await asyncio.gather(*(service.ask(chat, question, tokens) for chat in both))
+        return lengths
+
+    first = asyncio.run(ask("above"))  # the text of both answers is the tokens they were decoded from
+    assert sorted(prompts.take()) == sorted(first)
+    second = asyncio.run(ask("and"))
+    held = [length + tokens - 1 for length in first]  # nobody has read the last token of an answer
+    assert sorted(prompts.take()) == sorted(b - a for a, b in zip(held, second, strict=True))
+    for i, chat in enumerate(both):
+        alone = model.chat([picture(i)])
+        assert [alone.ask(question, tokens) for question in ("above", "and")] == [
+            turn.answer for turn in chat.history
+        ]
+        chat.context.settle()
+        assert chat.context._held == alone.context._held
+
+
+def test_what_was_heard_of_an_answer_is_not_read_again(
+    model: InternVLChat, service: ChatService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "prefixes", Prefixes(0))
+
+    async def leave() -> tuple[Chat, int]:
+        chat = await service.chat([picture()])
+        stream = service.stream(chat, "a red ring", 60, min_new_tokens=60)
+        for _ in range(3):
+            await anext(stream)
+        prompt = chat.context.length
+        await stream.aclose()
+        while service.counts.running or len(service._scheduler):
+            await asyncio.sleep(0.01)
+        chat.context.settle()
+        return chat, prompt
+
+    chat, prompt = asyncio.run(leave())
+    other = model.chat([picture()])
+    want = list(other.context.tokens(other.prompt("a red ring")[1], other.limits(60, 60), Sampling()))
+    heard = chat.context._held[prompt:]
+    assert len(heard) >= 2
+    assert heard == want[: len(heard)]
+    same = model.chat([picture()], chat.history)
+    assert chat.ask("and", 6) == same.ask("and", 6)
+
+
+def test_others_have_an_answer_when_it_ends(
+    model: InternVLChat, service: ChatService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "prefixes", Prefixes())
+
+    async def talk() -> None:
+        chat = await service.chat([picture()])
+        prompt = len(chat.context._keys(chat.prompt("a red ring")[1]))
+        await service.ask(chat, "a red ring", 40, min_new_tokens=40)
+        while len(model.prefixes.find(chat.context._held)) <= prompt // BLOCK:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(talk(), 30))
+
+
+def test_an_answer_that_ends_after_the_next_prompt_was_read_is_dropped(model: InternVLChat) -> None:
+    chat, limits = model.chat([picture()]), Limits(2, 0, 4)
+    first, second = (chat.prompt(question)[1] for question in ("a red ring", "and"))
+    late = chat.context.started(first, limits)
+    chat.context.started(second, limits)
+    held = list(chat.context._held)
+    assert late.leave is not None
+    late.leave([5, 6], late.held[..., :2, :])
+    chat.context.settle()
+    assert chat.context._held == held
+    assert chat.ask("and", 4) == model.chat([picture()]).ask("and", 4)
 
 
 def test_streams(model: InternVLChat) -> None:

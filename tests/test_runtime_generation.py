@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ivl_export.decoding import Limits
 from ivl_export.errors import InputError
-from ivl_export.runtime.cache import KVCache
+from ivl_export.runtime.cache import GRAIN, KVCache, fitted
 from ivl_export.runtime.generation import generate, pad_prompts
 from ivl_export.specs import Axis, ComponentSpec, TensorSpec
 
@@ -163,3 +165,18 @@ def test_cache_reorders_as_fancy_indexing_does() -> None:
     assert cache.mask.tolist() == [[1, 1, 0, 0, 1, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0]]
     with pytest.raises(ValueError, match="7 positions"):
         cache.append(draw(2), np.ones((3, 2), np.int64))
+
+
+@given(st.integers(1, 40), st.integers(0, 3000), st.lists(st.integers(1, 2000), min_size=1, max_size=20))
+def test_a_capacity_follows_what_is_used(least: int, more: int, lengths: list[int]) -> None:
+    past, have = Axis("past", least, least, max(2000, least + more)), 0
+    for longest in lengths:
+        have = fitted(longest, have, past)
+        assert max(longest, least) <= have <= past.max
+        assert have < max(least, 2 * (longest + longest // 8 + GRAIN))
+        assert have == fitted(longest, have, past)
+    copied = 0
+    for longest in range(have, past.max):
+        if (room := fitted(longest, have, past)) != have:
+            copied, have = copied + longest, room
+    assert copied <= 10 * past.max, "in proportion to what is written"

@@ -241,7 +241,7 @@ def test_a_cache_grows_with_its_longest_sequence_and_shrinks_again(alone: Alone)
     assert feeds["attention_mask"].sum(1).tolist() == [101, 10]
     slots.free(first)
     feeds = slots.feeds()
-    assert feeds["past_key.0"].shape == (2, 4, 64, 16)
+    assert feeds["past_key.0"].shape == (2, 4, 32, 16)
     assert feeds["attention_mask"].sum(1).tolist() == [1, 10]
     new = {
         f"{kind}.{i}": rng.standard_normal((2, 4, 1, 16)).astype(np.float32)
