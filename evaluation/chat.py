@@ -72,7 +72,10 @@ class EngineChat:
 
 def normalised(text: str) -> str:
     """What is compared of an answer: Unicode's NFKC form without case, single spaces, no full stop behind."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(". ")
+    folded = unicodedata.normalize(
+        "NFKC", text
+    ).casefold()  # which may leave that form: as "ß" and an accent do
+    return " ".join(unicodedata.normalize("NFKC", folded).split()).rstrip(". ")
 
 
 def evaluate(

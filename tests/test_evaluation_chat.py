@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -181,6 +181,7 @@ def test_lines_that_ask_nothing(tmp_path: Path, line: str) -> None:
 
 
 @given(st.text())
+@example("ß\u0301")
 def test_normalising_twice_changes_nothing(text: str) -> None:
     once = chat.normalised(text)
     assert chat.normalised(once) == once
