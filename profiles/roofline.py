@@ -234,9 +234,10 @@ def _ms(nbytes: int, gpu: GpuPeaks) -> float:
 def _attention_values(layer: str, name: str, config: Whole, sizes: Mapping[str, int]) -> int:
     """Numbers that one attention reads and writes: queries and result, keys and values."""
     tokens = config.num_tokens if isinstance(config, ChatConfig) else config.vision.num_tokens
+    queries, llama = 0, config.llama
     asking = config.queries if isinstance(config, ChatConfig) else config
-    queries = asking.num_query_token if asking is not None and name in (*CROSSING, "query_chat") else 0
-    llama = asking.qllama if asking is not None and name == "query_chat" else config.llama
+    if asking is not None and name in (*CROSSING, "query_chat"):
+        queries, llama = asking.num_query_token, asking.qllama
     if ".encoder.layers." in layer:
         new, seen, width = tokens, tokens, config.vision.hidden_size
     elif layer.startswith("clip_projector"):
