@@ -47,8 +47,8 @@ class ChatPoint:
         tokens_per_s: of such steps, all conversations together.
         questions_per_s: whole answers, images and prompts included.
         cost: of a million questions, in the currency of the price; None without one.
-        cache_bytes: keys and values of each conversation at its end, where it is decoded, and of its prompt
-            once more, which it keeps for the next question.
+        cache_bytes: keys and values of each conversation at its end, twice: where it is decoded, and where it
+            is kept for the next question.
         memory_bytes: weights, these, and activations.
         fits: into the GPU's memory.
         components: the calls: images, one prompt, one step.
@@ -131,7 +131,7 @@ def estimate(
         *images, read, step = (time.expected_ms for time in times)
         first = sum(images) + batch * read
         whole = first + (new_tokens - 1) * step
-        held = batch * cache_bytes(config.decoder, arithmetic.base, 2 * prompt + new_tokens)
+        held = batch * cache_bytes(config.decoder, arithmetic.base, 2 * (prompt + new_tokens))
         widest = max(layer.activation_bytes // layer.count for cost in costs[:-1] for layer in cost.layers)
         memory = needed + held + 4 * widest
         return ChatPoint(
@@ -167,9 +167,9 @@ def estimate(
             "Nothing is known of an image; another question about it would find image and prompt encoded.",
             "A step is one in the middle of an answer, and computes over the positions that are held.",
             "Engines of all components are loaded together, each with its own weights.",
-            "Memory: these weights, keys and values in the base type (of each conversation at its end, and "
-            "of its prompt once more, kept for the next question), and four times the widest layer's "
-            "activations; no CUDA context, nor room that a cache keeps free.",
+            "Memory: these weights, keys and values in the base type (of each conversation at its end, once "
+            "where it is decoded and once where it is kept for the next question), and four times the "
+            "widest layer's activations; no CUDA context, nor room that a cache keeps free.",
             *([limit] if max(batches) > most else []),
             *assumptions,
         ),

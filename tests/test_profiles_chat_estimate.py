@@ -58,7 +58,7 @@ def test_a_step_reads_weights_and_cache() -> None:
         assert step.bound == "memory"
         assert point.first_token_ms == pytest.approx(point.image_ms + point.batch * point.prompt_ms)
         assert point.tokens_per_s == pytest.approx(1e3 * point.batch / point.token_ms)
-        both = point.batch * cache_bytes(SEVEN.decoder, "bf16", 2 * 640 + 128)
+        both = point.batch * cache_bytes(SEVEN.decoder, "bf16", 2 * (640 + 128))
         assert point.cache_bytes == both
         assert point.memory_bytes > found.weight_bytes + both
     one, eight = found.points
