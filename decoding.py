@@ -45,6 +45,7 @@ class Sampling:
             )
 
 
+_UNUSED = np.random.default_rng(0)
 Pick = Callable[[Any, Sampling, np.random.Generator, "int | None"], int]
 """What :func:`pick` does."""
 
@@ -124,7 +125,8 @@ class Chooser:
         self.limits, self.sampling = limits, sampling or Sampling()
         self._pick: Pick = picker or pick
         self.done, self._count = False, 0
-        self._rng = np.random.default_rng(self.sampling.seed)
+        greedy = self.sampling.temperature == 0  # takes no number, and a generator takes time to make
+        self._rng = _UNUSED if greedy else np.random.default_rng(self.sampling.seed)
 
     def choose(self, logits: Any) -> int:
         """The next token, of the ``logits`` [V] behind the ones before it."""
