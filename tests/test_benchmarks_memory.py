@@ -30,6 +30,11 @@ FLAT = 0.08
 """Of so few requests: arenas still grow, and free memory of malloc comes and goes."""
 
 
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "MORE_SECONDS", 0.0)
+
+
 def soaked(bundle: Path, out: Path, before: str = "") -> dict[str, Any]:
     """900 mixed requests in a process of its own."""
     code = f"""{before}

@@ -36,9 +36,22 @@ class Given(Setting):
         return TINY
 
 
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "MORE_SECONDS", 0.0)
+
+
 @pytest.fixture
 def tiny(tiny_bundle: Path) -> Setting:
     return Given(tiny_bundle, threads=1, rounds=3, models=("tiny",), new_tokens=3)
+
+
+def test_short_calls_have_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "MORE_SECONDS", 60.0)
+    calls = [Candidate("one", lambda: None), Candidate("other", lambda: None)]
+    assert [len(t.seconds) for t in side_by_side(calls, rounds=3, least_seconds=0)] == [
+        measured.MOST_ROUNDS
+    ] * 2
 
 
 def test_candidates_take_turns() -> None:

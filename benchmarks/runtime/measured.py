@@ -26,6 +26,8 @@ RECEIPTS = Path(__file__).resolve().parents[2] / "profiles" / "receipts"
 ROUNDS = 7
 LEAST_SECONDS = 0.05
 """Of a sample: a call that is shorter is repeated."""
+MORE_SECONDS, MOST_ROUNDS = 4.0, 41
+"""Short calls have further rounds in this time, up to so many: what disturbs them lasts for several."""
 COLUMNS = ("what", "precision", "ms", "quartiles", "a second", "against")
 
 
@@ -139,13 +141,15 @@ class Comparison:
 def side_by_side(
     candidates: Sequence[Candidate], rounds: int = ROUNDS, least_seconds: float = LEAST_SECONDS
 ) -> tuple[Timed, ...]:
-    """Time ``candidates`` in turns, after one call of each that does not count."""
+    """Time ``candidates`` in turns, ``rounds`` or more, after one call of each that does not count."""
     repeats = [_repeats(c.call, least_seconds) for c in candidates]
     samples: list[list[float]] = [[] for _ in candidates]
-    for turn in range(rounds):
+    began, turn = time.perf_counter(), 0
+    while turn < rounds or (turn < MOST_ROUNDS and time.perf_counter() - began < MORE_SECONDS):
         for k in range(len(candidates)):
             which = (k + turn) % len(candidates)
             samples[which].append(_sample(candidates[which].call, repeats[which]))
+        turn += 1
     return tuple(
         Timed(c.name, c.precision, c.items, tuple(s)) for c, s in zip(candidates, samples, strict=True)
     )
