@@ -78,13 +78,15 @@ def _compared(
     case: str, ways: list[tuple[str, str, Generate]], batch: int, setting: Setting
 ) -> list[Comparison]:
     new = setting.new_tokens
-    first = side_by_side(
-        [Candidate(name, partial(call, 1), precision, batch) for name, precision, call in ways],
+    timed = side_by_side(
+        [
+            Candidate(name, partial(call, tokens), precision, batch)
+            for tokens in (1, new)
+            for name, precision, call in ways
+        ],
         setting.rounds,
     )
-    whole = side_by_side(
-        [Candidate(name, partial(call, new), precision) for name, precision, call in ways], setting.rounds
-    )
+    first, whole = timed[: len(ways)], timed[len(ways) :]
     further = tuple(
         Timed(
             t.name,

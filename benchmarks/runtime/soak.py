@@ -41,6 +41,8 @@ GOAL = 0.02
 KEPT_BYTES = 4 << 20
 """Of conversations, so that their store is full when warm-up ends."""
 CLIENTS = 16
+_SETTLE_SECONDS = 0.5
+"""In which what was cancelled ends: a batch that has begun is run."""
 _SHARES = {
     "image, C": 22, "image, G": 14, "text": 22, "classes": 10, "caption": 10,
     "no image": 6, "cancelled": 8, "out of time": 6, "chat": 2,
@@ -132,6 +134,7 @@ async def soak(
         gc.collect()
         done.append(sum(asked.values()))
         busy.append(resident())
+        await asyncio.sleep(_SETTLE_SECONDS)
         model.components.rest()  # as the service does after a while
         rss.append(resident())
         heap.append(allocated())
