@@ -78,7 +78,7 @@ class OnnxRuntimeEngine:
     def run(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run once; see :meth:`~ivl_export.engines.protocol.Engine.run`."""
         session = self._open()
-        kinds = tuple((key, array.shape, array.dtype.char) for key, array in inputs.items())
+        kinds = tuple((key, array.shape, array.dtype) for key, array in inputs.items())
         asked = (None if outputs is None else tuple(outputs), kinds)
         plan = self._plans.get(asked) or self._planned(asked, inputs)
         feeds = inputs

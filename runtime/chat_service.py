@@ -11,6 +11,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,8 @@ class ChatService:
             started = await self._read(chat.context.started, ids, limits)
             clock.mark("read")
             ran = await asyncio.wrap_future(scheduler.submit(started, limits, sampling, hear))
-            self._readers.submit(chat.context.settle)  # nobody waits for it
+            with suppress(RuntimeError):  # closed meanwhile; the next prompt does it
+                self._readers.submit(chat.context.settle)  # nobody waits for it
             return ran
 
         return await self._admission.request(run, timeout)

@@ -48,7 +48,7 @@ def pixel_batches(
     what is no sequence of images, and as :func:`~ivl_export.preprocess.load_image`.
     """
     if isinstance(images, np.ndarray):
-        if images.ndim != 4 or images.shape[1] != 3 or images.dtype.char != "f":
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.float32:
             raise InputError(
                 "This array is not pixel_values.",
                 f"It is {images.dtype} {list(images.shape)}; float32 [B, 3, S, S] is needed.",

@@ -197,7 +197,7 @@ class Scheduler:
         """Free ``slot``; its sequence is finished, has failed, or was cancelled."""
         sequence = self._running.pop(slot)
         if sequence.leave is not None and error is None:
-            with suppress(Exception):  # no memory for it: then it is read anew
+            with suppress(MemoryError, RuntimeError):  # torch's is the latter; then it is read anew
                 held = self._slots.behind(slot, sequence.prompt)
                 sequence.leave(sequence.tokens[: held.shape[3]], held)
         self._slots.free(slot)

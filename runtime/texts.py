@@ -38,7 +38,9 @@ def encode_tokens(components: Components, ids: Ids, lengths: Ids) -> Floats:
     """
     if ids.ndim != 2 or lengths.shape != ids.shape[:1]:
         raise InputError(
-            "These tokens are not texts.", f"ids have shape {list(ids.shape)}, lengths {list(lengths.shape)}."
+            "These tokens are not texts.",
+            f"ids have shape {list(ids.shape)}, lengths {list(lengths.shape)}.",
+            "Use Tokenizer.encode_contrastive, which gives both.",
         )
     if not len(lengths):
         shapes = {t.name: t.shape for t in components.spec("qllama_text").outputs}

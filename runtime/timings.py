@@ -29,7 +29,11 @@ class Timings:
 
     def measure(self, stage: str) -> _Stage:
         """Add the time of the ``with`` block to ``stage``, also when it raises."""
-        return _Stage(self._lock, self._stages.setdefault(stage, [0, 0.0]), stage)
+        total = self._stages.get(stage)
+        if total is None:
+            with self._lock:
+                total = self._stages.setdefault(stage, [0, 0.0])
+        return _Stage(self._lock, total, stage)
 
     def snapshot(self) -> dict[str, Timing]:
         """What was measured so far, in the order of first use."""

@@ -262,6 +262,31 @@ def test_no_more_than_the_limits_say(model: InternVLChat, monkeypatch: pytest.Mo
     service.close()
 
 
+def test_an_answer_on_its_way_survives_the_closing(
+    model: InternVLChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = ChatService(model)
+    heard = threading.Event()
+
+    async def ask() -> str:
+        chat = await service.chat([picture()])
+        submit = service._scheduler.submit
+
+        def heard_by(*given: Any) -> Any:
+            started, limits, sampling, _ = given
+            return submit(started, limits, sampling, lambda token: heard.set())
+
+        monkeypatch.setattr(service._scheduler, "submit", heard_by)
+        task = asyncio.create_task(service.ask(chat, "a", 40, min_new_tokens=40))
+        while not heard.is_set():
+            await asyncio.sleep(0.001)
+        service.close()  # as an application does: from the loop, which hears of the answer afterwards
+        return (await task).value
+
+    assert asyncio.run(ask()) == model.chat([picture()]).ask("a", 40, min_new_tokens=40)
+    assert service.counts.failed == 0
+
+
 def test_a_closed_service_says_so(model: InternVLChat) -> None:
     service = ChatService(model)
     chat = model.chat([picture()])

@@ -99,6 +99,23 @@ def test_a_broken_image_surfaces_from_the_reading_thread() -> None:
         list(stream)
 
 
+def test_timings_are_read_while_new_stages_come(request: pytest.FixtureRequest) -> None:
+    timings, before = Timings(), sys.getswitchinterval()
+    request.addfinalizer(lambda: sys.setswitchinterval(before))
+    sys.setswitchinterval(1e-6)
+
+    def work() -> None:
+        for i in range(20_000):
+            with timings.measure(str(i)):
+                pass
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive():
+        timings.snapshot()
+    assert len(timings.snapshot()) == 20_000
+
+
 def test_timings_add_up_over_threads() -> None:
     timings = Timings()
 

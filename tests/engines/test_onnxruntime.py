@@ -57,6 +57,19 @@ def test_runs_what_the_graph_says(make: Make, scheme: str | None, exactness: int
     assert scheme is None or 20 < sqnr(y, plain) < 50  # it does round
 
 
+def test_inputs_of_other_float_types_are_cast_whatever_came_before(make: Make) -> None:
+    sample = make("mlp")
+    x = np.random.default_rng(1).standard_normal((3, 5, 64)).astype(np.float32)
+    with open_engine("onnxruntime", sample.spec, sample.path, threads=1) as engine:
+        want = engine.run({"x": x})["y"]
+        for other in (">f4", "<f8", ">f8"):
+            np.testing.assert_array_equal(engine.run({"x": x.astype(other)})["y"], want)
+        half = x.astype(np.float16)
+        np.testing.assert_array_equal(
+            engine.run({"x": half})["y"], engine.run({"x": half.astype(np.float32)})["y"]
+        )
+
+
 def test_step_with_past_equals_one_long_step(make: Make) -> None:
     sample = make("step")
     ids = np.array([[3, 5, 7]], np.int64)
