@@ -237,8 +237,8 @@ class Service:
         async def run(clock: Clock) -> Ran[Any]:
             with batcher.coming():
                 item = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+                clock.mark("read")  # before its batch can begin
                 submitted = batcher.submit(item)
-            clock.mark("read")
             ran = await asyncio.wrap_future(submitted)
             if then is None:
                 return ran
