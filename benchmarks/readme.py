@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ivl_export.profiles.baseline import BACKEND
-from ivl_export.profiles.cases import Case
-from ivl_export.profiles.chat_latency import ANSWER, FIRST, NEXT, OTHER, token_ms
-from ivl_export.profiles.receipt import SCHEMA, Profile, read
-from ivl_export.strict_json import read_json
+from ivl_export.files.strict_json import read_json
+from ivl_export.profiles.measure.baseline import BACKEND
+from ivl_export.profiles.measure.cases import Case
+from ivl_export.profiles.measure.chat_latency import ANSWER, FIRST, NEXT, OTHER, token_ms
+from ivl_export.profiles.measure.receipt import SCHEMA, Profile, read
 
 ROOT = Path(__file__).resolve().parents[1]
 RECEIPTS = ROOT / "profiles" / "receipts"

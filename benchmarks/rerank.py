@@ -17,9 +17,9 @@ from ivl_export.cli.output import print_table
 from ivl_export.runtime import InternVL, Ranking
 from ivl_export.runtime.model import MODES
 from ivl_export.runtime.zero_shot import rank
-from ivl_export.training.drawing import render
-from ivl_export.training.grammar import caption
-from ivl_export.training.tasks import RETRIEVE, eval_scenes
+from ivl_export.synthetic.captions import caption
+from ivl_export.synthetic.render import render
+from ivl_export.synthetic.tasks import RETRIEVE, eval_scenes
 
 TOP = 10
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import AccuracyError, BuildError
-from ..preprocess import Array
-from .chain import Arrays, Runner, Step, run_chain
+from ..inputs.preprocess import Array
 from .chat import ChatBatch
+from .component_chain import Arrays, Runner, Step, run_chain
 from .dataset import Batch
 
 BUDGETS = {"fp8": 1.0, "int8": 1.5, "mixed": 0.3}
@@ -159,7 +159,8 @@ def component_accuracy(
     """Run ``candidate`` on what the fp32 model was run on.
 
     Args:
-        reference: held-out batches, and the fp32 steps of :func:`.chain.run_chain` on each, of all components
+        reference: held-out batches, and the fp32 steps of :func:`.component_chain.run_chain` on each, of
+        all components
             that ``candidate`` has.
         candidate: runners of the graphs or engines under test.
 

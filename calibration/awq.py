@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from ..inputs.preprocess import ImageSettings, Tokenizer
 from ..models.checkpoint import Checkpoint
-from ..preprocess import ImageSettings, Tokenizer
+from ..quantization.quantize import dequantise, quantise
+from ..quantization.schemes import folded_layers
 from .dataset import CalibrationSet
 from .folding import fed_by, groups, watch_inputs
-from .quantize import dequantise, quantise
-from .schemes import folded_layers
 
 if TYPE_CHECKING:
     from torch import Tensor

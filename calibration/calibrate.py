@@ -18,20 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic import atomic
 from ..errors import BuildError
+from ..files.atomic import atomic
+from ..inputs.preprocess import MAX_LENGTH, ImageSettings, Tokenizer
 from ..models.chat_config import ChatConfig
-from ..preprocess import MAX_LENGTH, ImageSettings, Tokenizer
-from .attention import core_attentions, operand_names
+from ..quantization.algorithms import algorithm_name, depends_on_type
+from ..quantization.attention import core_attentions, operand_names
+from ..quantization.ranges import Scales
 from .chat import LONGEST
 from .dataset import MAX_STEP, CalibrationSet
-from .observe import algorithm_name, depends_on_type, observers
-from .scales import Scales
+from .observers import observers
 
 if TYPE_CHECKING:
     from ..models.chat_config import Whole
     from ..models.checkpoint import Checkpoint
-    from .parts import Part
+    from .segments import Part
 
 STATE = "state.json"
 
@@ -57,14 +58,14 @@ class PartTime:
 
 def calibration_units(config: Whole, components: Sequence[str], samples: int) -> int:
     """What the progress of :func:`calibrate` counts to: samples times parts."""
-    from .parts import needed, parts
+    from .segments import needed, parts
 
     return samples * len(parts(config, needed(components, config)))
 
 
 def spilled_bytes(config: Whole, components: Sequence[str], samples: int) -> int:
     """At most what :func:`calibrate` keeps on disk at a time: two copies of each tower's hidden states."""
-    from .parts import needed
+    from .segments import needed
 
     vision, llama, order = config.vision, config.llama, needed(components, config)
     if isinstance(config, ChatConfig):
@@ -108,7 +109,7 @@ def calibration_seconds(
         devices: how many share it.
         speedup: how many times faster one of them is than what was measured.
     """
-    from .parts import depths
+    from .segments import depths
 
     blocks = depths(config)
     share = math.ceil(samples / devices)
@@ -141,7 +142,7 @@ def calibrate(
         chosen: the calibration set.
         settings, tokenizer: of the model.
         batch_size: samples in memory at a time.
-        algorithm: one of :data:`.observe.ALGORITHMS`, or ``percentile-99.9``.
+        algorithm: one of :data:`.observers.ALGORITHMS`, or ``percentile-99.9``.
         kinds: layer -> the type its input will be rounded to, for ``entropy`` and ``mse``; ``int8`` for those
             it leaves out.
         device: where blocks run: one block's weights and one batch are there at a time.
@@ -156,10 +157,10 @@ def calibrate(
         UsageError: an unknown algorithm, percentile or component.
         CapabilityError: a component without weights.
     """
-    from .calls import samples_of
-    from .observe import Watch
-    from .parts import Modules, needed, parts
-    from .stream import Flow, visit
+    from .block_stream import Flow, visit
+    from .forward_calls import samples_of
+    from .observers import Watch
+    from .segments import Modules, needed, parts
 
     recorded = algorithm_name(algorithm)
     order = needed(components, checkpoint.whole)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..conversation import IGNORE, IMAGE_TOKEN, Turn, encode
-from ..preprocess import Array, ImageSettings, Tokenizer
+from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, Turn, encode
+from ..inputs.preprocess import Array, ImageSettings, Tokenizer
 from .dataset import MAX_STEP, CalibrationSet, Sample
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def dialogue_of(sample: Sample, tokenizer: Tokenizer) -> Dialogue:
     """A conversation about ``sample``, always the same: of its scene, or its caption as an answer."""
     turns = [Turn(QUESTION, sample.text, 1)]
     if not _is_file(sample):
-        from ..training import dialogues
+        from ..synthetic import dialogues
 
         rng = np.random.default_rng(int(sample.digest[:16], 16))
         turns = dialogues.conversation(dialogues.dialogue(rng, sample.image, SCENE_TURNS))  # type: ignore[arg-type]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..errors import InputError
-from ..preprocess import CAPTION_PROMPT, Array, ImageSettings, Tokenizer, preprocess_images
+from ..inputs.preprocess import CAPTION_PROMPT, Array, ImageSettings, Tokenizer, preprocess_images
 
 if TYPE_CHECKING:
-    from ..training.scenes import Scene
+    from ..synthetic.scenes import Scene
     from .tensor_cache import TensorCache
 
 SMALL = 32
@@ -84,7 +84,7 @@ class Sample:
         """``pixel_values`` float32 [1, 3, S, S]; InputError if the file changed since the set was opened."""
         image = self.image
         if not isinstance(image, Path | Stored):
-            from ..training.drawing import render
+            from ..synthetic.render import render
 
             return preprocess_images([render(image, settings.size)], settings)
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import InputError, UsageError
+from ..inputs.preprocess import ImageSettings, Tokenizer
 from ..models.checkpoint import Checkpoint
-from ..preprocess import ImageSettings, Tokenizer
-from .calls import samples_of
+from ..quantization.schemes import folded_layers
+from .block_stream import Flow, visit
 from .dataset import CalibrationSet
-from .parts import Modules, needed, parts
-from .schemes import folded_layers
-from .stream import Flow, visit
+from .forward_calls import samples_of
+from .segments import Modules, needed, parts
 
 if TYPE_CHECKING:
     from torch import Tensor

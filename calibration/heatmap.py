@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..atomic import atomic
 from ..errors import CapabilityError
+from ..files.atomic import atomic
 from .sensitivity import Sensitivity
 
 _DPI = 150

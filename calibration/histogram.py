@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from .quantize import LIMITS, quantise_values
+from ..quantization.quantize import LIMITS, quantise_values
 
 if TYPE_CHECKING:
     import numpy.typing as npt

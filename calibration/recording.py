@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..inputs.preprocess import ImageSettings, Tokenizer
 from ..models.chat_config import ChatConfig
-from ..preprocess import ImageSettings, Tokenizer
 from .calibrate import spilled_bytes
-from .chain import Arrays, Step
 from .chat import LONGEST, ChatBatch, chat_batches, empty_past, splice, visual_of
+from .component_chain import Arrays, Step
 from .dataset import MAX_STEP, Batch, CalibrationSet
 
 if TYPE_CHECKING:
     from ..models.chat_config import Whole
     from ..models.checkpoint import Checkpoint
-    from .calls import Call
+    from .forward_calls import Call
 
 
 def recorded_bytes(config: Whole, components: Sequence[str], samples: int) -> int:
     """At most what a :class:`Recording` takes on disk: activations, and the large outputs."""
-    from .parts import needed
+    from .segments import needed
 
     vision, llama, order = config.vision, config.llama, needed(components, config)
     cached = 2 * llama.num_hidden_layers * llama.hidden_size
@@ -68,9 +68,9 @@ class Recording:
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         from ..export.components import component_spec
-        from .calls import samples_of
-        from .parts import Modules, needed, parts
-        from .stream import Flow, visit
+        from .block_stream import Flow, visit
+        from .forward_calls import samples_of
+        from .segments import Modules, needed, parts
 
         order = needed(components, checkpoint.whole)
         self.folder = folder
@@ -94,7 +94,7 @@ class Recording:
             flow.close()
 
     def __iter__(self) -> Iterator[tuple[Batch | ChatBatch, list[Step]]]:
-        """Every batch, and its steps as :func:`.chain.run_chain` gives them."""
+        """Every batch, and its steps as :func:`.component_chain.run_chain` gives them."""
         for number, batch in enumerate(self._batches()):
             made: Arrays = {"pixel_values": batch.pixel_values}
             steps = []
@@ -122,7 +122,7 @@ class Recording:
 
 def _taken(call: Call, made: Arrays) -> Arrays:
     """The inputs of ``call`` that are pixels, or other components' outputs."""
-    from .parts import TOKENS_OF
+    from .segments import TOKENS_OF
 
     if call.component == "qllama_step":
         return {name: array[call.rows] for name, array in _past(made).items()}

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from .recipe import Recipe, Rule
+from ..quantization.recipe import Recipe, Rule
 
 
 @dataclass(frozen=True)

@@ -18,21 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..atomic import atomic
 from ..errors import UsageError
 from ..export.blocks import block_prefix
-from ..preprocess import ImageSettings, Tokenizer
+from ..files.atomic import atomic
+from ..inputs.preprocess import ImageSettings, Tokenizer
+from ..quantization.attention import FP8_ATTENTION, core_attentions, operand_names
+from ..quantization.quantize import dequantise, quantise
+from ..quantization.ranges import Scales
+from ..quantization.schemes import SCHEMES, excluded
 from .accuracy import Comparison
-from .attention import FP8_ATTENTION, core_attentions, operand_names
-from .calls import Call, samples_of
-from .channels import Channels, Finding
+from .block_stream import Flow, visit
 from .dataset import CalibrationSet
-from .parts import Modules, Part, needed, parts
-from .quantize import dequantise, quantise
-from .scales import Scales
-from .schemes import SCHEMES, excluded
+from .forward_calls import Call, samples_of
+from .outlier_channels import Channels, Finding
+from .segments import Modules, Part, needed, parts
 from .simulate import attention_hook, rounding_hook
-from .stream import Flow, visit
 
 if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint
@@ -121,8 +121,8 @@ def measure(
     Args:
         checkpoint: the fp32 weights.
         components: those whose layers are of interest; what they take inputs from is run too.
-        schemes: of :data:`.schemes.SCHEMES` without a fold, and :data:`.attention.FP8_ATTENTION`.
-        scales: input ranges of the layers.
+        schemes: of :data:`..quantization.schemes.SCHEMES` without a fold, and
+        :data:`..quantization.attention.FP8_ATTENTION`. scales: input ranges of the layers.
         chosen: samples, best ones that ``scales`` were not measured on.
         settings, tokenizer: of the model.
         folder: for activations and for what is known so far; the caller removes it.

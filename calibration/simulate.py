@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..export.components import component_spec
-from ..export.store import open_store
+from ..export.weight_store import open_store
+from ..inputs.preprocess import ImageSettings, Tokenizer
 from ..models.storage import open_reader
-from ..preprocess import ImageSettings, Tokenizer
+from ..quantization.attention import attention_scales, core_attentions, fake_attention
+from ..quantization.quantize import LOWEST, activation_scale, dequantise, quantise_values, stored_names
+from ..quantization.ranges import Scales
+from ..quantization.schemes import SCHEMES
 from .accuracy import Comparison, Metrics, Table
-from .attention import attention_scales, core_attentions, fake_attention
-from .calls import samples_of
+from .block_stream import Flow, visit
 from .dataset import CalibrationSet
-from .parts import WITHOUT_BLOCKS, Load, Modules, needed, needs, parts
-from .quantize import LOWEST, activation_scale, dequantise, quantise_values, stored_names
-from .scales import Scales
-from .schemes import SCHEMES
-from .stream import Flow, visit
+from .forward_calls import samples_of
+from .segments import WITHOUT_BLOCKS, Load, Modules, needed, needs, parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +41,7 @@ class Quantised:
 
     Args:
         stores: files with the 8-bit values and scales, and with the weights that stay in the base type.
-        schemes: quantised layer -> one of :data:`.schemes.SCHEMES`.
+        schemes: quantised layer -> one of :data:`..quantization.schemes.SCHEMES`.
         base: ``bf16`` or ``fp16``.
         scales: ranges of the layers' inputs; None where ``schemes`` is empty.
         attention: component -> its attentions that run in FP8.

@@ -1,8 +1,10 @@
 """Opening calibration sets.
 
 A folder of images (a caption may stand beside each as ``.txt``), a JSONL manifest
-(``{"image": "relative/path.jpg", "caption": "..."}`` a line), WebDataset shards (:mod:`.shards`), a Hugging
-Face data set on disk (:mod:`.tables`), or drawn scenes (for nano). The choice of samples depends on names and
+(``{"image": "relative/path.jpg", "caption": "..."}`` a line), WebDataset shards (:mod:`.webdataset`), a
+Hugging
+Face data set on disk (:mod:`.hf_datasets`), or drawn scenes (for nano). The choice of samples depends on
+names and
 the seed only, so it is the same on every machine. Files are untrusted: paths in a manifest may not leave its
 folder, and what cannot be decoded is skipped and listed.
 """
@@ -17,11 +19,11 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import InputError, UsageError
-from ..paths import inside
+from ..files.paths import inside
 from .dataset import CalibrationSet, Sample
 from .entries import IMAGE_SUFFIXES, MAX_CAPTION_BYTES, MAX_ENTRIES, Entry, plain
-from .shards import braced, shard_entries
-from .tables import dataset_files, table_entries
+from .hf_datasets import dataset_files, table_entries
+from .webdataset import braced, shard_entries
 
 MAX_CORRUPT = 0.1
 KINDS = (
@@ -97,8 +99,8 @@ def open_calibration(
 
 def scenes_calibration(samples: int = 256, seed: int = 20_231_214) -> CalibrationSet:
     """Drawn scenes with their captions (a quarter Chinese), from the combinations nano was trained on."""
-    from ..training.batches import batch_scenes
-    from ..training.grammar import caption
+    from ..synthetic.batches import batch_scenes
+    from ..synthetic.captions import caption
 
     scenes, languages = batch_scenes(seed, 0, "train", samples)
     found = [

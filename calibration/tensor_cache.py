@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..atomic import atomic
-from ..preprocess import Array, ImageSettings
+from ..files.atomic import atomic
+from ..inputs.preprocess import Array, ImageSettings
 
 LIMIT = 4 << 30
 """Bytes kept; the entries that were used longest ago go first."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..engines.options import TACTICS, BuildOptions
+from ..engines.tensorrt.options import TACTICS, BuildOptions
 from ..errors import UsageError
 from .build_tables import print_dry_run, print_report, print_search
 from .options import (
@@ -140,7 +140,7 @@ def build(
     With nothing else it builds internvl-nano, the small model that ships with the package. What is there
     already is not made again: a build that was stopped goes on, a second one does nothing.
     """
-    from ..engines.cache import parse_size
+    from ..engines.cache_dir import parse_size
     from ..models.shipped import shipped_name
     from ..pipeline.build import build as run_build
     from ..pipeline.build import preview

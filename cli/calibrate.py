@@ -12,7 +12,7 @@ from .options import CalibColumnsOpt, CalibOpt, CalibSamplesOpt, CalibSeedOpt, C
 from .output import print_json, print_table
 
 if TYPE_CHECKING:
-    from ..calibration.scales import Scales
+    from ..quantization.ranges import Scales
 
 app = typer.Typer(add_completion=False)
 

@@ -33,8 +33,8 @@ def doctor(
     The exit code is 0, or 5 if what --model and --precision ask for cannot be built here, or cannot run on
     the GPU that is here.
     """
+    from ..profiles.cost.sizes import plan_of
     from ..profiles.doctor import Asked, diagnose
-    from ..profiles.sizes import plan_of
 
     asked = None
     if model is not None or precision is not None:

@@ -14,8 +14,8 @@ from .output import print_json
 from .profile import parse_sizes
 
 if TYPE_CHECKING:
-    from ..calibration.recipe import Recipe
     from ..models.chat_config import Whole
+    from ..quantization.recipe import Recipe
 
 app = typer.Typer(add_completion=False)
 
@@ -52,10 +52,10 @@ def estimate(
     Of a chat model: the time to the first token, tokens per second, and memory with keys and values.
     """
     from ..models.chat_config import ChatConfig
-    from ..profiles import chat_estimate
-    from ..profiles.estimate import estimate as run
-    from ..profiles.gpus import find_gpu
-    from ..profiles.sizes import plan_of
+    from ..profiles.cost import chat_estimate
+    from ..profiles.cost.estimate import estimate as run
+    from ..profiles.cost.gpus import find_gpu
+    from ..profiles.cost.sizes import plan_of
 
     batches = parse_sizes("--batch", batch)
     found = find_gpu(gpu)
@@ -81,12 +81,12 @@ def asked_model(model: Path | None, precision: str | None) -> tuple[Whole, Recip
         UsageError: no such recipe.
     """
     from ..bundle import Bundle
-    from ..calibration.recipe import Recipe, load_recipe
-    from ..manifest import MANIFEST
+    from ..bundle.manifest import MANIFEST
     from ..models.chat_config import InternViTConfig, config_from_published, load_config
     from ..models.config import InternVLConfig
     from ..models.shipped import checkpoint_path
-    from ..profiles.chat_estimate import FULL_SIZE
+    from ..profiles.cost.chat_estimate import FULL_SIZE
+    from ..quantization.recipe import Recipe, load_recipe
 
     if model is None or (model.name == str(model) in FULL_SIZE and not model.exists()):
         return FULL_SIZE[str(model)] if model else InternVLConfig(), load_recipe(precision or "fp8")

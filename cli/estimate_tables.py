@@ -10,9 +10,9 @@ import typer
 from .output import human_bytes, print_table
 
 if TYPE_CHECKING:
-    from ..profiles.chat_estimate import ChatEstimate
-    from ..profiles.estimate import Estimate
-    from ..profiles.roofline import ComponentTime
+    from ..profiles.cost.chat_estimate import ChatEstimate
+    from ..profiles.cost.estimate import Estimate
+    from ..profiles.cost.roofline import ComponentTime
 
 
 def print_embeddings(result: Estimate, model: str, with_layers: bool) -> None:

@@ -36,7 +36,7 @@ def export(
 ) -> None:
     """Write plain ONNX graphs of a checkpoint's components: no calibration, no quantisation, no engines."""
     from ..export.features import with_features
-    from ..export.plain import export_plain
+    from ..export.unquantized import export_plain
     from ..models.checkpoint import open_checkpoint
     from ..models.shipped import checkpoint_path, shipped_name
     from .inputs import names, numbers

@@ -88,7 +88,7 @@ class ImageFiles:
             )
 
     def _read(self, file: Path) -> Image | None:
-        from ..pictures import load_image
+        from ..inputs.images import load_image
 
         try:
             return load_image(file)

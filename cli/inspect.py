@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from ..bundle import Bundle
+from ..bundle.manifest import EngineFile
+from ..bundle.spec import ComponentSpec, TensorSpec
 from ..errors import UsageError
-from ..manifest import EngineFile
-from ..specs import ComponentSpec, TensorSpec
 from .build_tables import print_kernels
 from .output import human_bytes, print_json, print_table, show
 from .proofs import proofs

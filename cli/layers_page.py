@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from ..profiles.html import document
+from ..profiles.report.html import document
 from .layers import Layer, layers, summary
 from .output import human_bytes, show
 from .proofs import Proofs

@@ -18,9 +18,9 @@ from .output import check_writable, print_json, print_table
 from .profile_layers import layers as profile_layers
 
 if TYPE_CHECKING:
-    from ..profiles.cases import Progress
-    from ..profiles.diff import Diff
-    from ..profiles.receipt import Profile
+    from ..profiles.measure.cases import Progress
+    from ..profiles.measure.receipt import Profile
+    from ..profiles.report.diff import Diff
 
 DEFAULT = "measure"
 
@@ -101,9 +101,9 @@ def measure(
         check_writable(name, path)
     if checkpoint is not None and not (table19 and baseline):
         raise UsageError("--checkpoint is for the baseline.", "There is none here.", "Add --table19.")
-    from ..profiles import receipt, report
-    from ..profiles.layers import with_layers
-    from ..profiles.measure import StopRule
+    from ..profiles.measure import receipt, report
+    from ..profiles.measure.layers import with_layers
+    from ..profiles.measure.timing import StopRule
 
     others = [receipt.read(path) for path in beside or ()]
     options = report.Options(
@@ -142,7 +142,7 @@ def report_again(
     """Print and draw a receipt again, without measuring."""
     for name, path in (("--html", html), ("--csv", csv)):
         check_writable(name, path)
-    from ..profiles.receipt import read
+    from ..profiles.measure.receipt import read
 
     _export(read(receipt), [read(path) for path in beside or ()], html, png, csv, as_json)
 
@@ -159,8 +159,8 @@ def compare(
 ) -> None:
     """Compare two receipts case by case: ratio of medians with its bootstrap interval, and a verdict."""
     limit = None if fail_above is None else parse_percent(fail_above)
-    from ..profiles.diff import diff
-    from ..profiles.receipt import read
+    from ..profiles.measure.receipt import read
+    from ..profiles.report.diff import diff
 
     result = diff(read(old), read(new), limit)
     if as_json:
@@ -207,25 +207,25 @@ def _export(
     """Everything that is written or printed of a profile; ``others`` add columns to its Table 19."""
     from dataclasses import replace
 
-    from ..atomic import write_text
-    from ..profiles.table19 import merged
+    from ..files.atomic import write_text
+    from ..profiles.cost.table19 import merged
 
     if tables := [p.table19 for p in (result, *others) if p.table19 is not None]:
         result = replace(result, table19=merged(tables))
     written = []
     if csv is not None:
-        from ..profiles.sheet import sheet
+        from ..profiles.report.sheet import sheet
 
         write_text(sheet(result), csv)
         written.append(csv)
     if html is not None:
-        from ..profiles.page import page
+        from ..profiles.report.page import page
 
         write_text(page(result), html)
         written.append(html)
     if png is not None:
-        from ..profiles.charts import charts
-        from ..profiles.png import write_drawings
+        from ..profiles.report.charts import charts
+        from ..profiles.report.png import write_drawings
 
         written += write_drawings(charts(result), png)
     if as_json:

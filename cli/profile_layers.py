@@ -11,7 +11,7 @@ from ..bundle import Bundle
 from .output import check_writable, print_json, print_table
 
 if TYPE_CHECKING:
-    from ..profiles.layer_profile import LayerProfile
+    from ..profiles.measure.layer_profile import LayerProfile
 
 
 def layers(
@@ -40,8 +40,8 @@ def layers(
     as_json: Annotated[bool, typer.Option("--json", help="Print all layers as JSON.")] = False,
 ) -> None:
     """Show where the time of a call goes: the slowest layers, by operator, by layer type, by block."""
-    from ..profiles.layers import SCHEMA, profile_layers, write_trace
-    from ..profiles.treemap import layer_times
+    from ..profiles.measure.layers import SCHEMA, profile_layers, write_trace
+    from ..profiles.report.treemap import layer_times
 
     opened = Bundle.open(bundle)
     for option, path in (("--trace", trace), ("--html", html)):
@@ -52,13 +52,13 @@ def layers(
     if trace is not None:
         write_trace(found, trace)
     if html is not None:
-        from ..atomic import write_text
-        from ..profiles.layer_page import layer_page
+        from ..files.atomic import write_text
+        from ..profiles.report.layer_page import layer_page
 
         write_text(layer_page(f"Layers of {opened.root.resolve().name}", found), html)
         written.append(html)
     if png is not None and (drawing := layer_times(found)) is not None:
-        from ..profiles.png import write_drawings
+        from ..profiles.report.png import write_drawings
 
         written += write_drawings([drawing], png)
     if as_json:

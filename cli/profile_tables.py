@@ -9,10 +9,10 @@ import typer
 from .output import human_bytes, print_table
 
 if TYPE_CHECKING:
-    from ..profiles.cases import Case
-    from ..profiles.flops import ComponentCost
-    from ..profiles.receipt import Profile
-    from ..profiles.table19 import Row, Table19
+    from ..profiles.cost.flops import ComponentCost
+    from ..profiles.cost.table19 import Row, Table19
+    from ..profiles.measure.cases import Case
+    from ..profiles.measure.receipt import Profile
 
 _TIMES = ("batch", "tokens", "p50", "p90", "p95", "p99", "per second", "calls", "steady", "floor", "of it")
 _TITLES = {
@@ -74,7 +74,7 @@ def _cases(result: Profile, kind: str) -> None:
     cases = result.of_kind(kind)
     if not cases:
         return
-    from ..profiles.chat_latency import token_ms
+    from ..profiles.measure.chat_latency import token_ms
 
     chained = kind == "chained"
     rows = [
@@ -144,7 +144,7 @@ def _ceilings(result: Profile) -> None:
     ceilings = result.ceilings
     if ceilings is None:
         return
-    from ..profiles.gpus import of_driver
+    from ..profiles.cost.gpus import of_driver
 
     published = of_driver(ceilings.device)
     rows: list[tuple[object, ...]] = []
@@ -215,7 +215,7 @@ def _layers(cost: ComponentCost) -> list[tuple[object, ...]]:
 
 
 def _table19(table: Table19) -> None:
-    from ..profiles.table19 import SOURCE, SOURCE_11
+    from ..profiles.cost.table19 import SOURCE, SOURCE_11
 
     def cells(row: Row | None) -> tuple[object, ...]:
         if row is None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bundle import Bundle
-from ..engines.promise import check_promise
-from ..engines.proof import KernelReport
 from ..errors import IntegrityError, UsageError
+from ..verify.expectations import check_promise
+from ..verify.report import KernelReport
 
 Proofs = dict[str, dict[str, "Proof"]]
 """Engine -> component -> its proof."""
@@ -57,7 +57,7 @@ def proof_of_file(bundle: Bundle, info: Path, component: str | None) -> Proofs:
         UsageError: no component was named.
         IntegrityError: the file is no layer information.
     """
-    from ..engines.proof_inspector import proof_from_inspector
+    from ..verify.inspector import proof_from_inspector
 
     if component is None:
         raise UsageError("--layer-info is of one component.", "", "Name it: --component vision.")
@@ -72,7 +72,7 @@ def proof_of_file(bundle: Bundle, info: Path, component: str | None) -> Proofs:
 @dataclass(frozen=True)
 class Here:
     """How a backend is to run on this machine: ``backend``, and for ``torch`` what
-    :func:`~ivl_export.torch_backend.engine.open_torch` takes."""
+    :func:`~ivl_export.engines.torch.engine.open_torch` takes."""
 
     backend: str
     device: str = "cpu"
@@ -102,8 +102,8 @@ def proofs_here(bundle: Bundle, component: str | None, here: Here) -> Proofs:
 
 
 def _run_torch(bundle: Bundle, component: str, here: Here) -> Proof:
-    from ..profiles.inputs import random_inputs
-    from ..torch_backend.proof import proof_from_torch
+    from ..profiles.measure.inputs import random_inputs
+    from ..verify.torch import proof_from_torch
 
     spec = bundle.spec(component)
     sizes = {axis.name: axis.opt for axis in spec.axes}
@@ -119,7 +119,7 @@ def _run_torch(bundle: Bundle, component: str, here: Here) -> Proof:
 
 def check_here(found: Proofs, here: Here) -> None:
     """Hold torch to what it has kernels for on this device; BuildError if it does something else."""
-    from ..torch_backend.proof import held
+    from ..verify.torch import held
 
     for parts in found.values():
         for proof in parts.values():
@@ -127,7 +127,7 @@ def check_here(found: Proofs, here: Here) -> None:
 
 
 def _read_here(bundle: Bundle, component: str | None) -> dict[str, Proof]:
-    from ..engines.proof_onnxruntime import proof_from_onnxruntime
+    from ..verify.onnxruntime import proof_from_onnxruntime
 
     graphs = {
         name: part.graphs for name, part in bundle.manifest.components.items() if component in (None, name)

@@ -10,7 +10,7 @@ from ..errors import UsageError
 from .output import print_json, print_table
 
 if TYPE_CHECKING:
-    from ..calibration.recipe import Recipe
+    from ..quantization.recipe import Recipe
 
 app = typer.Typer(add_completion=False)
 
@@ -27,7 +27,7 @@ def recipes(
 
     Save what is printed, change it, and give the file to build: --precision my.yaml.
     """
-    from ..calibration.recipe import load_recipe, recipe_file, shipped_recipes
+    from ..quantization.recipe import load_recipe, recipe_file, shipped_recipes
 
     if as_json and as_yaml:
         raise UsageError("--json and --yaml were both given.", fix="Give one of them.")

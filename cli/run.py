@@ -232,8 +232,8 @@ def caption(
     as_json: JsonOpt = False,
 ) -> None:
     """Write a caption for each image: the likeliest by --beams, or one that is drawn (--temperature)."""
-    from ..decoding import Sampling
-    from ..preprocess import CAPTION_PROMPT
+    from ..inputs.preprocess import CAPTION_PROMPT
+    from ..sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed) if temperature else None
     files, prompt = ImageFiles.find(images), CAPTION_PROMPT["en"] if prompt is None else prompt
@@ -269,7 +269,7 @@ def chat(
     as_json: JsonOpt = False,
 ) -> None:
     """Answer questions about images and videos; the bundle must be that of an InternVL-Chat."""
-    from ..decoding import Sampling
+    from ..sampling import Sampling
     from .run_chat import chat as run_chat
 
     engines = {"backend": backend, "target": target, "threads": threads}

@@ -13,7 +13,7 @@ from ..errors import UsageError
 from .output import print_json
 
 if TYPE_CHECKING:
-    from ..decoding import Sampling
+    from ..sampling import Sampling
 
 
 def chat(

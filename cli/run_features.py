@@ -55,7 +55,7 @@ def features(
     import numpy as np
     from safetensors.numpy import save as safetensors
 
-    from ..specs import feature_name
+    from ..bundle.spec import feature_name
 
     with session(bundle, backend, target, device, threads, as_json) as (model, report):
         parts, names = [], []

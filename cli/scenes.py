@@ -13,8 +13,8 @@ from ..errors import BuildError, UsageError
 from .output import print_json, print_table
 
 if TYPE_CHECKING:
-    from ..training.grammar import Language
-    from ..training.scenes import Split
+    from ..synthetic.captions import Language
+    from ..synthetic.scenes import Split
 
 CAPTIONS = "captions.jsonl"
 _DRAWN = re.compile(r"scene-\d{5,}\.(png|txt)")
@@ -64,9 +64,9 @@ def draw(
     """
     from PIL import Image
 
-    from ..training.batches import batch_scenes
-    from ..training.drawing import render
-    from ..training.grammar import caption
+    from ..synthetic.batches import batch_scenes
+    from ..synthetic.captions import caption
+    from ..synthetic.render import render
 
     try:
         _make_room(out, force)

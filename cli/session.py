@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from ..atomic import atomic
 from ..errors import BuildError
+from ..files.atomic import atomic
 from .output import print_json, print_table, show
 
 if TYPE_CHECKING:

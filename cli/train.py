@@ -102,8 +102,9 @@ def train(
         )
     from rich.console import Console
 
-    from ..preprocess import ImageSettings, Tokenizer
-    from ..training import tasks, trainer
+    from ..inputs.preprocess import ImageSettings, Tokenizer
+    from ..synthetic import tasks
+    from ..training import trainer
     from ..training.distributed import known_strategy
     from ..training.evaluate import TorchModel
     from ..training.launch import together

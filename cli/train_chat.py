@@ -31,14 +31,14 @@ def train_nano_chat(asked: Asked) -> None:
     import torch
     from rich.console import Console
 
+    from ..inputs.preprocess import ImageSettings, Tokenizer
     from ..models.checkpoint import open_checkpoint
     from ..models.shipped import nano_folder
-    from ..preprocess import ImageSettings, Tokenizer
-    from ..training import chat_tasks
+    from ..synthetic import chat_tasks
+    from ..synthetic.dialogues import corpus
     from ..training.chat_model import TorchChat, initialised, write
     from ..training.chat_publish import write_card
     from ..training.conversations import ChatBatches, SceneDialogues
-    from ..training.dialogues import corpus
     from ..training.presets import NANO_CHAT
     from ..training.publish import Run
     from ..training.stage3 import Stage3, fine_tune
@@ -85,10 +85,10 @@ def fine_tune_chat(
     import torch
 
     from ..errors import UsageError
+    from ..inputs.preprocess import ImageSettings, Tokenizer
     from ..models.checkpoint import open_checkpoint
     from ..models.load import load_chat
     from ..models.shipped import checkpoint_path
-    from ..preprocess import ImageSettings, Tokenizer
     from ..training import lora as low_rank
     from ..training.chat_model import write
     from ..training.conversations import ChatBatches, SceneDialogues, read_llava

@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
-from ..specs import ComponentSpec
+from ..bundle.spec import ComponentSpec
+from .base import Engine
 from .device import HOST, Array, B, Buffer, deliver, run_from_host
-from .protocol import Engine
 
 if TYPE_CHECKING:
     import torch
 
 
 class ChainedEngine:
-    """The parts of a component in order. See :class:`~ivl_export.engines.protocol.Engine`.
+    """The parts of a component in order. See :class:`~ivl_export.engines.base.Engine`.
 
     Args:
         spec: the component's contract.
@@ -33,7 +33,7 @@ class ChainedEngine:
         return self._parts[0].device
 
     def run(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Run once, as many parts as ``outputs`` need; see :meth:`~ivl_export.engines.protocol.Engine.run`.
+        """Run once, as many parts as ``outputs`` need; see :meth:`~ivl_export.engines.base.Engine.run`.
 
         What passes between parts on a GPU stays there.
         """
@@ -50,7 +50,7 @@ class ChainedEngine:
         out: Mapping[str, Buffer] | None = None,
         stream: int | None = None,
     ) -> dict[str, torch.Tensor]:
-        """See :meth:`~ivl_export.engines.protocol.Engine.run_tensors`."""
+        """See :meth:`~ivl_export.engines.base.Engine.run_tensors`."""
         self.spec.check(inputs)
 
         def run(part: Engine, feeds: dict[str, Buffer], names: list[str]) -> Mapping[str, Buffer]:

@@ -19,7 +19,7 @@ from ..errors import CapabilityError, InputError
 if TYPE_CHECKING:
     import torch
 
-    from .protocol import Engine
+    from .base import Engine
 
 Array = np.ndarray[Any, Any]
 HOST = "cpu"

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from ..bundle.spec import part_starts
 from ..errors import BuildError
-from ..specs import part_starts
-from .graph import Graph, stored_bytes
+from .onnx_graph import Graph, stored_bytes
 from .products import find_products, node_name
 
 LIBRARY_BYTES = 200 << 20

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .graph import Graph, Node
+from .onnx_graph import Graph, Node
 
 _FORWARDING = frozenset({"Transpose", "Cast", "Identity", "Reshape", "DequantizeLinear"})
 _BEFORE_SOFTMAX = frozenset({"Add", "Where", "Mul", "Div", "Cast", "Identity", "Concat"})

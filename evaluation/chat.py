@@ -1,7 +1,8 @@
 """Questions about images, put to a chat bundle and scored by exact answers.
 
 Protocol: the likeliest token always, every question in a conversation of its own, several conversations
-decoded together. Without a data set the drawn scenes of :mod:`..training.chat_tasks` are asked about, some in
+decoded together. Without a data set the drawn scenes of :mod:`..synthetic.chat_tasks` are asked about,
+some in
 two turns, and an answer is right word for word. On a user's own questions two shares are given: answers that
 are right word for word, and those that are once both sides are :func:`normalised`.
 """
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..conversation import Turn
 from ..errors import UsageError
-from ..training import chat_tasks
+from ..inputs.chat_template import Turn
+from ..synthetic import chat_tasks
 from .datasets import questions
 from .files import Reader, choose, fingerprint
 from .runner import PIECE, Progress, stage
@@ -27,7 +28,7 @@ from .scores import Measure, share
 from .tasks import QUESTIONS, Result
 
 if TYPE_CHECKING:
-    from ..pictures import ImageInput
+    from ..inputs.images import ImageInput
     from ..runtime import InternVLChat
 
 MODE = "InternVL-Chat"
@@ -36,7 +37,7 @@ PLAIN = "{}"
 
 
 class EngineChat:
-    """A bundle's engines as :data:`..training.chat_tasks.Answer`; answers are decoded together."""
+    """A bundle's engines as :data:`..synthetic.chat_tasks.Answer`; answers are decoded together."""
 
     def __init__(self, model: InternVLChat, max_new_tokens: int = chat_tasks.LONGEST_ANSWER) -> None:
         self.model, self.max_new_tokens = model, max_new_tokens

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..paths import inside
+from ..files.paths import inside
 from .files import images_in, read_json, read_text, subfolders
 
 #: The language codes of this package where CLIP_benchmark's file names differ.

@@ -117,7 +117,7 @@ class Reader:
             yield kept, images
 
     def _read(self, item: Item) -> list[Image] | None:
-        from ..pictures import load_image
+        from ..inputs.images import load_image
 
         try:
             if not item.files:

@@ -17,7 +17,7 @@ from .reranking import best, matched, moved
 from .scores import Array, Measure, mean, ranks, share
 
 if TYPE_CHECKING:
-    from ..preprocess import ResizeMode
+    from ..inputs.preprocess import ResizeMode
     from ..runtime import InternVL, Mode
 
 PIECE = 32  # decoded images, or texts, held at a time

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..training.tasks import Score
+from ..synthetic.tasks import Score
 
 Array = np.ndarray[Any, Any]
 RESAMPLES = 1000

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..atomic import atomic
 from ..errors import BuildError
-from .store import Store, cannot_write
+from ..files.atomic import atomic
+from .weight_store import Store, cannot_write
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -40,7 +40,8 @@ def bind(model: ir.Model, store: Store, folder: Path) -> None:
 
     Args:
         model: a graph of :func:`.trace.export_component`, quantised or not.
-        store: from :func:`.store.open_store`, or a safetensors checkpoint's ``tensors``: then nothing is
+        store: from :func:`.weight_store.open_store`, or a safetensors checkpoint's ``tensors``: then
+        nothing is
             copied, and the graph must be saved beside the shards.
         folder: where the graph will be saved; the store's files must lie below it.
 

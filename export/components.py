@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from ..bundle.spec import Axis, ComponentSpec, TensorSpec, feature_name
 from ..errors import CapabilityError, UsageError
 from ..models.chat_config import ChatConfig, InternViTConfig, ModelConfig
 from ..models.config import QLlamaConfig
 from ..models.layout import COMPONENTS, OPTIONAL, components_of
-from ..specs import Axis, ComponentSpec, TensorSpec, feature_name
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from ..bundle.spec import block_number
 from ..errors import CapabilityError
 from ..models.chat_config import ChatConfig
 from ..models.checkpoint import Checkpoint
-from ..specs import block_number
 
 
 def with_features(checkpoint: Checkpoint, blocks: Iterable[int]) -> Checkpoint:

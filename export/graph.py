@@ -7,8 +7,8 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from ..bundle.spec import ComponentSpec
 from ..errors import BuildError
-from ..specs import ComponentSpec
 from .blocks import SCOPES
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..bundle.spec import Axis, ComponentSpec, TensorSpec, part_starts, terms
 from ..errors import BuildError, UsageError
-from ..specs import Axis, ComponentSpec, TensorSpec, part_starts, terms
 from .blocks import block_pattern
 
 if TYPE_CHECKING:

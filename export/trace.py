@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from ..bundle.spec import ComponentSpec
 from ..errors import BuildError
 from ..models.chat_config import ChatConfig, ModelConfig
 from ..models.checkpoint import Checkpoint
-from ..specs import ComponentSpec
 from .blocks import block_prefix, one_period, repeat_blocks
 from .components import component_module, component_spec
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import CheckpointError
 from ..models.checkpoint import Checkpoint
 from .copying import in_threads
-from .store import StoredTensor, StoreWriter
+from .weight_store import StoredTensor, StoreWriter
 
 if TYPE_CHECKING:
     import torch

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..conversation import IMAGE_TOKEN
-from ..decoding import Limits
 from ..errors import InputError
+from ..inputs.chat_template import IMAGE_TOKEN
+from ..sampling import Limits
 from .chat_config import ChatConfig
 from .chat_vision import projector, vision_tower
 from .generate import search, step_mask

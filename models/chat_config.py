@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CapabilityError, CheckpointError
-from ..preprocess import ImageSettings
+from ..inputs.preprocess import ImageSettings
 from .config import (
     InternVLConfig,
     QLlamaConfig,

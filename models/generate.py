@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..decoding import Ids, Limits, Scores, decode
+from ..sampling import Ids, Limits, Scores, decode
 from .qllama import KeyValue, Visible
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..calibration.observe import depends_on_type
-from ..calibration.recipe import load_recipe, plan
+from ..bundle.manifest import Component, FileEntry, Manifest
 from ..calibration.recording import recorded_bytes
-from ..calibration.schemes import folded_layers
 from ..export.components import component_spec
-from ..manifest import Component, FileEntry, Manifest
+from ..quantization.algorithms import depends_on_type
+from ..quantization.recipe import load_recipe, plan
+from ..quantization.schemes import folded_layers
 from . import evaluate, graphs
 from .graphs import Source, graph_path, source
 from .job import Job

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..bundle import Bundle, seal
+from ..bundle.manifest import Manifest
 from ..calibration.accuracy import BUDGETS, check_budget
 from ..engines.memory import check_memory
 from ..errors import AccuracyError
-from ..manifest import Manifest
-from ..strict_json import read_json
+from ..files.strict_json import read_json
 from .evaluate import headlines
 from .job import Job
 from .manifest import manifest_of

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..calibration.attention import operand_names
 from ..calibration.dataset import CalibrationSet, set_notices
-from ..calibration.scales import Scales
-from ..calibration.schemes import folded_layers
 from ..calibration.sources import KINDS, open_calibration, scenes_calibration
 from ..calibration.tensor_cache import TensorCache
-from ..engines.cache import cache_folder
+from ..engines.cache_dir import cache_folder
 from ..errors import InputError, UsageError
+from ..quantization.attention import operand_names
+from ..quantization.ranges import Scales
+from ..quantization.schemes import folded_layers
 
 if TYPE_CHECKING:
     from .job import Job

@@ -15,9 +15,9 @@ from ..calibration.calibrate import (
     seconds_per_block,
     spilled_bytes,
 )
-from ..calibration.observe import depends_on_type
-from ..calibration.scales import Scales
-from ..calibration.schemes import folded_layers
+from ..quantization.algorithms import depends_on_type
+from ..quantization.ranges import Scales
+from ..quantization.schemes import folded_layers
 from .calibration import SMOOTHING
 from .graphs import SCALES, folded_checkpoint
 from .job import Job
@@ -64,7 +64,7 @@ def _fold_step(job: Job, preprocess: Step) -> Step:
         from safetensors.torch import save_file
 
         from ..calibration.awq import awq_factors
-        from ..calibration.smooth import channel_ranges, factors
+        from ..calibration.smoothquant import channel_ranges, factors
 
         run_on = (job.calibration, job.settings, job.tokenizer)
         found = {}

@@ -7,18 +7,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..engines import trt
-from ..engines.build import build_engine
-from ..engines.engine_cache import EngineKey, file_hash, keep_engine, take_engine
-from ..engines.promise import check_promise
-from ..engines.proof import KernelReport, joined
-from ..engines.proof_inspector import proof_from_inspector
-from ..engines.proof_onnxruntime import proof_from_onnxruntime
-from ..engines.proof_rtx import proof_from_engine
-from ..engines.shapes import Profile
-from ..engines.tensorrt_open import open_tensorrt
+from ..bundle.spec import ComponentSpec
+from ..engines.tensorrt import library as trt
+from ..engines.tensorrt.build import build_engine
+from ..engines.tensorrt.engine_cache import EngineKey, file_hash, keep_engine, take_engine
+from ..engines.tensorrt.open import open_tensorrt
+from ..engines.tensorrt.shapes import Profile
 from ..export.components import component_spec
-from ..specs import ComponentSpec
+from ..verify.expectations import check_promise
+from ..verify.inspector import proof_from_inspector
+from ..verify.onnxruntime import proof_from_onnxruntime
+from ..verify.report import KernelReport, joined
+from ..verify.rtx import proof_from_engine
 from . import evaluate
 from .graph_steps import STORES
 from .graphs import Source, graph_path

@@ -23,7 +23,10 @@ TOOLS = (
     "numpy",
     "pillow",
 )
-CODE = ("models", "training", "export", "calibration", "engines", "runtime", "pipeline")
+CODE = (
+    "files", "bundle", "inputs", "synthetic", "models", "export", "quantization", "calibration", "training",
+    "engines", "verify", "runtime", "evaluation", "pipeline",
+)  # fmt: skip
 
 
 @cache
@@ -44,7 +47,7 @@ def _version(name: str) -> str | None:
 def code_digest() -> str:
     """Hash of this package's source files: a changed line makes old steps stale."""
     root = Path(__file__).parent.parent
-    files = [*root.glob("*.py"), *(p for folder in CODE for p in (root / folder).glob("*.py"))]
+    files = [*root.glob("*.py"), *(p for folder in CODE for p in (root / folder).rglob("*.py"))]
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())

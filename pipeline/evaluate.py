@@ -9,25 +9,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..atomic import atomic
 from ..bundle import Bundle
+from ..bundle.manifest import Manifest
 from ..calibration.accuracy import SIMULATED, Metrics, Receipt, Table, component_accuracy
 from ..calibration.calibrate import calibration_units
-from ..calibration.chain import Step
 from ..calibration.chat import ChatBatch
+from ..calibration.component_chain import Step
 from ..calibration.dataset import Batch
 from ..calibration.recording import Recording
-from ..engines.cache import cache_folder
+from ..engines.base import open_engine
+from ..engines.cache_dir import cache_folder
 from ..engines.memory import available_memory
-from ..engines.protocol import open_engine
 from ..export.components import component_spec
-from ..export.plain import weight_keys
-from ..manifest import Manifest
+from ..export.unquantized import weight_keys
+from ..files.atomic import atomic
+from ..inputs.preprocess import CAPTION_PROMPT, Array, preprocess_images
 from ..models.chat_config import ChatConfig
 from ..models.storage import ITEM_BYTES
-from ..preprocess import CAPTION_PROMPT, Array, preprocess_images
 from ..runtime.zero_shot import l2
-from ..training.tasks import BothHeads
+from ..synthetic.tasks import BothHeads
 from . import evaluate_chat
 from .environment import code_digest, tool_versions
 from .graphs import BASE_STORE, LOW_STORE, Source, graph_path
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..calibration.simulate import Simulated
     from ..models.checkpoint import Checkpoint
     from ..runtime import InternVL
-    from ..training.grammar import Language
+    from ..synthetic.captions import Language
 
 SIZES = {"n_classify": 500, "n_retrieve": 200, "n_galleries": 2, "n_caption": 250, "n_caption_zh": 50}
 HEADLINES = {
@@ -50,7 +50,7 @@ HEADLINES = {
     "caption exact": ("caption", "en"),
     "chat exact": ("chat", "all"),
 }
-"""The figures that budgets are held to, and where :func:`..training.tasks.evaluate` puts them."""
+"""The figures that budgets are held to, and where :func:`..synthetic.tasks.evaluate` puts them."""
 
 
 def component_receipt(
@@ -180,7 +180,7 @@ def evaluate_torch(job: Job, dtype: str) -> dict[str, Any]:
     import torch
 
     from ..models.load import load_model
-    from ..training import tasks
+    from ..synthetic import tasks
     from ..training.evaluate import TorchModel
 
     model = load_model(job.checkpoint, getattr(torch, dtype))
@@ -191,7 +191,7 @@ def evaluate_engines(root: Path, manifest: Manifest) -> dict[str, Any]:
     """Task scores of the graphs below ``root``, through the runtime and ONNX Runtime."""
     from ..runtime import InternVL, InternVLChat
     from ..runtime.components import Components
-    from ..training import tasks
+    from ..synthetic import tasks
 
     bundle = Bundle(root, manifest)
     if "decoder" in manifest.components:

@@ -16,7 +16,7 @@ def evaluate_torch(job: Job, dtype: str) -> dict[str, Any]:
     import torch
 
     from ..models.load import load_chat
-    from ..training import chat_tasks
+    from ..synthetic import chat_tasks
     from ..training.chat_model import TorchChat
 
     model = load_chat(job.checkpoint, getattr(torch, dtype))
@@ -26,6 +26,6 @@ def evaluate_torch(job: Job, dtype: str) -> dict[str, Any]:
 def evaluate_engines(model: InternVLChat) -> dict[str, Any]:
     """Scores of a bundle's engines."""
     from ..evaluation.chat import EngineChat
-    from ..training import chat_tasks
+    from ..synthetic import chat_tasks
 
     return chat_tasks.evaluate(EngineChat(model), SIZES["scenes"])

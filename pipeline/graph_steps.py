@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ..bundle.spec import ComponentSpec
 from ..export.components import component_spec
-from ..specs import ComponentSpec
 from . import graphs
 from .graphs import Source, folded_checkpoint, graph_path, source
 from .job import Job

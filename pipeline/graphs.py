@@ -7,27 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.qdq import write_qdq
-from ..calibration.qdq_nodes import Style
-from ..calibration.quantize import quantise_layer, stored_tensors
-from ..calibration.recipe import Plan, Recipe
-from ..calibration.scales import Scales
-from ..calibration.schemes import folded_layers
 from ..export.binding import bind, save_graph
+from ..export.cached_attention import separate_past
 from ..export.components import component_module, component_spec
-from ..export.past import separate_past
 from ..export.split import split_graph
-from ..export.store import StoreWriter, open_store
 from ..export.trace import export_component
+from ..export.weight_store import StoreWriter, open_store
 from ..export.weights import write_store
 from ..models.checkpoint import Checkpoint
+from ..quantization.qdq import write_qdq
+from ..quantization.qdq_nodes import Style
+from ..quantization.quantize import quantise_layer, stored_tensors
+from ..quantization.ranges import Scales
+from ..quantization.recipe import Plan, Recipe
+from ..quantization.schemes import folded_layers
 from .calibration import SMOOTHING
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-    from ..specs import ComponentSpec
+    from ..bundle.spec import ComponentSpec
     from .job import Job
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

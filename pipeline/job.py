@@ -8,37 +8,37 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..calibration.attention import attentions
-from ..calibration.observe import algorithm_name
-from ..calibration.recipe import Plan, Recipe, load_recipe, plan
-from ..calibration.schemes import element_types
-from ..engines import trt
-from ..engines.build import NATIVE
 from ..engines.gpu import Gpu, gpus
-from ..engines.options import BuildOptions
-from ..engines.shapes import EDGE_WORKSPACE, check_shape_names, parse_shapes, profiles_of
 from ..engines.targets import check_types, parse_targets
-from ..engines.trt_config import check_options
+from ..engines.tensorrt import library as trt
+from ..engines.tensorrt.build import NATIVE
+from ..engines.tensorrt.config import check_options
+from ..engines.tensorrt.options import BuildOptions
+from ..engines.tensorrt.shapes import EDGE_WORKSPACE, check_shape_names, parse_shapes, profiles_of
 from ..errors import CapabilityError, CheckpointError, UsageError
 from ..export.components import component_spec
 from ..export.features import with_features
 from ..export.split import block_count, check_split
+from ..inputs.preprocess import ImageSettings, Tokenizer
 from ..models.chat_config import ChatConfig
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.shipped import checkpoint_path
-from ..preprocess import ImageSettings, Tokenizer
+from ..quantization.algorithms import algorithm_name
+from ..quantization.attention import attentions
+from ..quantization.recipe import Plan, Recipe, load_recipe, plan
+from ..quantization.schemes import element_types
 from .calibration import choose_sets, given_scales, needs_data
 from .request import BACKENDS, ORT, RTX, TENSORRT, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..engines.shapes import Profile
-    from ..specs import ComponentSpec
+    from ..bundle.spec import ComponentSpec
+    from ..engines.tensorrt.shapes import Profile
 
 EVALUATION = "evaluation.json"
 TASKS = ("scenes", "chat scenes")
-"""What it may name: :mod:`..training.tasks`, :mod:`..training.chat_tasks`."""
+"""What it may name: :mod:`..synthetic.tasks`, :mod:`..synthetic.chat_tasks`."""
 
 
 class Job:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.attention import FP8_ATTENTION, core_attentions, operand_names
-from ..calibration.quantize import dequantise, quantise
-from ..calibration.scales import Scales
-from ..calibration.schemes import SCHEMES
 from ..calibration.simulate import attention_hook, rounding_hook
 from ..models.chat_config import ChatConfig
+from ..quantization.attention import FP8_ATTENTION, core_attentions, operand_names
+from ..quantization.quantize import dequantise, quantise
+from ..quantization.ranges import Scales
+from ..quantization.schemes import SCHEMES
 from .evaluate import headlines
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _internvl(job: Job, questions: int) -> tuple[nn.Module, Callable[[], dict[st
     import torch
 
     from ..models.load import load_model
-    from ..training import tasks
+    from ..synthetic import tasks
     from ..training.evaluate import TorchModel
 
     model = load_model(job.checkpoint, torch.float32)
@@ -130,7 +130,7 @@ def _chat(job: Job, scenes: int) -> tuple[nn.Module, Callable[[], dict[str, Any]
     import torch
 
     from ..models.load import load_chat
-    from ..training import chat_tasks
+    from ..synthetic import chat_tasks
     from ..training.chat_model import TorchChat
 
     model = load_chat(job.checkpoint, torch.float32)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..bundle.manifest import Built, Calibration, Component, EngineFile, Manifest, Model
+from ..bundle.spec import ComponentSpec
 from ..calibration.dataset import SMALL
-from ..engines.trt import BUILDERS
+from ..engines.tensorrt.library import BUILDERS
 from ..export.components import component_spec
-from ..manifest import Built, Calibration, Component, EngineFile, Manifest, Model
 from ..models.checkpoint import Checkpoint
 from ..models.shipped import shipped_name
-from ..specs import ComponentSpec
 from .calibration import needs_data
 from .environment import tool_versions
 from .graphs import graph_path

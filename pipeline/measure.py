@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..calibration.scales import Scales
-from ..calibration.schemes import folded_layers
 from ..errors import UsageError
+from ..quantization.ranges import Scales
+from ..quantization.schemes import folded_layers
 from .calibration import SMOOTHING
 from .calibration_steps import calibrate_step, fold_steps, preprocess_step
 from .graphs import SCALES

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from ..calibration.accuracy import BUDGETS
-from ..calibration.recipe import Recipe, plan
-from ..calibration.scales import Scales
-from ..calibration.schemes import element_types
 from ..calibration.search import Group, Option, as_recipe, search
 from ..calibration.sensitivity import Loss, Sensitivity
 from ..engines.targets import parse_targets
 from ..errors import CapabilityError, UsageError
-from ..strict_json import read_json
+from ..files.strict_json import read_json
+from ..quantization.ranges import Scales
+from ..quantization.recipe import Recipe, plan
+from ..quantization.schemes import element_types
 from . import evaluate, graphs
 from .accuracy_steps import scores_of
 from .calibration_steps import calibrate_step, preprocess_step
@@ -70,7 +70,7 @@ def candidates(job: Job) -> tuple[str, ...]:
 
 
 def _search_step(job: Job, preprocess: Step, before: list[Step]) -> Step:
-    from ..profiles.layer_costs import gpu_of
+    from ..profiles.cost.layer_costs import gpu_of
 
     gpu = gpu_of(job.targets[0])
     if gpu is None:
@@ -116,7 +116,7 @@ def _search_step(job: Job, preprocess: Step, before: list[Step]) -> Step:
 
 def _groups(job: Job, found: Sensitivity) -> list[Group]:
     """Groups of layers with what they cost and lose; layers outside the blocks keep the base type."""
-    from ..profiles.layer_costs import gpu_of, layer_times
+    from ..profiles.cost.layer_costs import gpu_of, layer_times
 
     gpu, base, worst = gpu_of(job.targets[0]), job.recipe.base, found.worst()
     assert gpu is not None

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..calibration.scales import Scales
+from ..quantization.ranges import Scales
 from .graphs import SCALES
 from .job import EVALUATION, Job
 from .qat_job import RECEIPT, Asked, QatJob
@@ -28,8 +28,8 @@ from .qat_plot import plot
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-    from ..calibration.finetune import History
     from ..models.internvl import InternVL
+    from ..training.finetune import History
     from ..training.losses import Stage2Batch
     from ..training.trainer import Progress
     from .workspace import Reporter
@@ -75,8 +75,8 @@ def measured_scales(job: Job, work: Path, reporter: Reporter) -> Scales:
 
 def student_of(job: Job, scales: Scales, learn: bool) -> InternVL:
     """The model of ``job`` that computes as its graphs will."""
-    from ..calibration.fake_quant import fake_quantised
     from ..models.load import load_model
+    from ..training.fake_quant import fake_quantised
 
     return fake_quantised(
         load_model(job.checkpoint), job.plan.quantised, job.recipe.base, scales.amax, learn=learn
@@ -85,7 +85,7 @@ def student_of(job: Job, scales: Scales, learn: bool) -> InternVL:
 
 def evaluated(job: Job, model: InternVL) -> dict[str, Any] | None:
     """Task scores on held-out scenes, of a model that was trained on scenes."""
-    from ..training import tasks
+    from ..synthetic import tasks
     from ..training.evaluate import TorchModel
 
     if job.evaluation != "scenes":
@@ -101,9 +101,9 @@ def train_rank(
     inspect: Callable[[int, InternVL], None] = lambda step, model: None,
 ) -> tuple[History, dict[str, Any]]:
     """One process's part of a run: the history, and the whole trained state of the model."""
-    from ..calibration.finetune import SampleBatches, SceneSamples, fine_tune
     from ..models.load import load_model
     from ..training import distributed as dist
+    from ..training.finetune import SampleBatches, SceneSamples, fine_tune
     from ..training.trainer import Options
 
     opened, tuning = QatJob(asked), asked.tuning
@@ -186,8 +186,8 @@ def write_checkpoint(job: Job, student: InternVL, scales: Scales, folder: Path) 
     import torch
     from safetensors.torch import save_file
 
-    from ..calibration.fake_quant import trained_ranges, trained_weights
-    from ..calibration.quantize import BASE_DTYPES
+    from ..quantization.quantize import BASE_DTYPES
+    from ..training.fake_quant import trained_ranges, trained_weights
 
     folder.mkdir(parents=True)
     base = getattr(torch, BASE_DTYPES[job.recipe.base])
@@ -227,7 +227,7 @@ def _receipt(
     scores: dict[str, Any],
     curve: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    from ..profiles import machine
+    from ..profiles.measure import machine
 
     asked, job = opened.asked, opened.job
     settings = {

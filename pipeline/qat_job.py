@@ -15,8 +15,8 @@ from .job import Job
 from .request import ORT, Request
 
 if TYPE_CHECKING:
-    from ..calibration.finetune import Tuning
     from ..training.distributed import Strategy
+    from ..training.finetune import Tuning
 
 
 RECEIPT = "qat.json"
@@ -71,7 +71,7 @@ class Asked:
     @property
     def tuning(self) -> Tuning:
         """What the run does."""
-        from ..calibration.finetune import Tuning
+        from ..training.finetune import Tuning
         from ..training.presets import Stage
 
         loss: Literal["contrastive", "generative"] = "contrastive" if self.stage == 1 else "generative"
@@ -90,7 +90,7 @@ class QatJob:
     """
 
     def __init__(self, asked: Asked, progress: Callable[[int, int], None] | None = None) -> None:
-        from ..calibration.fake_quant import check_trainable
+        from ..training.fake_quant import check_trainable
 
         self.asked = asked
         request = Request(

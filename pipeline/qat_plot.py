@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..atomic import atomic
 from ..errors import CapabilityError
+from ..files.atomic import atomic
 
 SHOWN = (("caption", "en"), ("InternVL-G", "classify"), ("InternVL-G", "text_to_image"))
 """Tasks whose accuracy is drawn over the steps."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..engines import trt
-from ..engines.options import BuildOptions
+from ..engines.tensorrt import library as trt
+from ..engines.tensorrt.options import BuildOptions
 
 ORT = "onnxruntime"
 RTX = trt.RTX
@@ -32,14 +32,14 @@ class Request:
         calib_columns: of image and caption, where they cannot be found
             (:func:`..calibration.sources.open_calibration`).
         scales: a ``scales.json`` that was measured before; None: measure.
-        algorithm: how ranges are picked (:mod:`..calibration.observe`); None: ``max``.
+        algorithm: how ranges are picked (:mod:`..calibration.observers`); None: ``max``.
         targets: GPU generations, ``sm89,sm120``.
         backends: engines to build; empty: ONNX Runtime, and TensorRT-RTX if it is installed.
-        preset: what engines are shaped for, one of :data:`..engines.shapes.PRESETS`.
+        preset: what engines are shaped for, one of :data:`..engines.tensorrt.shapes.PRESETS`.
         shapes: ranges of axes, ``batch=1:8:32``; they win over the preset.
         options: what else the builder of GPU engines is told.
         cache: whether engines and kernel times of earlier builds are used, and kept for later ones.
-        cache_size: the most bytes of engines kept; None: the environment's, see :mod:`..engines.cache`.
+        cache_size: the most bytes of engines kept; None: the environment's, see :mod:`..engines.cache_dir`.
         components: empty: all that the checkpoint has.
         itm: also build ``qllama_itm``, which scores image and text together.
         features: blocks whose outputs the vision component gives out too (:mod:`..export.features`).

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..calibration.quantize import stored_tensors
 from ..engines.memory import Load
 from ..errors import BuildError
 from ..models.storage import ITEM_BYTES
+from ..quantization.quantize import stored_tensors
 from . import graphs
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..atomic import write_text
 from ..calibration.calibrate import calibration_units, spilled_bytes
-from ..calibration.scales import Scales
 from ..calibration.sensitivity import Loss, Sensitivity, check_schemes, measure
-from ..strict_json import read_json
+from ..files.atomic import write_text
+from ..files.strict_json import read_json
+from ..quantization.ranges import Scales
 from .calibration_steps import calibrate_step, preprocess_step
 from .graphs import SCALES
 from .job import Job

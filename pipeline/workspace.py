@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..atomic import atomic
-from ..bundle import Bundle, disk_errors
+from ..bundle.bundle import Bundle, disk_errors
+from ..bundle.replace import refuse_foreign
 from ..errors import BuildError, IntegrityError
-from ..strict_json import Node, read_json
-from ..swap import refuse_foreign
+from ..files.atomic import atomic
+from ..files.strict_json import Node, read_json
 
 RECEIPT = "build"
 Data = dict[str, Any]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from ..engines import trt
+from ..engines.base import BACKENDS
 from ..engines.gpu import gpus
-from ..engines.protocol import BACKENDS
+from ..engines.tensorrt import library as trt
 from ..errors import CapabilityError
 
 _NO_GPU = "there is no GPU, or no driver for it"
@@ -19,7 +19,7 @@ class Here:
     """A backend on this machine.
 
     Args:
-        backend: its name in :data:`~ivl_export.engines.protocol.BACKENDS`.
+        backend: its name in :data:`~ivl_export.engines.base.BACKENDS`.
         release: what is installed; None: nothing.
         blocked: why it does not run here; empty if it does.
         note: where or how it runs.

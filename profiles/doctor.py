@@ -13,18 +13,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..calibration.recipe import Plan, Recipe, load_recipe, shipped_recipes
 from ..engines.gpu import gpus
 from ..engines.memory import Load, available_memory, check_memory
 from ..engines.targets import TARGETS
 from ..errors import BuildError
 from ..models.chat_config import Whole
 from ..models.layout import components_of
+from ..quantization.recipe import Plan, Recipe, load_recipe, shipped_recipes
 from .backends import Here, backends_here
+from .cost.gpus import of_driver
+from .cost.sizes import weights
 from .extras import NEEDED, Extra, extra_here
-from .gpus import of_driver
-from .machine import Gpu, Machine, machine
-from .sizes import weights
+from .measure.machine import Gpu, Machine, machine
 
 SCHEMA = "ivl-export.doctor/1"
 _PYTHON = ((3, 10), (3, 14))

@@ -3,11 +3,11 @@
 No torch; a backend is imported with its first engine.
 """
 
-from ..video import frames_of
+from ..inputs.video import frames_of
 from .admission import Answer, ServiceLimits
 from .chat import Chat, InternVLChat
 from .chat_service import ChatService
-from .images import Reading
+from .image_batches import Reading
 from .index import Index
 from .matching import Ranking
 from .model import InternVL, Mode

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..decoding import Ids, Limits, Sampling, Scores, check_search, decode, stream
 from ..errors import UsageError
-from ..pictures import ImageInput
-from ..preprocess import ResizeMode
-from .cache import KVCache
+from ..inputs.images import ImageInput
+from ..inputs.preprocess import ResizeMode
+from ..sampling import Ids, Limits, Sampling, Scores, check_search, decode, stream
 from .generation import Run, pad_prompts, prefill, stepper
-from .images import Floats, Images
+from .image_batches import Floats, Images
+from .kv_cache import KVCache
 from .scheduler import Scheduler, Started
 
 if TYPE_CHECKING:

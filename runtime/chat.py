@@ -20,15 +20,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..bundle import Bundle
-from ..conversation import SYSTEM, Turn, encode
-from ..decoding import Limits, Sampling, check_search
 from ..engines.device import to_host
 from ..errors import CapabilityError, InputError, UsageError
-from ..preprocess import Array
+from ..inputs.chat_template import SYSTEM, Turn, encode
+from ..inputs.preprocess import Array
+from ..sampling import Limits, Sampling, check_search
 from .chat_service import ChatService
 from .components import Components
 from .context import Context
-from .images import Images, Reading
+from .image_batches import Images, Reading
 from .loaded import Loaded
 from .prefixes import KEPT_BYTES, Prefixes
 from .visual import visual_embeds, visual_shape

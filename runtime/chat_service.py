@@ -15,12 +15,12 @@ from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..conversation import SYSTEM, Turn
-from ..decoding import Ids, Limits, Sampling
-from ..preprocess import Pieces
+from ..inputs.chat_template import SYSTEM, Turn
+from ..inputs.preprocess import Pieces
+from ..sampling import Ids, Limits, Sampling
 from .admission import Admission, Answer, Clock, ServiceLimits
 from .batching import Ran
-from .images import Images
+from .image_batches import Images
 from .scheduler import Hear, Scheduler
 
 if TYPE_CHECKING:

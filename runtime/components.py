@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
+from ..bundle.manifest import Component, EngineFile
+from ..bundle.spec import ComponentSpec
+from ..engines.base import BACKENDS, Engine, open_engine
 from ..engines.chain import ChainedEngine
+from ..engines.compatibility import fitting_target, gpu_number, rebuild_line
 from ..engines.device import HOST, Array, Buffer, as_tensor, concatenate, to_host
-from ..engines.loadable import fitting_target, gpu_number, rebuild_line
-from ..engines.ort_memory import hand_back
-from ..engines.ort_weights import SharedWeights, shared_weights
-from ..engines.protocol import BACKENDS, Engine, open_engine
-from ..engines.shapes import narrowed
-from ..engines.trt import BUILDERS
+from ..engines.onnxruntime.memory import hand_back
+from ..engines.onnxruntime.weights import SharedWeights, shared_weights
+from ..engines.tensorrt.library import BUILDERS
+from ..engines.tensorrt.shapes import narrowed
 from ..errors import InputError
-from ..manifest import Component, EngineFile
-from ..specs import ComponentSpec
 from .timings import Timings
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..conversation import IMAGE_TOKEN
-from ..decoding import Chooser, Limits, Sampling
 from ..errors import InputError
-from ..preprocess import Array
-from .cache import KVCache, fitted
+from ..inputs.chat_template import IMAGE_TOKEN
+from ..inputs.preprocess import Array
+from ..sampling import Chooser, Limits, Sampling
 from .components import Components
+from .kv_cache import KVCache, fitted
 from .picking import pick
 from .prefixes import BLOCK, Prefixes
 from .scheduler import Started
@@ -107,7 +107,7 @@ class Context:
         What this or another conversation has computed of it is not computed again, and others have what was.
 
         Args:
-            ids: tokens, and :data:`~ivl_export.conversation.IMAGE_TOKEN` where an image stands.
+            ids: tokens, and :data:`~ivl_export.inputs.chat_template.IMAGE_TOKEN` where an image stands.
             new: tokens that may follow.
 
         Raises:

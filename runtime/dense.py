@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..engines.loadable import build_line
+from ..bundle.manifest import Manifest
+from ..bundle.spec import FEATURES, ComponentSpec, block_number, feature_name
+from ..engines.compatibility import build_line
 from ..errors import CapabilityError
-from ..manifest import Manifest
-from ..preprocess import ResizeMode
-from ..specs import FEATURES, ComponentSpec, block_number, feature_name
-from .images import Floats, Images
+from ..inputs.preprocess import ResizeMode
+from .image_batches import Floats, Images
 from .loaded import fixed
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 The query pass fills the first Q cache positions; the prompt and the new tokens follow. Rotary positions count
 visible tokens only, the queries included (``cumsum(mask) - 1``), as the published code does. Which tokens are
-taken is :mod:`ivl_export.decoding`'s business, shared with the PyTorch model.
+taken is :mod:`ivl_export.sampling`'s business, shared with the PyTorch model.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decoding import Ids, Limits, Sampling, Scores, Step, check_search, decode
+from ..bundle.spec import ComponentSpec
 from ..engines.device import to_host
 from ..errors import InputError
-from ..specs import ComponentSpec
-from .cache import KVCache
+from ..sampling import Ids, Limits, Sampling, Scores, Step, check_search, decode
+from .kv_cache import KVCache
 
 Run = Callable[[dict[str, Any]], Mapping[str, Any]]
 """Arrays in, arrays out; or tensors, where the engine is on a GPU."""
@@ -35,7 +35,7 @@ def generate(
 ) -> Ids:
     """New token ids [B, <= max_new_tokens], ``limits.pad`` after each row's EOS.
 
-    ``num_beams`` and ``sampling`` as :func:`~ivl_export.decoding.decode` has them, the rest and the errors as
+    ``num_beams`` and ``sampling`` as :func:`~ivl_export.sampling.decode` has them, the rest and the errors as
     :func:`prefill`.
     """
     check_search(limits, num_beams, sampling)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ..bundle import Bundle, Verify
-from ..engines.protocol import known_backend
+from ..engines.base import known_backend
 from ..errors import InputError
-from ..preprocess import ImageSettings, ResizeMode, Tokenizer
+from ..inputs.preprocess import ImageSettings, ResizeMode, Tokenizer
 from .components import Components
-from .images import Floats, Images, Reading, pixel_batches
+from .image_batches import Floats, Images, Reading, pixel_batches
 from .timings import Timing
 
 L = TypeVar("L", bound="Loaded")

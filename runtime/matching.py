@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CapabilityError, InputError, UsageError
-from ..preprocess import ResizeMode, buckets_of
-from .images import Floats, Images
+from ..inputs.preprocess import ResizeMode, buckets_of
+from .image_batches import Floats, Images
 
 if TYPE_CHECKING:
     from .model import InternVL

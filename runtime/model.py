@@ -9,16 +9,16 @@ from typing import Literal
 import numpy as np
 
 from ..bundle import Bundle
-from ..decoding import Ids, Sampling
 from ..engines.device import to_host
 from ..errors import CapabilityError, UsageError
-from ..pictures import ImageInput
-from ..preprocess import CAPTION_PROMPT, ResizeMode
-from ..video import FRAMES, Video
+from ..inputs.images import ImageInput
+from ..inputs.preprocess import CAPTION_PROMPT, ResizeMode
+from ..inputs.video import FRAMES, Video
+from ..sampling import Ids, Sampling
 from . import captions, matching, zero_shot
 from .components import Components
 from .dense import dense
-from .images import Floats, Images, Reading
+from .image_batches import Floats, Images, Reading
 from .loaded import Loaded, fixed
 from .matching import Ranking
 from .service import Service

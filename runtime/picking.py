@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import decoding
-from ..decoding import Sampling
+from .. import sampling as decoding
 from ..engines.device import as_tensor
+from ..sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
 
 
 def pick(logits: Any, how: Sampling, rng: np.random.Generator, barred: int | None = None) -> int:
-    """As :func:`..decoding.pick`, of ``logits`` [V] that are an array, or a tensor on any device."""
+    """As :func:`..sampling.pick`, of ``logits`` [V] that are an array, or a tensor on any device."""
     if isinstance(logits, np.ndarray):
         return decoding.pick(logits, how, rng, barred)
     scores = as_tensor(logits).float()

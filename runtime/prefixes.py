@@ -16,7 +16,7 @@ from typing import Any
 
 from ..engines.device import copied
 from ..errors import UsageError
-from ..preprocess import Array
+from ..inputs.preprocess import Array
 
 BLOCK = 16
 """Positions kept or dropped together; what is left over at the end of a prefix is computed again."""

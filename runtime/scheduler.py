@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from ..decoding import Chooser, Ids, Limits, Sampling
+from ..bundle.spec import ComponentSpec
 from ..errors import InputError, UsageError
-from ..specs import ComponentSpec
+from ..sampling import Chooser, Ids, Limits, Sampling
 from .batching import Ran
 from .picking import pick
 from .slots import Slots

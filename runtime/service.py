@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decoding import Limits, Sampling, check_search
-from ..pictures import ImageInput
-from ..preprocess import CAPTION_PROMPT, Pieces, ResizeMode
+from ..inputs.images import ImageInput
+from ..inputs.preprocess import CAPTION_PROMPT, Pieces, ResizeMode
+from ..sampling import Limits, Sampling, check_search
 from . import captions, matching
 from .admission import Admission, Answer, Clock, ServiceLimits
 from .batching import Batcher, Ran
-from .images import Floats, Images
+from .image_batches import Floats, Images
 from .matching import Ranking
 from .scheduler import Hear, Scheduler
 

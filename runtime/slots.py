@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.spec import ComponentSpec
 from ..engines.device import copied, zeros
-from ..specs import ComponentSpec
-from .cache import fitted
+from .kv_cache import fitted
 
 
 class Slots:
     """At most ``count`` sequences, whose steps are taken together.
 
-    Layout: as :class:`.cache.KVCache`; row ``r`` is slot ``r``, whose positions 0 to ``lengths[r] - 1`` are
+    Layout: as :class:`.kv_cache.KVCache`; row ``r`` is slot ``r``, whose positions 0 to ``lengths[r] - 1``
+    are
     held and visible. New sequences take the lowest slot, and a step computes the rows up to the last one in
     use: what is passed to the engine lies in one piece, and no sequence ever moves. A free row between others
     sees nothing but the token it is given, so that it stays finite.

@@ -8,11 +8,11 @@ from functools import cache
 
 import numpy as np
 
-from ..decoding import Ids
 from ..errors import InputError
-from ..preprocess import Tokenizer, buckets_of
+from ..inputs.preprocess import Tokenizer, buckets_of
+from ..sampling import Ids
 from .components import Components
-from .images import Floats
+from .image_batches import Floats
 from .loaded import fixed
 
 
@@ -29,7 +29,8 @@ def encode_tokens(components: Components, ids: Ids, lengths: Ids) -> Floats:
 
     Args:
         components: the engines.
-        ids: int64 [B, T], as :meth:`~ivl_export.preprocess.Tokenizer.encode_contrastive` makes them; what
+        ids: int64 [B, T], as :meth:`~ivl_export.inputs.preprocess.Tokenizer.encode_contrastive` makes
+        them; what
             stands behind a row's length counts for nothing.
         lengths: int64 [B], tokens of each row with bos and eos.
 

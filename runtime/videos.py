@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..preprocess import ResizeMode
-from ..video import Video, frames_of
-from .images import Floats
+from ..inputs.preprocess import ResizeMode
+from ..inputs.video import Video, frames_of
+from .image_batches import Floats
 from .zero_shot import l2
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def encode_videos(
 ) -> Floats:
     """Embeddings [V, E] float32: of each video the mean over its frames, each scaled to length 1 before.
 
-    One video is in memory at a time. Errors as :func:`~ivl_export.video.frames_of`.
+    One video is in memory at a time. Errors as :func:`~ivl_export.inputs.video.frames_of`.
     """
     rows = [model.encode_image([], mode)]
     for video in videos:

@@ -35,7 +35,10 @@ def tiny_bundle(request: pytest.FixtureRequest) -> Path:
     """
     pytest.importorskip("onnxscript")
     digest = hashlib.sha256()
-    sources = [ROOT / name for name in ("specs.py", "bundle.py", "manifest.py", "manifest_reading.py")]
+    sources = [
+        ROOT / name
+        for name in ("bundle/spec.py", "bundle/bundle.py", "bundle/manifest.py", "bundle/manifest_reading.py")
+    ]
     sources += [*(ROOT / "models").glob("*.py"), *(ROOT / "export").glob("*.py")]
     for path in [*sorted(sources), Path(__file__), TINY / "config.json", TINY / "model.safetensors"]:
         digest.update(path.read_bytes())
@@ -58,7 +61,7 @@ def tiny_bundle(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny golden checkpoint with a tokenizer and a preprocessor beside it. Tests must not change it."""
-    from ivl_export.preprocess import ImageSettings
+    from ivl_export.inputs.preprocess import ImageSettings
 
     folder = tmp_path_factory.mktemp("tiny_model")
     for name in ("config.json", "model.safetensors"):
@@ -73,11 +76,11 @@ def chat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden chat checkpoint, sealed in fp32. Tests must not change it."""
     pytest.importorskip("onnxscript")
     from ivl_export.bundle import seal
+    from ivl_export.bundle.manifest import Component, EngineFile, Manifest, Model
     from ivl_export.export.components import component_spec
-    from ivl_export.export.plain import export_plain
-    from ivl_export.manifest import Component, EngineFile, Manifest, Model
+    from ivl_export.export.unquantized import export_plain
+    from ivl_export.inputs.preprocess import ImageSettings
     from ivl_export.models.checkpoint import open_checkpoint
-    from ivl_export.preprocess import ImageSettings
 
     folder = tmp_path_factory.mktemp("chat")
     checkpoint = open_checkpoint(CHAT)
@@ -123,7 +126,7 @@ def small_tokenizer(pieces: int = 190) -> bytes:
     """One for the tiny model, whose 200 ids leave no room for LLaMA's 256 byte pieces."""
     import sentencepiece
 
-    from ivl_export.training.grammar import corpus
+    from ivl_export.synthetic.captions import corpus
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -135,17 +138,17 @@ def small_tokenizer(pieces: int = 190) -> bytes:
 
 def build_tiny_bundle(out: Path) -> None:
     from ivl_export.bundle import seal
+    from ivl_export.bundle.manifest import Component, Manifest, Model
     from ivl_export.export.binding import bind, save_graph, unbound
+    from ivl_export.export.cached_attention import separate_past
     from ivl_export.export.components import component_spec
     from ivl_export.export.features import with_features
-    from ivl_export.export.past import separate_past
-    from ivl_export.export.store import open_store
     from ivl_export.export.trace import export_component
+    from ivl_export.export.weight_store import open_store
     from ivl_export.export.weights import write_store
-    from ivl_export.manifest import Component, Manifest, Model
+    from ivl_export.inputs.preprocess import ImageSettings
     from ivl_export.models.checkpoint import open_checkpoint
     from ivl_export.models.layout import OPTIONAL
-    from ivl_export.preprocess import ImageSettings
 
     staging = out.with_name(f"{out.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)

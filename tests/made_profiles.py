@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ivl_export.profiles.cases import Call, Case, Floor, Kind
-from ivl_export.profiles.ceilings import Ceilings, Copy, Product
-from ivl_export.profiles.flops import ComponentCost, LayerCost
-from ivl_export.profiles.layer_profile import LayerProfile, LayerTime
-from ivl_export.profiles.machine import Gpu, Machine
-from ivl_export.profiles.measure import Measurement, StopRule
-from ivl_export.profiles.receipt import Profile, Settings, Startup, Subject
-from ivl_export.profiles.sensors import Clocks
-from ivl_export.profiles.table19 import Table19
+from ivl_export.profiles.cost.flops import ComponentCost, LayerCost
+from ivl_export.profiles.cost.table19 import Table19
+from ivl_export.profiles.measure.cases import Call, Case, Floor, Kind
+from ivl_export.profiles.measure.ceilings import Ceilings, Copy, Product
+from ivl_export.profiles.measure.layer_profile import LayerProfile, LayerTime
+from ivl_export.profiles.measure.machine import Gpu, Machine
+from ivl_export.profiles.measure.receipt import Profile, Settings, Startup, Subject
+from ivl_export.profiles.measure.sensors import Clocks
+from ivl_export.profiles.measure.timing import Measurement, StopRule
 
 CEILINGS = Ceilings(
     "CPU",

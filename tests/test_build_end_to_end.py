@@ -20,10 +20,10 @@ from PIL import Image
 from ivl_export.bundle import Bundle
 from ivl_export.cli import main
 from ivl_export.models.config import InternVLConfig
-from ivl_export.training import tasks
-from ivl_export.training.drawing import render
-from ivl_export.training.grammar import caption
-from ivl_export.training.scenes import ALL_COMBINATIONS, Scene
+from ivl_export.synthetic import tasks
+from ivl_export.synthetic.captions import caption
+from ivl_export.synthetic.render import render
+from ivl_export.synthetic.scenes import ALL_COMBINATIONS, Scene
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("tensorrt_rtx")

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models import load_model
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.internvl import InternVL
 from ivl_export.models.shipped import nano_folder
-from ivl_export.preprocess import ImageSettings, Tokenizer
-from ivl_export.training import tasks
+from ivl_export.synthetic import tasks
 from ivl_export.training.evaluate import TorchModel
 from ivl_export.training.presets import NANO
 from ivl_export.training.tokenizer import train_tokenizer

@@ -16,8 +16,8 @@ from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.layout import CHAT_TOWER, VISION
 from ivl_export.models.shipped import nano_chat_folder, nano_folder
 from ivl_export.runtime import InternVLChat
-from ivl_export.training import chat_tasks
-from ivl_export.training.dialogues import corpus
+from ivl_export.synthetic import chat_tasks
+from ivl_export.synthetic.dialogues import corpus
 from ivl_export.training.presets import NANO_CHAT
 from ivl_export.training.tokenizer import train_tokenizer
 

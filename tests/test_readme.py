@@ -15,8 +15,8 @@ from PIL import Image
 
 from ivl_export.cli import main
 from ivl_export.cli.app import VERBS, app
-from ivl_export.engines.protocol import BACKENDS
-from ivl_export.engines.trt import BUILDERS
+from ivl_export.engines.base import BACKENDS
+from ivl_export.engines.tensorrt.library import BUILDERS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 LINES = [

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..conversation import Turn, encode
+from ..inputs.chat_template import Turn, encode
+from ..inputs.preprocess import ImageSettings, Tokenizer, preprocess_images
 from ..models.chat import InternVLChat
 from ..models.checkpoint import Checkpoint
 from ..models.layout import CHAT_TOWER, VISION, expected_shapes
-from ..preprocess import ImageSettings, Tokenizer, preprocess_images
-from .chat_tasks import LONGEST_ANSWER
-from .drawing import Image8
+from ..synthetic.chat_tasks import LONGEST_ANSWER
+from ..synthetic.render import Image8
 from .presets import ChatPreset
 
 STD = 0.04
@@ -39,7 +39,7 @@ def initialised(preset: ChatPreset, tower: Checkpoint) -> InternVLChat:
 
 
 class TorchChat:
-    """Greedy answers of the PyTorch model, as :data:`.chat_tasks.Answer`."""
+    """Greedy answers of the PyTorch model, as :data:`..synthetic.chat_tasks.Answer`."""
 
     def __init__(self, model: InternVLChat, tokenizer: Tokenizer, settings: ImageSettings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings

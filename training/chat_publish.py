@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..synthetic.scenes import HELD_OUT
 from .presets import ChatPreset
 from .publish import Run, commit
-from .scenes import HELD_OUT
 
 
 def write_card(preset: ChatPreset, run: Run, parameters: int, folder: Path) -> None:
@@ -35,8 +35,9 @@ nothing else. It exists so that chat can be measured end to end where published 
 - **Architecture**: the vision tower of internvl-nano ({config.vision.hidden_size} wide,
   {config.image_size} px), {config.num_visual} patches of block {config.vision_blocks}; a two-layer
   projector; a LLaMA decoder {config.decoder.num_hidden_layers} x {config.decoder.hidden_size}.
-- **Data**: dialogues of one to {preset.turns} turns (`training/dialogues.py`) about scenes
-  (`training/scenes.py`), in English: color, shape, size, count, place, yes or no, descriptions, and questions
+- **Data**: dialogues of one to {preset.turns} turns (`synthetic/dialogues.py`) about scenes
+  (`synthetic/scenes.py`), in English: color, shape, size, count, place, yes or no, descriptions, and
+  questions
   that refer to the turn before. {len(HELD_OUT)} (shape, color) combinations never occur in training.
 - **Recipe**: stage 3 (loss on answers only), vision tower frozen, all else from random weights; Muon for the
   blocks' matrices (peak lr {stage.matrix_lr:g}), AdamW for the rest ({stage.lr:g}), {stage.steps} steps of

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..preprocess import CAPTION_PROMPT, Array, Tokenizer
-from .batches import make_batch
-from .grammar import LANGUAGES, caption
+from ..inputs.preprocess import CAPTION_PROMPT, Array, Tokenizer
+from ..synthetic.batches import make_batch
+from ..synthetic.captions import LANGUAGES, caption
+from ..synthetic.scenes import RELATIONS, Obj, Scene
 from .losses import IGNORE, Stage2Batch, Text
 from .presets import Stage
-from .scenes import RELATIONS, Obj, Scene
 
 # Tight buckets: the captions of scenes have 8 to 20 tokens.
 BUCKETS = (16, 20, 24, 28, 32)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..conversation import IGNORE, IMAGE_TOKEN, Encoded, Turn, encode
 from ..errors import InputError
-from ..pictures import ImageInput
-from ..preprocess import Array, ImageSettings, Tokenizer, preprocess_images
-from .dialogues import conversation, dialogue
-from .drawing import render
+from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, Encoded, Turn, encode
+from ..inputs.images import ImageInput
+from ..inputs.preprocess import Array, ImageSettings, Tokenizer, preprocess_images
+from ..synthetic.dialogues import conversation, dialogue
+from ..synthetic.render import render
+from ..synthetic.scenes import near_copy, sample_scene
 from .presets import Stage
-from .scenes import near_copy, sample_scene
 
 _STREAM = 0x7A3
 _ORDER_STREAM = 0x0DE

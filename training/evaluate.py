@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
+from ..inputs.preprocess import CAPTION_PROMPT, Array, ImageSettings, Tokenizer
 from ..models.internvl import InternVL
-from ..preprocess import CAPTION_PROMPT, Array, ImageSettings, Tokenizer
+from ..synthetic.captions import Language
+from ..synthetic.render import Image8
+from ..synthetic.tasks import BothHeads
 from .collate import BUCKETS, normalise
-from .drawing import Image8
-from .grammar import Language
-from .tasks import BothHeads
 
 
 class TorchModel(BothHeads):
-    """Adapts a model, its tokenizer and its image settings to :class:`.tasks.Model`; any dtype."""
+    """Adapts a model, its tokenizer and its image settings to :class:`..synthetic.tasks.Model`; any dtype."""
 
     def __init__(self, model: InternVL, tokenizer: Tokenizer, settings: ImageSettings) -> None:
         super().__init__(self._both)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..models.chat_config import ChatConfig
 from ..models.config import InternVLConfig, QLlamaConfig, VisionConfig
-from .scenes import PAIRS
+from ..synthetic.scenes import PAIRS
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ..inputs.preprocess import ImageSettings
 from ..models.internvl import InternVL
-from ..preprocess import ImageSettings
+from ..synthetic.scenes import (
+    ALL_COMBINATIONS,
+    BACKGROUNDS,
+    COLORS,
+    HELD_OUT,
+    MAX_COUNT,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+)
 from .presets import Preset
-from .scenes import ALL_COMBINATIONS, BACKGROUNDS, COLORS, HELD_OUT, MAX_COUNT, RELATIONS, SHAPES, SIZES
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ cannot be had: export, quantisation and engines are measured on it end to end.
   {config.vision.image_size} px / patch {config.vision.patch_size}; QLLaMA
   {config.qllama.num_hidden_layers} x {config.qllama.hidden_size}, {config.num_query_token} queries,
   cross-attention every {config.cross_attention_frequency} layers; {config.clip_embed_dim}-d embeddings.
-- **Data**: scenes from `training/scenes.py` ({data}), captions from `training/grammar.py`, English and
+- **Data**: scenes from `synthetic/scenes.py` ({data}), captions from `synthetic/captions.py`, English and
   {preset.chinese:.0%} Chinese. {len(HELD_OUT)} of {len(ALL_COMBINATIONS)} (shape, colour) combinations never
   occur in training: {", ".join(f"{color} {shape}" for shape, color in HELD_OUT)}.
 - **Recipe**: Muon for the blocks' matrices, AdamW for the rest, bf16 autocast, seed {preset.seed},

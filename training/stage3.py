@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 
-from ..conversation import IGNORE, IMAGE_TOKEN
+from ..inputs.chat_template import IGNORE, IMAGE_TOKEN
 from ..models.chat import InternVLChat, splice
 from ..models.qllama import Visible, run_layers
 from . import lora as low_rank

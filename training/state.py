@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..atomic import atomic
 from ..errors import InputError
+from ..files.atomic import atomic
 from . import distributed as dist
 
 STATE = "state.pt"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 
-from .grammar import corpus
+from ..synthetic.captions import corpus
 
 VOCAB_SIZE = 512
 # Separates words for the trainer only: pieces never cross a word, so no two words ever share a token and a
@@ -14,7 +14,7 @@ _DELIMITER = "\x1f"
 
 
 def train_tokenizer(texts: Iterable[list[str]] | None = None, vocab_size: int = VOCAB_SIZE) -> bytes:
-    """A ``tokenizer.model`` from texts split in words (:func:`~.grammar.corpus` unless given).
+    """A ``tokenizer.model`` from texts split in words (:func:`~..synthetic.captions.corpus` unless given).
 
     Settings are LLaMA's: unk 0, bos 1, eos 2, no pad piece (id 0 pads), no text normalisation, bytes as a
     fallback, so that id 0 never stands for text. Equal input gives equal bytes (one thread, no sampling).

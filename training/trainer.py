@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 
+from ..inputs.preprocess import ImageSettings
 from ..models.internvl import InternVL
-from ..preprocess import ImageSettings
 from . import distributed as dist
 from .collate import Drawn, SceneBatches, normalise
 from .initial import initialised

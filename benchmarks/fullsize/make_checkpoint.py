@@ -26,8 +26,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from ivl_export.atomic import atomic, write_text
 from ivl_export.cli.scenes import draw
+from ivl_export.files.atomic import atomic, write_text
+from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.models.chat_config import (
     TOWER_CONFIG,
     VICUNA_7B,
@@ -39,7 +40,6 @@ from ivl_export.models.chat_config import (
 )
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.layout import VISION, Shape, expected_shapes
-from ivl_export.preprocess import ImageSettings
 from ivl_export.training.tokenizer import train_tokenizer
 
 BLOCK_VALUES = 1 << 22

@@ -23,13 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ivl_export.atomic import write_text
 from ivl_export.benchmarks.fullsize.document import notes
 from ivl_export.benchmarks.fullsize.make_checkpoint import ITEM_BYTES, sliced
 from ivl_export.benchmarks.fullsize.measured import Run, StepFailed, run
+from ivl_export.files.atomic import write_text
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.layout import expected_shapes
-from ivl_export.profiles.machine import commit, machine, versions
+from ivl_export.profiles.measure.machine import commit, machine, versions
 
 HERE = "ivl_export.benchmarks.fullsize"
 FREE_AFTER = 20 * 10**9
@@ -113,7 +113,7 @@ class Report:
 
 def measure_all(report: Report, sizes: Sequence[str], steps: Sequence[str], components: str) -> None:
     """Run ``steps`` (of :data:`STEPS`) on a checkpoint that the maker makes with options ``sizes``."""
-    from ivl_export.export.plain import weight_keys
+    from ivl_export.export.unquantized import weight_keys
     from ivl_export.models.checkpoint import open_checkpoint
 
     work, model = report.work, report.model

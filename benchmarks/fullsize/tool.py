@@ -37,9 +37,9 @@ def source(model: Path, name: str = RECIPE) -> Source:
     """The checkpoint and what the recipe ``name`` makes of it, without scales."""
     from torch import nn
 
-    from ivl_export.calibration.recipe import load_recipe, plan
     from ivl_export.models.checkpoint import open_checkpoint
     from ivl_export.models.load import meta_model
+    from ivl_export.quantization.recipe import load_recipe, plan
 
     checkpoint, recipe = open_checkpoint(model), load_recipe(name)
     modules = meta_model(checkpoint).named_modules()
@@ -91,9 +91,9 @@ def calibrate(model: Path, out: Path, components: Sequence[str]) -> dict[str, An
     from ivl_export.calibration.calibrate import PartTime, calibration_seconds, seconds_per_block
     from ivl_export.calibration.calibrate import calibrate as measure
     from ivl_export.calibration.sources import scenes_calibration
+    from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
     from ivl_export.models.checkpoint import open_checkpoint
     from ivl_export.models.config import InternVLConfig
-    from ivl_export.preprocess import ImageSettings, Tokenizer
 
     out.mkdir(parents=True, exist_ok=True)
     settings = ImageSettings.load(model / "preprocessor_config.json")
@@ -122,7 +122,7 @@ def calibrate(model: Path, out: Path, components: Sequence[str]) -> dict[str, An
 
 def graphs(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
     """The stores, and the FP8 graphs with the scales that :func:`calibrate` left in ``out``."""
-    from ivl_export.calibration.scales import Scales
+    from ivl_export.quantization.ranges import Scales
 
     made = replace(source(model), scales=Scales.load(out / SCALES))
     quantise(model, out, components)
@@ -136,11 +136,11 @@ def engine(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
 
     import onnx_ir as ir
 
-    from ivl_export.calibration.qdq import quantised_gemms
-    from ivl_export.engines.build import build_engine
-    from ivl_export.engines.promise import check_promise
-    from ivl_export.engines.proof_rtx import proof_from_engine
+    from ivl_export.engines.tensorrt.build import build_engine
     from ivl_export.export.components import component_spec
+    from ivl_export.quantization.qdq import quantised_gemms
+    from ivl_export.verify.expectations import check_promise
+    from ivl_export.verify.rtx import proof_from_engine
 
     made = source(model)
     found: dict[str, Any] = {}

@@ -28,10 +28,10 @@ from ivl_export.benchmarks.gpu.shared import (
     release,
     to_fp8,
 )
+from ivl_export.engines.torch.linears import Product
 from ivl_export.export.components import component_module, component_spec
 from ivl_export.models.checkpoint import load_state, open_checkpoint
 from ivl_export.models.config import InternVLConfig
-from ivl_export.torch_backend.linears import Product
 
 NANO = Path(__file__).parents[2] / "models" / "nano"
 COMPONENTS = ("vision", "qllama_query", "qllama_text")

@@ -19,7 +19,7 @@ import torch
 from ivl_export.benchmarks.gpu.shared import Budget, Receipt, arguments, cosine
 from ivl_export.bundle import Bundle
 from ivl_export.errors import IvlError
-from ivl_export.profiles.inputs import random_inputs
+from ivl_export.profiles.measure.inputs import random_inputs
 from ivl_export.runtime.components import Components
 
 BATCH = 2

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ivl_export.atomic import write_text
-from ivl_export.calibration.quantize import quantise, round_scale
-from ivl_export.calibration.recipe import load_recipe
-from ivl_export.calibration.schemes import excluded
+from ivl_export.engines.torch.linears import Fp8Linear, Product
+from ivl_export.engines.torch.module import scheme_of
 from ivl_export.export.components import component_module
+from ivl_export.files.atomic import write_text
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
-from ivl_export.profiles.machine import commit, machine, versions
-from ivl_export.torch_backend.linears import Fp8Linear, Product
-from ivl_export.torch_backend.module import scheme_of
+from ivl_export.profiles.measure.machine import commit, machine, versions
+from ivl_export.quantization.quantize import quantise, round_scale
+from ivl_export.quantization.recipe import load_recipe
+from ivl_export.quantization.schemes import excluded
 
 TINY = InternVLConfig(
     vision=VisionConfig(64, 2, 4, 128, image_size=28, patch_size=14),

@@ -31,10 +31,10 @@ from ivl_export.benchmarks.gpu.shared import (
     release,
     to_fp8,
 )
+from ivl_export.engines.torch.compiled import compile_blocks
 from ivl_export.models.config import InternVLConfig
-from ivl_export.profiles.analytic import component_macs
-from ivl_export.profiles.table19 import PAPER, SOURCE
-from ivl_export.torch_backend.compiled import compile_blocks
+from ivl_export.profiles.cost.analytic import component_macs
+from ivl_export.profiles.cost.table19 import PAPER, SOURCE
 
 WAYS = ("bf16", "bf16 compiled", "fp8 rowwise", "fp8 tensorwise")
 SIZES = (224, 336, 448)

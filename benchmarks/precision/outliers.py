@@ -19,16 +19,16 @@ import torch
 from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint, sliced
 from ivl_export.calibration.accuracy import compare
 from ivl_export.calibration.folding import fold
-from ivl_export.calibration.observe import observers
-from ivl_export.calibration.quantize import dequantise, quantise
-from ivl_export.calibration.schemes import SCHEMES
+from ivl_export.calibration.observers import observers
 from ivl_export.calibration.simulate import rounding_hook
-from ivl_export.calibration.smooth import factors
+from ivl_export.calibration.smoothquant import factors
 from ivl_export.calibration.sources import scenes_calibration
+from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.vit import Block, PatchEmbeddings
-from ivl_export.preprocess import ImageSettings
+from ivl_export.quantization.quantize import dequantise, quantise
+from ivl_export.quantization.schemes import SCHEMES
 
 PREFIX = "vision_model.encoder.layers.0."
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

@@ -20,21 +20,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ivl_export.atomic import write_text
 from ivl_export.benchmarks.precision.document import DOCUMENT, RECEIPT, render
 from ivl_export.benchmarks.precision.outliers import measure
-from ivl_export.calibration.recipe import Recipe, shipped_recipes
 from ivl_export.errors import UsageError
+from ivl_export.files.atomic import write_text
 from ivl_export.models.config import InternVLConfig
 from ivl_export.pipeline.build import build
 from ivl_export.pipeline.evaluate import headlines
 from ivl_export.pipeline.job import Job
 from ivl_export.pipeline.mixed import mixed_job
 from ivl_export.pipeline.request import MIXED, ORT, Request
-from ivl_export.profiles.estimate import estimate
-from ivl_export.profiles.gpus import find_gpu
-from ivl_export.profiles.machine import commit, machine, versions
-from ivl_export.profiles.sizes import plan_of
+from ivl_export.profiles.cost.estimate import estimate
+from ivl_export.profiles.cost.gpus import find_gpu
+from ivl_export.profiles.cost.sizes import plan_of
+from ivl_export.profiles.measure.machine import commit, machine, versions
+from ivl_export.quantization.recipe import Recipe, shipped_recipes
 
 SCHEMA = "ivl-export.precision/1"
 GPU = "l40s"

@@ -14,7 +14,7 @@ import numpy as np
 
 from ivl_export.benchmarks.runtime.measured import Candidate, Comparison, Goal, side_by_side
 from ivl_export.benchmarks.runtime.models import Setting
-from ivl_export.profiles.inputs import TEXT, random_pixels
+from ivl_export.profiles.measure.inputs import TEXT, random_pixels
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.zero_shot import l2
 

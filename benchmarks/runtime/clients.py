@@ -15,7 +15,7 @@ import numpy as np
 
 from ivl_export.benchmarks.runtime.measured import Candidate, Comparison, Goal, side_by_side
 from ivl_export.benchmarks.runtime.models import Setting
-from ivl_export.profiles.inputs import jpeg
+from ivl_export.profiles.measure.inputs import jpeg
 from ivl_export.runtime import InternVL
 
 CLIENTS = 8

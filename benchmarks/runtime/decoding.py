@@ -21,12 +21,12 @@ import numpy as np
 
 from ivl_export.benchmarks.runtime.measured import Candidate, Comparison, Goal, Timed, side_by_side
 from ivl_export.benchmarks.runtime.models import Setting
-from ivl_export.decoding import Ids, Limits, decode
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.config import QLlamaConfig
-from ivl_export.profiles.baseline import torch_threads
+from ivl_export.profiles.measure.baseline import torch_threads
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.generation import prefill, stepper
+from ivl_export.sampling import Ids, Limits, decode
 
 BATCHES = (1, 8)
 PROMPT = 64

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivl_export.atomic import write_text
 from ivl_export.benchmarks.runtime.measured import (
     COLUMNS,
     RECEIPTS,
@@ -23,6 +22,7 @@ from ivl_export.benchmarks.runtime.measured import (
     rows,
 )
 from ivl_export.benchmarks.runtime.report import PARTS
+from ivl_export.files.atomic import write_text
 
 DOCUMENT = RECEIPTS.parents[1] / "docs" / "runtime.md"
 END = "<!-- end -->"

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ivl_export.benchmarks.runtime.measured import Candidate, Comparison, Goal, side_by_side
 from ivl_export.benchmarks.runtime.models import Setting
-from ivl_export.preprocess import ImageSettings, preprocess_images
+from ivl_export.inputs.preprocess import ImageSettings, preprocess_images
 from ivl_export.runtime.zero_shot import l2
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")

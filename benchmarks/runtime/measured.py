@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ivl_export.atomic import write_text
-from ivl_export.profiles.machine import commit, machine, versions
+from ivl_export.files.atomic import write_text
+from ivl_export.profiles.measure.machine import commit, machine, versions
 
 SCHEMA = "ivl-export.runtime/1"
 RECEIPTS = Path(__file__).resolve().parents[2] / "profiles" / "receipts"

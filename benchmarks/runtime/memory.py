@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from ivl_export.atomic import write_text
 from ivl_export.benchmarks.runtime.measured import (
     RECEIPTS,
     ROUNDS,
@@ -41,7 +40,8 @@ from ivl_export.benchmarks.runtime.measured import (
 )
 from ivl_export.bundle import Bundle
 from ivl_export.cli.output import print_table
-from ivl_export.engines.graph import read_graph
+from ivl_export.engines.onnx_graph import read_graph
+from ivl_export.files.atomic import write_text
 from ivl_export.runtime import InternVL
 
 RATIO, LOAD_SECONDS = 1.15, 1.5

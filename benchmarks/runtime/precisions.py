@@ -15,7 +15,7 @@ from ivl_export.benchmarks.runtime.measured import Candidate, Comparison, Goal, 
 from ivl_export.benchmarks.runtime.models import PRECISIONS, Setting
 from ivl_export.benchmarks.runtime.pytorch import BATCHES, calls
 from ivl_export.models.load import load_model
-from ivl_export.profiles.baseline import torch_threads
+from ivl_export.profiles.measure.baseline import torch_threads
 from ivl_export.runtime import InternVL
 
 

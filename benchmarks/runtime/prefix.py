@@ -1,7 +1,7 @@
 """Prefix reuse: the first token about an image that was asked about before, and about one that was not.
 
-The calls are those of :mod:`ivl_export.profiles.chat_latency`: pixels and a question that nobody has asked
-in, one token's text out. ``equal``: a whole answer is the same with and without reuse.
+The calls are those of :mod:`ivl_export.profiles.measure.chat_latency`: pixels and a question that nobody
+has asked in, one token's text out. ``equal``: a whole answer is the same with and without reuse.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from functools import partial
 from ivl_export.benchmarks.runtime.measured import Candidate, Comparison, Goal, side_by_side
 from ivl_export.benchmarks.runtime.models import Setting
 from ivl_export.bundle import Bundle
-from ivl_export.profiles.chat_latency import question
-from ivl_export.profiles.inputs import random_pixels
+from ivl_export.profiles.measure.chat_latency import question
+from ivl_export.profiles.measure.inputs import random_pixels
 from ivl_export.runtime import InternVLChat
 from ivl_export.runtime.components import Components
 

@@ -14,8 +14,8 @@ import numpy as np
 from ivl_export.benchmarks.runtime.measured import Candidate, Comparison, Goal, side_by_side
 from ivl_export.benchmarks.runtime.models import Setting
 from ivl_export.models.load import load_model
-from ivl_export.profiles.baseline import torch_threads
-from ivl_export.profiles.inputs import TEXT, random_pixels
+from ivl_export.profiles.measure.baseline import torch_threads
+from ivl_export.profiles.measure.inputs import TEXT, random_pixels
 from ivl_export.runtime import InternVL
 
 if TYPE_CHECKING:

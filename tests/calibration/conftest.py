@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.sources import scenes_calibration
+from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.models.internvl import InternVL
-from ivl_export.preprocess import ImageSettings, Tokenizer
 from ivl_export.training.tokenizer import train_tokenizer
 
 CONFIG = InternVLConfig(

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import torch
 
-from ivl_export.calibration.attention import core_attentions, operand_names
-from ivl_export.calibration.chain import Arrays, Runner, run_chain
+from ivl_export.bundle.spec import ComponentSpec
+from ivl_export.calibration.component_chain import Arrays, Runner, run_chain
 from ivl_export.calibration.dataset import Batch
-from ivl_export.calibration.observe import Watch, observers
-from ivl_export.calibration.parts import needed
+from ivl_export.calibration.observers import Watch, observers
+from ivl_export.calibration.segments import needed
 from ivl_export.export.components import component_module, component_spec
 from ivl_export.models.checkpoint import Checkpoint, load_state
-from ivl_export.specs import ComponentSpec
+from ivl_export.quantization.attention import core_attentions, operand_names
 
 
 def torch_runner(module: torch.nn.Module | Callable[..., object], spec: ComponentSpec) -> Runner:

@@ -18,13 +18,13 @@ from ivl_export.calibration.accuracy import (
     compare,
     component_accuracy,
 )
-from ivl_export.calibration.chain import Arrays, Runner, run_chain
+from ivl_export.calibration.component_chain import Arrays, Runner, run_chain
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.recording import Recording
 from ivl_export.errors import AccuracyError, BuildError
 from ivl_export.export.components import component_spec
+from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models.checkpoint import Checkpoint
-from ivl_export.preprocess import ImageSettings, Tokenizer
 from ivl_export.tests.calibration.reference import reference_runners
 
 Sets = tuple[CalibrationSet, CalibrationSet]

@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ivl_export.calibration.accuracy import compare
-from ivl_export.calibration.attention import (
+from ivl_export.calibration.calibrate import calibrate
+from ivl_export.calibration.component_chain import run_chain
+from ivl_export.calibration.dataset import CalibrationSet
+from ivl_export.errors import BuildError, InputError
+from ivl_export.export.components import component_spec
+from ivl_export.export.trace import export_component
+from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.models.checkpoint import Checkpoint
+from ivl_export.models.config import InternVLConfig
+from ivl_export.models.layers import attention
+from ivl_export.models.layout import COMPONENTS, OPTIONAL
+from ivl_export.quantization.attention import (
     FP8_ATTENTION,
     SOFTMAX_AMAX,
     AttentionShape,
@@ -22,22 +33,11 @@ from ivl_export.calibration.attention import (
     fake_attention,
     operand_names,
 )
-from ivl_export.calibration.calibrate import calibrate
-from ivl_export.calibration.chain import run_chain
-from ivl_export.calibration.dataset import CalibrationSet
-from ivl_export.calibration.qdq import quantised_gemms, write_qdq
-from ivl_export.calibration.qdq_attention import quantised_attentions
-from ivl_export.calibration.quantize import activation_scale
-from ivl_export.calibration.recipe import Recipe, Rule, load_recipe, plan
-from ivl_export.calibration.scales import Scales
-from ivl_export.errors import BuildError, InputError
-from ivl_export.export.components import component_spec
-from ivl_export.export.trace import export_component
-from ivl_export.models.checkpoint import Checkpoint
-from ivl_export.models.config import InternVLConfig
-from ivl_export.models.layers import attention
-from ivl_export.models.layout import COMPONENTS, OPTIONAL
-from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.quantization.qdq import quantised_gemms, write_qdq
+from ivl_export.quantization.qdq_attention import quantised_attentions
+from ivl_export.quantization.quantize import activation_scale
+from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan
 from ivl_export.tests.calibration.reference import reference_modules, reference_runners, torch_runner
 from ivl_export.tests.calibration.test_qdq import bound, runner
 
@@ -196,13 +196,13 @@ def test_tensorrt_rtx_fuses_it(tmp_path: Path) -> None:
     """One block at InternVL-14B's widths: every promised attention is one kernel on fp8, fp8, fp8."""
     pytest.importorskip("tensorrt_rtx")
     from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint, sliced
-    from ivl_export.engines.build import build_engine
-    from ivl_export.engines.promise import check_promise
-    from ivl_export.engines.proof_rtx import proof_from_engine
+    from ivl_export.engines.tensorrt.build import build_engine
     from ivl_export.export.binding import bind, save_graph, unbound
-    from ivl_export.export.store import open_store
+    from ivl_export.export.weight_store import open_store
     from ivl_export.export.weights import write_store
     from ivl_export.models.checkpoint import open_checkpoint
+    from ivl_export.verify.expectations import check_promise
+    from ivl_export.verify.rtx import proof_from_engine
 
     config = sliced(InternVLConfig(), 1, 1)
     make_checkpoint(tmp_path / "model", config, holes=True)

@@ -14,9 +14,8 @@ from ivl_export.calibration.accuracy import Table, compare
 from ivl_export.calibration.awq import Inputs, awq_factors, scaling, search
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.folding import fold, groups_apart
-from ivl_export.calibration.quantize import dequantise, quantise
-from ivl_export.calibration.recipe import load_recipe, schemes
 from ivl_export.errors import InputError, UsageError
+from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.load import load_model
 from ivl_export.pipeline.evaluate import component_receipt
@@ -26,7 +25,8 @@ from ivl_export.pipeline.request import ORT, Request
 from ivl_export.pipeline.step import run_step
 from ivl_export.pipeline.steps import steps
 from ivl_export.pipeline.workspace import Workspace
-from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.quantization.quantize import dequantise, quantise
+from ivl_export.quantization.recipe import load_recipe, schemes
 
 Sets = tuple[CalibrationSet, CalibrationSet]
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ivl_export.calibration.activation_store import Spill
 from ivl_export.calibration.calibrate import (
     PartTime,
     calibrate,
@@ -21,14 +22,13 @@ from ivl_export.calibration.calibrate import (
     spilled_bytes,
 )
 from ivl_export.calibration.dataset import CalibrationSet
-from ivl_export.calibration.scales import Scales
 from ivl_export.calibration.sources import scenes_calibration
-from ivl_export.calibration.spill import Spill
 from ivl_export.errors import BuildError
+from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.shipped import nano_folder
-from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.quantization.ranges import Scales
 from ivl_export.tests.calibration.reference import whole_amax
 
 Sets = tuple[CalibrationSet, CalibrationSet]

@@ -10,26 +10,26 @@ import pytest
 import torch
 
 from ivl_export.calibration.accuracy import Comparison, Metrics, component_accuracy
-from ivl_export.calibration.attention import FP8_ATTENTION, attentions
 from ivl_export.calibration.calibrate import PartTime, calibrate, spilled_bytes
-from ivl_export.calibration.chain import Runner, run_chain
 from ivl_export.calibration.chat import ChatBatch, Dialogue, chat_batches, dialogue_of, runs
+from ivl_export.calibration.component_chain import Runner, run_chain
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.folding import fold, groups
-from ivl_export.calibration.parts import TOWERS, parts
-from ivl_export.calibration.quantize import dequantise, quantise
 from ivl_export.calibration.recording import Recording
+from ivl_export.calibration.segments import TOWERS, parts
 from ivl_export.calibration.sensitivity import measure
 from ivl_export.calibration.simulate import rounding_hook
 from ivl_export.calibration.sources import scenes_calibration
-from ivl_export.conversation import SYSTEM
 from ivl_export.export.blocks import block_prefix
 from ivl_export.export.components import component_module, component_spec
+from ivl_export.inputs.chat_template import SYSTEM
+from ivl_export.inputs.preprocess import Array, ImageSettings, Tokenizer
 from ivl_export.models import load_chat
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.layout import CHAT_TOWER
 from ivl_export.models.shipped import nano_chat_folder
-from ivl_export.preprocess import Array, ImageSettings, Tokenizer
+from ivl_export.quantization.attention import FP8_ATTENTION, attentions
+from ivl_export.quantization.quantize import dequantise, quantise
 from ivl_export.tests.calibration.reference import torch_runner
 
 TOKENIZER = Tokenizer(nano_chat_folder() / "tokenizer.model")

@@ -11,7 +11,7 @@ import pytest
 from ivl_export.calibration.dataset import FALLBACK_CAPTIONS, MAX_STEP, CalibrationSet, prompt_for
 from ivl_export.calibration.sources import open_calibration, scenes_calibration
 from ivl_export.errors import InputError
-from ivl_export.preprocess import ImageSettings, Tokenizer, preprocess_images
+from ivl_export.inputs.preprocess import ImageSettings, Tokenizer, preprocess_images
 
 
 def names(chosen: CalibrationSet) -> list[str]:

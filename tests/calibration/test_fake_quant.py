@@ -11,8 +11,24 @@ from torch import Tensor, nn
 
 from ivl_export.calibration.calibrate import calibrate
 from ivl_export.calibration.dataset import CalibrationSet
-from ivl_export.calibration.distill import answers, distillation_losses
-from ivl_export.calibration.fake_quant import (
+from ivl_export.errors import UsageError
+from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.models.checkpoint import Checkpoint
+from ivl_export.models.internvl import InternVL
+from ivl_export.models.load import load_model
+from ivl_export.quantization.quantize import (
+    LIMITS,
+    LOWEST,
+    activation_scale,
+    dequantise,
+    quantise,
+    quantise_values,
+)
+from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.recipe import load_recipe, plan
+from ivl_export.quantization.schemes import SCHEMES
+from ivl_export.training.distill import answers, distillation_losses
+from ivl_export.training.fake_quant import (
     CLIP,
     STRETCH,
     FakeQuantLinear,
@@ -25,23 +41,7 @@ from ivl_export.calibration.fake_quant import (
     trained_ranges,
     trained_weights,
 )
-from ivl_export.calibration.finetune import SceneSamples, Tuning
-from ivl_export.calibration.quantize import (
-    LIMITS,
-    LOWEST,
-    activation_scale,
-    dequantise,
-    quantise,
-    quantise_values,
-)
-from ivl_export.calibration.recipe import load_recipe, plan
-from ivl_export.calibration.scales import Scales
-from ivl_export.calibration.schemes import SCHEMES
-from ivl_export.errors import UsageError
-from ivl_export.models.checkpoint import Checkpoint
-from ivl_export.models.internvl import InternVL
-from ivl_export.models.load import load_model
-from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.training.finetune import SceneSamples, Tuning
 from ivl_export.training.losses import Stage2Batch, stage1_loss, stage2_losses
 from ivl_export.training.presets import Stage
 

@@ -17,7 +17,7 @@ from ivl_export.calibration.histogram import (
     mse_amax,
     percentile_amax,
 )
-from ivl_export.calibration.quantize import LIMITS
+from ivl_export.quantization.quantize import LIMITS
 
 
 def inputs(seed: int, growth: float) -> list[torch.Tensor]:

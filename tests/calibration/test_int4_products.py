@@ -9,24 +9,24 @@ import pytest
 import torch
 
 from ivl_export.calibration.accuracy import compare
-from ivl_export.calibration.quantize import (
+from ivl_export.engines.base import open_engine
+from ivl_export.engines.tensorrt.build import build_engine
+from ivl_export.errors import BuildError
+from ivl_export.export.components import component_spec
+from ivl_export.models.checkpoint import Checkpoint
+from ivl_export.quantization.quantize import (
     LOWEST,
     activation_scale,
     dequantise,
     quantise,
     quantise_values,
 )
-from ivl_export.calibration.schemes import SCHEMES, block_size, excluded
-from ivl_export.engines.build import build_engine
-from ivl_export.engines.promise import check_promise
-from ivl_export.engines.proof_onnxruntime import proof_from_onnxruntime
-from ivl_export.engines.proof_rtx import proof_from_engine
-from ivl_export.engines.protocol import open_engine
-from ivl_export.errors import BuildError
-from ivl_export.export.components import component_spec
-from ivl_export.models.checkpoint import Checkpoint
+from ivl_export.quantization.schemes import SCHEMES, block_size, excluded
 from ivl_export.tests.calibration.reference import reference_modules
 from ivl_export.tests.calibration.test_weight_only import written
+from ivl_export.verify.expectations import check_promise
+from ivl_export.verify.onnxruntime import proof_from_onnxruntime
+from ivl_export.verify.rtx import proof_from_engine
 
 AMAX = 2.0
 """Less than the inputs reach, so that both ends of the range are used."""

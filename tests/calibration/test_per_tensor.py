@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ivl_export.calibration import quantize
 from ivl_export.calibration.accuracy import compare
-from ivl_export.calibration.quantize import LIMITS, dequantise, quantise
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.pipeline import graphs
 from ivl_export.pipeline.evaluate import component_receipt
@@ -18,6 +16,8 @@ from ivl_export.pipeline.request import ORT, Request
 from ivl_export.pipeline.step import run_step
 from ivl_export.pipeline.steps import steps
 from ivl_export.pipeline.workspace import Workspace
+from ivl_export.quantization import quantize
+from ivl_export.quantization.quantize import LIMITS, dequantise, quantise
 from ivl_export.tests.calibration.test_awq import Silent
 
 KINDS = ("fp8", "int8")

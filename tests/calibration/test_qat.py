@@ -15,15 +15,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ivl_export.calibration.accuracy import compare
-from ivl_export.calibration.fake_quant import quantised_layers
-from ivl_export.calibration.finetune import SampleBatches, SceneSamples, Tuning
-from ivl_export.calibration.quantize import dequantise, quantise, stored_names
-from ivl_export.calibration.scales import Scales
 from ivl_export.calibration.sources import open_calibration
 from ivl_export.cli import main
-from ivl_export.engines.protocol import open_engine
+from ivl_export.engines.base import open_engine
 from ivl_export.export.components import component_spec
-from ivl_export.export.store import open_store
+from ivl_export.export.weight_store import open_store
+from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.storage import open_reader
 from ivl_export.pipeline import qat
@@ -35,9 +32,12 @@ from ivl_export.pipeline.request import ORT, Request
 from ivl_export.pipeline.step import Made, Step
 from ivl_export.pipeline.steps import steps
 from ivl_export.pipeline.workspace import Workspace
-from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.quantization.quantize import dequantise, quantise, stored_names
+from ivl_export.quantization.ranges import Scales
+from ivl_export.synthetic.captions import caption
 from ivl_export.tests.calibration.test_simulate import Silent
-from ivl_export.training.grammar import caption
+from ivl_export.training.fake_quant import quantised_layers
+from ivl_export.training.finetune import SampleBatches, SceneSamples, Tuning
 from ivl_export.training.presets import Stage
 from ivl_export.training.trainer import Progress
 
@@ -56,7 +56,7 @@ def model(checkpoint: Checkpoint, tokenizer: Tokenizer, tmp_path_factory: pytest
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten images with captions, two of them the same."""
-    from ivl_export.training.batches import batch_scenes
+    from ivl_export.synthetic.batches import batch_scenes
 
     folder = tmp_path_factory.mktemp("data")
     scenes, languages = batch_scenes(0, 0, "train", 9)

@@ -12,18 +12,18 @@ import torch
 
 from ivl_export.calibration.accuracy import compare
 from ivl_export.calibration.calibrate import calibrate
-from ivl_export.calibration.chain import Runner, run_chain
+from ivl_export.calibration.component_chain import Runner, run_chain
 from ivl_export.calibration.dataset import CalibrationSet
-from ivl_export.calibration.qdq import quantised_gemms, write_qdq
-from ivl_export.calibration.qdq_nodes import Style
-from ivl_export.calibration.quantize import LIMITS, activation_scale, dequantise, quantise, stored_names
-from ivl_export.calibration.recipe import load_recipe, plan
-from ivl_export.calibration.scales import Scales
 from ivl_export.errors import BuildError
 from ivl_export.export.components import component_spec
 from ivl_export.export.trace import export_component
+from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models.checkpoint import Checkpoint
-from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.quantization.qdq import quantised_gemms, write_qdq
+from ivl_export.quantization.qdq_nodes import Style
+from ivl_export.quantization.quantize import LIMITS, activation_scale, dequantise, quantise, stored_names
+from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.recipe import load_recipe, plan
 from ivl_export.tests.calibration.reference import reference_modules, reference_runners, torch_runner
 
 Sets = tuple[CalibrationSet, CalibrationSet]

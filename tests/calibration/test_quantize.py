@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ivl_export.calibration import quantize
-from ivl_export.calibration.quantize import (
+from ivl_export.errors import CheckpointError
+from ivl_export.quantization import quantize
+from ivl_export.quantization.quantize import (
     LIMITS,
     dequantise,
     quantise,
@@ -18,7 +19,6 @@ from ivl_export.calibration.quantize import (
     stored_names,
     stored_tensors,
 )
-from ivl_export.errors import CheckpointError
 
 SCHEMES = ("fp8", "int8")
 weights = arrays(

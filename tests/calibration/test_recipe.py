@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ivl_export.calibration.recipe import Recipe, Rule, load_recipe, plan, schemes, shipped_recipes
 from ivl_export.errors import UsageError
 from ivl_export.models.chat_config import Whole
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.internvl import InternVL
-from ivl_export.profiles.chat_estimate import FULL_SIZE
-from ivl_export.profiles.sizes import plan_of
+from ivl_export.profiles.cost.chat_estimate import FULL_SIZE
+from ivl_export.profiles.cost.sizes import plan_of
+from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan, schemes, shipped_recipes
 
 VIT = "vision_model.encoder.layers.{}."
 LLAMA = "qllama.model.layers.{}."

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl_export.calibration.recipe import schemes
 from ivl_export.calibration.search import Group, Option, as_recipe, line, search
+from ivl_export.quantization.recipe import schemes
 
 NUMBERS = st.integers(1, 50)
 

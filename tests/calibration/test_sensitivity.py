@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ivl_export.calibration.accuracy import compare
-from ivl_export.calibration.attention import FP8_ATTENTION
 from ivl_export.calibration.calibrate import calibrate
 from ivl_export.calibration.dataset import CalibrationSet
-from ivl_export.calibration.quantize import activation_scale, dequantise, quantise, quantise_values
-from ivl_export.calibration.scales import Scales
 from ivl_export.calibration.sensitivity import Sensitivity, measure
 from ivl_export.errors import BuildError, CapabilityError, UsageError
+from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
-from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.quantization.attention import FP8_ATTENTION
+from ivl_export.quantization.quantize import activation_scale, dequantise, quantise, quantise_values
+from ivl_export.quantization.ranges import Scales
 from ivl_export.tests.calibration.reference import reference_modules
 
 Sets = tuple[CalibrationSet, CalibrationSet]

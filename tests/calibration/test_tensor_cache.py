@@ -10,7 +10,7 @@ import numpy as np
 
 from ivl_export.calibration.sources import open_calibration
 from ivl_export.calibration.tensor_cache import TensorCache
-from ivl_export.preprocess import ImageSettings
+from ivl_export.inputs.preprocess import ImageSettings
 
 
 def test_images_are_decoded_once(photos: Path, tmp_path: Path, settings: ImageSettings) -> None:

@@ -11,9 +11,18 @@ import pytest
 import torch
 
 from ivl_export.calibration.accuracy import compare
-from ivl_export.calibration.qdq import write_qdq
-from ivl_export.calibration.qdq_nodes import Style
-from ivl_export.calibration.quantize import (
+from ivl_export.engines.base import open_engine
+from ivl_export.engines.tensorrt.build import build_engine
+from ivl_export.errors import BuildError
+from ivl_export.export.binding import bind, save_graph
+from ivl_export.export.components import component_spec
+from ivl_export.export.trace import export_component
+from ivl_export.export.weight_store import StoreWriter, open_store
+from ivl_export.export.weights import write_store
+from ivl_export.models.checkpoint import Checkpoint
+from ivl_export.quantization.qdq import write_qdq
+from ivl_export.quantization.qdq_nodes import Style
+from ivl_export.quantization.quantize import (
     dequantise,
     pack,
     quantise,
@@ -21,21 +30,12 @@ from ivl_export.calibration.quantize import (
     stored_tensors,
     unpack,
 )
-from ivl_export.calibration.recipe import Recipe, Rule, load_recipe, plan
-from ivl_export.calibration.schemes import block_size
-from ivl_export.engines.build import build_engine
-from ivl_export.engines.promise import check_promise
-from ivl_export.engines.proof_onnxruntime import proof_from_onnxruntime
-from ivl_export.engines.proof_rtx import proof_from_engine
-from ivl_export.engines.protocol import open_engine
-from ivl_export.errors import BuildError
-from ivl_export.export.binding import bind, save_graph
-from ivl_export.export.components import component_spec
-from ivl_export.export.store import StoreWriter, open_store
-from ivl_export.export.trace import export_component
-from ivl_export.export.weights import write_store
-from ivl_export.models.checkpoint import Checkpoint
+from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan
+from ivl_export.quantization.schemes import block_size
 from ivl_export.tests.calibration.reference import reference_modules
+from ivl_export.verify.expectations import check_promise
+from ivl_export.verify.onnxruntime import proof_from_onnxruntime
+from ivl_export.verify.rtx import proof_from_engine
 
 SCHEMES = ("int8-weight", "int4-weight")
 

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from ivl_export.specs import Axis, ComponentSpec, TensorSpec
+from ivl_export.bundle.spec import Axis, ComponentSpec, TensorSpec
 
 Array = np.ndarray[Any, Any]
 FLOATS = {

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from ivl_export.bundle.spec import Axis, ComponentSpec, TensorSpec
+from ivl_export.engines.base import open_engine
 from ivl_export.engines.chain import ChainedEngine
 from ivl_export.engines.device import as_tensor, concatenate, deliver, to_host
-from ivl_export.engines.ort_providers import placement
-from ivl_export.engines.protocol import open_engine
+from ivl_export.engines.onnxruntime.providers import placement
 from ivl_export.errors import CapabilityError, InputError, UsageError
-from ivl_export.specs import Axis, ComponentSpec, TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ivl_export.engines.build import build_engine
-from ivl_export.engines.promise import check_promise
-from ivl_export.engines.proof_onnxruntime import proof_from_onnxruntime
-from ivl_export.engines.proof_rtx import proof_from_engine
+from ivl_export.engines.tensorrt.build import build_engine
+from ivl_export.verify.expectations import check_promise
+from ivl_export.verify.onnxruntime import proof_from_onnxruntime
+from ivl_export.verify.rtx import proof_from_engine
 
 if TYPE_CHECKING:
-    from ivl_export.calibration.qdq_nodes import Style
     from ivl_export.models.checkpoint import Checkpoint
+    from ivl_export.quantization.qdq_nodes import Style
 
 
 @pytest.fixture
@@ -44,11 +44,11 @@ def export(
     checkpoint: Checkpoint, folder: Path, scheme: str, compute: str, style: Style
 ) -> tuple[Path, dict[str, str]]:
     """The quantised vision graph and its promise."""
-    from ivl_export.calibration.qdq import write_qdq
-    from ivl_export.calibration.quantize import quantise, stored_names
     from ivl_export.export.binding import bind, save_graph
-    from ivl_export.export.store import StoredTensor, StoreWriter, open_store
     from ivl_export.export.trace import export_component
+    from ivl_export.export.weight_store import StoredTensor, StoreWriter, open_store
+    from ivl_export.quantization.qdq import write_qdq
+    from ivl_export.quantization.quantize import quantise, stored_names
 
     model = export_component("vision", checkpoint, compute)
     weights = {}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ivl_export.engines.promise import check_promise
-from ivl_export.engines.proof_inspector import proof_from_inspector, read_inspector
 from ivl_export.errors import BuildError, CapabilityError, IntegrityError
+from ivl_export.verify.expectations import check_promise
+from ivl_export.verify.inspector import proof_from_inspector, read_inspector
 
 if TYPE_CHECKING:
     from .conftest import Make

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ivl_export.engines.layer_times import Call, Event, in_a_row
-from ivl_export.engines.proof_inspector import layer_names
-from ivl_export.engines.trt_profile import profiled_calls
+from ivl_export.engines.tensorrt.layer_names import layer_names
+from ivl_export.engines.tensorrt.profile import profiled_calls
 
 from .test_inspector import ELEVEN, TEN, vit_layers
 

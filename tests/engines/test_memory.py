@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ivl_export.engines import memory
-from ivl_export.engines.build import build_engine
-from ivl_export.engines.graph import read_graph
 from ivl_export.engines.memory import (
     BLOCK_BYTES,
     LIBRARY_BYTES,
@@ -20,7 +18,9 @@ from ivl_export.engines.memory import (
     check_memory,
     graph_load,
 )
+from ivl_export.engines.onnx_graph import read_graph
 from ivl_export.engines.products import find_products
+from ivl_export.engines.tensorrt.build import build_engine
 from ivl_export.errors import BuildError
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ivl_export.engines.build import build_engine
-from ivl_export.engines.program import read_programs
-from ivl_export.engines.promise import check_promise
-from ivl_export.engines.proof import AttentionProof, KernelReport
-from ivl_export.engines.proof_rtx import proof_from_engine
+from ivl_export.engines.tensorrt.build import build_engine
 from ivl_export.errors import BuildError, IntegrityError, UsageError
+from ivl_export.verify.expectations import check_promise
+from ivl_export.verify.program import read_programs
+from ivl_export.verify.report import AttentionProof, KernelReport
+from ivl_export.verify.rtx import proof_from_engine
 
 if TYPE_CHECKING:
     from .conftest import Make, Sample

@@ -1,0 +1,95 @@
+"""A bundle in the place of an older one: by two renames, under a lock on the parent folder.
+
+``out`` becomes ``.out.old.<pid>``, the staging folder becomes ``out``, the old one is deleted. A process
+killed before the first rename leaves the old bundle, after the second the new one; between the two, the next
+:func:`restore` or :func:`swap` puts the old one back. (Python has no call for Linux' exchanging rename; other
+systems have no such rename.)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import BuildError
+from ..files.atomic import flush
+from .manifest import MANIFEST
+
+
+def swap(staging: Path, out: Path) -> None:
+    """Rename ``staging`` to ``out``, in the place of a bundle that is there; BuildError for anything else."""
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    old = parent / f".{out.name}.old.{os.getpid()}"
+    with _locked(parent):
+        _restore(out)
+        refuse_foreign(out)
+        for leftover in _leftovers(out):
+            _remove(leftover)
+        replaced = out.exists()
+        if replaced:
+            os.rename(out, old)  # noqa: PTH104 - os.rename says which of the two paths failed
+        try:
+            os.rename(staging, out)  # noqa: PTH104
+        except OSError:
+            if replaced:
+                os.rename(old, out)  # noqa: PTH104
+            raise
+        flush(parent)
+    if replaced:
+        _remove(old)
+
+
+def restore(out: Path) -> None:
+    """Undo a swap that was killed between its two renames."""
+    with _locked(out.absolute().parent):
+        _restore(out)
+
+
+def refuse_foreign(out: Path) -> None:
+    """BuildError if ``out`` exists and is neither a bundle nor an empty folder: it is never replaced."""
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise BuildError(
+            f"{out} is not replaced.",
+            "It exists and is not a bundle.",
+            "Give --out a new folder, or remove that one.",
+        )
+
+
+def _restore(out: Path) -> None:
+    old = [p for p in _leftovers(out) if (p / MANIFEST).is_file()]
+    if old and not out.exists():
+        max(old, key=lambda p: p.stat().st_mtime).rename(out)
+
+
+def _remove(old: Path) -> None:
+    (old / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted bundle is never put back
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _leftovers(out: Path) -> list[Path]:
+    parent, pattern = out.absolute().parent, re.compile(re.escape(f".{out.name}.old.") + r"\d+")
+    if not parent.is_dir():
+        return []
+    return [p for p in parent.iterdir() if pattern.fullmatch(p.name)]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on ``folder`` (none on systems without flock); a killed process lets go of it."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

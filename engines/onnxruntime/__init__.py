@@ -1,0 +1,1 @@
+"""Engines in ONNX Runtime: sessions, providers, shared weights."""

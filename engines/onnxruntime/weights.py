@@ -1,0 +1,244 @@
+"""One copy of the weights for ONNX Runtime's sessions on the CPU: files that all of them map.
+
+A session folds the stored weights to what its kernels take and packs them, in memory of its own. Here what it
+made of a graph is saved once, packed weights included, and each weight becomes a file named by its content:
+wherever a graph has an equal one, sessions map the same pages, in this process and in others.
+
+ONNX Runtime packs each weight again when it opens such a graph, and takes the pages only if they are equal:
+what a processor with other kernels needs is in the session's own memory. The files lie in ``weights/`` of the
+cache folder (:mod:`..cache_dir`), by the bundle's graphs and weights, ONNX Runtime's release and the
+processor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...bundle import Bundle
+from ...errors import CapabilityError, IvlError
+from ..cache_dir import cache_folder, cache_limit, locked, prune, remove, touch
+from ..onnx_graph import Graph, read_graph
+from ..protobuf import delimited, fields, messages, rewritten
+
+KIND = "weights"
+LEAST_SAVED = 64 << 20
+"""Bytes of fp32 that sharing must save to be done unasked."""
+_LEAST_STORED = 16 << 20
+_LEAST_TENSOR = 64 << 10
+_HEADROOM = 1 << 30
+_CODE = ("session.py", "weights.py")
+"""What decides how graphs are optimised and kept."""
+_PAGE = 4096
+_SETTINGS = {
+    "session.optimized_model_external_initializers_min_size_in_bytes": str(_LEAST_TENSOR),
+    "session.save_external_prepacked_constant_initializers": "1",
+}
+_GRAPH, _INITIALIZER, _EXTERNAL = 7, 5, 13
+"""Fields of ModelProto, GraphProto and TensorProto."""
+
+Save = Callable[[Path, dict[str, str]], None]
+
+
+@dataclass(frozen=True)
+class SharedWeights:
+    """Where components keep the weights they share, and whether it is an error if they cannot."""
+
+    folder: Path
+    required: bool = False
+
+    def graph(self, path: Path, save: Save) -> Path | None:
+        """The graph that runs instead of the graph ``path``; made by ``save`` (file, settings) if need be.
+
+        None if it cannot be kept; CapabilityError then if sharing is ``required``.
+        """
+        made = self.folder / path.name
+        try:
+            if not made.is_file():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with locked(self.folder.with_suffix(".lock")):
+                    if not made.is_file():
+                        _make(made, save)
+                own = sum(file.stat().st_size for file in self.folder.iterdir())
+                prune(limit=max(own, cache_limit()), kinds=(KIND,))
+        except (OSError, LookupError, ValueError, IvlError) as error:  # or ONNX Runtime writes other files
+            if self.required:
+                raise CapabilityError(
+                    "Weights cannot be shared.",
+                    str(error),
+                    "Set IVL_EXPORT_CACHE to a folder with more room, or give share_weights=False.",
+                ) from error
+            return None
+        touch(self.folder)
+        return made
+
+    def forget(self) -> None:
+        """Delete what is kept: it cannot be used."""
+        remove(self.folder)
+
+
+def shared_weights(bundle: Bundle, wanted: bool | None) -> SharedWeights | None:
+    """How the components of ``bundle`` share weights; None: not at all.
+
+    ``wanted`` None: where that saves :data:`LEAST_SAVED` and the files fit the cache's limit and the disk.
+    """
+    stored = {rel: entry for rel, entry in bundle.manifest.files.items() if rel.startswith("onnx/")}
+    if wanted is False or (wanted is None and sum(e.size for e in stored.values()) < _LEAST_STORED):
+        return None
+    sizes: dict[str, int] = {}
+    owners: dict[str, list[str]] = {}
+    for name, component in bundle.manifest.components.items():
+        if "fp32" in component.graphs:
+            for key, size in _large(read_graph(bundle.path(component.graphs["fp32"]))):
+                sizes[key] = size
+                owners.setdefault(key, []).append(name)
+    saved = sum(sizes[key] * (len(names) - 1) for key, names in owners.items())
+    needed = 2 * sum(sizes.values())  # folded, and packed
+    if wanted is None and (saved < LEAST_SAVED or needed > min(cache_limit(), _free())):
+        return None
+    content = json.dumps(
+        [_code(), sorted((rel, entry.sha256) for rel, entry in stored.items()), _release(), _processor()]
+    )
+    folder = cache_folder() / KIND / hashlib.sha256(content.encode()).hexdigest()
+    return SharedWeights(folder, bool(wanted))
+
+
+def _large(graph: Graph) -> Iterator[tuple[str, int]]:
+    """Names of large weights, and their bytes in fp32."""
+    for name, (kind, shape) in graph.initializers.items():
+        size = 4 * math.prod(shape)
+        if size >= _LEAST_TENSOR:
+            yield f"{name} {kind} {shape}", size
+
+
+def _make(made: Path, save: Save) -> None:
+    """Write graph ``made``, and the files of weights that are not there yet."""
+    with _scratch(made.parent) as folder:
+        model, weights = folder / made.name, folder / "weights"
+        save(model, {"session.optimized_model_external_initializers_file_name": weights.name, **_SETTINGS})
+        if weights.is_file() and weights.stat().st_size:
+            with weights.open("rb") as file:
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+            def change(tensor: memoryview) -> bytes:
+                return _relocated(tensor, data, made.parent)
+
+            graph = memoryview(model.read_bytes())
+            model.write_bytes(rewritten(graph, (_GRAPH, _INITIALIZER), change))
+        _flushed(model)
+        model.replace(made)
+
+
+@contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    folder = parent / ".making"  # under the lock: what a killed process left is nobody's
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _relocated(tensor: memoryview, data: memoryview, folder: Path) -> bytes:
+    """A TensorProto whose bytes, folded and packed, are a file in ``folder`` instead of parts of ``data``.
+
+    Its ``external_data`` has entries ``location``, ``offset``, ``length``, and ``prepacked_0`` and so on:
+    ``key|offset;length;checksum|...``.
+    """
+    entries = dict(map(_entry, (part for _, part in messages(tensor, _EXTERNAL))))
+    if not entries:
+        return bytes(tensor)
+    parts: list[memoryview] = []
+    at = 0
+
+    def moved(offset: str, length: str) -> str:
+        nonlocal at
+        begin, size = int(offset), int(length)
+        parts.extend((memoryview(bytes(-at % _PAGE)), data[begin : begin + size]))
+        at += -at % _PAGE + size
+        return str(at - size)
+
+    entries["offset"] = moved(entries.get("offset", "0"), entries["length"])
+    for name, value in entries.items():
+        if name.startswith("prepacked"):
+            key, *blobs = value.split("|")
+            placed = (blob.split(";") for blob in blobs)
+            entries[name] = "|".join([key, *(";".join([moved(*p[:2]), *p[1:]]) for p in placed)])
+    entries["location"] = _kept(parts, folder)
+
+    def again(entry: memoryview) -> bytes:
+        name, _ = _entry(entry)
+        return delimited(1, name.encode()) + delimited(2, entries[name].encode())
+
+    return rewritten(tensor, (_EXTERNAL,), again)
+
+
+def _entry(data: memoryview) -> tuple[str, str]:
+    """A StringStringEntryProto."""
+    found = {number: str(value, "utf-8") for number, value in fields(data) if isinstance(value, memoryview)}
+    return found.get(1, ""), found.get(2, "")
+
+
+def _kept(parts: list[memoryview], folder: Path) -> str:
+    """The name of the file of ``parts``, named by their content; written unless it is there."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    file = folder / f"{digest.hexdigest()[:32]}.bin"
+    if not file.is_file():
+        partial = file.with_suffix(".tmp")
+        with partial.open("wb") as out:
+            out.writelines(parts)
+        _flushed(partial)
+        partial.replace(file)
+    return file.name
+
+
+def _flushed(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _free() -> int:
+    """Bytes that may be written where the cache is."""
+    folder = cache_folder()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free - _HEADROOM
+    except OSError:
+        return 0
+
+
+def _code() -> str:
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in _CODE)).hexdigest()
+
+
+def _release() -> str:
+    try:
+        import onnxruntime
+    except (ImportError, OSError):
+        return ""  # opening a session says so
+    return str(onnxruntime.__version__)
+
+
+def _processor() -> str:
+    """What decides which kernels ONNX Runtime takes, and so how it packs."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    wanted = ("model name", "flags", "Features", "CPU part")
+    known = sorted({line for line in lines if line.startswith(wanted)})
+    return "\n".join([platform.machine(), platform.processor(), *known])

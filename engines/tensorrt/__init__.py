@@ -1,0 +1,1 @@
+"""Engines in TensorRT and TensorRT-RTX: builds, optimization profiles, caches, runs."""

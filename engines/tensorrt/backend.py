@@ -1,0 +1,276 @@
+"""TensorRT and TensorRT-RTX: engines run on a GPU, on torch's memory and the caller's stream.
+
+Written against NVIDIA's documentation of TensorRT 10.16, 11.4 and TensorRT-RTX 1.7 and checked against the
+names and signatures of their bindings; not yet run on a GPU. A context holds the state of one optimization
+profile; there is one for each, made when shapes first need it, and one run at a time enters it.
+
+With CUDA graphs TensorRT's runs are recorded here, each graph with a context of its own: what it recorded
+writes into that context's memory. TensorRT-RTX records its own graphs when its contexts are told to.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ...bundle.spec import ComponentSpec
+from ...errors import BuildError, InputError, UsageError
+from ..cuda_graphs import Call, CudaGraphs
+from ..device import (
+    HOST,
+    Array,
+    Buffer,
+    as_tensor,
+    deliver,
+    in_place,
+    on_stream,
+    require_torch,
+    run_from_host,
+    to_host,
+)
+from . import library as trt
+from .shapes import Profile, choose_profile
+
+if TYPE_CHECKING:
+    import torch
+
+_TORCH = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int32": "int32", "int64": "int64"}
+_TORCH |= {"bool": "bool"}
+MAX_GRAPHS = 8
+"""CUDA graphs kept of one engine: each has a context of its own."""
+
+
+class TensorRTEngine:
+    """A component in a TensorRT engine. See :class:`~ivl_export.engines.base.Engine`.
+
+    Args:
+        spec: the contract, with the ranges that the profiles cover.
+        logger: the library's logger, which collects its errors.
+        engine: the library's ``ICudaEngine``.
+        kinds: name -> element type of inputs and outputs.
+        profiles: ranges of the axes for each optimization profile, in the engine's order.
+        device: ``cuda:0``.
+        module: the library.
+        cuda_graphs: replay runs from CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        spec: ComponentSpec,
+        logger: Any,
+        engine: Any,
+        kinds: Mapping[str, str],
+        profiles: tuple[Profile, ...],
+        device: str,
+        module: Any,
+        cuda_graphs: bool = False,
+    ) -> None:
+        self.spec, self.device, self._module = spec, device, module
+        self._logger, self._engine, self._kinds, self._profiles = logger, engine, kinds, profiles
+        self._contexts: dict[int, Any] = {}
+        self._config = self._graph_config() if cuda_graphs else None
+        own = cuda_graphs and self._config is None
+        self._graphs = CudaGraphs(self._recordable, MAX_GRAPHS) if own else None
+        self._lock = threading.Lock()
+        self._stream: int | None = None  # that of the run before
+
+    def run(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run once from and to host memory; see :meth:`~ivl_export.engines.base.Engine.run`."""
+        return run_from_host(self, inputs, outputs)
+
+    def run_tensors(
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Sequence[str] | None = None,
+        *,
+        out: Mapping[str, Buffer] | None = None,
+        stream: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Enqueue one run on ``stream``; see :meth:`~ivl_export.engines.base.Engine.run_tensors`."""
+        require_torch()
+        sizes, names = self.spec.check(inputs), self.spec.select(outputs)
+        index = self._profile(sizes)
+        given = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
+        with self._lock, on_stream(self.device, stream) as handle:
+            feeds = {  # held until the work is enqueued; torch reuses memory in the stream's order
+                name: as_tensor(buffer, self.device).to(self._dtype(name)).contiguous()
+                for name, buffer in inputs.items()
+            }
+            if self._graphs is not None:
+                values = self._graphs(*(feeds[t.name] for t in self.spec.inputs))
+                made = dict(zip((t.name for t in self.spec.outputs), values, strict=True))
+            else:
+                if self._stream not in (None, handle):
+                    self._wait()  # a context's memory is that of one stream at a time
+                self._stream = handle
+                if index not in self._contexts:
+                    self._contexts[index] = self._context(index, handle)
+                made = self._enqueue(self._contexts[index], sizes, feeds, given, handle)
+            return deliver({name: made[name] for name in names}, given)
+
+    def _enqueue(
+        self,
+        context: Any,
+        sizes: Mapping[str, int],
+        feeds: Mapping[str, torch.Tensor],
+        given: Mapping[str, torch.Tensor],
+        stream: int,
+    ) -> dict[str, torch.Tensor]:
+        """One run of ``context`` on ``stream``: every output, in ``given`` where it fits."""
+        import torch
+
+        for name, tensor in feeds.items():
+            self._done(context.set_input_shape(name, tuple(tensor.shape)), f"the shape of {name}")
+            self._done(context.set_tensor_address(name, tensor.data_ptr()), f"the address of {name}")
+        made: dict[str, torch.Tensor] = {}
+        for spec in self.spec.outputs:  # every output needs memory, asked for or not
+            shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.shape)
+            target = given.get(spec.name)
+            if target is None or not self._fits(target, spec.name, shape):
+                target = torch.empty(shape, dtype=self._dtype(spec.name), device=self.device)
+            made[spec.name] = target
+            address = context.set_tensor_address(spec.name, target.data_ptr())
+            self._done(address, f"the address of {spec.name}")
+        self._done(context.execute_async_v3(stream), "the run")
+        return made
+
+    def with_graphs(self) -> TensorRTEngine:
+        """The same engine with contexts of its own, its runs replayed from CUDA graphs."""
+        return TensorRTEngine(
+            self.spec,
+            self._logger,
+            self._engine,
+            self._kinds,
+            self._profiles,
+            self.device,
+            self._module,
+            True,
+        )
+
+    def profiled(
+        self, inputs: dict[str, Array], calls: int, warmup: int = 2
+    ) -> tuple[list[tuple[float, list[tuple[str, float]]]], dict[str, Array]]:
+        """Run ``calls`` times after ``warmup`` runs, in a context that times every layer.
+
+        Returns:
+            For each run its milliseconds by the host's clock until the GPU was done, and (layer,
+            milliseconds) in the library's order and words; and the last run's outputs.
+
+        Raises:
+            InputError, BuildError: as :meth:`run_tensors`.
+        """
+        sizes, profiler = self.spec.check(inputs), trt.make_profiler(self._module)
+        feeds = {name: as_tensor(a, self.device).to(self._dtype(name)) for name, a in inputs.items()}
+        found: list[tuple[float, list[tuple[str, float]]]] = []
+        made: dict[str, torch.Tensor] = {}
+        with self._lock, on_stream(self.device, None) as handle:
+            context = self._context(self._profile(sizes), handle)
+            context.profiler = profiler
+            context.enqueue_emits_profile = False  # layers are reported when they are asked for
+            for _ in range(warmup + calls):
+                self._wait()
+                began = time.perf_counter()
+                made = self._enqueue(context, sizes, feeds, {}, handle)
+                self._wait()
+                length = (time.perf_counter() - began) * 1e3
+                profiler.times = []
+                self._done(context.report_to_profiler(), "the layers' times")
+                found.append((length, profiler.times))
+        return found[warmup:], {name: to_host(tensor) for name, tensor in made.items()}
+
+    def layers(self) -> str:
+        """What the engine's inspector says of its layers, as JSON."""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._module.LayerInformationFormat.JSON))
+
+    def _profile(self, sizes: dict[str, int]) -> int:
+        """The optimization profile for ``sizes``; InputError if there is none, UsageError if it is closed."""
+        if self._engine is None:
+            raise UsageError(f"Component {self.spec.name} is closed.", "", "Open it again.")
+        index = choose_profile(self._profiles, sizes)
+        if index is None:
+            raise InputError(
+                f"The engine of {self.spec.name} has no profile for these sizes.",
+                f"{sizes} is in none of {list(self._profiles)}.",
+                "Split the request, or build with other --shapes.",
+            )
+        return index
+
+    def _context(self, index: int, stream: int) -> Any:
+        """A new context in profile ``index``."""
+        config = () if self._config is None else (self._config,)
+        context = self._engine.create_execution_context(*config)
+        self._done(context is not None, "a context: is there enough GPU memory?")
+        self._done(context.set_optimization_profile_async(index, stream), f"profile {index}")
+        self._wait()
+        return context
+
+    def _graph_config(self) -> Any:
+        """What tells contexts of TensorRT-RTX to record graphs themselves; None: the library does not."""
+        if not hasattr(self._module, "CudaGraphStrategy"):
+            return None
+        config = self._engine.create_runtime_config()
+        config.cuda_graph_strategy = self._module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return config
+
+    def _recordable(self) -> Call:
+        """A run on a context of its own, for one graph."""
+        context: Any = None
+
+        def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            nonlocal context
+            feeds = dict(zip((t.name for t in self.spec.inputs), tensors, strict=True))
+            sizes = self.spec.check(feeds)
+            with on_stream(self.device, None) as handle:
+                if context is None:  # in the first run, which is not recorded
+                    context = self._context(self._profile(sizes), handle)
+                made = self._enqueue(context, sizes, feeds, {}, handle)
+            return tuple(made[t.name] for t in self.spec.outputs)
+
+        return call
+
+    def _fits(self, target: torch.Tensor, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the engine can write output ``name`` into ``target`` itself."""
+        same = target.dtype == self._dtype(name) and str(target.device) == self.device
+        return same and tuple(target.shape) == shape and target.is_contiguous()
+
+    def _dtype(self, name: str) -> torch.dtype:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, _TORCH[self._kinds[name]])
+        return dtype
+
+    def _done(self, worked: bool, what: str) -> None:
+        if not worked:
+            raise BuildError(
+                f"TensorRT refuses {what}, of component {self.spec.name}.",
+                trt.reasons(self._logger),
+                "Build the engine again on this machine.",
+            )
+
+    def _wait(self) -> None:
+        import torch
+
+        if self.device != HOST:
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """Free contexts and engine, after the runs that are enqueued."""
+        with self._lock:
+            if self._contexts or self._graphs is not None:
+                self._wait()
+            self._contexts.clear()
+            if self._graphs is not None:
+                self._graphs.close()
+            self._engine = None
+
+    def __enter__(self) -> TensorRTEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,42 @@
+"""TensorRT's own profile of an engine: the times of its layers, named by the ONNX nodes they compute.
+
+Written against NVIDIA's documentation of ``IProfiler``, as :mod:`.backend`; not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..device import Array
+from ..layer_times import Call, Event
+from .backend import TensorRTEngine
+from .layer_names import layer_names
+
+
+def profiled_calls(
+    engine: TensorRTEngine, inputs: Mapping[str, Array], calls: int
+) -> tuple[tuple[Call, ...], dict[str, Array]]:
+    """``calls`` calls of an engine by TensorRT's profiler, and its outputs.
+
+    A layer is named by the ONNX node that it computes, the plainest of them where it computes several
+    (products have no suffix), and by the library's own name where the engine does not tell.
+
+    Raises:
+        InputError, BuildError: as running the engine.
+    """
+    told = layer_names(engine.layers())
+    runs, outputs = engine.profiled(dict(inputs), calls)
+    return tuple(_call(length, layers, told) for length, layers in runs), outputs
+
+
+def _call(
+    length: float, layers: Sequence[tuple[str, float]], told: Mapping[str, tuple[str, tuple[str, ...]]]
+) -> Call:
+    events: list[Event] = []
+    begin = 0.0
+    for name, ms in layers:
+        op, nodes = told.get(name, ("", (name,)))
+        plainest = min(nodes, key=lambda node: node.count("/"))
+        events.append(Event(plainest, op, begin * 1e3, ms * 1e3))
+        begin += ms
+    return Call(length * 1e3, tuple(events))

@@ -1,0 +1,164 @@
+"""The torch backend: a bundle's component as a torch module behind the engines' protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from ...bundle import Bundle
+from ...bundle.spec import ComponentSpec
+from ...errors import BuildError, CapabilityError, UsageError
+from ..cuda_graphs import Call, CudaGraphs
+from ..device import Array, Buffer, as_tensor, deliver, on_stream, run_from_host
+from .compiled import compile_blocks
+from .linears import Product
+from .module import component_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchEngine:
+    """A module as an engine. See :class:`~ivl_export.engines.base.Engine`.
+
+    Args:
+        spec: the component's contract.
+        call: takes the spec's inputs in its order, gives its outputs in its order.
+        dtype: what ``float`` inputs become.
+        device: where the module's weights lie.
+    """
+
+    def __init__(self, spec: ComponentSpec, call: Call, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec = spec
+        self.device = str(device)
+        self._call: Call | None = call
+        self._dtype = dtype
+
+    def run(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run once; see :meth:`~ivl_export.engines.base.Engine.run`."""
+        return run_from_host(self, inputs, outputs)
+
+    def run_tensors(
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Sequence[str] | None = None,
+        *,
+        out: Mapping[str, Buffer] | None = None,
+        stream: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Run once on tensors; see :meth:`~ivl_export.engines.base.Engine.run_tensors`.
+
+        All outputs are computed, whatever ``outputs`` says.
+        """
+        call = self._opened()
+        self.spec.check(inputs)
+        names = self.spec.select(outputs)
+        with on_stream(self.device, stream), torch.no_grad():
+            feeds = []
+            for tensor in self.spec.inputs:
+                given = as_tensor(inputs[tensor.name], self.device)
+                feeds.append(given.to(self._dtype) if tensor.dtype == "float" else given)
+            try:
+                made = call(*feeds)
+            except torch.OutOfMemoryError as error:
+                raise BuildError(
+                    f"Component {self.spec.name} does not fit on {self.device}.",
+                    str(error).split("\n", 1)[0],
+                    "Give fewer rows at a time (--batch).",
+                ) from error
+            values = dict(zip((t.name for t in self.spec.outputs), made, strict=True))
+            return deliver({name: values[name] for name in names}, out)
+
+    def with_graphs(self) -> TorchEngine:
+        """The same module, replayed from a CUDA graph for each set of shapes; UsageError if it is closed."""
+        call = self._opened()
+        return TorchEngine(self.spec, CudaGraphs(lambda: call), self._dtype, torch.device(self.device))
+
+    def _opened(self) -> Call:
+        if self._call is None:
+            raise UsageError(f"Component {self.spec.name} is closed.", "", "Open it again.")
+        return self._call
+
+    def close(self) -> None:
+        """Let go of the module; weights that no other component reads are freed."""
+        self._call = None
+
+    def __enter__(self) -> TorchEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_torch(
+    spec: ComponentSpec,
+    path: Path,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    compile: bool | str = False,
+    cuda_graphs: bool = False,
+    product: Product | None = None,
+    threads: int | None = None,
+) -> TorchEngine:
+    """Open component ``spec`` of the bundle in the folder ``path``.
+
+    Args:
+        spec: the component's contract.
+        path: the bundle; its stored weights and ``scales.json`` are read, graphs and engines are not.
+        device: ``cpu``, ``cuda``, ``cuda:N``.
+        dtype: what everything unquantised computes in: ``fp32``, ``bf16``, ``fp16``; None: fp32 on the CPU,
+            else the base type of the bundle's recipe.
+        compile: run its blocks through ``torch.compile``; a text is its ``mode``. The first calls compile.
+        cuda_graphs: record one CUDA graph for each shape and replay it.
+        product: how FP8 values are multiplied, see :data:`.linears.Product`.
+        threads: torch's threads on the CPU, for the whole process; None: as they are.
+
+    Raises:
+        CapabilityError: no such device here, or CUDA graphs without a GPU.
+        UsageError: an unknown ``dtype``.
+        IntegrityError: the bundle lacks weights or scales of the component.
+    """
+    place = device_of(device)
+    bundle = Bundle.open(path)
+    computes = compute_type(bundle, place, dtype)
+    if cuda_graphs and place.type != "cuda":
+        raise CapabilityError("CUDA graphs need a GPU.", f"The device is {place}.", "Leave cuda_graphs out.")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    module = component_of(bundle, spec.name, dtype=computes, device=place, product=product)
+    call: Call = module
+    if compile:
+        compile_blocks(module, None if compile is True else compile)
+    engine = TorchEngine(spec, call, computes, place)
+    return engine.with_graphs() if cuda_graphs else engine
+
+
+def compute_type(bundle: Bundle, device: torch.device, dtype: str | None = None) -> torch.dtype:
+    """What everything unquantised computes in, see :func:`open_torch`; UsageError if ``dtype`` is unknown."""
+    chosen = dtype or ("fp32" if device.type == "cpu" else bundle.manifest.compute_dtype)
+    if chosen not in DTYPES:
+        raise UsageError(f"Unknown dtype {chosen!r}.", "", f"Choose from {', '.join(DTYPES)}.")
+    return DTYPES[chosen]
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device ``name``; UsageError if there is none of that name, CapabilityError if not here."""
+    try:
+        place = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"Unknown device {name!r}.", "", "Give cpu, cuda or cuda:N.") from error
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise CapabilityError(
+                "torch sees no GPU.",
+                f"torch {torch.__version__} was asked for {name}.",
+                "Give --device cpu, or install a torch built for CUDA and a driver.",
+            )
+        return torch.device("cuda", place.index if place.index is not None else torch.cuda.current_device())
+    return place

@@ -1,0 +1,176 @@
+"""A component's module, filled from a bundle: stored weights, stored 8-bit values, ``scales.json``.
+
+A weight that several components read is one tensor in the process, as it is one in the store.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ...bundle import Bundle
+from ...errors import CapabilityError, CheckpointError, IntegrityError
+from ...export.components import component_module
+from ...export.weight_store import Store, open_store
+from ...models.chat_config import ModelConfig, config_from_published
+from ...models.storage import open_reader
+from ...quantization.attention import attention_scales, attentions
+from ...quantization.quantize import activation_scale, stored_names
+from ...quantization.ranges import Scales
+from ...quantization.recipe import Recipe
+from ...quantization.schemes import SCHEMES
+from .attention import Fp8Attention
+from .linears import Product, quantised_linear
+
+STORES = "onnx/weights/"
+
+_shared: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
+_sharing = threading.Lock()
+
+
+def component_of(
+    bundle: Bundle,
+    component: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    product: Product | None = None,
+) -> nn.Module:
+    """The module of ``component``, in eval mode, without gradients.
+
+    Args:
+        bundle: an opened bundle; graphs and engines are not read.
+        component: one of its components.
+        dtype: what it computes in.
+        device: where.
+        product: how FP8 values are multiplied; None: the best the device has.
+
+    Raises:
+        IntegrityError: the bundle does not hold what the component needs.
+    """
+    try:
+        config = config_from_published(bundle.manifest.model.config, "manifest.json")
+        with torch.device("meta"):
+            module = component_module(component, config)
+    except CheckpointError as error:
+        raise IntegrityError(error.what, error.why, "Rebuild the bundle.") from error
+    weights = _Weights(bundle, dtype, device)
+    recipe = Recipe.from_json(bundle.manifest.recipe, "manifest.json") if bundle.manifest.recipe else None
+    if recipe is not None and recipe.quantises:
+        rounds = recipe.attention == "fp8" or any(
+            SCHEMES[rule.scheme].activation for rule in recipe.rules if rule.scheme in SCHEMES
+        )
+        ranges = _ranges(bundle, component) if rounds else {}
+        _quantise_linears(module, recipe, ranges, weights, product)
+        if recipe.attention == "fp8":
+            for name in _attentions_in_fp8(component, config):
+                scales = attention_scales(name, ranges, recipe.base)
+                module.set_submodule(f"{name}.core", Fp8Attention(scales, recipe.base))
+    for key, _ in list(module.named_parameters()):
+        owner, _, leaf = key.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, weights.parameter(key))
+    return module.eval().requires_grad_(False)
+
+
+def _quantise_linears(
+    module: nn.Module,
+    recipe: Recipe,
+    ranges: Mapping[str, float],
+    weights: _Weights,
+    product: Product | None,
+) -> None:
+    """Put stored values in the place of every linear layer that the recipe quantised."""
+    for name, layer in list(module.named_modules()):
+        scheme = scheme_of(recipe, name)
+        if not isinstance(layer, nn.Linear) or not scheme or not weights.holds(name, scheme, recipe.base):
+            continue
+        values, _, scale = stored_names(name, scheme, recipe.base)
+        bias = None if layer.bias is None else weights.parameter(f"{name}.bias")
+        input_scale = _input_scale(scheme, ranges.get(name), recipe.base, name)
+        made = quantised_linear(
+            scheme, weights.stored(values), weights.stored(scale), bias, input_scale, product
+        )
+        module.set_submodule(name, made)
+
+
+class _Weights:
+    """The bundle's weights store, each tensor loaded once in the process."""
+
+    def __init__(self, bundle: Bundle, dtype: torch.dtype, device: torch.device) -> None:
+        files = [f for f in bundle.manifest.files if f.startswith(STORES) and f.endswith(".safetensors")]
+        try:
+            self._store: Store = open_store(*(bundle.path(file) for file in files))
+        except CheckpointError as error:
+            raise IntegrityError(error.what, error.why, "Copy the bundle again.") from error
+        self._dtype, self._device = dtype, device
+        self._readers: dict[Path, Callable[[str], Tensor]] = {}
+
+    def holds(self, layer: str, scheme: str, base: str) -> bool:
+        """Whether the weight of ``layer`` is stored as ``scheme`` says."""
+        return all(name in self._store for name in stored_names(layer, scheme, base))
+
+    def parameter(self, key: str) -> nn.Parameter:
+        """A weight in the compute type."""
+        made: nn.Parameter = self._load(key, self._dtype, lambda t: nn.Parameter(t, requires_grad=False))
+        return made
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor in its stored type."""
+        made: Tensor = self._load(name, None, lambda t: t)
+        return made
+
+    def _load(self, name: str, dtype: torch.dtype | None, wrap: Callable[[Tensor], Any]) -> Any:
+        if name not in self._store:
+            raise IntegrityError(
+                f"The bundle's weights store lacks {name}.", "Its component needs it.", "Rebuild the bundle."
+            )
+        ref = self._store[name]
+        stat = ref.file.stat()
+        key = (ref.file.resolve(), stat.st_mtime_ns, stat.st_size, name, dtype, self._device)
+        with _sharing:
+            tensor = _shared.get(key)
+            if tensor is None:
+                if ref.file not in self._readers:
+                    self._readers[ref.file] = open_reader(ref.file)
+                tensor = wrap(self._readers[ref.file](ref.name).to(self._device, dtype))
+                _shared[key] = tensor
+        return tensor
+
+
+def scheme_of(recipe: Recipe, layer: str) -> str:
+    """What the last rule that matches ``layer`` says; empty if it stays in the base type."""
+    found = ""
+    for rule in recipe.rules:
+        if fnmatchcase(layer, rule.pattern):
+            found = rule.scheme
+    return found if found in SCHEMES else ""
+
+
+def _attentions_in_fp8(component: str, config: ModelConfig) -> list[str]:
+    found = attentions(config, [component])[component]
+    return [name for name, shape in found.items() if not shape.excluded]
+
+
+def _ranges(bundle: Bundle, component: str) -> Mapping[str, float]:
+    scales = Scales.load(bundle.path("scales.json"))
+    if component not in scales.amax:
+        raise CapabilityError(
+            f"The bundle's scales say nothing about {component}.", "", "Rebuild the bundle with it."
+        )
+    return scales.amax[component]
+
+
+def _input_scale(scheme: str, amax: float | None, base: str, layer: str) -> float | None:
+    kind = SCHEMES[scheme].activation
+    if not kind:
+        return None
+    if amax is None:
+        raise IntegrityError(f"The bundle's scales lack layer {layer}.", "", "Rebuild the bundle.")
+    return activation_scale(amax, kind, base)

@@ -1,0 +1,262 @@
+"""Plain ONNX graphs of a checkpoint's components, not quantised, with a copy of the weights or without."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import BuildError, CapabilityError, UsageError
+from ..models.checkpoint import Checkpoint
+from .beside import Check, beside
+from .binding import bind, save_graph
+from .cached_attention import separate_past
+from .components import component_module
+from .trace import export_component
+from .weight_store import Store, cannot_write, plan_store
+from .weights import stored_as, write_store
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+STORE = Path("weights") / "weights.safetensors"
+GRAPH_BYTES = 64 << 20
+"""Room for the graphs themselves; the largest takes a few MB."""
+
+Progress = Callable[[str, int, int], None]
+"""Hears the step, what is done of it, and its end: bytes for ``weights``, 0 or 1 for a component.
+
+Weights are copied while components are traced, so their steps mix. Calls come one at a time, from
+two threads.
+"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Args:
+        graphs: component to its graph.
+        store: the weights store; None with zero copy.
+        bytes_written: size of the new files.
+        bytes_referred: size of the tensors that the graphs use, each counted once.
+    """
+
+    graphs: dict[str, Path]
+    store: Path | None
+    bytes_written: int
+    bytes_referred: int
+
+
+def export_plain(
+    checkpoint: Checkpoint,
+    out: Path,
+    components: Sequence[str] = (),
+    dtype: str = "bf16",
+    zero_copy: bool = False,
+    progress: Progress = lambda step, done, total: None,
+) -> Exported:
+    """Write ``<component>.<dtype>.onnx`` into ``out`` for each of ``components`` (none given: all).
+
+    Copies lie in one store below ``out``, each tensor once and aligned; ``out`` appears whole or not at all.
+    fp32 graphs of a 16-bit checkpoint keep its 16-bit weights behind Casts, which engines fold when they
+    load: half the disk, equal values. With ``zero_copy`` the graphs refer to the checkpoint's own files.
+
+    Args:
+        checkpoint: the weights. Torch files (``.bin``, ``.pth``) can only be copied.
+        out: a new folder; with ``zero_copy`` the one that holds the shards, or one above it.
+        components: names of ``checkpoint.components``.
+        dtype: what the graphs compute in, ``bf16`` or ``fp32``.
+        zero_copy: write no weights.
+        progress: see :data:`Progress`.
+
+    Raises:
+        UsageError: unknown dtype or component; ``out`` is there already, or does not hold the shards.
+        CapabilityError: the checkpoint lacks a component; zero copy of files that runtimes would refuse.
+        BuildError: the disk is too small, or a file cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"Unknown dtype {dtype!r}.", f"Known: {', '.join(DTYPES)}.", "Give --dtype bf16.")
+    names = list(dict.fromkeys(components)) or list(checkpoint.components)
+    keys = weight_keys(checkpoint, names)
+    used = sum(checkpoint.tensors[key].nbytes for key in keys)
+    if zero_copy:
+        check_linkable(checkpoint, keys, out)
+        models = _bound(checkpoint, checkpoint.tensors, names, dtype, out, progress)
+        graphs = _saved(models, dtype, out)
+        return Exported(graphs, None, _sizes(graphs.values()), used)
+
+    stored = None if dtype == "fp32" else DTYPES[dtype]
+    layout = stored_as(checkpoint, keys, stored)
+    total, tell = sum(t.nbytes for t in layout), _one_at_a_time(progress)
+    with _staged(out) as staging:
+        check_space(staging, total + GRAPH_BYTES)
+        store = staging / STORE
+
+        def copy(go_on: Check) -> None:
+            def advance(done: int) -> None:
+                go_on()
+                tell("weights", done, total)
+
+            write_store(checkpoint, keys, store, stored, advance)
+
+        tell("weights", 0, total)
+        with beside(copy) as sound:  # copying is the system's work, tracing Python's
+            models = _bound(checkpoint, plan_store(store, layout).refs, names, dtype, staging, tell, sound)
+        _saved(models, dtype, staging)
+    graphs = {name: out / f"{name}.{dtype}.onnx" for name in names}
+    return Exported(graphs, out / STORE, _sizes([out / STORE, *graphs.values()]), used)
+
+
+def weight_keys(checkpoint: Checkpoint, components: Sequence[str]) -> list[str]:
+    """Published keys of the tensors that ``components`` read, each once.
+
+    Raises:
+        UsageError, CapabilityError: no such component, or not in this checkpoint.
+    """
+    import torch
+
+    keys: dict[str, None] = {}
+    for name in components:
+        with torch.device("meta"):
+            module = component_module(name, checkpoint.model, checkpoint.contrastive_only)
+        keys.update(dict.fromkeys(module.state_dict()))
+    return list(keys)
+
+
+def check_linkable(checkpoint: Checkpoint, keys: Sequence[str], out: Path) -> None:
+    """Refuse graphs in ``out`` that refer to the checkpoint's files where runtimes would not follow.
+
+    Raises:
+        CapabilityError: the files are torch archives, or have a second name.
+        UsageError: ``out`` is not a folder at or above all of them.
+    """
+    copy = "Leave --zero-copy out: the weights are then copied, a block at a time."
+    for file in sorted({checkpoint.tensors[key].file for key in keys}):
+        if file.suffix != ".safetensors":
+            raise CapabilityError(
+                f"{file.name} cannot be used without a copy.",
+                "It is a torch archive, which does not say at which byte a tensor begins.",
+                copy,
+            )
+        real = file.resolve()
+        if not real.is_relative_to(out.resolve()):
+            linked = f"{file} is a link to {real}. " if file.is_symlink() else ""
+            raise UsageError(
+                f"Graphs in {out} cannot refer to {real}.",
+                f"{linked}Runtimes refuse external data outside the folder of the graph.",
+                copy if file.is_symlink() else f"Give --out {file.parent}, or leave --zero-copy out.",
+            )
+        if real.stat().st_nlink > 1:
+            raise CapabilityError(
+                f"{real} cannot be used without a copy.",
+                "The file has a second name (a hard link); onnx refuses such external data.",
+                copy,
+            )
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """BuildError unless the disk of ``folder`` has ``needed`` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BuildError(
+            "There is not enough disk space for the weights.",
+            f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.",
+            "Free some, choose another --out, or give --zero-copy, which copies no weights.",
+        )
+
+
+def _bound(
+    checkpoint: Checkpoint,
+    store: Store,
+    names: Sequence[str],
+    dtype: str,
+    folder: Path,
+    progress: Progress,
+    sound: Check = lambda: None,
+) -> dict[str, ir.Model]:
+    """Graphs of ``names`` that refer to ``store``; they are checked and saved once it is there."""
+    models = {}
+    for name in names:
+        sound()
+        progress(name, 0, 1)
+        models[name] = export_component(name, checkpoint, DTYPES[dtype])
+        if dtype == "fp32":
+            separate_past(models[name])
+        bind(models[name], store, folder)
+        progress(name, 1, 1)
+    return models
+
+
+def _saved(models: dict[str, ir.Model], dtype: str, folder: Path) -> dict[str, Path]:
+    graphs = {name: folder / f"{name}.{dtype}.onnx" for name in models}
+    for name, path in graphs.items():
+        save_graph(models[name], path)
+    return graphs
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder that becomes ``out`` when the block ends without an error, and is removed otherwise.
+
+    Its name is fixed, so that what a killed run left is found and removed by the next one.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"{out} is there already.",
+            "An export writes a new folder.",
+            "Remove it, or choose another --out.",
+        )
+    staging = out.absolute().with_name(f".{out.absolute().name}.export")
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        lock = os.open(staging, os.O_RDONLY)
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    try:
+        _lock(lock, out)
+        for old in staging.iterdir():
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        try:
+            yield staging
+            try:
+                staging.replace(out)
+            except OSError as error:
+                raise cannot_write(out, error) from error
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: int, out: Path) -> None:
+    with suppress(ImportError):  # no flock on this system: two exports into one folder are not kept apart
+        import fcntl
+
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BuildError(
+                f"Another export into {out} is running.", str(error), "Wait for it, or use another --out."
+            ) from error
+
+
+def _one_at_a_time(progress: Progress) -> Progress:
+    lock = threading.Lock()
+
+    def tell(step: str, done: int, total: int) -> None:
+        with lock:
+            progress(step, done, total)
+
+    return tell
+
+
+def _sizes(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)

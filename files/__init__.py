@@ -1,0 +1,1 @@
+"""Files written whole, untrusted JSON read strictly, paths that come from outside."""

@@ -1,0 +1,1 @@
+"""From files to arrays: images, videos, texts and chat prompts. No torch."""

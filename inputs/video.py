@@ -1,0 +1,184 @@
+"""Videos as a few of their frames, evenly spread: image sequences, animated images, video files. No torch.
+
+InternVL reads a video as single frames and averages their embeddings. Animated GIF, WebP and APNG are read by
+Pillow, video files by PyAV (extra ``video``), whose FFmpeg gets the bytes alone: a few container formats, no
+network and no other files.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+from PIL import Image, ImageSequence, UnidentifiedImageError
+
+from ..errors import CapabilityError, InputError, IvlError, UsageError
+from .images import MAX_PIXELS, Array, ImageInput, load_image
+
+Video: TypeAlias = "str | os.PathLike[str] | bytes | Array | Sequence[ImageInput]"
+"""A file, its content, or frames in order: a sequence of images, or an array [frames, H, W, 3]."""
+
+FRAMES = 8
+MAX_BYTES = 1 << 32
+MAX_ANIMATION_BYTES = 1 << 26
+MAX_DECODED = 64 * MAX_PIXELS
+"""Pixels of an animated image up to the last frame that is taken: each is drawn over those before."""
+MAX_KEPT = 8 * MAX_PIXELS
+"""Pixels of the frames that are taken."""
+MAX_PACKETS = 1 << 20
+MAX_GROUP = 1 << 12
+"""Frames decoded to come to one: those since the last that stands for itself."""
+_ANIMATED = ("GIF", "PNG", "WEBP")
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,ogg,flv,asf"
+
+
+def frames_of(video: Video, count: int = FRAMES, name: str | None = None) -> list[ImageInput]:
+    """``count`` frames: those in the middle of so many equal parts; all of them where there are fewer.
+
+    Args:
+        video: a path, the bytes of a file, or frames in order, which come back as they are.
+        count: 1 takes the one in the middle.
+        name: of the video in errors.
+
+    Raises:
+        UsageError: ``count`` is under 1.
+        InputError: no frames, a file that cannot be read, is too large or has no pictures.
+        CapabilityError: a video file, and PyAV is not installed.
+    """
+    if count < 1:
+        raise UsageError(f"{count} frames of a video cannot be read.", fix="Ask for 1 or more.")
+    if isinstance(video, (str, os.PathLike)):
+        path, label = Path(video), name or str(video)
+        if not path.is_file():
+            raise InputError(f"Cannot read the video {label}.", "There is no such file.", "Check the path.")
+        with path.open("rb") as file:
+            return list(_decoded(file, path.stat().st_size, count, label))
+    if isinstance(video, (bytes, bytearray, memoryview)):
+        return list(_decoded(io.BytesIO(video), len(video), count, name or "video bytes"))
+    if not len(video):
+        raise InputError(f"{name or 'The video'} has no frames.", "", "Give one at least.")
+    return [video[i] for i in spread(len(video), count)]
+
+
+def spread(total: int, count: int) -> list[int]:
+    """The frames of ``total`` in the middle of ``count`` equal parts, or all, rising."""
+    count = min(total, count)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def _decoded(file: BinaryIO, size: int, count: int, name: str) -> Iterator[Image.Image]:
+    if size > MAX_BYTES:
+        raise _too_large(name, f"It has {size / 1e9:.1f} GB, the limit is {MAX_BYTES / 1e9:.1f}.")
+    with _named(name):
+        try:
+            with Image.open(file, formats=_ANIMATED) as image:
+                if size > MAX_ANIMATION_BYTES:
+                    limit = MAX_ANIMATION_BYTES / 1e6
+                    raise _too_large(name, f"It has {size / 1e6:.0f} MB, the limit is {limit:.0f}.")
+                yield from _animation(image, count, name)
+                return
+        except UnidentifiedImageError:
+            file.seek(0)
+        yield from _film(file, count, name)
+
+
+def _animation(image: Image.Image, count: int, name: str) -> Iterator[Image.Image]:
+    wanted = spread(getattr(image, "n_frames", 1), count)
+    _check(image.width * image.height, wanted[-1] + 1, len(wanted), name)
+    for number, frame in enumerate(ImageSequence.Iterator(image)):
+        if number in wanted:
+            yield load_image(frame.copy(), f"{name}, frame {number}")
+        if number == wanted[-1]:
+            return
+    raise InputError(
+        f"The video {name} is damaged.", f"It ends before frame {wanted[-1]}.", "Copy or download it again."
+    )
+
+
+def _film(file: BinaryIO, count: int, name: str) -> Iterator[Image.Image]:
+    """Frames of a video file, each found from the last one before that stands for itself."""
+    try:
+        import av
+    except ImportError as error:
+        raise CapabilityError(
+            f"The video {name} cannot be read here.",
+            "It is no animated image, and PyAV, which reads video files, is not installed.",
+            "pip install 'ivl-export[video]', or give its frames as images.",
+        ) from error
+    safe = {"format_whitelist": _CONTAINERS, "protocol_whitelist": ""}
+    with av.open(file, "r", options=safe, metadata_errors="ignore") as container:
+        if not container.streams.video:
+            raise InputError(f"The video {name} has no pictures.", fix="Give a video that has pictures.")
+        stream = container.streams.video[0]
+        times, keys = _times(container, stream, name)
+        wanted = [times[i] for i in spread(len(times), count)]
+        width, height = stream.codec_context.width, stream.codec_context.height
+        _check(width * height, 0, len(wanted), name)
+        for time in wanted:
+            frame = _at(container, stream, time, keys, name)
+            _check(frame.width * frame.height, 0, len(wanted), name)
+            upright = frame.to_image().rotate(frame.rotation, expand=True)
+            yield load_image(upright, f"{name}, {float(frame.time or 0):.2f} s")
+
+
+def _times(container: Any, stream: Any, name: str) -> tuple[list[int], list[int]]:
+    """When each frame is shown, and each that stands for itself; rising. Nothing is decoded."""
+    times, keys = [], []
+    for packet in container.demux(stream):
+        if packet.pts is not None:
+            times.append(packet.pts)
+            keys += [packet.pts] if packet.is_keyframe else []
+        if len(times) > MAX_PACKETS:
+            raise _too_large(name, f"It has over {MAX_PACKETS} frames.")
+    if not times:
+        raise InputError(f"The video {name} has no pictures.", fix="Give a video that has pictures.")
+    return sorted(times), sorted(keys)
+
+
+def _at(container: Any, stream: Any, time: int, keys: list[int], name: str) -> Any:
+    """The frame shown at ``time``. Some containers seek too far: then again, from earlier."""
+    last = bisect_right(keys, time) - 1
+    for back in (0, 1, 2, 4, 8):
+        earliest = last - back <= 0
+        container.seek(keys[max(last - back, 0)] if keys else time, stream=stream)
+        for decoded, frame in enumerate(container.decode(stream)):
+            if decoded == 0 and frame.pts is not None and frame.pts > time and not earliest:
+                break
+            if frame.pts is None or frame.pts >= time:
+                return frame
+            if decoded > MAX_GROUP:
+                raise _too_large(name, f"Over {MAX_GROUP} frames follow from one another.")
+    raise InputError(
+        f"The video {name} is damaged.", "It ends before its last frame.", "Copy or download it again."
+    )
+
+
+def _check(pixels: int, drawn: int, kept: int, name: str) -> None:
+    if pixels > MAX_PIXELS or pixels * kept > MAX_KEPT or pixels * drawn > MAX_DECODED:
+        raise _too_large(name, f"{pixels} pixels a frame, {max(drawn, kept)} frames to read.")
+
+
+def _too_large(name: str, why: str) -> InputError:
+    return InputError(f"The video {name} is too large.", why, "Cut it or make it smaller first.")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Whatever a decoder raises on a damaged file, as an InputError."""
+    try:
+        yield
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(name, str(error)) from error
+    except (IvlError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"Cannot read the video {name}.",
+            f"{type(error).__name__}: {error}.",
+            "It is damaged, or of no known format. Use MP4, WebM, GIF, WebP or APNG.",
+        ) from error

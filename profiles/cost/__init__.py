@@ -1,0 +1,1 @@
+"""Costs computed, not measured: FLOPs, bytes, roofline, estimates."""

@@ -1,0 +1,70 @@
+"""Modelled time of every linear layer in every scheme: what a search for a recipe weighs against accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from ...export.components import component_spec
+from ...models.chat_config import ChatConfig, Whole
+from ...quantization.schemes import SCHEMES
+from .chat_estimate import NEW_TOKENS, TEXT_TOKENS
+from .estimate import efficiencies
+from .evidence import paper
+from .flops import layer_type
+from .gpus import GPUS, GpuPeaks
+from .roofline import Arithmetic, component_cost, component_time
+from .sizes import linear_shapes
+
+
+def gpu_of(target: str) -> GpuPeaks | None:
+    """The first GPU of the table that ``target`` (``sm89``) runs on, None if there is none."""
+    return next((gpu for gpu in GPUS.values() if gpu.sm == target), None)
+
+
+def layer_times(
+    config: Whole, components: Sequence[str], schemes: Sequence[str], base: str, gpu: GpuPeaks
+) -> dict[str, dict[str, float]]:
+    """Layer -> scheme -> expected milliseconds, summed over the calls of ``components``.
+
+    A call of each, at the sizes that engines are tuned for (``opt`` of the axes); of a chat's decoder the
+    calls of a conversation: a prompt with its image and the steps of an answer, as :mod:`.chat_estimate` has
+    them. Each layer has ``base`` among its schemes. The shares of the peaks are those of :mod:`.estimate`.
+
+    Raises:
+        CapabilityError: the GPU has no peak for a type.
+    """
+    layers = list(linear_shapes(config))
+    shares = efficiencies(paper()).values
+    found: dict[str, dict[str, float]] = {}
+    for scheme in (base, *schemes):
+        arithmetic = Arithmetic(base, _low(layers, scheme, base))
+        for component, sizes, times_run in _calls(config, components):
+            cost = component_cost(component, config, sizes, arithmetic)
+            counts = {layer.layer: layer.count for layer in cost.layers}
+            times = component_time(cost, gpu, arithmetic, shares).layers
+            each = {time.layer: time.expected_ms / counts[time.layer] for time in times}
+            for layer in layers:
+                if layer_type(layer) in each:
+                    own = found.setdefault(layer, {})
+                    own[scheme] = own.get(scheme, 0.0) + times_run * each[layer_type(layer)]
+    return found
+
+
+def _calls(config: Whole, components: Sequence[str]) -> Iterator[tuple[str, dict[str, int], int]]:
+    """Component, sizes of a call, and how many calls."""
+    for component in components:
+        if component == "decoder" and isinstance(config, ChatConfig):
+            prompt = config.num_visual + TEXT_TOKENS
+            yield component, {"batch": 1, "text": prompt, "past": 1}, 1
+            yield component, {"batch": 1, "text": 1, "past": prompt + NEW_TOKENS // 2}, NEW_TOKENS - 1
+            continue
+        sizes = {axis.name: axis.opt for axis in component_spec(component, config).axes}
+        sizes.pop("total", None)  # past and text together
+        yield component, sizes, 1
+
+
+def _low(layers: Sequence[str], scheme: str, base: str) -> Mapping[str, tuple[str, str]]:
+    if scheme not in SCHEMES:
+        return {}
+    kind = SCHEMES[scheme]
+    return {layer_type(layer): (kind.weight, kind.activation or base) for layer in layers}

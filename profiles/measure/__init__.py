@@ -1,0 +1,1 @@
+"""Latency measured on this machine, and what it is compared with."""

@@ -1,0 +1,198 @@
+"""What a profile times: tasks to be measured, and cases, which are measured tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ...models.layout import CHAT_COMPONENTS, COMPONENTS, OPTIONAL
+from .timing import Measurement, StopRule, measure
+
+Kind = Literal["component", "chained", "host", "baseline"]
+"""A component's engine alone; a call of the runtime's model; the host's work; the torch modules."""
+
+_ENGINES = (*COMPONENTS, *OPTIONAL, *CHAT_COMPONENTS)
+_UNITS = {"qllama_text": "texts", "qllama_itm": "pairs"}
+_UNITS |= dict.fromkeys(("qllama_step", "decoder_embed", "decoder"), "tokens")
+Clock = Literal["host clock", "CUDA events"]
+GRAPHS = ", CUDA graph"
+"""Behind a backend's name where its calls are replayed."""
+Progress = Callable[[str, int, int], None]
+"""Called with the case that comes next, how many are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """``count`` calls of a component's engine at ``sizes`` inside one timed call."""
+
+    component: str
+    sizes: dict[str, int]
+    count: int
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least milliseconds of one timed call at the measured ceilings, and which of them decides.
+
+    All products at their type's ceiling or all bytes at the copying ceiling, whichever takes longer; calls
+    one after another.
+    """
+
+    ms: float
+    bound: Literal["compute", "memory"]
+    compute_ms: float
+    memory_ms: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One timed call.
+
+    Args:
+        name: a component, or a chained call (``encode_image InternVL-C``).
+        kind: see :data:`Kind`.
+        batch: images or texts of one call.
+        sizes: the dynamic axes; for chained calls what took their place (``tokens`` of a text).
+        items: how many ``unit`` one call handles.
+        unit: what throughput counts.
+        boundary: what lies inside the timed call.
+        measurement: samples and statistics.
+        stages_ms: chained calls: mean milliseconds a call by stage, over all samples. Components by name;
+            what is missing to the mean is the chain itself.
+        backend, precision: what computed it (``onnxruntime``, ``fp8``; ``torch``, ``bf16``).
+        clock: what timed it.
+        calls: engine calls in it; empty where none was recorded.
+        floor: see :class:`Floor`; None where the work was not counted or no ceiling was measured.
+    """
+
+    name: str
+    kind: Kind
+    batch: int
+    sizes: dict[str, int]
+    items: int
+    unit: str
+    boundary: str
+    measurement: Measurement
+    stages_ms: dict[str, float]
+    backend: str = ""
+    precision: str = ""
+    clock: Clock = "host clock"
+    calls: tuple[Call, ...] = ()
+    floor: Floor | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells it from the other cases of a profile."""
+        sizes = tuple(sorted(self.sizes.items()))
+        return self.kind, self.name, self.batch, sizes, self.backend, self.precision, self.clock
+
+    @property
+    def call(self) -> str:
+        """Its name, and whether it was replayed from a CUDA graph."""
+        return self.name + (GRAPHS if self.backend.endswith(GRAPHS) else "")
+
+    @property
+    def per_second(self) -> float:
+        """Items per second."""
+        return self.measurement.throughput(self.items)
+
+    @property
+    def mean_ms(self) -> float:
+        """Mean over all samples, what :attr:`stages_ms` add up to together with the chain's own time."""
+        return sum(self.measurement.samples_ns) / len(self.measurement.samples_ns) / 1e6
+
+    @property
+    def components_ms(self) -> float:
+        """Chained calls: the components' share of :attr:`mean_ms`."""
+        return sum(ms for stage, ms in self.stages_ms.items() if stage in _ENGINES)
+
+    @property
+    def rest_ms(self) -> float:
+        """Chained calls: :attr:`mean_ms` without the components, the chain's own time."""
+        return self.mean_ms - self.components_ms
+
+    @property
+    def of_floor(self) -> float | None:
+        """The floor's share of the median time: 1 is as fast as the ceilings allow. None without a floor."""
+        return None if self.floor is None else self.floor.ms / self.measurement.summary.p50_ms
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data with the derived figures."""
+        data = {
+            **vars(self),
+            "calls": [vars(call) for call in self.calls],
+            "floor": None if self.floor is None else vars(self.floor),
+            "of_floor": self.of_floor,
+            "per_second": self.per_second,
+            "measurement": self.measurement.to_json(),
+        }
+        if self.kind == "chained":
+            data |= {"mean_ms": self.mean_ms, "components_ms": self.components_ms}
+        return data
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case to be timed; ``prepare`` makes its inputs and returns the call.
+
+    ``timer`` makes of the call one that says its own nanoseconds; None: the host's clock around it.
+    """
+
+    name: str
+    kind: Kind
+    batch: int
+    sizes: dict[str, int]
+    items: int
+    unit: str
+    boundary: str
+    prepare: Callable[[], Callable[[], object]]
+    backend: str = ""
+    precision: str = ""
+    timer: Callable[[Callable[[], object]], Callable[[], int]] | None = None
+
+    @classmethod
+    def component(
+        cls,
+        kind: Kind,
+        name: str,
+        sizes: dict[str, int],
+        boundary: str,
+        prepare: Callable[[], Callable[[], object]],
+    ) -> Task:
+        """One call of component ``name`` at ``sizes``; tokens are counted of a decoding step."""
+        unit = _UNITS.get(name, "images")
+        items = sizes["batch"] * (sizes["text"] if unit == "tokens" else 1)
+        return cls(name, kind, sizes["batch"], sizes, items, unit, boundary, prepare)
+
+    def time(
+        self,
+        rule: StopRule,
+        stages: Callable[[], dict[str, float]] | None = None,
+        record: Callable[[Callable[[], object]], tuple[Call, ...]] | None = None,
+    ) -> Case:
+        """Measure it.
+
+        Args:
+            rule: when to stop.
+            stages: seconds by stage so far, of a chained call.
+            record: makes the call once and says which engine calls were in it; None: a component's is itself.
+        """
+        call = self.prepare()
+        own = () if self.kind in ("chained", "host") else (Call(self.name, self.sizes, 1),)
+        calls = own if record is None else record(call)
+        before: dict[str, float] = {}
+        remember = None if stages is None else lambda: before.update(stages())
+        sample = None if self.timer is None else self.timer(call)
+        found = measure(call, rule, after_warmup=remember, sample=sample)
+        spent = {} if stages is None else {k: s - before.get(k, 0.0) for k, s in stages().items()}
+        scale = 1e3 / len(found.samples_ns)
+        return Case(
+            self.name, self.kind, self.batch, self.sizes, self.items, self.unit, self.boundary, found,
+            {stage: seconds * scale for stage, seconds in spent.items() if seconds > 0},
+            self.backend, self.precision, "host clock" if self.timer is None else "CUDA events", calls,
+        )  # fmt: skip
+
+    def of(self, backend: str, precision: str) -> Task:
+        """This task, computed by ``backend`` in ``precision``."""
+        return replace(self, backend=backend, precision=precision)

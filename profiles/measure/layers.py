@@ -1,0 +1,209 @@
+"""Where the time of one call goes: by layer, by layer type, by block.
+
+ONNX Runtime's profile gives the time of each node, torch's profiler that of each operator inside each module,
+TensorRT's that of each layer of the engine. All slow a call down, small layers most: shares say where to
+look, not how fast it is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...bundle import Bundle
+from ...bundle.spec import ComponentSpec
+from ...engines.chain import ChainedEngine
+from ...engines.layer_times import Call, in_a_row
+from ...engines.onnxruntime import profile as ort_profile
+from ...engines.tensorrt import profile as trt_profile
+from ...engines.tensorrt.library import BUILDERS
+from ...errors import UsageError
+from ...models.chat_config import InternViTConfig, config_from_published
+from ...runtime.components import Components
+from .cases import Progress
+from .inputs import Array, random_inputs
+from .latency import sizes_of
+from .layer_profile import LayerProfile, LayerTime
+from .receipt import Profile, write
+
+SCHEMA = "ivl-export.layers/1"
+LAYER_CALLS = 10
+"""Calls that a profile times layer by layer."""
+BACKENDS = ("onnxruntime", "torch", *BUILDERS)
+Timed = tuple[tuple[Call, ...], dict[str, Array]]
+"""Calls, and the outputs of the last one."""
+
+
+def profile_layers(
+    bundle: Bundle,
+    component: str,
+    backend: str,
+    batch: int,
+    calls: int,
+    threads: int | None = None,
+    target: str | None = None,
+    device: str | None = None,
+) -> LayerProfile:
+    """Time the layers of one component, at the sizes its engine is tuned for.
+
+    Args:
+        bundle: where the component is; of one in parts these are timed one after another.
+        component, backend, target: whose engine.
+        batch: rows of a call.
+        calls: calls that are timed.
+        threads: CPU threads of an engine.
+        device: the GPU of TensorRT engines; None: the first.
+
+    Raises:
+        UsageError: a backend that has no profiler here, or a batch it does not take.
+        CapabilityError, IntegrityError: as opening the engine.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(
+            f"The layers of {backend} engines cannot be timed here.",
+            "",
+            f"Give one of {', '.join(BACKENDS)}.",
+        )
+    config = config_from_published(bundle.manifest.model.config)
+    if isinstance(config, InternViTConfig):
+        raise UsageError(
+            "A vision tower alone has no components to time.",
+            fix="Build a bundle of an InternVL or an InternVL-Chat.",
+        )
+    spec = bundle.spec(component)
+    axis = spec.axis("batch")
+    if not axis.min <= batch <= axis.max:
+        raise UsageError(
+            f"{component} takes batches of {axis.min} to {axis.max}, not {batch}.",
+            fix=f"Give --batch {axis.min}, for example.",
+        )
+    sizes = sizes_of(spec, batch, (), config)[0]
+    inputs = random_inputs(spec, sizes, config.llama.vocab_size)
+    if backend == "torch":
+        from ...engines.torch.profile import profiled_calls
+
+        timed = profiled_calls(bundle, component, inputs, calls, threads)
+    elif backend in BUILDERS:
+        timed = _tensorrt_calls(bundle, component, backend, inputs, calls, target, device)
+    else:
+        timed = _onnxruntime_calls(bundle, component, inputs, calls, threads)
+    # What disturbs a call makes it longer: the slower half is left out.
+    quick = sorted(timed, key=lambda call: call.us)[: -(-len(timed) // 2)]
+    sums: dict[tuple[str, str], float] = defaultdict(float)
+    for call in quick:
+        for event in call.events:
+            sums[event.name, event.op] += event.us
+    layers = [LayerTime(name, op, us / len(quick) / 1e3) for (name, op), us in sums.items()]
+    return LayerProfile(
+        component,
+        backend,
+        sizes,
+        len(timed),
+        sum(call.us for call in quick) / len(quick) / 1e3,
+        tuple(sorted(layers, key=lambda la: -la.ms)),
+        quick[0].events,
+    )
+
+
+def with_layers(
+    result: Profile, path: Path, progress: Progress | None = None, calls: int = LAYER_CALLS
+) -> Profile:
+    """``result``, of the bundle in ``path``, with the layers of its components at the first batch size.
+
+    Raises: as :func:`profile_layers`.
+    """
+    bundle, settings = Bundle.open(path, "size"), result.settings
+    names = [name for name in bundle.manifest.components if any(c.name == name for c in result.cases)]
+    found = []
+    for done, name in enumerate(names):
+        if progress is not None:
+            progress(f"layers of {name}", done, len(names))
+        device = None if settings.on_cpu else settings.device
+        one = profile_layers(
+            bundle,
+            name,
+            settings.backend,
+            settings.batches[0],
+            calls,
+            settings.threads,
+            settings.target,
+            device,
+        )
+        found.append(replace(one, trace=()))
+    return replace(result, layers=tuple(found))
+
+
+def _onnxruntime_calls(
+    bundle: Bundle, component: str, inputs: dict[str, Array], calls: int, threads: int | None
+) -> tuple[Call, ...]:
+    files, whole = bundle.engines(component, "onnxruntime"), bundle.manifest.components[component]
+    specs = [part.spec for part in whole.parts] or [whole.spec]
+
+    def run(spec: ComponentSpec, feeds: dict[str, Array]) -> Timed:
+        path = bundle.path(files[specs.index(spec)].file)
+        return ort_profile.profiled_calls(spec, path, feeds, calls, threads=threads)
+
+    return _chained(specs, inputs, run)
+
+
+def _tensorrt_calls(
+    bundle: Bundle,
+    component: str,
+    backend: str,
+    inputs: dict[str, Array],
+    calls: int,
+    target: str | None,
+    device: str | None,
+) -> tuple[Call, ...]:
+    options: dict[str, Any] = {"device": device} if device else {}
+    components = Components(bundle, backend, target, None, **options)
+    try:
+        engine: Any = components.open(component)
+        parts: tuple[Any, ...] = engine.parts if isinstance(engine, ChainedEngine) else (engine,)
+        of_spec = {part.spec.name: part for part in parts}
+        return _chained(
+            [part.spec for part in parts],
+            inputs,
+            lambda spec, feeds: trt_profile.profiled_calls(of_spec[spec.name], feeds, calls),
+        )
+    finally:
+        components.close()
+
+
+def _chained(
+    specs: Sequence[ComponentSpec],
+    inputs: dict[str, Array],
+    run: Callable[[ComponentSpec, dict[str, Array]], Timed],
+) -> tuple[Call, ...]:
+    """The calls of a component's parts, each fed with what those before it made, joined call by call."""
+    values, timed = dict(inputs), []
+    for spec in specs:
+        calls, made = run(spec, {tensor.name: values[tensor.name] for tensor in spec.inputs})
+        values |= made
+        timed.append(calls)
+    return tuple(in_a_row(parts) for parts in zip(*timed, strict=True))
+
+
+def chrome_trace(profiles: Iterable[LayerProfile]) -> dict[str, Any]:
+    """The quickest call of each profile in Chrome's trace format (chrome://tracing, Perfetto)."""
+    events: list[dict[str, Any]] = []
+    for process, found in enumerate(profiles, 1):
+        label = f"{found.component} on {found.backend}"
+        events.append({"name": "process_name", "ph": "M", "pid": process, "args": {"name": label}})
+        start = min((event.start_us for event in found.trace), default=0.0)
+        events += [
+            {
+                "name": event.name or event.op, "cat": event.op, "ph": "X", "pid": process, "tid": 1,
+                "ts": event.start_us - start, "dur": event.us, "args": {"op": event.op},
+            }
+            for event in found.trace
+        ]  # fmt: skip
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def write_trace(profiles: Iterable[LayerProfile], path: Path) -> None:
+    """Write :func:`chrome_trace` to ``path``, whole or not at all; BuildError if it cannot be written."""
+    write(chrome_trace(profiles), path)

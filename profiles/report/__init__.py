@@ -1,0 +1,1 @@
+"""Receipts as tables, charts and pages."""

@@ -1,0 +1,1 @@
+"""What is quantised, and how: recipes, schemes, ranges, arithmetic, Q/DQ."""

@@ -1,0 +1,177 @@
+"""``scales.json``: measured input ranges of linear layers and attentions, for each component. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, IntegrityError
+from ..files.atomic import atomic
+from ..files.strict_json import read_json
+from .algorithms import depends_on_type
+from .attention import operand_names
+
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Input magnitudes that a type's largest value stands for, and what they were measured on.
+
+    Args:
+        amax: component -> layer (published name without ``.weight``) -> amax of its input, over 0. The same
+            LLaMA layer runs in three components, on different activations: each has its own. The operands
+            of attentions stand beside them (:func:`.attention.operand_names`).
+        algorithm: as :func:`.algorithms.algorithm_name` writes it.
+        samples: how many images (and captions) were run.
+        set_hash: :attr:`..calibration.dataset.CalibrationSet.hash`.
+        synthetic: whether the images were drawn.
+        without_caption: how many samples used a stand-in caption.
+        model: revision of the checkpoint (:attr:`..models.checkpoint.Checkpoint.revision`).
+        skipped: files of the set that could not be used.
+        kinds: layer -> the type its ranges were picked for, where the algorithm depends on that; ``int8`` for
+            layers that are left out.
+        shapes: layer -> shape of its weight, [out, in].
+        folded: sha256 of the factors that were folded into the weights before (``smoothing.safetensors``,
+            beside this file); empty if none were.
+    """
+
+    amax: dict[str, dict[str, float]]
+    algorithm: str
+    samples: int
+    set_hash: str
+    synthetic: bool
+    without_caption: int
+    model: str
+    skipped: int = 0
+    kinds: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    folded: str = ""
+
+    def save(self, path: Path) -> None:
+        """Write ``path`` (a ``scales.json``), whole or not at all."""
+        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1, sort_keys=True, ensure_ascii=False)
+        with atomic(path) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Scales:
+        """Read ``path``; InputError names what does not fit."""
+        try:
+            data = read_json(path)
+        except OSError as error:
+            raise InputError(
+                f"Scales {path} cannot be read.",
+                error.strerror or str(error),
+                "Check the path, or measure them: ivl-export calibrate.",
+            ) from error
+        except IntegrityError as error:
+            raise InputError(error.what, error.why, "Calibrate again.") from error
+        return cls.from_json(data, str(path))
+
+    @classmethod
+    def from_json(cls, data: Any, source: str = "scales.json") -> Scales:
+        """Inverse of :meth:`save`, from parsed JSON."""
+        kinds = {
+            "amax": dict,
+            "algorithm": str,
+            "samples": int,
+            "set_hash": str,
+            "synthetic": bool,
+            "without_caption": int,
+            "model": str,
+            "skipped": int,
+            "kinds": dict,
+            "shapes": dict,
+            "folded": str,
+        }
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            raise InputError(f"{source} holds no scales of version {VERSION}.", fix="Calibrate again.")
+        wrong = [k for k, kind in kinds.items() if type(data.get(k)) is not kind]
+        wrong += sorted(set(data) - set(kinds) - {"version"})
+        if not wrong:
+            wrong = [f"kinds: {layer}" for layer, kind in data["kinds"].items() if type(kind) is not str]
+            wrong += [f"shapes: {layer}" for layer, shape in data["shapes"].items() if not _is_shape(shape)]
+        if wrong:
+            raise InputError(f"{source} is no scales file.", f"Entries {wrong[:5]}.", "Calibrate again.")
+        for component, layers in data["amax"].items():
+            if not isinstance(layers, dict):
+                raise InputError(f"{source}: {component} is no table of layers.", fix="Calibrate again.")
+            for layer, value in layers.items():
+                if type(value) not in (int, float) or not 0 < value < float("inf"):
+                    raise InputError(
+                        f"{source}: {component}, {layer} has no usable range.",
+                        f"It is {value!r}, not a finite number over 0.",
+                        "Calibrate again.",
+                    )
+        amax = {c: {n: float(v) for n, v in layers.items()} for c, layers in data["amax"].items()}
+        return cls(**{**{k: data[k] for k in kinds}, "amax": amax})
+
+    def check(
+        self, shapes: Mapping[str, Iterable[int]], wanted: Mapping[str, Mapping[str, str]], model: str
+    ) -> None:
+        """Refuse scales of another model, and such as do not cover what is quantised.
+
+        Args:
+            shapes: every linear layer of the model -> [out, in].
+            wanted: component -> layer -> type its input is rounded to, for all that is built.
+            model: the checkpoint's revision.
+
+        Raises:
+            InputError: naming the layer or component.
+        """
+        measured = {layer for layers in self.amax.values() for layer in layers}
+        owners = {layer.rpartition(".")[0] for layer in shapes}
+        measured -= {name for owner in owners for name in operand_names(owner)} - set(shapes)
+        surplus = sorted(measured - set(shapes))
+        if surplus:
+            raise InputError(
+                "The scales do not belong to this model.",
+                f"They name {len(surplus)} layers it does not have, for example {surplus[0]}.",
+                "Calibrate this model, or give the scales that were measured on it.",
+            )
+        for layer in sorted(measured):
+            if self.shapes.get(layer) != list(shapes[layer]):
+                raise InputError(
+                    "The scales do not belong to this model.",
+                    f"They give {layer} the shape {self.shapes.get(layer)}, it is {list(shapes[layer])}.",
+                    "Calibrate this model, or give the scales that were measured on it.",
+                )
+        if self.model != model:
+            raise InputError(
+                "The scales were measured on other weights.",
+                f"They name revision {self.model[:12]}, the checkpoint is {model[:12]}.",
+                "Calibrate this checkpoint.",
+            )
+        absent = sorted(set(wanted) - set(self.amax))
+        if absent:
+            raise InputError(
+                f"The scales say nothing about {', '.join(absent)}.", fix="Calibrate with these components."
+            )
+        for component, layers in wanted.items():
+            self._check_layers(component, layers)
+
+    def _check_layers(self, component: str, layers: Mapping[str, str]) -> None:
+        lacking = sorted(set(layers) - set(self.amax[component]))
+        if lacking:
+            raise InputError(
+                f"The scales have no range for {len(lacking)} layers of {component} that are quantised.",
+                f"For example {lacking[0]}.",
+                "Calibrate again.",
+            )
+        if not depends_on_type(self.algorithm):
+            return
+        for layer, kind in layers.items():
+            if (picked := self.kinds.get(layer, "int8")) != kind:
+                raise InputError(
+                    f"The scales were picked for other types: {layer} for {picked}, not {kind}.",
+                    f"What {self.algorithm} picks depends on the type.",
+                    "Calibrate with the --precision you build with, or with --algorithm max.",
+                )
+
+
+def _is_shape(data: Any) -> bool:
+    return isinstance(data, list) and len(data) == 2 and all(type(n) is int and n > 0 for n in data)

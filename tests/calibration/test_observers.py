@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ivl_export.calibration.calibrate import calibrate, calibration_units
+from ivl_export.calibration.component_chain import run_chain
+from ivl_export.calibration.dataset import CalibrationSet
+from ivl_export.calibration.observers import observers
+from ivl_export.errors import BuildError, InputError, UsageError
+from ivl_export.export.components import component_spec
+from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
+from ivl_export.models.load import load_model
+from ivl_export.quantization.algorithms import algorithm_name
+from ivl_export.quantization.attention import core_attentions, operand_names
+from ivl_export.quantization.ranges import Scales
+from ivl_export.tests.calibration.reference import reference_runners
+
+Sets = tuple[CalibrationSet, CalibrationSet]
+ALL = ("vision", "qllama_query", "qllama_text", "qllama_step")
+
+
+@pytest.fixture(scope="module")
+def scales(checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer) -> Scales:
+    return calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, batch_size=4)
+
+
+def test_every_linear_of_the_graphs_has_a_range_of_its_own(scales: Scales) -> None:
+    parts = {c: {n.split(".")[-1] for n in layers} for c, layers in scales.amax.items()}
+    llama = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    operands = {"q", "k", "v"}  # of attentions, and of the vision head's linears
+    assert parts["vision"] == {"qkv", "proj", "fc1", "fc2"} | operands
+    assert parts["qllama_query"] == llama | {"proj"} | operands
+    assert parts["qllama_text"] == llama | operands
+    assert parts["qllama_step"] == llama | {"lm_head"} | operands
+    cross = {n for n in scales.amax["qllama_query"] if n.endswith("_proj") and "cross_attn" in n}
+    assert cross == {f"qllama.model.layers.0.cross_attn.{p}_proj" for p in "qkvo"}
+    name = "qllama.model.layers.0.mlp.down_proj"
+    assert len({scales.amax[c][name] for c in ALL[1:]}) == 3
+    q, k, v = (scales.amax["qllama_text"][f"qllama.model.layers.1.self_attn.{p}_proj"] for p in "qkv")
+    assert q == k == v
+
+
+def test_ranges_equal_hooks_on_the_whole_model(
+    checkpoint: Checkpoint, scales: Scales, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+) -> None:
+    """The model's own methods, one unpadded sample at a time, decoding one token at a time."""
+    from ivl_export.models.generate import extend, text_step
+
+    model = load_model(checkpoint)
+    seen: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, a, n=name: seen.__setitem__(n, max(seen.get(n, 0.0), float(a[0].abs().max())))
+            )
+    for name, core in core_attentions(model).items():
+
+        def see(_: object, args: tuple[torch.Tensor, ...], names: tuple[str, ...]) -> None:
+            for n, x in zip(names, (args[0] * args[0].shape[-1] ** -0.5, *args[1:3]), strict=True):
+                seen[n] = max(seen.get(n, 0.0), float(x.abs().max()))
+
+        core.register_forward_pre_hook(partial(see, names=operand_names(name)))
+    found = {}
+    batches = list(scenes[0].batches(settings, tokenizer, 1))
+    queries = model.config.num_query_token
+    with torch.no_grad():
+        for batch in batches:
+            model.pool_image(model.vision(torch.from_numpy(batch.pixel_values)), None)
+        found["vision"] = dict(seen)
+        seen.clear()
+        for batch in batches:
+            model.encode_text(torch.from_numpy(batch.input_ids[:, : batch.lengths[0]]))
+        found["qllama_text"] = dict(seen)
+        seen.clear()
+        for batch in batches:
+            past = model.query_pass(model.vision(torch.from_numpy(batch.pixel_values)))[1]
+            seen_before = dict(seen)
+            for i, token in enumerate(batch.caption_ids[0]):
+                ids, position = torch.tensor([[token]]), torch.tensor([[queries + i]])
+                if i == 0:
+                    seen.clear()
+                    seen.update(found.get("qllama_step", {}))
+                _, new = text_step(model, ids, position, torch.ones(1, queries + i + 1), past)
+                past = extend(past, new)
+            found["qllama_step"] = dict(seen)
+            seen.clear()
+            seen.update(seen_before)
+    for component, layers in found.items():
+        assert set(layers) == set(scales.amax[component])
+        for layer, value in layers.items():
+            if layer == "qllama.lm_head":  # teacher forcing shows it the last position only
+                assert scales.amax[component][layer] <= value
+                continue
+            assert scales.amax[component][layer] == pytest.approx(value, rel=1e-4), (component, layer)
+
+
+def test_only_what_is_asked_and_what_it_needs(
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+) -> None:
+    done: list[int] = []
+    one = replace(scenes[0], samples=scenes[0].samples[:3])
+    found = calibrate(
+        checkpoint, ["qllama_query"], one, settings, tokenizer, batch_size=2, progress=done.append
+    )
+    assert list(found.amax) == ["vision", "qllama_query"]
+    assert done == sorted(set(done))
+    assert done[:3] == [2, 3, 5]
+    assert done[-1] == calibration_units(checkpoint.config, ["qllama_query"], 3) == 3 * (2 * (2 + 2))
+    assert (found.samples, found.synthetic, found.set_hash) == (3, True, one.hash)
+    assert found.model == checkpoint.revision
+
+
+def test_chain_equals_the_models_own_methods(
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+) -> None:
+    runners = reference_runners(checkpoint, ALL)
+    model = load_model(checkpoint)
+    batch = next(scenes[0].batches(settings, tokenizer, 5))
+    steps = list(run_chain(runners, batch))
+    pixels = torch.from_numpy(batch.pixel_values)
+    with torch.no_grad():
+        image = model.encode_image(pixels).numpy()
+        text = model.encode_text(torch.from_numpy(batch.input_ids)).numpy()
+    np.testing.assert_allclose(steps[0].outputs["image_embed"], image, atol=1e-5)
+    got = np.concatenate([s.outputs["text_embed"] for s in steps if s.component == "qllama_text"])
+    rows = np.argsort(batch.lengths, kind="stable")
+    np.testing.assert_allclose(got, text[rows], atol=1e-5)
+    for step in steps:
+        component_spec(step.component, checkpoint.config).check(step.inputs)
+
+
+def test_percentile_cuts_outliers(
+    checkpoint: Checkpoint, scales: Scales, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+) -> None:
+    found = calibrate(checkpoint, ["vision"], scenes[0], settings, tokenizer, algorithm="percentile-99")
+    assert found.algorithm == "percentile-99"
+    for layer, value in found.amax["vision"].items():
+        assert 0 < value < scales.amax["vision"][layer]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("0.ls1", float("nan"), "input of vision_model.encoder.layers.0.mlp.fc1"),
+        (
+            "1.norm1.weight",
+            0.0,
+            "no range for vision_model.encoder.layers.1.attn.qkv",
+        ),
+        (
+            "1.norm2.weight",
+            float("inf"),
+            "layers.1.mlp.fc1 holds NaN or infinity",
+        ),
+    ],
+)
+def test_dead_and_broken_inputs_are_named(
+    name: str,
+    value: float,
+    message: str,
+    checkpoint: Checkpoint,
+    scenes: Sets,
+    settings: ImageSettings,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+) -> None:
+    weights = load_file(checkpoint.path / "model.safetensors")
+    weights[f"vision_model.encoder.layers.{name}"].fill_(value)
+    save_file(weights, tmp_path / "model.safetensors")
+    shutil.copyfile(checkpoint.path / "config.json", tmp_path / "config.json")
+    with pytest.raises(BuildError, match=message):
+        calibrate(open_checkpoint(tmp_path), ["vision"], scenes[0], settings, tokenizer, batch_size=2)
+
+
+def test_algorithms_by_name() -> None:
+    names = {"max": "max", "percentile": "percentile-99.99", "percentile-99.90": "percentile-99.9"}
+    assert {name: algorithm_name(name) for name in names} == names
+    for bad in ("magic", "max-3", "", "mse-8"):
+        with pytest.raises(UsageError, match="Unknown calibration algorithm"):
+            observers(bad)
+    for bad in ("percentile-3", "percentile-x", "percentile-", "percentile-101", "percentile-nan"):
+        with pytest.raises(UsageError, match="out of range"):
+            observers(bad)
+
+
+def test_scales_round_trip_and_are_checked(scales: Scales, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "scales.json"
+    scales.save(path)
+    assert Scales.load(path) == scales
+    assert [p.name for p in tmp_path.iterdir()] == ["scales.json"]
+    shapes = {n.removesuffix(".weight"): r.shape for n, r in checkpoint.tensors.items() if len(r.shape) == 2}
+    wanted = {component: dict.fromkeys(layers, "int8") for component, layers in scales.amax.items()}
+    revision, qkv = checkpoint.revision, "vision_model.encoder.layers.0.attn.qkv"
+    scales.check(shapes, wanted, revision)
+    with pytest.raises(InputError, match=r"1 layers it does not have, .*0\.attn\.qkv"):
+        scales.check({n: s for n, s in shapes.items() if n != qkv}, wanted, revision)
+    with pytest.raises(InputError, match=r"0\.attn\.qkv the shape \[192, 64\], it is \[64, 64\]"):
+        scales.check({**shapes, qkv: (64, 64)}, wanted, revision)
+    with pytest.raises(InputError, match="nothing about vision_chat"):
+        scales.check(shapes, {"vision_chat": {}}, revision)
+    with pytest.raises(InputError, match="no range for 1 layers of qllama_text"):
+        scales.check(shapes, {"qllama_text": {qkv: "int8"}}, revision)
+    with pytest.raises(InputError, match="other weights"):
+        scales.check(shapes, wanted, "0" * 64)
+    by_type = replace(scales, algorithm="mse", kinds={qkv: "fp8"})
+    by_type.check(shapes, {"vision": {qkv: "fp8"}}, revision)
+    with pytest.raises(InputError, match="qkv for fp8, not int8"):
+        by_type.check(shapes, wanted, revision)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"amax": {"vision": {"a": 0}}}, "vision, a has no usable range"),
+        ({"amax": {"vision": {"a": True}}}, "no usable range"),
+        ({"amax": {"vision": {"a": 1e999}}}, "not valid JSON|no usable range"),
+        ({"amax": {"vision": [1]}}, "no table of layers"),
+        ({"version": 1}, "no scales of version 2"),
+        ({"kinds": {"a": 3}}, r"Entries \['kinds: a'\]"),
+        ({"shapes": {"a": [3, 0]}}, r"Entries \['shapes: a'\]"),
+        ({"samples": "3"}, r"Entries \['samples'\]"),
+        ({"extra": 1}, r"Entries \['extra'\]"),
+    ],
+)
+def test_bad_scales_files(change: dict[str, object], message: str, scales: Scales, tmp_path: Path) -> None:
+    path = tmp_path / "scales.json"
+    scales.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=message):
+        Scales.load(path)
+
+
+def test_missing_scales_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        Scales.load(tmp_path / "none.json")

@@ -1,0 +1,140 @@
+"""``ivl-export calibrate``, and builds that take its scales."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ivl_export.bundle import Bundle
+from ivl_export.cli import main
+from ivl_export.errors import InputError, UsageError
+from ivl_export.pipeline.job import Job
+from ivl_export.pipeline.request import ORT, Request
+from ivl_export.pipeline.steps import steps
+from ivl_export.quantization.ranges import Scales
+
+
+def run(*args: object) -> int:
+    return main([str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import numpy as np
+    from PIL import Image
+
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a photo number {i}")
+    return folder
+
+
+def options(model: Path, photos: Path, *more: object) -> tuple[object, ...]:
+    return ("--model", model, "--calib", photos, "--components", "qllama_text", *more)
+
+
+def test_measured_once_and_built_from(
+    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, bundle = tmp_path / "scales.json", tmp_path / "bundle"
+    measure = options(tiny_model, photos, "--precision", "int8", "--algorithm", "mse", "--out", out)
+    assert run("calibrate", *measure, "--json") == 0
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out)
+    assert (summary["algorithm"], summary["samples"], summary["synthetic"]) == ("mse", 9, False)
+    assert "warning: The calibration set is small: 9 samples" in printed.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scales.json"], "nothing else is left"
+    scales = Scales.load(out)
+    operands = set(scales.kinds) - set(scales.shapes)
+    assert {kind for name, kind in scales.kinds.items() if name not in operands} == {"int8"}
+    assert {scales.kinds[name] for name in operands} == {"fp8"}, "attention is quantised to nothing else"
+
+    build = options(tiny_model, photos, "--precision", "int8", "--backend", ORT, "--out", bundle)
+    assert run("build", *build, "--scales", out, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert any("small: 9 samples" in notice for notice in report["notices"])
+    built = Bundle.open(bundle)
+    assert (bundle / "scales.json").read_bytes() == out.read_bytes()
+    recorded = built.manifest.calibration
+    assert recorded is not None
+    assert (recorded.sha256, recorded.algorithm, recorded.small) == (scales.set_hash, "mse", True)
+    # The same set, cut in the same way: what accuracy is measured on was not calibrated on.
+    assert built.receipt("accuracy")["held_out"]
+    # A bundle's own scales do as well, and are the same build.
+    assert run("build", *build, "--scales", bundle / "scales.json", "--json") == 0
+    assert all(step["reused"] for step in json.loads(capsys.readouterr().out)["steps"])
+
+
+def test_smoothing_travels_with_the_scales(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scales.json"
+    measure = options(tiny_model, photos, "--precision", "int8-smoothquant", "--out", out)
+    assert run("calibrate", *measure) == 0
+    factors = tmp_path / "smoothing.safetensors"
+    assert Scales.load(out).folded
+
+    def job(precision: str) -> Job:
+        asked = {"components": ("qllama_text",), "backends": (ORT,), "scales": out}
+        return Job(Request(tmp_path / "b", tiny_model, precision, photos, **asked))  # type: ignore[arg-type]
+
+    given = job("int8-smoothquant").given
+    assert given is not None
+    assert given.factors == factors.read_bytes()
+    with pytest.raises(InputError, match="measured on weights with folded factors"):
+        job("int8")
+    factors.write_bytes(factors.read_bytes() + b" ")
+    with pytest.raises(InputError, match=r"does not belong to scales\.json"):
+        job("int8-smoothquant")
+    factors.unlink()
+    with pytest.raises(InputError, match="factors in it"):
+        job("int8-smoothquant")
+
+
+def test_scales_are_checked_before_anything_runs(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scales.json"
+    measure = options(tiny_model, photos, "--precision", "fp8", "--algorithm", "entropy", "--out", out)
+    assert run("calibrate", *measure) == 0
+
+    def job(**asked: object) -> Job:
+        kept = {"components": ("qllama_text",), "backends": (ORT,), "scales": out, "calib": photos}
+        return Job(Request(tmp_path / "b", tiny_model, **{**kept, **asked}))  # type: ignore[arg-type]
+
+    assert [s.name for s in steps(job(precision="int8-weight", scales=None))].count("calibrate") == 0
+    with pytest.raises(UsageError, match="both given"):
+        job(algorithm="max")
+    with pytest.raises(UsageError, match="int8-weight takes no scales"):
+        job(precision="int8-weight")
+    with pytest.raises(InputError, match="nothing about qllama_query"):
+        job(components=())
+    with pytest.raises(InputError, match="picked for other types"):
+        job(precision="int8")
+    data = json.loads(out.read_text())
+    for change, message in (
+        ({"model": "0" * 64}, "other weights"),
+        ({"amax": {"qllama_text": {"x": 1.0}}}, "does not have, for example x"),
+    ):
+        out.write_text(json.dumps({**data, **change}))
+        with pytest.raises(InputError, match=message):
+            job()
+    for broken in ("{", "[]", json.dumps({**data, "extra": 1})):
+        out.write_text(broken)
+        assert run("build", *options(tiny_model, photos, "--scales", out, "--out", tmp_path / "b")) == 3
+    assert not (tmp_path / "b").exists()
+
+
+def test_nothing_to_measure(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scales.json"
+    assert run("calibrate", *options(tiny_model, photos, "--precision", "int4-weight", "--out", out)) == 2
+    assert run("calibrate", *options(tiny_model, photos, "--algorithm", "best", "--out", out)) == 2
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("precision", ["int8-weight", "int4-weight"])
+def test_weights_alone_need_no_calibration_data(precision: str, tiny_model: Path, tmp_path: Path) -> None:
+    job = Job(Request(tmp_path / "b", tiny_model, precision, backends=(ORT,), components=("vision",)))
+    assert job.notices == tuple(n for n in job.notices if "stays bf16" in n)
+    names = [step.name for step in steps(job)]
+    assert "calibrate" not in names
+    assert "quantise" in names

@@ -1,0 +1,123 @@
+"""``ivl-export compare`` on bundles with real manifests and receipts as builds write them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivl_export import cli
+from ivl_export.bundle import Bundle, seal
+from ivl_export.calibration.accuracy import Metrics, Receipt
+from ivl_export.synthetic.tasks import Score, TaskScore
+
+SIZES = {"n_classify": 500}
+
+
+def receipts(correct: int, recipe: str) -> dict[str, Any]:
+    metrics = {
+        "image_embed": Metrics(0.999, 0.99, 30.0, 0.1, 32),
+        "tokens": Metrics(0.99, 0.9, 20.0, 1.0, 32),
+    }
+    views = {"vision": metrics}
+    score = TaskScore(Score(correct, 500), Score(1, 3)).to_json()
+    return {
+        "accuracy": Receipt(recipe, "onnxruntime", "ab" * 32, 32, True, views, views).to_json(),
+        "tasks": {"scores": {recipe: {"InternVL-C": {"classify": score}, "settings": {}}}, "sizes": SIZES},
+        "kernels": {"onnxruntime-cpu": {"vision": {"precisions": {"int8xint8": 20, "fp32xfp32": 4}}}},
+    }
+
+
+def bundle(tiny: Path, out: Path, data: dict[str, Any], precision: str) -> Path:
+    staging = out.with_name(f"{out.name}.staging")
+    shutil.copytree(tiny, staging)
+    (staging / "manifest.json").unlink()
+    (staging / "receipts").mkdir(exist_ok=True)
+    for name, receipt in data.items():
+        (staging / "receipts" / f"{name}.json").write_text(json.dumps(receipt))
+    manifest = Bundle.open(tiny).manifest
+    manifest = replace(manifest, precision=precision, recipe={"name": precision}, receipts=tuple(data))
+    seal(staging, manifest, out)
+    return out
+
+
+def compare(capsys: pytest.CaptureFixture[str], a: Path, b: Path) -> Any:
+    assert cli.main(["compare", str(a), str(b), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_side_by_side(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = bundle(tiny_bundle, tmp_path / "a", receipts(480, "fp8"), "fp8")
+    near = bundle(tiny_bundle, tmp_path / "near", receipts(478, "int8"), "int8")
+    far = bundle(tiny_bundle, tmp_path / "far", receipts(430, "int4"), "int4")
+    found = compare(capsys, a, near)
+    assert [x["precision"] for x in found["bundles"]] == ["fp8", "int8"]
+    assert found["bundles"][0]["weights_bytes"] > 0
+    (component,) = found["components"]
+    assert component["a"]["own_cosine"] == 0.99  # the worst output
+    assert component["a"]["chained_sqnr_db"] == 20.0
+    (task,) = found["tasks"]
+    assert task["name"] == "InternVL-C classify"
+    assert task["difference"] == pytest.approx(-0.004)
+    assert task["low"] < -0.004 < task["high"]
+    assert task["within"] is True
+    assert found["kernels"][0]["b"] == {"int8xint8": 20, "fp32xfp32": 4}
+    assert found["notes"] == []
+    assert compare(capsys, a, far)["tasks"][0]["within"] is False
+
+    assert cli.main(["compare", str(a), str(near)]) == 0
+    out = capsys.readouterr().out
+    assert "96.0 (93.9 to 97.4, 500)" in out
+    assert "-0.4 within the interval" in out
+    assert "20 int8xint8" in out
+
+
+def test_the_scores_of_a_chat(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As builds write them: every kind of question, not the new combinations among them."""
+    sides = []
+    for correct, precision in ((480, "fp8"), (478, "int8")):
+        data = receipts(correct, precision)
+        score = TaskScore(Score(correct, 500), Score(5, 9)).to_json()
+        data["tasks"] = {"scores": {precision: {"chat": {"all": score, "color": score}, "settings": {}}},
+                         "sizes": {"scenes": 200}}  # fmt: skip
+        sides.append(bundle(tiny_bundle, tmp_path / precision, data, precision))
+    found = compare(capsys, *sides)["tasks"]
+    assert [row["name"] for row in found] == ["chat all", "chat color"]
+    assert found[0]["difference"] == pytest.approx(-0.004)
+    assert found[0]["within"] is True
+
+
+def test_different_questions_are_not_compared(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = receipts(480, "fp8")
+    other = copy.deepcopy(first)
+    other["tasks"]["sizes"] = {"n_classify": 400}
+    other["accuracy"]["set_hash"] = "cd" * 32
+    a = bundle(tiny_bundle, tmp_path / "a", first, "fp8")
+    found = compare(capsys, a, bundle(tiny_bundle, tmp_path / "b", other, "fp8"))
+    assert found["tasks"][0]["difference"] is None
+    assert any("different sets" in note for note in found["notes"])
+    assert any("different questions" in note for note in found["notes"])
+    # without receipts
+    found = compare(capsys, a, tiny_bundle)
+    assert found["tasks"][0]["b"] is None
+    assert found["tasks"][0]["within"] is None
+    assert sum("has no" in note for note in found["notes"]) == 3
+
+
+def test_a_strange_receipt_is_refused(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, (name, content) in enumerate(
+        [("tasks", []), ("tasks", {"scores": 3}), ("accuracy", {}), ("kernels", {"x": 1})]
+    ):
+        data = {**receipts(480, "fp8"), name: content}
+        path = bundle(tiny_bundle, tmp_path / f"b{i}", data, "fp8")
+        assert cli.main(["compare", str(path), str(path)]) == 8, (name, content)
+        assert "not as builds write it" in capsys.readouterr().err

@@ -1,0 +1,184 @@
+"""``ivl-export doctor``: this installation as it is; other machines from what their tools print."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from ivl_export import cli
+from ivl_export.engines import memory
+from ivl_export.engines.base import BACKENDS
+from ivl_export.engines.tensorrt import library as trt
+from ivl_export.errors import CapabilityError
+from ivl_export.models.config import InternVLConfig
+from ivl_export.models.shipped import nano_folder
+from ivl_export.profiles import extras
+from ivl_export.profiles.backends import backends_here
+from ivl_export.profiles.cost.sizes import plan_of
+from ivl_export.profiles.doctor import Asked, asked_problems, diagnose
+from ivl_export.profiles.extras import Extra, extra_packages
+from ivl_export.profiles.measure import machine
+from ivl_export.profiles.measure.machine import Gpu, parse_gpus
+from ivl_export.quantization.recipe import load_recipe
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def asked(precision: str, config: InternVLConfig | None = None) -> Asked:
+    recipe = load_recipe(precision)
+    return Asked(recipe, plan_of(recipe, config or InternVLConfig()), config)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' machine may have a GPU that nothing is built for."""
+    monkeypatch.setattr(machine, "_gpus", lambda: ())
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(InternVLConfig().to_published()))
+    return tmp_path
+
+
+def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is True
+    build = next(e for e in found["extras"] if e["name"] == "quant")
+    assert build["packages"]["torch"] == version("torch")
+    assert {a["backend"] for a in found["abilities"]} == {"onnxruntime", "tensorrt-rtx"}
+    fp8 = next(a for a in found["abilities"] if (a["backend"], a["precision"]) == ("tensorrt-rtx", "fp8"))
+    assert "sm89" in fp8["targets"]
+    assert "sm80" not in fp8["targets"]
+    assert cli.main(["doctor"]) == 0
+    assert "No problems found." in capsys.readouterr().out
+
+
+def test_it_loads_the_backends_libraries_but_not_torch() -> None:
+    code = (
+        "import sys; from ivl_export.cli import main; main(['doctor', '--precision', 'fp8', '--json']);"
+        "print([m for m in ('torch', 'onnx', 'modelopt', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_small_model_can_be_built(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--model", str(nano_folder()), "--precision", "int8"]) == 0
+    assert "bundle, one target" in capsys.readouterr().out
+    assert cli.main(["doctor", "--model", "nano-chat", "--precision", "int8"]) == 0
+    assert "bundle, one target" in capsys.readouterr().out
+
+
+def test_a_chat_model_of_full_size(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 8 * 10**9)
+    assert cli.main(["doctor", "--model", "InternVL-Chat-ViT-6B-Vicuna-7B", "--json"]) == 5
+    found = json.loads(capsys.readouterr().out)
+    assert found["needs"]["largest"] == "decoder"
+    # FP8 linears of 45 and 32 blocks, and both tables of 32,000 tokens in bf16
+    assert found["needs"]["weights"] == pytest.approx(12.3e9 + 2 * 32000 * 4096, rel=0.02)
+
+
+def test_room_is_checked(
+    full: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**12, 0, 10**12))
+    monkeypatch.setattr(memory, "available_memory", lambda: 8 * 10**9)
+    assert cli.main(["doctor", "--model", str(full), "--json"]) == 5
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False
+    (problem,) = found["problems"]
+    assert "not enough memory" in problem["what"]
+    assert "--split 2" in problem["fix"]
+    assert found["needs"]["weights"] == pytest.approx(14.4e9, rel=0.02)
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**12)
+    assert cli.main(["doctor", "--model", str(full), "--json"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**12, 0, 10**10))
+    assert cli.main(["doctor", "--model", str(full)]) == 5
+    assert "problem: There is not enough disk for the bundle." in capsys.readouterr().out
+
+
+def test_missing_packages_are_named_with_the_line() -> None:
+    extras = diagnose().extras
+    assert asked_problems(asked("fp8"), extras, ()) == []
+    without = tuple(
+        replace(e, packages={**e.packages, "onnx": None}) if e.name == "quant" else e for e in extras
+    )
+    (problem,) = asked_problems(asked("fp8"), without, ())
+    assert (problem.why, problem.fix) == ("Not installed: onnx.", "pip install 'ivl-export[quant]'")
+    neither = (Extra("cpu", "", {"onnxruntime": None}), Extra("gpu", "", {"onnxruntime-gpu": None}))
+    assert [p.fix for p in asked_problems(asked("fp8"), neither, ())] == ["pip install 'ivl-export[cpu]'"]
+    unknown = tuple(replace(e, packages={}) for e in extras)  # a source tree that was never installed
+    assert [p.why for p in asked_problems(asked("fp8"), unknown, ())] == [
+        "Not installed: ivl-export itself."
+    ] * 2
+    assert list(extra_packages("rtx")) == ["tensorrt-rtx"]
+    assert extra_packages("nothing") == {}
+
+
+def test_versions_outside_the_supported_range_are_problems(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extras, "installed_version", lambda package: "1.2" if package == "onnx" else "99.0")
+    assert cli.main(["doctor", "--json"]) == 5
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["what"] == "onnx 1.2 is outside the range that is supported."
+    assert problem["fix"] == "pip install 'onnx>=1.18'"
+
+
+def test_every_backend_is_listed_with_what_stands_in_its_way() -> None:
+    here = {found.backend: found for found in backends_here()}
+    assert list(here) == list(BACKENDS)
+    assert here["onnxruntime"].release == version("onnxruntime")
+    assert "CPU" in here["onnxruntime"].note
+    assert not here["onnxruntime"].blocked
+    assert here["torch"].release == version("torch")
+    assert here["torch-tensorrt"].install == "pip install torch-tensorrt"
+
+
+def test_bindings_without_their_libraries_are_told_from_what_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(name: str) -> None:
+        raise CapabilityError(f"{name} is not installed.", "libnvinfer.so.11: cannot open shared object file")
+
+    monkeypatch.setattr(trt, "installed_release", lambda name: "11.4" if name == "tensorrt" else None)
+    monkeypatch.setattr(trt, "library", broken)
+    here = {found.backend: found for found in backends_here()}
+    assert here["tensorrt"].blocked.startswith("it cannot be loaded: libnvinfer.so.11")
+    assert here["tensorrt-rtx"].blocked == "it is not installed"
+
+
+def test_gpus_of_other_machines() -> None:
+    gpus = parse_gpus("NVIDIA L40S, 46068, 570.86, 8.9\nTesla T4, 15360, 470.1\nnonsense\n")
+    assert gpus == (Gpu("NVIDIA L40S", 46068, "570.86", "sm89"), Gpu("Tesla T4", 15360, "470.1"))
+    extras = diagnose().extras
+    assert asked_problems(asked("fp8"), extras, gpus[:1]) == []
+    (lacking,) = asked_problems(asked("fp8"), extras, gpus[1:])  # its generation follows from its name
+    assert "Tesla T4 (sm75) cannot run fp8" in lacking.what
+    assert lacking.why == "It has no bf16, fp8."
+    assert "fp16" in lacking.fix
+    assert "fp8" not in lacking.fix
+    (unknown,) = asked_problems(asked("fp16"), extras, (Gpu("NVIDIA X", 1, "1", "sm50"),))
+    assert "No engines can be built for NVIDIA X (sm50)" in unknown.what
+
+
+def test_no_model_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--model", str(tmp_path)]) == 4
+    assert f"No config.json in {tmp_path}." in capsys.readouterr().err
+    assert cli.main(["doctor", "--model", str(tmp_path / "no")]) == 4
+    assert f"No checkpoint at {tmp_path / 'no'}." in capsys.readouterr().err
+    assert cli.main(["doctor", "--precision", "fp3"]) == 2

@@ -1,0 +1,90 @@
+"""Quantised linears against the values that Q/DQ would multiply, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ivl_export.engines.torch.linears import (
+    Fp8Linear,
+    Int8Linear,
+    Product,
+    best_product,
+    quantised_linear,
+    rounded,
+)
+from ivl_export.quantization.quantize import dequantise, pack, quantise
+from ivl_export.quantization.schemes import SCHEMES
+
+SCALES = {"fp8": 4.0 / 448, "int8": 4.0 / 127, "w4a8": 4.0 / 127, "w4a4": 4.0 / 7}
+SCALES |= {f"{kind}-tensor": SCALES[kind] for kind in ("fp8", "int8")}
+
+
+def sample(scheme: str, rows: int, out: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, stored values, scales."""
+    generator = torch.Generator().manual_seed(rows + out + width)
+    x = torch.randn(rows, width, generator=generator)
+    values, scale = quantise(torch.randn(out, width, generator=generator), scheme)
+    return x, pack(values) if SCHEMES[scheme].weight == "int4" else values, scale
+
+
+def exact(scheme: str, x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    if scheme in SCALES:
+        kind = SCHEMES[scheme].activation
+        x = rounded(x, torch.tensor(SCALES[scheme]), kind).double() * SCALES[scheme]
+    return x.double() @ dequantise(values, scale).double().T
+
+
+@pytest.mark.parametrize("scheme", [*SCALES, "int8-weight", "int4-weight"])
+@settings(max_examples=15)
+@given(rows=st.integers(1, 40), out=st.integers(1, 5), width=st.integers(1, 5), bias=st.booleans())
+def test_products_are_exact_in_fp32(scheme: str, rows: int, out: int, width: int, bias: bool) -> None:
+    x, values, scale = sample(scheme, rows, 16 * out, 32 * width)
+    added = torch.randn(16 * out) if bias else None
+    layer = quantised_linear(scheme, values, scale, added, SCALES.get(scheme))
+    want = exact(scheme, x, values, scale) + (0 if added is None else added.double())
+    got = layer(x.reshape(1, rows, -1))
+    assert got.shape == (1, rows, 16 * out)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got[0].double(), want, atol=2e-5 * width, rtol=1e-5)
+
+
+@pytest.mark.parametrize("product", ["rowwise", "tensorwise", "restored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_way_to_multiply_fp8(product: Product, dtype: torch.dtype) -> None:
+    x, values, scale = sample("fp8", 24, 48, 64)
+    layer = Fp8Linear(values, scale, None, SCALES["fp8"], product)
+    got, want = layer(x.to(dtype)), exact("fp8", x.to(dtype), values, scale)
+    assert got.dtype == dtype
+    cosine = torch.nn.functional.cosine_similarity(got.double().flatten(), want.flatten(), 0)
+    assert cosine > (1 - 1e-6 if dtype == torch.float32 else 1 - 2e-5)
+
+
+def test_fp16_sums_do_not_overflow() -> None:
+    _, values, scale = sample("fp8", 4, 16, 320)
+    layer = Fp8Linear(values, scale, None, SCALES["fp8"], "tensorwise")
+    large = 3.9 * torch.sign(layer.values[0].float()).half()[None]
+    got, want = layer(large), exact("fp8", large.float(), values, scale)
+    assert float(rounded(large, layer.input_scale, "fp8").float() @ values[0].float()) * SCALES["fp8"] > 65504
+    torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=0.1)
+
+
+def test_values_out_of_range_saturate() -> None:
+    big = torch.tensor([[1e9, -1e9, float(2**-20)]])
+    assert rounded(big, torch.tensor(1.0), "fp8").float().tolist()[0][:2] == [448, -448]
+    assert rounded(big, torch.tensor(1.0), "int8").tolist() == [[127, -128, 0]]
+    assert rounded(big, torch.tensor(1.0), "int4").tolist() == [[7, -8, 0]]
+
+
+def test_a_scale_is_asked_for_where_it_is_needed() -> None:
+    _, values, scale = sample("int8", 1, 16, 32)
+    with pytest.raises(ValueError, match="needs the scale"):
+        quantised_linear("int8", values, scale, None, None)
+    assert "int8" in repr(Int8Linear(values, scale, None, 1.0))
+
+
+def test_this_cpu_multiplies_fp8_values_themselves() -> None:
+    assert best_product(torch.device("cpu")) in ("rowwise", "restored")
+    assert best_product(torch.device("meta")) == "restored"

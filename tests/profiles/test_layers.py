@@ -1,0 +1,93 @@
+"""Where the time of a call goes, by ONNX Runtime's profile and torch's profiler."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ivl_export import cli
+from ivl_export.bundle import Bundle
+from ivl_export.engines.onnxruntime.backend import optimized_graph
+from ivl_export.engines.products import node_name
+from ivl_export.profiles.measure.layer_profile import OUTSIDE, LayerTime
+from ivl_export.profiles.measure.layers import chrome_trace, profile_layers, with_layers
+from ivl_export.profiles.measure.receipt import Profile
+from ivl_export.tests.made_profiles import made_case, made_profile
+
+
+def test_every_node_of_onnxruntimes_graph_is_timed(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    found = profile_layers(bundle, "qllama_text", "onnxruntime", 2, 3, threads=1)
+    graph = optimized_graph(bundle.graph("qllama_text", "fp32"))
+    nodes = {node_name(node) for node in graph.nodes if node.op != "Constant"}
+    timed = {layer.name for layer in found.layers}
+    assert {name for name in nodes if "layers." in name} <= timed
+    assert found.calls == 3
+    assert len(found.trace) >= len(timed)
+    assert found.sizes["batch"] == 2
+    assert 0 < sum(layer.ms for layer in found.layers) <= found.call_ms  # one thread: nodes do not overlap
+    for sums in (found.by(lambda la: la.op), found.by(lambda la: la.block), found.by(lambda la: la.type)):
+        assert sum(sums.values()) == pytest.approx(found.call_ms - found.rest_ms)
+        assert list(sums.values()) == sorted(sums.values(), reverse=True)
+    assert set(found.by(lambda la: la.block)) == {*(f"block {i}" for i in range(4)), OUTSIDE}
+
+
+def test_torch_operators_are_named_by_their_module(tiny_bundle: Path) -> None:
+    found = profile_layers(Bundle.open(tiny_bundle), "vision", "torch", 1, 2, threads=1)
+    assert {"block 0", "block 1"} <= set(found.by(lambda layer: layer.block))
+    products = {
+        layer.name.rpartition(".")[2] for layer in found.layers if layer.op in ("aten::mm", "aten::addmm")
+    }
+    assert {"qkv", "fc1", "fc2"} <= products
+    assert sum(layer.ms for layer in found.layers) < found.call_ms
+
+
+def test_layers_of_a_chat_are_timed(chat_bundle: Path) -> None:
+    found = profile_layers(Bundle.open(chat_bundle), "decoder", "onnxruntime", 1, 2, threads=1)
+    assert "block 0" in found.by(lambda layer: layer.block)
+    assert found.sizes["total"] == found.sizes["past"] + found.sizes["text"]
+
+
+def test_a_profile_keeps_the_layers_of_its_components(tiny_bundle: Path) -> None:
+    profile = made_profile([made_case("vision"), made_case("encode_image InternVL-C", kind="chained")])
+    found = with_layers(profile, tiny_bundle, calls=2)
+    (layers,) = found.layers
+    assert (layers.component, layers.sizes["batch"]) == ("vision", 1)
+    assert Profile.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_blocks_and_types_by_name() -> None:
+    name = "vision_model.encoder.layers.12.mlp.fc1/Add"
+    assert LayerTime(name, "Add", 1.0).block == "block 12"
+    assert LayerTime(name, "Add", 1.0).type == "vision_model.encoder.layers.*.mlp.fc1/Add"
+    assert LayerTime("conv2d_nchwc", "Conv", 1.0).block == OUTSIDE
+
+
+def test_the_verb_and_its_trace(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.json"
+    command = ["profile", "layers", str(tiny_bundle), "--component", "vision", "--calls", "2"]
+    assert cli.main([*command, "--trace", str(trace), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["components"]
+    assert found["component"] == "vision"
+    assert sum(found["by_op"].values()) == pytest.approx(found["call_ms"] - found["rest_ms"])
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert events[0]["args"]["name"] == "vision on onnxruntime"
+    assert all(e["ph"] == "X" and e["dur"] >= 0 and e["ts"] >= 0 for e in events[1:])
+    assert {e["cat"] for e in events[1:]} == set(found["by_op"])
+    page = tmp_path / "layers.html"
+    assert cli.main([*command, "--top", "2", "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert f"Written: {page}" in out
+    assert 'id="layer-times"' in page.read_text()
+    assert "mean of the quicker half of 2 calls" in page.read_text()
+    assert "by block" in out
+    assert "in no layer" in out
+    assert cli.main([*command, "--backend", "torch-tensorrt"]) == 2
+    assert cli.main([*command, "--backend", "tensorrt-rtx"]) == 5  # it has no such engines
+    assert cli.main([*command, "--batch", "99999"]) == 2
+    assert cli.main([*command, "--trace", str(tmp_path)]) == 2
+    assert chrome_trace([]) == {"traceEvents": [], "displayTimeUnit": "ms"}

@@ -1,0 +1,140 @@
+"""The store that conversations share: what it gives is what was put in, in bounds, from many threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ivl_export.errors import UsageError
+from ivl_export.inputs.preprocess import Array
+from ivl_export.runtime.prefixes import BLOCK, Prefixes
+
+NBYTES = 2 * 3 * BLOCK * 4
+"""Of a block of :func:`data`."""
+
+
+def keys(blocks: str, rest: int = 0) -> list[Hashable]:
+    """Positions of blocks named by letters, and ``rest`` that fill none."""
+    return [*((letter, i) for letter in blocks for i in range(BLOCK)), *(("", i) for i in range(rest))]
+
+
+def data(blocks: str, rest: int = 0) -> Array:
+    """Keys and values [2, 3, 1, 1, positions, 1]; each position's follow from all positions up to it."""
+    letters = [ord(letter) for letter in blocks for _ in range(BLOCK)] + [1] * rest
+    running = (np.cumsum(letters) % 1009).astype(np.float32)
+    whole: Array = np.broadcast_to(running[:, None], (2, 3, 1, 1, len(running), 1)).copy()
+    return whole
+
+
+def check(found: Sequence[Array], blocks: str) -> None:
+    """What was found is what was kept of ``blocks``."""
+    if found:
+        whole = np.concatenate(found, 4)
+        np.testing.assert_array_equal(whole, data(blocks)[..., : whole.shape[4], :])
+
+
+def test_what_begins_alike_is_shared() -> None:
+    store = Prefixes()
+    assert store.find(keys("ab")) == []
+    store.keep(keys("abc", 5), data("abc", 5))
+    assert store.nbytes == 3 * NBYTES, "positions that fill no block are left out"
+    for asked, count in (("abc", 3), ("abcd", 3), ("abd", 2), ("a", 1), ("ba", 0), ("bc", 0), ("", 0)):
+        found = store.find(keys(asked, 3))
+        assert len(found) == count
+        check(found, asked)
+    store.keep(keys("abd"), data("abd"))
+    assert store.nbytes == 4 * NBYTES
+    assert len(store.find(keys("abc"))) == len(store.find(keys("abd"))) == 3
+
+
+def test_values_are_copies() -> None:
+    store, values, embeds = Prefixes(), data("a"), np.ones((2, 3), np.float32)
+    store.keep(keys("a"), values)
+    store.keep_image(b"one", embeds)
+    values[:] = -1
+    embeds[:] = -1
+    check(store.find(keys("a")), "a")
+    np.testing.assert_array_equal(store.image(b"one"), np.ones((2, 3)))
+    assert store.image(b"other") is None
+
+
+def test_what_was_used_last_stays() -> None:
+    store = Prefixes(4 * NBYTES)
+    store.keep(keys("ab"), data("ab"))
+    store.keep(keys("cd"), data("cd"))
+    store.find(keys("a"))
+    store.keep(keys("ef"), data("ef"))
+    assert [len(store.find(keys(asked))) for asked in ("ab", "cd", "ef")] == [1, 1, 2], "ends go first"
+    store.keep(keys("vwxyz"), data("vwxyz"))
+    assert len(store.find(keys("vwxyz"))) == 4, "as much of the beginning as fits"
+    store.keep_image(b"one", np.zeros(NBYTES // 4, np.float32))
+    assert len(store.find(keys("vwxyz"))) == 3
+    store.keep_image(b"large", np.zeros(2 * NBYTES, np.float32))
+    assert store.image(b"large") is None
+    assert store.image(b"one") is not None
+
+
+def test_nothing_kept() -> None:
+    store = Prefixes(0)
+    store.keep(keys("ab"), data("ab"))
+    store.keep_image(b"one", np.ones(1, np.float32))
+    assert store.nbytes == 0
+    assert store.find(keys("ab")) == []
+    with pytest.raises(UsageError, match="negative size"):
+        Prefixes(-1)
+
+
+PREFIX = st.text("abc", max_size=6)
+STEP = st.one_of(
+    st.tuples(st.just("keep"), PREFIX),
+    st.tuples(st.just("find"), PREFIX),
+    st.tuples(st.just("image"), st.text("xyz", min_size=1, max_size=1)),
+)
+
+
+@given(limit=st.integers(0, 9), steps=st.lists(STEP, max_size=40))
+def test_any_use_keeps_its_promises(limit: int, steps: list[tuple[str, str]]) -> None:
+    store = Prefixes(limit * NBYTES + NBYTES // 2)
+    for act, name in steps:
+        if act == "image":
+            store.keep_image(name.encode(), np.full(NBYTES // 8, ord(name), np.float32))
+            found = store.image(name.encode())
+            assert found is None or (found == ord(name)).all()
+        elif act == "keep":
+            store.keep(keys(name), data(name))
+            assert len(store.find(keys(name))) == min(len(name), limit), "what was just put in is there"
+        else:
+            check(store.find(keys(name)), name)
+        held = {key: kept for key, kept in store._kept.items() if isinstance(key, tuple)}
+        assert store.nbytes == sum(kept.nbytes for kept in store._kept.values()) <= store.limit
+        reached = {kept.number for kept in held.values()} | {-1}
+        assert all(parent in reached for parent, _ in held), "no block without the blocks before it"
+
+
+def test_threads() -> None:
+    store = Prefixes(6 * NBYTES)
+    failed: list[BaseException] = []
+
+    def use(seed: int) -> None:
+        draw = np.random.default_rng(seed)
+        try:
+            for _ in range(300):
+                name = "".join(draw.choice(list("abc"), draw.integers(1, 6)))
+                check(store.find(keys(name)), name)
+                store.keep(keys(name), data(name))
+                store.keep_image(name.encode(), np.zeros(30, np.float32))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=use, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert 0 < store.nbytes <= store.limit

@@ -1,0 +1,254 @@
+"""Sequences that come and go in one batch give the tokens that each gives alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ivl_export.errors import InputError, UsageError
+from ivl_export.runtime import InternVL, captions
+from ivl_export.runtime.scheduler import Scheduler, Started
+from ivl_export.runtime.slots import Slots
+from ivl_export.sampling import Limits, Sampling
+
+EOS = 2
+PROMPTS = ["a", "two large blue stars", "a ring left of"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked, and when: after so many tokens of all, cancelled after so many of its own (0: never)."""
+
+    picture: int
+    prompt: int
+    limits: Limits
+    sampling: Sampling | None
+    after: int
+    cancel: int
+
+
+def requests() -> st.SearchStrategy[list[Request]]:
+    def bounded(new: int, least: int) -> Limits:
+        return Limits(EOS, 0, new, min(new, least))
+
+    limits = st.builds(bounded, st.integers(1, 12), st.integers(0, 6))
+    sampling = st.none() | st.builds(Sampling, st.just(2.0), st.just(40), st.just(0.9), st.integers(0, 5))
+    pictures, prompts = st.integers(0, 2), st.integers(0, len(PROMPTS) - 1)
+    one = st.builds(Request, pictures, prompts, limits, sampling, st.integers(0, 40), st.integers(0, 12))
+    return st.lists(one, min_size=1, max_size=10)
+
+
+class Alone:
+    """A model, and what each request's prompt and answer are when nothing else runs."""
+
+    def __init__(self, model: InternVL) -> None:
+        self.model = model
+        rng = np.random.default_rng(0)
+        images = [rng.integers(0, 256, (60, 60, 3), dtype=np.uint8) for _ in range(3)]
+        self.pixels = model.pixel_values(images, "square")
+        self.started: dict[tuple[int, int], Started] = {}
+        self.answers: dict[Any, list[int]] = {}
+
+    def start(self, request: Request) -> Started:
+        key = request.picture, request.prompt
+        if key not in self.started:
+            asked = [(self.pixels[request.picture], PROMPTS[request.prompt])]
+            self.started[key] = captions.start(self.model, asked)[0]
+        return self.started[key]
+
+    def answer(self, request: Request) -> list[int]:
+        key = request.picture, request.prompt, request.limits, request.sampling
+        if key not in self.answers:
+            ids = np.array([self.model.tokenizer.encode_prompt(PROMPTS[request.prompt])])
+            pixels = self.pixels[request.picture : request.picture + 1]
+            out = captions.generate(self.model, pixels, ids, None, request.limits, sampling=request.sampling)
+            self.answers[key] = out[0].tolist()
+        return self.answers[key]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_bundle: Path) -> Iterator[Alone]:
+    with InternVL.load(tiny_bundle, threads=1) as model:
+        yield Alone(model)
+
+
+class Crowd:
+    """Submits requests as their time comes, from the scheduler's own thread, and cancels them."""
+
+    def __init__(self, scheduler: Scheduler, alone: Alone, asked: list[Request]) -> None:
+        self.scheduler, self.alone, self.heard = scheduler, alone, 0
+        self.left = sorted(enumerate(asked), key=lambda entry: entry[1].after)
+        self.futures: dict[int, Future[Any]] = {}
+        self.tokens: dict[int, list[int]] = {i: [] for i in range(len(asked))}
+        self.lock = threading.RLock()
+        self.submit()
+
+    def submit(self) -> None:
+        with self.lock:
+            while self.left and (self.left[0][1].after <= self.heard or not len(self.scheduler)):
+                number, request = self.left.pop(0)
+                started = self.alone.start(request)
+                hear = self.listen(number, request)
+                self.futures[number] = self.scheduler.submit(started, request.limits, request.sampling, hear)
+
+    def listen(self, number: int, request: Request) -> Any:
+        def hear(token: int) -> None:
+            with self.lock:
+                self.heard += 1
+                self.tokens[number].append(token)
+                if len(self.tokens[number]) == request.cancel:
+                    assert self.futures[number].cancel()
+                self.submit()
+
+        return hear
+
+
+@settings(max_examples=40)
+@given(asked=requests(), slots=st.integers(1, 4))
+def test_a_crowd_answers_as_each_alone(alone: Alone, asked: list[Request], slots: int) -> None:
+    scheduler = captions.scheduler(alone.model, slots)
+    crowd = Crowd(scheduler, alone, asked)
+    for number, request in enumerate(asked):
+        while number not in crowd.futures:
+            crowd.submit()
+        want = alone.answer(request)
+        if 0 < request.cancel <= len(want):
+            with pytest.raises(CancelledError):
+                crowd.futures[number].result(30)
+            want = want[: request.cancel]
+        else:
+            ran = crowd.futures[number].result(30)
+            assert ran.value == want
+            assert 1 <= ran.batch <= slots
+        assert crowd.tokens[number] == want
+    scheduler.close()
+    assert len(scheduler) == 0
+    assert not scheduler._slots.lengths.any(), "every slot is free again"
+
+
+def test_what_lies_in_free_slots_is_not_read(alone: Alone) -> None:
+    limits = Limits(EOS, 0, 10, 10)
+    asked = [Request(i, 0, limits, None, 0, 0) for i in range(3)]
+    scheduler = captions.scheduler(alone.model, 4)
+
+    def spoil(token: int) -> None:
+        slots = scheduler._slots
+        slots._data[:, :, np.flatnonzero(slots.lengths == 0)] = 1e30
+        for slot, length in enumerate(slots.lengths):
+            slots._data[:, :, slot, :, length:] = 1e30
+
+    futures = [scheduler.submit(alone.start(request), limits, None, spoil) for request in asked]
+    futures[1].cancel()
+    assert [futures[i].result(30).value for i in (0, 2)] == [alone.answer(asked[i]) for i in (0, 2)]
+    scheduler.close()
+
+
+def test_a_cancelled_sequence_frees_its_slot_before_the_next_step(alone: Alone) -> None:
+    limits = Limits(EOS, 0, 12, 12)
+    first, second = (Request(i, 0, limits, None, 0, 0) for i in range(2))
+    scheduler = captions.scheduler(alone.model, 1)
+    steps: list[str] = []
+
+    def hear(token: int) -> None:
+        steps.append("first")
+        if len(steps) == 3:
+            futures[0].cancel()
+
+    futures: list[Future[Any]] = []
+    go = threading.Event()
+    gate = scheduler._run
+    scheduler._run = lambda feeds: (go.wait(30), gate(feeds))[1]
+    futures.append(scheduler.submit(alone.start(first), limits, None, hear))
+    waiting = scheduler.submit(alone.start(second), limits, None, lambda token: steps.append("second"))
+    go.set()
+    assert waiting.result(30).value == alone.answer(second)
+    assert steps == ["first"] * 3 + ["second"] * 12
+    assert waiting.result().waited > 0
+    scheduler.close()
+
+
+def test_a_failed_step_fails_those_in_it_and_no_later_one(alone: Alone) -> None:
+    limits = Limits(EOS, 0, 5, 5)
+    request = Request(0, 0, limits, None, 0, 0)
+    scheduler = captions.scheduler(alone.model, 2)
+    whole = scheduler._run
+
+    def fail(feeds: Any) -> Any:
+        scheduler._run = whole
+        raise RuntimeError("no memory")
+
+    scheduler._run = fail
+    with pytest.raises(RuntimeError, match="no memory"):
+        scheduler.submit(alone.start(request), limits).result(30)
+    assert scheduler.submit(alone.start(request), limits).result(30).value == alone.answer(request)
+
+    def deaf(token: int) -> None:
+        raise RuntimeError("nobody listens")
+
+    pair = [scheduler.submit(alone.start(request), limits, None, hear) for hear in (deaf, None)]
+    with pytest.raises(RuntimeError, match="nobody listens"):
+        pair[0].result(30)
+    assert pair[1].result(30).value == alone.answer(request)
+    scheduler.close()
+
+
+def test_what_cannot_be_done_is_refused(alone: Alone) -> None:
+    started = alone.start(Request(0, 0, Limits(EOS), None, 0, 0))
+    scheduler = captions.scheduler(alone.model, 2)
+    with pytest.raises(InputError, match="too long for this bundle"):
+        scheduler.submit(started, Limits(EOS, 0, 10_000))
+    with pytest.raises(UsageError, match="0 sequences"):
+        captions.scheduler(alone.model, 0)
+    scheduler.close()
+    with pytest.raises(UsageError, match="closed"):
+        scheduler.submit(started, Limits(EOS))
+
+
+def test_closing_finishes_what_runs_and_cancels_what_waits(alone: Alone) -> None:
+    limits = Limits(EOS, 0, 8, 8)
+    request = Request(0, 1, limits, None, 0, 0)
+    scheduler = captions.scheduler(alone.model, 1)
+    begun = threading.Event()
+    running = scheduler.submit(alone.start(request), limits, None, lambda token: begun.set())
+    waiting = scheduler.submit(alone.start(request), limits)
+    assert begun.wait(30)
+    scheduler.close()
+    assert running.result(0).value == alone.answer(request)
+    assert waiting.cancelled()
+
+
+def test_a_cache_grows_with_its_longest_sequence_and_shrinks_again(alone: Alone) -> None:
+    spec = alone.model.components.spec("qllama_step")
+    slots = Slots(spec, 3)
+    rng = np.random.default_rng(0)
+    long, short = (rng.standard_normal((2, 4, 4, n, 16)).astype(np.float32) for n in (100, 9))
+    first, second = slots.take(long), slots.take(short)
+    assert (first, second, slots.rows) == (0, 1, 2)
+    feeds = slots.feeds()
+    assert feeds["past_key.0"].shape == (2, 4, 128, 16)
+    assert feeds["past_value.3"].flags.c_contiguous
+    np.testing.assert_array_equal(feeds["past_value.3"][1, :, :9], short[1, 3])
+    assert feeds["positions"].tolist() == [[100], [9]]
+    assert feeds["attention_mask"].sum(1).tolist() == [101, 10]
+    slots.free(first)
+    feeds = slots.feeds()
+    assert feeds["past_key.0"].shape == (2, 4, 32, 16)
+    assert feeds["attention_mask"].sum(1).tolist() == [1, 10]
+    new = {
+        f"{kind}.{i}": rng.standard_normal((2, 4, 1, 16)).astype(np.float32)
+        for kind in ("key", "value")
+        for i in range(4)
+    }
+    slots.append(new)
+    assert slots.lengths.tolist() == [0, 10, 0]
+    np.testing.assert_array_equal(slots.feeds()["past_key.2"][1, :, 9], new["key.2"][1, :, 0])
+    assert slots.take(short) == 0, "the lowest free one"

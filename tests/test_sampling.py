@@ -1,0 +1,56 @@
+"""Tokens are chosen where the logits lie, and are the same there as on the host."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ivl_export import sampling as decoding
+from ivl_export.runtime.picking import pick
+from ivl_export.sampling import Sampling
+
+torch = pytest.importorskip("torch")
+
+SETTINGS = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
+    top_k=st.sampled_from([0, 1, 5, 1000]),
+    top_p=st.sampled_from([1e-6, 0.3, 0.9, 1.0]),
+    seed=st.integers(0, 2**32),
+)
+
+
+@given(how=SETTINGS, size=st.integers(1, 300), ties=st.booleans())
+def test_a_device_draws_what_the_host_draws(how: Sampling, size: int, ties: bool) -> None:
+    drawn = np.random.default_rng(how.seed).normal(0, 3, size).astype(np.float32)
+    logits = np.round(drawn) if ties else drawn
+    barred = how.seed % size if size > 1 else None
+    own, other = np.random.default_rng(how.seed), np.random.default_rng(how.seed)
+    for _ in range(5):
+        found = pick(torch.from_numpy(logits), how, own, barred)
+        assert found == decoding.pick(logits, how, other, barred)
+        assert found != barred
+    assert pick(logits, how, own) == decoding.pick(logits, how, other)
+
+
+def test_shares_are_those_of_the_distribution() -> None:
+    probabilities = torch.tensor([0.05, 0.5, 0.3, 0.15])
+    rng = np.random.default_rng(0)
+    for how, want in (
+        (Sampling(1.0), [0.05, 0.5, 0.3, 0.15]),
+        (Sampling(1.0, top_k=2), [0, 0.625, 0.375, 0]),
+        (Sampling(1.0, top_p=0.7), [0, 0.625, 0.375, 0]),
+        (Sampling(1.0, top_p=0.01), [0, 1, 0, 0]),
+    ):
+        drawn = [pick(probabilities.log(), how, rng) for _ in range(4000)]
+        assert [drawn.count(i) / len(drawn) for i in range(4)] == pytest.approx(want, abs=0.03)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32"])
+def test_of_any_float_type(kind: str) -> None:
+    logits = torch.tensor([0.0, 3.0, 1.0]).to(getattr(torch, kind))
+    assert pick(logits, Sampling(), np.random.default_rng(0)) == 1
+    assert pick(logits, Sampling(), np.random.default_rng(0), 1) == 2
+    assert logits[1] == 3, "the engine's own logits stay"

@@ -1,0 +1,229 @@
+"""Fine-tuning a fake-quantised model (QAT), by its stage's losses or by a full-precision teacher (QAD)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..calibration.dataset import CalibrationSet, prompt_for
+from ..errors import InputError
+from ..inputs.preprocess import ImageSettings, Tokenizer
+from ..models.internvl import InternVL
+from . import distributed as dist
+from .collate import SceneBatches, collate, normalise
+from .distill import answers, distillation_losses
+from .fake_quant import keep_in_bounds
+from .losses import IGNORE, Stage2Batch
+from .presets import Stage
+from .trainer import MAX_LOGIT_SCALE, Options, Progress, schedule, stage_losses
+
+STEP = 0xA7
+"""Keeps the order of the samples apart from other random streams of the same seed."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a run does.
+
+    Args:
+        stage: its losses, steps, batch and learning rates; ``matrix_lr`` is not used: everything is trained
+            by AdamW, whose small steps keep what the model knows.
+        scale_lr: peak learning rate of the scales, as a share of their ranges a step.
+        seed: of the data's order.
+        max_grad_norm: gradients are clipped to it.
+    """
+
+    stage: Stage
+    scale_lr: float = 5e-3
+    seed: int = 0
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class History:
+    """Losses of every step so far, and the seconds they took."""
+
+    losses: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class SampleBatches(Dataset[Stage2Batch]):
+    """Batch ``i`` of a user's images and captions: a pure function of (set, seed, i).
+
+    Every epoch has its own order; a batch may reach into the next one. Images of equal captions share an id.
+    """
+
+    def __init__(
+        self, chosen: CalibrationSet, tuning: Tuning, settings: ImageSettings, tokenizer: bytes, rows: slice
+    ) -> None:
+        self.chosen, self.stage, self.seed = chosen, tuning.stage, tuning.seed
+        self.settings, self.tokenizer, self.rows = settings, tokenizer, rows
+
+    def __len__(self) -> int:
+        return self.stage.steps
+
+    def __getitem__(self, index: int) -> Stage2Batch:
+        samples = [self.chosen.samples[i] for i in self._order(index)]
+        captions = [sample.text for sample in samples]
+        ids = torch.tensor([captions.index(caption) for caption in captions])
+        languages = ["zh" if prompt_for(c) == prompt_for("一") else "en" for c in captions]
+        texts = collate(np.zeros(0, np.uint8), captions, languages, Tokenizer(self.tokenizer))
+        pixels = [sample.pixels(self.settings) for sample in samples[self.rows]]
+        whole = replace(texts.stage2(torch.zeros(len(captions), 0)), ids=ids)
+        return replace(dist.taken(whole, self.rows), pixel_values=torch.from_numpy(np.concatenate(pixels)))
+
+    def _order(self, index: int) -> Iterator[int]:
+        size = len(self.chosen)
+        for place in range(index * self.stage.batch, (index + 1) * self.stage.batch):
+            epoch, within = divmod(place, size)
+            yield int(np.random.default_rng([STEP, self.seed, epoch]).permutation(size)[within])
+
+
+class SceneSamples(Dataset[Stage2Batch]):
+    """Batch ``i`` of drawn scenes, of combinations that nano was trained on."""
+
+    def __init__(
+        self, tuning: Tuning, settings: ImageSettings, tokenizer: bytes, rows: slice, chinese: float = 0.25
+    ) -> None:
+        self.scenes = SceneBatches(STEP + tuning.seed, tuning.stage, chinese, settings.size, tokenizer)
+        self.settings, self.rows = settings, rows
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Stage2Batch:
+        drawn = self.scenes[index]
+        batch = drawn.stage2(torch.zeros(len(drawn.images), 0))
+        pixels = normalise(drawn.images[self.rows], self.settings.mean, self.settings.std)
+        return replace(dist.taken(batch, self.rows), pixel_values=pixels)
+
+
+def fine_tune(
+    student: InternVL,
+    teacher: InternVL | None,
+    tuning: Tuning,
+    data: Dataset[Stage2Batch],
+    identity: Mapping[str, Any],
+    options: Options,
+    report: Callable[[Progress], None],
+    inspect: Callable[[int, InternVL], None] = lambda step, model: None,
+) -> History:
+    """Train ``student`` in place.
+
+    State is kept after every ``options.save_every`` steps; a run that was killed goes on from there and ends
+    with the same weights (same machine, threads and processes). It learns in fp32: bf16 would round what the
+    quantisers have rounded already.
+
+    Args:
+        student: made by :func:`.fake_quant.fake_quantised`.
+        teacher: the model before quantisation, whose answers are learned; None: the stage's losses.
+        tuning: what the run does.
+        data: ``tuning.stage.steps`` batches: this process's rows of each.
+        identity: plain data that says which model and data these are; a kept state of others is refused.
+        options: where the state lies and how often it is kept; how processes share the work.
+        report: hears every step.
+        inspect: is called after every kept step, with a student that it must not change.
+
+    Raises:
+        InputError: ``options.work_dir`` holds the state of another run.
+        BuildError: gradients are not finite.
+    """
+    stage, device = tuning.stage, dist.device()
+    student.to(device).train().requires_grad_(True)
+    if teacher is not None:
+        teacher.to(device).eval().requires_grad_(False)
+    objective = dist.Objective(student, partial(_losses, teacher=teacher, stage=stage))
+    wrapped = dist.parallel(objective, options.strategy)
+    optimizer = _optimizer(student, tuning)
+    history, first = History(), 0
+    file = options.work_dir / "state.pt"
+    identity = {**identity, "tuning": repr(tuning), "teacher": teacher is not None}
+    if file.exists():
+        state = torch.load(file, weights_only=True, map_location=device)
+        if state["identity"] != identity:
+            raise InputError(
+                f"{options.work_dir} holds another run.",
+                "Its model, recipe, data or settings differ from what is asked now.",
+                "Use another --work-dir, or delete that one.",
+            )
+        dist.load_model(student, state["model"])
+        dist.load_optimizer(optimizer, state["optimizer"])
+        first, history = state["step"], History(state["losses"], state["seconds"])
+    started = time.perf_counter() - history.seconds
+    rest: Subset[Stage2Batch] = Subset(data, range(first, stage.steps))
+    ahead = 2 if options.workers else None
+    batches = DataLoader(rest, batch_size=None, num_workers=options.workers, prefetch_factor=ahead)
+    for step, batch in enumerate(batches, first):
+        parts = _step(wrapped, optimizer, tuning, dist.moved(batch, device), step)
+        history.losses.append(parts)
+        history.seconds = time.perf_counter() - started
+        report(Progress(stage.name, step + 1, step + 1, stage.steps, parts, history.seconds))
+        if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
+            kept = {
+                "model": dist.whole(student.state_dict()),
+                "optimizer": dist.whole(optimizer.state_dict()),
+            }
+            if dist.rank() == 0:
+                options.work_dir.mkdir(parents=True, exist_ok=True)
+                place = {"identity": identity, "step": step + 1, "seconds": history.seconds}
+                torch.save({**place, **kept, "losses": history.losses}, file.with_suffix(".partial"))
+                file.with_suffix(".partial").replace(file)
+            before = time.perf_counter()
+            inspect(step + 1, student)
+            started += time.perf_counter() - before
+            student.train()
+    student.eval()
+    return history
+
+
+def _losses(
+    model: InternVL, batch: Stage2Batch, *, teacher: InternVL | None, stage: Stage
+) -> dict[str, Tensor]:
+    generative = stage.loss == "generative"
+    if teacher is not None:
+        with torch.no_grad():
+            wanted = answers(teacher, batch, generative)
+        parts = distillation_losses(answers(model, batch, generative), wanted)
+        if "kl" in parts:
+            parts["kl"] = parts["kl"] * dist.weight((batch.labels[:, 1:] != IGNORE).sum())
+        return parts
+    return stage_losses(model, batch, stage)
+
+
+def _optimizer(model: nn.Module, tuning: Tuning) -> torch.optim.Optimizer:
+    scales: list[nn.Parameter] = []
+    weights: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (scales if name.endswith((".clip", ".stretch")) else weights).append(parameter)
+    groups = [
+        {"params": weights, "peak": tuning.stage.lr},
+        {"params": scales, "peak": tuning.scale_lr},
+    ]
+    kept = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(kept, lr=tuning.stage.lr, betas=(0.9, 0.98), weight_decay=0.0)
+
+
+def _step(
+    objective: nn.Module, optimizer: torch.optim.Optimizer, tuning: Tuning, batch: Stage2Batch, step: int
+) -> dict[str, float]:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * schedule(tuning.stage, step)
+    parts: dict[str, Tensor] = objective(batch)
+    optimizer.zero_grad(set_to_none=True)
+    torch.stack(list(parts.values())).sum().backward()  # type: ignore[no-untyped-call]
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = dist.clip_gradients(learning, tuning.max_grad_norm)
+    optimizer.step()
+    model = next(m for m in objective.modules() if isinstance(m, InternVL))
+    with torch.no_grad():
+        model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+    keep_in_bounds(model)
+    return {**dist.averaged(parts), "grad_norm": norm}

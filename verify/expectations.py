@@ -1,0 +1,76 @@
+"""What a build promised of its products, held against what an engine really runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..engines.products import FACTORS, factors
+from ..errors import BuildError, UsageError
+from .report import KernelReport, ProductProof
+
+SCHEMES = (*FACTORS, "bf16", "fp16", "fp32", "int8-weight", "int4-weight")
+"""What can be promised of a matrix product: the types of its factors, or that of its stored weight, which is
+dequantised for a product in 16 bits."""
+
+_BASES = frozenset({"bf16", "fp16"})
+_LISTED = 6
+
+
+def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
+    """Hold an engine to what was promised.
+
+    Args:
+        report: what the engine does.
+        promised: ONNX node name, or weight name, -> scheme (one of :data:`SCHEMES`). Of a node of an
+            attention it is the type of q, k and v; of its Softmax, also that one kernel takes them. A product
+            in 8 or 4 bits that is not promised is a difference too.
+
+    Raises:
+        BuildError: engine and promise differ; the layers are named with the likely causes.
+        UsageError: an unknown scheme.
+    """
+    known: dict[str, list[ProductProof]] = {}
+    for product in report.products:
+        for name in {product.node, product.weight, product.weight.removesuffix(".weight")} - {""}:
+            known.setdefault(name, []).append(product)
+    attention = {node: block for block in report.attention for node in block.nodes}
+    wrong: list[str] = []
+    kept: set[str] = set()
+    for name, scheme in promised.items():
+        if scheme not in SCHEMES:
+            raise UsageError(
+                f"Unknown scheme {scheme!r} promised for {name}.", f"Known: {', '.join(SCHEMES)}."
+            )
+        block = attention.get(name)
+        if name not in known and block is None:
+            wrong.append(f"{name}: promised {scheme}, the graph has no such matrix product.")
+        apart = block is not None and name in block.nodes[1:2] and not block.fused
+        if block is not None and (apart or set(block.types[:3]) != {scheme}):
+            runs = "x".join(block.types[:3]) + (" unfused" if apart else "")
+            wrong.append(_broken(name, scheme, runs, block.cause))
+        for product in known.get(name, ()):
+            kept.add(product.node)
+            if product.precision not in _kept(scheme):
+                wrong.append(_broken(name, scheme, product.precision, product.cause))
+    wrong += [
+        f"{product.node}: runs {product.precision}, which nothing promised."
+        for product in report.products
+        if product.node not in kept and product.precision in map(factors, FACTORS)
+    ]
+    if wrong:
+        more = f" And {len(wrong) - _LISTED} more." if len(wrong) > _LISTED else ""
+        raise BuildError(
+            f"{len(wrong)} of {len(promised)} promised matrix products do not run as promised.",
+            " ".join(wrong[:_LISTED]) + more,
+            "Take these layers out of the recipe, or build for a target that has the type.",
+        )
+
+
+def _broken(name: str, scheme: str, precision: str, cause: str) -> str:
+    return f"{name}: promised {scheme}, runs {precision or 'nowhere'}{f' ({cause})' if cause else ''}."
+
+
+def _kept(scheme: str) -> frozenset[str]:
+    """Precisions that keep a promise of ``scheme``."""
+    stored = scheme.removesuffix("-weight")
+    return frozenset({factors(scheme)} if stored == scheme else {f"{base}x{stored}" for base in _BASES})

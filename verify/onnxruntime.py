@@ -1,0 +1,94 @@
+"""The proof of ONNX Runtime on this CPU, from the graph it optimises a component's graph to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..engines.onnx_graph import Graph, Node, read_graph, stored_bytes
+from ..engines.onnxruntime.backend import optimized_graph
+from ..engines.products import AttentionBlock, Product, factors, node_name, why_not_8_bits
+from .report import Asked, AttentionProof, KernelReport, ProductProof
+
+_INT8 = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "QLinearConv"})
+_FLOAT = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv"})
+_ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
+_RESTORE = "DequantizeLinear"
+_BLOCKED = "_nchwc"
+"""What ONNX Runtime appends to the output's name of a convolution that it runs on blocks of channels."""
+
+
+def proof_from_onnxruntime(graph: Path) -> KernelReport:
+    """Read what ONNX Runtime makes of ``graph`` on this CPU, from the graph it optimises it to.
+
+    FP8 products run in fp32 there, on values rounded to FP8: they are listed as fallbacks. Weights are those
+    of the optimised graph; what a kernel packs anew when it is opened is not counted.
+
+    Raises:
+        CapabilityError: onnxruntime is not installed.
+        BuildError: onnxruntime refuses the graph.
+    """
+    source, made = read_graph(graph), optimized_graph(graph)
+    asked = Asked.of(source)
+    names = {f"{n.outputs[0]}{_BLOCKED}": node_name(n) for n in source.nodes if n.op == "Conv"}
+    runs = {names.get(name := _unfused_name(node_name(n)), name): n for n in made.nodes}
+    return KernelReport(
+        backend="onnxruntime",
+        profiles=1,
+        kernels=len(made.nodes),
+        gemms=tuple(_product(p, runs, made) for p in asked.products),
+        attention=tuple(_attention(a, runs) for a in asked.attention),
+        casts=tuple(node_name(n) for n in made.nodes if n.op == "Cast"),
+        convolutions=tuple(_product(p, runs, made) for p in asked.convolutions),
+        constant_bytes=sum(stored_bytes(*tensor) for tensor in made.initializers.values()),
+    )
+
+
+def _product(product: Product, runs: Mapping[str, Node], made: Graph) -> ProductProof:
+    node, restored = runs.get(product.node), runs.get(product.dequantised_by)
+    op = "" if node is None else node.op
+    kind = "int8" if op in _INT8 else "fp32" if op in _FLOAT else ""
+    precision = factors(kind) if kind else ""
+    unfused = restored is not None and restored.op == _RESTORE
+    if not product.activation and (op == "MatMulNBits" or unfused):
+        precision = f"fp32x{product.stored}"
+    cause = why_not_8_bits(product, precision)
+    if precision and product.scheme == "fp8":
+        cause = "ONNX Runtime has no FP8 kernels on the CPU: it multiplies the rounded values in fp32"
+    elif precision and product.scheme in ("w4a8", "w4a4"):
+        cause = "ONNX Runtime has no such INT4 kernels: it multiplies the rounded values in fp32"
+    elif product.scheme == "int8" and kind == "fp32":
+        cause = "ONNX Runtime fuses INT8 only where the product has a QuantizeLinear of its own"
+    keeper = restored if unfused else node
+    return ProductProof(
+        product.node,
+        product.weight,
+        product.scheme,
+        precision,
+        op,
+        cause=cause,
+        op=product.op,
+        shape=product.shape,
+        weight_bytes=_kept(keeper, made) if product.weight and keeper is not None else 0,
+        fused=(op,) if op.startswith("Fused") else (),
+    )
+
+
+def _kept(node: Node, made: Graph) -> int:
+    """Bytes of the largest constant that ``node`` reads: its weight."""
+    constants = (made.initializers[name] for name in node.inputs if name in made.initializers)
+    return max((stored_bytes(*tensor) for tensor in constants), default=0)
+
+
+def _attention(block: AttentionBlock, runs: Mapping[str, Node]) -> AttentionProof:
+    found = [runs[name].op for name in block.nodes if name in runs]
+    op = next((op for op in found if op in _ATTENTION), "")
+    cause = "" if op else "ONNX Runtime runs its products one by one"
+    return AttentionProof(block.nodes, bool(op), op, ("fp32",) * 3 if found else (), block.head_size, cause)
+
+
+def _unfused_name(name: str) -> str:
+    """The product's own name; ``fused x/MatMulAddFusion`` is x with a bias and an activation."""
+    return (
+        name.removeprefix("fused ").removesuffix("/MatMulAddFusion").removesuffix("/MatmulTransposeFusion/")
+    )

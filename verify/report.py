@@ -1,0 +1,211 @@
+"""Proof of what really runs: precision and stored weights of each product, fusion of each attention.
+
+Every reader gives a :class:`KernelReport`: :mod:`.rtx` that of a TensorRT-RTX engine,
+:mod:`.inspector` that of TensorRT 10 and 11, :mod:`.onnxruntime` that of ONNX Runtime's optimised
+graph. :mod:`.expectations` fails a build whose engine differs from what was promised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from ..engines.onnx_graph import Graph
+from ..engines.products import (
+    AttentionBlock,
+    Product,
+    factors,
+    find_attention,
+    find_convolutions,
+    find_products,
+    node_name,
+)
+
+_PLUMBING = frozenset(
+    {"Cast", "DequantizeLinear", "Expand", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Slice"}
+    | {"Split", "Squeeze", "Transpose", "Unsqueeze", "Constant", "Shape", "Concat", "Gather"}
+)
+"""Operators that move or convert values; a kernel that does one besides a product is not worth a word."""
+
+
+@dataclass(frozen=True)
+class ProductProof:
+    """One matrix product or convolution of the graph and how it runs.
+
+    Args:
+        node: its ONNX node name.
+        weight: the initializer it multiplies by; empty if both factors are computed.
+        scheme: one of :data:`..engines.products.FACTORS` if the graph quantises both factors so, else empty.
+        precision: types of the factors in the engine, ``fp8xfp8``; the stored type of a weight that is
+            restored beside the product: ``bf16xint4``, or ``int8xint4`` of a product in INT8; several joined
+            by ``|`` where optimization profiles differ; ``unknown`` for a type the engine does not tell;
+            empty if the product is not in the engine.
+        kernel: name of the kernel.
+        merged: nodes that share the kernel (q/k/v, gate/up), this one among them; empty if it stands alone.
+        cause: why it does not run in 8 bits; empty if it does.
+        op: ``MatMul``, ``Gemm`` or ``Conv``.
+        shape: the weight's sizes as the graph has them.
+        weight_bytes: what the engine keeps of the weight, its share of a merged one; 0 if it does not tell.
+        fused: computing nodes that the same kernel does besides (an activation, a residual).
+    """
+
+    node: str
+    weight: str
+    scheme: str
+    precision: str
+    kernel: str
+    merged: tuple[str, ...] = ()
+    cause: str = ""
+    op: str = "MatMul"
+    shape: tuple[int, ...] = ()
+    weight_bytes: int = 0
+    fused: tuple[str, ...] = ()
+
+    @property
+    def weight_bits(self) -> float | None:
+        """Bits that a weight takes in the engine; None if it does not tell."""
+        return 8 * self.weight_bytes / math.prod(self.shape) if self.weight_bytes and self.shape else None
+
+
+@dataclass(frozen=True)
+class AttentionProof:
+    """One attention: its ONNX nodes, whether one kernel does all of it, that kernel and its operand types.
+
+    ``types`` are q's, k's and v's (and the mask's); ``head_size`` is 0 where the graph does not tell;
+    ``cause`` says why it is not fused.
+    """
+
+    nodes: tuple[str, ...]
+    fused: bool
+    kernel: str = ""
+    types: tuple[str, ...] = ()
+    head_size: int = 0
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What an engine is made of.
+
+    ``casts`` are conversions between float types that stand alone, by node name. ``constant_bytes`` is
+    everything the engine keeps of weights, scales and tables for one optimization profile, ``file_bytes`` the
+    engine's file (its program and its kernels as well); 0 where there is none.
+    """
+
+    backend: str
+    profiles: int
+    kernels: int
+    gemms: tuple[ProductProof, ...]
+    attention: tuple[AttentionProof, ...]
+    casts: tuple[str, ...]
+    convolutions: tuple[ProductProof, ...] = ()
+    constant_bytes: int = 0
+    file_bytes: int = 0
+
+    @property
+    def products(self) -> tuple[ProductProof, ...]:
+        """Convolutions and matrix products."""
+        return (*self.convolutions, *self.gemms)
+
+    @property
+    def precisions(self) -> dict[str, int]:
+        """Precision -> number of matrix products."""
+        return dict(Counter(g.precision for g in self.gemms))
+
+    @property
+    def fallbacks(self) -> tuple[ProductProof, ...]:
+        """Products that the graph quantises and the engine does not run so."""
+        return tuple(p for p in self.products if p.scheme and p.precision != factors(p.scheme))
+
+    @property
+    def fused_attention(self) -> int:
+        """Number of attentions that are one kernel."""
+        return sum(a.fused for a in self.attention)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the engine keeps of the weights of all products."""
+        return sum(p.weight_bytes for p in self.products)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for receipts, with the summaries."""
+        return {
+            **asdict(self),
+            "precisions": self.precisions,
+            "fallbacks": [g.node for g in self.fallbacks],
+            "fused_attention": self.fused_attention,
+            "weight_bytes": self.weight_bytes,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> KernelReport:
+        """Inverse of :meth:`to_json`; what an older receipt lacks has its default.
+
+        Raises:
+            KeyError, TypeError: it is no such data.
+        """
+        own = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        casts = own["casts"]
+        return cls(
+            **{
+                **own,
+                "gemms": _records(ProductProof, own["gemms"]),
+                "convolutions": _records(ProductProof, own.get("convolutions", ())),
+                "attention": _records(AttentionProof, own["attention"]),
+                "casts": ("?",) * casts if isinstance(casts, int) else tuple(casts),
+            }
+        )
+
+
+def _records(kind: type[Any], rows: Iterable[Mapping[str, Any]]) -> tuple[Any, ...]:
+    return tuple(
+        kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}) for row in rows
+    )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a graph asks of an engine: its products (without those that are parts of an attention), its
+    convolutions and attentions, and the names of nodes that only move or convert values."""
+
+    products: tuple[Product, ...]
+    convolutions: tuple[Product, ...]
+    attention: tuple[AttentionBlock, ...]
+    plumbing: frozenset[str]
+
+    @classmethod
+    def of(cls, graph: Graph) -> Asked:
+        """Read from ``graph``."""
+        attention = find_attention(graph)
+        inside = {name for block in attention for name in block.nodes}
+        products = tuple(p for p in find_products(graph) if p.node not in inside)
+        plumbing = frozenset(node_name(n) for n in graph.nodes if n.op in _PLUMBING)
+        return cls(products, find_convolutions(graph), attention, plumbing)
+
+    def fused(self, layers: Iterable[str], products: Iterable[str]) -> tuple[str, ...]:
+        """Of the nodes ``layers`` of a kernel, those that compute something beside ``products``."""
+        return tuple(dict.fromkeys(n for n in layers if n not in self.plumbing and n not in products))
+
+
+def shares(products: Sequence[Product], nbytes: int) -> tuple[int, ...]:
+    """``nbytes`` of one joined weight as the shares of the products in it, by their elements."""
+    sizes = [math.prod(p.shape) for p in products]
+    total = sum(sizes)
+    return tuple(nbytes * size // total if total else 0 for size in sizes)
+
+
+def joined(reports: Sequence[KernelReport]) -> KernelReport:
+    """The report of a split component from those of its parts, which share a backend."""
+    return replace(
+        reports[0],
+        kernels=sum(r.kernels for r in reports),
+        gemms=tuple(g for r in reports for g in r.gemms),
+        attention=tuple(a for r in reports for a in r.attention),
+        casts=tuple(c for r in reports for c in r.casts),
+        convolutions=tuple(c for r in reports for c in r.convolutions),
+        constant_bytes=sum(r.constant_bytes for r in reports),
+        file_bytes=sum(r.file_bytes for r in reports),
+    )
