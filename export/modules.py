@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.chat_config import ChatConfig, InternViTConfig
-from ..models.chat_vision import QueryTower, TwoMLP, VisionTower, projector
+from ..models.chat_vision import QueryTower, SelectedVisionTower, TwoMLP, projector
 from ..models.config import InternVLConfig
 from ..models.generate import step_mask
 from ..models.heads import AttentionPool
@@ -125,7 +125,9 @@ class ChatVision(nn.Module):
 
     def __init__(self, config: ChatConfig) -> None:
         super().__init__()
-        self.model = nn.ModuleDict({"vision_tower": VisionTower(config), "mm_projector": projector(config)})
+        self.model = nn.ModuleDict(
+            {"vision_tower": SelectedVisionTower(config), "mm_projector": projector(config)}
+        )
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
         """[B, 3, S, S] -> visual_embeds [B, V, H]."""

@@ -14,7 +14,7 @@ from .generate import search, step_mask
 from .qllama import Decoder, KeyValue, Visible, run_layers
 
 
-class InternVLChat(nn.Module):
+class InternVLChatModel(nn.Module):
     """The chat model; ``state_dict`` keys are the published ones.
 
     The vision tower holds only the blocks that are run: what lies behind the selected layer is not read.

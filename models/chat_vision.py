@@ -15,7 +15,7 @@ from .qllama import QLlama, query_pass
 from .vit import InternViT
 
 
-class VisionTower(nn.Module):
+class SelectedVisionTower(nn.Module):
     """InternViT up to the selected layer."""
 
     def __init__(self, config: ChatConfig) -> None:
@@ -84,9 +84,9 @@ class TwoMLP(nn.Module):
         return torch.cat([self.mlp2(queries), self.mlp1(features)], 1)
 
 
-def vision_tower(config: ChatConfig) -> VisionTower | QueryTower:
+def vision_tower(config: ChatConfig) -> SelectedVisionTower | QueryTower:
     """The tower of either form; what it gives is what :func:`projector` takes."""
-    return QueryTower(config) if config.queries else VisionTower(config)
+    return QueryTower(config) if config.queries else SelectedVisionTower(config)
 
 
 def projector(config: ChatConfig) -> nn.Module:

@@ -13,11 +13,11 @@ from ..sampling import Ids, Limits, Scores, decode
 from .qllama import KeyValue, Visible
 
 if TYPE_CHECKING:
-    from .internvl import InternVL
+    from .internvl import InternVLModel
 
 
 def text_step(
-    model: InternVL, input_ids: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValue]
+    model: InternVLModel, input_ids: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValue]
 ) -> tuple[Tensor, list[KeyValue]]:
     """One causal step of T new tokens after a past of P positions.
 
@@ -50,7 +50,7 @@ def extend(past: list[KeyValue], new: list[KeyValue]) -> list[KeyValue]:
 
 @torch.no_grad()
 def generate(
-    model: InternVL,
+    model: InternVLModel,
     pixel_values: Tensor,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -58,7 +58,7 @@ def generate(
     num_beams: int = 1,
     min_new_tokens: int = 0,
 ) -> Tensor:
-    """New token ids [B, <= max_new_tokens]; see :meth:`InternVL.generate`.
+    """New token ids [B, <= max_new_tokens]; see :meth:`.InternVLModel.generate`.
 
     Padding may stand on either side of the prompt. Rotary positions count visible tokens only
     (``cumsum(mask) - 1``, the queries included), as the published code does.

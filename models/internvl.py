@@ -17,7 +17,7 @@ from .vit import InternViT
 Mode = Literal["InternVL-C", "InternVL-G"]
 
 
-class InternVL(nn.Module):
+class InternVLModel(nn.Module):
     """The whole model; ``state_dict`` keys are the published ones.
 
     Args:

@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from .chat import InternVLChat
+from .chat import InternVLChatModel
 from .chat_config import ChatConfig
 from .checkpoint import Checkpoint, load_state, open_checkpoint
-from .internvl import InternVL
+from .internvl import InternVLModel
 
 
 def load_model(
     path: str | Path | Checkpoint,
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
-) -> InternVL:
+) -> InternVLModel:
     """The model of a checkpoint, in eval mode, weights memory-mapped and loaded a tensor at a time.
 
     Args:
@@ -38,7 +38,7 @@ def load_chat(
     path: str | Path | Checkpoint,
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
-) -> InternVLChat:
+) -> InternVLChatModel:
     """The chat model of a checkpoint in the LLaVA layout; arguments as :func:`load_model`.
 
     Blocks of the vision tower behind the one that is read are left out.
@@ -58,15 +58,15 @@ def load_chat(
     return model
 
 
-def meta_chat(checkpoint: Checkpoint) -> InternVLChat:
+def meta_chat(checkpoint: Checkpoint) -> InternVLChatModel:
     """As :func:`meta_model`, of a chat checkpoint."""
     assert isinstance(checkpoint.model, ChatConfig)
     with torch.device("meta"):
-        return InternVLChat(checkpoint.model).eval()
+        return InternVLChatModel(checkpoint.model).eval()
 
 
-def meta_model(checkpoint: Checkpoint) -> InternVL:
+def meta_model(checkpoint: Checkpoint) -> InternVLModel:
     """The model of a checkpoint on the meta device (no memory), in eval mode."""
     with torch.device("meta"):
-        model = InternVL(checkpoint.config, checkpoint.contrastive_only)
+        model = InternVLModel(checkpoint.config, checkpoint.contrastive_only)
     return model.eval()

@@ -28,7 +28,7 @@ from .qat_plot import plot
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-    from ..models.internvl import InternVL
+    from ..models.internvl import InternVLModel
     from ..training.finetune import History
     from ..training.losses import Stage2Batch
     from ..training.trainer import Progress
@@ -73,7 +73,7 @@ def measured_scales(job: Job, work: Path, reporter: Reporter) -> Scales:
     return measure(job, path, reporter)
 
 
-def student_of(job: Job, scales: Scales, learn: bool) -> InternVL:
+def student_of(job: Job, scales: Scales, learn: bool) -> InternVLModel:
     """The model of ``job`` that computes as its graphs will."""
     from ..models.load import load_model
     from ..training.fake_quant import fake_quantised
@@ -83,7 +83,7 @@ def student_of(job: Job, scales: Scales, learn: bool) -> InternVL:
     )
 
 
-def evaluated(job: Job, model: InternVL) -> dict[str, Any] | None:
+def evaluated(job: Job, model: InternVLModel) -> dict[str, Any] | None:
     """Task scores on held-out scenes, of a model that was trained on scenes."""
     from ..synthetic import tasks
     from ..training.evaluate import TorchModel
@@ -98,7 +98,7 @@ def train_rank(
     asked: Asked,
     scales: Scales,
     report: Callable[[Progress], None] = lambda progress: None,
-    inspect: Callable[[int, InternVL], None] = lambda step, model: None,
+    inspect: Callable[[int, InternVLModel], None] = lambda step, model: None,
 ) -> tuple[History, dict[str, Any]]:
     """One process's part of a run: the history, and the whole trained state of the model."""
     from ..models.load import load_model
@@ -143,7 +143,7 @@ def run(
     scales = measured_scales(job, asked.work, reporter)
     curve: list[dict[str, Any]] = []
 
-    def inspect(step: int, model: InternVL) -> None:
+    def inspect(step: int, model: InternVLModel) -> None:
         if asked.evaluate_every and step % asked.evaluate_every == 0 and step < asked.steps:
             curve.append({"step": step, "scores": evaluated(job, model)})
 
@@ -178,7 +178,7 @@ def run(
     return Outcome(asked.out, receipt, bool(job.plan.rounded))
 
 
-def write_checkpoint(job: Job, student: InternVL, scales: Scales, folder: Path) -> Job:
+def write_checkpoint(job: Job, student: InternVLModel, scales: Scales, folder: Path) -> Job:
     """Write ``student`` in the published layout with recipe and scales; the job of it, opened again.
 
     Quantised weights are in fp32, which holds integer times scale exactly; the rest is in the base type.

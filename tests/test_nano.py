@@ -12,7 +12,7 @@ import torch
 from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models import load_model
 from ivl_export.models.config import InternVLConfig
-from ivl_export.models.internvl import InternVL
+from ivl_export.models.internvl import InternVLModel
 from ivl_export.models.shipped import nano_folder
 from ivl_export.synthetic import tasks
 from ivl_export.training.evaluate import TorchModel
@@ -39,7 +39,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def measure(model: InternVL) -> dict[str, Any]:
+def measure(model: InternVLModel) -> dict[str, Any]:
     """Scores by "mode task"."""
     tokenizer = Tokenizer((FOLDER / "tokenizer.model").read_bytes())
     settings = ImageSettings.load(FOLDER / "preprocessor_config.json")

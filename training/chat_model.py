@@ -12,7 +12,7 @@ from torch import nn
 
 from ..inputs.chat_template import Turn, encode
 from ..inputs.preprocess import ImageSettings, Tokenizer, preprocess_images
-from ..models.chat import InternVLChat
+from ..models.chat import InternVLChatModel
 from ..models.checkpoint import Checkpoint
 from ..models.layout import CHAT_TOWER, VISION, expected_shapes
 from ..synthetic.chat_tasks import LONGEST_ANSWER
@@ -22,10 +22,10 @@ from .presets import ChatPreset
 STD = 0.04
 
 
-def initialised(preset: ChatPreset, tower: Checkpoint) -> InternVLChat:
+def initialised(preset: ChatPreset, tower: Checkpoint) -> InternVLChatModel:
     """The untrained model: normal weights as in stage 1, and the vision tower of an InternVL."""
     torch.manual_seed(preset.seed)
-    model = InternVLChat(preset.model)
+    model = InternVLChatModel(preset.model)
     depth = preset.model.decoder.num_hidden_layers
     for name, parameter in model.named_parameters():
         if name.startswith(CHAT_TOWER):
@@ -41,7 +41,7 @@ def initialised(preset: ChatPreset, tower: Checkpoint) -> InternVLChat:
 class TorchChat:
     """Greedy answers of the PyTorch model, as :data:`..synthetic.chat_tasks.Answer`."""
 
-    def __init__(self, model: InternVLChat, tokenizer: Tokenizer, settings: ImageSettings) -> None:
+    def __init__(self, model: InternVLChatModel, tokenizer: Tokenizer, settings: ImageSettings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
 
     def __call__(self, images: Image8, conversations: Sequence[Sequence[Turn]]) -> list[str]:
@@ -56,7 +56,7 @@ class TorchChat:
 
 
 def write(
-    model: InternVLChat,
+    model: InternVLChatModel,
     folder: Path,
     tokenizer: bytes,
     settings: ImageSettings,

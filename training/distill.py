@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.generate import step_mask
-from ..models.internvl import InternVL
+from ..models.internvl import InternVLModel
 from ..models.qllama import Visible
 from .losses import IGNORE, Stage2Batch
 
@@ -33,7 +33,7 @@ class Answers:
     logits: Tensor | None
 
 
-def answers(model: InternVL, batch: Stage2Batch, generative: bool) -> Answers:
+def answers(model: InternVLModel, batch: Stage2Batch, generative: bool) -> Answers:
     """Run ``model`` on a batch; not ``generative``: InternVL-C's image and text only."""
     tokens = model.vision(batch.pixel_values)
     image, text = model.clip_projector(tokens), model.encode_text(batch.summarize.input_ids)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UsageError
-from ..models.internvl import InternVL
+from ..models.internvl import InternVLModel
 from ..quantization.quantize import LIMITS, LOWEST, quantise_values, round_scale
 from ..quantization.schemes import SCHEMES, block_size, folded_layers
 
@@ -175,13 +175,13 @@ class FakeQuantLinear(nn.Linear):
 
 
 def fake_quantised(
-    model: InternVL,
+    model: InternVLModel,
     schemes: Mapping[str, str],
     base: str,
     amax: Mapping[str, Mapping[str, float]],
     *,
     learn: bool = False,
-) -> InternVL:
+) -> InternVLModel:
     """Replace the layers of ``schemes`` in place, so that ``model`` computes as its quantised components do.
 
     Args:
@@ -249,7 +249,7 @@ def keep_in_bounds(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def trained_weights(model: InternVL) -> dict[str, Tensor]:
+def trained_weights(model: InternVLModel) -> dict[str, Tensor]:
     """The state dict in published names and fp32; quantised weights are what the graph will dequantise.
 
     Quantising those again gives the same integers and scales, bit for bit.

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..calibration.dataset import CalibrationSet, prompt_for
 from ..errors import InputError
 from ..inputs.preprocess import ImageSettings, Tokenizer
-from ..models.internvl import InternVL
+from ..models.internvl import InternVLModel
 from . import distributed as dist
 from .collate import SceneBatches, collate, normalise
 from .distill import answers, distillation_losses
@@ -107,14 +107,14 @@ class SceneSamples(Dataset[Stage2Batch]):
 
 
 def fine_tune(
-    student: InternVL,
-    teacher: InternVL | None,
+    student: InternVLModel,
+    teacher: InternVLModel | None,
     tuning: Tuning,
     data: Dataset[Stage2Batch],
     identity: Mapping[str, Any],
     options: Options,
     report: Callable[[Progress], None],
-    inspect: Callable[[int, InternVL], None] = lambda step, model: None,
+    inspect: Callable[[int, InternVLModel], None] = lambda step, model: None,
 ) -> History:
     """Train ``student`` in place.
 
@@ -185,7 +185,7 @@ def fine_tune(
 
 
 def _losses(
-    model: InternVL, batch: Stage2Batch, *, teacher: InternVL | None, stage: Stage
+    model: InternVLModel, batch: Stage2Batch, *, teacher: InternVLModel | None, stage: Stage
 ) -> dict[str, Tensor]:
     generative = stage.loss == "generative"
     if teacher is not None:
@@ -222,7 +222,7 @@ def _step(
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     norm = dist.clip_gradients(learning, tuning.max_grad_norm)
     optimizer.step()
-    model = next(m for m in objective.modules() if isinstance(m, InternVL))
+    model = next(m for m in objective.modules() if isinstance(m, InternVLModel))
     with torch.no_grad():
         model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
     keep_in_bounds(model)

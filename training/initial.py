@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..models.internvl import InternVL
+from ..models.internvl import InternVLModel
 from .presets import Preset
 
 
-def initialised(preset: Preset) -> InternVL:
+def initialised(preset: Preset) -> InternVLModel:
     """The untrained model: normal weights, residual outputs scaled down by depth (as GPT-2).
 
     Positions start as sines and cosines about as large as the patches' content: from small random ones a
     short run hardly learns where things stand.
     """
     torch.manual_seed(preset.seed)
-    model = InternVL(preset.model)
+    model = InternVLModel(preset.model)
     config = preset.model
     depths = {"vision_model": config.vision.num_hidden_layers, "qllama": config.qllama.num_hidden_layers}
     for name, parameter in model.named_parameters():

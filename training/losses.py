@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.internvl import InternVL
+from ..models.internvl import InternVLModel
 from ..models.qllama import Visible
 
 IGNORE = -100
@@ -123,7 +123,7 @@ def contrastive_loss(
 
 
 def stage1_loss(
-    model: InternVL, pixel_values: Tensor, text: Text, ids: Tensor | None = None, gather: Gather = local
+    model: InternVLModel, pixel_values: Tensor, text: Text, ids: Tensor | None = None, gather: Gather = local
 ) -> Tensor:
     """Contrastive loss of InternVL-C: pooled ViT tokens against the text embedding (paper figure 3)."""
     image, embed = model.encode_image(pixel_values), model.encode_text(text.input_ids)
@@ -166,7 +166,7 @@ def stage2_mask(matching: Tensor, summarize: Tensor, caption: Tensor, queries: i
     return pattern[:, None] & keys
 
 
-def stage2_losses(model: InternVL, batch: Stage2Batch, gather: Gather = local) -> Losses:
+def stage2_losses(model: InternVLModel, batch: Stage2Batch, gather: Gather = local) -> Losses:
     """ITC + ITM + ITG over one pass of 3B stacked rows.
 
     The contrastive image vector is the G head over the query rows; the text vector is read at the last
@@ -192,7 +192,7 @@ def stage2_losses(model: InternVL, batch: Stage2Batch, gather: Gather = local) -
     return Losses(torch.stack(parts).sum(), itm, itg)
 
 
-def retrieval_losses(model: InternVL, batch: Stage2Batch, gather: Gather = local) -> Losses:
+def retrieval_losses(model: InternVLModel, batch: Stage2Batch, gather: Gather = local) -> Losses:
     """Retrieval fine-tuning: ITM over 2B rows (right, then wrong captions) and ITC of both heads.
 
     Needs ``batch.ids``: images of equal id share their captions.
@@ -215,7 +215,7 @@ def retrieval_losses(model: InternVL, batch: Stage2Batch, gather: Gather = local
     return Losses(torch.as_tensor(itc), matching_loss(model, hidden[:, :count], labels.long()))
 
 
-def stage2_hidden(model: InternVL, batch: Stage2Batch, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def stage2_hidden(model: InternVLModel, batch: Stage2Batch, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states [3B, Q + T, H] of the three stacked parts, and the ITM labels [B]."""
     text, labels = matching_texts(batch)
     ids = torch.cat([text.input_ids, batch.summarize.input_ids, batch.caption.input_ids])
@@ -227,11 +227,11 @@ def stage2_hidden(model: InternVL, batch: Stage2Batch, tokens: Tensor) -> tuple[
     return hidden, labels
 
 
-def matching_loss(model: InternVL, queries: Tensor, labels: Tensor) -> Tensor:
+def matching_loss(model: InternVLModel, queries: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of the mean match logits over query rows [B, Q, H]; labels [B], 1 = right caption."""
     return F.cross_entropy(model.itm_head(queries).mean(1), labels, ignore_index=IGNORE)
 
 
-def _pool_text(model: InternVL, states: Tensor, text: Text) -> Tensor:
+def _pool_text(model: InternVLModel, states: Tensor, text: Text) -> Tensor:
     last = text.lengths() - 1
     return states[torch.arange(len(states), device=states.device), last] @ model.text_projection

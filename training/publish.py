@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..inputs.preprocess import ImageSettings
-from ..models.internvl import InternVL
+from ..models.internvl import InternVLModel
 from ..synthetic.scenes import (
     ALL_COMBINATIONS,
     BACKGROUNDS,
@@ -35,7 +35,7 @@ class Run:
     accuracy: dict[str, Any]
 
 
-def publish(model: InternVL, preset: Preset, tokenizer: bytes, run: Run, folder: Path) -> None:
+def publish(model: InternVLModel, preset: Preset, tokenizer: bytes, run: Run, folder: Path) -> None:
     """Write config.json, model.safetensors (bf16), tokenizer, preprocessor and README.md into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}

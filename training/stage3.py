@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 
 from ..inputs.chat_template import IGNORE, IMAGE_TOKEN
-from ..models.chat import InternVLChat, splice
+from ..models.chat import InternVLChatModel, splice
 from ..models.qllama import Visible, run_layers
 from . import lora as low_rank
 from .conversations import ChatBatch, ChatBatches
@@ -52,7 +52,7 @@ class Stage3:
     max_grad_norm: float = 1.0
 
 
-def answer_loss(model: InternVLChat, batch: ChatBatch) -> Tensor:
+def answer_loss(model: InternVLChatModel, batch: ChatBatch) -> Tensor:
     """Mean cross entropy of the answers' tokens, each predicted from all that stands before it."""
     visual = model.visual(batch.pixel_values)
     x, _ = splice(model.model.embed_tokens, batch.input_ids, batch.mask, visual)
@@ -74,7 +74,7 @@ def splice_labels(batch: ChatBatch, visual: int) -> Tensor:
 
 
 def fine_tune(
-    model: InternVLChat,
+    model: InternVLChatModel,
     what: Stage3,
     data: ChatBatches,
     identity: dict[str, Any],
@@ -121,7 +121,7 @@ def fine_tune(
 
 
 def _step(
-    model: InternVLChat,
+    model: InternVLChatModel,
     chosen: list[torch.optim.Optimizer],
     what: Stage3,
     batch: ChatBatch,

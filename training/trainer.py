@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 
 from ..inputs.preprocess import ImageSettings
-from ..models.internvl import InternVL
+from ..models.internvl import InternVLModel
 from . import distributed as dist
 from .collate import Drawn, SceneBatches, normalise
 from .initial import initialised
@@ -80,7 +80,7 @@ def silent(progress: Progress) -> None:
 
 def train(
     preset: Preset, tokenizer: bytes, options: Options, report: Callable[[Progress], None] = silent
-) -> tuple[InternVL, float]:
+) -> tuple[InternVLModel, float]:
     """Run all stages of ``preset``: the trained model (fp32, eval mode) and the seconds its steps took.
 
     In a group (:func:`.launch.together`) every process calls it, and trains on its rows of each batch.
@@ -123,7 +123,7 @@ def train(
                 save_state(options.work_dir, model, chosen, place)
         done += stage.steps
     if dist.world() > 1:
-        trained = InternVL(preset.model)
+        trained = InternVLModel(preset.model)
         trained.load_state_dict(dist.whole(model.state_dict()))
         model = trained
     return model.cpu().eval(), seconds
@@ -175,7 +175,7 @@ def schedule(stage: Stage, step: int) -> float:
 
 def _step(
     objective: nn.Module,
-    model: InternVL,
+    model: InternVLModel,
     chosen: list[torch.optim.Optimizer],
     stage: Stage,
     preset: Preset,
@@ -204,7 +204,7 @@ def _step(
     return {**dist.averaged(parts), "grad_norm": norm}
 
 
-def stage_losses(model: InternVL, batch: Stage2Batch, stage: Stage) -> dict[str, Tensor]:
+def stage_losses(model: InternVLModel, batch: Stage2Batch, stage: Stage) -> dict[str, Tensor]:
     """Losses of stage 1 or 2 by name; of several processes' rows the mean is that of the whole batch."""
     gather: Gather = across_ranks if dist.world() > 1 else local
     if stage.loss == "contrastive":

@@ -13,7 +13,7 @@ from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
-from ivl_export.models.internvl import InternVL
+from ivl_export.models.internvl import InternVLModel
 from ivl_export.training.tokenizer import train_tokenizer
 
 CONFIG = InternVLConfig(
@@ -37,7 +37,7 @@ CONFIG = InternVLConfig(
 def written(folder: Path, config: InternVLConfig) -> Checkpoint:
     """Random bf16 weights in the published layout."""
     torch.manual_seed(0)
-    model = InternVL(config).to(torch.bfloat16)
+    model = InternVLModel(config).to(torch.bfloat16)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config.to_published()))
     return open_checkpoint(folder)

@@ -14,7 +14,7 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.errors import UsageError
 from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models.checkpoint import Checkpoint
-from ivl_export.models.internvl import InternVL
+from ivl_export.models.internvl import InternVLModel
 from ivl_export.models.load import load_model
 from ivl_export.quantization.quantize import (
     LIMITS,
@@ -127,7 +127,7 @@ def scales(
 
 
 @pytest.fixture
-def student(checkpoint: Checkpoint, scales: Scales) -> InternVL:
+def student(checkpoint: Checkpoint, scales: Scales) -> InternVLModel:
     shapes = {n: (m.out_features, m.in_features) for n, m in linears(load_model(checkpoint)).items()}
     layers = plan(load_recipe("int8"), shapes).quantised
     return fake_quantised(load_model(checkpoint), layers, "bf16", scales.amax, learn=True)
@@ -143,7 +143,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
-def seen_scales(student: InternVL) -> dict[str, list[Tensor]]:
+def seen_scales(student: InternVLModel) -> dict[str, list[Tensor]]:
     """The scales that every layer takes, call by call."""
     found: dict[str, list[Tensor]] = {}
     for name, module in quantised_layers(student):
@@ -159,7 +159,7 @@ def seen_scales(student: InternVL) -> dict[str, list[Tensor]]:
 
 
 def test_every_pass_takes_its_components_ranges(
-    student: InternVL, batch: Stage2Batch, scales: Scales
+    student: InternVLModel, batch: Stage2Batch, scales: Scales
 ) -> None:
     name = "qllama.model.layers.1.mlp.up_proj"
     ranges = {c: activation_scale(scales.amax[c][name], "int8", "bf16") for c in COMPONENTS[1:]}
@@ -184,7 +184,7 @@ def test_every_pass_takes_its_components_ranges(
     assert (stacked[2 * rows :, queries:] == ranges["qllama_step"]).all()
 
 
-def test_layers_of_one_input_share_its_scale(student: InternVL) -> None:
+def test_layers_of_one_input_share_its_scale(student: InternVLModel) -> None:
     attention = student.get_submodule("qllama.model.layers.0.self_attn")
     assert attention.q_proj.stretch is attention.k_proj.stretch is attention.v_proj.stretch  # type: ignore[union-attr]
     assert attention.o_proj.stretch is not attention.q_proj.stretch  # type: ignore[union-attr]
@@ -192,7 +192,7 @@ def test_layers_of_one_input_share_its_scale(student: InternVL) -> None:
     assert mlp.gate_proj.stretch is mlp.up_proj.stretch  # type: ignore[union-attr]
 
 
-def test_everything_that_counts_has_a_gradient(student: InternVL, batch: Stage2Batch) -> None:
+def test_everything_that_counts_has_a_gradient(student: InternVLModel, batch: Stage2Batch) -> None:
     student.requires_grad_(True)
     stage2_losses(student, batch).total.backward()  # type: ignore[no-untyped-call]
     without = {n for n, p in student.named_parameters() if p.grad is None}
@@ -206,7 +206,7 @@ def test_everything_that_counts_has_a_gradient(student: InternVL, batch: Stage2B
 
 
 def test_distillation_compares_with_the_teacher(
-    checkpoint: Checkpoint, student: InternVL, batch: Stage2Batch
+    checkpoint: Checkpoint, student: InternVLModel, batch: Stage2Batch
 ) -> None:
     teacher = load_model(checkpoint)
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_distillation_compares_with_the_teacher(
 
 
 def test_state_and_ranges_are_published_ones(
-    student: InternVL, checkpoint: Checkpoint, scales: Scales
+    student: InternVLModel, checkpoint: Checkpoint, scales: Scales
 ) -> None:
     state = trained_weights(student)
     assert set(state) == set(checkpoint.tensors)

@@ -9,7 +9,7 @@ import yaml
 from ivl_export.errors import UsageError
 from ivl_export.models.chat_config import Whole
 from ivl_export.models.config import InternVLConfig
-from ivl_export.models.internvl import InternVL
+from ivl_export.models.internvl import InternVLModel
 from ivl_export.profiles.cost.chat_estimate import FULL_SIZE
 from ivl_export.profiles.cost.sizes import plan_of
 from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan, schemes, shipped_recipes
@@ -24,7 +24,7 @@ def linears() -> dict[str, tuple[int, int]]:
     import torch
 
     with torch.device("meta"):
-        model = InternVL(InternVLConfig())
+        model = InternVLModel(InternVLConfig())
     return {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()

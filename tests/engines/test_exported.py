@@ -26,13 +26,13 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
     from ivl_export.models.checkpoint import open_checkpoint
     from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
-    from ivl_export.models.internvl import InternVL
+    from ivl_export.models.internvl import InternVLModel
 
     vision = VisionConfig(64, 1, 2, 128, image_size=28, patch_size=14, qk_normalization=False)
     qllama = QLlamaConfig(64, 1, 2, 128, vocab_size=64)
     config = InternVLConfig(vision, qllama, clip_embed_dim=32, attn_pool_num_heads=2, num_query_token=4)
     torch.manual_seed(0)
-    state = {name: value.contiguous() for name, value in InternVL(config).state_dict().items()}
+    state = {name: value.contiguous() for name, value in InternVLModel(config).state_dict().items()}
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_published()))

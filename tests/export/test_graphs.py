@@ -31,7 +31,7 @@ from ivl_export.export.weight_store import open_store
 from ivl_export.export.weights import write_store
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
-from ivl_export.models.internvl import InternVL
+from ivl_export.models.internvl import InternVLModel
 from ivl_export.models.layout import COMPONENTS, OPTIONAL, expected_shapes
 from ivl_export.runtime.generation import generate
 from ivl_export.sampling import Limits
@@ -87,7 +87,7 @@ class Built:
         return dict(zip((t.name for t in spec.outputs), session.run(None, inputs), strict=True))
 
     @cached_property
-    def model(self) -> InternVL:
+    def model(self) -> InternVLModel:
         return load_model(self.checkpoint)
 
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from ivl_export.errors import CapabilityError, CheckpointError, InputError
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.models import ChatConfig, InternViTConfig, VisionConfig, load_chat, load_model
-from ivl_export.models.chat import InternVLChat, splice
+from ivl_export.models.chat import InternVLChatModel, splice
 from ivl_export.models.chat_config import VICUNA_7B, VICUNA_13B, load_config
-from ivl_export.models.chat_vision import VisionTower
+from ivl_export.models.chat_vision import SelectedVisionTower
 from ivl_export.models.checkpoint import load_state, open_checkpoint
 from ivl_export.models.layout import CHAT_TOWER, expected_shapes
 from ivl_export.models.vit import InternViT, resize_positions
@@ -29,7 +29,7 @@ HIDDEN, LOGITS, LOSS, GRADIENT = 1e-5, 5e-5, 1e-5, 5e-5
 
 
 @pytest.fixture(scope="module")
-def model() -> InternVLChat:
+def model() -> InternVLChatModel:
     return load_chat(CHAT)
 
 
@@ -51,9 +51,9 @@ def near(value: Tensor, golden: Tensor, tolerance: float) -> None:
 
 
 @torch.no_grad()
-def test_visual_embeddings(model: InternVLChat, golden: dict[str, Tensor]) -> None:
+def test_visual_embeddings(model: InternVLChatModel, golden: dict[str, Tensor]) -> None:
     tower = model.model.vision_tower
-    assert isinstance(tower, VisionTower)
+    assert isinstance(tower, SelectedVisionTower)
     embeddings = tower.vision_tower.embeddings
     grid = resize_positions(embeddings.position_embedding, (6, 6))
     near(grid[:, 1:], golden["vit_interpolated_position_embedding"], HIDDEN)
@@ -67,7 +67,7 @@ def test_visual_embeddings(model: InternVLChat, golden: dict[str, Tensor]) -> No
 @torch.no_grad()
 @pytest.mark.parametrize(("case", "images"), [("img", [0, 1, 2]), ("mixed", [0, 2])])
 def test_hidden_states_and_logits(
-    model: InternVLChat, golden: dict[str, Tensor], case: str, images: list[int]
+    model: InternVLChatModel, golden: dict[str, Tensor], case: str, images: list[int]
 ) -> None:
     x, mask = splice(
         model.model.embed_tokens,
@@ -110,7 +110,9 @@ def test_loss_and_gradients(golden: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
-def test_greedy_tokens_and_their_logits(model: InternVLChat, golden: dict[str, Tensor], row: int) -> None:
+def test_greedy_tokens_and_their_logits(
+    model: InternVLChatModel, golden: dict[str, Tensor], row: int
+) -> None:
     ids, image = golden[f"gen{row}.input_ids"], golden["images"][row : row + 1]
     expected = golden[f"gen{row}.new_tokens"]
     out = model.generate(image, ids, torch.ones_like(ids), max_new_tokens=10)
@@ -125,7 +127,7 @@ def test_greedy_tokens_and_their_logits(model: InternVLChat, golden: dict[str, T
 
 @pytest.mark.parametrize("left", [False, True])
 def test_prompts_of_different_lengths_in_one_batch(
-    model: InternVLChat, golden: dict[str, Tensor], left: bool
+    model: InternVLChatModel, golden: dict[str, Tensor], left: bool
 ) -> None:
     rows = [golden[f"gen{i}.input_ids"][0] for i in range(3)]
     longest = max(map(len, rows))
@@ -144,7 +146,7 @@ def test_prompts_of_different_lengths_in_one_batch(
     assert best.tolist() == [row[0].tolist() for row in alone]
 
 
-def test_images_and_placeholders_must_agree(model: InternVLChat, golden: dict[str, Tensor]) -> None:
+def test_images_and_placeholders_must_agree(model: InternVLChatModel, golden: dict[str, Tensor]) -> None:
     ids = golden["gen0.input_ids"]
     with pytest.raises(InputError, match=r"1 image placeholders.*2 images"):
         model.generate(golden["images"][:2], ids, torch.ones_like(ids))
@@ -172,7 +174,7 @@ def test_published_sizes_and_names() -> None:
 def test_module_reads_just_its_part_of_the_published_keys() -> None:
     config = ChatConfig()
     with torch.device("meta"):
-        state = InternVLChat(config).state_dict()
+        state = InternVLChatModel(config).state_dict()
     shapes = expected_shapes(config)
     assert {k: tuple(v.shape) for k, v in state.items()}.items() <= shapes.items()
     unread = {k.removeprefix(CHAT_TOWER).split(".")[2] for k in shapes if k not in state}

@@ -113,7 +113,7 @@ def test_expected_shapes_are_the_models(
     layers: int, frequency: int, heads: int, queries: int, bias: bool, norm: bool, only_c: bool
 ) -> None:
     from ivl_export.models.config import QLlamaConfig, VisionConfig
-    from ivl_export.models.internvl import InternVL
+    from ivl_export.models.internvl import InternVLModel
 
     config = InternVLConfig(
         VisionConfig(24, layers, heads, 20, 28, 14, qkv_bias=bias, qk_normalization=norm),
@@ -124,7 +124,7 @@ def test_expected_shapes_are_the_models(
         cross_attention_frequency=frequency,
     )
     with torch.device("meta"):
-        model = InternVL(config, only_c)
+        model = InternVLModel(config, only_c)
     assert {k: tuple(t.shape) for k, t in model.state_dict().items()} == expected_shapes(config, only_c)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ivl_export.errors import CheckpointError, UsageError
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
-from ivl_export.models.internvl import InternVL, Mode
+from ivl_export.models.internvl import InternVLModel, Mode
 from ivl_export.models.vit import resize_positions
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny"
@@ -24,7 +24,7 @@ HIDDEN, FEATURES, LOGITS = 1e-5, 2e-5, 5e-5
 
 
 @pytest.fixture(scope="module")
-def model() -> InternVL:
+def model() -> InternVLModel:
     return load_model(GOLDENS)
 
 
@@ -48,7 +48,7 @@ def near(value: Tensor, golden: Tensor, tolerance: float) -> None:
 
 
 @torch.no_grad()
-def test_vision_hidden_states(model: InternVL, vision: dict[str, Tensor]) -> None:
+def test_vision_hidden_states(model: InternVLModel, vision: dict[str, Tensor]) -> None:
     pixels = vision["pixel_values"]
     near(torch.stack(model.vision_model.hidden_states(pixels)), vision["hidden_states"], HIDDEN)
     near(model.vision(pixels), vision["last_hidden_state"], HIDDEN)
@@ -57,7 +57,7 @@ def test_vision_hidden_states(model: InternVL, vision: dict[str, Tensor]) -> Non
 
 @torch.no_grad()
 @pytest.mark.parametrize("grid", ["down", "odd", "up"])
-def test_position_embedding_resize(model: InternVL, vision: dict[str, Tensor], grid: str) -> None:
+def test_position_embedding_resize(model: InternVLModel, vision: dict[str, Tensor], grid: str) -> None:
     pixels = vision[f"resize_{grid}_pixel_values"]
     side = pixels.shape[-1] // model.config.vision.patch_size
     positions = resize_positions(model.vision_model.embeddings.position_embedding, (side, side))
@@ -66,7 +66,7 @@ def test_position_embedding_resize(model: InternVL, vision: dict[str, Tensor], g
 
 
 @torch.no_grad()
-def test_queries_and_text(model: InternVL, contrastive: dict[str, Tensor]) -> None:
+def test_queries_and_text(model: InternVLModel, contrastive: dict[str, Tensor]) -> None:
     queries, _ = model.query_pass(model.vision(contrastive["pixel_values"]))
     near(queries, contrastive["get_image_features_queries"], FEATURES)
     near(model.text_features(contrastive["input_ids"]), contrastive["text_features"], FEATURES)
@@ -79,7 +79,7 @@ def test_queries_and_text(model: InternVL, contrastive: dict[str, Tensor]) -> No
 @torch.no_grad()
 @pytest.mark.parametrize(("head", "mode"), [("C", "InternVL-C"), ("G", "InternVL-G")])
 def test_embeddings_and_logits(
-    model: InternVL, contrastive: dict[str, Tensor], head: str, mode: Mode
+    model: InternVLModel, contrastive: dict[str, Tensor], head: str, mode: Mode
 ) -> None:
     pixels, ids = contrastive["pixel_values"], contrastive["input_ids"]
     near(model.encode_image(pixels, mode), contrastive[f"{head}_image_embeds"], FEATURES)
@@ -89,14 +89,14 @@ def test_embeddings_and_logits(
 
 
 @pytest.mark.parametrize("padding", ["nopad", "leftpad", "rightpad"])
-def test_greedy_tokens(model: InternVL, generated: dict[str, Tensor], padding: str) -> None:
+def test_greedy_tokens(model: InternVLModel, generated: dict[str, Tensor], padding: str) -> None:
     expected = json.loads((GOLDENS / "generate.json").read_text())[padding]["new_tokens"]
     prompt = generated[f"{padding}_input_ids"], generated[f"{padding}_attention_mask"]
     out = model.generate(generated["pixel_values"], *prompt, max_new_tokens=10)
     assert out.tolist() == expected
 
 
-def test_greedy_and_beam_with_min_length(model: InternVL, generated: dict[str, Tensor]) -> None:
+def test_greedy_and_beam_with_min_length(model: InternVLModel, generated: dict[str, Tensor]) -> None:
     expected = json.loads((GOLDENS / "generate.json").read_text())
     call = generated["pixel_values"], generated["nopad_input_ids"], generated["nopad_attention_mask"]
     assert model.generate(*call, 30, 1, 8).tolist() == expected["greedy_min8_max30_new_tokens"]
@@ -135,7 +135,7 @@ def test_every_published_name_and_shape_at_full_size() -> None:
         InternVLConfig.from_published(data)
     config = InternVLConfig.from_published({**data, "tie_word_embeddings": False})
     with torch.device("meta"):
-        full = InternVL(config)
+        full = InternVLModel(config)
     state = full.state_dict()
     expected = {}
     for line in (folder / "keys_InternVL-14B-224px.txt").read_text().splitlines():
@@ -184,7 +184,7 @@ def test_other_sizes_work(
     )
     assert InternVLConfig.from_published(config.to_published()) == config
     torch.manual_seed(0)
-    model = InternVL(config).eval()
+    model = InternVLModel(config).eval()
     names = model.state_dict().keys()
     crossing = {int(k.split(".")[3]) for k in names if "qllama" in k and "cross_attn" in k}
     assert crossing == set(range(0, layers, frequency))
@@ -210,7 +210,7 @@ def test_padding_never_changes_a_text_embedding(seed: int, length: int, padding:
     near(model.encode_text(padded), model.encode_text(ids), FEATURES)
 
 
-def test_unknown_mode_is_a_usage_error(model: InternVL) -> None:
+def test_unknown_mode_is_a_usage_error(model: InternVLModel) -> None:
     with pytest.raises(UsageError, match="InternVL-X"):
         model.encode_image(torch.zeros(1, 3, 56, 56), mode="InternVL-X")  # type: ignore[arg-type]
 

@@ -21,7 +21,7 @@ from ivl_export.errors import CheckpointError
 from ivl_export.inputs.chat_template import IMAGE_TOKEN
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.models import ChatConfig, InternVLConfig, load_chat
-from ivl_export.models.chat import InternVLChat, splice
+from ivl_export.models.chat import InternVLChatModel, splice
 from ivl_export.models.chat_config import VICUNA_7B, VICUNA_13B, load_config
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.layout import CHAT_TOWER, HEADS, QUERY_CHAT_COMPONENTS, expected_shapes
@@ -77,7 +77,7 @@ def folder(tmp_path: Path, config: ChatConfig, tensors: dict[str, Tensor]) -> Pa
 @pytest.fixture(scope="module")
 def model(
     tmp_path_factory: pytest.TempPathFactory, config: ChatConfig, tensors: dict[str, Tensor]
-) -> InternVLChat:
+) -> InternVLChatModel:
     return load_chat(write(tmp_path_factory.mktemp("model"), config, tensors))
 
 
@@ -125,7 +125,7 @@ def test_larger_images_are_seen_by_both_stacks(tmp_path: Path, tensors: dict[str
 
 
 @torch.no_grad()
-def test_the_decoder_is_the_golden_one(model: InternVLChat) -> None:
+def test_the_decoder_is_the_golden_one(model: InternVLChatModel) -> None:
     golden = load_file(CHAT / "chat.safetensors")
     x, visible = golden["img.inputs_embeds"], golden["img.new_attention_mask"]
     hidden, _ = model(x, torch.arange(x.shape[1])[None], visible.long())
@@ -133,7 +133,7 @@ def test_the_decoder_is_the_golden_one(model: InternVLChat) -> None:
 
 
 @torch.no_grad()
-def test_generation_is_a_loop_over_the_whole_prompt(model: InternVLChat) -> None:
+def test_generation_is_a_loop_over_the_whole_prompt(model: InternVLChatModel) -> None:
     """Greedy tokens with a cache are those of prompts computed anew each time; the prompt has two turns."""
     pixels = load_file(TINY / "contrastive.safetensors")["pixel_values"][:1]
     ids = torch.tensor([[1, 11, IMAGE_TOKEN, 12, 13, 2, 1, 14, 15]])
@@ -174,7 +174,7 @@ def test_published_sizes_and_names() -> None:
 def test_module_reads_just_its_part_of_the_published_keys() -> None:
     config = ChatConfig(InternVLConfig())
     with torch.device("meta"):
-        state = InternVLChat(config).state_dict()
+        state = InternVLChatModel(config).state_dict()
     shapes = expected_shapes(config)
     assert {k: tuple(v.shape) for k, v in state.items()}.items() <= shapes.items()
     unread = {k.removeprefix(CHAT_TOWER) for k in shapes if k not in state}

@@ -17,7 +17,7 @@ from ivl_export.bundle import Bundle
 from ivl_export.cli import main
 from ivl_export.inputs.chat_template import Turn, encode
 from ivl_export.models import load_chat
-from ivl_export.models.chat import InternVLChat as TorchChat
+from ivl_export.models.chat import InternVLChatModel
 from ivl_export.models.layout import QUERY_CHAT_COMPONENTS
 from ivl_export.runtime import InternVLChat
 from ivl_export.runtime.torch_tower import VisionTower
@@ -58,7 +58,7 @@ def model(plain: Path) -> Iterator[InternVLChat]:
 
 
 @pytest.fixture(scope="module")
-def reference(query_chat: Path) -> TorchChat:
+def reference(query_chat: Path) -> InternVLChatModel:
     return load_chat(query_chat)
 
 
@@ -95,7 +95,7 @@ def test_fp8_engines_stay_near_fp32(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
-def test_quantised_engines_answer(report: dict[str, Any], reference: TorchChat, backend: str) -> None:
+def test_quantised_engines_answer(report: dict[str, Any], reference: InternVLChatModel, backend: str) -> None:
     with InternVLChat.load(report["root"], backend, threads=1) as loaded:
         visual, _ = loaded.encode_images([picture(), picture(1)])
         (pixels,) = loaded.pixel_batches([picture(), picture(1)])
@@ -110,7 +110,7 @@ def test_quantised_engines_answer(report: dict[str, Any], reference: TorchChat, 
 
 @pytest.mark.parametrize("turns", [1, 3])
 def test_the_runtime_says_what_the_torch_model_says(
-    model: InternVLChat, reference: TorchChat, turns: int
+    model: InternVLChat, reference: InternVLChatModel, turns: int
 ) -> None:
     """Token for token, with earlier turns in the prompt; each answer also out of the cache of the last."""
     chat = model.chat([picture()])
@@ -136,7 +136,7 @@ def test_both_images_of_one_conversation_are_seen(model: InternVLChat) -> None:
     assert two.ask("what", 6) is not None
 
 
-def test_the_tower_as_a_torch_module(plain: Path, model: InternVLChat, reference: TorchChat) -> None:
+def test_the_tower_as_a_torch_module(plain: Path, model: InternVLChat, reference: InternVLChatModel) -> None:
     tower = VisionTower.load(plain, "onnxruntime", threads=1)
     (pixels,) = model.pixel_batches([picture()])
     with torch.no_grad():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ivl_export.errors import UsageError
 from ivl_export.models.config import InternVLConfig
-from ivl_export.models.internvl import InternVL
+from ivl_export.models.internvl import InternVLModel
 from ivl_export.tests.training.test_trainer import STAGES, TINY
 from ivl_export.training import distributed as dist
 from ivl_export.training.initial import initialised
@@ -32,7 +32,7 @@ PRESET = replace(
 )
 
 
-def published(model: InternVL, batch: Stage2Batch) -> dict[str, Tensor]:
+def published(model: InternVLModel, batch: Stage2Batch) -> dict[str, Tensor]:
     """The published losses, where every rank takes the mean over what it counts itself."""
     result = stage2_losses(model, batch, across_ranks)
     assert result.itg is not None
@@ -56,7 +56,7 @@ def golden_gradients(strategy: dist.Strategy, out: str) -> None:
         text(""),
         golden[f"{prefix}labels"],
     )
-    model = InternVL(InternVLConfig.load(GOLDENS / "config.json"))
+    model = InternVLModel(InternVLConfig.load(GOLDENS / "config.json"))
     model.load_state_dict(load_file(GOLDENS / "model.safetensors"))
     objective = dist.parallel(dist.Objective(model, published), strategy)
     losses = objective(batch)

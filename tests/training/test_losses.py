@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ivl_export.models.config import InternVLConfig
-from ivl_export.models.internvl import InternVL
+from ivl_export.models.internvl import InternVLModel
 from ivl_export.training import losses
 from ivl_export.training.losses import Stage2Batch, Text
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny"
 
 
-def tiny_model() -> InternVL:
-    model = InternVL(InternVLConfig.load(GOLDENS / "config.json"))
+def tiny_model() -> InternVLModel:
+    model = InternVLModel(InternVLConfig.load(GOLDENS / "config.json"))
     model.load_state_dict(load_file(GOLDENS / "model.safetensors"))
     return model
 

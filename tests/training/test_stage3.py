@@ -16,7 +16,7 @@ from ivl_export.errors import CheckpointError, InputError, UsageError
 from ivl_export.inputs.chat_template import IGNORE
 from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models import load_chat, load_model
-from ivl_export.models.chat import InternVLChat
+from ivl_export.models.chat import InternVLChatModel
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.training import lora
 from ivl_export.training.conversations import ChatBatch, ChatBatches, SceneDialogues
@@ -36,7 +36,7 @@ def golden() -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def model() -> InternVLChat:
+def model() -> InternVLChatModel:
     return load_chat(CHAT).requires_grad_(True)
 
 
@@ -63,7 +63,7 @@ def batch_of(golden: dict[str, Tensor]) -> ChatBatch:
 
 
 @torch.no_grad()
-def loss_of(model: InternVLChat, batch: ChatBatch) -> Tensor:
+def loss_of(model: InternVLChatModel, batch: ChatBatch) -> Tensor:
     return answer_loss(model, batch)
 
 
@@ -73,7 +73,7 @@ def data_of(stage: Stage, tokenizer: bytes) -> ChatBatches:
 
 
 def run(
-    model: InternVLChat,
+    model: InternVLChatModel,
     tokenizer: bytes,
     work: Path,
     trains: Trains = "decoder",
@@ -94,7 +94,9 @@ def run(
     return losses
 
 
-def test_loss_and_gradients_are_the_published_ones(model: InternVLChat, golden: dict[str, Tensor]) -> None:
+def test_loss_and_gradients_are_the_published_ones(
+    model: InternVLChatModel, golden: dict[str, Tensor]
+) -> None:
     loss = answer_loss(model, batch_of(golden))
     torch.testing.assert_close(loss, golden["img.loss"], rtol=0, atol=1e-5)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -104,7 +106,7 @@ def test_loss_and_gradients_are_the_published_ones(model: InternVLChat, golden: 
             torch.testing.assert_close(parameter.grad, want, rtol=0, atol=atol)
 
 
-def test_only_answers_are_learnt(model: InternVLChat, golden: dict[str, Tensor]) -> None:
+def test_only_answers_are_learnt(model: InternVLChatModel, golden: dict[str, Tensor]) -> None:
     """Another prompt token changes what is predicted, but no prompt token is a target."""
     batch = batch_of(golden)
     hidden = batch.labels.clone()
@@ -118,7 +120,7 @@ def test_only_answers_are_learnt(model: InternVLChat, golden: dict[str, Tensor])
 
 
 @pytest.mark.parametrize("trains", ["projector", "decoder", "all", "lora"])
-def test_what_learns(model: InternVLChat, tokenizer: bytes, tmp_path: Path, trains: Trains) -> None:
+def test_what_learns(model: InternVLChatModel, tokenizer: bytes, tmp_path: Path, trains: Trains) -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     adapters = lora.Lora(4, 8) if trains == "lora" else None
     run(model, tokenizer, tmp_path, trains, adapters)
@@ -150,7 +152,7 @@ def test_a_stopped_run_ends_with_the_same_weights(tokenizer: bytes, tmp_path: Pa
 
 
 def test_merged_adapters_compute_the_same(
-    model: InternVLChat, golden: dict[str, Tensor], tmp_path: Path
+    model: InternVLChatModel, golden: dict[str, Tensor], tmp_path: Path
 ) -> None:
     batch, what = batch_of(golden), lora.Lora(4, 8)
     before = float(loss_of(model, batch))
@@ -198,7 +200,7 @@ def test_adapters_compute_what_the_peft_library_does(tmp_path: Path) -> None:
         torch.testing.assert_close(tiny.query_pass(tokens)[0], golden["queries"], rtol=0, atol=5e-5)
 
 
-def test_adapters_of_another_model(tmp_path: Path, model: InternVLChat) -> None:
+def test_adapters_of_another_model(tmp_path: Path, model: InternVLChatModel) -> None:
     with pytest.raises(CheckpointError, match="no LoRA adapters"):
         lora.load(model, tmp_path)
     with pytest.raises(UsageError, match="nothing to adapt"):

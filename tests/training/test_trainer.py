@@ -19,7 +19,7 @@ from ivl_export.errors import BuildError, InputError
 from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models import load_model
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
-from ivl_export.models.internvl import InternVL
+from ivl_export.models.internvl import InternVLModel
 from ivl_export.synthetic import tasks
 from ivl_export.synthetic.scenes import HELD_OUT, SHAPES
 from ivl_export.training.evaluate import TorchModel
@@ -74,7 +74,7 @@ def stop_after(step: int) -> Callable[[Progress], None]:
 
 def run(
     preset: Preset, tokenizer: bytes, folder: Path, report: Callable[[Progress], None] | None = None
-) -> InternVL:
+) -> InternVLModel:
     return train(preset, tokenizer, Options(folder, save_every=2, workers=0), report or (lambda p: None))[0]
 
 
@@ -96,7 +96,7 @@ def equal(a: Any, b: Any) -> bool:
 @pytest.fixture(scope="module")
 def whole(
     tokenizer: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[InternVL, Path, list[Progress]]:
+) -> tuple[InternVLModel, Path, list[Progress]]:
     """A run from start to end: the model, its folder and its reports."""
     folder = tmp_path_factory.mktemp("whole")
     seen: list[Progress] = []
@@ -106,7 +106,7 @@ def whole(
 # 3: within stage 1, state of step 2; 4: between the stages; 5: nothing of stage 2 is kept; 7: within stage 2
 @pytest.mark.parametrize("step", [3, 4, 5, 7])
 def test_a_stopped_run_ends_where_one_that_was_not_ends(
-    step: int, whole: tuple[InternVL, Path, list[Progress]], tokenizer: bytes, tmp_path: Path
+    step: int, whole: tuple[InternVLModel, Path, list[Progress]], tokenizer: bytes, tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped):
         run(TINY, tokenizer, tmp_path, stop_after(step))
@@ -126,7 +126,7 @@ def test_a_stopped_run_ends_where_one_that_was_not_ends(
 
 
 def test_a_finished_run_is_only_loaded(
-    whole: tuple[InternVL, Path, list[Progress]], tokenizer: bytes
+    whole: tuple[InternVLModel, Path, list[Progress]], tokenizer: bytes
 ) -> None:
     model, folder, seen = whole
     assert train(TINY, tokenizer, Options(folder), lambda p: None)[1] == seen[-1].seconds
@@ -142,7 +142,7 @@ def test_a_finished_run_is_only_loaded(
 
 
 def test_other_settings_do_not_go_on_with_a_runs_state(
-    whole: tuple[InternVL, Path, list[Progress]], tokenizer: bytes
+    whole: tuple[InternVLModel, Path, list[Progress]], tokenizer: bytes
 ) -> None:
     folder = whole[1]
     before = (folder / "state.pt").read_bytes()
@@ -258,10 +258,10 @@ def test_shortened_presets_keep_a_valid_schedule() -> None:
 
 
 def test_published_folder_loads_again(
-    whole: tuple[InternVL, Path, list[Progress]], tokenizer: bytes, tmp_path: Path
+    whole: tuple[InternVLModel, Path, list[Progress]], tokenizer: bytes, tmp_path: Path
 ) -> None:
     model = whole[0]
-    shipped = InternVL(TINY.model)
+    shipped = InternVLModel(TINY.model)
     shipped.load_state_dict(model.state_dict())
     shipped.bfloat16().float().eval()
     settings = ImageSettings(size=28)
