@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BuildError
 from ..files.atomic import atomic
 from ..inputs.preprocess import MAX_LENGTH, ImageSettings, Tokenizer
-from ..models.chat_config import ChatConfig
+from ..models.config import ChatConfig
 from ..quantization.algorithms import algorithm_name, depends_on_type
 from ..quantization.attention import core_attentions, operand_names
 from ..quantization.ranges import Scales
@@ -30,8 +30,8 @@ from .dataset import MAX_STEP, CalibrationSet
 from .observers import observers
 
 if TYPE_CHECKING:
-    from ..models.chat_config import Whole
     from ..models.checkpoint import Checkpoint
+    from ..models.config import Whole
     from .segments import Part
 
 STATE = "state.json"

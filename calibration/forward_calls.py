@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import CapabilityError
 from ..inputs.preprocess import Array, ImageSettings, Tokenizer
-from ..models.chat_config import ChatConfig
+from ..models.config import ChatConfig
 from .chat import dialogues_of, runs
 from .chat import step_inputs as chat_inputs
 from .component_chain import Arrays, groups, step_inputs
@@ -21,8 +21,7 @@ from .dataset import CalibrationSet, Texts
 from .segments import ORDER, TOWERS
 
 if TYPE_CHECKING:
-    from ..models.chat_config import Whole
-    from ..models.config import InternVLConfig
+    from ..models.config import InternVLConfig, Whole
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ..export.components import component_spec
 from ..export.unquantized import weight_keys
 from ..files.atomic import atomic
 from ..inputs.preprocess import CAPTION_PROMPT, Array, preprocess_images
-from ..models.chat_config import ChatConfig
+from ..models.config import ChatConfig
 from ..models.storage import ITEM_BYTES
 from ..runtime.zero_shot import l2
 from ..synthetic.tasks import BothHeads

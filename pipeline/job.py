@@ -20,8 +20,8 @@ from ..export.components import component_spec
 from ..export.features import with_features
 from ..export.split import block_count, check_split
 from ..inputs.preprocess import ImageSettings, Tokenizer
-from ..models.chat_config import ChatConfig
 from ..models.checkpoint import Checkpoint, open_checkpoint
+from ..models.config import ChatConfig
 from ..models.shipped import checkpoint_path
 from ..quantization.algorithms import algorithm_name
 from ..quantization.attention import attentions

@@ -29,16 +29,16 @@ import torch
 from ivl_export.cli.scenes import draw
 from ivl_export.files.atomic import atomic, write_text
 from ivl_export.inputs.preprocess import ImageSettings
-from ivl_export.models.chat_config import (
+from ivl_export.models.config import (
     TOWER_CONFIG,
     VICUNA_7B,
     VICUNA_13B,
     ChatConfig,
     InternViTConfig,
+    InternVLConfig,
     ModelConfig,
     load_config,
 )
-from ivl_export.models.config import InternVLConfig
 from ivl_export.models.layout import VISION, Shape, expected_shapes
 from ivl_export.training.tokenizer import train_tokenizer
 

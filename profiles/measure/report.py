@@ -15,8 +15,7 @@ from ...bundle.manifest import MANIFEST, Model
 from ...engines.base import known_backend
 from ...engines.device import HOST
 from ...errors import BuildError, CapabilityError, UsageError
-from ...models.chat_config import ChatConfig, InternViTConfig, Whole, config_from_published
-from ...models.config import InternVLConfig
+from ...models.config import ChatConfig, InternViTConfig, InternVLConfig, Whole, config_from_published
 from ...models.layout import COMPONENTS, OPTIONAL, components_of
 from ...runtime import InternVL, InternVLChat
 from ...runtime.loaded import Loaded
