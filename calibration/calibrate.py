@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BuildError
-from ..files.atomic import atomic
+from ..files.hashing import sha256_json
+from ..files.write import atomic
 from ..inputs.preprocess import MAX_LENGTH, ImageSettings, Tokenizer
 from ..models.config import ChatConfig
 from ..quantization.algorithms import algorithm_name, depends_on_type
@@ -257,4 +258,4 @@ class _State:
 def _identity(*content: Any) -> str:
     import torch
 
-    return hashlib.sha256(json.dumps([torch.__version__, *content]).encode()).hexdigest()
+    return sha256_json([torch.__version__, *content])

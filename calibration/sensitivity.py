@@ -20,7 +20,7 @@ import torch
 
 from ..errors import UsageError
 from ..export.blocks import block_prefix
-from ..files.atomic import atomic
+from ..files.write import atomic
 from ..inputs.preprocess import ImageSettings, Tokenizer
 from ..quantization.attention import FP8_ATTENTION, core_attentions, operand_names
 from ..quantization.quantize import dequantise, quantise

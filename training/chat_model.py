@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..files.write import atomic
 from ..inputs.chat_template import Turn, encode
 from ..inputs.preprocess import ImageSettings, Tokenizer, preprocess_images
 from ..models.chat import InternVLChatModel
@@ -74,9 +75,8 @@ def write(
         other = key if key in rest.tensors else key.replace(CHAT_TOWER, VISION)
         tensor = state[key] if key in state else rest.load(other)
         tensors[key] = tensor.to("cpu", dtype).contiguous()
-    partial = folder / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / "model.safetensors")
+    with atomic(folder / "model.safetensors", exclusive=True) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.config.to_published(), indent=1) + "\n")
     (folder / "tokenizer.model").write_bytes(tokenizer)
     settings.save(folder / "preprocessor_config.json")

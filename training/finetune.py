@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..calibration.dataset import CalibrationSet, prompt_for
 from ..errors import InputError
+from ..files.write import atomic
 from ..inputs.preprocess import ImageSettings, Tokenizer
 from ..models.internvl import InternVLModel
 from . import distributed as dist
@@ -174,8 +175,8 @@ def fine_tune(
             if dist.rank() == 0:
                 options.work_dir.mkdir(parents=True, exist_ok=True)
                 place = {"identity": identity, "step": step + 1, "seconds": history.seconds}
-                torch.save({**place, **kept, "losses": history.losses}, file.with_suffix(".partial"))
-                file.with_suffix(".partial").replace(file)
+                with atomic(file, exclusive=True) as unfinished:
+                    torch.save({**place, **kept, "losses": history.losses}, unfinished)
             before = time.perf_counter()
             inspect(step + 1, student)
             started += time.perf_counter() - before
