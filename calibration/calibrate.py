@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BuildError
 from ..files.hashing import sha256_json
 from ..files.write import atomic
-from ..inputs.preprocess import MAX_LENGTH, ImageSettings, Tokenizer
+from ..inputs.preprocess import ImageSettings
+from ..inputs.tokenizer import MAX_LENGTH, SentencePieceTokenizer
 from ..models.config import ChatConfig
 from ..quantization.algorithms import algorithm_name, depends_on_type
 from ..quantization.attention import core_attentions, operand_names
@@ -122,7 +123,7 @@ def calibrate(
     components: Sequence[str],
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     *,
     batch_size: int = 8,
     algorithm: str = "max",

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import CapabilityError
-from ..inputs.preprocess import Array, ImageSettings, Tokenizer
+from ..inputs.preprocess import Array, ImageSettings
+from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.config import ChatConfig
 from .chat import dialogues_of, runs
 from .chat import step_inputs as chat_inputs
@@ -71,7 +72,7 @@ class Samples:
 def samples_of(
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     config: Whole,
     components: Sequence[str],
     batch_size: int,
@@ -96,7 +97,7 @@ def samples_of(
 def _chat_calls(
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     config: ChatConfig,
     components: Sequence[str],
     batch_size: int,
@@ -131,7 +132,7 @@ def _chat_calls(
 def _internvl_calls(
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     config: InternVLConfig,
     components: Sequence[str],
     batch_size: int,

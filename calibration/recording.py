@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..inputs.preprocess import ImageSettings, Tokenizer
+from ..inputs.preprocess import ImageSettings
+from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.config import ChatConfig
 from .calibrate import spilled_bytes
 from .chat import LONGEST, ChatBatch, chat_batches, empty_past, splice, visual_of
@@ -61,7 +62,7 @@ class Recording:
         components: Sequence[str],
         chosen: CalibrationSet,
         settings: ImageSettings,
-        tokenizer: Tokenizer,
+        tokenizer: SentencePieceTokenizer,
         folder: Path,
         *,
         batch_size: int = 8,

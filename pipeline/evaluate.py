@@ -23,7 +23,8 @@ from ..export.unquantized import weight_keys
 from ..files.cache_dir import cache_folder
 from ..files.hashing import sha256_json
 from ..files.write import atomic
-from ..inputs.preprocess import CAPTION_PROMPT, Array, preprocess_images
+from ..inputs.preprocess import Array, preprocess_images
+from ..inputs.tokenizer import CAPTION_PROMPT
 from ..models.config import ChatConfig
 from ..models.storage import ITEM_BYTES
 from ..runtime.zero_shot import l2

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..files.write import atomic
 from ..inputs.chat_template import Turn, encode
-from ..inputs.preprocess import ImageSettings, Tokenizer, preprocess_images
+from ..inputs.preprocess import ImageSettings, preprocess_images
+from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.chat import InternVLChatModel
 from ..models.checkpoint import Checkpoint
 from ..models.layout import CHAT_TOWER, VISION, expected_shapes
@@ -42,7 +43,9 @@ def initialised(preset: ChatPreset, tower: Checkpoint) -> InternVLChatModel:
 class TorchChat:
     """Greedy answers of the PyTorch model, as :data:`..synthetic.chat_tasks.Answer`."""
 
-    def __init__(self, model: InternVLChatModel, tokenizer: Tokenizer, settings: ImageSettings) -> None:
+    def __init__(
+        self, model: InternVLChatModel, tokenizer: SentencePieceTokenizer, settings: ImageSettings
+    ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
 
     def __call__(self, images: Image8, conversations: Sequence[Sequence[Turn]]) -> list[str]:

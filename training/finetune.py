@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..calibration.dataset import CalibrationSet, prompt_for
 from ..errors import InputError
 from ..files.write import atomic
-from ..inputs.preprocess import ImageSettings, Tokenizer
+from ..inputs.preprocess import ImageSettings
+from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.internvl import InternVLModel
 from . import distributed as dist
 from .collate import SceneBatches, collate, normalise
@@ -76,7 +77,7 @@ class SampleBatches(Dataset[Stage2Batch]):
         captions = [sample.text for sample in samples]
         ids = torch.tensor([captions.index(caption) for caption in captions])
         languages = ["zh" if prompt_for(c) == prompt_for("一") else "en" for c in captions]
-        texts = collate(np.zeros(0, np.uint8), captions, languages, Tokenizer(self.tokenizer))
+        texts = collate(np.zeros(0, np.uint8), captions, languages, SentencePieceTokenizer(self.tokenizer))
         pixels = [sample.pixels(self.settings) for sample in samples[self.rows]]
         whole = replace(texts.stage2(torch.zeros(len(captions), 0)), ids=ids)
         return replace(dist.taken(whole, self.rows), pixel_values=torch.from_numpy(np.concatenate(pixels)))

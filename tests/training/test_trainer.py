@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_export.errors import BuildError, InputError
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models import load_model
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.models.internvl import InternVLModel
@@ -266,7 +267,7 @@ def test_published_folder_loads_again(
     shipped.bfloat16().float().eval()
     settings = ImageSettings(size=28)
     sizes: dict[str, Any] = {"n_classify": 6, "n_retrieve": 5, "n_galleries": 1, "n_caption": 3}
-    adapter = TorchModel(shipped, Tokenizer(tokenizer), settings)
+    adapter = TorchModel(shipped, SentencePieceTokenizer(tokenizer), settings)
     adapter._pixels = lambda images: torch.zeros(len(images), 3, 28, 28)  # type: ignore[method-assign]
     accuracy = tasks.evaluate(adapter, **sizes, n_caption_zh=0)
     folder = tmp_path / "model"
