@@ -41,7 +41,8 @@ from pathlib import Path
 from ivl_export.calibration.calibrate import calibrate
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.models.checkpoint import open_checkpoint
-from ivl_export.preprocess import ImageSettings, SentencePieceTokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 
 model, tokenizer, folder, at = sys.argv[1:]
 
