@@ -180,20 +180,21 @@ def test_stage_1_moves_what_internvl_c_is_made_of(tokenizer: bytes, tmp_path: Pa
 
 
 def test_losses_fall(tokenizer: bytes, tmp_path: Path) -> None:
-    stages = (
-        replace(STAGES[0], steps=60, batch=8, warmup=5, near=0.0, lr=8e-3),
-        replace(STAGES[1], steps=60, batch=8, warmup=5, near=0.0, lr=8e-3),
-    )
-    seen: list[Progress] = []
-    run(replace(TINY, stages=stages), tokenizer, tmp_path, seen.append)
+    """Bounds lie between what knows nothing and what any seed reaches: where a run ends, rounding decides too.
+
+    Of seeds 0 to 4, itc ends at 1.34 to 1.64, itg at 1.91 to 2.32.
+    """
+    easy = {"batch": 8, "warmup": 5, "near": 0.0, "pairs": 0.0}
+    stages = (replace(STAGES[0], steps=90, **easy), replace(STAGES[1], steps=60, lr=8e-3, **easy))
+    reports: list[Progress] = []
+    run(replace(TINY, stages=stages), tokenizer, tmp_path, reports.append)
 
     def mean(name: str, steps: slice) -> float:
-        return float(np.mean([p.losses[name] for p in seen[steps]]))
+        return float(np.mean([report.losses[name] for report in reports[steps]]))
 
-    assert mean("itc", slice(45, 60)) < mean("itc", slice(0, 5)) - 0.3
-    # from ln 512 = 6.2 (every token alike) to what knows the words and most of their order
-    assert mean("itg", slice(60, 63)) > 5.0
-    assert mean("itg", slice(110, 120)) < 2.5
+    assert mean("itc", slice(60, 90)) < math.log(8) - 0.2, "guessing among the 8 of a batch"
+    assert mean("itg", slice(90, 93)) > 5.0, "guessing among 512 tokens: 6.2"
+    assert mean("itg", slice(140, 150)) < 3.0, "knowing how often each word comes: 3.2"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tokenizer: bytes, tmp_path: Path) -> None:
