@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def layers_of(
 
     def unrounded(value: str) -> str:
         """What a Q/DQ pair rounds."""
-        return sources[sources[value].input[0]].input[0]
+        return str(sources[sources[value].input[0]].input[0])
 
     layers: dict[str, tuple[list[str], str]] = {}
     for name, module in modules.items():
