@@ -58,7 +58,7 @@ def compare(path: Path, lowest: float, **options: Any) -> None:
 
 
 def layers_of(
-    bundle: Bundle, component: str, modules: dict[str, torch.nn.Module]
+    bundle: Bundle, component: str, modules: Mapping[str, torch.nn.Module]
 ) -> dict[str, tuple[list[Array], Array]]:
     """What the graph's Q/DQ pairs give: the inputs and the output of each of ``modules``, by name.
 
