@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.preprocess import ImageSettings, Tokenizer
 from ..models.checkpoint import Checkpoint
 from ..quantization.quantize import dequantise, quantise
 from ..quantization.schemes import folded_layers
@@ -77,7 +76,7 @@ def awq_factors(
     schemes: Mapping[str, str],
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     folder: Path,
     *,
     base: str = "bf16",

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import InputError, UsageError
-from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.preprocess import ImageSettings, Tokenizer
 from ..models.checkpoint import Checkpoint
 from ..quantization.schemes import folded_layers
 from .block_stream import Flow, visit
@@ -161,7 +160,7 @@ def watch_inputs(
     components: Sequence[str],
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     folder: Path,
     *,
     batch_size: int = 8,

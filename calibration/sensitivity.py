@@ -20,9 +20,8 @@ import torch
 
 from ..errors import UsageError
 from ..export.blocks import block_prefix
-from ..files.write import atomic
-from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..files.atomic import atomic
+from ..inputs.preprocess import ImageSettings, Tokenizer
 from ..quantization.attention import FP8_ATTENTION, core_attentions, operand_names
 from ..quantization.quantize import dequantise, quantise
 from ..quantization.ranges import Scales
@@ -110,7 +109,7 @@ def measure(
     scales: Scales,
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     folder: Path,
     *,
     base: str = "bf16",

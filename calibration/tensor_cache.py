@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files.hashing import sha256_json
-from ..files.write import atomic
+from ..files.atomic import atomic
 from ..inputs.preprocess import Array, ImageSettings
 
 LIMIT = 4 << 30
@@ -35,7 +36,7 @@ class TensorCache:
         from PIL import __version__ as pillow
 
         parts = [digest, settings.to_json(), settings.size, pillow, np.__version__]
-        key = sha256_json(parts)
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         path = self.folder / f"{key}.npy"
         shape = (1, 3, settings.size, settings.size)
         try:

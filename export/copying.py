@@ -30,11 +30,24 @@ _NOT_HERE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def copy_bytes(
-    source: Path, begin: int, target: FileIO, at: int, nbytes: int, progress: Callable[[int], None]
+    source: Path,
+    begin: int,
+    target: FileIO,
+    at: int,
+    nbytes: int,
+    progress: Callable[[int], None],
+    look: Callable[[memoryview, int], None] = lambda piece, begin: None,
 ) -> None:
     """Copy ``nbytes`` from byte ``begin`` of ``source`` to byte ``at`` of ``target``.
 
-    ``progress`` hears the size of each piece; what it raises ends the copy.
+    Args:
+        source: the file to read.
+        begin: its first byte to copy.
+        target: the file to write.
+        at: where the copy begins in it.
+        nbytes: how many bytes.
+        progress: callback with the size of each piece; what it raises ends the copy.
+        look: callback with each piece and how many bytes of the copy come before it.
 
     Raises:
         CheckpointError: ``source`` cannot be read, or ends too early.
@@ -57,6 +70,7 @@ def copy_bytes(
             size = min(len(buffer), nbytes - done, -(at + done) % PAGE or nbytes)
             with buffer[:size] as piece:
                 _read_all(file, begin + done, piece)
+                look(piece, done)
                 written = _write_pages(direct, at + done, piece) if direct is not None else 0
                 with piece[written:] as rest:
                     write_all(target, at + done + written, rest)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError, CapabilityError, UsageError
-from ..files.locks import locked
 from ..models.checkpoint import Checkpoint
+from ..models.finite import check_finite
 from .beside import Check, beside
 from .binding import bind, save_graph
 from .cached_attention import separate_past
@@ -79,6 +80,7 @@ def export_plain(
     Raises:
         UsageError: unknown dtype or component; ``out`` is there already, or does not hold the shards.
         CapabilityError: the checkpoint lacks a component; zero copy of files that runtimes would refuse.
+        CheckpointError: a weight is NaN or infinite; all bytes that the graphs use are read.
         BuildError: the disk is too small, or a file cannot be written.
     """
     if dtype not in DTYPES:
@@ -88,6 +90,8 @@ def export_plain(
     used = sum(checkpoint.tensors[key].nbytes for key in keys)
     if zero_copy:
         check_linkable(checkpoint, keys, out)
+        progress("weights", 0, used)
+        check_finite(checkpoint, keys, lambda done: progress("weights", done, used))
         models = _bound(checkpoint, checkpoint.tensors, names, dtype, out, progress)
         graphs = _saved(models, dtype, out)
         return Exported(graphs, None, _sizes(graphs.values()), used)
@@ -216,9 +220,11 @@ def _staged(out: Path) -> Iterator[Path]:
     staging = out.absolute().with_name(f".{out.absolute().name}.export")
     try:
         staging.mkdir(parents=True, exist_ok=True)
+        lock = os.open(staging, os.O_RDONLY)
     except OSError as error:
         raise cannot_write(out, error) from error
-    with _only_export(staging, out):
+    try:
+        _lock(lock, out)
         for old in staging.iterdir():
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         try:
@@ -230,18 +236,20 @@ def _staged(out: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+    finally:
+        os.close(lock)
 
 
-@contextmanager
-def _only_export(staging: Path, out: Path) -> Iterator[None]:
-    with ExitStack() as stack:
+def _lock(folder: int, out: Path) -> None:
+    with suppress(ImportError):  # no flock on this system: two exports into one folder are not kept apart
+        import fcntl
+
         try:
-            stack.enter_context(locked(staging, wait=False))
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BuildError(
                 f"Another export into {out} is running.", str(error), "Wait for it, or use another --out."
             ) from error
-        yield
 
 
 def _one_at_a_time(progress: Progress) -> Progress:

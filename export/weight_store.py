@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -17,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError
-from ..files.write import temporary_path
+from ..models.finite import FiniteCheck, NonFinite
 from ..models.storage import SAFETENSORS_DTYPES, TensorRef, read_header
 from .copying import copy_bytes, reserve, write_all
 
@@ -108,7 +109,7 @@ class StoreWriter:
 
     def __init__(self, path: Path, tensors: Sequence[StoredTensor]) -> None:
         self.path = path
-        self._temporary = temporary_path(path)
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._layout = plan_store(path, tensors)
         self._tensors = {t.name: t for t in tensors}
         self._written = dict.fromkeys(self._tensors, 0)
@@ -146,10 +147,13 @@ class StoreWriter:
             write_all(file, at, data)
         self._written[name] += nbytes
 
-    def copy(self, name: str, ref: TensorRef, progress: Callable[[int], None]) -> None:
+    def copy(self, name: str, ref: TensorRef, progress: Callable[[int], None]) -> NonFinite | None:
         """Make the bytes that ``ref`` points at tensor ``name``, which is of its dtype and shape.
 
         ``progress`` hears the size of each piece.
+
+        Returns:
+            What is NaN or infinite among them, which are looked at on their way; None where nothing is.
 
         Raises:
             CheckpointError: the file cannot be read, or is shorter than it was.
@@ -157,9 +161,11 @@ class StoreWriter:
         """
         if ref.offset is None or ref.nbytes != self._tensors[name].nbytes:
             raise ValueError(f"{ref} cannot be copied to {self._tensors[name]}")
+        check = FiniteCheck(name, ref.dtype, ref.shape)
         with self._place(name) as (file, at):
-            copy_bytes(ref.file, ref.offset, file, at, ref.nbytes, progress)
+            copy_bytes(ref.file, ref.offset, file, at, ref.nbytes, progress, check.look)
         self._written[name] += ref.nbytes
+        return check.result()
 
     @contextlib.contextmanager
     def _place(self, name: str) -> Iterator[tuple[FileIO, int]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from ..models.checkpoint import Checkpoint
+from ..models.finite import FiniteCheck, NonFinite, not_finite
 from .copying import in_threads
 from .weight_store import StoredTensor, StoreWriter
 
@@ -50,7 +51,8 @@ def write_store(
         progress: hears how many bytes of the store are written.
 
     Raises:
-        CheckpointError: no such tensor, or a value too large for float16.
+        CheckpointError: no such tensor; a value that is NaN or infinite, or too large for ``dtype``. Every
+            byte is looked at on its way.
         BuildError: the file cannot be written.
     """
     import torch
@@ -67,23 +69,46 @@ def write_store(
     def as_it_is(tensor: StoredTensor) -> bool:
         return tensor.dtype == refs[tensor.name].dtype and refs[tensor.name].offset is not None
 
+    reports: list[NonFinite] = []
+
+    def copy(name: str) -> None:
+        if report := store.copy(name, refs[name], advance):
+            reports.append(report)
+
     with StoreWriter(path, layout) as store:
         copied = [tensor.name for tensor in layout if as_it_is(tensor)]
-        in_threads(lambda name: store.copy(name, refs[name], advance), copied)
+        in_threads(copy, copied)
         for tensor in layout:
             if as_it_is(tensor):
                 continue
+            values, begin = checkpoint.load(tensor.name), 0
             wanted: torch.dtype = getattr(torch, tensor.dtype)
-            for rows in _row_blocks(checkpoint.load(tensor.name)):
-                stored = rows.to(wanted)
-                if wanted == torch.float16 and bool((torch.isinf(stored) & torch.isfinite(rows)).any()):
-                    raise CheckpointError(
-                        f"{tensor.name} holds values too large for float16.",
-                        f"One has a magnitude of {float(rows.abs().max()):.3g}, float16 ends at 65504.",
-                        "Use --precision bf16, or fp8 / int8, which build on bf16.",
-                    )
+            check = FiniteCheck(tensor.name, tensor.dtype, tensor.shape)
+            for rows in _row_blocks(values):
+                stored = rows.to(wanted).contiguous()
+                check.look(stored.reshape(-1).view(torch.uint8).numpy().data, begin)
                 store.write(tensor.name, stored)
-                advance(stored.numel() * stored.element_size())
+                nbytes = stored.numel() * stored.element_size()
+                begin += nbytes
+                advance(nbytes)
+            if report := check.result():
+                if bool(torch.isfinite(values[report.index])):
+                    raise _too_large(report, float(values[report.index]), tensor.dtype)
+                reports.append(report)
+        if reports:
+            raise not_finite(str(checkpoint.path), reports)
+
+
+def _too_large(report: NonFinite, value: float, dtype: str) -> CheckpointError:
+    import torch
+
+    return CheckpointError(
+        f"{report.name} holds values too large for {dtype}.",
+        f"{list(report.index)} is {value:.6g}, {dtype} ends at {torch.finfo(getattr(torch, dtype)).max:.6g}.",
+        "Use --precision bf16, or fp8 / int8, which build on bf16."
+        if dtype == "float16"
+        else "Check the checkpoint: no trained model has such weights.",
+    )
 
 
 def _row_blocks(values: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .config import ChatConfig, InternViTConfig, InternVLConfig, QLlamaConfig, VisionConfig
+from .chat_config import ChatConfig, InternViTConfig
+from .config import InternVLConfig, QLlamaConfig, VisionConfig
 
 if TYPE_CHECKING:
     from .load import load_chat as load_chat

@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping
 
 from ..errors import CheckpointError
-from .config import ChatConfig, InternViTConfig, InternVLConfig, ModelConfig, QLlamaConfig, VisionConfig
+from .chat_config import ChatConfig, InternViTConfig, ModelConfig
+from .config import InternVLConfig, QLlamaConfig, VisionConfig
 
 Shape = tuple[int, ...]
 

@@ -1,4 +1,4 @@
-"""Steps before any graph: tokenizer and image settings, smoothing factors, activation ranges."""
+"""Steps before any graph: a look at the weights, tokenizer, image settings, smoothing factors, ranges."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from ..calibration.calibrate import (
     seconds_per_block,
     spilled_bytes,
 )
+from ..export.unquantized import weight_keys
+from ..models.finite import check_finite
 from ..quantization.algorithms import depends_on_type
 from ..quantization.ranges import Scales
 from ..quantization.schemes import folded_layers
@@ -25,6 +27,7 @@ from .step import Made, Step, after, model_of
 from .workspace import Workspace, step_digest
 
 CALIBRATION_BATCH = 16
+MEGABYTE = 10**6
 
 
 def preprocess_step(job: Job) -> Step:
@@ -39,6 +42,24 @@ def preprocess_step(job: Job) -> Step:
         return ["preprocess/preprocessor_config.json", "preprocess/tokenizer.model"], {}
 
     return Step("preprocess", {"settings": settings, "tokenizer": hashlib.sha256(model).hexdigest()}, run)
+
+
+def finite_step(job: Job) -> Step:
+    """Looks at every byte of the weights of the components, and of those they take inputs from.
+
+    NaN in a row that no sample touches would be served otherwise; elsewhere calibration would be blamed.
+    """
+    from ..calibration.segments import needed
+
+    checkpoint = job.checkpoint
+    keys = weight_keys(checkpoint, needed(job.components, checkpoint.whole))
+    total = sum(checkpoint.tensors[key].nbytes for key in keys)
+
+    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+        check_finite(checkpoint, keys, lambda done: advanced(done // MEGABYTE))
+        return [], {"tensors": len(keys), "bytes": total}
+
+    return Step("finite", {**model_of(job), "keys": keys}, run, total // MEGABYTE, unit="MB")
 
 
 def fold_steps(job: Job, preprocess: Step) -> list[Step]:

@@ -8,7 +8,7 @@ from ..errors import UsageError
 from ..quantization.ranges import Scales
 from ..quantization.schemes import folded_layers
 from .calibration import SMOOTHING
-from .calibration_steps import calibrate_step, fold_steps, preprocess_step
+from .calibration_steps import calibrate_step, finite_step, fold_steps, preprocess_step
 from .graphs import SCALES
 from .job import Job
 from .resources import check_disk
@@ -33,7 +33,7 @@ def measure(job: Job, out: Path, reporter: Reporter) -> Scales:
         )
     preprocess = preprocess_step(job)
     folds = fold_steps(job, preprocess)
-    plan = [preprocess, *folds, calibrate_step(job, [preprocess, *folds])]
+    plan = [finite_step(job), preprocess, *folds, calibrate_step(job, [preprocess, *folds])]
     with Workspace(out.parent / f"{out.name}.calibration", reporter) as space:
         check_disk(out, plan)
         for step in plan:

@@ -20,7 +20,7 @@ from ..quantization.recipe import Recipe, plan
 from ..quantization.schemes import element_types
 from . import evaluate, graphs
 from .accuracy_steps import scores_of
-from .calibration_steps import calibrate_step, preprocess_step
+from .calibration_steps import calibrate_step, finite_step, preprocess_step
 from .graphs import SCALES, Source
 from .job import Job
 from .request import MIXED, Request
@@ -49,7 +49,7 @@ def mixed_job(request: Request, reporter: Reporter, progress: Callable[[int, int
         )
     first = Job(replace(request, precision="int8"), progress)  # a recipe that all targets run
     with Workspace(request.out, reporter) as space:
-        for step in search_steps(first):
+        for step in (finite_step(first), *search_steps(first)):
             run_step(space, step)
         found = Recipe.from_json(read_json(space.root / "receipts" / f"{MIXED}.json")["recipe"])
     return Job(request, progress, found)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ..calibration.calibrate import calibration_units, spilled_bytes
 from ..calibration.sensitivity import Loss, Sensitivity, check_schemes, measure
+from ..files.atomic import write_text
 from ..files.strict_json import read_json
-from ..files.write import write_text
 from ..quantization.ranges import Scales
-from .calibration_steps import calibrate_step, preprocess_step
+from .calibration_steps import calibrate_step, finite_step, preprocess_step
 from .graphs import SCALES
 from .job import Job
 from .layer_tasks import LayerTasks
@@ -114,7 +114,7 @@ def sensitivity(
     calibrate = calibrate_step(job, [preprocess])
     losses = sensitivity_step(job, schemes, [preprocess, calibrate])
     with Workspace(out.parent / f"{out.name}.sensitivity", reporter) as space:
-        for step in (preprocess, calibrate, losses):
+        for step in (finite_step(job), preprocess, calibrate, losses):
             run_step(space, step)
         name = RECEIPT.stem
         if questions and job.evaluation:

@@ -1,14 +1,14 @@
 """All steps of a build, in the order they run.
 
-preprocess, smooth (if the recipe does), calibrate, sensitivity and search (of a mixed recipe), weights,
-quantise, a graph for each component, an engine
-for each component and target, kernels (the proof), accuracy of the components, accuracy on the tasks.
+finite (a look at the weights), preprocess, smooth (if the recipe does), calibrate, sensitivity and search (of
+a mixed recipe), weights, quantise, a graph for each component, an engine for each component and target,
+kernels (the proof), accuracy of the components, accuracy on the tasks.
 """
 
 from __future__ import annotations
 
 from .accuracy_steps import accuracy_step, tasks_step
-from .calibration_steps import calibrate_step, fold_steps, preprocess_step
+from .calibration_steps import calibrate_step, finite_step, fold_steps, preprocess_step
 from .engine_steps import engine_step, kernels_step
 from .graph_steps import graph_step, store_steps
 from .job import Job
@@ -19,7 +19,7 @@ from .step import Step
 def steps(job: Job) -> list[Step]:
     """All steps of ``job`` in the order they run; a step's inputs hold the hashes of those it reads."""
     preprocess = preprocess_step(job)
-    found = [preprocess]
+    found = [finite_step(job), preprocess]
     smooth = fold_steps(job, preprocess)
     scales = list(smooth)
     if job.searched:

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..inputs.chat_template import SYSTEM, Turn
-from ..inputs.tokenizer import Pieces
+from ..inputs.preprocess import Pieces
 from ..sampling import Ids, Limits, Sampling
 from .admission import Admission, Answer, Clock, ServiceLimits
 from .batching import Ran

@@ -11,8 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from ..bundle import Bundle, Verify
 from ..engines.base import known_backend
 from ..errors import InputError
-from ..inputs.preprocess import ImageSettings, ResizeMode
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.preprocess import ImageSettings, ResizeMode, Tokenizer
 from .components import Components
 from .image_batches import Floats, Images, Reading, pixel_batches
 from .timings import Timing
@@ -90,9 +89,9 @@ class Loaded:
         return self.components.timings.snapshot()
 
     @cached_property
-    def tokenizer(self) -> SentencePieceTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer."""
-        return SentencePieceTokenizer(self.bundle.path("preprocess/tokenizer.model"))
+        return Tokenizer(self.bundle.path("preprocess/tokenizer.model"))
 
     @cached_property
     def image_settings(self) -> ImageSettings:

@@ -12,8 +12,7 @@ from ..bundle import Bundle
 from ..engines.device import to_host
 from ..errors import CapabilityError, UsageError
 from ..inputs.images import ImageInput
-from ..inputs.preprocess import ResizeMode
-from ..inputs.tokenizer import CAPTION_PROMPT
+from ..inputs.preprocess import CAPTION_PROMPT, ResizeMode
 from ..inputs.video import FRAMES, Video
 from ..sampling import Ids, Sampling
 from . import captions, matching, zero_shot

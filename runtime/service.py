@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..inputs.images import ImageInput
-from ..inputs.preprocess import ResizeMode
-from ..inputs.tokenizer import CAPTION_PROMPT, Pieces
+from ..inputs.preprocess import CAPTION_PROMPT, Pieces, ResizeMode
 from ..sampling import Limits, Sampling, check_search
 from . import captions, matching
 from .admission import Admission, Answer, Clock, ServiceLimits

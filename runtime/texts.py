@@ -9,14 +9,14 @@ from functools import cache
 import numpy as np
 
 from ..errors import InputError
-from ..inputs.tokenizer import SentencePieceTokenizer, buckets_of
+from ..inputs.preprocess import Tokenizer, buckets_of
 from ..sampling import Ids
 from .components import Components
 from .image_batches import Floats
 from .loaded import fixed
 
 
-def encode_texts(components: Components, tokenizer: SentencePieceTokenizer, texts: Sequence[str]) -> Floats:
+def encode_texts(components: Components, tokenizer: Tokenizer, texts: Sequence[str]) -> Floats:
     """Embeddings [B, E] float32, not normalised, of ``texts`` cut to what the engine takes."""
     with components.timings.measure("tokenize"):
         buckets = _buckets(components)
@@ -29,9 +29,9 @@ def encode_tokens(components: Components, ids: Ids, lengths: Ids) -> Floats:
 
     Args:
         components: the engines.
-        ids: int64 [B, T], as
-            :meth:`~ivl_export.inputs.tokenizer.SentencePieceTokenizer.encode_contrastive` makes them; what
-            follows a row's length counts for nothing.
+        ids: int64 [B, T], as :meth:`~ivl_export.inputs.preprocess.Tokenizer.encode_contrastive` makes
+        them; what
+            stands behind a row's length counts for nothing.
         lengths: int64 [B], tokens of each row with bos and eos.
 
     Raises:
@@ -41,7 +41,7 @@ def encode_tokens(components: Components, ids: Ids, lengths: Ids) -> Floats:
         raise InputError(
             "These tokens are not texts.",
             f"ids have shape {list(ids.shape)}, lengths {list(lengths.shape)}.",
-            "Use SentencePieceTokenizer.encode_contrastive, which gives both.",
+            "Use Tokenizer.encode_contrastive, which gives both.",
         )
     if not len(lengths):
         shapes = {t.name: t.shape for t in components.spec("qllama_text").outputs}
@@ -52,7 +52,7 @@ def encode_tokens(components: Components, ids: Ids, lengths: Ids) -> Floats:
         raise InputError(
             "These tokens are not texts.",
             f"Their lengths are {min(each)} to {max(each)}; 1 to {most} can be.",
-            "Use SentencePieceTokenizer.encode_contrastive, which cuts long ones.",
+            "Use Tokenizer.encode_contrastive, which cuts long ones.",
         )
     padded = [buckets[bisect_left(buckets, length)] for length in each]
     used = sorted(set(padded))

@@ -14,8 +14,9 @@ from functools import partial
 
 from ...bundle.spec import ComponentSpec
 from ...errors import UsageError
-from ...inputs.tokenizer import CAPTION_PROMPT
-from ...models.config import ChatConfig, InternVLConfig, Whole
+from ...inputs.preprocess import CAPTION_PROMPT
+from ...models.chat_config import ChatConfig, Whole
+from ...models.config import InternVLConfig
 from ...models.layout import components_of, optional_of
 from ...runtime import InternVL, Mode
 from ...runtime.loaded import Loaded

@@ -60,8 +60,8 @@ def test_a_dry_run_says_what_would_be_done(
     assert {step for step, size in writes.items() if size} == takes_disk
     assert plan["steps"] == [
         {"step": step, "action": "run"}
-        for step in ("preprocess", "calibrate", "weights", "quantise", *(f"graph-{c}" for c in COMPONENTS),
-                     *engines, "kernels", "accuracy")
+        for step in ("finite", "preprocess", "calibrate", "weights", "quantise",
+                     *(f"graph-{c}" for c in COMPONENTS), *engines, "kernels", "accuracy")
     ]  # fmt: skip
     assert plan["layers"] == {"bf16": 26, "fp8": 32}
     assert sum(" stays bf16: " in notice for notice in plan["notices"]) == 16
@@ -168,7 +168,8 @@ def test_one_component_is_built_reused_and_rebuilt(
         report = json.loads(capsys.readouterr().out)
         return report, [s["step"] for s in report["steps"] if not s["reused"]]
 
-    every = ["preprocess", "calibrate", "weights", "quantise", "graph-qllama_text", "kernels", "accuracy"]
+    every = ["finite", "preprocess", "calibrate", "weights", "quantise"]
+    every += ["graph-qllama_text", "kernels", "accuracy"]
     report, ran = build()
     assert ran == every
     proof = report["kernels"]["onnxruntime-cpu"]["qllama_text"]
@@ -360,7 +361,7 @@ def test_a_full_disk_fails_and_the_next_build_goes_on(
     assert {p.name for p in tmp_path.iterdir()} == {"photos", ".out.build"}
     assert main(args) == 0
     steps = {s["step"]: s["reused"] for s in json.loads(capsys.readouterr().out)["steps"]}
-    assert steps == {"preprocess": True} | dict.fromkeys(
+    assert steps == {"finite": True, "preprocess": True} | dict.fromkeys(
         ("weights", "graph-qllama_text", "kernels", "accuracy"), False
     )
     assert {p.name for p in tmp_path.iterdir()} == {"photos", "out"}
@@ -412,6 +413,6 @@ def test_ctrl_c_keeps_what_is_done(tiny_model: Path, photos: Path, tmp_path: Pat
     assert build.returncode == 130, said
     assert "Interrupted. The same command goes on from here." in said
     assert "Traceback" not in said
-    assert {p.stem for p in steps.glob("*.json")} == {"preprocess", "weights"}
+    assert {p.stem for p in steps.glob("*.json")} == {"finite", "preprocess", "weights"}
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / ".out.build" / "bundle").rglob("*.tmp"))
