@@ -1,20 +1,27 @@
 """Token search: greedy, sampling and beam, over any function that turns tokens into logits.
 
-Pure numpy, shared by the PyTorch model and the runtime, so that both choose the same tokens. Beam search
-keeps the semantics of ``transformers`` 4.37 (length_penalty 1, early_stopping False), which the published
-captions were made with.
+Shared by the PyTorch model and the runtime, so that both choose the same tokens. Beam search keeps the
+semantics of ``transformers`` 4.37 (length_penalty 1, early_stopping False), which the published captions were
+made with.
+
+A token is chosen where the logits lie: by numpy on the host, by torch on a device, from which only the
+token's id comes down. The random number of a draw comes from numpy in both cases, so that both draw the same
+tokens from the same logits, up to rounding. Torch is imported only for logits that are tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 Ids = NDArray[np.int64]
 Scores = NDArray[np.float32]
@@ -46,11 +53,9 @@ class Sampling:
 
 
 _UNUSED = np.random.default_rng(0)
-Pick = Callable[[Any, Sampling, np.random.Generator, "int | None"], int]
-"""What :func:`pick` does."""
 
 
-class Step(Protocol):
+class StepFunction(Protocol):
     """Advance every row by one token."""
 
     def __call__(self, tokens: Ids, rows: Ids | None) -> Scores:
@@ -59,8 +64,11 @@ class Step(Protocol):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """When to stop. ``min_new_tokens`` counts tokens before EOS may come."""
+class StopCriteria:
+    """When a sequence ends: at the token ``eos`` or at ``max_new_tokens``.
+
+    Before ``min_new_tokens`` tokens EOS is suppressed; ``pad`` fills rows that ended before others.
+    """
 
     eos: int
     pad: int = 0
@@ -69,7 +77,11 @@ class Limits:
 
 
 def decode(
-    first: Scores, step: Step, limits: Limits, num_beams: int = 1, sampling: Sampling | None = None
+    first: Scores,
+    step: StepFunction,
+    stop: StopCriteria,
+    num_beams: int = 1,
+    sampling: Sampling | None = None,
 ) -> Ids:
     """New token ids [B, <= max_new_tokens] of B prompts, ``pad`` after each row's EOS.
 
@@ -77,84 +89,117 @@ def decode(
         first: logits [B, V] after the prompt.
         step: advances the rows; with beams it is called with B * num_beams rows, the first time with each
             prompt's row repeated.
-        limits: token ids and lengths.
+        stop: token ids and lengths.
         num_beams: 1 is greedy, or as ``sampling`` says.
         sampling: how tokens are drawn, for each row as if it were alone. None: the likeliest.
 
     Raises:
         UsageError: settings that cannot be right, or beams that would be sampled.
     """
-    check_search(limits, num_beams, sampling)
+    check_search(stop, num_beams, sampling)
     if num_beams > 1:
-        return _beam(first, step, limits, num_beams)
-    return np.stack(list(stream(first, step, limits, sampling)), 1)
+        return _beam(first, step, stop, num_beams)
+    return np.stack(list(stream(first, step, stop, sampling)), 1)
 
 
-def stream(first: Scores, step: Step, limits: Limits, sampling: Sampling | None = None) -> Iterator[Ids]:
+def stream(
+    first: Scores, step: StepFunction, stop: StopCriteria, sampling: Sampling | None = None
+) -> Iterator[Ids]:
     """The next token of every prompt [B], step by step: the columns of :func:`decode` without beams."""
-    check_search(limits, 1, sampling)
-    choosers = [Chooser(limits, sampling) for _ in first]
+    check_search(stop, 1, sampling)
+    samplers = [TokenSampler(stop, sampling) for _ in first]
     logits = first
     while True:
-        rows = zip(choosers, logits, strict=True)
-        tokens = np.array([limits.pad if c.done else c.choose(row) for c, row in rows], np.int64)
+        rows = zip(samplers, logits, strict=True)
+        tokens = np.array([stop.pad if s.done else s.choose(row) for s, row in rows], np.int64)
         yield tokens
-        if all(chooser.done for chooser in choosers):
+        if all(sampler.done for sampler in samplers):
             return
         logits = step(tokens, None)
 
 
-def check_search(limits: Limits, num_beams: int, sampling: Sampling | None) -> None:
+def check_search(stop: StopCriteria, num_beams: int, sampling: Sampling | None) -> None:
     """UsageError for settings that cannot be right."""
-    if num_beams < 1 or not 0 <= limits.min_new_tokens <= limits.max_new_tokens >= 1:
+    if num_beams < 1 or not 0 <= stop.min_new_tokens <= stop.max_new_tokens >= 1:
         raise UsageError(
             "These generation settings cannot be right.",
-            f"num_beams {num_beams}, max_new_tokens {limits.max_new_tokens}, "
-            f"min_new_tokens {limits.min_new_tokens}.",
+            f"num_beams {num_beams}, max_new_tokens {stop.max_new_tokens}, "
+            f"min_new_tokens {stop.min_new_tokens}.",
             "num_beams and max_new_tokens are 1 or more, min_new_tokens is 0 to max_new_tokens.",
         )
     if num_beams > 1 and sampling is not None:
         raise UsageError("Beams are not sampled.", f"num_beams is {num_beams}.", "Give one of the two.")
 
 
-class Chooser:
-    """Takes one sequence's tokens, one after another, as its settings say; ``done`` after the last one."""
+class TokenSampler:
+    """Chooses one sequence's tokens, one after another; ``done`` after the last one."""
 
-    def __init__(self, limits: Limits, sampling: Sampling | None = None, picker: Pick | None = None) -> None:
-        """``picker`` does what :func:`pick` does, of logits of another kind."""
-        self.limits, self.sampling = limits, sampling or Sampling()
-        self._pick: Pick = picker or pick
+    def __init__(self, stop: StopCriteria, sampling: Sampling | None = None) -> None:
+        self.stop, self.sampling = stop, sampling or Sampling()
         self.done, self._count = False, 0
         greedy = self.sampling.temperature == 0  # takes no number, and a generator takes time to make
         self._rng = _UNUSED if greedy else np.random.default_rng(self.sampling.seed)
 
     def choose(self, logits: Any) -> int:
-        """The next token, of the ``logits`` [V] behind the ones before it."""
-        barred = self.limits.eos if self._count < self.limits.min_new_tokens else None
-        token = self._pick(logits, self.sampling, self._rng, barred)
+        """The next token, from the ``logits`` [V] (an array, or a tensor) after the tokens before it."""
+        suppressed = self.stop.eos if self._count < self.stop.min_new_tokens else None
+        token = sample_token(logits, self.sampling, self._rng, suppressed)
         self._count += 1
-        self.done = token == self.limits.eos or self._count == self.limits.max_new_tokens
+        self.done = token == self.stop.eos or self._count == self.stop.max_new_tokens
         return token
 
 
-def pick(logits: Scores, how: Sampling, rng: np.random.Generator, barred: int | None = None) -> int:
-    """One token of ``logits`` [V], any but ``barred``."""
-    if barred is not None:
+def sample_token(
+    logits: Any, sampling: Sampling, rng: np.random.Generator, suppressed: int | None = None
+) -> int:
+    """One token of ``logits`` [V], an array or a tensor on any device; never the token ``suppressed``."""
+    if not isinstance(logits, np.ndarray):
+        return _sample_on_device(logits, sampling, rng, suppressed)
+    if suppressed is not None:
         logits = logits.copy()
-        logits[barred] = -np.inf
-    if how.temperature == 0:
+        logits[suppressed] = -np.inf
+    if sampling.temperature == 0:
         return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")[: how.top_k or None]
-    scaled = logits[order].astype(np.float64) / how.temperature
+    order = np.argsort(-logits, kind="stable")[: sampling.top_k or None]
+    scaled = logits[order].astype(np.float64) / sampling.temperature
     weights = np.exp(scaled - scaled[0])
     weights /= weights.sum()
-    kept = 1 + int(np.searchsorted(weights.cumsum(), how.top_p))
-    mass = weights[:kept].cumsum()
-    place = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
-    return int(order[min(place, len(mass) - 1)])
+    count = 1 + int(np.searchsorted(weights.cumsum(), sampling.top_p))  # the fewest that make top_p
+    mass = weights[:count].cumsum()
+    index = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
+    return int(order[min(index, len(mass) - 1)])
 
 
-def _beam(first: Scores, step: Step, limits: Limits, beams: int) -> Ids:
+def _sample_on_device(
+    logits: Any, sampling: Sampling, rng: np.random.Generator, suppressed: int | None
+) -> int:
+    import torch
+
+    scores = (logits if isinstance(logits, torch.Tensor) else torch.from_dlpack(logits)).detach().float()
+    if suppressed is not None:
+        scores = scores.clone()
+        scores[suppressed] = -np.inf
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    return int(_draw(scores, sampling, rng.random()))
+
+
+def _draw(scores: torch.Tensor, sampling: Sampling, number: float) -> torch.Tensor:
+    """The token [] at ``number`` in [0, 1) of the cut distribution's cumulative function."""
+    import torch
+
+    ranked, order = scores.sort(descending=True, stable=True)
+    ranked, order = (
+        ranked[: sampling.top_k or None].double() / sampling.temperature,
+        order[: sampling.top_k or None],
+    )
+    mass = torch.exp(ranked - ranked[0]).cumsum(0)
+    last = (mass < sampling.top_p * mass[-1]).sum().clamp(max=len(mass) - 1)  # of the fewest that make top_p
+    index = (mass <= number * mass.take(last)).sum().minimum(last)
+    return order.take(index)
+
+
+def _beam(first: Scores, step: StepFunction, stop: StopCriteria, beams: int) -> Ids:
     batch, vocab = first.shape
     finished = [_Finished(beams) for _ in range(batch)]
     done = np.zeros(batch, bool)
@@ -166,11 +211,11 @@ def _beam(first: Scores, step: Step, limits: Limits, beams: int) -> Ids:
     rows = np.repeat(np.arange(batch), beams)
     while True:
         length = tokens.shape[1] + 1
-        scores = _bar_eos(_log_softmax(logits), tokens.shape[1], limits)
+        scores = _suppress_eos(_log_softmax(logits), tokens.shape[1], stop)
         scores = (scores + totals.reshape(-1, 1)).reshape(batch, beams * vocab)
         ranked = _top(scores, 2 * beams)
         parents = np.zeros((batch, beams), np.int64)
-        chosen = np.full((batch, beams), limits.pad, np.int64)
+        chosen = np.full((batch, beams), stop.pad, np.int64)
         totals = np.zeros((batch, beams), np.float32)
         for b in range(batch):
             if done[b]:
@@ -179,7 +224,7 @@ def _beam(first: Scores, step: Step, limits: Limits, beams: int) -> Ids:
             for rank, flat in enumerate(ranked[b]):
                 beam, token = divmod(int(flat), vocab)
                 score = scores[b, flat]
-                if token == limits.eos:
+                if token == stop.eos:
                     if rank < beams:
                         finished[b].add(tokens[b * beams + beam], float(score), length)
                     continue
@@ -190,19 +235,19 @@ def _beam(first: Scores, step: Step, limits: Limits, beams: int) -> Ids:
             done[b] = finished[b].closed(float(scores[b, ranked[b, 0]]), length)
         source = (np.arange(batch)[:, None] * beams + parents).reshape(-1)
         tokens = np.concatenate([tokens[source], chosen.reshape(-1, 1)], axis=1)
-        if done.all() or length == limits.max_new_tokens:
+        if done.all() or length == stop.max_new_tokens:
             break
         logits = step(tokens[:, -1], rows if length == 1 else source)
     for b in range(batch):
         for beam in range(0 if done[b] else beams):
             finished[b].add(tokens[b * beams + beam], float(totals[b, beam]), length)
     best = [f.best() for f in finished]
-    width = min(max(len(t) for t in best) + 1, limits.max_new_tokens)
-    out = np.full((batch, width), limits.pad, np.int64)
+    width = min(max(len(t) for t in best) + 1, stop.max_new_tokens)
+    out = np.full((batch, width), stop.pad, np.int64)
     for b, ids in enumerate(best):
         out[b, : len(ids)] = ids
         if len(ids) < width:
-            out[b, len(ids)] = limits.eos
+            out[b, len(ids)] = stop.eos
     return out
 
 
@@ -226,11 +271,11 @@ class _Finished:
         return self.hypotheses[-1][1]
 
 
-def _bar_eos(scores: Scores, produced: int, limits: Limits) -> Scores:
-    if produced >= limits.min_new_tokens:
+def _suppress_eos(scores: Scores, produced: int, stop: StopCriteria) -> Scores:
+    if produced >= stop.min_new_tokens:
         return scores
     scores = scores.copy()
-    scores[..., limits.eos] = -np.inf
+    scores[..., stop.eos] = -np.inf
     return scores
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..inputs.chat_template import IMAGE_TOKEN
-from ..sampling import Limits
+from ..sampling import StopCriteria
 from .chat_config import ChatConfig
 from .chat_vision import projector, vision_tower
 from .generate import search, step_mask
@@ -87,8 +87,8 @@ class InternVLChatModel(nn.Module):
             return self.step(self.model.embed_tokens(ids), positions, mask, past)
 
         decoder = self.config.decoder
-        limits = Limits(decoder.eos_token_id, decoder.pad_token_id, max_new_tokens)
-        return search(step, first, past, mask, limits, num_beams)
+        stop = StopCriteria(decoder.eos_token_id, decoder.pad_token_id, max_new_tokens)
+        return search(step, first, past, mask, stop, num_beams)
 
     def step(
         self, inputs_embeds: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValue] | None = None

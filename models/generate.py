@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..sampling import Ids, Limits, Scores, decode
+from ..sampling import Ids, Scores, StopCriteria, decode
 from .qllama import KeyValue, Visible
 
 if TYPE_CHECKING:
@@ -68,8 +68,10 @@ def generate(
     mask = torch.cat([attention_mask.new_ones(len(input_ids), config.num_query_token), attention_mask], 1)
     positions = (mask.cumsum(1) - 1)[:, config.num_query_token :].masked_fill(attention_mask == 0, 1)
     first, new = text_step(model, input_ids, positions, mask, past)
-    limits = Limits(config.qllama.eos_token_id, config.qllama.pad_token_id, max_new_tokens, min_new_tokens)
-    return search(partial(text_step, model), first, extend(past, new), mask, limits, num_beams)
+    stop = StopCriteria(
+        config.qllama.eos_token_id, config.qllama.pad_token_id, max_new_tokens, min_new_tokens
+    )
+    return search(partial(text_step, model), first, extend(past, new), mask, stop, num_beams)
 
 
 def search(
@@ -77,7 +79,7 @@ def search(
     first: Tensor,
     past: list[KeyValue],
     mask: Tensor,
-    limits: Limits,
+    stop: StopCriteria,
     num_beams: int,
 ) -> Tensor:
     """Token search behind a prompt: new ids [B, <= max_new_tokens].
@@ -87,7 +89,7 @@ def search(
         first: logits [B, V] after the prompt.
         past: keys and values of the P positions of the prompt.
         mask: [B, P], nonzero where a position may be seen.
-        limits: token ids and lengths.
+        stop: token ids and lengths.
         num_beams: 1 is greedy.
     """
 
@@ -102,4 +104,4 @@ def search(
         past = extend(past, new)
         return logits.float().numpy(force=True)
 
-    return torch.from_numpy(decode(first.float().numpy(force=True), advance, limits, num_beams))
+    return torch.from_numpy(decode(first.float().numpy(force=True), advance, stop, num_beams))

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import UsageError
 from ..inputs.images import ImageInput
 from ..inputs.preprocess import ResizeMode
-from ..sampling import Ids, Limits, Sampling, Scores, check_search, decode, stream
+from ..sampling import Ids, Sampling, Scores, StopCriteria, check_search, decode, stream
 from .generation import Run, pad_prompts, prefill, stepper
 from .image_batches import Floats, Images
 from .kv_cache import KVCache
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from .model import InternVL
 
 
-def limits_of(model: InternVL, max_new_tokens: int, min_new_tokens: int) -> Limits:
-    """The limits of one call, with the token ids of the checkpoint."""
+def stop_criteria(model: InternVL, max_new_tokens: int, min_new_tokens: int) -> StopCriteria:
+    """When a caption ends, with the token ids of the checkpoint."""
     config: Any = model.bundle.manifest.model.config.get("qllama_config") or {}
     eos, pad = config.get("eos_token_id"), config.get("pad_token_id")
-    return Limits(
+    return StopCriteria(
         model.tokenizer.eos if eos is None else int(eos),
         0 if pad is None else int(pad),
         max_new_tokens,
@@ -37,7 +37,7 @@ def caption(
     model: InternVL,
     images: Images,
     prompt: str | Sequence[str],
-    limits: Limits,
+    stop: StopCriteria,
     num_beams: int = 1,
     sampling: Sampling | None = None,
     resize: ResizeMode | None = None,
@@ -48,8 +48,8 @@ def caption(
         raise UsageError(f"{len(prompts)} prompts for {len(images)} images.", "", "Give one for each.")
     captions: list[str] = []
     for pixels in model.pixel_batches(images, resize):
-        ids, mask = _encoded(model, prompts[len(captions) : len(captions) + len(pixels)], limits.pad)
-        tokens = generate(model, pixels, ids, mask, limits, num_beams, sampling)
+        ids, mask = _encoded(model, prompts[len(captions) : len(captions) + len(pixels)], stop.pad)
+        tokens = generate(model, pixels, ids, mask, stop, num_beams, sampling)
         captions += [model.tokenizer.decode(row.tolist()).strip() for row in tokens]
     return captions
 
@@ -58,15 +58,15 @@ def stream_caption(
     model: InternVL,
     image: ImageInput,
     prompt: str,
-    limits: Limits,
+    stop: StopCriteria,
     sampling: Sampling | None = None,
     resize: ResizeMode | None = None,
 ) -> Iterator[str]:
     """See :meth:`.model.InternVL.stream_caption`."""
-    check_search(limits, 1, sampling)
-    ids, mask = _encoded(model, [prompt], limits.pad)
-    cache, first = _prefilled(model, model.pixel_values([image], resize), ids, mask, limits.max_new_tokens)
-    tokens = stream(first, stepper(_step(model), cache), limits, sampling)
+    check_search(stop, 1, sampling)
+    ids, mask = _encoded(model, [prompt], stop.pad)
+    cache, first = _prefilled(model, model.pixel_values([image], resize), ids, mask, stop.max_new_tokens)
+    tokens = stream(first, stepper(_step(model), cache), stop, sampling)
     return model.tokenizer.stream(int(token[0]) for token in tokens)
 
 
@@ -75,12 +75,12 @@ def generate(
     pixel_values: Floats,
     prompt_ids: Ids,
     attention_mask: Ids | None,
-    limits: Limits,
+    stop: StopCriteria,
     num_beams: int = 1,
     sampling: Sampling | None = None,
 ) -> Ids:
     """See :meth:`.model.InternVL.generate`."""
-    check_search(limits, num_beams, sampling)
+    check_search(stop, num_beams, sampling)
     # As many images at once as fill the step engine with all their beams.
     rows = model.components.spec("qllama_step").axis("batch").max // num_beams
     size = max(1, min(model.components.batch, rows))
@@ -88,10 +88,10 @@ def generate(
     for start in range(0, len(pixel_values), size):
         some = slice(start, start + size)
         mask = None if attention_mask is None else attention_mask[some]
-        new = limits.max_new_tokens
+        new = stop.max_new_tokens
         cache, first = _prefilled(model, pixel_values[some], prompt_ids[some], mask, new)
-        parts.append(decode(first, stepper(_step(model), cache), limits, num_beams, sampling))
-    out = np.full((len(pixel_values), max((p.shape[1] for p in parts), default=0)), limits.pad, np.int64)
+        parts.append(decode(first, stepper(_step(model), cache), stop, num_beams, sampling))
+    out = np.full((len(pixel_values), max((p.shape[1] for p in parts), default=0)), stop.pad, np.int64)
     for i, part in enumerate(parts):
         out[i * size : i * size + len(part), : part.shape[1]] = part
     return out

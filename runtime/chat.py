@@ -24,7 +24,7 @@ from ..engines.device import to_host
 from ..errors import CapabilityError, InputError, UsageError
 from ..inputs.chat_template import SYSTEM, Turn, encode
 from ..inputs.preprocess import Array
-from ..sampling import Limits, Sampling, check_search
+from ..sampling import Sampling, StopCriteria, check_search
 from .chat_service import ChatService
 from .components import Components
 from .context import Context
@@ -174,10 +174,10 @@ class Chat:
             InputError: the conversation is too long for the bundle; it stays as it was.
             UsageError: another answer is being heard.
         """
-        limits, text, answered = self.limits(max_new_tokens, min_new_tokens), "", False
+        stop, text, answered = self.stop_criteria(max_new_tokens, min_new_tokens), "", False
         with self.alone():
             turn, ids = self.prompt(question)
-            new = self.context.tokens(ids, limits, sampling or Sampling())
+            new = self.context.tokens(ids, stop, sampling or Sampling())
             try:
                 for piece in self.model.tokenizer.stream(new):
                     text += piece
@@ -201,17 +201,17 @@ class Chat:
         """As :meth:`stream`, for asyncio: ``async for piece in chat.astream(question)``."""
         return self.model.requests.stream(self, question, max_new_tokens, sampling)
 
-    def limits(self, max_new_tokens: int, min_new_tokens: int) -> Limits:
-        """The limits of one answer, with the checkpoint's EOS; UsageError if they cannot be right."""
+    def stop_criteria(self, max_new_tokens: int, min_new_tokens: int) -> StopCriteria:
+        """When one answer ends, with the checkpoint's EOS; UsageError if the numbers cannot be right."""
         config: Any = self.model.bundle.manifest.model.config
         eos = config.get("eos_token_id")
-        limits = Limits(
+        stop = StopCriteria(
             self.model.tokenizer.eos if eos is None else int(eos),
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
         )
-        check_search(limits, 1, None)
-        return limits
+        check_search(stop, 1, None)
+        return stop
 
     def prompt(self, question: str) -> tuple[Turn, list[int]]:
         """The turn that ``question`` opens, and the ids of the conversation up to its answer."""

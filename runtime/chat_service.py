@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..inputs.chat_template import SYSTEM, Turn
 from ..inputs.preprocess import Pieces
-from ..sampling import Ids, Limits, Sampling
+from ..sampling import Ids, Sampling, StopCriteria
 from .admission import Admission, Answer, Clock, ServiceLimits
 from .batching import Ran
 from .image_batches import Images
@@ -76,11 +76,11 @@ class ChatService:
             BusyError: too many requests wait, or it was not done in ``timeout`` seconds.
             InputError, UsageError: as :meth:`.chat.Chat.stream`.
         """
-        limits = chat.limits(max_new_tokens, min_new_tokens)
+        stop = chat.stop_criteria(max_new_tokens, min_new_tokens)
         with chat.alone():
             turn, ids = chat.prompt(question)
-            found = await self._tokens(chat, ids, limits, sampling, timeout)
-            said = [token for token in found.value if token != limits.eos]
+            found = await self._tokens(chat, ids, stop, sampling, timeout)
+            said = [token for token in found.value if token != stop.eos]
             text = self.model.tokenizer.decode(said).strip()
             chat.said(turn, text)
         return Answer(text, found.timings, found.batch)
@@ -98,7 +98,8 @@ class ChatService:
 
         Whoever stops listening (``aclose``) frees its place, and the conversation keeps what was heard.
         """
-        limits, pieces, text = chat.limits(max_new_tokens, min_new_tokens), Pieces(self.model.tokenizer), ""
+        stop, text = chat.stop_criteria(max_new_tokens, min_new_tokens), ""
+        pieces = Pieces(self.model.tokenizer)
         loop = asyncio.get_running_loop()
         heard: asyncio.Queue[int | None] = asyncio.Queue()
 
@@ -107,11 +108,11 @@ class ChatService:
 
         with chat.alone():
             turn, ids = chat.prompt(question)
-            task = asyncio.create_task(self._tokens(chat, ids, limits, sampling, timeout, hear))
+            task = asyncio.create_task(self._tokens(chat, ids, stop, sampling, timeout, hear))
             task.add_done_callback(lambda _: heard.put_nowait(None))
             try:
                 while (token := await heard.get()) is not None:
-                    if token != limits.eos and (piece := pieces.add(token)):
+                    if token != stop.eos and (piece := pieces.add(token)):
                         text += piece
                         yield piece
                 await task
@@ -133,7 +134,7 @@ class ChatService:
         self,
         chat: Chat,
         ids: Sequence[int],
-        limits: Limits,
+        stop: StopCriteria,
         sampling: Sampling | None,
         timeout: float | None,
         hear: Hear | None = None,
@@ -141,9 +142,9 @@ class ChatService:
         scheduler = self._scheduler
 
         async def run(clock: Clock) -> Ran[list[int]]:
-            started = await self._read(chat.context.started, ids, limits)
+            started = await self._read(chat.context.started, ids, stop)
             clock.mark("read")
-            ran = await asyncio.wrap_future(scheduler.submit(started, limits, sampling, hear))
+            ran = await asyncio.wrap_future(scheduler.submit(started, stop, sampling, hear))
             with suppress(RuntimeError):  # closed meanwhile; the next prompt does it
                 self._readers.submit(chat.context.settle)  # nobody waits for it
             return ran

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from ..inputs.chat_template import IMAGE_TOKEN
 from ..inputs.preprocess import Array
-from ..sampling import Chooser, Limits, Sampling
+from ..sampling import Sampling, StopCriteria, TokenSampler
 from .components import Components
 from .kv_cache import KVCache, fitted
-from .picking import pick
 from .prefixes import BLOCK, Prefixes
 from .scheduler import Started
 
@@ -59,26 +58,28 @@ class Context:
         """Positions held."""
         return len(self._held)
 
-    def tokens(self, ids: Sequence[int], limits: Limits, sampling: Sampling) -> Generator[int, None, None]:
+    def tokens(
+        self, ids: Sequence[int], stop: StopCriteria, sampling: Sampling
+    ) -> Generator[int, None, None]:
         """New token ids after the prompt ``ids``, as :meth:`read` takes it; EOS is not among them."""
-        chooser = Chooser(limits, sampling, pick)
+        sampler = TokenSampler(stop, sampling)
         with self._lock:
-            logits = self.read(ids, limits.max_new_tokens)
+            logits = self.read(ids, stop.max_new_tokens)
             try:
-                while not chooser.done:
-                    token = chooser.choose(logits)
-                    if token == limits.eos:
+                while not sampler.done:
+                    token = sampler.choose(logits)
+                    if token == stop.eos:
                         return
                     yield token
-                    if not chooser.done:
+                    if not sampler.done:
                         logits = self._feed(self._embed([token]), [token])
             finally:
                 self._share()
 
-    def started(self, ids: Sequence[int], limits: Limits) -> Started:
+    def started(self, ids: Sequence[int], stop: StopCriteria) -> Started:
         """The prompt ``ids`` read, for others to decode; they hand back what they read behind it."""
         with self._lock:  # an earlier question may be given up while its prompt is being read
-            logits = self.read(ids, limits.max_new_tokens)
+            logits = self.read(ids, stop.max_new_tokens)
             assert self._cache is not None
             return Started(self._cache.row(0), logits, partial(self._left, self._readings))
 

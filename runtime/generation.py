@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..bundle.spec import ComponentSpec
 from ..engines.device import to_host
 from ..errors import InputError
-from ..sampling import Ids, Limits, Sampling, Scores, Step, check_search, decode
+from ..sampling import Ids, Sampling, Scores, StepFunction, StopCriteria, check_search, decode
 from .kv_cache import KVCache
 
 Run = Callable[[dict[str, Any]], Mapping[str, Any]]
@@ -29,18 +29,18 @@ def generate(
     queries: Mapping[str, Any],
     prompt_ids: Ids,
     attention_mask: Ids | None,
-    limits: Limits,
+    stop: StopCriteria,
     num_beams: int = 1,
     sampling: Sampling | None = None,
 ) -> Ids:
-    """New token ids [B, <= max_new_tokens], ``limits.pad`` after each row's EOS.
+    """New token ids [B, <= max_new_tokens], ``stop.pad`` after each row's EOS.
 
     ``num_beams`` and ``sampling`` as :func:`~ivl_export.sampling.decode` has them, the rest and the errors as
     :func:`prefill`.
     """
-    check_search(limits, num_beams, sampling)
-    cache, first = prefill(run, spec, queries, prompt_ids, attention_mask, limits.max_new_tokens)
-    return decode(first, stepper(run, cache), limits, num_beams, sampling)
+    check_search(stop, num_beams, sampling)
+    cache, first = prefill(run, spec, queries, prompt_ids, attention_mask, stop.max_new_tokens)
+    return decode(first, stepper(run, cache), stop, num_beams, sampling)
 
 
 def prefill(
@@ -95,7 +95,7 @@ def prefill(
     return cache, logits
 
 
-def stepper(run: Run, cache: KVCache) -> Step:
+def stepper(run: Run, cache: KVCache) -> StepFunction:
     """What advances the sequences that ``cache`` holds by a token each."""
 
     def step(tokens: Ids, rows: Ids | None) -> Scores:

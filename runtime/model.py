@@ -239,8 +239,8 @@ class InternVL(Loaded):
         Published captions were made with 5 beams and at least 8 tokens. ``sampling`` draws tokens, for
         each image as if it were alone.
         """
-        limits = captions.limits_of(self, max_new_tokens, min_new_tokens)
-        return captions.caption(self, images, prompt, limits, num_beams, sampling, resize)
+        stop = captions.stop_criteria(self, max_new_tokens, min_new_tokens)
+        return captions.caption(self, images, prompt, stop, num_beams, sampling, resize)
 
     def stream_caption(
         self,
@@ -252,8 +252,8 @@ class InternVL(Loaded):
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
         """The caption of one image in pieces, as they are found: those of :meth:`caption`, not stripped."""
-        limits = captions.limits_of(self, max_new_tokens, min_new_tokens)
-        return captions.stream_caption(self, image, prompt, limits, sampling, resize)
+        stop = captions.stop_criteria(self, max_new_tokens, min_new_tokens)
+        return captions.stream_caption(self, image, prompt, stop, sampling, resize)
 
     def generate(
         self,
@@ -276,8 +276,8 @@ class InternVL(Loaded):
             min_new_tokens: EOS may not come before.
             sampling: how tokens are drawn, for each row as if it were alone; None: the likeliest.
         """
-        limits = captions.limits_of(self, max_new_tokens, min_new_tokens)
-        return captions.generate(self, pixel_values, prompt_ids, attention_mask, limits, num_beams, sampling)
+        stop = captions.stop_criteria(self, max_new_tokens, min_new_tokens)
+        return captions.generate(self, pixel_values, prompt_ids, attention_mask, stop, num_beams, sampling)
 
     def _output(self, component: str, name: str) -> tuple[int | str, ...]:
         outputs = {t.name: t.shape for t in self.components.spec(component).outputs}

@@ -20,9 +20,8 @@ import numpy as np
 
 from ..bundle.spec import ComponentSpec
 from ..errors import InputError, UsageError
-from ..sampling import Chooser, Ids, Limits, Sampling
+from ..sampling import Ids, Sampling, StopCriteria, TokenSampler
 from .batching import Ran
-from .picking import pick
 from .slots import Slots
 
 Hear = Callable[[int], None]
@@ -46,7 +45,7 @@ class Started:
 
 @dataclass(eq=False)
 class _Sequence:
-    chooser: Chooser
+    sampler: TokenSampler
     hear: Hear | None
     leave: Leave | None
     prompt: int  # its positions
@@ -92,7 +91,7 @@ class Scheduler:
         return len(self._waiting) + len(self._running)
 
     def submit(
-        self, started: Started, limits: Limits, sampling: Sampling | None = None, hear: Hear | None = None
+        self, started: Started, stop: StopCriteria, sampling: Sampling | None = None, hear: Hear | None = None
     ) -> Future[Ran[list[int]]]:
         """The tokens that follow ``started``, EOS among them if it came. Cancel the future to free the slot.
 
@@ -101,14 +100,14 @@ class Scheduler:
             UsageError: the scheduler was closed.
         """
         prompt, past = int(started.held.shape[3]), self._spec.axis("past").max
-        longest = prompt + limits.max_new_tokens - 1
+        longest = prompt + stop.max_new_tokens - 1
         if longest > past:
             raise InputError(
                 "The prompt and the answer are too long for this bundle.",
                 f"They need a past of {longest} positions; the engine was built for {past}.",
                 "Ask for fewer new tokens, or rebuild with a larger range.",
             )
-        sequence = _Sequence(Chooser(limits, sampling, pick), hear, started.leave, prompt)
+        sequence = _Sequence(TokenSampler(stop, sampling), hear, started.leave, prompt)
         with self._changed:
             if self._closed:
                 raise UsageError("This model was closed.", fix="Load it again.")
@@ -184,13 +183,13 @@ class Scheduler:
     def _choose(self, slot: int, logits: Any) -> None:
         sequence = self._running[slot]
         try:
-            sequence.tokens.append(sequence.chooser.choose(logits))
+            sequence.tokens.append(sequence.sampler.choose(logits))
             if sequence.hear is not None:
                 sequence.hear(sequence.tokens[-1])
         except Exception as error:  # nobody hears it any more, for one
             self._leave(slot, error)
         else:
-            if sequence.chooser.done or sequence.future.cancelled():
+            if sequence.sampler.done or sequence.future.cancelled():
                 self._leave(slot)
 
     def _leave(self, slot: int, error: Exception | None = None) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..inputs.images import ImageInput
 from ..inputs.preprocess import CAPTION_PROMPT, Pieces, ResizeMode
-from ..sampling import Limits, Sampling, check_search
+from ..sampling import Sampling, StopCriteria, check_search
 from . import captions, matching
 from .admission import Admission, Answer, Clock, ServiceLimits
 from .batching import Batcher, Ran
@@ -150,10 +150,10 @@ class Service:
         It is decoded together with whichever others are on their way, each with settings of its own, in a
         batch that is made anew for every token. Beams wait for a batch of requests with equal settings.
         """
-        limits = captions.limits_of(self.model, max_new_tokens, min_new_tokens)
-        check_search(limits, num_beams, sampling)
+        stop = captions.stop_criteria(self.model, max_new_tokens, min_new_tokens)
+        check_search(stop, num_beams, sampling)
         if num_beams == 1:
-            found = await self._tokens(image, prompt, limits, resize, timeout, sampling)
+            found = await self._tokens(image, prompt, stop, resize, timeout, sampling)
             caption = self.model.tokenizer.decode(found.value).strip()
             return Answer(caption, found.timings, found.batch)
         key = (num_beams, max_new_tokens, min_new_tokens)
@@ -175,15 +175,15 @@ class Service:
 
         ``timeout`` is for the whole caption.
         """
-        limits = captions.limits_of(self.model, max_new_tokens, min_new_tokens)
-        check_search(limits, 1, sampling)
+        stop = captions.stop_criteria(self.model, max_new_tokens, min_new_tokens)
+        check_search(stop, 1, sampling)
         loop, pieces = asyncio.get_running_loop(), Pieces(self.model.tokenizer)
         heard: asyncio.Queue[int | None] = asyncio.Queue()
 
         def hear(token: int) -> None:  # by the scheduler's thread
             loop.call_soon_threadsafe(heard.put_nowait, token)
 
-        request = self._tokens(image, prompt, limits, resize, timeout, sampling, hear)
+        request = self._tokens(image, prompt, stop, resize, timeout, sampling, hear)
         task = asyncio.create_task(request)
         task.add_done_callback(lambda _: heard.put_nowait(None))
         try:
@@ -198,7 +198,7 @@ class Service:
         self,
         image: ImageInput,
         prompt: str,
-        limits: Limits,
+        stop: StopCriteria,
         resize: ResizeMode | None,
         timeout: float | None,
         sampling: Sampling | None,
@@ -209,7 +209,7 @@ class Service:
             self._starts,
             lambda: (self.model.pixel_values([image], resize)[0], prompt),
             timeout,
-            lambda started: scheduler.submit(started, limits, sampling, hear),
+            lambda started: scheduler.submit(started, stop, sampling, hear),
         )
 
     @cached_property

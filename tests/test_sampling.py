@@ -7,9 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl_export import sampling as decoding
-from ivl_export.runtime.picking import pick
-from ivl_export.sampling import Sampling
+from ivl_export.sampling import Sampling, sample_token
 
 torch = pytest.importorskip("torch")
 
@@ -26,13 +24,13 @@ SETTINGS = st.builds(
 def test_a_device_draws_what_the_host_draws(how: Sampling, size: int, ties: bool) -> None:
     drawn = np.random.default_rng(how.seed).normal(0, 3, size).astype(np.float32)
     logits = np.round(drawn) if ties else drawn
-    barred = how.seed % size if size > 1 else None
+    suppressed = how.seed % size if size > 1 else None
     own, other = np.random.default_rng(how.seed), np.random.default_rng(how.seed)
     for _ in range(5):
-        found = pick(torch.from_numpy(logits), how, own, barred)
-        assert found == decoding.pick(logits, how, other, barred)
-        assert found != barred
-    assert pick(logits, how, own) == decoding.pick(logits, how, other)
+        token = sample_token(torch.from_numpy(logits), how, own, suppressed)
+        assert token == sample_token(logits, how, other, suppressed)
+        assert token != suppressed
+    assert sample_token(logits, how, own) == sample_token(logits, how, other)
 
 
 def test_shares_are_those_of_the_distribution() -> None:
@@ -44,13 +42,13 @@ def test_shares_are_those_of_the_distribution() -> None:
         (Sampling(1.0, top_p=0.7), [0, 0.625, 0.375, 0]),
         (Sampling(1.0, top_p=0.01), [0, 1, 0, 0]),
     ):
-        drawn = [pick(probabilities.log(), how, rng) for _ in range(4000)]
+        drawn = [sample_token(probabilities.log(), how, rng) for _ in range(4000)]
         assert [drawn.count(i) / len(drawn) for i in range(4)] == pytest.approx(want, abs=0.03)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32"])
 def test_of_any_float_type(kind: str) -> None:
     logits = torch.tensor([0.0, 3.0, 1.0]).to(getattr(torch, kind))
-    assert pick(logits, Sampling(), np.random.default_rng(0)) == 1
-    assert pick(logits, Sampling(), np.random.default_rng(0), 1) == 2
+    assert sample_token(logits, Sampling(), np.random.default_rng(0)) == 1
+    assert sample_token(logits, Sampling(), np.random.default_rng(0), 1) == 2
     assert logits[1] == 3, "the engine's own logits stay"

@@ -26,7 +26,7 @@ from ivl_export.models.config import QLlamaConfig
 from ivl_export.profiles.measure.baseline import torch_threads
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.generation import prefill, stepper
-from ivl_export.sampling import Ids, Limits, decode
+from ivl_export.sampling import Ids, StopCriteria, decode
 
 BATCHES = (1, 8)
 PROMPT = 64
@@ -122,7 +122,7 @@ def _ours(model: InternVL, config: QLlamaConfig, ids: Ids, new: int) -> Ids:
     queries = {f"{kind}.{i}": none for kind in ("key", "value") for i in range(config.num_hidden_layers)}
     run = partial(model.components.run_device, "qllama_step")
     cache, logits = prefill(run, model.components.spec("qllama_step"), queries, ids, None, new)
-    return decode(logits, stepper(run, cache), Limits(-1, 0, new))
+    return decode(logits, stepper(run, cache), StopCriteria(-1, 0, new))
 
 
 def llama_folder(setting: Setting, model: str) -> Path:

@@ -34,7 +34,7 @@ from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.internvl import InternVLModel
 from ivl_export.models.layout import COMPONENTS, OPTIONAL, expected_shapes
 from ivl_export.runtime.generation import generate
-from ivl_export.sampling import Limits
+from ivl_export.sampling import StopCriteria
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny"
 Array = np.ndarray[Any, Any]
@@ -377,7 +377,7 @@ def test_captions_equal_the_goldens(tiny: Built, padding: str) -> None:
         queries,
         want[f"{padding}_input_ids"].numpy(),
         want[f"{padding}_attention_mask"].numpy(),
-        Limits(q.eos_token_id, q.pad_token_id, len(tokens[0]), 0),
+        StopCriteria(q.eos_token_id, q.pad_token_id, len(tokens[0]), 0),
     )
     assert got.tolist() == tokens
 
@@ -397,7 +397,7 @@ def test_captions_equal_the_models(small: Built, beams: int) -> None:
         queries,
         ids,
         mask,
-        Limits(q.eos_token_id, q.pad_token_id, 12, 0),
+        StopCriteria(q.eos_token_id, q.pad_token_id, 12, 0),
         beams,
     )
     assert got.tolist() == want.tolist()

@@ -19,7 +19,7 @@ from ivl_export.runtime import Chat, InternVL, InternVLChat
 from ivl_export.runtime.context import Context
 from ivl_export.runtime.kv_cache import GRAIN
 from ivl_export.runtime.prefixes import BLOCK, Prefixes
-from ivl_export.sampling import Limits, Sampling, pick
+from ivl_export.sampling import Sampling, StopCriteria, sample_token
 
 CHAT = Path(__file__).parents[1] / "goldens" / "chat"
 GOLDEN = load_file(CHAT / "chat.safetensors")
@@ -70,7 +70,7 @@ def test_greedy_tokens_are_the_published_ones(model: InternVLChat, row: int) -> 
     ids = GOLDEN[f"gen{row}.input_ids"][0].tolist()
     want = GOLDEN[f"gen{row}.new_tokens"][0].tolist()
     for _ in range(2):  # the second time out of the cache
-        assert list(context.tokens(ids, Limits(EOS, max_new_tokens=len(want)), Sampling())) == want
+        assert list(context.tokens(ids, StopCriteria(EOS, max_new_tokens=len(want)), Sampling())) == want
 
 
 def test_a_further_question_computes_only_itself(
@@ -207,7 +207,7 @@ def test_sampling() -> None:
     rng = np.random.default_rng(0)
 
     def shares(how: Sampling) -> list[float]:
-        drawn = [pick(logits, how, rng) for _ in range(4000)]
+        drawn = [sample_token(logits, how, rng) for _ in range(4000)]
         return [drawn.count(i) / len(drawn) for i in range(4)]
 
     assert shares(Sampling()) == [0, 1, 0, 0]
@@ -250,8 +250,8 @@ def test_conversations_in_threads(model: InternVLChat, monkeypatch: pytest.Monke
 def test_an_answer_is_not_shorter_than_asked(model: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = model.chat([picture()])
     monkeypatch.setattr(chat.context, "_feed", lambda *given: np.eye(200, dtype=np.float32)[EOS])
-    limits = Limits(EOS, max_new_tokens=8, min_new_tokens=3)
-    assert list(chat.context.tokens([1, -200, 5], limits, Sampling())) == [0, 0, 0]
+    stop = StopCriteria(EOS, max_new_tokens=8, min_new_tokens=3)
+    assert list(chat.context.tokens([1, -200, 5], stop, Sampling())) == [0, 0, 0]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(5.0, top_k=20, top_p=0.9, seed=3)])

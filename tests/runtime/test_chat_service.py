@@ -14,7 +14,7 @@ import pytest
 from ivl_export.errors import BusyError, InputError, UsageError
 from ivl_export.runtime import Chat, ChatService, InternVLChat, ServiceLimits
 from ivl_export.runtime.prefixes import BLOCK, Prefixes
-from ivl_export.sampling import Limits, Sampling
+from ivl_export.sampling import Sampling, StopCriteria
 
 QUESTIONS = ("a red ring", "two small squares", "above", "and", "a blue", "small", "is it", "left of")
 
@@ -136,7 +136,7 @@ def test_what_was_heard_of_an_answer_is_not_read_again(
 
     chat, prompt = asyncio.run(leave())
     other = model.chat([picture()])
-    want = list(other.context.tokens(other.prompt("a red ring")[1], other.limits(60, 60), Sampling()))
+    want = list(other.context.tokens(other.prompt("a red ring")[1], other.stop_criteria(60, 60), Sampling()))
     heard = chat.context._held[prompt:]
     assert len(heard) >= 2
     assert heard == want[: len(heard)]
@@ -160,10 +160,10 @@ def test_others_have_an_answer_when_it_ends(
 
 
 def test_an_answer_that_ends_after_the_next_prompt_was_read_is_dropped(model: InternVLChat) -> None:
-    chat, limits = model.chat([picture()]), Limits(2, 0, 4)
+    chat, stop = model.chat([picture()]), StopCriteria(2, 0, 4)
     first, second = (chat.prompt(question)[1] for question in ("a red ring", "and"))
-    late = chat.context.started(first, limits)
-    chat.context.started(second, limits)
+    late = chat.context.started(first, stop)
+    chat.context.started(second, stop)
     held = list(chat.context._held)
     assert late.leave is not None
     late.leave([5, 6], late.held[..., :2, :])
@@ -273,8 +273,8 @@ def test_an_answer_on_its_way_survives_the_closing(
         submit = service._scheduler.submit
 
         def heard_by(*given: Any) -> Any:
-            started, limits, sampling, _ = given
-            return submit(started, limits, sampling, lambda token: heard.set())
+            started, stop, sampling, _ = given
+            return submit(started, stop, sampling, lambda token: heard.set())
 
         monkeypatch.setattr(service._scheduler, "submit", heard_by)
         task = asyncio.create_task(service.ask(chat, "a", 40, min_new_tokens=40))

@@ -16,10 +16,10 @@ from ivl_export.bundle.spec import Axis, ComponentSpec, TensorSpec
 from ivl_export.errors import InputError
 from ivl_export.runtime.generation import generate, pad_prompts
 from ivl_export.runtime.kv_cache import GRAIN, KVCache, fitted
-from ivl_export.sampling import Limits
+from ivl_export.sampling import StopCriteria
 
 TINY = Path(__file__).parents[1] / "goldens" / "tiny"
-LIMITS = Limits(eos=2, pad=0, max_new_tokens=30, min_new_tokens=8)
+STOP = StopCriteria(eos=2, pad=0, max_new_tokens=30, min_new_tokens=8)
 
 
 def step_spec(
@@ -91,25 +91,25 @@ def prompt(tiny: Tiny, which: str) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("which", ["nopad", "leftpad", "rightpad"])
 def test_greedy_equals_the_published_tokens(tiny: Tiny, which: str) -> None:
     pixels, ids, mask = prompt(tiny, which)
-    limits = Limits(eos=2, pad=0, max_new_tokens=10)
-    out = generate(tiny.run, tiny.spec, tiny.queries(pixels), ids, mask, limits)
+    stop = StopCriteria(eos=2, pad=0, max_new_tokens=10)
+    out = generate(tiny.run, tiny.spec, tiny.queries(pixels), ids, mask, stop)
     assert out.tolist() == tiny.facts[which]["new_tokens"]
 
 
 def test_beam_search_equals_the_published_tokens(tiny: Tiny) -> None:
     pixels, ids, mask = prompt(tiny, "nopad")
-    out = generate(tiny.run, tiny.spec, tiny.queries(pixels), ids, None, LIMITS, num_beams=5)
+    out = generate(tiny.run, tiny.spec, tiny.queries(pixels), ids, None, STOP, num_beams=5)
     assert out.tolist() == tiny.facts["beam5_min8_max30_batch3_new_tokens"]
-    greedy = generate(tiny.run, tiny.spec, tiny.queries(pixels), ids, mask, LIMITS)
+    greedy = generate(tiny.run, tiny.spec, tiny.queries(pixels), ids, mask, STOP)
     assert greedy.tolist() == tiny.facts["greedy_min8_max30_new_tokens"]
 
 
 def test_long_prompts_are_prefilled_in_pieces(tiny: Tiny) -> None:
     pixels, ids, mask = prompt(tiny, "leftpad")
     narrow = step_spec(tiny.layers, 4, 16, 200, text=2)
-    limits = Limits(eos=2, pad=0, max_new_tokens=10)
+    stop = StopCriteria(eos=2, pad=0, max_new_tokens=10)
     tiny.calls.clear()
-    out = generate(tiny.run, narrow, tiny.queries(pixels), ids, mask, limits)
+    out = generate(tiny.run, narrow, tiny.queries(pixels), ids, mask, stop)
     assert out.tolist() == tiny.facts["leftpad"]["new_tokens"]
     assert max(call["input_ids"][1] for call in tiny.calls) == 2
     assert len({call["past_key.0"] for call in tiny.calls}) == 1  # one shape in every step
@@ -117,26 +117,26 @@ def test_long_prompts_are_prefilled_in_pieces(tiny: Tiny) -> None:
 
 def test_left_padding_does_not_change_an_answer(tiny: Tiny) -> None:
     pixels = prompt(tiny, "nopad")[0][:2]
-    limits = Limits(eos=2, pad=0, max_new_tokens=12)
+    stop = StopCriteria(eos=2, pad=0, max_new_tokens=12)
     prompts = [[1, 7, 9, 30, 41], [1, 7]]
     ids, mask = pad_prompts(prompts)
-    both = generate(tiny.run, tiny.spec, tiny.queries(pixels), ids, mask, limits)
+    both = generate(tiny.run, tiny.spec, tiny.queries(pixels), ids, mask, stop)
     for row, one in enumerate(prompts):
         alone = generate(
-            tiny.run, tiny.spec, tiny.queries(pixels[row : row + 1]), np.array([one]), None, limits
+            tiny.run, tiny.spec, tiny.queries(pixels[row : row + 1]), np.array([one]), None, stop
         )
         assert both[row, : alone.shape[1]].tolist() == alone[0].tolist()
 
 
 def test_too_long_for_the_engine_is_refused_before_it_runs(tiny: Tiny) -> None:
     pixels, ids, mask = prompt(tiny, "nopad")
-    limits = Limits(eos=2, pad=0, max_new_tokens=60)
+    stop = StopCriteria(eos=2, pad=0, max_new_tokens=60)
     with pytest.raises(InputError, match="past of"):
-        generate(fail, tiny.spec, tiny.queries(pixels), ids, mask, limits)
+        generate(fail, tiny.spec, tiny.queries(pixels), ids, mask, stop)
     with pytest.raises(InputError, match="prompt"):
-        generate(fail, tiny.spec, tiny.queries(pixels), ids[:, :0], mask[:, :0], limits)
+        generate(fail, tiny.spec, tiny.queries(pixels), ids[:, :0], mask[:, :0], stop)
     with pytest.raises(InputError, match="prompt"):
-        generate(fail, tiny.spec, tiny.queries(pixels[:1]), ids, mask, limits)
+        generate(fail, tiny.spec, tiny.queries(pixels[:1]), ids, mask, stop)
 
 
 def fail(feeds: Any) -> Any:

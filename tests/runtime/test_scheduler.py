@@ -18,7 +18,7 @@ from ivl_export.errors import InputError, UsageError
 from ivl_export.runtime import InternVL, captions
 from ivl_export.runtime.scheduler import Scheduler, Started
 from ivl_export.runtime.slots import Slots
-from ivl_export.sampling import Limits, Sampling
+from ivl_export.sampling import Sampling, StopCriteria
 
 EOS = 2
 PROMPTS = ["a", "two large blue stars", "a ring left of"]
@@ -30,20 +30,20 @@ class Request:
 
     picture: int
     prompt: int
-    limits: Limits
+    stop: StopCriteria
     sampling: Sampling | None
     after: int
     cancel: int
 
 
 def requests() -> st.SearchStrategy[list[Request]]:
-    def bounded(new: int, least: int) -> Limits:
-        return Limits(EOS, 0, new, min(new, least))
+    def bounded(new: int, least: int) -> StopCriteria:
+        return StopCriteria(EOS, 0, new, min(new, least))
 
-    limits = st.builds(bounded, st.integers(1, 12), st.integers(0, 6))
+    stop = st.builds(bounded, st.integers(1, 12), st.integers(0, 6))
     sampling = st.none() | st.builds(Sampling, st.just(2.0), st.just(40), st.just(0.9), st.integers(0, 5))
     pictures, prompts = st.integers(0, 2), st.integers(0, len(PROMPTS) - 1)
-    one = st.builds(Request, pictures, prompts, limits, sampling, st.integers(0, 40), st.integers(0, 12))
+    one = st.builds(Request, pictures, prompts, stop, sampling, st.integers(0, 40), st.integers(0, 12))
     return st.lists(one, min_size=1, max_size=10)
 
 
@@ -66,11 +66,11 @@ class Alone:
         return self.started[key]
 
     def answer(self, request: Request) -> list[int]:
-        key = request.picture, request.prompt, request.limits, request.sampling
+        key = request.picture, request.prompt, request.stop, request.sampling
         if key not in self.answers:
             ids = np.array([self.model.tokenizer.encode_prompt(PROMPTS[request.prompt])])
             pixels = self.pixels[request.picture : request.picture + 1]
-            out = captions.generate(self.model, pixels, ids, None, request.limits, sampling=request.sampling)
+            out = captions.generate(self.model, pixels, ids, None, request.stop, sampling=request.sampling)
             self.answers[key] = out[0].tolist()
         return self.answers[key]
 
@@ -98,7 +98,7 @@ class Crowd:
                 number, request = self.left.pop(0)
                 started = self.alone.start(request)
                 hear = self.listen(number, request)
-                self.futures[number] = self.scheduler.submit(started, request.limits, request.sampling, hear)
+                self.futures[number] = self.scheduler.submit(started, request.stop, request.sampling, hear)
 
     def listen(self, number: int, request: Request) -> Any:
         def hear(token: int) -> None:
@@ -136,8 +136,8 @@ def test_a_crowd_answers_as_each_alone(alone: Alone, asked: list[Request], slots
 
 
 def test_what_lies_in_free_slots_is_not_read(alone: Alone) -> None:
-    limits = Limits(EOS, 0, 10, 10)
-    asked = [Request(i, 0, limits, None, 0, 0) for i in range(3)]
+    stop = StopCriteria(EOS, 0, 10, 10)
+    asked = [Request(i, 0, stop, None, 0, 0) for i in range(3)]
     scheduler = captions.scheduler(alone.model, 4)
 
     def spoil(token: int) -> None:
@@ -146,15 +146,15 @@ def test_what_lies_in_free_slots_is_not_read(alone: Alone) -> None:
         for slot, length in enumerate(slots.lengths):
             slots._data[:, :, slot, :, length:] = 1e30
 
-    futures = [scheduler.submit(alone.start(request), limits, None, spoil) for request in asked]
+    futures = [scheduler.submit(alone.start(request), stop, None, spoil) for request in asked]
     futures[1].cancel()
     assert [futures[i].result(30).value for i in (0, 2)] == [alone.answer(asked[i]) for i in (0, 2)]
     scheduler.close()
 
 
 def test_a_cancelled_sequence_frees_its_slot_before_the_next_step(alone: Alone) -> None:
-    limits = Limits(EOS, 0, 12, 12)
-    first, second = (Request(i, 0, limits, None, 0, 0) for i in range(2))
+    stop = StopCriteria(EOS, 0, 12, 12)
+    first, second = (Request(i, 0, stop, None, 0, 0) for i in range(2))
     scheduler = captions.scheduler(alone.model, 1)
     steps: list[str] = []
 
@@ -167,8 +167,8 @@ def test_a_cancelled_sequence_frees_its_slot_before_the_next_step(alone: Alone) 
     go = threading.Event()
     gate = scheduler._run
     scheduler._run = lambda feeds: (go.wait(30), gate(feeds))[1]
-    futures.append(scheduler.submit(alone.start(first), limits, None, hear))
-    waiting = scheduler.submit(alone.start(second), limits, None, lambda token: steps.append("second"))
+    futures.append(scheduler.submit(alone.start(first), stop, None, hear))
+    waiting = scheduler.submit(alone.start(second), stop, None, lambda token: steps.append("second"))
     go.set()
     assert waiting.result(30).value == alone.answer(second)
     assert steps == ["first"] * 3 + ["second"] * 12
@@ -177,8 +177,8 @@ def test_a_cancelled_sequence_frees_its_slot_before_the_next_step(alone: Alone) 
 
 
 def test_a_failed_step_fails_those_in_it_and_no_later_one(alone: Alone) -> None:
-    limits = Limits(EOS, 0, 5, 5)
-    request = Request(0, 0, limits, None, 0, 0)
+    stop = StopCriteria(EOS, 0, 5, 5)
+    request = Request(0, 0, stop, None, 0, 0)
     scheduler = captions.scheduler(alone.model, 2)
     whole = scheduler._run
 
@@ -188,13 +188,13 @@ def test_a_failed_step_fails_those_in_it_and_no_later_one(alone: Alone) -> None:
 
     scheduler._run = fail
     with pytest.raises(RuntimeError, match="no memory"):
-        scheduler.submit(alone.start(request), limits).result(30)
-    assert scheduler.submit(alone.start(request), limits).result(30).value == alone.answer(request)
+        scheduler.submit(alone.start(request), stop).result(30)
+    assert scheduler.submit(alone.start(request), stop).result(30).value == alone.answer(request)
 
     def deaf(token: int) -> None:
         raise RuntimeError("nobody listens")
 
-    pair = [scheduler.submit(alone.start(request), limits, None, hear) for hear in (deaf, None)]
+    pair = [scheduler.submit(alone.start(request), stop, None, hear) for hear in (deaf, None)]
     with pytest.raises(RuntimeError, match="nobody listens"):
         pair[0].result(30)
     assert pair[1].result(30).value == alone.answer(request)
@@ -202,24 +202,24 @@ def test_a_failed_step_fails_those_in_it_and_no_later_one(alone: Alone) -> None:
 
 
 def test_what_cannot_be_done_is_refused(alone: Alone) -> None:
-    started = alone.start(Request(0, 0, Limits(EOS), None, 0, 0))
+    started = alone.start(Request(0, 0, StopCriteria(EOS), None, 0, 0))
     scheduler = captions.scheduler(alone.model, 2)
     with pytest.raises(InputError, match="too long for this bundle"):
-        scheduler.submit(started, Limits(EOS, 0, 10_000))
+        scheduler.submit(started, StopCriteria(EOS, 0, 10_000))
     with pytest.raises(UsageError, match="0 sequences"):
         captions.scheduler(alone.model, 0)
     scheduler.close()
     with pytest.raises(UsageError, match="closed"):
-        scheduler.submit(started, Limits(EOS))
+        scheduler.submit(started, StopCriteria(EOS))
 
 
 def test_closing_finishes_what_runs_and_cancels_what_waits(alone: Alone) -> None:
-    limits = Limits(EOS, 0, 8, 8)
-    request = Request(0, 1, limits, None, 0, 0)
+    stop = StopCriteria(EOS, 0, 8, 8)
+    request = Request(0, 1, stop, None, 0, 0)
     scheduler = captions.scheduler(alone.model, 1)
     begun = threading.Event()
-    running = scheduler.submit(alone.start(request), limits, None, lambda token: begun.set())
-    waiting = scheduler.submit(alone.start(request), limits)
+    running = scheduler.submit(alone.start(request), stop, None, lambda token: begun.set())
+    waiting = scheduler.submit(alone.start(request), stop)
     assert begun.wait(30)
     scheduler.close()
     assert running.result(0).value == alone.answer(request)
