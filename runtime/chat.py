@@ -3,7 +3,7 @@
 A conversation has one cache, on the engine's device. Every question is the whole conversation
 again; what the cache holds of it already, from the first position on, is not computed again: the image's keys
 and values are made once, however many questions follow, and so are those of earlier turns. A conversation
-that begins as another one did, with the same image, starts from what that one left in :mod:`.prefixes`.
+that begins as another one did, with the same image, starts from what that one left in :mod:`.kv_cache`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ..inputs.preprocess import Array
 from ..sampling import Sampling, StopCriteria, check_search
 from .chat_service import ChatService
 from .components import Components
-from .context import Context
+from .conversation_cache import ConversationCache
 from .image_batches import Images, Reading
+from .kv_cache import PREFIX_BYTES, PrefixCache
 from .loaded import Loaded
-from .prefixes import KEPT_BYTES, Prefixes
 from .visual import visual_embeds, visual_shape
 
 M = TypeVar("M", bound="InternVLChat")
@@ -52,20 +52,22 @@ class InternVLChat(Loaded):
         bundle: Bundle,
         components: Components,
         reading: Reading | None = None,
-        kept_bytes: int = KEPT_BYTES,
+        kept_bytes: int = PREFIX_BYTES,
     ) -> None:
         super().__init__(bundle, components, reading)
-        self.prefixes = Prefixes(kept_bytes)
+        self.prefixes = PrefixCache(kept_bytes)
         if "decoder" not in bundle.manifest.components:
             raise CapabilityError(
                 f"{bundle.root} cannot chat.", "It has no decoder.", "Build an InternVL-Chat checkpoint."
             )
 
     @classmethod
-    def load(cls: type[M], path: Path | str, *given: Any, kept_bytes: int = KEPT_BYTES, **options: Any) -> M:
+    def load(
+        cls: type[M], path: Path | str, *given: Any, kept_bytes: int = PREFIX_BYTES, **options: Any
+    ) -> M:
         """As :meth:`.loaded.Loaded.load`; ``kept_bytes`` as of the constructor."""
         model = super().load(path, *given, **options)
-        model.prefixes = Prefixes(kept_bytes)
+        model.prefixes = PrefixCache(kept_bytes)
         return model
 
     def chat(self, images: Images = (), history: Sequence[Turn] = (), system: str = SYSTEM) -> Chat:
@@ -115,7 +117,7 @@ class InternVLChat(Loaded):
                 made = to_host(visual_embeds(self.components, np.stack(list(new.values()))))
                 for digest, row in zip(new, made, strict=True):
                     seen[digest] = row
-                    self.prefixes.keep_image(digest, row)
+                    self.prefixes.store_image(digest, row)
             rows += [row[None] for digest in own if (row := seen[digest]) is not None]
             digests += own
         return np.concatenate(rows), digests
@@ -132,7 +134,7 @@ class Chat:
             raise InputError(f"The history shows {shown} images.", f"{len(images)} were given.")
         self.model, self.system = model, system
         self._turns = list(history)
-        self.context = Context(model.components, model.prefixes, *model.encode_images(images))
+        self.cache = ConversationCache(model.components, model.prefixes, *model.encode_images(images))
         self._lock = threading.Lock()
 
     @property
@@ -177,7 +179,7 @@ class Chat:
         stop, text, answered = self.stop_criteria(max_new_tokens, min_new_tokens), "", False
         with self.alone():
             turn, ids = self.prompt(question)
-            new = self.context.tokens(ids, stop, sampling or Sampling())
+            new = self.cache.tokens(ids, stop, sampling or Sampling())
             try:
                 for piece in self.model.tokenizer.stream(new):
                     text += piece
@@ -215,7 +217,7 @@ class Chat:
 
     def prompt(self, question: str) -> tuple[Turn, list[int]]:
         """The turn that ``question`` opens, and the ids of the conversation up to its answer."""
-        turn = Turn(question, None, 0 if self._turns else len(self.context.digests))
+        turn = Turn(question, None, 0 if self._turns else len(self.cache.digests))
         return turn, encode([*self._turns, turn], self.model.tokenizer, self.system).ids
 
     def said(self, turn: Turn, answer: str) -> None:

@@ -1,7 +1,7 @@
 """Many conversations at once on one model: asyncio, bounded, decoded together, timed.
 
 Each question is admitted (:mod:`.admission`), its prompt is read on a pool of threads, as far as nobody has
-read it before (:mod:`.prefixes`), and its answer is decoded together with those of other conversations
+read it before (:mod:`.kv_cache`), and its answer is decoded together with those of other conversations
 (:mod:`.scheduler`).
 """
 
@@ -142,11 +142,11 @@ class ChatService:
         scheduler = self._scheduler
 
         async def run(clock: Clock) -> Ran[list[int]]:
-            started = await self._read(chat.context.started, ids, stop)
+            started = await self._read(chat.cache.started, ids, stop)
             clock.mark("read")
             ran = await asyncio.wrap_future(scheduler.submit(started, stop, sampling, hear))
             with suppress(RuntimeError):  # closed meanwhile; the next prompt does it
-                self._readers.submit(chat.context.settle)  # nobody waits for it
+                self._readers.submit(chat.cache.settle)  # nobody waits for it
             return ran
 
         return await self._admission.request(run, timeout)

@@ -22,7 +22,7 @@ from ..bundle.spec import ComponentSpec
 from ..errors import InputError, UsageError
 from ..sampling import Ids, Sampling, StopCriteria, TokenSampler
 from .batching import Ran
-from .slots import Slots
+from .kv_cache import BatchedKVCache
 
 Hear = Callable[[int], None]
 """Is told each token of a sequence when it is chosen, by the scheduler's thread."""
@@ -79,7 +79,7 @@ class Scheduler:
                 f"{slots} sequences cannot be decoded at once.", f"The engine takes 1 to {rows}."
             )
         self._run, self._spec, self._inputs = run, spec, inputs or (lambda ids: {"input_ids": ids})
-        self._slots = Slots(spec, slots)
+        self._cache = BatchedKVCache(spec, slots)
         self._waiting: deque[tuple[_Sequence, Started]] = deque()
         self._running: dict[int, _Sequence] = {}  # by slot; the thread's own
         self._changed = threading.Condition()
@@ -157,13 +157,13 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give free slots to those who wait, in the order they came, and choose their first tokens."""
-        while len(self._running) < len(self._slots.lengths):
+        while len(self._running) < len(self._cache.lengths):
             with self._changed:
                 if not self._waiting:
                     return
                 sequence, started = self._waiting.popleft()
             sequence.began = time.perf_counter()
-            slot = self._slots.take(started.held)
+            slot = self._cache.insert(started.held)
             self._running[slot] = sequence
             self._choose(slot, started.logits)
 
@@ -171,12 +171,12 @@ class Scheduler:
         """One more token for all that run."""
         if not self._running:
             return
-        tokens = np.zeros((self._slots.rows, 1), np.int64)
+        tokens = np.zeros((self._cache.rows, 1), np.int64)
         for slot, sequence in self._running.items():
             tokens[slot] = sequence.tokens[-1]
             sequence.company = max(sequence.company, len(self._running))
-        made = self._run({**self._inputs(tokens), **self._slots.feeds()})
-        self._slots.append(made)
+        made = self._run({**self._inputs(tokens), **self._cache.feeds()})
+        self._cache.append(made)
         for slot in list(self._running):
             self._choose(slot, made["logits"][slot])
 
@@ -197,9 +197,9 @@ class Scheduler:
         sequence = self._running.pop(slot)
         if sequence.leave is not None and error is None:
             with suppress(MemoryError, RuntimeError):  # torch's is the latter; then it is read anew
-                held = self._slots.behind(slot, sequence.prompt)
+                held = self._cache.read_from(slot, sequence.prompt)
                 sequence.leave(sequence.tokens[: held.shape[3]], held)
-        self._slots.free(slot)
+        self._cache.release(slot)
         if not sequence.future.set_running_or_notify_cancel():
             return
         if error is not None:

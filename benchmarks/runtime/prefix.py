@@ -60,8 +60,8 @@ def compared(setting: Setting, name: str, precision: str) -> Comparison:
         answers = {model.chat(pixels).ask(asked, tokens) for model in (alone, sharing)}
         facts = {
             "equal": len(answers) == 1,
-            "image_positions": int(chat.context.visual.shape[1]),
-            "prompt_positions": chat.context.length,
+            "image_positions": int(chat.cache.visual.shape[1]),
+            "prompt_positions": chat.cache.length,
         }
     goals = tuple(Goal(of, FIRST, "speed", FASTER) for of in (NEXT, OTHER))
     return Comparison(f"{name}: one token of an answer", timed, goals, facts)

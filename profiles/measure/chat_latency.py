@@ -15,7 +15,7 @@ from ...inputs.chat_template import Turn, encode
 from ...models.chat_config import ChatConfig
 from ...runtime import InternVLChat
 from ...runtime.image_batches import Floats
-from ...runtime.prefixes import Prefixes
+from ...runtime.kv_cache import PrefixCache
 from .cases import Case, Task
 from .inputs import JPEG_SIZE, TEXT, random_pixels
 from .latency import (
@@ -114,7 +114,8 @@ def _chained(model: InternVLChat, vision: ComponentSpec, decoder: ComponentSpec,
 def _first_token(model: InternVLChat, pixels: Floats, name: str) -> Callable[[], object]:
     if name == NEXT:
         return _answer(model, pixels, 1)
-    model.prefixes = Prefixes(0) if name == FIRST else Prefixes()  # 0: each is the first about its image
+    # Of no bytes: each question is the first about its image.
+    model.prefixes = PrefixCache(0) if name == FIRST else PrefixCache()
 
     def ask() -> str:
         return model.chat(pixels).ask(question(), 1, min_new_tokens=1)
@@ -124,7 +125,7 @@ def _first_token(model: InternVLChat, pixels: Floats, name: str) -> Callable[[],
 
 
 def _answer(model: InternVLChat, pixels: Floats, tokens: int) -> Callable[[], object]:
-    model.prefixes = Prefixes()
+    model.prefixes = PrefixCache()
     chat = model.chat(pixels)
 
     def ask() -> str:

@@ -16,9 +16,8 @@ from ivl_export.cli import main
 from ivl_export.errors import CapabilityError, InputError, UsageError
 from ivl_export.inputs.chat_template import Turn
 from ivl_export.runtime import Chat, InternVL, InternVLChat
-from ivl_export.runtime.context import Context
-from ivl_export.runtime.kv_cache import GRAIN
-from ivl_export.runtime.prefixes import BLOCK, Prefixes
+from ivl_export.runtime.conversation_cache import ConversationCache
+from ivl_export.runtime.kv_cache import BLOCK, GRAIN, PrefixCache
 from ivl_export.sampling import Sampling, StopCriteria, sample_token
 
 CHAT = Path(__file__).parents[1] / "goldens" / "chat"
@@ -36,7 +35,7 @@ def model(chat_bundle: Path) -> Iterator[InternVLChat]:
 @pytest.fixture
 def sharing(model: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> InternVLChat:
     """The same model, whose conversations share an empty store."""
-    monkeypatch.setattr(model, "prefixes", Prefixes())
+    monkeypatch.setattr(model, "prefixes", PrefixCache())
     return model
 
 
@@ -66,7 +65,7 @@ class Counted:
 @pytest.mark.parametrize("row", [0, 1, 2])
 def test_greedy_tokens_are_the_published_ones(model: InternVLChat, row: int) -> None:
     pixels = GOLDEN["images"][row : row + 1]
-    context = Context(model.components, Prefixes(), *model.encode_images(pixels))
+    context = ConversationCache(model.components, PrefixCache(), *model.encode_images(pixels))
     ids = GOLDEN[f"gen{row}.input_ids"][0].tolist()
     want = GOLDEN[f"gen{row}.new_tokens"][0].tolist()
     for _ in range(2):  # the second time out of the cache
@@ -104,7 +103,7 @@ def test_what_is_reused_changes_nothing(model: InternVLChat) -> None:
         fresh = model.chat([picture()], turns[:k])
         assert fresh.ask(turns[k].question, max_new_tokens=6) == turns[k].answer
     other = model.chat([picture(1)], turns[:2])
-    own, theirs = other.context, chat.context
+    own, theirs = other.cache, chat.cache
     own._held, own._cache = list(theirs._held), theirs._cache  # another image: nothing of it may be taken
     assert other.ask("above", 6) == model.chat([picture(1)], turns[:2]).ask("above", 6)
 
@@ -122,7 +121,7 @@ def test_conversations_share_what_they_begin_with(
     assert encoded == [1, 0, 0], "the image is encoded once"
     assert prompts[0] > 2 * BLOCK
     assert max(prompts[1:]) < prompts[0] - BLOCK, "its keys and values are computed once"
-    monkeypatch.setattr(sharing, "prefixes", Prefixes(0))
+    monkeypatch.setattr(sharing, "prefixes", PrefixCache(0))
     assert found == [sharing.chat([picture()]).ask(question, 6) for question in questions]
 
 
@@ -137,15 +136,15 @@ def test_a_history_sent_again_is_not_computed_again(
     answer = again.ask("above", 6)
     prompt = counted.take("decoder")[0][1]
     assert counted.take("vision_chat") == []
-    assert prompt < len(again.context._held) // 2
-    monkeypatch.setattr(sharing, "prefixes", Prefixes(0))
+    assert prompt < len(again.cache._held) // 2
+    monkeypatch.setattr(sharing, "prefixes", PrefixCache(0))
     assert sharing.chat([picture()], chat.history).ask("above", 6) == answer
 
 
 def test_other_images_share_nothing(sharing: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
     sharing.chat([picture()]).ask("a red ring", 6)
     found = [sharing.chat([picture(1), picture()]).ask("a", 6), sharing.chat([picture(1)]).ask("a", 6)]
-    monkeypatch.setattr(sharing, "prefixes", Prefixes(0))
+    monkeypatch.setattr(sharing, "prefixes", PrefixCache(0))
     assert found == [
         sharing.chat([picture(1), picture()]).ask("a", 6), sharing.chat([picture(1)]).ask("a", 6)
     ]  # fmt: skip
@@ -154,7 +153,7 @@ def test_other_images_share_nothing(sharing: InternVLChat, monkeypatch: pytest.M
 @pytest.mark.parametrize("limit", [0, 40_000, 200_000])
 def test_a_small_store_is_kept_to(model: InternVLChat, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     want = [model.chat([picture(i % 3)]).ask("a red ring", 4) for i in range(6)]
-    monkeypatch.setattr(model, "prefixes", Prefixes(limit))
+    monkeypatch.setattr(model, "prefixes", PrefixCache(limit))
     for i in range(6):
         assert model.chat([picture(i % 3)]).ask("a red ring", 4) == want[i]
         assert model.prefixes.nbytes <= limit
@@ -164,24 +163,24 @@ def test_a_small_store_is_kept_to(model: InternVLChat, monkeypatch: pytest.Monke
 def test_a_cache_grows(model: InternVLChat) -> None:
     chat = model.chat([picture()])
     answers = [chat.ask("small red ring " * 8, max_new_tokens=8) for _ in range(4)]
-    assert chat.context._cache is not None
-    assert chat.context._cache.capacity > 256
+    assert chat.cache._cache is not None
+    assert chat.cache._cache.capacity > 256
     assert model.chat([picture()], chat.history[:3]).ask("small red ring " * 8, 8) == answers[3]
 
 
 def test_a_cache_has_room_for_what_is_used_not_for_what_may_come(model: InternVLChat) -> None:
-    chat, context = model.chat([picture()]), model.chat([picture()]).context
+    chat, context = model.chat([picture()]), model.chat([picture()]).cache
     most = context._spec.axis("past").max
     prompt = len(context._keys(chat.prompt("a red ring")[1]))
     stream = chat.stream("a red ring", most - prompt, min_new_tokens=60)
     for used in range(prompt, prompt + 3 * GRAIN):
-        assert chat.context._cache is None or chat.context._cache.capacity <= used + used // 8 + GRAIN
+        assert chat.cache._cache is None or chat.cache._cache.capacity <= used + used // 8 + GRAIN
         next(stream)
     stream.close()
     chat.restart()
     chat.ask("a", 2)
-    assert chat.context._cache is not None
-    assert chat.context._cache.capacity < 2 * (prompt + prompt // 8 + GRAIN)
+    assert chat.cache._cache is not None
+    assert chat.cache._cache.capacity < 2 * (prompt + prompt // 8 + GRAIN)
 
 
 def test_streams(model: InternVLChat) -> None:
@@ -232,7 +231,7 @@ def test_a_seed_repeats_its_answer(model: InternVLChat) -> None:
 
 def test_conversations_in_threads(model: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
     want = [model.chat([picture(i % 3)]).ask("a red ring", 6) for i in range(8)]
-    monkeypatch.setattr(model, "prefixes", Prefixes(200_000))  # less than all need: they push each other out
+    monkeypatch.setattr(model, "prefixes", PrefixCache(200_000))  # too few for all
     chats = [model.chat([picture(i % 3)]) for i in range(8)]
     found: dict[int, str] = {}
 
@@ -249,9 +248,9 @@ def test_conversations_in_threads(model: InternVLChat, monkeypatch: pytest.Monke
 
 def test_an_answer_is_not_shorter_than_asked(model: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = model.chat([picture()])
-    monkeypatch.setattr(chat.context, "_feed", lambda *given: np.eye(200, dtype=np.float32)[EOS])
+    monkeypatch.setattr(chat.cache, "_feed", lambda *given: np.eye(200, dtype=np.float32)[EOS])
     stop = StopCriteria(EOS, max_new_tokens=8, min_new_tokens=3)
-    assert list(chat.context.tokens([1, -200, 5], stop, Sampling())) == [0, 0, 0]
+    assert list(chat.cache.tokens([1, -200, 5], stop, Sampling())) == [0, 0, 0]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(5.0, top_k=20, top_p=0.9, seed=3)])
@@ -276,10 +275,10 @@ def test_on_a_device_the_same_tokens(
         )
         chats = [model.chat([picture()]) for _ in questions]
         assert [c.ask(q, 8, sampling) for c, q in zip(chats, questions, strict=True)] == want
-        cache = chats[1].context._cache
+        cache = chats[1].cache._cache
         assert cache is not None
         assert not isinstance(cache.data, np.ndarray)
-        assert not any(isinstance(block, np.ndarray) for block in model.prefixes.find(chats[1].context._held))
+        assert not any(isinstance(block, np.ndarray) for block in model.prefixes.find(chats[1].cache._held))
 
 
 def test_without_an_image(model: InternVLChat) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from ivl_export.errors import BusyError, InputError, UsageError
 from ivl_export.runtime import Chat, ChatService, InternVLChat, ServiceLimits
-from ivl_export.runtime.prefixes import BLOCK, Prefixes
+from ivl_export.runtime.kv_cache import BLOCK, PrefixCache
 from ivl_export.sampling import Sampling, StopCriteria
 
 QUESTIONS = ("a red ring", "two small squares", "above", "and", "a blue", "small", "is it", "left of")
@@ -92,14 +92,14 @@ class Prompts:
 def test_a_further_question_reads_only_itself(
     model: InternVLChat, service: ChatService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "prefixes", Prefixes(0))  # nothing comes from others
+    monkeypatch.setattr(model, "prefixes", PrefixCache(0))  # nothing comes from others
     prompts = Prompts(model, monkeypatch)
     tokens = 6
     both = [model.chat([picture(i)]) for i in range(2)]
 
     async def ask(question: str) -> list[int]:
         """Positions of both conversations up to the answers."""
-        lengths = [len(chat.context._keys(chat.prompt(question)[1])) for chat in both]
+        lengths = [len(chat.cache._keys(chat.prompt(question)[1])) for chat in both]
         await asyncio.gather(*(service.ask(chat, question, tokens) for chat in both))
         return lengths
 
@@ -113,31 +113,31 @@ def test_a_further_question_reads_only_itself(
         assert [alone.ask(question, tokens) for question in ("above", "and")] == [
             turn.answer for turn in chat.history
         ]
-        chat.context.settle()
-        assert chat.context._held == alone.context._held
+        chat.cache.settle()
+        assert chat.cache._held == alone.cache._held
 
 
 def test_what_was_heard_of_an_answer_is_not_read_again(
     model: InternVLChat, service: ChatService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "prefixes", Prefixes(0))
+    monkeypatch.setattr(model, "prefixes", PrefixCache(0))
 
     async def leave() -> tuple[Chat, int]:
         chat = await service.chat([picture()])
         stream = service.stream(chat, "a red ring", 60, min_new_tokens=60)
         for _ in range(3):
             await anext(stream)
-        prompt = chat.context.length
+        prompt = chat.cache.length
         await stream.aclose()
         while service.counts.running or len(service._scheduler):
             await asyncio.sleep(0.01)
-        chat.context.settle()
+        chat.cache.settle()
         return chat, prompt
 
     chat, prompt = asyncio.run(leave())
     other = model.chat([picture()])
-    want = list(other.context.tokens(other.prompt("a red ring")[1], other.stop_criteria(60, 60), Sampling()))
-    heard = chat.context._held[prompt:]
+    want = list(other.cache.tokens(other.prompt("a red ring")[1], other.stop_criteria(60, 60), Sampling()))
+    heard = chat.cache._held[prompt:]
     assert len(heard) >= 2
     assert heard == want[: len(heard)]
     same = model.chat([picture()], chat.history)
@@ -147,13 +147,13 @@ def test_what_was_heard_of_an_answer_is_not_read_again(
 def test_others_have_an_answer_when_it_ends(
     model: InternVLChat, service: ChatService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "prefixes", Prefixes())
+    monkeypatch.setattr(model, "prefixes", PrefixCache())
 
     async def talk() -> None:
         chat = await service.chat([picture()])
-        prompt = len(chat.context._keys(chat.prompt("a red ring")[1]))
+        prompt = len(chat.cache._keys(chat.prompt("a red ring")[1]))
         await service.ask(chat, "a red ring", 40, min_new_tokens=40)
-        while len(model.prefixes.find(chat.context._held)) <= prompt // BLOCK:
+        while len(model.prefixes.find(chat.cache._held)) <= prompt // BLOCK:
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(talk(), 30))
@@ -162,13 +162,13 @@ def test_others_have_an_answer_when_it_ends(
 def test_an_answer_that_ends_after_the_next_prompt_was_read_is_dropped(model: InternVLChat) -> None:
     chat, stop = model.chat([picture()]), StopCriteria(2, 0, 4)
     first, second = (chat.prompt(question)[1] for question in ("a red ring", "and"))
-    late = chat.context.started(first, stop)
-    chat.context.started(second, stop)
-    held = list(chat.context._held)
+    late = chat.cache.started(first, stop)
+    chat.cache.started(second, stop)
+    held = list(chat.cache._held)
     assert late.leave is not None
     late.leave([5, 6], late.held[..., :2, :])
-    chat.context.settle()
-    assert chat.context._held == held
+    chat.cache.settle()
+    assert chat.cache._held == held
     assert chat.ask("and", 4) == model.chat([picture()]).ask("and", 4)
 
 
@@ -216,13 +216,13 @@ def test_what_fails_leaves_the_conversation_as_it_was(
         with pytest.raises(UsageError, match="generation settings"):
             await service.ask(chat, "a", 0)
         gate = threading.Event()
-        real = chat.context.started
+        real = chat.cache.started
 
         def slow(*given: Any) -> Any:
             gate.wait()
             return real(*given)
 
-        monkeypatch.setattr(chat.context, "started", slow)
+        monkeypatch.setattr(chat.cache, "started", slow)
         with pytest.raises(BusyError, match="not done in time"):
             await service.ask(chat, "a", 4, timeout=0.05)
         question = asyncio.create_task(service.ask(chat, "a", 4))
@@ -245,9 +245,9 @@ def test_no_more_than_the_limits_say(model: InternVLChat, monkeypatch: pytest.Mo
     async def crowd() -> None:
         chats = [await service.chat([picture(i)]) for i in range(3)]
         for chat in chats:
-            real = chat.context.started
+            real = chat.cache.started
             monkeypatch.setattr(
-                chat.context, "started", lambda *given, real=real: (gate.wait(), real(*given))[1]
+                chat.cache, "started", lambda *given, real=real: (gate.wait(), real(*given))[1]
             )
         asked = [asyncio.create_task(service.ask(chat, "a", 4)) for chat in chats[:2]]
         await asyncio.sleep(0.02)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ivl_export.bundle.spec import Axis, ComponentSpec, TensorSpec
 from ivl_export.errors import InputError
 from ivl_export.runtime.generation import generate, pad_prompts
-from ivl_export.runtime.kv_cache import GRAIN, KVCache, fitted
+from ivl_export.runtime.kv_cache import GRAIN, KVCache, next_capacity
 from ivl_export.sampling import StopCriteria
 
 TINY = Path(__file__).parents[1] / "goldens" / "tiny"
@@ -151,6 +151,12 @@ def random_positions(rng: np.random.Generator) -> Callable[[int], dict[str, Any]
     return draw
 
 
+def test_capacity_of_the_documented_example() -> None:
+    past = Axis("past", 1, 1, 4096)
+    assert next_capacity(1025, 1024, past) == 1152
+    assert [next_capacity(needed, 1152, past) for needed in (1152, 513, 512)] == [1152, 1152, 512]
+
+
 def test_cache_reorders_as_fancy_indexing_does() -> None:
     draw = random_positions(np.random.default_rng(0))
     queries = {name: np.repeat(a[:1], 3, 0) for name, a in draw(2).items()}  # one image, three beams
@@ -171,12 +177,12 @@ def test_cache_reorders_as_fancy_indexing_does() -> None:
 def test_a_capacity_follows_what_is_used(least: int, more: int, lengths: list[int]) -> None:
     past, have = Axis("past", least, least, max(2000, least + more)), 0
     for longest in lengths:
-        have = fitted(longest, have, past)
+        have = next_capacity(longest, have, past)
         assert max(longest, least) <= have <= past.max
         assert have < max(least, 2 * (longest + longest // 8 + GRAIN))
-        assert have == fitted(longest, have, past)
+        assert have == next_capacity(longest, have, past)
     copied = 0
     for longest in range(have, past.max):
-        if (room := fitted(longest, have, past)) != have:
+        if (room := next_capacity(longest, have, past)) != have:
             copied, have = copied + longest, room
     assert copied <= 10 * past.max, "in proportion to what is written"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ivl_export.errors import UsageError
 from ivl_export.inputs.preprocess import Array
-from ivl_export.runtime.prefixes import BLOCK, Prefixes
+from ivl_export.runtime.kv_cache import BLOCK, PrefixCache
 
 NBYTES = 2 * 3 * BLOCK * 4
 """Of a block of :func:`data`."""
@@ -39,23 +39,23 @@ def check(found: Sequence[Array], blocks: str) -> None:
 
 
 def test_what_begins_alike_is_shared() -> None:
-    store = Prefixes()
+    store = PrefixCache()
     assert store.find(keys("ab")) == []
-    store.keep(keys("abc", 5), data("abc", 5))
+    store.store(keys("abc", 5), data("abc", 5))
     assert store.nbytes == 3 * NBYTES, "positions that fill no block are left out"
     for asked, count in (("abc", 3), ("abcd", 3), ("abd", 2), ("a", 1), ("ba", 0), ("bc", 0), ("", 0)):
         found = store.find(keys(asked, 3))
         assert len(found) == count
         check(found, asked)
-    store.keep(keys("abd"), data("abd"))
+    store.store(keys("abd"), data("abd"))
     assert store.nbytes == 4 * NBYTES
     assert len(store.find(keys("abc"))) == len(store.find(keys("abd"))) == 3
 
 
 def test_values_are_copies() -> None:
-    store, values, embeds = Prefixes(), data("a"), np.ones((2, 3), np.float32)
-    store.keep(keys("a"), values)
-    store.keep_image(b"one", embeds)
+    store, values, embeds = PrefixCache(), data("a"), np.ones((2, 3), np.float32)
+    store.store(keys("a"), values)
+    store.store_image(b"one", embeds)
     values[:] = -1
     embeds[:] = -1
     check(store.find(keys("a")), "a")
@@ -64,29 +64,29 @@ def test_values_are_copies() -> None:
 
 
 def test_what_was_used_last_stays() -> None:
-    store = Prefixes(4 * NBYTES)
-    store.keep(keys("ab"), data("ab"))
-    store.keep(keys("cd"), data("cd"))
+    store = PrefixCache(4 * NBYTES)
+    store.store(keys("ab"), data("ab"))
+    store.store(keys("cd"), data("cd"))
     store.find(keys("a"))
-    store.keep(keys("ef"), data("ef"))
+    store.store(keys("ef"), data("ef"))
     assert [len(store.find(keys(asked))) for asked in ("ab", "cd", "ef")] == [1, 1, 2], "ends go first"
-    store.keep(keys("vwxyz"), data("vwxyz"))
+    store.store(keys("vwxyz"), data("vwxyz"))
     assert len(store.find(keys("vwxyz"))) == 4, "as much of the beginning as fits"
-    store.keep_image(b"one", np.zeros(NBYTES // 4, np.float32))
+    store.store_image(b"one", np.zeros(NBYTES // 4, np.float32))
     assert len(store.find(keys("vwxyz"))) == 3
-    store.keep_image(b"large", np.zeros(2 * NBYTES, np.float32))
+    store.store_image(b"large", np.zeros(2 * NBYTES, np.float32))
     assert store.image(b"large") is None
     assert store.image(b"one") is not None
 
 
 def test_nothing_kept() -> None:
-    store = Prefixes(0)
-    store.keep(keys("ab"), data("ab"))
-    store.keep_image(b"one", np.ones(1, np.float32))
+    store = PrefixCache(0)
+    store.store(keys("ab"), data("ab"))
+    store.store_image(b"one", np.ones(1, np.float32))
     assert store.nbytes == 0
     assert store.find(keys("ab")) == []
     with pytest.raises(UsageError, match="negative size"):
-        Prefixes(-1)
+        PrefixCache(-1)
 
 
 PREFIX = st.text("abc", max_size=6)
@@ -99,14 +99,14 @@ STEP = st.one_of(
 
 @given(limit=st.integers(0, 9), steps=st.lists(STEP, max_size=40))
 def test_any_use_keeps_its_promises(limit: int, steps: list[tuple[str, str]]) -> None:
-    store = Prefixes(limit * NBYTES + NBYTES // 2)
+    store = PrefixCache(limit * NBYTES + NBYTES // 2)
     for act, name in steps:
         if act == "image":
-            store.keep_image(name.encode(), np.full(NBYTES // 8, ord(name), np.float32))
+            store.store_image(name.encode(), np.full(NBYTES // 8, ord(name), np.float32))
             found = store.image(name.encode())
             assert found is None or (found == ord(name)).all()
         elif act == "keep":
-            store.keep(keys(name), data(name))
+            store.store(keys(name), data(name))
             assert len(store.find(keys(name))) == min(len(name), limit), "what was just put in is there"
         else:
             check(store.find(keys(name)), name)
@@ -117,7 +117,7 @@ def test_any_use_keeps_its_promises(limit: int, steps: list[tuple[str, str]]) ->
 
 
 def test_threads() -> None:
-    store = Prefixes(6 * NBYTES)
+    store = PrefixCache(6 * NBYTES)
     failed: list[BaseException] = []
 
     def use(seed: int) -> None:
@@ -126,8 +126,8 @@ def test_threads() -> None:
             for _ in range(300):
                 name = "".join(draw.choice(list("abc"), draw.integers(1, 6)))
                 check(store.find(keys(name)), name)
-                store.keep(keys(name), data(name))
-                store.keep_image(name.encode(), np.zeros(30, np.float32))
+                store.store(keys(name), data(name))
+                store.store_image(name.encode(), np.zeros(30, np.float32))
         except BaseException as error:
             failed.append(error)
 

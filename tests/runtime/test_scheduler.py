@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from ivl_export.errors import InputError, UsageError
 from ivl_export.runtime import InternVL, captions
+from ivl_export.runtime.kv_cache import BatchedKVCache
 from ivl_export.runtime.scheduler import Scheduler, Started
-from ivl_export.runtime.slots import Slots
 from ivl_export.sampling import Sampling, StopCriteria
 
 EOS = 2
@@ -132,7 +132,7 @@ def test_a_crowd_answers_as_each_alone(alone: Alone, asked: list[Request], slots
         assert crowd.tokens[number] == want
     scheduler.close()
     assert len(scheduler) == 0
-    assert not scheduler._slots.lengths.any(), "every slot is free again"
+    assert not scheduler._cache.lengths.any(), "every slot is free again"
 
 
 def test_what_lies_in_free_slots_is_not_read(alone: Alone) -> None:
@@ -141,7 +141,7 @@ def test_what_lies_in_free_slots_is_not_read(alone: Alone) -> None:
     scheduler = captions.scheduler(alone.model, 4)
 
     def spoil(token: int) -> None:
-        slots = scheduler._slots
+        slots = scheduler._cache
         slots._data[:, :, np.flatnonzero(slots.lengths == 0)] = 1e30
         for slot, length in enumerate(slots.lengths):
             slots._data[:, :, slot, :, length:] = 1e30
@@ -228,10 +228,10 @@ def test_closing_finishes_what_runs_and_cancels_what_waits(alone: Alone) -> None
 
 def test_a_cache_grows_with_its_longest_sequence_and_shrinks_again(alone: Alone) -> None:
     spec = alone.model.components.spec("qllama_step")
-    slots = Slots(spec, 3)
+    slots = BatchedKVCache(spec, 3)
     rng = np.random.default_rng(0)
     long, short = (rng.standard_normal((2, 4, 4, n, 16)).astype(np.float32) for n in (100, 9))
-    first, second = slots.take(long), slots.take(short)
+    first, second = slots.insert(long), slots.insert(short)
     assert (first, second, slots.rows) == (0, 1, 2)
     feeds = slots.feeds()
     assert feeds["past_key.0"].shape == (2, 4, 128, 16)
@@ -239,7 +239,7 @@ def test_a_cache_grows_with_its_longest_sequence_and_shrinks_again(alone: Alone)
     np.testing.assert_array_equal(feeds["past_value.3"][1, :, :9], short[1, 3])
     assert feeds["positions"].tolist() == [[100], [9]]
     assert feeds["attention_mask"].sum(1).tolist() == [101, 10]
-    slots.free(first)
+    slots.release(first)
     feeds = slots.feeds()
     assert feeds["past_key.0"].shape == (2, 4, 32, 16)
     assert feeds["attention_mask"].sum(1).tolist() == [1, 10]
@@ -251,4 +251,4 @@ def test_a_cache_grows_with_its_longest_sequence_and_shrinks_again(alone: Alone)
     slots.append(new)
     assert slots.lengths.tolist() == [0, 10, 0]
     np.testing.assert_array_equal(slots.feeds()["past_key.2"][1, :, 9], new["key.2"][1, :, 0])
-    assert slots.take(short) == 0, "the lowest free one"
+    assert slots.insert(short) == 0, "the lowest free one"

@@ -1,4 +1,8 @@
-"""What a decoder has read of a conversation: a cache of keys and values, and what its positions stand for."""
+"""The cache of one conversation: keys and values on the engine's device, and what its positions stand for.
+
+A prompt is the whole conversation again; positions from the first one on that the cache holds already, or that
+another conversation left in the :class:`~.kv_cache.PrefixCache`, are not computed again.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +20,31 @@ from ..inputs.chat_template import IMAGE_TOKEN
 from ..inputs.preprocess import Array
 from ..sampling import Sampling, StopCriteria, TokenSampler
 from .components import Components
-from .kv_cache import KVCache, fitted
-from .prefixes import BLOCK, Prefixes
+from .kv_cache import BLOCK, KVCache, PrefixCache, next_capacity
 from .scheduler import Started
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What was decoded elsewhere behind the prompt that was the ``reading``-th one read."""
+class _Decoded:
+    """Tokens and their keys and values that a scheduler made after the ``reading``-th prompt."""
 
     reading: int
     tokens: Sequence[int]
     held: Any
 
 
-class Context:
-    """One sequence before the engines ``decoder_embed`` and ``decoder``; for one caller at a time.
+class ConversationCache:
+    """One sequence on the engines ``decoder_embed`` and ``decoder``; for one caller at a time.
 
     Args:
         components: the engines.
-        prefixes: what other conversations left, and are left.
+        prefixes: shared with other conversations.
         visual: embeddings [I, V, H] of the conversation's images, in the order in which prompts show them.
-        digests: what tells each image from others.
+        digests: of each image's pixels.
     """
 
     def __init__(
-        self, components: Components, prefixes: Prefixes, visual: Array, digests: Sequence[bytes]
+        self, components: Components, prefixes: PrefixCache, visual: Array, digests: Sequence[bytes]
     ) -> None:
         self.components, self.prefixes = components, prefixes
         self.visual, self.digests = visual, list(digests)
@@ -50,7 +53,7 @@ class Context:
         self._held: list[Hashable] = []  # what the cache's positions stand for
         self._shared = 0  # blocks of these that others can have
         self._readings = 0
-        self._answer: _Answer | None = None
+        self._decoded: _Decoded | None = None
         self._lock = threading.Lock()
 
     @property
@@ -77,7 +80,7 @@ class Context:
                 self._share()
 
     def started(self, ids: Sequence[int], stop: StopCriteria) -> Started:
-        """The prompt ``ids`` read, for others to decode; they hand back what they read behind it."""
+        """The prompt ``ids`` read, for a scheduler to go on from; it hands back the positions after it."""
         with self._lock:  # an earlier question may be given up while its prompt is being read
             logits = self.read(ids, stop.max_new_tokens)
             assert self._cache is not None
@@ -85,27 +88,27 @@ class Context:
 
     def _left(self, reading: int, tokens: Sequence[int], held: Any) -> None:
         # Nothing more is done by the thread that calls, for other conversations wait for it.
-        self._answer = _Answer(reading, tokens, held)
+        self._decoded = _Decoded(reading, tokens, held)
 
     def settle(self) -> None:
-        """Take in what was decoded elsewhere, for other conversations too; the next prompt does so itself."""
+        """Take in what a scheduler decoded, for other conversations too; the next prompt does so itself."""
         if self._lock.acquire(blocking=False):
             try:
-                self._take_answer()
+                self._take_decoded()
                 self._share()
             finally:
                 self._lock.release()
 
-    def _take_answer(self) -> None:
-        answer, self._answer = self._answer, None
-        if answer is not None and answer.reading == self._readings:  # no other prompt was read since
-            self._fit(self.length + len(answer.tokens)).extend(answer.held[:, :, None])
-            self._held += answer.tokens
+    def _take_decoded(self) -> None:
+        decoded, self._decoded = self._decoded, None
+        if decoded is not None and decoded.reading == self._readings:  # no other prompt was read since
+            self._fit(self.length + len(decoded.tokens)).extend(decoded.held[:, :, None])
+            self._held += decoded.tokens
 
     def read(self, ids: Sequence[int], new: int) -> Any:
-        """The logits [V] behind the prompt ``ids``, where the engine left them.
+        """The logits [V] after the prompt ``ids``, on the engine's device.
 
-        What this or another conversation has computed of it is not computed again, and others have what was.
+        Positions that this or another conversation has computed are not computed again.
 
         Args:
             ids: tokens, and :data:`~ivl_export.inputs.chat_template.IMAGE_TOKEN` where an image stands.
@@ -116,7 +119,7 @@ class Context:
         """
         keys = self._keys(ids)
         self._check(len(keys) + new - 1)
-        self._take_answer()
+        self._take_decoded()
         self._readings += 1
         self._recall(keys[:-1])  # the last position has to be computed: its logits are wanted
         left = keys[self.length :]
@@ -141,20 +144,20 @@ class Context:
             cache.extend(blocks[number][..., start - end :, :])
             self._held += keys[start:end]
 
-    def _fit(self, longest: int, like: Any = None) -> KVCache:
-        """The cache, with room for ``longest`` positions; ``like``: of what a new one holds."""
-        have = 0 if self._cache is None else self._cache.capacity
-        room = fitted(longest, have, self._spec.axis("past"))
+    def _fit(self, needed: int, like: Any = None) -> KVCache:
+        """The cache, with room for ``needed`` positions; a new one is made where ``like`` lies, of its sizes."""
+        before = 0 if self._cache is None else self._cache.capacity
+        capacity = next_capacity(needed, before, self._spec.axis("past"))
         if self._cache is None:
-            self._cache = KVCache.empty(like, room)
-        elif room != have:
-            self._cache.resize(room)
+            self._cache = KVCache.empty(like, capacity)
+        elif capacity != before:
+            self._cache.resize(capacity)
         return self._cache
 
     def _share(self) -> None:
         """Let other conversations have what this one holds."""
         if self._cache is not None and len(self._held) // BLOCK > self._shared:
-            self.prefixes.keep(self._held, self._cache.data)
+            self.prefixes.store(self._held, self._cache.data)
             self._shared = len(self._held) // BLOCK
 
     def _keys(self, ids: Sequence[int]) -> list[Hashable]:
@@ -203,7 +206,7 @@ class Context:
         return np.concatenate([part["input_embeds"] for part in parts], 1)
 
     def _feed(self, embeds: Array, keys: Sequence[Hashable]) -> Any:
-        """Logits [V] behind new positions, where the engine left them; keys and values go into the cache."""
+        """Logits [V] after new positions, on the engine's device; keys and values go into the cache."""
         limit = self._spec.axis("text").max
         out: dict[str, Any] = {}
         for start in range(0, len(keys), limit):
@@ -218,15 +221,15 @@ class Context:
             }
             out = self.components.run_device("decoder", feeds)
             if self._cache is None:
-                room = fitted(part.shape[1], 0, self._spec.axis("past"))
-                self._cache = KVCache.of_queries(out, len(past) // 2, room)
+                capacity = next_capacity(part.shape[1], 0, self._spec.axis("past"))
+                self._cache = KVCache.of_queries(out, len(past) // 2, capacity)
             else:
                 self._fit(seen + part.shape[1]).append(out, ones)
             self._held += keys[start : start + limit]
         return out["logits"][0]
 
     def _past(self) -> tuple[dict[str, Any], NDArray[np.int64]]:
-        """Keys and values that a step sees, and their mask; without a cache as few as an engine takes."""
+        """Keys and values that a step attends to, and their mask; without a cache as few as an engine takes."""
         if self._cache is not None:
             return self._cache.feeds(), self._cache.mask
         least = self._spec.axis("past").min
