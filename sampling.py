@@ -174,8 +174,9 @@ def _sample_on_device(
     logits: Any, sampling: Sampling, rng: np.random.Generator, suppressed: int | None
 ) -> int:
     import torch
+    from torch.utils.dlpack import from_dlpack
 
-    scores = (logits if isinstance(logits, torch.Tensor) else torch.from_dlpack(logits)).detach().float()
+    scores = (logits if isinstance(logits, torch.Tensor) else from_dlpack(logits)).detach().float()
     if suppressed is not None:
         scores = scores.clone()
         scores[suppressed] = -np.inf

@@ -50,13 +50,13 @@ class EngineChat:
     async def _answers(
         self, images: Iterable[ImageInput], conversations: Sequence[Sequence[Turn]]
     ) -> list[str]:
-        from ..runtime.admission import ServiceLimits
-        from ..runtime.chat_service import ChatService
+        from ..runtime.serving.admission import ServiceLimits
+        from ..runtime.serving.chat_service import ChatService
 
         # As many conversations at a time as are decoded together: each has a cache of its own.
         together = self.model.components.spec("decoder").axis("batch").max
         places = asyncio.Semaphore(together)
-        service = ChatService(self.model, ServiceLimits(running=together, timeout=float("inf")))
+        service = ChatService(self.model, ServiceLimits(max_running=together, timeout=float("inf")))
 
         async def answer(image: ImageInput, turns: Sequence[Turn]) -> str:
             *history, last = turns

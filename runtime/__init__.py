@@ -4,19 +4,18 @@ No torch; a backend is imported with its first engine.
 """
 
 from ..inputs.video import frames_of
-from .admission import Answer, ServiceLimits
 from .chat import Chat, InternVLChat
-from .chat_service import ChatService
 from .image_batches import Reading
 from .index import Index
 from .matching import Ranking
 from .model import InternVL, Mode
-from .service import Service
+from .serving.admission import Response, ServiceLimits
+from .serving.chat_service import ChatService
+from .serving.service import Service
 from .timings import Timing
 from .urls import UrlPolicy
 
 __all__ = [
-    "Answer",
     "Chat",
     "ChatService",
     "Index",
@@ -25,6 +24,7 @@ __all__ = [
     "Mode",
     "Ranking",
     "Reading",
+    "Response",
     "Service",
     "ServiceLimits",
     "Timing",

@@ -1,9 +1,10 @@
 """Chat with images on a bundle's engines: ``InternVLChat.load(path).chat([image]).ask("...")``.
 
 A conversation has one cache, on the engine's device. Every question is the whole conversation
-again; what the cache holds of it already, from the first position on, is not computed again: the image's keys
+again; positions from the first one on that the cache holds already are not computed again: the image's keys
 and values are made once, however many questions follow, and so are those of earlier turns. A conversation
-that begins as another one did, with the same image, starts from what that one left in :mod:`.kv_cache`.
+that begins as another one did, with the same image, starts from the blocks that the other one left in the
+:class:`~.kv_cache.PrefixCache`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from ..errors import CapabilityError, InputError, UsageError
 from ..inputs.chat_template import SYSTEM, Turn, encode
 from ..inputs.preprocess import Array
 from ..sampling import Sampling, StopCriteria, check_search
-from .chat_service import ChatService
-from .components import Components
+from .components import Components, visual_embeds, visual_shape
 from .conversation_cache import ConversationCache
 from .image_batches import Images, Reading
 from .kv_cache import PREFIX_BYTES, PrefixCache
 from .loaded import Loaded
-from .visual import visual_embeds, visual_shape
+from .serving.chat_service import ChatService
 
 M = TypeVar("M", bound="InternVLChat")
 
@@ -92,7 +92,7 @@ class InternVLChat(Loaded):
     def requests(self) -> ChatService:
         """Questions of many conversations at once; the ``a...`` methods go through it.
 
-        For other limits, make a :class:`~ivl_export.runtime.chat_service.ChatService` of your own.
+        For other limits, make a :class:`~ivl_export.runtime.serving.chat_service.ChatService` of your own.
         """
         return ChatService(self)
 
@@ -103,7 +103,7 @@ class InternVLChat(Loaded):
         super().close()
 
     def encode_images(self, images: Images) -> tuple[Array, list[bytes]]:
-        """What the decoder sees of images, float32 [I, V, H], and a digest of each one's pixels.
+        """Visual embeddings of images, float32 [I, V, H], and a digest of each one's pixels.
 
         An image that another conversation has shown is not encoded again.
         """
@@ -114,8 +114,8 @@ class InternVLChat(Loaded):
             seen = {digest: self.prefixes.image(digest) for digest in own}
             new = {digest: p for digest, p in zip(own, pixels, strict=True) if seen[digest] is None}
             if new:
-                made = to_host(visual_embeds(self.components, np.stack(list(new.values()))))
-                for digest, row in zip(new, made, strict=True):
+                embeds = to_host(visual_embeds(self.components, np.stack(list(new.values()))))
+                for digest, row in zip(new, embeds, strict=True):
                     seen[digest] = row
                     self.prefixes.store_image(digest, row)
             rows += [row[None] for digest in own if (row := seen[digest]) is not None]
@@ -139,12 +139,12 @@ class Chat:
 
     @property
     def history(self) -> tuple[Turn, ...]:
-        """What was said so far."""
+        """The turns so far."""
         return tuple(self._turns)
 
     def restart(self) -> None:
         """Forget what was said. The image stays, and so do its keys and values."""
-        with self.alone():
+        with self.exclusive():
             self._turns = []
 
     def ask(
@@ -164,7 +164,7 @@ class Chat:
         sampling: Sampling | None = None,
         min_new_tokens: int = 0,
     ) -> Generator[str, None, None]:
-        """The answer in pieces, as they are found; whoever stops listening ends it there.
+        """The answer in pieces, as they are decoded; closing the generator ends it there.
 
         Args:
             question: what is asked now.
@@ -174,10 +174,10 @@ class Chat:
 
         Raises:
             InputError: the conversation is too long for the bundle; it stays as it was.
-            UsageError: another answer is being heard.
+            UsageError: another answer of this conversation is being decoded.
         """
         stop, text, answered = self.stop_criteria(max_new_tokens, min_new_tokens), "", False
-        with self.alone():
+        with self.exclusive():
             turn, ids = self.prompt(question)
             new = self.cache.tokens(ids, stop, sampling or Sampling())
             try:
@@ -185,7 +185,7 @@ class Chat:
                     text += piece
                     yield piece
                 answered = True
-            except GeneratorExit:  # nobody listens any more
+            except GeneratorExit:  # closed by the caller
                 answered = True
                 raise
             finally:
@@ -225,7 +225,7 @@ class Chat:
         self._turns.append(replace(turn, answer=answer.strip()))
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """The conversation is one caller's inside the ``with`` block; UsageError if it is another's."""
         if not self._lock.acquire(blocking=False):
             raise UsageError(

@@ -1,4 +1,4 @@
-"""A bundle's engines, each opened on first use, fed in batches that it was built for, and timed."""
+"""The engines of a bundle: opened on first use, run in batches that they were built for, timed."""
 
 from __future__ import annotations
 
@@ -137,30 +137,30 @@ class Components:
     def run_device(
         self, name: str, inputs: Mapping[str, Buffer], outputs: Sequence[str] | None = None
     ) -> dict[str, Buffer]:
-        """As :meth:`run`, the outputs where the engine left them: what goes on to another engine.
+        """As :meth:`run`, the outputs on the engine's device, to be handed to the next engine.
 
         From an engine on the CPU they are arrays if ``inputs`` are, from one on a GPU tensors there.
         """
         engine, limit = self._engines.get(name) or self.open(name), self.spec(name).axis("batch").max
-        plain = engine.device == HOST and all(type(buffer) is np.ndarray for buffer in inputs.values())
-        run: Any = engine.run if plain else engine.run_tensors
-        whole: dict[str, Any] = dict(inputs)
-        if not plain:
-            whole = {key: as_tensor(buffer, engine.device) for key, buffer in inputs.items()}
-        rows = len(next(iter(whole.values())))
+        on_host = engine.device == HOST and all(type(buffer) is np.ndarray for buffer in inputs.values())
+        run: Any = engine.run if on_host else engine.run_tensors
+        buffers: dict[str, Any] = dict(inputs)
+        if not on_host:
+            buffers = {key: as_tensor(buffer, engine.device) for key, buffer in inputs.items()}
+        rows = len(next(iter(buffers.values())))
         if rows <= limit:
             with self.timings.measure(name):
-                found: dict[str, Buffer] = run(whole, outputs)
-            return found
-        parts: list[Mapping[str, Buffer]] = []
+                results: dict[str, Buffer] = run(buffers, outputs)
+            return results
+        per_batch: list[Mapping[str, Buffer]] = []
         for start in range(0, rows, limit):
-            part = {key: values[start : start + limit] for key, values in whole.items()}
+            rows_of = {key: values[start : start + limit] for key, values in buffers.items()}
             with self.timings.measure(name):
-                parts.append(run(part, outputs))
-        return {key: concatenate([part[key] for part in parts]) for key in parts[0]}
+                per_batch.append(run(rows_of, outputs))
+        return {key: concatenate([some[key] for some in per_batch]) for key in per_batch[0]}
 
-    def rest(self) -> None:
-        """Hand back memory that nothing is computed in; the next call takes it anew."""
+    def release_memory(self) -> None:
+        """Hand free memory back to the system; the next call takes it again."""
         if self.backend == "onnxruntime":
             hand_back()
 
@@ -171,4 +171,34 @@ class Components:
             with lock:
                 if name in self._engines:
                     self._engines.pop(name).close()
-        self.rest()
+        self.release_memory()
+
+
+def fixed(size: int | str) -> int:
+    """A size that a contract must not leave open; InputError if it does."""
+    if not isinstance(size, int):
+        raise InputError("This bundle cannot be run.", f"Its contract leaves {size!r} open.")
+    return size
+
+
+VISUAL_OUTPUTS = {"query_chat": "query_embeds", "vision_chat": "visual_embeds"}
+"""Components with their outputs for the decoder, in its order; only models with queries have the first."""
+
+
+def visual_shape(components: Components) -> tuple[int, int]:
+    """Rows of one image in :func:`visual_embeds`, and their width."""
+    there = components.bundle.manifest.components
+    specs = [components.spec(name) for name in VISUAL_OUTPUTS if name in there]
+    shapes = [t.shape for spec in specs for t in spec.outputs if t.name in VISUAL_OUTPUTS.values()]
+    return sum(fixed(shape[1]) for shape in shapes), fixed(shapes[0][2])
+
+
+def visual_embeds(components: Components, pixel_values: Buffer) -> Buffer:
+    """Visual embeddings of a chat model: [I, 3, S, S] -> [I, V, H], on the engines' device."""
+    queries = "query_chat" in components.bundle.manifest.components
+    outputs = ["visual_embeds", *(["tokens"] if queries else [])]
+    buffers = components.run_device("vision_chat", {"pixel_values": pixel_values}, outputs)
+    if queries:
+        buffers |= components.run_device("query_chat", {"tokens": buffers["tokens"]})
+    embeds: Buffer = concatenate([buffers[name] for name in VISUAL_OUTPUTS.values() if name in buffers], 1)
+    return embeds

@@ -1,7 +1,7 @@
 """The cache of one conversation: keys and values on the engine's device, and what its positions stand for.
 
-A prompt is the whole conversation again; positions from the first one on that the cache holds already, or that
-another conversation left in the :class:`~.kv_cache.PrefixCache`, are not computed again.
+A prompt is the whole conversation again; positions from the first one on that the cache holds already, or
+that another conversation left in the :class:`~.kv_cache.PrefixCache`, are not computed again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..inputs.preprocess import Array
 from ..sampling import Sampling, StopCriteria, TokenSampler
 from .components import Components
 from .kv_cache import BLOCK, KVCache, PrefixCache, next_capacity
-from .scheduler import Started
+from .serving.scheduler import Started
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class ConversationCache:
             self._held += keys[start:end]
 
     def _fit(self, needed: int, like: Any = None) -> KVCache:
-        """The cache, with room for ``needed`` positions; a new one is made where ``like`` lies, of its sizes."""
+        """The cache, with room for ``needed`` positions; a new one is like ``like``."""
         before = 0 if self._cache is None else self._cache.capacity
         capacity = next_capacity(needed, before, self._spec.axis("past"))
         if self._cache is None:
@@ -229,7 +229,7 @@ class ConversationCache:
         return out["logits"][0]
 
     def _past(self) -> tuple[dict[str, Any], NDArray[np.int64]]:
-        """Keys and values that a step attends to, and their mask; without a cache as few as an engine takes."""
+        """Keys and values that a step attends to, and their mask; without a cache the engine's least."""
         if self._cache is not None:
             return self._cache.feeds(), self._cache.mask
         least = self._spec.axis("past").min

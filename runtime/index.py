@@ -1,7 +1,7 @@
-"""An index of embeddings to search again and again: exact with numpy, or FAISS where there are millions.
+"""A search index of embeddings: exact with numpy, or FAISS for millions.
 
-Both hold unit vectors and find by cosine. An index is kept as one safetensors file, so that opening one from
-a stranger runs nothing.
+Both hold unit vectors and find by cosine. An index is stored as one safetensors file, so that opening one
+from a stranger runs nothing.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ class Index:
         items = self.vectors()
         for start in range(0, len(items), _BLOCK):
             scores = unit @ items[start : start + _BLOCK].T
-            found = top_of(scores, count)
-            places = np.concatenate([best[0], found + start], 1)
-            values = np.concatenate([best[1], np.take_along_axis(scores, found, 1)], 1)
+            nearest = top_of(scores, count)
+            places = np.concatenate([best[0], nearest + start], 1)
+            values = np.concatenate([best[1], np.take_along_axis(scores, nearest, 1)], 1)
             keep = top_of(values, count)
             best = np.take_along_axis(places, keep, 1), np.take_along_axis(values, keep, 1)
         return best

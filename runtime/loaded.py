@@ -1,4 +1,4 @@
-"""What every model of a bundle shares: loading, engines, tokenizer, image settings, closing."""
+"""The base class of models on a bundle: loading, engines, tokenizer, image settings, closing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+
 from ..bundle import Bundle, Verify
 from ..engines.base import known_backend
-from ..errors import InputError
 from ..inputs.preprocess import ImageSettings, ResizeMode, Tokenizer
-from .components import Components
+from .components import Components, fixed
 from .image_batches import Floats, Images, Reading, pixel_batches
 from .timings import Timing
 
@@ -99,14 +100,12 @@ class Loaded:
         settings = ImageSettings.load(self.bundle.path("preprocess/preprocessor_config.json"))
         return replace(settings, size=fixed(self.components.spec(self.VISION).inputs[0].shape[2]))
 
+    def pixel_values(self, images: Images, resize: ResizeMode | None = None) -> Floats:
+        """``images`` as the vision engine takes them, float32 [B, 3, S, S]."""
+        size = self.image_settings.size
+        return np.concatenate([np.zeros((0, 3, size, size), np.float32), *self.pixel_batches(images, resize)])
+
     def pixel_batches(self, images: Images, resize: ResizeMode | None = None) -> Iterator[Floats]:
         """``pixel_values`` of ``images`` in batches of the vision engine."""
         settings = self.image_settings if resize is None else replace(self.image_settings, mode=resize)
         return pixel_batches(images, settings, self.components.batch, self.components.timings, self.reading)
-
-
-def fixed(size: int | str) -> int:
-    """A size that a contract must not leave open; InputError if it does."""
-    if not isinstance(size, int):
-        raise InputError("This bundle cannot be run.", f"Its contract leaves {size!r} open.")
-    return size

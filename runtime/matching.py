@@ -1,4 +1,4 @@
-"""Image-text matching (ITM): does this text describe this image? QLLaMA reads both together.
+"""Image-text matching (ITM): the probability that a text describes an image. QLLaMA reads both together.
 
 Every pair is a pass of its own, so it re-ranks the best of a search (InternVL paper section 3.3; ALBEF, arXiv
 2107.07651). Needs ``qllama_itm``.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 from ..errors import CapabilityError, InputError, UsageError
 from ..inputs.preprocess import ResizeMode, buckets_of
 from .image_batches import Floats, Images
-
-if TYPE_CHECKING:
-    from .model import InternVL
+from .loaded import Loaded
 
 COMPONENT = "qllama_itm"
 
@@ -27,7 +25,7 @@ COMPONENT = "qllama_itm"
 class Ranking:
     """Per query the best images: ``indices`` [Q, K] and ``scores`` [Q, K], best first.
 
-    Scores are cosines, or what :func:`rerank` says.
+    Scores are cosines, or those of :func:`rerank`.
     """
 
     indices: NDArray[np.int64]
@@ -35,7 +33,7 @@ class Ranking:
 
 
 def match(
-    model: InternVL, images: Images, texts: Sequence[str], resize: ResizeMode | None = "square"
+    model: Loaded, images: Images, texts: Sequence[str], resize: ResizeMode | None = "square"
 ) -> Floats:
     """The probability that text i describes image i, [B] float32.
 
@@ -50,7 +48,7 @@ def match(
 
 
 def rerank(
-    model: InternVL,
+    model: Loaded,
     queries: Sequence[str],
     images: Images,
     ranking: Ranking,
@@ -65,7 +63,7 @@ def rerank(
         model: its bundle has ``qllama_itm``.
         queries: the texts of ``ranking``, one a row.
         images: all that its indices are places in; only those it names are read, each once.
-        ranking: what :meth:`.InternVL.retrieve` or a search of an index found.
+        ranking: the result of :meth:`.InternVL.retrieve` or of a search of an index.
         resize: see :class:`.InternVL`.
 
     Raises:
@@ -89,12 +87,14 @@ def checked(ranking: Ranking, queries: int, images: int) -> NDArray[np.int64]:
     return order
 
 
-def rescored(model: InternVL, ranking: Ranking, matched: NDArray[np.float64]) -> Ranking:
-    """``ranking`` in the order of both heads: ``matched`` are the log odds of what it found, row by row."""
-    order, found = np.asarray(ranking.indices), np.full(ranking.indices.shape, -np.inf)
-    found[order >= 0] = matched + np.exp(model.bundle.manifest.model.logit_scale) * ranking.scores[order >= 0]
-    best = np.argsort(-found, axis=1, kind="stable")
-    scores = np.take_along_axis(found, best, 1).astype(np.float32)
+def rescored(model: Loaded, ranking: Ranking, matched: NDArray[np.float64]) -> Ranking:
+    """``ranking`` in the order of both heads: ``matched`` are the log odds of its pairs, row by row."""
+    order, totals = np.asarray(ranking.indices), np.full(ranking.indices.shape, -np.inf)
+    totals[order >= 0] = (
+        matched + np.exp(model.bundle.manifest.model.logit_scale) * ranking.scores[order >= 0]
+    )
+    best = np.argsort(-totals, axis=1, kind="stable")
+    scores = np.take_along_axis(totals, best, 1).astype(np.float32)
     return Ranking(np.take_along_axis(order, best, 1), scores)
 
 
@@ -103,7 +103,7 @@ def probability(log_odds: NDArray[np.float64]) -> Floats:
     return np.asarray(np.exp(-np.logaddexp(0.0, -log_odds)), np.float32)
 
 
-def check_matching(model: InternVL) -> None:
+def check_matching(model: Loaded) -> None:
     """CapabilityError if the bundle has no ``qllama_itm``."""
     if COMPONENT not in model.bundle.manifest.components:
         raise CapabilityError(
@@ -119,7 +119,7 @@ def chosen(images: Images, places: NDArray[Any]) -> Images:
 
 
 def log_odds(
-    model: InternVL,
+    model: Loaded,
     images: Images,
     texts: Sequence[str],
     shown: NDArray[Any],

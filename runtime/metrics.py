@@ -1,4 +1,4 @@
-"""What a model and its service have done, for Prometheus."""
+"""Prometheus metrics of a service: seconds of each stage, requests by outcome."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CapabilityError
-from .chat_service import ChatService
-from .service import Service
+from .serving.chat_service import ChatService
+from .serving.service import Service
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -31,7 +31,7 @@ class Collector:
         self._service, self._core = service, _prometheus()
 
     def collect(self) -> Iterator[Metric]:
-        """What Prometheus asks for; nothing is kept between calls."""
+        """The metrics as they are now."""
         stages = self._core.SummaryMetricFamily(
             "ivl_export_stage_seconds", "Wall time of each stage.", labels=["stage"]
         )

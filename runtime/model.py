@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from functools import cached_property
 from typing import Literal
@@ -9,27 +10,27 @@ from typing import Literal
 import numpy as np
 
 from ..bundle import Bundle
+from ..bundle.manifest import Manifest
+from ..bundle.spec import FEATURES, ComponentSpec, block_number, feature_name
+from ..engines.compatibility import build_line
 from ..engines.device import to_host
-from ..errors import CapabilityError, UsageError
+from ..errors import CapabilityError, InputError, UsageError
 from ..inputs.images import ImageInput
-from ..inputs.preprocess import CAPTION_PROMPT, ResizeMode
-from ..inputs.video import FRAMES, Video
+from ..inputs.preprocess import CAPTION_PROMPT, ResizeMode, buckets_of
+from ..inputs.video import FRAMES, Video, frames_of
 from ..sampling import Ids, Sampling
 from . import captions, matching, zero_shot
-from .components import Components
-from .dense import dense
+from .components import Components, fixed
 from .image_batches import Floats, Images, Reading
-from .loaded import Loaded, fixed
+from .loaded import Loaded
 from .matching import Ranking
-from .service import Service
+from .serving.service import Service
 from .templates import PLAIN
-from .texts import encode_texts, encode_tokens
-from .videos import encode_videos
 
 Mode = Literal["InternVL-C", "InternVL-G"]
 MODES: tuple[Mode, ...] = ("InternVL-C", "InternVL-G")
-_WANTED = {"InternVL-C": ["image_embed"], "InternVL-G": ["image_embed", "tokens"]}
-"""What each mode takes from the vision engine."""
+_VISION_OUTPUTS = {"InternVL-C": ["image_embed"], "InternVL-G": ["image_embed", "tokens"]}
+"""Outputs of the vision engine that each mode needs."""
 
 
 class InternVL(Loaded):
@@ -62,10 +63,10 @@ class InternVL(Loaded):
         """Embeddings [B, E] float32, not normalised: InternVL-C, or InternVL-G (with the queries' head)."""
         if mode not in MODES:
             raise UsageError(f"Unknown mode {mode!r}.", fix=f"Use {' or '.join(MODES)}.")
-        wanted = _WANTED[mode]
+        outputs = _VISION_OUTPUTS[mode]
         parts: list[Floats] = []
         for pixels in self.pixel_batches(images, resize):
-            out = self.components.run_device("vision", {"pixel_values": pixels}, wanted)
+            out = self.components.run_device("vision", {"pixel_values": pixels}, outputs)
             embed = to_host(out["image_embed"])
             if mode == "InternVL-G":
                 query = self.components.run("qllama_query", {"tokens": out["tokens"]}, ["query_embed"])
@@ -93,25 +94,86 @@ class InternVL(Loaded):
         mode: Mode = "InternVL-C",
         resize: ResizeMode | None = None,
     ) -> Floats:
-        """Embeddings [V, E]: the mean over ``frames`` of each; see :mod:`~ivl_export.runtime.videos`."""
-        return encode_videos(self, videos, frames, mode, resize)
+        """Embeddings [V, E]: the mean over ``frames`` of each, every frame scaled to length 1 before.
+
+        As the InternVL paper's zero-shot video classification. One video is in memory at a time. Errors as
+        :func:`~ivl_export.inputs.video.frames_of`.
+        """
+        rows = [self.encode_image([], mode)]
+        for video in videos:
+            images = frames_of(video, frames)
+            rows.append(zero_shot.l2(self.encode_image(images, mode, resize)).mean(0, keepdims=True))
+        return np.concatenate(rows).astype(np.float32, copy=False)
 
     def encode_text(self, texts: Sequence[str]) -> Floats:
         """Embeddings [B, E] float32, not normalised; the same in InternVL-C and InternVL-G.
 
-        Texts are cut to 80 tokens; see :mod:`~ivl_export.runtime.texts`.
+        Texts are cut to what the engine takes (80 tokens). Short ones run in shorter batches: padding on the
+        right never changes an embedding.
         """
-        return encode_texts(self.components, self.tokenizer, texts)
+        with self.components.timings.measure("tokenize"):
+            buckets = self._text_buckets
+            ids, lengths = self.tokenizer.encode_contrastive(texts, buckets[-1], buckets)
+        return self.encode_tokens(ids, lengths)
 
     def encode_tokens(self, ids: Ids, lengths: Ids) -> Floats:
-        """As :meth:`encode_text` for texts that are tokens; see :mod:`~ivl_export.runtime.texts`."""
-        return encode_tokens(self.components, ids, lengths)
+        """As :meth:`encode_text` for texts that are tokens.
+
+        Args:
+            ids: int64 [B, T], as :meth:`~ivl_export.inputs.preprocess.Tokenizer.encode_contrastive` makes
+                them; tokens after a row's length are ignored.
+            lengths: int64 [B], tokens of each row with bos and eos.
+
+        Raises:
+            InputError: a row is empty, or longer than ``ids`` or than the engine takes.
+        """
+        if ids.ndim != 2 or lengths.shape != ids.shape[:1]:
+            raise InputError(
+                "These tokens are not texts.",
+                f"ids have shape {list(ids.shape)}, lengths {list(lengths.shape)}.",
+                "Use Tokenizer.encode_contrastive, which gives both.",
+            )
+        if not len(lengths):
+            return np.zeros((0, fixed(self._output("qllama_text", "text_embed")[1])), np.float32)
+        buckets, per_row = self._text_buckets, lengths.tolist()
+        limit = min(ids.shape[1], buckets[-1])
+        if min(per_row) < 1 or max(per_row) > limit:
+            raise InputError(
+                "These tokens are not texts.",
+                f"Their lengths are {min(per_row)} to {max(per_row)}; 1 to {limit} can be.",
+                "Use Tokenizer.encode_contrastive, which cuts long ones.",
+            )
+        padded = [buckets[bisect_left(buckets, length)] for length in per_row]
+        sizes = sorted(set(padded))
+        if len(sizes) == 1:
+            return self._text_batch(ids, lengths, sizes[0])
+        rows = {size: [row for row, own in enumerate(padded) if own == size] for size in sizes}
+        parts = {size: self._text_batch(ids[own], lengths[own], size) for size, own in rows.items()}
+        out = np.empty((len(lengths), parts[sizes[0]].shape[1]), np.float32)
+        for size, own in rows.items():
+            out[own] = parts[size]
+        return out
+
+    def _text_batch(self, ids: Ids, lengths: Ids, size: int) -> Floats:
+        """Embeddings of rows that are cut or padded to ``size`` tokens."""
+        ids = ids[:, :size]
+        if ids.shape[1] < size:
+            ids = np.pad(ids, ((0, 0), (0, size - ids.shape[1])))
+        feeds = {"input_ids": np.ascontiguousarray(ids), "lengths": lengths}
+        embeddings: Floats = self.components.run("qllama_text", feeds, ["text_embed"])["text_embed"]
+        return embeddings
+
+    @cached_property
+    def _text_buckets(self) -> list[int]:
+        """Lengths that texts are padded to."""
+        axis = self.components.spec("qllama_text").axis("text")
+        return buckets_of(axis.min, axis.max)
 
     @cached_property
     def requests(self) -> Service:
         """Single requests by many callers at once, in batches; the ``a...`` methods go through it.
 
-        For other limits, make a :class:`~ivl_export.runtime.service.Service` of your own.
+        For other limits, make a :class:`~ivl_export.runtime.serving.service.Service` of your own.
         """
         return Service(self)
 
@@ -153,21 +215,32 @@ class InternVL(Loaded):
         """The caption of one image in pieces; as :meth:`stream_caption`, for asyncio."""
         return self.requests.stream_caption(image, prompt, sampling=sampling)
 
-    def pixel_values(self, images: Images, resize: ResizeMode | None = None) -> Floats:
-        """``images`` as the vision engine takes them, float32 [B, 3, S, S]."""
-        size = self.image_settings.size
-        return np.concatenate([np.zeros((0, 3, size, size), np.float32), *self.pixel_batches(images, resize)])
-
     def dense(self, images: Images, resize: ResizeMode | None = None, block: int = -1) -> Floats:
-        """Hidden state of the vision model behind ``block`` [B, N, D]; see :meth:`features`."""
-        (found,) = self.features(images, [block], resize).values()
-        return found
+        """Hidden state of the vision model after ``block`` [B, N, D]; see :meth:`features`."""
+        (states,) = self.features(images, [block], resize).values()
+        return states
 
     def features(
         self, images: Images, blocks: Sequence[int], resize: ResizeMode | None = None
     ) -> dict[int, Floats]:
-        """As :func:`~ivl_export.runtime.dense.dense`: the hidden states behind several blocks."""
-        return dense(self, images, blocks, resize)
+        """Hidden states after each of ``blocks``: number of the block -> [B, N, D] float32.
+
+        The class token stands first, then the patches by row. ``blocks`` are numbers from 1, or from the end
+        backwards: -1 is the last.
+
+        Raises:
+            UsageError: the vision tower has no such block.
+            CapabilityError: the bundle was built without its output.
+        """
+        spec = self.components.spec("vision")
+        outputs = outputs_of(self.bundle.manifest, spec, blocks)
+        shape = [fixed(d) for d in self._output("vision", "tokens")[1:]]
+        parts: dict[int, list[Floats]] = {k: [np.zeros((0, *shape), np.float32)] for k in outputs}
+        for pixels in self.pixel_batches(images, resize):
+            states = self.components.run("vision", {"pixel_values": pixels}, list(outputs.values()))
+            for block, name in outputs.items():
+                parts[block].append(states[name].astype(np.float32, copy=False))
+        return {block: np.concatenate(states) for block, states in parts.items()}
 
     def class_embeddings(self, labels: Sequence[str], templates: Sequence[str] = PLAIN) -> Floats:
         """One unit vector a label [L, E], averaged over ``templates``, texts with ``{}`` for the label.
@@ -217,7 +290,7 @@ class InternVL(Loaded):
         ranking: Ranking,
         resize: ResizeMode | None = "square",
     ) -> Ranking:
-        """What was found, in the order of both heads; see :func:`~ivl_export.runtime.matching.rerank`."""
+        """``ranking`` in the order of both heads; see :func:`~ivl_export.runtime.matching.rerank`."""
         return matching.rerank(self, queries, images, ranking, resize)
 
     def match(self, images: Images, texts: Sequence[str], resize: ResizeMode | None = "square") -> Floats:
@@ -251,7 +324,7 @@ class InternVL(Loaded):
         resize: ResizeMode | None = "square",
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
-        """The caption of one image in pieces, as they are found: those of :meth:`caption`, not stripped."""
+        """The caption of one image in pieces, as they are decoded: those of :meth:`caption`, not stripped."""
         stop = captions.stop_criteria(self, max_new_tokens, min_new_tokens)
         return captions.stream_caption(self, image, prompt, stop, sampling, resize)
 
@@ -282,3 +355,23 @@ class InternVL(Loaded):
     def _output(self, component: str, name: str) -> tuple[int | str, ...]:
         outputs = {t.name: t.shape for t in self.components.spec(component).outputs}
         return outputs[name]
+
+
+def outputs_of(manifest: Manifest, spec: ComponentSpec, blocks: Sequence[int]) -> dict[int, str]:
+    """Number of each of ``blocks`` -> the output of ``vision`` (contract ``spec``) that is its hidden state.
+
+    Errors as :meth:`InternVL.features`.
+    """
+    depth = int(manifest.model.config["vision_config"]["num_hidden_layers"])
+    built = [int(t.name.removeprefix(FEATURES)) for t in spec.outputs if t.name.startswith(FEATURES)]
+    known = {**{k: feature_name(k) for k in built}, depth: "tokens"}
+    numbers = [block_number(block, depth) for block in blocks]
+    missing = [k for k in numbers if k not in known]
+    if missing:
+        again = build_line(manifest, features=sorted({*built, *missing}))
+        raise CapabilityError(
+            f"This bundle does not give the output of block {missing[0]}.",
+            f"It was built to give {', '.join(map(str, known))}.",
+            f"Build it again: {again}",
+        )
+    return {k: known[k] for k in numbers}

@@ -1,4 +1,4 @@
-"""Texts that zero-shot classification puts labels in, by name: ``imagenet``, ``food101``, ...
+"""Prompt templates of zero-shot classification, by name: ``imagenet``, ``food101``, ...
 
 ``photo`` are the seven that CLIP's authors found to do as well as their eighty, ``imagenet`` those eighty
 (CLIP repository, notebooks). The others are the lists of CLIP_benchmark, which InternVL's published accuracy
@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import UsageError
 
 PLAIN = ("{}",)
-"""The label alone."""
+"""The template of the label alone."""
 
 
 def templates(name: str) -> tuple[str, ...]:
@@ -30,7 +30,7 @@ def templates(name: str) -> tuple[str, ...]:
 
 
 def names() -> tuple[str, ...]:
-    """What :func:`templates` knows."""
+    """Names that :func:`templates` takes."""
     return tuple(_known())
 
 

@@ -1,4 +1,4 @@
-"""Wall time by stage, summed over all threads of a loaded model; a span for each where OpenTelemetry is."""
+"""Wall time by stage, summed over all threads of a loaded model; OpenTelemetry spans where it is set up."""
 
 from __future__ import annotations
 

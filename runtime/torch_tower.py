@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from ..bundle import Bundle, Verify
 from ..engines.device import as_tensor
 from ..errors import CapabilityError, UsageError
-from .components import Components
-from .dense import outputs_of
-from .visual import visual_embeds, visual_shape
+from .components import Components, visual_embeds, visual_shape
+from .model import outputs_of
 
 OUTPUTS = {"vision": "tokens", "vision_chat": "visual_embeds"}
 """A bundle's vision component, and its output with a row for each patch."""
@@ -104,11 +103,11 @@ class VisionTower(nn.Module):
             InputError: images of another size.
         """
         if self.component == "vision_chat":
-            made = visual_embeds(self.components, pixel_values)
+            outputs = visual_embeds(self.components, pixel_values)
         else:
             feeds = {"pixel_values": pixel_values}
-            made = self.components.run_device(self.component, feeds, [self.output])[self.output]
-        rows = as_tensor(made)[:, self.first :]
+            outputs = self.components.run_device(self.component, feeds, [self.output])[self.output]
+        rows = as_tensor(outputs)[:, self.first :]
         return rows.to(pixel_values.device, pixel_values.dtype)
 
     def close(self) -> None:

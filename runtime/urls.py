@@ -1,4 +1,4 @@
-"""Images behind URLs: fetched only where a service allows it, and never from inside its own network."""
+"""Images from URLs: fetched only from hosts that a policy allows, and never from inside its own network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class UrlPolicy:
     """What may be fetched.
 
     Args:
-        hosts: names that may be asked, ``example.org`` or ``.example.org`` for all below it; empty: any.
+        hosts: names that may be fetched from, ``example.org`` or ``.example.org`` for all below it; empty:
+        any.
         schemes: ``https``, and ``http`` if you add it.
         max_bytes: of one image file.
         timeout: seconds for one image, from the look-up of its host to its last byte.
@@ -45,7 +46,7 @@ def is_url(image: object) -> bool:
 
 
 def fetch(url: str, policy: UrlPolicy | None) -> bytes:
-    """The bytes behind ``url``.
+    """The bytes at ``url``.
 
     Raises:
         InputError: ``policy`` is None or does not allow it, the server does not answer as it should, or in
@@ -118,13 +119,13 @@ def _connected(url: str, host: str, port: int, policy: UrlPolicy, deadline: floa
             raise InputError(
                 f"The image {url} is not fetched.", f"{host} is {address[0]}, no public address."
             )
-        found = socket.socket(family, kind, protocol)
+        connection = socket.socket(family, kind, protocol)
         try:
-            found.settimeout(_left(deadline))
-            found.connect(address)
-            return found
+            connection.settimeout(_left(deadline))
+            connection.connect(address)
+            return connection
         except OSError as error:
-            found.close()
+            connection.close()
             failure = error
     raise failure or OSError(f"{host} has no address")
 

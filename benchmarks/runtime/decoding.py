@@ -25,7 +25,7 @@ from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.config import QLlamaConfig
 from ivl_export.profiles.measure.baseline import torch_threads
 from ivl_export.runtime import InternVL
-from ivl_export.runtime.generation import prefill, stepper
+from ivl_export.runtime.captions import prefill, stepper
 from ivl_export.sampling import Ids, StopCriteria, decode
 
 BATCHES = (1, 8)

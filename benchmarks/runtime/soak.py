@@ -135,7 +135,7 @@ async def soak(
         done.append(sum(asked.values()))
         busy.append(resident())
         await asyncio.sleep(_SETTLE_SECONDS)
-        model.components.rest()  # as the service does after a while
+        model.components.release_memory()  # as the service does after a while
         rss.append(resident())
         heap.append(allocated())
     return Soaked(tuple(done), tuple(busy), tuple(rss), tuple(heap), dict(sorted(asked.items())))

@@ -20,7 +20,7 @@ from ivl_export.export.features import with_features
 from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.config import InternVLConfig
-from ivl_export.runtime.dense import outputs_of
+from ivl_export.runtime.model import outputs_of
 
 TINY = Path(__file__).parents[1] / "goldens" / "tiny"
 CHAT = TINY.with_name("chat")

@@ -33,7 +33,7 @@ from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_m
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.internvl import InternVLModel
 from ivl_export.models.layout import COMPONENTS, OPTIONAL, expected_shapes
-from ivl_export.runtime.generation import generate
+from ivl_export.runtime.captions import generate_tokens
 from ivl_export.sampling import StopCriteria
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny"
@@ -371,7 +371,7 @@ def test_captions_equal_the_goldens(tiny: Built, padding: str) -> None:
     tokens = json.loads((GOLDENS / "generate.json").read_text())[padding]["new_tokens"]
     _, queries = chain(tiny, want["pixel_values"].numpy())
     spec, q = tiny.spec("qllama_step"), tiny.checkpoint.config.qllama
-    got = generate(
+    got = generate_tokens(
         lambda inputs: tiny.run("qllama_step", inputs),
         spec,
         queries,
@@ -391,7 +391,7 @@ def test_captions_equal_the_models(small: Built, beams: int) -> None:
     want = small.model.generate(images, prompt, seen, max_new_tokens=12, num_beams=beams)
     _, queries = chain(small, pixels)
     q = SMALL.qllama
-    got = generate(
+    got = generate_tokens(
         lambda inputs: small.run("qllama_step", inputs),
         small.spec("qllama_step"),
         queries,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ivl_export.bundle.spec import Axis, ComponentSpec, TensorSpec
 from ivl_export.errors import InputError
-from ivl_export.runtime.generation import generate, pad_prompts
+from ivl_export.runtime.captions import generate_tokens, pad_prompts
 from ivl_export.runtime.kv_cache import GRAIN, KVCache, next_capacity
 from ivl_export.sampling import StopCriteria
 
@@ -92,15 +92,15 @@ def prompt(tiny: Tiny, which: str) -> tuple[Any, Any, Any]:
 def test_greedy_equals_the_published_tokens(tiny: Tiny, which: str) -> None:
     pixels, ids, mask = prompt(tiny, which)
     stop = StopCriteria(eos=2, pad=0, max_new_tokens=10)
-    out = generate(tiny.run, tiny.spec, tiny.queries(pixels), ids, mask, stop)
+    out = generate_tokens(tiny.run, tiny.spec, tiny.queries(pixels), ids, mask, stop)
     assert out.tolist() == tiny.facts[which]["new_tokens"]
 
 
 def test_beam_search_equals_the_published_tokens(tiny: Tiny) -> None:
     pixels, ids, mask = prompt(tiny, "nopad")
-    out = generate(tiny.run, tiny.spec, tiny.queries(pixels), ids, None, STOP, num_beams=5)
+    out = generate_tokens(tiny.run, tiny.spec, tiny.queries(pixels), ids, None, STOP, num_beams=5)
     assert out.tolist() == tiny.facts["beam5_min8_max30_batch3_new_tokens"]
-    greedy = generate(tiny.run, tiny.spec, tiny.queries(pixels), ids, mask, STOP)
+    greedy = generate_tokens(tiny.run, tiny.spec, tiny.queries(pixels), ids, mask, STOP)
     assert greedy.tolist() == tiny.facts["greedy_min8_max30_new_tokens"]
 
 
@@ -109,7 +109,7 @@ def test_long_prompts_are_prefilled_in_pieces(tiny: Tiny) -> None:
     narrow = step_spec(tiny.layers, 4, 16, 200, text=2)
     stop = StopCriteria(eos=2, pad=0, max_new_tokens=10)
     tiny.calls.clear()
-    out = generate(tiny.run, narrow, tiny.queries(pixels), ids, mask, stop)
+    out = generate_tokens(tiny.run, narrow, tiny.queries(pixels), ids, mask, stop)
     assert out.tolist() == tiny.facts["leftpad"]["new_tokens"]
     assert max(call["input_ids"][1] for call in tiny.calls) == 2
     assert len({call["past_key.0"] for call in tiny.calls}) == 1  # one shape in every step
@@ -120,9 +120,9 @@ def test_left_padding_does_not_change_an_answer(tiny: Tiny) -> None:
     stop = StopCriteria(eos=2, pad=0, max_new_tokens=12)
     prompts = [[1, 7, 9, 30, 41], [1, 7]]
     ids, mask = pad_prompts(prompts)
-    both = generate(tiny.run, tiny.spec, tiny.queries(pixels), ids, mask, stop)
+    both = generate_tokens(tiny.run, tiny.spec, tiny.queries(pixels), ids, mask, stop)
     for row, one in enumerate(prompts):
-        alone = generate(
+        alone = generate_tokens(
             tiny.run, tiny.spec, tiny.queries(pixels[row : row + 1]), np.array([one]), None, stop
         )
         assert both[row, : alone.shape[1]].tolist() == alone[0].tolist()
@@ -132,11 +132,11 @@ def test_too_long_for_the_engine_is_refused_before_it_runs(tiny: Tiny) -> None:
     pixels, ids, mask = prompt(tiny, "nopad")
     stop = StopCriteria(eos=2, pad=0, max_new_tokens=60)
     with pytest.raises(InputError, match="past of"):
-        generate(fail, tiny.spec, tiny.queries(pixels), ids, mask, stop)
+        generate_tokens(fail, tiny.spec, tiny.queries(pixels), ids, mask, stop)
     with pytest.raises(InputError, match="prompt"):
-        generate(fail, tiny.spec, tiny.queries(pixels), ids[:, :0], mask[:, :0], stop)
+        generate_tokens(fail, tiny.spec, tiny.queries(pixels), ids[:, :0], mask[:, :0], stop)
     with pytest.raises(InputError, match="prompt"):
-        generate(fail, tiny.spec, tiny.queries(pixels[:1]), ids, mask, stop)
+        generate_tokens(fail, tiny.spec, tiny.queries(pixels[:1]), ids, mask, stop)
 
 
 def fail(feeds: Any) -> Any:

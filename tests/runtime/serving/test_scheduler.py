@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ivl_export.errors import InputError, UsageError
 from ivl_export.runtime import InternVL, captions
 from ivl_export.runtime.kv_cache import BatchedKVCache
-from ivl_export.runtime.scheduler import Scheduler, Started
+from ivl_export.runtime.serving.scheduler import Scheduler, Started
 from ivl_export.sampling import Sampling, StopCriteria
 
 EOS = 2
@@ -97,11 +97,13 @@ class Crowd:
             while self.left and (self.left[0][1].after <= self.heard or not len(self.scheduler)):
                 number, request = self.left.pop(0)
                 started = self.alone.start(request)
-                hear = self.listen(number, request)
-                self.futures[number] = self.scheduler.submit(started, request.stop, request.sampling, hear)
+                on_token = self.listen(number, request)
+                self.futures[number] = self.scheduler.submit(
+                    started, request.stop, request.sampling, on_token
+                )
 
     def listen(self, number: int, request: Request) -> Any:
-        def hear(token: int) -> None:
+        def on_token(token: int) -> None:
             with self.lock:
                 self.heard += 1
                 self.tokens[number].append(token)
@@ -109,7 +111,7 @@ class Crowd:
                     assert self.futures[number].cancel()
                 self.submit()
 
-        return hear
+        return on_token
 
 
 @settings(max_examples=40)
@@ -126,9 +128,9 @@ def test_a_crowd_answers_as_each_alone(alone: Alone, asked: list[Request], slots
                 crowd.futures[number].result(30)
             want = want[: request.cancel]
         else:
-            ran = crowd.futures[number].result(30)
-            assert ran.value == want
-            assert 1 <= ran.batch <= slots
+            result = crowd.futures[number].result(30)
+            assert result.value == want
+            assert 1 <= result.batch <= slots
         assert crowd.tokens[number] == want
     scheduler.close()
     assert len(scheduler) == 0
@@ -158,7 +160,7 @@ def test_a_cancelled_sequence_frees_its_slot_before_the_next_step(alone: Alone) 
     scheduler = captions.scheduler(alone.model, 1)
     steps: list[str] = []
 
-    def hear(token: int) -> None:
+    def on_token(token: int) -> None:
         steps.append("first")
         if len(steps) == 3:
             futures[0].cancel()
@@ -167,7 +169,7 @@ def test_a_cancelled_sequence_frees_its_slot_before_the_next_step(alone: Alone) 
     go = threading.Event()
     gate = scheduler._run
     scheduler._run = lambda feeds: (go.wait(30), gate(feeds))[1]
-    futures.append(scheduler.submit(alone.start(first), stop, None, hear))
+    futures.append(scheduler.submit(alone.start(first), stop, None, on_token))
     waiting = scheduler.submit(alone.start(second), stop, None, lambda token: steps.append("second"))
     go.set()
     assert waiting.result(30).value == alone.answer(second)
@@ -194,7 +196,7 @@ def test_a_failed_step_fails_those_in_it_and_no_later_one(alone: Alone) -> None:
     def deaf(token: int) -> None:
         raise RuntimeError("nobody listens")
 
-    pair = [scheduler.submit(alone.start(request), stop, None, hear) for hear in (deaf, None)]
+    pair = [scheduler.submit(alone.start(request), stop, None, on_token) for on_token in (deaf, None)]
     with pytest.raises(RuntimeError, match="nobody listens"):
         pair[0].result(30)
     assert pair[1].result(30).value == alone.answer(request)

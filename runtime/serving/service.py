@@ -1,7 +1,7 @@
-"""Many requests at once on one model: asyncio, bounded, batched, timed.
+"""Asynchronous requests to an :class:`~..model.InternVL`: bounded, batched, timed.
 
-Each request is admitted (:mod:`.admission`), read on a pool of threads, and joins a batch of its kind
-(:mod:`.batching`); captions are decoded on from there (:mod:`.scheduler`).
+Each request is admitted (:mod:`.admission`), its image is read on a pool of threads, and it joins a batch of
+its kind (:mod:`.batching`); captions then join the batch that is decoded step by step (:mod:`.scheduler`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..inputs.images import ImageInput
-from ..inputs.preprocess import CAPTION_PROMPT, Pieces, ResizeMode
-from ..sampling import Sampling, StopCriteria, check_search
-from . import captions, matching
-from .admission import Admission, Answer, Clock, ServiceLimits
-from .batching import Batcher, Ran
-from .image_batches import Floats, Images
-from .matching import Ranking
-from .scheduler import Hear, Scheduler
+from ...inputs.images import ImageInput
+from ...inputs.preprocess import CAPTION_PROMPT, Pieces, ResizeMode
+from ...sampling import Sampling, StopCriteria, check_search
+from .. import captions, matching
+from ..image_batches import Floats, Images
+from ..matching import Ranking
+from .admission import Admission, Clock, Response, ServiceLimits
+from .batching import Batcher, BatchResult
+from .scheduler import OnToken, Scheduler
 
 if TYPE_CHECKING:
-    from .model import InternVL, Mode
+    from ..model import InternVL, Mode
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,7 +41,7 @@ class Service:
 
     def __init__(self, model: InternVL, limits: ServiceLimits | None = None) -> None:
         self.model, self.limits = model, limits or ServiceLimits()
-        self._admission = Admission(self.limits, self.model.components.rest)
+        self._admission = Admission(self.limits, self.model.components.release_memory)
         self.counts = self._admission.counts
         self._readers = ThreadPoolExecutor(os.cpu_count() or 1, "ivl-reader")
         self._images = self._batcher(self._run_images)
@@ -56,7 +56,7 @@ class Service:
         mode: Mode = "InternVL-C",
         resize: ResizeMode | None = None,
         timeout: float | None = None,
-    ) -> Answer[Floats]:
+    ) -> Response[Floats]:
         """The embedding [E] of one image; see :meth:`InternVL.encode_image`.
 
         Raises:
@@ -67,7 +67,7 @@ class Service:
             self._images, lambda: (mode, self.model.pixel_values([image], resize)[0]), timeout
         )
 
-    async def encode_text(self, text: str, timeout: float | None = None) -> Answer[Floats]:
+    async def encode_text(self, text: str, timeout: float | None = None) -> Response[Floats]:
         """The embedding [E] of one text; errors as :meth:`encode_image`."""
         return await self._request(self._texts, lambda: text, timeout)
 
@@ -78,14 +78,14 @@ class Service:
         mode: Mode = "InternVL-C",
         resize: ResizeMode | None = "center_crop",
         timeout: float | None = None,
-    ) -> Answer[Floats]:
+    ) -> Response[Floats]:
         """Probabilities [L] of ``classes``, which :meth:`InternVL.class_embeddings` made."""
-        from .zero_shot import probabilities
+        from ..zero_shot import probabilities
 
         answer = await self.encode_image(image, mode, resize, timeout)
         scale = self.model.bundle.manifest.model.logit_scale
-        found = probabilities(answer.value[None], classes, scale)[0]
-        return Answer(found, answer.timings, answer.batch)
+        shares = probabilities(answer.value[None], classes, scale)[0]
+        return Response(shares, answer.timings, answer.batch)
 
     async def match(
         self,
@@ -93,7 +93,7 @@ class Service:
         text: str,
         resize: ResizeMode | None = "square",
         timeout: float | None = None,
-    ) -> Answer[float]:
+    ) -> Response[float]:
         """The probability that ``text`` describes ``image``; see :meth:`InternVL.match`.
 
         Raises:
@@ -101,7 +101,7 @@ class Service:
             CapabilityError: the bundle has no ``qllama_itm``.
         """
         answer = await self._matched(text, [image], resize, timeout)
-        return Answer(float(matching.probability(answer.value)[0]), answer.timings, answer.batch)
+        return Response(float(matching.probability(answer.value)[0]), answer.timings, answer.batch)
 
     async def rerank(
         self,
@@ -110,7 +110,7 @@ class Service:
         ranking: Ranking,
         resize: ResizeMode | None = "square",
         timeout: float | None = None,
-    ) -> Answer[Ranking]:
+    ) -> Response[Ranking]:
         """``ranking`` (one row) of ``query`` in the order of both heads; see :meth:`InternVL.rerank`.
 
         One request, in one batch; the pixels of all images that it names are held until it is done.
@@ -122,12 +122,12 @@ class Service:
         order = matching.checked(ranking, 1, len(images))[0]
         shown = matching.chosen(images, order[order >= 0])
         answer = await self._matched(query, shown, resize, timeout)
-        found = matching.rescored(self.model, ranking, answer.value)
-        return Answer(found, answer.timings, answer.batch)
+        ranked = matching.rescored(self.model, ranking, answer.value)
+        return Response(ranked, answer.timings, answer.batch)
 
     async def _matched(
         self, text: str, images: Images, resize: ResizeMode | None, timeout: float | None
-    ) -> Answer[NDArray[np.float64]]:
+    ) -> Response[NDArray[np.float64]]:
         """The log odds [K] that ``text`` describes each of ``images``."""
         matching.check_matching(self.model)
         return await self._request(
@@ -144,18 +144,18 @@ class Service:
         resize: ResizeMode | None = "square",
         timeout: float | None = None,
         sampling: Sampling | None = None,
-    ) -> Answer[str]:
+    ) -> Response[str]:
         """The caption of one image.
 
         It is decoded together with whichever others are on their way, each with settings of its own, in a
-        batch that is made anew for every token. Beams wait for a batch of requests with equal settings.
+        batch that is formed anew for every token. Beams wait for a batch of requests with equal settings.
         """
         stop = captions.stop_criteria(self.model, max_new_tokens, min_new_tokens)
         check_search(stop, num_beams, sampling)
         if num_beams == 1:
-            found = await self._tokens(image, prompt, stop, resize, timeout, sampling)
-            caption = self.model.tokenizer.decode(found.value).strip()
-            return Answer(caption, found.timings, found.batch)
+            decoded = await self._tokens(image, prompt, stop, resize, timeout, sampling)
+            caption = self.model.tokenizer.decode(decoded.value).strip()
+            return Response(caption, decoded.timings, decoded.batch)
         key = (num_beams, max_new_tokens, min_new_tokens)
         return await self._request(
             self._beams, lambda: (key, prompt, self.model.pixel_values([image], resize)[0]), timeout
@@ -171,23 +171,23 @@ class Service:
         timeout: float | None = None,
         sampling: Sampling | None = None,
     ) -> AsyncGenerator[str, None]:
-        """The caption of one image in pieces, as they are found; whoever stops listening frees its place.
+        """The caption of one image in pieces, as they are decoded; closing the generator gives up its place.
 
         ``timeout`` is for the whole caption.
         """
         stop = captions.stop_criteria(self.model, max_new_tokens, min_new_tokens)
         check_search(stop, 1, sampling)
         loop, pieces = asyncio.get_running_loop(), Pieces(self.model.tokenizer)
-        heard: asyncio.Queue[int | None] = asyncio.Queue()
+        tokens: asyncio.Queue[int | None] = asyncio.Queue()
 
-        def hear(token: int) -> None:  # by the scheduler's thread
-            loop.call_soon_threadsafe(heard.put_nowait, token)
+        def on_token(token: int) -> None:  # by the scheduler's thread
+            loop.call_soon_threadsafe(tokens.put_nowait, token)
 
-        request = self._tokens(image, prompt, stop, resize, timeout, sampling, hear)
+        request = self._tokens(image, prompt, stop, resize, timeout, sampling, on_token)
         task = asyncio.create_task(request)
-        task.add_done_callback(lambda _: heard.put_nowait(None))
+        task.add_done_callback(lambda _: tokens.put_nowait(None))
         try:
-            while (token := await heard.get()) is not None:
+            while (token := await tokens.get()) is not None:
                 if piece := pieces.add(token):
                     yield piece
             await task
@@ -202,14 +202,14 @@ class Service:
         resize: ResizeMode | None,
         timeout: float | None,
         sampling: Sampling | None,
-        hear: Hear | None = None,
-    ) -> Answer[list[int]]:
+        on_token: OnToken | None = None,
+    ) -> Response[list[int]]:
         scheduler = self._scheduler  # made here if it is not there: by one thread
         return await self._request(
             self._starts,
             lambda: (self.model.pixel_values([image], resize)[0], prompt),
             timeout,
-            lambda started: scheduler.submit(started, stop, sampling, hear),
+            lambda started: scheduler.submit(started, stop, sampling, on_token),
         )
 
     @cached_property
@@ -230,20 +230,20 @@ class Service:
         batcher: Batcher[Any, T],
         read: Callable[[], Any],
         timeout: float | None,
-        then: Callable[[T], Future[Ran[R]]] | None = None,
-    ) -> Answer[Any]:
-        """What ``batcher`` makes of what ``read`` gives, or what ``then`` makes of that."""
+        then: Callable[[T], Future[BatchResult[R]]] | None = None,
+    ) -> Response[Any]:
+        """The result of ``batcher`` for the item that ``read`` returns; ``then`` goes on from that result."""
 
-        async def run(clock: Clock) -> Ran[Any]:
+        async def run(clock: Clock) -> BatchResult[Any]:
             with batcher.coming():
                 item = await asyncio.get_running_loop().run_in_executor(self._readers, read)
                 clock.mark("read")  # before its batch can begin
                 submitted = batcher.submit(item)
-            ran = await asyncio.wrap_future(submitted)
+            result = await asyncio.wrap_future(submitted)
             if then is None:
-                return ran
-            last = await asyncio.wrap_future(then(ran.value))
-            return replace(last, waited=ran.waited + last.waited, seconds=ran.seconds + last.seconds)
+                return result
+            last = await asyncio.wrap_future(then(result.value))
+            return replace(last, waited=result.waited + last.waited, seconds=result.seconds + last.seconds)
 
         return await self._admission.request(run, timeout)
 
@@ -283,7 +283,7 @@ def _grouped(items: Sequence[tuple[Any, Any]], run: Callable[[Any, list[Any]], l
     where: dict[Any, list[int]] = {}
     for i, (key, _) in enumerate(items):
         where.setdefault(key, []).append(i)
-    made: dict[int, R] = {}
+    results: dict[int, R] = {}
     for key, places in where.items():
-        made.update(zip(places, run(key, [items[i][1] for i in places]), strict=True))
-    return [made[i] for i in range(len(items))]
+        results.update(zip(places, run(key, [items[i][1] for i in places]), strict=True))
+    return [results[i] for i in range(len(items))]

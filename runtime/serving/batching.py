@@ -1,4 +1,4 @@
-"""Single requests run in batches: one worker thread, a wait for who is coming, a place freed when cancelled.
+"""Dynamic batching: single requests are queued and run together on one worker thread.
 
 A request is a future. Cancelling it while it waits takes it out of the queue at once; once its batch has
 begun, only its result is dropped.
@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from ..errors import UsageError
+from ...errors import UsageError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Ran(Generic[R]):
-    """A request's result and how it came: seconds in the queue, seconds of its batch, and that one's size."""
+class BatchResult(Generic[R]):
+    """The result of one request, its seconds in the queue, the seconds of its batch, and the batch's size."""
 
     value: R
     waited: float
@@ -34,7 +34,7 @@ class Ran(Generic[R]):
 @dataclass(eq=False)
 class _Request(Generic[T, R]):
     item: T
-    future: Future[Ran[R]] = field(default_factory=Future)
+    future: Future[BatchResult[R]] = field(default_factory=Future)
     arrived: float = field(default_factory=time.perf_counter)
 
 
@@ -79,7 +79,7 @@ class Batcher(Generic[T, R]):
                 self._coming -= 1
                 self._changed.notify_all()
 
-    def submit(self, item: T) -> Future[Ran[R]]:
+    def submit(self, item: T) -> Future[BatchResult[R]]:
         """Queue ``item``; cancel the future to take it out again. UsageError once closed."""
         request: _Request[T, R] = _Request(item)
         with self._changed:
@@ -134,7 +134,7 @@ class Batcher(Generic[T, R]):
             return False
         seconds = time.perf_counter() - began
         for request, value in zip(batch, values, strict=True):
-            request.future.set_result(Ran(value, began - request.arrived, seconds, len(batch)))
+            request.future.set_result(BatchResult(value, began - request.arrived, seconds, len(batch)))
         return True
 
     def _next(self) -> list[_Request[T, R]] | None:

@@ -1,7 +1,7 @@
-"""Who may come in: requests bounded in number and time, counted and timed.
+"""Admission control: limits concurrent and queued requests, and the time of each; counts and times them.
 
-A request that is cancelled or out of time leaves its place at once. One beyond the limits is refused, so that
-memory stays bounded and the caller hears it soon.
+A request that is cancelled or out of time gives up its place at once. One beyond the limits is refused
+immediately, so that memory stays bounded.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from ..errors import BusyError, UsageError
-from .batching import Ran
+from ...errors import BusyError, UsageError
+from .batching import BatchResult
 
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """What a service takes on.
+    """Limits of a service.
 
     Args:
-        running: requests admitted at a time: being read, waiting for a batch, or in one.
-        waiting: requests that may wait to be admitted; one more is refused.
+        max_running: requests admitted at a time: being read, waiting for a batch, or in one.
+        max_queued: requests that may wait to be admitted; one more is refused.
         timeout: seconds for a request from its call to its result, where it gives none itself.
         max_batch: rows in a batch, and captions decoded at a time; None: what the engines were tuned for.
         max_delay: seconds that the first request of a batch waits for others that are being read; None: 20 ms
             where they are read on the cores that run batches, else 2 ms.
-        rest: seconds without a request after which memory is handed back to the system; the next one takes
-            it again, page by page. ``math.inf``: never.
+        idle_seconds: without a request for so long, memory is handed back to the system; the next request
+            takes it again, page by page. ``math.inf``: never.
     """
 
-    running: int = 64
-    waiting: int = 256
+    max_running: int = 64
+    max_queued: int = 256
     timeout: float = 30.0
     max_batch: int | None = None
     max_delay: float | None = None
-    rest: float = 10.0
+    idle_seconds: float = 10.0
 
 
 @dataclass(frozen=True)
-class Answer(Generic[R]):
+class Response(Generic[R]):
     """A result, how long each stage took, and how many requests shared its batch.
 
     ``timings`` are seconds: ``admit``, ``read`` (image or text), ``queue``, ``run``, and ``total``.
@@ -70,35 +70,37 @@ class Counts:
 
 @dataclass
 class Clock:
-    """How long the stages of a request took, one after another."""
+    """Seconds of the stages of one request, one after another."""
 
     began: float = field(default_factory=time.perf_counter)
     stages: dict[str, float] = field(default_factory=dict)
 
     def mark(self, stage: str) -> None:
-        """``stage`` is over now."""
+        """End ``stage`` now."""
         self.stages[stage] = time.perf_counter() - self.began - sum(self.stages.values())
 
 
 class Admission:
-    """The door of a service, for one event loop at a time.
+    """The admission of one service, for one event loop at a time.
 
     Args:
         limits: see there.
-        rest: called on a thread when nobody has been inside for ``limits.rest`` seconds.
+        release_memory: called on a thread after ``limits.idle_seconds`` seconds without a request.
     """
 
-    def __init__(self, limits: ServiceLimits, rest: Callable[[], None]) -> None:
-        self.limits, self.counts, self._rest = limits, Counts(), rest
+    def __init__(self, limits: ServiceLimits, release_memory: Callable[[], None]) -> None:
+        self.limits, self.counts, self._release_memory = limits, Counts(), release_memory
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._resting: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._closed = False
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Admit nothing any more."""
         self._closed = True
 
-    async def request(self, run: Callable[[Clock], Awaitable[Ran[R]]], timeout: float | None) -> Answer[R]:
+    async def request(
+        self, run: Callable[[Clock], Awaitable[BatchResult[R]]], timeout: float | None
+    ) -> Response[R]:
         """The result of ``run``, once it has a place; BusyError if there is none, or no time left.
 
         UsageError once closed.
@@ -107,13 +109,13 @@ class Admission:
             raise UsageError("This model was closed.", fix="Load it again.")
         clock, seconds = Clock(), self.limits.timeout if timeout is None else timeout
 
-        async def admitted() -> Ran[R]:
+        async def admitted() -> BatchResult[R]:
             async with self._place():
                 clock.mark("admit")
                 return await run(clock)
 
         try:
-            ran = await asyncio.wait_for(admitted(), seconds)
+            result = await asyncio.wait_for(admitted(), seconds)
         except (asyncio.TimeoutError, TimeoutError) as error:
             self.counts.expired += 1
             raise BusyError(
@@ -131,23 +133,27 @@ class Admission:
             self.counts.failed += 1
             raise
         self.counts.done += 1
-        clock.stages |= {"queue": ran.waited, "run": ran.seconds, "total": time.perf_counter() - clock.began}
-        return Answer(ran.value, clock.stages, ran.batch)
+        clock.stages |= {
+            "queue": result.waited,
+            "run": result.seconds,
+            "total": time.perf_counter() - clock.began,
+        }
+        return Response(result.value, clock.stages, result.batch)
 
     @asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
         """One of the places of running requests; BusyError where too many wait for one."""
         if (loop := asyncio.get_running_loop()) is not self._loop:  # the former one has ended
-            self._loop, self._places = loop, asyncio.Semaphore(self.limits.running)
-        if self._places.locked() and self.counts.waiting >= self.limits.waiting:
+            self._loop, self._places = loop, asyncio.Semaphore(self.limits.max_running)
+        if self._places.locked() and self.counts.waiting >= self.limits.max_queued:
             raise BusyError(
                 "This service takes no more requests now.",
                 f"{self.counts.running} are running and {self.counts.waiting} wait.",
                 "Ask again later.",
             )
         self.counts.waiting += 1
-        if self._resting is not None:
-            self._resting.cancel()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         try:
             await self._places.acquire()
         finally:
@@ -158,5 +164,11 @@ class Admission:
         finally:
             self.counts.running -= 1
             self._places.release()
-            if not self.counts.running and not self.counts.waiting and math.isfinite(self.limits.rest):
-                self._resting = loop.call_later(self.limits.rest, loop.run_in_executor, None, self._rest)
+            if (
+                not self.counts.running
+                and not self.counts.waiting
+                and math.isfinite(self.limits.idle_seconds)
+            ):
+                self._idle_timer = loop.call_later(
+                    self.limits.idle_seconds, loop.run_in_executor, None, self._release_memory
+                )

@@ -1,8 +1,13 @@
-"""Sequences decoded together as they come and go: continuous batching.
+"""Continuous batching: sequences join and leave a running batch between two decoding steps.
 
-A batch is made anew for every token (iteration-level scheduling: Orca, OSDI 2022, section 3.1): a sequence
-joins before the next step once its prompt was read elsewhere, and leaves its slot with its last token, or
-when it is cancelled. Each has settings of its own, and gives the tokens it would give alone.
+The batch is formed anew for every token (iteration-level scheduling: Orca, OSDI 2022, section 3.1): a
+sequence joins before the next step once its prompt was prefilled elsewhere, and leaves its slot with its last
+token, or when it is cancelled. Each has settings of its own, and gives the tokens it would give alone::
+
+    step     1   2   3   4   5   6   7
+    slot 0   a   a   a   d   d   d   d     a ends at step 3, d waited and takes its slot
+    slot 1   b   b   b   b   b   -   -     b ends at step 5, nobody waits
+    slot 2   -   c   c   c   c   c   -     c arrives during step 1; from step 7 on one row is computed
 """
 
 from __future__ import annotations
@@ -18,46 +23,46 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.spec import ComponentSpec
-from ..errors import InputError, UsageError
-from ..sampling import Ids, Sampling, StopCriteria, TokenSampler
-from .batching import Ran
-from .kv_cache import BatchedKVCache
+from ...bundle.spec import ComponentSpec
+from ...errors import InputError, UsageError
+from ...sampling import Ids, Sampling, StopCriteria, TokenSampler
+from ..kv_cache import BatchedKVCache
+from .batching import BatchResult
 
-Hear = Callable[[int], None]
-"""Is told each token of a sequence when it is chosen, by the scheduler's thread."""
-Leave = Callable[[Sequence[int], Any], None]
-"""Is told, by that thread, tokens of a sequence that leaves its slot, finished or cancelled: all that were
-read, with their keys and values [2, layers, heads, n, head_dim]."""
+OnToken = Callable[[int], None]
+"""Called with each token of a sequence when it is chosen, on the scheduler's thread."""
+OnLeave = Callable[[Sequence[int], Any], None]
+"""Called on that thread when a sequence leaves its slot, finished or cancelled: with its tokens that went
+through the engine, and their keys and values [2, layers, heads, n, head_dim]."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """A prompt that was read: keys and values [2, layers, heads, n, head_dim], and the logits [V] after.
+    """A prefilled prompt: keys and values [2, layers, heads, n, head_dim], and the logits [V] after it.
 
-    Both are arrays, or tensors on the engine's device. ``leave`` is for whoever wants the answer's, too.
+    Both are arrays, or tensors on the engine's device. ``leave`` gets those of the answer, too.
     """
 
     held: Any
     logits: Any
-    leave: Leave | None = None
+    leave: OnLeave | None = None
 
 
 @dataclass(eq=False)
 class _Sequence:
     sampler: TokenSampler
-    hear: Hear | None
-    leave: Leave | None
+    on_token: OnToken | None
+    leave: OnLeave | None
     prompt: int  # its positions
-    future: Future[Ran[list[int]]] = field(default_factory=Future)
+    future: Future[BatchResult[list[int]]] = field(default_factory=Future)
     tokens: list[int] = field(default_factory=list)
     arrived: float = field(default_factory=time.perf_counter)
     began: float = 0.0
-    company: int = 1
+    shared_with: int = 1
 
 
 class Scheduler:
-    """One thread that decodes up to ``slots`` sequences at once; see the module. Close it when done.
+    """One thread that decodes up to ``slots`` sequences together; see the module. Close it when done.
 
     Args:
         run: the step engine, ``qllama_step`` or ``decoder``.
@@ -91,8 +96,12 @@ class Scheduler:
         return len(self._waiting) + len(self._running)
 
     def submit(
-        self, started: Started, stop: StopCriteria, sampling: Sampling | None = None, hear: Hear | None = None
-    ) -> Future[Ran[list[int]]]:
+        self,
+        started: Started,
+        stop: StopCriteria,
+        sampling: Sampling | None = None,
+        on_token: OnToken | None = None,
+    ) -> Future[BatchResult[list[int]]]:
         """The tokens that follow ``started``, EOS among them if it came. Cancel the future to free the slot.
 
         Raises:
@@ -107,7 +116,7 @@ class Scheduler:
                 f"They need a past of {longest} positions; the engine was built for {past}.",
                 "Ask for fewer new tokens, or rebuild with a larger range.",
             )
-        sequence = _Sequence(TokenSampler(stop, sampling), hear, started.leave, prompt)
+        sequence = _Sequence(TokenSampler(stop, sampling), on_token, started.leave, prompt)
         with self._changed:
             if self._closed:
                 raise UsageError("This model was closed.", fix="Load it again.")
@@ -140,7 +149,7 @@ class Scheduler:
                     self._leave(slot, error)
 
     def _wait(self) -> bool:
-        """Until there is something to decode. False: the scheduler was closed, and there is nothing."""
+        """Block until there is something to decode. False: the scheduler was closed, and there is nothing."""
         with self._changed:
             while not self._waiting and not self._running:
                 if self._closed:
@@ -156,7 +165,7 @@ class Scheduler:
             self._leave(slot)
 
     def _admit(self) -> None:
-        """Give free slots to those who wait, in the order they came, and choose their first tokens."""
+        """Give free slots to waiting sequences in their order, and choose their first tokens."""
         while len(self._running) < len(self._cache.lengths):
             with self._changed:
                 if not self._waiting:
@@ -174,19 +183,19 @@ class Scheduler:
         tokens = np.zeros((self._cache.rows, 1), np.int64)
         for slot, sequence in self._running.items():
             tokens[slot] = sequence.tokens[-1]
-            sequence.company = max(sequence.company, len(self._running))
-        made = self._run({**self._inputs(tokens), **self._cache.feeds()})
-        self._cache.append(made)
+            sequence.shared_with = max(sequence.shared_with, len(self._running))
+        outputs = self._run({**self._inputs(tokens), **self._cache.feeds()})
+        self._cache.append(outputs)
         for slot in list(self._running):
-            self._choose(slot, made["logits"][slot])
+            self._choose(slot, outputs["logits"][slot])
 
     def _choose(self, slot: int, logits: Any) -> None:
         sequence = self._running[slot]
         try:
             sequence.tokens.append(sequence.sampler.choose(logits))
-            if sequence.hear is not None:
-                sequence.hear(sequence.tokens[-1])
-        except Exception as error:  # nobody hears it any more, for one
+            if sequence.on_token is not None:
+                sequence.on_token(sequence.tokens[-1])
+        except Exception as error:  # its callback fails, for one
             self._leave(slot, error)
         else:
             if sequence.sampler.done or sequence.future.cancelled():
@@ -206,4 +215,4 @@ class Scheduler:
             sequence.future.set_exception(error)
             return
         waited, seconds = sequence.began - sequence.arrived, time.perf_counter() - sequence.began
-        sequence.future.set_result(Ran(sequence.tokens, waited, seconds, sequence.company))
+        sequence.future.set_result(BatchResult(sequence.tokens, waited, seconds, sequence.shared_with))

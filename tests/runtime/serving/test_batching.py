@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_export.errors import UsageError
-from ivl_export.runtime.batching import Batcher, Ran
+from ivl_export.runtime.serving.batching import Batcher, BatchResult
 
 
 class Gate:
@@ -33,7 +33,7 @@ class Gate:
         return [2 * item for item in items]
 
 
-def values(futures: Sequence[Future[Ran[int]]]) -> list[int]:
+def values(futures: Sequence[Future[BatchResult[int]]]) -> list[int]:
     return [future.result(30).value for future in futures]
 
 

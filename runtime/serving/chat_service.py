@@ -1,7 +1,7 @@
-"""Many conversations at once on one model: asyncio, bounded, decoded together, timed.
+"""Asynchronous questions to an :class:`~..chat.InternVLChat`: bounded, decoded together, timed.
 
-Each question is admitted (:mod:`.admission`), its prompt is read on a pool of threads, as far as nobody has
-read it before (:mod:`.kv_cache`), and its answer is decoded together with those of other conversations
+Each question is admitted (:mod:`.admission`), the part of its prompt that no cache holds (:mod:`..kv_cache`)
+is prefilled on a pool of threads, and its answer is decoded together with those of other conversations
 (:mod:`.scheduler`).
 """
 
@@ -15,16 +15,16 @@ from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..inputs.chat_template import SYSTEM, Turn
-from ..inputs.preprocess import Pieces
-from ..sampling import Ids, Sampling, StopCriteria
-from .admission import Admission, Answer, Clock, ServiceLimits
-from .batching import Ran
-from .image_batches import Images
-from .scheduler import Hear, Scheduler
+from ...inputs.chat_template import SYSTEM, Turn
+from ...inputs.preprocess import Pieces
+from ...sampling import Ids, Sampling, StopCriteria
+from ..image_batches import Images
+from .admission import Admission, Clock, Response, ServiceLimits
+from .batching import BatchResult
+from .scheduler import OnToken, Scheduler
 
 if TYPE_CHECKING:
-    from .chat import Chat, InternVLChat
+    from ..chat import Chat, InternVLChat
 
 
 class ChatService:
@@ -36,7 +36,7 @@ class ChatService:
 
     def __init__(self, model: InternVLChat, limits: ServiceLimits | None = None) -> None:
         self.model, self.limits = model, limits or ServiceLimits()
-        self._admission = Admission(self.limits, self.model.components.rest)
+        self._admission = Admission(self.limits, self.model.components.release_memory)
         self.counts = self._admission.counts
         self._readers = ThreadPoolExecutor(os.cpu_count() or 1, "ivl-reader")
 
@@ -47,17 +47,17 @@ class ChatService:
         system: str = SYSTEM,
         timeout: float | None = None,
     ) -> Chat:
-        """As :meth:`.chat.InternVLChat.chat`, the images read and encoded on another thread.
+        """As :meth:`..chat.InternVLChat.chat`, the images read and encoded on another thread.
 
         Raises:
             BusyError: too many requests wait, or it was not done in ``timeout`` seconds.
             InputError: as there.
         """
 
-        async def run(clock: Clock) -> Ran[Chat]:
-            made = await self._read(self.model.chat, images, history, system)
+        async def run(clock: Clock) -> BatchResult[Chat]:
+            chat = await self._read(self.model.chat, images, history, system)
             clock.mark("read")
-            return Ran(made, 0.0, 0.0, 1)
+            return BatchResult(chat, 0.0, 0.0, 1)
 
         return (await self._admission.request(run, timeout)).value
 
@@ -69,21 +69,21 @@ class ChatService:
         sampling: Sampling | None = None,
         min_new_tokens: int = 0,
         timeout: float | None = None,
-    ) -> Answer[str]:
+    ) -> Response[str]:
         """The answer to ``question``; a conversation whose question fails stays as it was.
 
         Raises:
             BusyError: too many requests wait, or it was not done in ``timeout`` seconds.
-            InputError, UsageError: as :meth:`.chat.Chat.stream`.
+            InputError, UsageError: as :meth:`..chat.Chat.stream`.
         """
         stop = chat.stop_criteria(max_new_tokens, min_new_tokens)
-        with chat.alone():
+        with chat.exclusive():
             turn, ids = chat.prompt(question)
-            found = await self._tokens(chat, ids, stop, sampling, timeout)
-            said = [token for token in found.value if token != stop.eos]
+            decoded = await self._tokens(chat, ids, stop, sampling, timeout)
+            said = [token for token in decoded.value if token != stop.eos]
             text = self.model.tokenizer.decode(said).strip()
             chat.said(turn, text)
-        return Answer(text, found.timings, found.batch)
+        return Response(text, decoded.timings, decoded.batch)
 
     async def stream(
         self,
@@ -94,24 +94,24 @@ class ChatService:
         min_new_tokens: int = 0,
         timeout: float | None = None,
     ) -> AsyncGenerator[str, None]:
-        """The answer in pieces, as they are found; errors as :meth:`ask`, ``timeout`` is for all of it.
+        """The answer in pieces, as they are decoded; errors as :meth:`ask`, ``timeout`` is for all of it.
 
-        Whoever stops listening (``aclose``) frees its place, and the conversation keeps what was heard.
+        Closing the generator gives up its place; the conversation keeps the pieces it gave.
         """
         stop, text = chat.stop_criteria(max_new_tokens, min_new_tokens), ""
         pieces = Pieces(self.model.tokenizer)
         loop = asyncio.get_running_loop()
-        heard: asyncio.Queue[int | None] = asyncio.Queue()
+        tokens: asyncio.Queue[int | None] = asyncio.Queue()
 
-        def hear(token: int) -> None:  # by the scheduler's thread
-            loop.call_soon_threadsafe(heard.put_nowait, token)
+        def on_token(token: int) -> None:  # by the scheduler's thread
+            loop.call_soon_threadsafe(tokens.put_nowait, token)
 
-        with chat.alone():
+        with chat.exclusive():
             turn, ids = chat.prompt(question)
-            task = asyncio.create_task(self._tokens(chat, ids, stop, sampling, timeout, hear))
-            task.add_done_callback(lambda _: heard.put_nowait(None))
+            task = asyncio.create_task(self._tokens(chat, ids, stop, sampling, timeout, on_token))
+            task.add_done_callback(lambda _: tokens.put_nowait(None))
             try:
-                while (token := await heard.get()) is not None:
+                while (token := await tokens.get()) is not None:
                     if token != stop.eos and (piece := pieces.add(token)):
                         text += piece
                         yield piece
@@ -137,17 +137,17 @@ class ChatService:
         stop: StopCriteria,
         sampling: Sampling | None,
         timeout: float | None,
-        hear: Hear | None = None,
-    ) -> Answer[list[int]]:
+        on_token: OnToken | None = None,
+    ) -> Response[list[int]]:
         scheduler = self._scheduler
 
-        async def run(clock: Clock) -> Ran[list[int]]:
+        async def run(clock: Clock) -> BatchResult[list[int]]:
             started = await self._read(chat.cache.started, ids, stop)
             clock.mark("read")
-            ran = await asyncio.wrap_future(scheduler.submit(started, stop, sampling, hear))
+            result = await asyncio.wrap_future(scheduler.submit(started, stop, sampling, on_token))
             with suppress(RuntimeError):  # closed meanwhile; the next prompt does it
                 self._readers.submit(chat.cache.settle)  # nobody waits for it
-            return ran
+            return result
 
         return await self._admission.request(run, timeout)
 

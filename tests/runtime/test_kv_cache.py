@@ -110,8 +110,8 @@ def test_any_use_keeps_its_promises(limit: int, steps: list[tuple[str, str]]) ->
             assert len(store.find(keys(name))) == min(len(name), limit), "what was just put in is there"
         else:
             check(store.find(keys(name)), name)
-        held = {key: kept for key, kept in store._kept.items() if isinstance(key, tuple)}
-        assert store.nbytes == sum(kept.nbytes for kept in store._kept.values()) <= store.limit
+        held = {key: kept for key, kept in store._entries.items() if isinstance(key, tuple)}
+        assert store.nbytes == sum(kept.nbytes for kept in store._entries.values()) <= store.limit
         reached = {kept.number for kept in held.values()} | {-1}
         assert all(parent in reached for parent, _ in held), "no block without the blocks before it"
 

@@ -239,7 +239,7 @@ def test_what_fails_leaves_the_conversation_as_it_was(
 
 
 def test_no_more_than_the_limits_say(model: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = ChatService(model, ServiceLimits(running=1, waiting=1, max_batch=1))
+    service = ChatService(model, ServiceLimits(max_running=1, max_queued=1, max_batch=1))
     gate = threading.Event()
 
     async def crowd() -> None:

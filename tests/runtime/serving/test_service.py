@@ -15,8 +15,8 @@ import pytest
 
 from ivl_export.errors import BusyError, InputError, UsageError
 from ivl_export.runtime import InternVL, Ranking, Service, ServiceLimits
-from ivl_export.runtime.admission import Admission, Clock
-from ivl_export.runtime.batching import Ran
+from ivl_export.runtime.serving.admission import Admission, Clock
+from ivl_export.runtime.serving.batching import BatchResult
 from ivl_export.sampling import Sampling
 
 TEXTS = ["a small red circle", "two large blue stars", "a ring", "a green square left of a ring"]
@@ -152,7 +152,7 @@ def test_a_match_that_cannot_be_made_fails_alone(model: InternVL) -> None:
 
 
 def test_a_match_that_is_cancelled_or_out_of_time_frees_its_place(model: InternVL) -> None:
-    service, go = Service(model, ServiceLimits(running=2, max_delay=0)), threading.Event()
+    service, go = Service(model, ServiceLimits(max_running=2, max_delay=0)), threading.Event()
     real, texts = service._pairs._run, list[str]()
 
     def slow(items: Any) -> Any:
@@ -197,7 +197,7 @@ def slow_service(model: InternVL, **limits: Any) -> tuple[Slow, Service]:
 
 
 def test_requests_beyond_the_limits_are_refused_and_the_others_served(model: InternVL) -> None:
-    slow, service = slow_service(model, running=2, waiting=1)
+    slow, service = slow_service(model, max_running=2, max_queued=1)
 
     async def ask() -> list[Any]:
         tasks = [asyncio.create_task(service.encode_text(text)) for text in TEXTS[:3]]
@@ -213,7 +213,7 @@ def test_requests_beyond_the_limits_are_refused_and_the_others_served(model: Int
 
 
 def test_a_request_out_of_time_or_cancelled_frees_its_place(model: InternVL) -> None:
-    slow, service = slow_service(model, running=2)
+    slow, service = slow_service(model, max_running=2)
 
     async def ask() -> None:
         first = asyncio.create_task(service.encode_text(TEXTS[0]))
@@ -342,7 +342,7 @@ def test_whoever_stops_listening_frees_the_slot(model: InternVL) -> None:
 
 
 def test_a_caption_out_of_time_frees_the_slot_and_a_full_service_refuses(model: InternVL) -> None:
-    service = Service(model, ServiceLimits(running=1, waiting=0))
+    service = Service(model, ServiceLimits(max_running=1, max_queued=0))
     model.requests  # noqa: B018 - open the engines first
     model.caption(pictures(1), "a")
 
@@ -387,11 +387,11 @@ def test_memory_is_handed_back_when_nobody_has_asked_for_a_while(model: InternVL
     rests: list[int] = []
 
     async def work() -> None:
-        admission = Admission(ServiceLimits(rest=0.1), lambda: rests.append(admission.counts.done))
+        admission = Admission(ServiceLimits(idle_seconds=0.1), lambda: rests.append(admission.counts.done))
 
-        async def answer(clock: Clock) -> Ran[int]:
+        async def answer(clock: Clock) -> BatchResult[int]:
             await asyncio.sleep(0.15)
-            return Ran(1, 0, 0, 1)
+            return BatchResult(1, 0, 0, 1)
 
         for _ in range(3):  # never idle for long enough
             await asyncio.gather(*(admission.request(answer, None) for _ in range(4)))
@@ -399,7 +399,7 @@ def test_memory_is_handed_back_when_nobody_has_asked_for_a_while(model: InternVL
         assert rests == []
         await asyncio.sleep(0.3)
         assert rests == [12], "once, after the last"
-        never = Admission(ServiceLimits(rest=math.inf), lambda: rests.append(-1))
+        never = Admission(ServiceLimits(idle_seconds=math.inf), lambda: rests.append(-1))
         await never.request(answer, None)
 
     asyncio.run(work())
