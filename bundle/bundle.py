@@ -7,7 +7,6 @@ files are reached only through the manifest.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import stat
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from ..errors import BuildError, CapabilityError, IntegrityError
-from ..files.atomic import flush
+from ..files.hashing import sha256_file
 from ..files.strict_json import read_json
+from ..files.write import flush
 from .manifest import MANIFEST, EngineFile, FileEntry, Manifest
 from .manifest_reading import manifest_from_json, read_manifest
 from .replace import restore, swap
@@ -66,7 +66,7 @@ class Bundle:
             size = file.stat().st_size
             if size != entry.size:
                 _refuse(self.root, rel, f"has {size} bytes, the manifest says {entry.size}")
-            if verify == "hash" and (digest := _sha256(file)) != entry.sha256:
+            if verify == "hash" and (digest := sha256_file(file)) != entry.sha256:
                 _refuse(self.root, rel, f"has sha256 {digest[:16]}…, the manifest says {entry.sha256[:16]}…")
             if progress is not None:
                 progress(rel, size)
@@ -162,7 +162,7 @@ def seal(staging: Path, manifest: Manifest, out: Path, progress: Progress | None
             if file.is_symlink() or not file.is_file():
                 raise BuildError(f"{rel} cannot go into a bundle.", "It is not a regular file.", "Copy it.")
             flush(file)
-            files[rel] = FileEntry(_sha256(file), file.stat().st_size)
+            files[rel] = FileEntry(sha256_file(file), file.stat().st_size)
             if progress is not None:
                 progress(rel, files[rel].size)
         sealed = manifest.with_files(files)
@@ -201,14 +201,6 @@ def _walk(root: Path) -> Iterator[Path]:
         names.sort()
         links = [n for n in names if (Path(folder) / n).is_symlink()]
         yield from (Path(folder) / n for n in sorted(files + links))
-
-
-def _sha256(file: Path) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with file.open("rb", buffering=0) as stream:
-        while size := stream.readinto(buffer):
-            digest.update(buffer[:size])
-    return digest.hexdigest()
 
 
 def _refuse(root: Path, rel: str, why: str) -> NoReturn:

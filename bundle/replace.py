@@ -12,11 +12,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..errors import BuildError
-from ..files.atomic import flush
+from ..files.locks import locked
+from ..files.write import flush
 from .manifest import MANIFEST
 
 
@@ -80,16 +81,8 @@ def _leftovers(out: Path) -> list[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on ``folder`` (none on systems without flock); a killed process lets go of it."""
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
+    """Hold the lock of ``folder``, if it can be opened: a bundle may be read where nothing may be locked."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(locked(folder))
         yield
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from ..inputs.preprocess import ImageSettings, Tokenizer
+from ..inputs.preprocess import ImageSettings
+from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.checkpoint import Checkpoint
 from ..quantization.quantize import dequantise, quantise
 from ..quantization.schemes import folded_layers
@@ -76,7 +77,7 @@ def awq_factors(
     schemes: Mapping[str, str],
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     folder: Path,
     *,
     base: str = "bf16",

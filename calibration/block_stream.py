@@ -18,7 +18,7 @@ import torch
 
 from ..bundle.spec import feature_name
 from ..inputs.preprocess import Array
-from ..models.chat_config import ChatConfig
+from ..models.config import ChatConfig
 from ..models.qllama import KeyValue
 from .activation_store import Spill
 from .forward_calls import Call, Samples

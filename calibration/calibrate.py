@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BuildError
-from ..files.atomic import atomic
-from ..inputs.preprocess import MAX_LENGTH, ImageSettings, Tokenizer
-from ..models.chat_config import ChatConfig
+from ..files.hashing import sha256_json
+from ..files.write import atomic
+from ..inputs.preprocess import ImageSettings
+from ..inputs.tokenizer import MAX_LENGTH, SentencePieceTokenizer
+from ..models.config import ChatConfig
 from ..quantization.algorithms import algorithm_name, depends_on_type
 from ..quantization.attention import core_attentions, operand_names
 from ..quantization.ranges import Scales
@@ -30,8 +32,8 @@ from .dataset import MAX_STEP, CalibrationSet
 from .observers import observers
 
 if TYPE_CHECKING:
-    from ..models.chat_config import Whole
     from ..models.checkpoint import Checkpoint
+    from ..models.config import Whole
     from .segments import Part
 
 STATE = "state.json"
@@ -121,7 +123,7 @@ def calibrate(
     components: Sequence[str],
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     *,
     batch_size: int = 8,
     algorithm: str = "max",
@@ -257,4 +259,4 @@ class _State:
 def _identity(*content: Any) -> str:
     import torch
 
-    return hashlib.sha256(json.dumps([torch.__version__, *content]).encode()).hexdigest()
+    return sha256_json([torch.__version__, *content])

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, Turn, encode
-from ..inputs.preprocess import Array, ImageSettings, Tokenizer
+from ..inputs.preprocess import Array, ImageSettings
+from ..inputs.tokenizer import SentencePieceTokenizer
 from .dataset import MAX_STEP, CalibrationSet, Sample
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Run:
         return int(self.ids.shape[1]) + (0 if self.cut is None else visual)
 
 
-def dialogue_of(sample: Sample, tokenizer: Tokenizer) -> Dialogue:
+def dialogue_of(sample: Sample, tokenizer: SentencePieceTokenizer) -> Dialogue:
     """A conversation about ``sample``, always the same: of its scene, or its caption as an answer."""
     turns = [Turn(QUESTION, sample.text, 1)]
     if not _is_file(sample):
@@ -85,7 +86,11 @@ def dialogue_of(sample: Sample, tokenizer: Tokenizer) -> Dialogue:
 
 
 def chat_batches(
-    chosen: CalibrationSet, settings: ImageSettings, tokenizer: Tokenizer, llama: QLlamaConfig, size: int
+    chosen: CalibrationSet,
+    settings: ImageSettings,
+    tokenizer: SentencePieceTokenizer,
+    llama: QLlamaConfig,
+    size: int,
 ) -> Iterator[ChatBatch]:
     """Preprocessed batches, one in memory at a time."""
     pixels = chosen.pixels(settings, size)
@@ -93,7 +98,9 @@ def chat_batches(
         yield ChatBatch(images, said, llama)
 
 
-def dialogues_of(chosen: CalibrationSet, tokenizer: Tokenizer, size: int) -> Iterator[tuple[Dialogue, ...]]:
+def dialogues_of(
+    chosen: CalibrationSet, tokenizer: SentencePieceTokenizer, size: int
+) -> Iterator[tuple[Dialogue, ...]]:
     """The dialogues of each batch; no image is read."""
     for start in range(0, len(chosen), size):
         yield tuple(dialogue_of(sample, tokenizer) for sample in chosen.samples[start : start + size])

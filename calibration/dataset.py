@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..errors import InputError
-from ..inputs.preprocess import CAPTION_PROMPT, Array, ImageSettings, Tokenizer, preprocess_images
+from ..inputs.preprocess import Array, ImageSettings, preprocess_images
+from ..inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer
 
 if TYPE_CHECKING:
     from ..synthetic.scenes import Scene
@@ -192,7 +193,7 @@ class CalibrationSet:
         """How many batches :meth:`batches` yields."""
         return -(-len(self) // batch_size)
 
-    def texts(self, tokenizer: Tokenizer, batch_size: int = 8) -> Iterator[Texts]:
+    def texts(self, tokenizer: SentencePieceTokenizer, batch_size: int = 8) -> Iterator[Texts]:
         """The texts of each batch; no image is read."""
         for part in self._parts(batch_size):
             texts = [sample.text for sample in part]
@@ -212,7 +213,9 @@ class CalibrationSet:
         if self.cache is not None:
             self.cache.trim()
 
-    def batches(self, settings: ImageSettings, tokenizer: Tokenizer, batch_size: int = 8) -> Iterator[Batch]:
+    def batches(
+        self, settings: ImageSettings, tokenizer: SentencePieceTokenizer, batch_size: int = 8
+    ) -> Iterator[Batch]:
         """Preprocessed batches, one in memory at a time."""
         pixels = self.pixels(settings, batch_size)
         for texts, images in zip(self.texts(tokenizer, batch_size), pixels, strict=True):

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import InputError, UsageError
-from ..inputs.preprocess import ImageSettings, Tokenizer
+from ..inputs.preprocess import ImageSettings
+from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.checkpoint import Checkpoint
 from ..quantization.schemes import folded_layers
 from .block_stream import Flow, visit
@@ -160,7 +161,7 @@ def watch_inputs(
     components: Sequence[str],
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     folder: Path,
     *,
     batch_size: int = 8,

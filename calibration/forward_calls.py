@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import CapabilityError
-from ..inputs.preprocess import Array, ImageSettings, Tokenizer
-from ..models.chat_config import ChatConfig
+from ..inputs.preprocess import Array, ImageSettings
+from ..inputs.tokenizer import SentencePieceTokenizer
+from ..models.config import ChatConfig
 from .chat import dialogues_of, runs
 from .chat import step_inputs as chat_inputs
 from .component_chain import Arrays, groups, step_inputs
@@ -21,8 +22,7 @@ from .dataset import CalibrationSet, Texts
 from .segments import ORDER, TOWERS
 
 if TYPE_CHECKING:
-    from ..models.chat_config import Whole
-    from ..models.config import InternVLConfig
+    from ..models.config import InternVLConfig, Whole
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Samples:
 def samples_of(
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     config: Whole,
     components: Sequence[str],
     batch_size: int,
@@ -97,7 +97,7 @@ def samples_of(
 def _chat_calls(
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     config: ChatConfig,
     components: Sequence[str],
     batch_size: int,
@@ -132,7 +132,7 @@ def _chat_calls(
 def _internvl_calls(
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     config: InternVLConfig,
     components: Sequence[str],
     batch_size: int,

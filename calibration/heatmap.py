@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CapabilityError
-from ..files.atomic import atomic
+from ..files.write import atomic
 from .sensitivity import Sensitivity
 
 _DPI = 150

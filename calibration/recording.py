@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..inputs.preprocess import ImageSettings, Tokenizer
-from ..models.chat_config import ChatConfig
+from ..inputs.preprocess import ImageSettings
+from ..inputs.tokenizer import SentencePieceTokenizer
+from ..models.config import ChatConfig
 from .calibrate import spilled_bytes
 from .chat import LONGEST, ChatBatch, chat_batches, empty_past, splice, visual_of
 from .component_chain import Arrays, Step
 from .dataset import MAX_STEP, Batch, CalibrationSet
 
 if TYPE_CHECKING:
-    from ..models.chat_config import Whole
     from ..models.checkpoint import Checkpoint
+    from ..models.config import Whole
     from .forward_calls import Call
 
 
@@ -61,7 +62,7 @@ class Recording:
         components: Sequence[str],
         chosen: CalibrationSet,
         settings: ImageSettings,
-        tokenizer: Tokenizer,
+        tokenizer: SentencePieceTokenizer,
         folder: Path,
         *,
         batch_size: int = 8,

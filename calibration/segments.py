@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..export.blocks import block_pattern
 from ..export.components import component_module
-from ..models.chat_config import ChatConfig, Whole
 from ..models.chat_vision import QueryTower
+from ..models.config import ChatConfig, Whole
 from ..models.generate import step_mask
 from ..models.layout import CHAT_TOWER, components_of
 from ..models.qllama import KeyValue, Visible, rotary_tables

@@ -20,8 +20,9 @@ import torch
 
 from ..errors import UsageError
 from ..export.blocks import block_prefix
-from ..files.atomic import atomic
-from ..inputs.preprocess import ImageSettings, Tokenizer
+from ..files.write import atomic
+from ..inputs.preprocess import ImageSettings
+from ..inputs.tokenizer import SentencePieceTokenizer
 from ..quantization.attention import FP8_ATTENTION, core_attentions, operand_names
 from ..quantization.quantize import dequantise, quantise
 from ..quantization.ranges import Scales
@@ -109,7 +110,7 @@ def measure(
     scales: Scales,
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     folder: Path,
     *,
     base: str = "bf16",

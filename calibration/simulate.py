@@ -17,7 +17,8 @@ import torch
 
 from ..export.components import component_spec
 from ..export.weight_store import open_store
-from ..inputs.preprocess import ImageSettings, Tokenizer
+from ..inputs.preprocess import ImageSettings
+from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.storage import open_reader
 from ..quantization.attention import attention_scales, core_attentions, fake_attention
 from ..quantization.quantize import LOWEST, activation_scale, dequantise, quantise_values, stored_names
@@ -76,7 +77,7 @@ def simulated_accuracy(
     quantised: Quantised,
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     folder: Path,
     *,
     batch_size: int = 8,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..inputs.preprocess import ImageSettings, Tokenizer
+from ..inputs.preprocess import ImageSettings
+from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.checkpoint import Checkpoint
 from .dataset import CalibrationSet
 from .folding import groups, watch_inputs
@@ -30,7 +31,7 @@ def channel_ranges(
     layers: Iterable[str],
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     folder: Path,
     *,
     batch_size: int = 8,

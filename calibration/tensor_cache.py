@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files.atomic import atomic
+from ..files.hashing import sha256_json
+from ..files.write import atomic
 from ..inputs.preprocess import Array, ImageSettings
 
 LIMIT = 4 << 30
@@ -36,7 +35,7 @@ class TensorCache:
         from PIL import __version__ as pillow
 
         parts = [digest, settings.to_json(), settings.size, pillow, np.__version__]
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        key = sha256_json(parts)
         path = self.folder / f"{key}.npy"
         shape = (1, 3, settings.size, settings.size)
         try:

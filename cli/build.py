@@ -140,7 +140,7 @@ def build(
     With nothing else it builds internvl-nano, the small model that ships with the package. What is there
     already is not made again: a build that was stopped goes on, a second one does nothing.
     """
-    from ..engines.cache_dir import parse_size
+    from ..files.cache_dir import parse_size
     from ..models.shipped import shipped_name
     from ..pipeline.build import build as run_build
     from ..pipeline.build import preview

@@ -12,7 +12,7 @@ from ..errors import UsageError
 from .output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
-    from ..engines.cache_dir import Entry
+    from ..files.cache_dir import Entry
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -33,7 +33,7 @@ def cache() -> None:
 @app.command("ls")
 def list_entries(kind: Kind = None, as_json: Json = False) -> None:
     """What is kept, used last first."""
-    from ..engines.cache_dir import cache_folder, entries
+    from ..files.cache_dir import cache_folder, entries
 
     _print("Kept in", "entries", entries(_kinds(kind)), str(cache_folder()), as_json)
 
@@ -49,7 +49,7 @@ def prune_entries(
     as_json: Json = False,
 ) -> None:
     """Delete what was not used for a while, what is over a size, or everything."""
-    from ..engines.cache_dir import cache_folder, parse_size, prune
+    from ..files.cache_dir import cache_folder, parse_size, prune
 
     if everything == (size is not None or older_than is not None):
         raise UsageError(
@@ -66,7 +66,7 @@ def prune_entries(
 
 
 def _kinds(kind: str | None) -> tuple[str, ...]:
-    from ..engines.cache_dir import KINDS
+    from ..files.cache_dir import KINDS
 
     if kind is not None and kind not in KINDS:
         raise UsageError(

@@ -14,7 +14,7 @@ from .output import print_json
 from .profile import parse_sizes
 
 if TYPE_CHECKING:
-    from ..models.chat_config import Whole
+    from ..models.config import Whole
     from ..quantization.recipe import Recipe
 
 app = typer.Typer(add_completion=False)
@@ -51,7 +51,7 @@ def estimate(
 
     Of a chat model: the time to the first token, tokens per second, and memory with keys and values.
     """
-    from ..models.chat_config import ChatConfig
+    from ..models.config import ChatConfig
     from ..profiles.cost import chat_estimate
     from ..profiles.cost.estimate import estimate as run
     from ..profiles.cost.gpus import find_gpu
@@ -82,8 +82,7 @@ def asked_model(model: Path | None, precision: str | None) -> tuple[Whole, Recip
     """
     from ..bundle import Bundle
     from ..bundle.manifest import MANIFEST
-    from ..models.chat_config import InternViTConfig, config_from_published, load_config
-    from ..models.config import InternVLConfig
+    from ..models.config import InternViTConfig, InternVLConfig, config_from_published, load_config
     from ..models.shipped import checkpoint_path
     from ..profiles.cost.chat_estimate import FULL_SIZE
     from ..quantization.recipe import Recipe, load_recipe
@@ -108,7 +107,7 @@ def asked_model(model: Path | None, precision: str | None) -> tuple[Whole, Recip
 
 def sized(config: Whole, image_size: int | None) -> Whole:
     """``config`` for images of ``image_size`` pixels; UsageError if patches do not fill them."""
-    from ..models.chat_config import ChatConfig
+    from ..models.config import ChatConfig
 
     if image_size is None:
         return config

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from ..bundle import Bundle
-from ..files.atomic import write_text
+from ..files.write import write_text
 from ..verify.report import AttentionProof, KernelReport, ProductProof
 from .output import check_writable, human_bytes, print_json, print_table, show
 from .proofs import Here, Proof, Proofs, check_here, proof_of_file, proofs, proofs_here

@@ -207,7 +207,7 @@ def _export(
     """Everything that is written or printed of a profile; ``others`` add columns to its Table 19."""
     from dataclasses import replace
 
-    from ..files.atomic import write_text
+    from ..files.write import write_text
     from ..profiles.cost.table19 import merged
 
     if tables := [p.table19 for p in (result, *others) if p.table19 is not None]:

@@ -52,7 +52,7 @@ def layers(
     if trace is not None:
         write_trace(found, trace)
     if html is not None:
-        from ..files.atomic import write_text
+        from ..files.write import write_text
         from ..profiles.report.layer_page import layer_page
 
         write_text(layer_page(f"Layers of {opened.root.resolve().name}", found), html)

@@ -232,7 +232,7 @@ def caption(
     as_json: JsonOpt = False,
 ) -> None:
     """Write a caption for each image: the likeliest by --beams, or one that is drawn (--temperature)."""
-    from ..inputs.preprocess import CAPTION_PROMPT
+    from ..inputs.tokenizer import CAPTION_PROMPT
     from ..sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed) if temperature else None

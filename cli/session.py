@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 
 from ..errors import BuildError
-from ..files.atomic import atomic
+from ..files.write import atomic
 from .output import print_json, print_table, show
 
 if TYPE_CHECKING:

@@ -102,7 +102,8 @@ def train(
         )
     from rich.console import Console
 
-    from ..inputs.preprocess import ImageSettings, Tokenizer
+    from ..inputs.preprocess import ImageSettings
+    from ..inputs.tokenizer import SentencePieceTokenizer
     from ..synthetic import tasks
     from ..training import trainer
     from ..training.distributed import known_strategy
@@ -130,7 +131,7 @@ def train(
     if steps:
         small = {"n_classify": 50, "n_retrieve": 40, "n_galleries": 1, "n_caption": 20, "n_caption_zh": 10}
     with Console(stderr=True).status("evaluating"):
-        accuracy = tasks.evaluate(TorchModel(trained, Tokenizer(tokenizer), settings), **small)
+        accuracy = tasks.evaluate(TorchModel(trained, SentencePieceTokenizer(tokenizer), settings), **small)
     publish(trained, chosen, tokenizer, Run(seconds / 60, torch.get_num_threads(), accuracy), out)
     if as_json:
         print_json({"model": str(out), "minutes": seconds / 60, "accuracy": accuracy})

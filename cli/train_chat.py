@@ -31,7 +31,8 @@ def train_nano_chat(asked: Asked) -> None:
     import torch
     from rich.console import Console
 
-    from ..inputs.preprocess import ImageSettings, Tokenizer
+    from ..inputs.preprocess import ImageSettings
+    from ..inputs.tokenizer import SentencePieceTokenizer
     from ..models.checkpoint import open_checkpoint
     from ..models.shipped import nano_folder
     from ..synthetic import chat_tasks
@@ -59,7 +60,7 @@ def train_nano_chat(asked: Asked) -> None:
     # The published weights are bf16: measure what is shipped.
     model = model.bfloat16().float()
     with Console(stderr=True).status("evaluating"):
-        answer = TorchChat(model, Tokenizer(tokenizer), settings)
+        answer = TorchChat(model, SentencePieceTokenizer(tokenizer), settings)
         accuracy = chat_tasks.evaluate(answer, 40 if asked.steps else chat_tasks.SCENES)
     write(model, asked.out, tokenizer, settings, tower)
     run = Run(seconds / 60, torch.get_num_threads(), accuracy)
@@ -85,7 +86,8 @@ def fine_tune_chat(
     import torch
 
     from ..errors import UsageError
-    from ..inputs.preprocess import ImageSettings, Tokenizer
+    from ..inputs.preprocess import ImageSettings
+    from ..inputs.tokenizer import SentencePieceTokenizer
     from ..models.checkpoint import open_checkpoint
     from ..models.load import load_chat
     from ..models.shipped import checkpoint_path
@@ -101,7 +103,7 @@ def fine_tune_chat(
         )
     opened = open_checkpoint(checkpoint_path(checkpoint))
     model = load_chat(opened)
-    tokenizer = Tokenizer(_beside(opened.path, "tokenizer.model"))
+    tokenizer = SentencePieceTokenizer(_beside(opened.path, "tokenizer.model"))
     settings = ImageSettings.load(_beside(opened.path, "preprocessor_config.json"))
     settings = replace(settings, size=model.config.image_size)
     steps, batch = asked.steps or 1000, asked.batch or 16

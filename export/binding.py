@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError
-from ..files.atomic import atomic
+from ..files.write import atomic
 from .weight_store import Store, cannot_write
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError
-from ..models.chat_config import ChatConfig, InternViTConfig, ModelConfig
-from ..models.config import InternVLConfig
+from ..models.config import ChatConfig, InternViTConfig, InternVLConfig, ModelConfig
 from ..models.layout import CHAT_TOWER, VISION
 
 if TYPE_CHECKING:

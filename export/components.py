@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..bundle.spec import Axis, ComponentSpec, TensorSpec, feature_name
 from ..errors import CapabilityError, UsageError
-from ..models.chat_config import ChatConfig, InternViTConfig, ModelConfig
-from ..models.config import QLlamaConfig
+from ..models.config import ChatConfig, InternViTConfig, ModelConfig, QLlamaConfig
 from ..models.layout import COMPONENTS, OPTIONAL, components_of
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from ..bundle.spec import block_number
 from ..errors import CapabilityError
-from ..models.chat_config import ChatConfig
 from ..models.checkpoint import Checkpoint
+from ..models.config import ChatConfig
 
 
 def with_features(checkpoint: Checkpoint, blocks: Iterable[int]) -> Checkpoint:

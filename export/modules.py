@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..models.chat_config import ChatConfig, InternViTConfig
 from ..models.chat_vision import QueryTower, SelectedVisionTower, TwoMLP, projector
-from ..models.config import InternVLConfig
+from ..models.config import ChatConfig, InternViTConfig, InternVLConfig
 from ..models.generate import step_mask
 from ..models.heads import AttentionPool
 from ..models.qllama import Decoder, KeyValue, QLlama, Visible, query_pass, run_layers

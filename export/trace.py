@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from ..bundle.spec import ComponentSpec
 from ..errors import BuildError
-from ..models.chat_config import ChatConfig, ModelConfig
 from ..models.checkpoint import Checkpoint
+from ..models.config import ChatConfig, ModelConfig
 from .blocks import block_prefix, one_period, repeat_blocks
 from .components import component_module, component_spec
 

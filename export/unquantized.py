@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError, CapabilityError, UsageError
+from ..files.locks import locked
 from ..models.checkpoint import Checkpoint
 from ..models.finite import check_finite
 from .beside import Check, beside
@@ -220,11 +220,9 @@ def _staged(out: Path) -> Iterator[Path]:
     staging = out.absolute().with_name(f".{out.absolute().name}.export")
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        lock = os.open(staging, os.O_RDONLY)
     except OSError as error:
         raise cannot_write(out, error) from error
-    try:
-        _lock(lock, out)
+    with _only_export(staging, out):
         for old in staging.iterdir():
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         try:
@@ -236,20 +234,18 @@ def _staged(out: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-    finally:
-        os.close(lock)
 
 
-def _lock(folder: int, out: Path) -> None:
-    with suppress(ImportError):  # no flock on this system: two exports into one folder are not kept apart
-        import fcntl
-
+@contextmanager
+def _only_export(staging: Path, out: Path) -> Iterator[None]:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(staging, wait=False))
         except BlockingIOError as error:
             raise BuildError(
                 f"Another export into {out} is running.", str(error), "Wait for it, or use another --out."
             ) from error
+        yield
 
 
 def _one_at_a_time(progress: Progress) -> Progress:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError
+from ..files.write import temporary_path
 from ..models.finite import FiniteCheck, NonFinite
 from ..models.storage import SAFETENSORS_DTYPES, TensorRef, read_header
 from .copying import copy_bytes, reserve, write_all
@@ -109,7 +109,7 @@ class StoreWriter:
 
     def __init__(self, path: Path, tensors: Sequence[StoredTensor]) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_path(path)
         self._layout = plan_store(path, tensors)
         self._tensors = {t.name: t for t in tensors}
         self._written = dict.fromkeys(self._tensors, 0)

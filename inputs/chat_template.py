@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import InputError
-from .preprocess import Tokenizer
+from .tokenizer import SentencePieceTokenizer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -48,7 +48,7 @@ class Encoded(NamedTuple):
     labels: list[int]
 
 
-def encode(turns: Sequence[Turn], tokenizer: Tokenizer, system: str = SYSTEM) -> Encoded:
+def encode(turns: Sequence[Turn], tokenizer: SentencePieceTokenizer, system: str = SYSTEM) -> Encoded:
     """The ids of a conversation.
 
     Raises:

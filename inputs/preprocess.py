@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +20,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 MODES: tuple[ResizeMode, ...] = ("square", "center_crop", "pad")
 PAD_COLOR = (123, 116, 103)
-_OTHER_TOKENIZER = "Take the tokenizer.model of the checkpoint."
 _BICUBIC = 3
-
-BUCKETS = (16, 32, 48, 80)
-MAX_LENGTH = 80
-#: Contrastive texts are this plus the caption, without a space between (as published).
-CONTRASTIVE_PREFIX = "summarize:"
-#: What the caption decoder is started with, by language. The English one is the published one.
-CAPTION_PROMPT: dict[str, str] = {"en": "English caption:", "zh": "中文描述:"}
 
 
 @dataclass(frozen=True)
@@ -113,12 +104,6 @@ class ImageSettings:
         return cls.from_json(data, str(path))
 
 
-def buckets_of(low: int, high: int) -> list[int]:
-    """The lengths that texts are padded to for an engine that takes ``low`` to ``high`` tokens."""
-    longest = min(MAX_LENGTH, high)
-    return sorted({max(low, min(b, longest)) for b in (*BUCKETS, longest)})
-
-
 def preprocess_images(
     images: Sequence[ImageInput], settings: ImageSettings, threads: int = 1, fast: bool = False
 ) -> Array:
@@ -174,125 +159,3 @@ def resize(image: Image.Image, settings: ImageSettings) -> Image.Image:
         canvas.paste(image, ((long - width) // 2, (long - height) // 2))
         image = canvas
     return image.resize((side, side), Image.Resampling.BICUBIC)
-
-
-class Tokenizer:
-    """The LLaMA sentencepiece tokenizer of a checkpoint: bos 1, eos 2, id 0 pads.
-
-    Texts are encoded as given: no normalisation, and no special tokens are recognised inside them.
-    """
-
-    def __init__(self, model: str | os.PathLike[str] | bytes) -> None:
-        """Read a ``tokenizer.model`` file, or its bytes; CheckpointError if it is none."""
-        import sentencepiece
-
-        name = "the tokenizer" if isinstance(model, bytes) else str(model)
-        try:
-            self.model = model if isinstance(model, bytes) else Path(model).read_bytes()
-            self._sp = sentencepiece.SentencePieceProcessor(model_proto=self.model)
-        except (OSError, RuntimeError) as error:
-            why = getattr(error, "strerror", None) or "It is no SentencePiece model, or a damaged one."
-            raise CheckpointError(f"Cannot read {name}.", why, _OTHER_TOKENIZER) from error
-        self.bos, self.eos = int(self._sp.bos_id()), int(self._sp.eos_id())
-        if self.bos < 0 or self.eos < 0:
-            raise CheckpointError(f"Cannot use {name}.", "It has no bos or no eos piece.", _OTHER_TOKENIZER)
-
-    def __len__(self) -> int:
-        return int(self._sp.vocab_size())
-
-    def encode_contrastive(
-        self,
-        texts: Sequence[str],
-        max_length: int = MAX_LENGTH,
-        buckets: Sequence[int] = BUCKETS,
-        prefix: str = CONTRASTIVE_PREFIX,
-    ) -> tuple[Array, Array]:
-        """Ids of ``prefix + text`` with bos and eos: (input_ids int64 [B, T], lengths int64 [B]).
-
-        Padded on the right with 0 to the smallest bucket that holds the longest text. Text pieces are cut
-        to ``max_length - 2`` before bos and eos are put around them, as transformers' LlamaTokenizer does:
-        eos, where the embedding is read, is always there.
-        """
-        rows = [[self.bos, *self.encode(prefix + text)[: max_length - 2], self.eos] for text in texts]
-        return pad_ids(rows, [b for b in buckets if b < max_length] + [max_length])
-
-    def encode_captions(
-        self, prompts: Sequence[str], texts: Sequence[str], buckets: Sequence[int] = BUCKETS
-    ) -> tuple[Array, Array, Array]:
-        """Prompt, caption and eos, for training: (input_ids int64 [B, T], lengths, prompt lengths int64 [B]).
-
-        The first ``prompt length`` ids of a row are :meth:`encode_prompt` of its prompt; ids from there to
-        ``length`` (eos is the last) are what the decoder learns to say.
-        """
-        heads = [self.encode_prompt(prompt) for prompt in prompts]
-        rows = [
-            [*self.encode_prompt(prompt + text), self.eos]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        for head, row, text in zip(heads, rows, texts, strict=True):
-            if row[: len(head)] != head:
-                raise InputError(
-                    f"The caption {text!r} cannot be trained on.",
-                    "Its first letters merge with the prompt's last ones into one token.",
-                )
-        ids, lengths = pad_ids(rows, buckets)
-        return ids, lengths, np.array([len(head) for head in heads], np.int64)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a caption prompt, ``English caption:``: bos, no eos."""
-        return [self.bos, *self.encode(text)]
-
-    def decode(self, ids: Sequence[int] | Array) -> str:
-        """Text of ``ids`` up to the first eos, without bos, padding and ids that the model does not know.
-
-        A character whose last bytes are missing at the end is left out.
-        """
-        kept: list[int] = []
-        for i in map(int, ids):
-            if i == self.eos:
-                break
-            if i not in (0, self.bos) and 0 < i < len(self):
-                kept.append(i)
-        return str(self._sp.decode(kept)).rstrip("\ufffd")
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text of ``ids`` in pieces, as they come: no character is given out before it is whole."""
-        pieces = Pieces(self)
-        return (piece for token in ids if (piece := pieces.add(token)))
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of ``text`` alone, without bos or eos."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"Cannot encode the text {text!r}.", str(error), "Use valid Unicode.") from error
-        return list(self._sp.encode(text))
-
-
-class Pieces:
-    """The text of one sequence whose tokens come one by one."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._ids, self._said = tokenizer, list[int](), 0
-
-    def add(self, token: int) -> str:
-        """The characters that are whole with ``token``; empty if there are none."""
-        self._ids.append(token)
-        whole = self._tokenizer.decode(self._ids)
-        piece, self._said = whole[self._said :], max(self._said, len(whole))
-        return piece
-
-
-def pad_ids(rows: Sequence[Sequence[int]], buckets: Sequence[int]) -> tuple[Array, Array]:
-    """Pad on the right with 0 to the smallest bucket: (ids int64 [B, T], lengths int64 [B])."""
-    lengths = np.array([len(row) for row in rows], np.int64)
-    longest = int(lengths.max(initial=0))
-    fits = [b for b in sorted(buckets) if b >= longest]
-    if not fits:
-        raise InputError(
-            f"A text has {longest} tokens.", f"The longest bucket is {max(buckets)}.", "Shorten it."
-        )
-    ids = np.zeros((len(rows), fits[0]), np.int64)
-    for row, values in zip(ids, rows, strict=True):
-        row[: len(values)] = values
-    return ids, lengths

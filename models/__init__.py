@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .chat_config import ChatConfig, InternViTConfig
-from .config import InternVLConfig, QLlamaConfig, VisionConfig
+from .config import ChatConfig, InternViTConfig, InternVLConfig, QLlamaConfig, VisionConfig
 
 if TYPE_CHECKING:
     from .load import load_chat as load_chat

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..inputs.chat_template import IMAGE_TOKEN
 from ..sampling import StopCriteria
-from .chat_config import ChatConfig
 from .chat_vision import projector, vision_tower
+from .config import ChatConfig
 from .generate import search, step_mask
 from .qllama import Decoder, KeyValue, Visible, run_layers
 

@@ -1,4 +1,4 @@
-"""What a chat model sees of an image: the vision towers and projectors of both forms (:mod:`.chat_config`).
+"""What a chat model sees of an image: the vision towers and projectors of both forms (:mod:`.config`).
 
 Modules and their names are the published ones: ``vision_tower.vision_tower`` is an InternViT, or an InternVL
 without its heads, and the projector is one two-layer MLP, or ``mlp1`` for InternViT and ``mlp2`` for QLLaMA.
@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .chat_config import ChatConfig
-from .config import InternVLConfig
+from .config import ChatConfig, InternVLConfig
 from .qllama import QLlama, query_pass
 from .vit import InternViT
 

@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from .chat_config import ChatConfig, InternViTConfig, ModelConfig, Whole, load_config, tower_configs
-from .config import InternVLConfig, read_json
+from .config import (
+    ChatConfig,
+    InternViTConfig,
+    InternVLConfig,
+    ModelConfig,
+    Whole,
+    load_config,
+    read_json,
+    tower_configs,
+)
 from .layout import (
     CHAT_TOWER,
     HEADS,
@@ -144,7 +152,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Args:
         path: a folder with ``config.json`` and ``model.safetensors``, ``pytorch_model.bin`` or the index of
             their shards: an InternVL, an InternViT alone, or an InternVL-Chat, whose vision tower may be a
-            checkpoint of its own (see :func:`.chat_config.load_config`). Or one older ``internvl_c`` file
+            checkpoint of its own (see :func:`.config.load_config`). Or one older ``internvl_c`` file
             (``.pth``), whose sizes come from a ``config.json`` beside it or else from its tensors (see
             :func:`.layout.infer_config` for what that assumes).
 

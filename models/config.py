@@ -1,4 +1,13 @@
-"""Model configuration, read from the published ``config.json``. No size is hard-coded elsewhere."""
+"""Model configurations, read from the published ``config.json``. No size is hard-coded elsewhere.
+
+InternVL-Chat has two forms (paper figure 4): on InternViT, whose weights are published, and on InternViT and
+QLLaMA, whose are not. The second is as the published code has it (OpenGVLab/InternVL, read in
+``internvl_chat_llava/llava/model``): ``multimodal_projector/builder.py`` has the projector ``two_mlp``; where
+the tower's name says ``internvl_14b``, ``multimodal_encoder/clip_encoder.py`` takes an InternVL without its
+heads, reads features at the selected layer, and beside them the queries, which see the last one;
+``mm_hidden_size`` is then QLLaMA's width. Assumed, for no config of it was published: layer and image size
+are the first form's.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +16,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CapabilityError, CheckpointError
+from ..inputs.preprocess import ImageSettings
 
 
 @dataclass(frozen=True)
@@ -233,3 +243,274 @@ def require(section: dict[str, Any], key: str, value: str, where: str) -> None:
 def _divides(where: str, width: int, heads: int) -> None:
     if heads <= 0 or width % heads:
         raise CheckpointError(f"{where}: width {width} does not split over {heads} heads.")
+
+
+VICUNA_7B = QLlamaConfig(vocab_size=32000, rms_norm_eps=1e-5, max_position_embeddings=4096)
+VICUNA_13B = QLlamaConfig(5120, 40, 40, 13824, 32000, 1e-5, max_position_embeddings=4096)
+TOWER_CONFIG = "vision_tower_config.json"
+IMAGE_SIZE = 336
+MLP, TWO_MLP = "mlp2x_gelu", "two_mlp"
+"""Projectors: of InternViT's features, and one each for them and for QLLaMA's queries."""
+_FEATURES = ("patch", "cls_patch")
+
+
+@dataclass(frozen=True)
+class InternViTConfig:
+    """An InternViT alone (the layout of InternViT-6B-224px)."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+
+    def to_published(self) -> dict[str, Any]:
+        """The ``config.json`` of the published layout."""
+        return {
+            "architectures": ["InternVisionModel"],
+            "model_type": "intern_vit_6b",
+            **self.vision.to_published(),
+            "hidden_act": "gelu",
+        }
+
+    @classmethod
+    def from_published(cls, data: dict[str, Any], source: str = "config.json") -> InternViTConfig:
+        """Read a published ``config.json``; CheckpointError where it says what this model is not."""
+        require(data, "hidden_act", "gelu", source)
+        sizes = dict(data)
+        if data.get("force_image_size"):
+            sizes["image_size"] = data["force_image_size"]
+        return cls(VisionConfig(**known(VisionConfig, sizes)))
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """InternVL-Chat: a vision tower, two-layer projectors and a LLaMA decoder (paper section 3.3).
+
+    Args:
+        tower: the vision tower as stored: an InternViT, or an InternVL, whose queries the decoder sees too.
+            Its ``image_size`` is the grid of the stored position embedding.
+        decoder: LLaMA's sizes.
+        image_size: side of the images in pixels; the position embedding is resized to it.
+        select_layer: which of InternViT's L + 1 hidden states (the embeddings are the first) is read; QLLaMA
+            reads the last.
+        select_feature: ``patch`` drops the class token, ``cls_patch`` keeps it.
+
+    Raises:
+        CheckpointError: the tower has no such state, or the images do not split into patches.
+    """
+
+    tower: VisionConfig | InternVLConfig = field(default_factory=VisionConfig)
+    decoder: QLlamaConfig = VICUNA_7B
+    image_size: int = IMAGE_SIZE
+    select_layer: int = -4
+    select_feature: str = "patch"
+
+    def __post_init__(self) -> None:
+        states = self.vision.num_hidden_layers + 1
+        if not -states <= self.select_layer < states:
+            raise CheckpointError(
+                f"mm_vision_select_layer is {self.select_layer}.", f"The vision tower has {states} states."
+            )
+        if self.select_feature not in _FEATURES:
+            raise CheckpointError(
+                f"mm_vision_select_feature is {self.select_feature!r}.", f"Known: {', '.join(_FEATURES)}."
+            )
+        if self.image_size < 1 or self.image_size % self.vision.patch_size:
+            raise CheckpointError(
+                f"Images of {self.image_size} pixels do not split into patches of {self.vision.patch_size}.",
+                "The size is read from preprocessor_config.json.",
+            )
+
+    @property
+    def llama(self) -> QLlamaConfig:
+        """The decoder, as :attr:`InternVLConfig.llama`."""
+        return self.decoder
+
+    @property
+    def vision(self) -> VisionConfig:
+        """InternViT, as stored."""
+        return self.tower if isinstance(self.tower, VisionConfig) else self.tower.vision
+
+    @property
+    def queries(self) -> InternVLConfig | None:
+        """The InternVL whose QLLaMA is run; None where the tower is an InternViT."""
+        return self.tower if isinstance(self.tower, InternVLConfig) else None
+
+    @property
+    def read_blocks(self) -> int:
+        """Behind how many of InternViT's blocks the features are read."""
+        return self.select_layer % (self.vision.num_hidden_layers + 1)
+
+    @property
+    def vision_blocks(self) -> int:
+        """How many of InternViT's blocks are run."""
+        return self.vision.num_hidden_layers if self.queries else self.read_blocks
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image in InternViT: patches and the class token."""
+        return (self.image_size // self.vision.patch_size) ** 2 + 1
+
+    @property
+    def num_features(self) -> int:
+        """Visual embeddings of one image that are features of the selected layer."""
+        return self.num_tokens - (self.select_feature == "patch")
+
+    @property
+    def num_queries(self) -> int:
+        """Visual embeddings of one image that QLLaMA's queries make; they come first."""
+        return self.queries.num_query_token if self.queries else 0
+
+    @property
+    def num_visual(self) -> int:
+        """Visual embeddings of one image: what an image placeholder in the prompt becomes."""
+        return self.num_queries + self.num_features
+
+    def to_published(self) -> dict[str, Any]:
+        """The ``config.json`` of the LLaVA layout, and two keys that are not of it.
+
+        ``mm_image_size`` says the images' size where no preprocessor does, ``vision_config`` the tower's.
+        """
+        queries = self.queries
+        return {
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "model_type": "llava_llama",
+            **asdict(self.decoder),
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "mm_hidden_size": queries.qllama.hidden_size if queries else self.vision.hidden_size,
+            "mm_projector_type": TWO_MLP if queries else MLP,
+            "mm_vision_tower": "internvl_14b_224px" if queries else "intern_vit_6b_224px",
+            "mm_vision_select_layer": self.select_layer,
+            "mm_vision_select_feature": self.select_feature,
+            "mm_image_size": self.image_size,
+            "vision_config": (queries or self.vision).to_published(),
+            "image_aspect_ratio": "pad",
+        }
+
+    @classmethod
+    def from_published(
+        cls,
+        data: dict[str, Any],
+        source: str = "config.json",
+        tower: VisionConfig | InternVLConfig | None = None,
+        image_size: int | None = None,
+    ) -> ChatConfig:
+        """Read a LLaVA ``config.json``.
+
+        Args:
+            data: its content.
+            source: its name in messages.
+            tower: the vision tower's sizes; None: from a ``vision_config`` section, else those published.
+            image_size: side of the images; None: ``mm_image_size``, else 336.
+
+        Raises:
+            CheckpointError: it says what this model is not.
+            CapabilityError: the model has another projector.
+        """
+        check_untied(data, source, "the top level")
+        check_llama(data, source, "the top level")
+        section = data.get("vision_config")
+        if tower is None and isinstance(section, dict):
+            tower = tower_from_published(data, section, f"{source}: vision_config")
+        tower = tower or _tower_kind(data, source)()
+        own = tower.hidden_size if isinstance(tower, VisionConfig) else tower.qllama.hidden_size
+        width = data.get("mm_hidden_size", own)
+        if width != own:
+            raise CheckpointError(
+                f"{source} does not fit its vision tower.",
+                f"mm_hidden_size is {width}, the tower's width {own}.",
+                f"Put the tower's own config beside it, as {TOWER_CONFIG}.",
+            )
+        return cls(
+            tower,
+            QLlamaConfig(**known(QLlamaConfig, data)),
+            image_size or data.get("mm_image_size") or IMAGE_SIZE,
+            data.get("mm_vision_select_layer", -4),
+            data.get("mm_vision_select_feature", "patch"),
+        )
+
+
+def tower_from_published(
+    chat: dict[str, Any], data: dict[str, Any], source: str
+) -> VisionConfig | InternVLConfig:
+    """A vision tower's own ``config.json``, of the kind that the projector of the ``chat`` config goes with.
+
+    Raises:
+        CheckpointError: it is of the other kind, or says what this model is not.
+        CapabilityError: the projector is none of InternVL-Chat's.
+    """
+    kind = _tower_kind(chat, source)
+    if (kind is InternVLConfig) != ("qllama_config" in data):
+        has, needs = ("InternVL", "InternViT") if kind is VisionConfig else ("InternViT", "InternVL")
+        raise CheckpointError(
+            f"{source} is the config of an {has}.",
+            f"The projector {chat.get('mm_projector_type', MLP)} reads an {needs}.",
+            "Correct mm_projector_type, or put the config of the tower it was trained with there.",
+        )
+    if kind is InternVLConfig:
+        return InternVLConfig.from_published(data, source)
+    return InternViTConfig.from_published(data, source).vision
+
+
+def _tower_kind(chat: dict[str, Any], source: str) -> type[VisionConfig] | type[InternVLConfig]:
+    projector = chat.get("mm_projector_type", MLP)
+    if projector not in (MLP, TWO_MLP):
+        raise CapabilityError(
+            f"{source} asks for the projector {projector!r}.",
+            f"InternVL-Chat has {MLP} on InternViT, and {TWO_MLP} on InternViT and QLLaMA.",
+        )
+    return VisionConfig if projector == MLP else InternVLConfig
+
+
+Whole = InternVLConfig | ChatConfig
+"""A model that bundles are built of."""
+ModelConfig = Whole | InternViTConfig
+
+
+def load_config(path: Path) -> ModelConfig:
+    """Read the ``config.json`` at ``path``, of whichever kind its ``model_type`` says; InternVL without one.
+
+    A chat model's tower is described by ``vision_tower_config.json`` beside it, or by the ``config.json`` of
+    the folder that ``mm_vision_tower`` names, if it lies beside or inside the checkpoint. Its image size is
+    that of ``preprocessor_config.json``.
+
+    Raises:
+        CheckpointError, CapabilityError: no such model.
+    """
+    data = read_json(path)
+    try:
+        return _config(data, path)
+    except TypeError as error:  # a size that is no number
+        raise CheckpointError(f"{path} cannot be read.", str(error), "Download it again.") from error
+
+
+def config_from_published(data: dict[str, Any], source: str = "config.json") -> ModelConfig:
+    """The config of whichever kind of model ``model_type`` says, from its published form alone.
+
+    Raises:
+        CheckpointError, CapabilityError: no such model.
+    """
+    kind = str(data.get("model_type", ""))
+    if kind.startswith("intern_vit"):
+        return InternViTConfig.from_published(data, source)
+    if kind.startswith("llava"):
+        return ChatConfig.from_published(data, source)
+    return InternVLConfig.from_published(data, source)
+
+
+def _config(data: dict[str, Any], path: Path) -> ModelConfig:
+    if not str(data.get("model_type", "")).startswith("llava"):
+        return config_from_published(data, str(path))
+    tower = next((p for p in tower_configs(path.parent, data) if p.is_file()), None)
+    settings = path.parent / "preprocessor_config.json"
+    return ChatConfig.from_published(
+        data,
+        str(path),
+        tower_from_published(data, read_json(tower), str(tower)) if tower else None,
+        ImageSettings.load(settings).size if settings.is_file() else None,
+    )
+
+
+def tower_configs(folder: Path, data: dict[str, Any]) -> list[Path]:
+    """Where the config of a chat checkpoint's vision tower may lie."""
+    name = Path(str(data.get("mm_vision_tower") or "")).name
+    beside = [folder / name / "config.json", folder.absolute().parent / name / "config.json"]
+    return [folder / TOWER_CONFIG, *(beside if name not in ("", ".", "..") else [])]

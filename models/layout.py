@@ -9,8 +9,7 @@ import re
 from collections.abc import Mapping
 
 from ..errors import CheckpointError
-from .chat_config import ChatConfig, InternViTConfig, ModelConfig
-from .config import InternVLConfig, QLlamaConfig, VisionConfig
+from .config import ChatConfig, InternViTConfig, InternVLConfig, ModelConfig, QLlamaConfig, VisionConfig
 
 Shape = tuple[int, ...]
 

@@ -8,8 +8,8 @@ import torch
 
 from ..errors import CheckpointError
 from .chat import InternVLChatModel
-from .chat_config import ChatConfig
 from .checkpoint import Checkpoint, load_state, open_checkpoint
+from .config import ChatConfig
 from .internvl import InternVLModel
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ..calibration.dataset import CalibrationSet, set_notices
 from ..calibration.sources import KINDS, open_calibration, scenes_calibration
 from ..calibration.tensor_cache import TensorCache
-from ..engines.cache_dir import cache_folder
 from ..errors import InputError, UsageError
+from ..files.cache_dir import cache_folder
 from ..quantization.attention import operand_names
 from ..quantization.ranges import Scales
 from ..quantization.schemes import folded_layers

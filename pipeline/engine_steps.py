@@ -10,10 +10,11 @@ from typing import Any
 from ..bundle.spec import ComponentSpec
 from ..engines.tensorrt import library as trt
 from ..engines.tensorrt.build import build_engine
-from ..engines.tensorrt.engine_cache import EngineKey, file_hash, keep_engine, take_engine
+from ..engines.tensorrt.engine_cache import EngineKey, keep_engine, take_engine
 from ..engines.tensorrt.open import open_tensorrt
 from ..engines.tensorrt.shapes import Profile
 from ..export.components import component_spec
+from ..files.hashing import sha256_file_once
 from ..verify.expectations import check_promise
 from ..verify.inspector import proof_from_inspector
 from ..verify.onnxruntime import proof_from_onnxruntime
@@ -85,8 +86,8 @@ def _key(
     """What the engine of ``graph`` follows from."""
     stores = [rel for name, record in space.records.items() if name in STORES for rel in record.files]
     return EngineKey(
-        graph=file_hash(graph),
-        weights=tuple(file_hash(space.root / rel) for rel in stores),
+        graph=sha256_file_once(graph),
+        weights=tuple(sha256_file_once(space.root / rel) for rel in stores),
         recipe=job.recipe.to_json(),
         profiles=profiles,
         options=job.options.to_json(),

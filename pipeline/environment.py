@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from .. import __version__
+from ..files.hashing import sha256_sources
 
 TOOLS = (
     "torch",
@@ -48,7 +48,4 @@ def code_digest() -> str:
     """Hash of this package's source files: a changed line makes old steps stale."""
     root = Path(__file__).parent.parent
     files = [*root.glob("*.py"), *(p for folder in CODE for p in (root / folder).rglob("*.py"))]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
+    return sha256_sources(root, sorted(path.relative_to(root).as_posix() for path in files))

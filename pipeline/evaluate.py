@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,13 +17,15 @@ from ..calibration.component_chain import Step
 from ..calibration.dataset import Batch
 from ..calibration.recording import Recording
 from ..engines.base import open_engine
-from ..engines.cache_dir import cache_folder
 from ..engines.memory import available_memory
 from ..export.components import component_spec
 from ..export.unquantized import weight_keys
-from ..files.atomic import atomic
-from ..inputs.preprocess import CAPTION_PROMPT, Array, preprocess_images
-from ..models.chat_config import ChatConfig
+from ..files.cache_dir import cache_folder
+from ..files.hashing import sha256_json
+from ..files.write import atomic
+from ..inputs.preprocess import Array, preprocess_images
+from ..inputs.tokenizer import CAPTION_PROMPT
+from ..models.config import ChatConfig
 from ..models.storage import ITEM_BYTES
 from ..runtime.zero_shot import l2
 from ..synthetic.tasks import BothHeads
@@ -219,8 +220,7 @@ def cached(content: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any
     write to there is none.
     """
     parts = [content, SIZES, evaluate_chat.SIZES, tool_versions(), code_digest()]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    path = cache_folder() / "evaluations" / f"{digest}.json"
+    path = cache_folder() / "evaluations" / f"{sha256_json(parts)}.json"
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found

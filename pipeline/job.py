@@ -19,9 +19,10 @@ from ..errors import CapabilityError, CheckpointError, UsageError
 from ..export.components import component_spec
 from ..export.features import with_features
 from ..export.split import block_count, check_split
-from ..inputs.preprocess import ImageSettings, Tokenizer
-from ..models.chat_config import ChatConfig
+from ..inputs.preprocess import ImageSettings
+from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.checkpoint import Checkpoint, open_checkpoint
+from ..models.config import ChatConfig
 from ..models.shipped import checkpoint_path
 from ..quantization.algorithms import algorithm_name
 from ..quantization.attention import attentions
@@ -82,7 +83,7 @@ class Job:
             types = element_types(self.recipe.base, frozenset(self.plan.quantised.values()))
             types |= {"fp8"} if any(self.plan.attention.values()) else set()
             check_types(f"Precision {self.recipe.name}", types, parse_targets(request.targets))
-        self.tokenizer = Tokenizer(self._beside("tokenizer.model"))
+        self.tokenizer = SentencePieceTokenizer(self._beside("tokenizer.model"))
         if len(self.tokenizer) > self.checkpoint.whole.llama.vocab_size:
             raise CheckpointError(
                 f"{self.folder / 'tokenizer.model'} is not of this model.",

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.simulate import attention_hook, rounding_hook
-from ..models.chat_config import ChatConfig
+from ..models.config import ChatConfig
 from ..quantization.attention import FP8_ATTENTION, core_attentions, operand_names
 from ..quantization.quantize import dequantise, quantise
 from ..quantization.ranges import Scales

@@ -7,7 +7,6 @@ and scales that training simulated, bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..files.hashing import sha256_json
 from ..quantization.ranges import Scales
 from .graphs import SCALES
 from .job import EVALUATION, Job
@@ -65,7 +65,7 @@ def measured_scales(job: Job, work: Path, reporter: Reporter) -> Scales:
         nothing: dict[str, dict[str, float]] = {component: {} for component in job.components}
         return Scales(nothing, "none", 0, "", False, 0, job.checkpoint.revision)
     parts = [job.checkpoint.revision, job.calibration.hash, job.algorithm, job.recipe.to_json()]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    key = sha256_json(parts)[:16]
     path = work / f"scales-{key}.json"
     if path.is_file():
         return Scales.load(path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..calibration.dataset import CalibrationSet
 from ..calibration.sources import open_calibration
 from ..errors import CapabilityError, InputError, UsageError
-from ..models.chat_config import ChatConfig
+from ..models.config import ChatConfig
 from .job import Job
 from .request import ORT, Request
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CapabilityError
-from ..files.atomic import atomic
+from ..files.write import atomic
 
 SHOWN = (("caption", "en"), ("InternVL-G", "classify"), ("InternVL-G", "text_to_image"))
 """Tasks whose accuracy is drawn over the steps."""

@@ -39,7 +39,7 @@ class Request:
         shapes: ranges of axes, ``batch=1:8:32``; they win over the preset.
         options: what else the builder of GPU engines is told.
         cache: whether engines and kernel times of earlier builds are used, and kept for later ones.
-        cache_size: the most bytes of engines kept; None: the environment's, see :mod:`..engines.cache_dir`.
+        cache_size: the most bytes of engines kept; None: the environment's, see :mod:`..files.cache_dir`.
         components: empty: all that the checkpoint has.
         itm: also build ``qllama_itm``, which scores image and text together.
         features: blocks whose outputs the vision component gives out too (:mod:`..export.features`).

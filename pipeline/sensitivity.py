@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..calibration.calibrate import calibration_units, spilled_bytes
 from ..calibration.sensitivity import Loss, Sensitivity, check_schemes, measure
-from ..files.atomic import write_text
 from ..files.strict_json import read_json
+from ..files.write import write_text
 from ..quantization.ranges import Scales
 from .calibration_steps import calibrate_step, finite_step, preprocess_step
 from .graphs import SCALES

@@ -9,9 +9,7 @@ files are copied. So a build that was killed goes on, and one that is asked for 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -22,8 +20,10 @@ from typing import Any, Protocol
 from ..bundle.bundle import Bundle, disk_errors
 from ..bundle.replace import refuse_foreign
 from ..errors import BuildError, IntegrityError
-from ..files.atomic import atomic
+from ..files.hashing import copy_with_sha256, sha256_json
+from ..files.locks import locked
 from ..files.strict_json import Node, read_json
+from ..files.write import atomic
 
 RECEIPT = "build"
 Data = dict[str, Any]
@@ -86,22 +86,17 @@ class Workspace:
             raise BuildError(
                 f"Cannot write to {self.home.parent}.", str(error), "Give --out a folder you may write to."
             ) from error
-        self._lock = os.open(self._steps, os.O_RDONLY)
+        self._lock = locked(self._steps, wait=False)
         try:
-            import fcntl
-
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.__enter__()
         except BlockingIOError as error:
-            os.close(self._lock)
             raise BuildError(
                 f"Another build into {self.out} is running.", str(error), "Wait for it, or use another --out."
             ) from error
-        except ImportError:
-            pass  # no flock on this system: two builds into one folder are not kept apart
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._lock)
+        self._lock.__exit__(None, None, None)
 
     def step(
         self,
@@ -215,7 +210,7 @@ def step_digest(name: str, inputs: Data) -> str:
     from .environment import code_digest, tool_versions
 
     content = [name, inputs, tool_versions(), code_digest()]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256_json(content)
 
 
 def _sealed(out: Path) -> tuple[Bundle | None, dict[str, Record]]:
@@ -237,12 +232,7 @@ def _read_record(path: Path) -> Record | None:
 def _copy(bundle: Bundle, rel: str, target: Path) -> None:
     """Copy a file out of ``bundle``; IntegrityError if its content is not what the manifest says."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    with bundle.path(rel).open("rb") as source, target.open("wb") as copy:
-        while block := source.read(1 << 20):
-            digest.update(block)
-            copy.write(block)
-    if digest.hexdigest() != bundle.manifest.files[rel].sha256:
+    if copy_with_sha256(bundle.path(rel), target) != bundle.manifest.files[rel].sha256:
         target.unlink()
         raise IntegrityError(f"{rel} in {bundle.root} is damaged.")
 

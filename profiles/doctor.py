@@ -17,7 +17,7 @@ from ..engines.gpu import gpus
 from ..engines.memory import Load, available_memory, check_memory
 from ..engines.targets import TARGETS
 from ..errors import BuildError
-from ..models.chat_config import Whole
+from ..models.config import Whole
 from ..models.layout import components_of
 from ..quantization.recipe import Plan, Recipe, load_recipe, shipped_recipes
 from .backends import Here, backends_here

@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING
 
 from ..export.blocks import CROSSING, block_prefix
 from ..export.components import component_spec
-from ..models.chat_config import ChatConfig, InternViTConfig
+from ..models.config import ChatConfig, InternViTConfig
 from .quantize import activation_scale, quantise_values
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..models.chat_config import ModelConfig, Whole
-    from ..models.config import InternVLConfig
+    from ..models.config import InternVLConfig, ModelConfig, Whole
 
 FP8_ATTENTION = "fp8-attention"
 """What it is called beside the schemes of layers."""

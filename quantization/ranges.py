@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, IntegrityError
-from ..files.atomic import atomic
 from ..files.strict_json import read_json
+from ..files.write import atomic
 from .algorithms import depends_on_type
 from .attention import operand_names
 

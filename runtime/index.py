@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..errors import CapabilityError, InputError, IntegrityError, UsageError
-from ..files.atomic import atomic
+from ..files.write import atomic
 from .image_batches import Floats
 from .zero_shot import l2, top_of
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..bundle import Bundle, Verify
 from ..engines.base import known_backend
-from ..inputs.preprocess import ImageSettings, ResizeMode, Tokenizer
+from ..inputs.preprocess import ImageSettings, ResizeMode
+from ..inputs.tokenizer import SentencePieceTokenizer
 from .components import Components, fixed
 from .image_batches import Floats, Images, Reading, pixel_batches
 from .timings import Timing
@@ -90,9 +91,9 @@ class Loaded:
         return self.components.timings.snapshot()
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> SentencePieceTokenizer:
         """The checkpoint's tokenizer."""
-        return Tokenizer(self.bundle.path("preprocess/tokenizer.model"))
+        return SentencePieceTokenizer(self.bundle.path("preprocess/tokenizer.model"))
 
     @cached_property
     def image_settings(self) -> ImageSettings:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CapabilityError, InputError, UsageError
-from ..inputs.preprocess import ResizeMode, buckets_of
+from ..inputs.preprocess import ResizeMode
+from ..inputs.tokenizer import buckets_of
 from .image_batches import Floats, Images
 from .loaded import Loaded
 

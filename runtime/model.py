@@ -16,7 +16,8 @@ from ..engines.compatibility import build_line
 from ..engines.device import to_host
 from ..errors import CapabilityError, InputError, UsageError
 from ..inputs.images import ImageInput
-from ..inputs.preprocess import CAPTION_PROMPT, ResizeMode, buckets_of
+from ..inputs.preprocess import ResizeMode
+from ..inputs.tokenizer import CAPTION_PROMPT, buckets_of
 from ..inputs.video import FRAMES, Video, frames_of
 from ..sampling import Ids, Sampling
 from . import captions, matching, zero_shot
@@ -120,8 +121,9 @@ class InternVL(Loaded):
         """As :meth:`encode_text` for texts that are tokens.
 
         Args:
-            ids: int64 [B, T], as :meth:`~ivl_export.inputs.preprocess.Tokenizer.encode_contrastive` makes
-                them; tokens after a row's length are ignored.
+            ids: int64 [B, T], as
+                :meth:`~ivl_export.inputs.tokenizer.SentencePieceTokenizer.encode_contrastive` makes them;
+                tokens after a row's length are ignored.
             lengths: int64 [B], tokens of each row with bos and eos.
 
         Raises:
@@ -131,7 +133,7 @@ class InternVL(Loaded):
             raise InputError(
                 "These tokens are not texts.",
                 f"ids have shape {list(ids.shape)}, lengths {list(lengths.shape)}.",
-                "Use Tokenizer.encode_contrastive, which gives both.",
+                "Use SentencePieceTokenizer.encode_contrastive, which gives both.",
             )
         if not len(lengths):
             return np.zeros((0, fixed(self._output("qllama_text", "text_embed")[1])), np.float32)
@@ -141,7 +143,7 @@ class InternVL(Loaded):
             raise InputError(
                 "These tokens are not texts.",
                 f"Their lengths are {min(per_row)} to {max(per_row)}; 1 to {limit} can be.",
-                "Use Tokenizer.encode_contrastive, which cuts long ones.",
+                "Use SentencePieceTokenizer.encode_contrastive, which cuts long ones.",
             )
         padded = [buckets[bisect_left(buckets, length)] for length in per_row]
         sizes = sorted(set(padded))
@@ -342,7 +344,7 @@ class InternVL(Loaded):
 
         Args:
             pixel_values: float32 [B, 3, S, S].
-            prompt_ids: int64 [B, T], as :meth:`Tokenizer.encode_prompt` makes them.
+            prompt_ids: int64 [B, T], as :meth:`SentencePieceTokenizer.encode_prompt` makes them.
             attention_mask: int64 [B, T], 0 at padding (either side); None: no padding.
             max_new_tokens: at most this many.
             num_beams: beams kept; 1 is greedy, or as ``sampling`` says.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from ..inputs.preprocess import CAPTION_PROMPT, CONTRASTIVE_PREFIX
+from ..inputs.tokenizer import CAPTION_PROMPT, CONTRASTIVE_PREFIX
 from .scenes import COLORS, MAX_COUNT, RELATIONS, SHAPES, SIZES, Obj, Scene
 
 Language = Literal["en", "zh"]

@@ -112,8 +112,7 @@ def query_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     It reads 2 of InternViT's 3 blocks, on images of thrice the stored grid. Tests must not change it.
     """
     from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
-    from ivl_export.models.chat_config import ChatConfig
-    from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
+    from ivl_export.models.config import ChatConfig, InternVLConfig, QLlamaConfig, VisionConfig
 
     folder = tmp_path_factory.mktemp("query_chat")
     vision, qllama = VisionConfig(64, 3, 4, 128, 28, 14), QLlamaConfig(96, 2, 3, 192, vocab_size=200)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models import load_model
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.internvl import InternVLModel
@@ -41,7 +42,7 @@ def one_thread() -> Iterator[None]:
 
 def measure(model: InternVLModel) -> dict[str, Any]:
     """Scores by "mode task"."""
-    tokenizer = Tokenizer((FOLDER / "tokenizer.model").read_bytes())
+    tokenizer = SentencePieceTokenizer((FOLDER / "tokenizer.model").read_bytes())
     settings = ImageSettings.load(FOLDER / "preprocessor_config.json")
     return flat(tasks.evaluate(TorchModel(model, tokenizer, settings), **SIZES))
 

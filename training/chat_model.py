@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..files.write import atomic
 from ..inputs.chat_template import Turn, encode
-from ..inputs.preprocess import ImageSettings, Tokenizer, preprocess_images
+from ..inputs.preprocess import ImageSettings, preprocess_images
+from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.chat import InternVLChatModel
 from ..models.checkpoint import Checkpoint
 from ..models.layout import CHAT_TOWER, VISION, expected_shapes
@@ -41,7 +43,9 @@ def initialised(preset: ChatPreset, tower: Checkpoint) -> InternVLChatModel:
 class TorchChat:
     """Greedy answers of the PyTorch model, as :data:`..synthetic.chat_tasks.Answer`."""
 
-    def __init__(self, model: InternVLChatModel, tokenizer: Tokenizer, settings: ImageSettings) -> None:
+    def __init__(
+        self, model: InternVLChatModel, tokenizer: SentencePieceTokenizer, settings: ImageSettings
+    ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
 
     def __call__(self, images: Image8, conversations: Sequence[Sequence[Turn]]) -> list[str]:
@@ -74,9 +78,8 @@ def write(
         other = key if key in rest.tensors else key.replace(CHAT_TOWER, VISION)
         tensor = state[key] if key in state else rest.load(other)
         tensors[key] = tensor.to("cpu", dtype).contiguous()
-    partial = folder / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / "model.safetensors")
+    with atomic(folder / "model.safetensors", exclusive=True) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.config.to_published(), indent=1) + "\n")
     (folder / "tokenizer.model").write_bytes(tokenizer)
     settings.save(folder / "preprocessor_config.json")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..inputs.preprocess import CAPTION_PROMPT, Array, Tokenizer
+from ..inputs.preprocess import Array
+from ..inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer
 from ..synthetic.batches import make_batch
 from ..synthetic.captions import LANGUAGES, caption
 from ..synthetic.scenes import RELATIONS, Obj, Scene
@@ -52,7 +53,7 @@ class SceneBatches(Dataset[Drawn]):
         return self.stage.steps
 
     def __getitem__(self, index: int) -> Drawn:
-        stage, tokenizer = self.stage, Tokenizer(self.tokenizer)
+        stage, tokenizer = self.stage, SentencePieceTokenizer(self.tokenizer)
         drawn = make_batch(
             self.seed, index, "train", stage.batch, self.chinese, self.size, stage.near, stage.pairs
         )
@@ -61,7 +62,7 @@ class SceneBatches(Dataset[Drawn]):
         return replace(whole, labels=focused(whole.labels, stage.focus, relation_ids(tokenizer), rng))
 
 
-def relation_ids(tokenizer: Tokenizer) -> Array:
+def relation_ids(tokenizer: SentencePieceTokenizer) -> Array:
     """Ids of the pieces that tell one relation from another, int64."""
     ring = Obj("ring", "red", "small")
     scene = Scene((ring, ring), RELATIONS[0], "noise", 0)
@@ -78,7 +79,9 @@ def focused(labels: Tensor, share: float, keep: Array, rng: np.random.Generator)
     return labels.masked_fill(hidden & ~torch.isin(labels, torch.from_numpy(keep)), IGNORE)
 
 
-def collate(images: Array, captions: list[str], languages: list[str], tokenizer: Tokenizer) -> Drawn:
+def collate(
+    images: Array, captions: list[str], languages: list[str], tokenizer: SentencePieceTokenizer
+) -> Drawn:
     """Token ids of all views of the captions. The wrong caption of a row is the next row's."""
     prompts = [CAPTION_PROMPT[lang] for lang in languages]
     ids, lengths, heads = tokenizer.encode_captions(prompts, captions, BUCKETS)

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from ..errors import InputError
 from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, Encoded, Turn, encode
 from ..inputs.images import ImageInput
-from ..inputs.preprocess import Array, ImageSettings, Tokenizer, preprocess_images
+from ..inputs.preprocess import Array, ImageSettings, preprocess_images
+from ..inputs.tokenizer import SentencePieceTokenizer
 from ..synthetic.dialogues import conversation, dialogue
 from ..synthetic.render import render
 from ..synthetic.scenes import near_copy, sample_scene
@@ -113,7 +114,7 @@ class ChatBatches(Dataset[ChatBatch]):
 
     def __getitem__(self, index: int) -> ChatBatch:
         rows = self.source(index, self.stage.batch)
-        tokenizer = Tokenizer(self.tokenizer)
+        tokenizer = SentencePieceTokenizer(self.tokenizer)
         said = [encode(turns, tokenizer) for _, turns in rows]
         said = [Encoded(row.ids[: self.longest], row.labels[: self.longest]) for row in said]
         images = [

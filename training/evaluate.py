@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..inputs.preprocess import CAPTION_PROMPT, Array, ImageSettings, Tokenizer
+from ..inputs.preprocess import Array, ImageSettings
+from ..inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer
 from ..models.internvl import InternVLModel
 from ..synthetic.captions import Language
 from ..synthetic.render import Image8
@@ -17,7 +18,9 @@ from .collate import BUCKETS, normalise
 class TorchModel(BothHeads):
     """Adapts a model, its tokenizer and its image settings to :class:`..synthetic.tasks.Model`; any dtype."""
 
-    def __init__(self, model: InternVLModel, tokenizer: Tokenizer, settings: ImageSettings) -> None:
+    def __init__(
+        self, model: InternVLModel, tokenizer: SentencePieceTokenizer, settings: ImageSettings
+    ) -> None:
         super().__init__(self._both)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
 

@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..calibration.dataset import CalibrationSet, prompt_for
 from ..errors import InputError
-from ..inputs.preprocess import ImageSettings, Tokenizer
+from ..files.write import atomic
+from ..inputs.preprocess import ImageSettings
+from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.internvl import InternVLModel
 from . import distributed as dist
 from .collate import SceneBatches, collate, normalise
@@ -75,7 +77,7 @@ class SampleBatches(Dataset[Stage2Batch]):
         captions = [sample.text for sample in samples]
         ids = torch.tensor([captions.index(caption) for caption in captions])
         languages = ["zh" if prompt_for(c) == prompt_for("一") else "en" for c in captions]
-        texts = collate(np.zeros(0, np.uint8), captions, languages, Tokenizer(self.tokenizer))
+        texts = collate(np.zeros(0, np.uint8), captions, languages, SentencePieceTokenizer(self.tokenizer))
         pixels = [sample.pixels(self.settings) for sample in samples[self.rows]]
         whole = replace(texts.stage2(torch.zeros(len(captions), 0)), ids=ids)
         return replace(dist.taken(whole, self.rows), pixel_values=torch.from_numpy(np.concatenate(pixels)))
@@ -174,8 +176,8 @@ def fine_tune(
             if dist.rank() == 0:
                 options.work_dir.mkdir(parents=True, exist_ok=True)
                 place = {"identity": identity, "step": step + 1, "seconds": history.seconds}
-                torch.save({**place, **kept, "losses": history.losses}, file.with_suffix(".partial"))
-                file.with_suffix(".partial").replace(file)
+                with atomic(file, exclusive=True) as unfinished:
+                    torch.save({**place, **kept, "losses": history.losses}, unfinished)
             before = time.perf_counter()
             inspect(step + 1, student)
             started += time.perf_counter() - before

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..models.chat_config import ChatConfig
-from ..models.config import InternVLConfig, QLlamaConfig, VisionConfig
+from ..models.config import ChatConfig, InternVLConfig, QLlamaConfig, VisionConfig
 from ..synthetic.scenes import PAIRS
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..files.atomic import atomic
+from ..files.write import atomic
 from . import distributed as dist
 
 STATE = "state.pt"
@@ -45,5 +45,5 @@ def save_state(
     state = {**place, "model": dist.whole(model.state_dict()), "optimizers": states}
     if dist.rank() > 0:
         return
-    with atomic(folder / STATE, alone=True) as partial:
+    with atomic(folder / STATE, exclusive=True) as partial:
         torch.save(state, partial)

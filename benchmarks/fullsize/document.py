@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivl_export.files.atomic import write_text
+from ivl_export.files.write import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 RECEIPTS = ROOT / "profiles" / "receipts"

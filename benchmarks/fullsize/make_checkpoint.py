@@ -27,18 +27,18 @@ from typing import Any, TypeVar
 import torch
 
 from ivl_export.cli.scenes import draw
-from ivl_export.files.atomic import atomic, write_text
+from ivl_export.files.write import atomic, write_text
 from ivl_export.inputs.preprocess import ImageSettings
-from ivl_export.models.chat_config import (
+from ivl_export.models.config import (
     TOWER_CONFIG,
     VICUNA_7B,
     VICUNA_13B,
     ChatConfig,
     InternViTConfig,
+    InternVLConfig,
     ModelConfig,
     load_config,
 )
-from ivl_export.models.config import InternVLConfig
 from ivl_export.models.layout import VISION, Shape, expected_shapes
 from ivl_export.training.tokenizer import train_tokenizer
 
@@ -132,7 +132,7 @@ def make_checkpoint(
     paths = []
     for i, keys in enumerate(shards, 1):
         path = out / f"model-{i:05}-of-{len(shards):05}.safetensors"
-        with atomic(path, alone=True) as partial, partial.open("wb") as file:
+        with atomic(path, exclusive=True) as partial, partial.open("wb") as file:
             file.write(_header({_stored(key, config): shapes[key] for key in keys}))
             if holes:
                 file.truncate(file.tell() + sum(_nbytes(shapes[key]) for key in keys))

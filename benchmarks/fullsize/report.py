@@ -26,7 +26,7 @@ from typing import Any
 from ivl_export.benchmarks.fullsize.document import notes
 from ivl_export.benchmarks.fullsize.make_checkpoint import ITEM_BYTES, sliced
 from ivl_export.benchmarks.fullsize.measured import Run, StepFailed, run
-from ivl_export.files.atomic import write_text
+from ivl_export.files.write import write_text
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.layout import expected_shapes
 from ivl_export.profiles.measure.machine import commit, machine, versions

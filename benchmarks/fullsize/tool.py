@@ -91,13 +91,14 @@ def calibrate(model: Path, out: Path, components: Sequence[str]) -> dict[str, An
     from ivl_export.calibration.calibrate import PartTime, calibration_seconds, seconds_per_block
     from ivl_export.calibration.calibrate import calibrate as measure
     from ivl_export.calibration.sources import scenes_calibration
-    from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+    from ivl_export.inputs.preprocess import ImageSettings
+    from ivl_export.inputs.tokenizer import SentencePieceTokenizer
     from ivl_export.models.checkpoint import open_checkpoint
     from ivl_export.models.config import InternVLConfig
 
     out.mkdir(parents=True, exist_ok=True)
     settings = ImageSettings.load(model / "preprocessor_config.json")
-    tokenizer = Tokenizer(model / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(model / "tokenizer.model")
     times: list[PartTime] = []
     chosen = scenes_calibration(SAMPLES)
     scales = measure(

@@ -23,7 +23,7 @@ from typing import Any
 from ivl_export.benchmarks.precision.document import DOCUMENT, RECEIPT, render
 from ivl_export.benchmarks.precision.outliers import measure
 from ivl_export.errors import UsageError
-from ivl_export.files.atomic import write_text
+from ivl_export.files.write import write_text
 from ivl_export.models.config import InternVLConfig
 from ivl_export.pipeline.build import build
 from ivl_export.pipeline.evaluate import headlines

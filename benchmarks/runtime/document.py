@@ -22,7 +22,7 @@ from ivl_export.benchmarks.runtime.measured import (
     rows,
 )
 from ivl_export.benchmarks.runtime.report import PARTS
-from ivl_export.files.atomic import write_text
+from ivl_export.files.write import write_text
 
 DOCUMENT = RECEIPTS.parents[1] / "docs" / "runtime.md"
 END = "<!-- end -->"

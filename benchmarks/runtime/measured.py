@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ivl_export.files.atomic import write_text
+from ivl_export.files.write import write_text
 from ivl_export.profiles.measure.machine import commit, machine, versions
 
 SCHEMA = "ivl-export.runtime/1"

@@ -41,7 +41,7 @@ from ivl_export.benchmarks.runtime.measured import (
 from ivl_export.bundle import Bundle
 from ivl_export.cli.output import print_table
 from ivl_export.engines.onnx_graph import read_graph
-from ivl_export.files.atomic import write_text
+from ivl_export.files.write import write_text
 from ivl_export.runtime import InternVL
 
 RATIO, LOAD_SECONDS = 1.15, 1.5

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
 from ivl_export.benchmarks.precision.report import Quiet
-from ivl_export.models.chat_config import ChatConfig, ModelConfig
-from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
+from ivl_export.models.config import ChatConfig, InternVLConfig, ModelConfig, QLlamaConfig, VisionConfig
 from ivl_export.models.shipped import NANO_CHAT, nano_chat_folder, nano_folder
 from ivl_export.pipeline.build import build
 from ivl_export.pipeline.job import Job

@@ -34,7 +34,7 @@ from PIL import Image
 from ivl_export.benchmarks.runtime.measured import RECEIPTS, receipt, receipt_path
 from ivl_export.cli.output import print_table
 from ivl_export.errors import BusyError, InputError
-from ivl_export.files.atomic import write_text
+from ivl_export.files.write import write_text
 from ivl_export.runtime import InternVL, InternVLChat
 
 GOAL = 0.02

@@ -6,17 +6,15 @@ wherever a graph has an equal one, sessions map the same pages, in this process 
 
 ONNX Runtime packs each weight again when it opens such a graph, and takes the pages only if they are equal:
 what a processor with other kernels needs is in the session's own memory. The files lie in ``weights/`` of the
-cache folder (:mod:`..cache_dir`), by the bundle's graphs and weights, ONNX Runtime's release and the
+cache folder (:mod:`...files.cache_dir`), by the bundle's graphs and weights, ONNX Runtime's release and the
 processor.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import mmap
-import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,7 +24,10 @@ from pathlib import Path
 
 from ...bundle import Bundle
 from ...errors import CapabilityError, IvlError
-from ..cache_dir import cache_folder, cache_limit, locked, prune, remove, touch
+from ...files.cache_dir import cache_folder, cache_limit, prune, remove, touch
+from ...files.hashing import sha256_json, sha256_sources
+from ...files.locks import locked
+from ...files.write import atomic, flush
 from ..onnx_graph import Graph, read_graph
 from ..protobuf import delimited, fields, messages, rewritten
 
@@ -105,11 +106,9 @@ def shared_weights(bundle: Bundle, wanted: bool | None) -> SharedWeights | None:
     needed = 2 * sum(sizes.values())  # folded, and packed
     if wanted is None and (saved < LEAST_SAVED or needed > min(cache_limit(), _free())):
         return None
-    content = json.dumps(
-        [_code(), sorted((rel, entry.sha256) for rel, entry in stored.items()), _release(), _processor()]
-    )
-    folder = cache_folder() / KIND / hashlib.sha256(content.encode()).hexdigest()
-    return SharedWeights(folder, bool(wanted))
+    code = sha256_sources(Path(__file__).parent, _CODE)
+    content = [code, sorted((rel, entry.sha256) for rel, entry in stored.items()), _release(), _processor()]
+    return SharedWeights(cache_folder() / KIND / sha256_json(content), bool(wanted))
 
 
 def _large(graph: Graph) -> Iterator[tuple[str, int]]:
@@ -134,7 +133,7 @@ def _make(made: Path, save: Save) -> None:
 
             graph = memoryview(model.read_bytes())
             model.write_bytes(rewritten(graph, (_GRAPH, _INITIALIZER), change))
-        _flushed(model)
+        flush(model)
         model.replace(made)
 
 
@@ -196,17 +195,9 @@ def _kept(parts: list[memoryview], folder: Path) -> str:
         digest.update(part)
     file = folder / f"{digest.hexdigest()[:32]}.bin"
     if not file.is_file():
-        partial = file.with_suffix(".tmp")
-        with partial.open("wb") as out:
+        with atomic(file, durable=True, exclusive=True) as partial, partial.open("wb") as out:
             out.writelines(parts)
-        _flushed(partial)
-        partial.replace(file)
     return file.name
-
-
-def _flushed(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _free() -> int:
@@ -218,11 +209,6 @@ def _free() -> int:
         return shutil.disk_usage(folder).free - _HEADROOM
     except OSError:
         return 0
-
-
-def _code() -> str:
-    folder = Path(__file__).parent
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in _CODE)).hexdigest()
 
 
 def _release() -> str:

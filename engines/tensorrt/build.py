@@ -13,7 +13,7 @@ from typing import Any
 from ...bundle.manifest import Built
 from ...bundle.spec import ComponentSpec
 from ...errors import BuildError, CapabilityError, UsageError
-from ...files.atomic import atomic
+from ...files.write import atomic
 from ..gpu import Gpu, gpus
 from ..memory import check_memory, graph_load
 from ..onnx_graph import Graph, read_graph
@@ -178,7 +178,7 @@ def _write(parsed: trt_network.Network, config: Any, spec: ComponentSpec, out: P
     """Write the engine, and return its bytes; ``out`` is whole or not there."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(out, durable=True, alone=True) as partial, partial.open("wb") as file:
+        with atomic(out, durable=True, exclusive=True) as partial, partial.open("wb") as file:
             return trt_network.write_engine(parsed, config, file)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

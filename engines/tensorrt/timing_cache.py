@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...files.atomic import atomic
-from ..cache_dir import cache_folder, locked, touch
+from ...files.cache_dir import cache_folder, touch
+from ...files.locks import locked
+from ...files.write import atomic
 from ..gpu import Gpu
 from .library import Library
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...models.chat_config import ChatConfig, Whole
-from ...models.config import InternVLConfig, QLlamaConfig, VisionConfig
+from ...models.config import ChatConfig, InternVLConfig, QLlamaConfig, VisionConfig, Whole
 from ...models.layout import CHAT_TOWER, VISION
 
 Macs = dict[str, int]

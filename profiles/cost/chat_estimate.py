@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...export.components import component_spec
-from ...models.chat_config import VICUNA_13B, ChatConfig
-from ...models.config import InternVLConfig, QLlamaConfig
+from ...models.config import VICUNA_13B, ChatConfig, InternVLConfig, QLlamaConfig
 from ...models.layout import components_of
 from ...quantization.recipe import Plan, Recipe
 from .estimate import RECEIPTS, Efficiencies, known

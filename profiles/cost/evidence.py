@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ...models.chat_config import ChatConfig, Whole
-from ...models.config import InternVLConfig, VisionConfig
+from ...models.config import ChatConfig, InternVLConfig, VisionConfig, Whole
 from ...models.layout import COMPONENTS, QUERY_CHAT_COMPONENTS
 from ...quantization.recipe import load_recipe
 from ..measure.ceilings import CPU

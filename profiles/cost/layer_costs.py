@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from ...export.components import component_spec
-from ...models.chat_config import ChatConfig, Whole
+from ...models.config import ChatConfig, Whole
 from ...quantization.schemes import SCHEMES
 from .chat_estimate import NEW_TOKENS, TEXT_TOKENS
 from .estimate import efficiencies

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ...errors import CapabilityError
 from ...export.blocks import CROSSING
 from ...export.components import component_spec
-from ...models.chat_config import ChatConfig, Whole
+from ...models.config import ChatConfig, Whole
 from ...quantization.attention import FP8_ATTENTION
 from ...quantization.recipe import Plan, Recipe
 from ...quantization.schemes import SCHEMES

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...engines.memory import Load
-from ...models.chat_config import ChatConfig, Whole
+from ...models.config import ChatConfig, Whole
 from ...models.layout import CHAT_TOWER, Shape, components_of, expected_shapes
 from ...quantization.attention import attentions
 from ...quantization.quantize import stored_tensors

@@ -12,7 +12,7 @@ from itertools import count
 
 from ...bundle.spec import ComponentSpec
 from ...inputs.chat_template import Turn, encode
-from ...models.chat_config import ChatConfig
+from ...models.config import ChatConfig
 from ...runtime import InternVLChat
 from ...runtime.image_batches import Floats
 from ...runtime.kv_cache import PrefixCache

@@ -14,9 +14,8 @@ from functools import partial
 
 from ...bundle.spec import ComponentSpec
 from ...errors import UsageError
-from ...inputs.preprocess import CAPTION_PROMPT
-from ...models.chat_config import ChatConfig, Whole
-from ...models.config import InternVLConfig
+from ...inputs.tokenizer import CAPTION_PROMPT
+from ...models.config import ChatConfig, InternVLConfig, Whole
 from ...models.layout import components_of, optional_of
 from ...runtime import InternVL, Mode
 from ...runtime.loaded import Loaded

@@ -21,7 +21,7 @@ from ...engines.onnxruntime import profile as ort_profile
 from ...engines.tensorrt import profile as trt_profile
 from ...engines.tensorrt.library import BUILDERS
 from ...errors import UsageError
-from ...models.chat_config import InternViTConfig, config_from_published
+from ...models.config import InternViTConfig, config_from_published
 from ...runtime.components import Components
 from .cases import Progress
 from .inputs import Array, random_inputs

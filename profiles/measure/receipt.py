@@ -9,8 +9,8 @@ from typing import Any
 
 from ...engines.device import HOST
 from ...errors import InputError, IntegrityError
-from ...files.atomic import write_text
 from ...files.strict_json import read_json
+from ...files.write import write_text
 from ..cost.flops import ComponentCost
 from ..cost.table19 import Table19
 from .cases import Case

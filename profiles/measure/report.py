@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +14,8 @@ from ...bundle.manifest import MANIFEST, Model
 from ...engines.base import known_backend
 from ...engines.device import HOST
 from ...errors import BuildError, CapabilityError, UsageError
-from ...models.chat_config import ChatConfig, InternViTConfig, Whole, config_from_published
-from ...models.config import InternVLConfig
+from ...files.hashing import sha256_file
+from ...models.config import ChatConfig, InternViTConfig, InternVLConfig, Whole, config_from_published
 from ...models.layout import COMPONENTS, OPTIONAL, components_of
 from ...runtime import InternVL, InternVLChat
 from ...runtime.loaded import Loaded
@@ -232,7 +231,7 @@ def _subject(bundle: Bundle, config: Whole) -> Subject:
     manifest = bundle.manifest
     return Subject(
         bundle.root.resolve().name,
-        hashlib.sha256((bundle.root / MANIFEST).read_bytes()).hexdigest(),
+        sha256_file(bundle.root / MANIFEST),
         manifest.model.name,
         manifest.model.parameters,
         manifest.precision,

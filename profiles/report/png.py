@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BuildError, CapabilityError
-from ...files.atomic import atomic
+from ...files.write import atomic
 from .drawing import PALETTE, Dot, Drawing, Line, Rect
 
 _DPI = 100

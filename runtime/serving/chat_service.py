@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ...inputs.chat_template import SYSTEM, Turn
-from ...inputs.preprocess import Pieces
+from ...inputs.tokenizer import Pieces
 from ...sampling import Ids, Sampling, StopCriteria
 from ..image_batches import Images
 from .admission import Admission, Clock, Response, ServiceLimits

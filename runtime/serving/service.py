@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...inputs.images import ImageInput
-from ...inputs.preprocess import CAPTION_PROMPT, Pieces, ResizeMode
+from ...inputs.preprocess import ResizeMode
+from ...inputs.tokenizer import CAPTION_PROMPT, Pieces
 from ...sampling import Sampling, StopCriteria, check_search
 from .. import captions, matching
 from ..image_batches import Floats, Images

@@ -17,7 +17,8 @@ from ivl_export.benchmarks.fullsize import document, report, tool
 from ivl_export.benchmarks.fullsize.make_checkpoint import MASSIVE, SCENES, main, make_checkpoint, sliced
 from ivl_export.benchmarks.fullsize.measured import StepFailed, run
 from ivl_export.export.unquantized import weight_keys
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.layout import expected_shapes
@@ -113,7 +114,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     config = open_checkpoint(out).config
     assert (config.vision.num_hidden_layers, config.qllama.num_hidden_layers) == (2, 1)
     # What 'build' needs beside the weights.
-    assert len(Tokenizer(out / "tokenizer.model")) <= config.qllama.vocab_size
+    assert len(SentencePieceTokenizer(out / "tokenizer.model")) <= config.qllama.vocab_size
     assert ImageSettings.load(out / "preprocessor_config.json").size == 56
     job = Job(Request(out=tmp_path / "bundle", model=out, backends=(ORT,)))
     assert len(job.calibration) + len(job.held_out) == SCENES

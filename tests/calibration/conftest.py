@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.sources import scenes_calibration
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.models.internvl import InternVLModel
@@ -58,8 +59,8 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(train_tokenizer())
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train_tokenizer())
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.recording import Recording
 from ivl_export.errors import AccuracyError, BuildError
 from ivl_export.export.components import component_spec
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.tests.calibration.reference import reference_runners
 
@@ -91,7 +92,11 @@ def noisy(runner: Runner, scale: float) -> Runner:
 
 
 def test_a_recording_is_what_whole_modules_give(
-    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer, tmp_path: Path
+    checkpoint: Checkpoint,
+    scenes: Sets,
+    settings: ImageSettings,
+    tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
 ) -> None:
     reference, count = reference_runners(checkpoint, ["qllama_step", "qllama_text"]), 0
     recording = Recording(checkpoint, list(reference), scenes[1], settings, tokenizer, tmp_path, batch_size=3)
@@ -107,7 +112,11 @@ def test_a_recording_is_what_whole_modules_give(
 
 
 def test_teacher_forced_and_chained(
-    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer, tmp_path: Path
+    checkpoint: Checkpoint,
+    scenes: Sets,
+    settings: ImageSettings,
+    tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
 ) -> None:
     reference = reference_runners(checkpoint, ["qllama_step", "qllama_text"])
     recording = Recording(

@@ -18,7 +18,8 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.errors import BuildError, InputError
 from ivl_export.export.components import component_spec
 from ivl_export.export.trace import export_component
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.layers import attention
@@ -46,7 +47,9 @@ Sets = tuple[CalibrationSet, CalibrationSet]
 
 
 @pytest.fixture(scope="module")
-def scales(shallow: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer) -> Scales:
+def scales(
+    shallow: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
+) -> Scales:
     return calibrate(shallow, EVERY, scenes[0], settings, tokenizer, batch_size=4)
 
 
@@ -120,7 +123,7 @@ def test_the_graph_equals_the_simulation(
     scales: Scales,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
 ) -> None:
     names, amax = everything(shallow)[component], scales.amax[component]
     model = export_component(component, shallow, "float32")

@@ -24,7 +24,8 @@ from ivl_export.calibration.calibrate import (
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.errors import BuildError
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.shipped import nano_folder
@@ -40,7 +41,8 @@ from pathlib import Path
 from ivl_export.calibration.calibrate import calibrate
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.models.checkpoint import open_checkpoint
-from ivl_export.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 
 model, tokenizer, folder, at = sys.argv[1:]
 
@@ -50,7 +52,7 @@ def progress(done):
 
 calibrate(
     open_checkpoint(model), ["vision", "qllama_query", "qllama_text", "qllama_step"],
-    scenes_calibration(20).split(4)[0], ImageSettings(size=28), Tokenizer(tokenizer),
+    scenes_calibration(20).split(4)[0], ImageSettings(size=28), SentencePieceTokenizer(tokenizer),
     batch_size=4, folder=Path(folder), progress=progress,
 )
 """
@@ -61,7 +63,7 @@ def test_nano_scales_equal_those_of_whole_modules(components: tuple[str, ...], t
     folder = nano_folder()
     checkpoint = open_checkpoint(folder)
     settings = ImageSettings.load(folder / "preprocessor_config.json")
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     chosen = scenes_calibration(11)
     spill = tmp_path / "spill"
     found = calibrate(checkpoint, components, chosen, settings, tokenizer, batch_size=4, folder=spill)
@@ -71,7 +73,11 @@ def test_nano_scales_equal_those_of_whole_modules(components: tuple[str, ...], t
 
 @pytest.mark.parametrize("algorithm", ["percentile", "entropy", "mse"])
 def test_picked_ranges_equal_those_of_whole_modules(
-    algorithm: str, checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+    algorithm: str,
+    checkpoint: Checkpoint,
+    scenes: Sets,
+    settings: ImageSettings,
+    tokenizer: SentencePieceTokenizer,
 ) -> None:
     kinds = {f"vision_model.encoder.layers.{i}.attn.qkv": kind for i, kind in enumerate(("int8", "fp8"))}
     components = ("qllama_query",)
@@ -90,7 +96,7 @@ def test_a_killed_run_goes_on_at_its_block(
     checkpoint: Checkpoint,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     tmp_path: Path,
 ) -> None:
     """Within a block of InternViT, at the end of a part, and within a layer of QLLaMA."""
@@ -122,7 +128,11 @@ def test_a_killed_run_goes_on_at_its_block(
 
 
 def test_another_set_or_lost_activations_start_afresh(
-    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer, tmp_path: Path
+    checkpoint: Checkpoint,
+    scenes: Sets,
+    settings: ImageSettings,
+    tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
 ) -> None:
     folder = tmp_path / "spill"
 
@@ -163,7 +173,11 @@ def test_another_set_or_lost_activations_start_afresh(
 
 
 def test_spilled_bytes_bound_what_lies_on_disk(
-    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer, tmp_path: Path
+    checkpoint: Checkpoint,
+    scenes: Sets,
+    settings: ImageSettings,
+    tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
 ) -> None:
     folder, most = tmp_path / "spill", 0
 

@@ -23,7 +23,8 @@ from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.export.blocks import block_prefix
 from ivl_export.export.components import component_module, component_spec
 from ivl_export.inputs.chat_template import SYSTEM
-from ivl_export.inputs.preprocess import Array, ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import Array, ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models import load_chat
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.layout import CHAT_TOWER
@@ -32,7 +33,7 @@ from ivl_export.quantization.attention import FP8_ATTENTION, attentions
 from ivl_export.quantization.quantize import dequantise, quantise
 from ivl_export.tests.calibration.reference import torch_runner
 
-TOKENIZER = Tokenizer(nano_chat_folder() / "tokenizer.model")
+TOKENIZER = SentencePieceTokenizer(nano_chat_folder() / "tokenizer.model")
 
 
 @pytest.fixture(scope="module", params=["nano-chat", "with queries"])
@@ -245,7 +246,7 @@ def by_hand(
     component: str,
     layer: str,
     amax: float,
-    args: tuple[CalibrationSet, ImageSettings, Tokenizer],
+    args: tuple[CalibrationSet, ImageSettings, SentencePieceTokenizer],
 ) -> Metrics:
     """What the block of ``layer`` adds with that layer in INT8, compared with fp32, in the whole model."""
     runners = {n: torch_runner(m, component_spec(n, checkpoint.model)) for n, m in modules.items()}

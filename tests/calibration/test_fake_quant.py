@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ivl_export.calibration.calibrate import calibrate
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.errors import UsageError
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.internvl import InternVLModel
 from ivl_export.models.load import load_model
@@ -121,7 +122,7 @@ def scales(
     checkpoint: Checkpoint,
     scenes: tuple[CalibrationSet, CalibrationSet],
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
 ) -> Scales:
     return calibrate(checkpoint, COMPONENTS, scenes[0], settings, tokenizer, batch_size=4)
 
@@ -134,7 +135,7 @@ def student(checkpoint: Checkpoint, scales: Scales) -> InternVLModel:
 
 
 @pytest.fixture
-def batch(settings: ImageSettings, tokenizer: Tokenizer) -> Stage2Batch:
+def batch(settings: ImageSettings, tokenizer: SentencePieceTokenizer) -> Stage2Batch:
     tuning = Tuning(Stage("stage2", "generative", 2, 4, 1e-3, 0.0, 1))
     return SceneSamples(tuning, settings, tokenizer.model, slice(None))[0]
 

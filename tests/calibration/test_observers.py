@@ -17,7 +17,8 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.observers import observers
 from ivl_export.errors import BuildError, InputError, UsageError
 from ivl_export.export.components import component_spec
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.load import load_model
 from ivl_export.quantization.algorithms import algorithm_name
@@ -30,7 +31,9 @@ ALL = ("vision", "qllama_query", "qllama_text", "qllama_step")
 
 
 @pytest.fixture(scope="module")
-def scales(checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer) -> Scales:
+def scales(
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
+) -> Scales:
     return calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, batch_size=4)
 
 
@@ -51,7 +54,11 @@ def test_every_linear_of_the_graphs_has_a_range_of_its_own(scales: Scales) -> No
 
 
 def test_ranges_equal_hooks_on_the_whole_model(
-    checkpoint: Checkpoint, scales: Scales, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+    checkpoint: Checkpoint,
+    scales: Scales,
+    scenes: Sets,
+    settings: ImageSettings,
+    tokenizer: SentencePieceTokenizer,
 ) -> None:
     """The model's own methods, one unpadded sample at a time, decoding one token at a time."""
     from ivl_export.models.generate import extend, text_step
@@ -105,7 +112,7 @@ def test_ranges_equal_hooks_on_the_whole_model(
 
 
 def test_only_what_is_asked_and_what_it_needs(
-    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
 ) -> None:
     done: list[int] = []
     one = replace(scenes[0], samples=scenes[0].samples[:3])
@@ -121,7 +128,7 @@ def test_only_what_is_asked_and_what_it_needs(
 
 
 def test_chain_equals_the_models_own_methods(
-    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
 ) -> None:
     runners = reference_runners(checkpoint, ALL)
     model = load_model(checkpoint)
@@ -140,7 +147,11 @@ def test_chain_equals_the_models_own_methods(
 
 
 def test_percentile_cuts_outliers(
-    checkpoint: Checkpoint, scales: Scales, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
+    checkpoint: Checkpoint,
+    scales: Scales,
+    scenes: Sets,
+    settings: ImageSettings,
+    tokenizer: SentencePieceTokenizer,
 ) -> None:
     found = calibrate(checkpoint, ["vision"], scenes[0], settings, tokenizer, algorithm="percentile-99")
     assert found.algorithm == "percentile-99"
@@ -171,7 +182,7 @@ def test_dead_and_broken_inputs_are_named(
     checkpoint: Checkpoint,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     tmp_path: Path,
 ) -> None:
     weights = load_file(checkpoint.path / "model.safetensors")

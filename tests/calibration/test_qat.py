@@ -20,7 +20,8 @@ from ivl_export.cli import main
 from ivl_export.engines.base import open_engine
 from ivl_export.export.components import component_spec
 from ivl_export.export.weight_store import open_store
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.storage import open_reader
 from ivl_export.pipeline import qat
@@ -43,7 +44,9 @@ from ivl_export.training.trainer import Progress
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint: Checkpoint, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(
+    checkpoint: Checkpoint, tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The tiny checkpoint with what belongs beside it."""
     folder = tmp_path_factory.mktemp("model")
     save_file({k: checkpoint.load(k) for k in checkpoint.tensors}, folder / "model.safetensors")
@@ -195,7 +198,9 @@ def test_two_processes_train_as_one_does(strategy: Any, teacher: bool, asked: As
     assert shared[1] == pytest.approx(alone[1], rel=2e-2)
 
 
-def test_data_is_a_function_of_the_seed(data: Path, settings: ImageSettings, tokenizer: Tokenizer) -> None:
+def test_data_is_a_function_of_the_seed(
+    data: Path, settings: ImageSettings, tokenizer: SentencePieceTokenizer
+) -> None:
     tuning = Tuning(Stage("stage2", "generative", 5, 4, 1e-3, 0.0, 1))
     chosen = open_calibration(data, 10)
     batches = SampleBatches(chosen, tuning, settings, tokenizer.model, slice(None))

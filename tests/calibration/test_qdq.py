@@ -17,7 +17,8 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.errors import BuildError
 from ivl_export.export.components import component_spec
 from ivl_export.export.trace import export_component
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.quantization.qdq import quantised_gemms, write_qdq
 from ivl_export.quantization.qdq_nodes import Style
@@ -33,7 +34,9 @@ SCHEMES = ("fp8", "int8")
 
 
 @pytest.fixture(scope="module")
-def scales(shallow: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer) -> Scales:
+def scales(
+    shallow: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
+) -> Scales:
     return calibrate(shallow, COMPONENTS, scenes[0], settings, tokenizer, batch_size=4)
 
 
@@ -120,7 +123,7 @@ def test_onnxruntime_equals_modelopts_fake_quantisation(
     schemes: Callable[[str], dict[str, str]],
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
 ) -> None:
     fakes = reference_modules(shallow, COMPONENTS)
     specs = {c: component_spec(c, shallow.config) for c in COMPONENTS}

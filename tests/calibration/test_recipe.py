@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from ivl_export.errors import UsageError
-from ivl_export.models.chat_config import Whole
-from ivl_export.models.config import InternVLConfig
+from ivl_export.models.config import InternVLConfig, Whole
 from ivl_export.models.internvl import InternVLModel
 from ivl_export.profiles.cost.chat_estimate import FULL_SIZE
 from ivl_export.profiles.cost.sizes import plan_of

@@ -12,7 +12,8 @@ from ivl_export.calibration.calibrate import calibrate
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.sensitivity import Sensitivity, measure
 from ivl_export.errors import BuildError, CapabilityError, UsageError
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.quantization.attention import FP8_ATTENTION
 from ivl_export.quantization.quantize import activation_scale, dequantise, quantise, quantise_values
@@ -26,7 +27,9 @@ FC1 = "vision_model.encoder.layers.1.mlp.fc1"
 
 
 @pytest.fixture(scope="module")
-def scales(checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer) -> Scales:
+def scales(
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
+) -> Scales:
     return calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, batch_size=4)
 
 
@@ -36,7 +39,7 @@ def found(
     scales: Scales,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Sensitivity:
     folder = tmp_path_factory.mktemp("losses")
@@ -49,7 +52,7 @@ def test_it_equals_a_block_that_is_quantised_by_hand(
     scales: Scales,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
 ) -> None:
     vision: Any = reference_modules(checkpoint, ["vision"])["vision"].vision_model
     batch = next(scenes[1].batches(settings, tokenizer, 4))
@@ -94,7 +97,7 @@ def test_a_stopped_run_goes_on(
     scales: Scales,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     tmp_path: Path,
 ) -> None:
     heard: list[int] = []
@@ -129,7 +132,7 @@ def test_odd_channels_are_named(
     scales: Scales,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     tmp_path: Path,
 ) -> None:
     strange = odd(checkpoint, tmp_path, "vision_model.encoder.layers.0.norm2.weight", 5, value)
@@ -144,7 +147,7 @@ def test_nan_is_refused_by_name(
     scales: Scales,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     tmp_path: Path,
 ) -> None:
     strange = odd(checkpoint, tmp_path, "vision_model.encoder.layers.0.norm2.weight", 7, float("nan"))

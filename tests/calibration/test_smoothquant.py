@@ -19,7 +19,8 @@ from ivl_export.errors import UsageError
 from ivl_export.export.components import component_spec
 from ivl_export.export.weight_store import open_store
 from ivl_export.export.weights import write_store
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.quantization.quantize import activation_scale, dequantise, quantise, quantise_values
 from ivl_export.quantization.recipe import load_recipe, schemes
@@ -43,7 +44,7 @@ def ranges(
     layers: list[str],
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("spill")
@@ -67,7 +68,7 @@ def test_channel_ranges_are_those_of_calibration(
     layers: list[str],
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
 ) -> None:
     amax = calibrate(shallow, COMPONENTS, scenes[0], settings, tokenizer, batch_size=4).amax
     assert sorted(ranges) == sorted(layers)

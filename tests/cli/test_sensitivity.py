@@ -13,8 +13,7 @@ from ivl_export.calibration.simulate import rounding_hook
 from ivl_export.cli import main
 from ivl_export.errors import UsageError
 from ivl_export.models import load_chat
-from ivl_export.models.chat_config import ChatConfig
-from ivl_export.models.config import InternVLConfig
+from ivl_export.models.config import ChatConfig, InternVLConfig
 from ivl_export.models.layout import CHAT_TOWER
 from ivl_export.models.shipped import NANO_CHAT
 from ivl_export.pipeline import mixed

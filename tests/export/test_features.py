@@ -17,7 +17,8 @@ from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.errors import CapabilityError, CheckpointError, UsageError
 from ivl_export.export.components import component_spec
 from ivl_export.export.features import with_features
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.runtime.model import outputs_of
@@ -72,7 +73,7 @@ def test_the_streamed_model_gives_them_too(tiny_model: Path, tmp_path: Path) -> 
     chosen = scenes_calibration(3)
     checkpoint = with_features(open_checkpoint(tiny_model), (1, 2))
     settings = ImageSettings.load(tiny_model / "preprocessor_config.json")
-    tokenizer = Tokenizer(tiny_model / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(tiny_model / "tokenizer.model")
     recording = Recording(checkpoint, ["vision"], chosen, settings, tokenizer, tmp_path, batch_size=2)
     from ivl_export.models import load_model
 

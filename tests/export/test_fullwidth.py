@@ -20,7 +20,8 @@ from ivl_export.calibration.dataset import Batch
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.engines.base import open_engine
 from ivl_export.export.components import component_module, component_spec
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.load import meta_model
@@ -98,7 +99,7 @@ def torch_reference(component: str, checkpoint: Checkpoint) -> Runner:
 
 def batch_of(checkpoint: Checkpoint, size: int) -> Batch:
     """One scene that calibration did not see, at ``size`` pixels."""
-    tokenizer = Tokenizer(checkpoint.path / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(checkpoint.path / "tokenizer.model")
     unseen = scenes_calibration(1, seed=1)
     return next(unseen.batches(ImageSettings(size=size), tokenizer, 1))
 
@@ -113,7 +114,7 @@ def part(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slice]:
     make_checkpoint(folder, config)
     checkpoint = open_checkpoint(folder)
     settings = ImageSettings.load(folder / "preprocessor_config.json")
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     scales = calibrate(checkpoint, COMPONENTS, scenes_calibration(4), settings, tokenizer, batch_size=2)
     runners = {name: torch_reference(name, checkpoint) for name in COMPONENTS}
     steps = {step.component: step for step in run_chain(runners, batch_of(checkpoint, settings.size))}

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from ivl_export.errors import InputError
 from ivl_export.inputs.chat_template import IGNORE, IMAGE_TOKEN, SYSTEM, Turn, encode
-from ivl_export.inputs.preprocess import Tokenizer
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.synthetic.dialogues import corpus
 from ivl_export.training.tokenizer import train_tokenizer
 
-TOKENIZER = Tokenizer(train_tokenizer(corpus()))
+TOKENIZER = SentencePieceTokenizer(train_tokenizer(corpus()))
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 
 

@@ -1,4 +1,4 @@
-"""Images and texts to arrays: numbers of the published recipe, and every kind of bad file."""
+"""Images to arrays: numbers of the published recipe, and every kind of bad file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,9 @@ from ivl_export.inputs.preprocess import (
     Array,
     ImageSettings,
     ResizeMode,
-    Tokenizer,
-    pad_ids,
     preprocess_images,
     resize,
 )
-from ivl_export.training.tokenizer import train_tokenizer
-
-TOKENIZER = Tokenizer(train_tokenizer())
 
 
 def photo(width: int = 60, height: int = 40) -> Image.Image:
@@ -174,98 +169,3 @@ def test_unreadable_settings_are_checkpoint_errors(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe{")
     with pytest.raises(CheckpointError):
         ImageSettings.load(file)
-
-
-# --- texts ---
-
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40)
-
-
-@settings(max_examples=300, deadline=None)
-@given(TEXT)
-def test_any_text_survives_the_tokenizer(text: str) -> None:
-    ids = TOKENIZER.encode_prompt(text)
-    assert ids[0] == TOKENIZER.bos
-    assert all(0 < i < len(TOKENIZER) for i in ids)  # id 0 would be masked inside the text
-    assert TOKENIZER.eos not in ids
-    assert TOKENIZER.decode([*ids, TOKENIZER.eos, 0, 0]) == text
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(TEXT, min_size=1, max_size=4))
-def test_contrastive_rows_are_bos_text_eos_padding(texts: list[str]) -> None:
-    ids, lengths = TOKENIZER.encode_contrastive(texts)
-    assert ids.dtype == lengths.dtype == np.int64
-    assert ids.shape[1] in preprocess.BUCKETS
-    assert not any(b >= lengths.max() for b in preprocess.BUCKETS if b < ids.shape[1])
-    for row, length, text in zip(ids, lengths, texts, strict=True):
-        whole = TOKENIZER.encode_prompt("summarize:" + text)
-        assert row[0] == 1
-        assert row[length - 1] == 2
-        assert (row[:length] > 0).all()
-        assert not row[length:].any()
-        assert row[: length - 1].tolist() == whole[: 80 - 1]
-
-
-def test_long_texts_are_cut_and_keep_their_eos() -> None:
-    text = "a large red star above a small blue ring " * 40
-    ids, lengths = TOKENIZER.encode_contrastive([text, "a"], max_length=20, buckets=(16,))
-    assert ids.shape == (2, 20)
-    assert lengths.tolist()[0] == 20
-    assert (ids[0, 0], ids[0, -1]) == (1, 2)
-    assert TOKENIZER.encode_contrastive([text])[0].shape == (1, 80)
-
-
-def test_short_texts_get_the_smallest_bucket() -> None:
-    assert TOKENIZER.encode_contrastive(["a"])[0].shape == (1, 16)
-    assert TOKENIZER.encode_contrastive(["a"], buckets=())[0].shape == (1, 80)
-    assert TOKENIZER.encode_contrastive(["a", "a small ring " * 7])[0].shape == (2, 32)
-
-
-def test_special_tokens_written_in_a_text_are_text() -> None:
-    ids = TOKENIZER.encode_prompt("<s>a</s><unk><0x41>")
-    assert ids.count(1) == 1
-    assert 2 not in ids
-    assert TOKENIZER.decode(ids) == "<s>a</s><unk><0x41>"
-
-
-def test_decode_ignores_padding_unknown_ids_and_what_follows_eos() -> None:
-    ids = TOKENIZER.encode_prompt("a red star")
-    assert TOKENIZER.decode([0, *ids, 99999, -4, 2, *ids]) == "a red star"
-    assert TOKENIZER.decode(np.array(ids)) == "a red star"
-    assert TOKENIZER.decode([]) == ""
-
-
-def test_invalid_unicode_is_an_input_error() -> None:
-    with pytest.raises(InputError, match="ud800"):
-        TOKENIZER.encode_prompt("a \ud800")
-
-
-def test_captions_too_long_for_every_bucket_are_input_errors() -> None:
-    with pytest.raises(InputError, match="tokens"):
-        TOKENIZER.encode_captions(["English caption:"], ["x y " * 200])
-    with pytest.raises(InputError, match="17 tokens"):
-        pad_ids([[1] * 17], (8, 16))
-
-
-def test_a_caption_that_merges_with_its_prompt_is_an_input_error() -> None:
-    with pytest.raises(InputError, match="merge"):
-        TOKENIZER.encode_captions(["English cap"], ["tion"])
-
-
-def test_tokenizers_that_cannot_be_read_are_checkpoint_errors(tmp_path: Path) -> None:
-    file = tmp_path / "tokenizer.model"
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
-        Tokenizer(file)
-    file.write_bytes(b"no model")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
-        Tokenizer(file)
-    file.write_bytes(b"")
-    with pytest.raises(CheckpointError):
-        Tokenizer(file)
-
-
-def test_tokenizer_reads_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "tokenizer.model"
-    file.write_bytes(TOKENIZER.model)
-    assert Tokenizer(file).encode_prompt("a star") == TOKENIZER.encode_prompt("a star")

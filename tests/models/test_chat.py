@@ -17,9 +17,9 @@ from ivl_export.errors import CapabilityError, CheckpointError, InputError
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.models import ChatConfig, InternViTConfig, VisionConfig, load_chat, load_model
 from ivl_export.models.chat import InternVLChatModel, splice
-from ivl_export.models.chat_config import VICUNA_7B, VICUNA_13B, load_config
 from ivl_export.models.chat_vision import SelectedVisionTower
 from ivl_export.models.checkpoint import load_state, open_checkpoint
+from ivl_export.models.config import VICUNA_7B, VICUNA_13B, load_config
 from ivl_export.models.layout import CHAT_TOWER, expected_shapes
 from ivl_export.models.vit import InternViT, resize_positions
 

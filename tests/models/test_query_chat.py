@@ -22,8 +22,8 @@ from ivl_export.inputs.chat_template import IMAGE_TOKEN
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.models import ChatConfig, InternVLConfig, load_chat
 from ivl_export.models.chat import InternVLChatModel, splice
-from ivl_export.models.chat_config import VICUNA_7B, VICUNA_13B, load_config
 from ivl_export.models.checkpoint import open_checkpoint
+from ivl_export.models.config import VICUNA_7B, VICUNA_13B, load_config
 from ivl_export.models.layout import CHAT_TOWER, HEADS, QUERY_CHAT_COMPONENTS, expected_shapes
 
 from ..conftest import CHAT, ROOT, TINY

@@ -12,8 +12,7 @@ import pytest
 
 from ivl_export.bundle import Bundle, seal
 from ivl_export.cli import main
-from ivl_export.models.chat_config import ChatConfig
-from ivl_export.models.config import InternVLConfig
+from ivl_export.models.config import ChatConfig, InternVLConfig
 from ivl_export.models.shipped import nano_chat_folder
 from ivl_export.profiles.cost.analytic import component_macs
 from ivl_export.profiles.cost.chat_estimate import FULL_SIZE, ChatEstimate, cache_bytes, estimate

@@ -15,9 +15,14 @@ from ivl_export.bundle import Bundle
 from ivl_export.errors import CapabilityError, UsageError
 from ivl_export.export.components import component_spec
 from ivl_export.export.unquantized import export_plain
-from ivl_export.models.chat_config import InternViTConfig, Whole, config_from_published
 from ivl_export.models.checkpoint import open_checkpoint
-from ivl_export.models.config import InternVLConfig, VisionConfig
+from ivl_export.models.config import (
+    InternViTConfig,
+    InternVLConfig,
+    VisionConfig,
+    Whole,
+    config_from_published,
+)
 from ivl_export.models.layout import (
     CHAT_COMPONENTS,
     COMPONENTS,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ivl_export.errors import UsageError
-from ivl_export.inputs.preprocess import Tokenizer
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.shipped import nano_folder
 from ivl_export.runtime import InternVL
 from ivl_export.sampling import Sampling
@@ -61,7 +61,7 @@ def test_a_stream_stops_when_nobody_listens(model: InternVL) -> None:
 
 
 def test_no_character_is_given_out_before_it_is_whole() -> None:
-    tokenizer = Tokenizer((nano_folder() / "tokenizer.model").read_bytes())
+    tokenizer = SentencePieceTokenizer((nano_folder() / "tokenizer.model").read_bytes())
     text = "红色 a 🦊 é"
     ids = tokenizer.encode(text)
     assert len(ids) > len(text.split()), "characters in bytes"

@@ -20,7 +20,8 @@ from ivl_export.calibration.recording import Recording
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.errors import CapabilityError, InputError, UsageError
 from ivl_export.export.components import component_module, component_spec
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import load_state, open_checkpoint
 from ivl_export.runtime import InternVL, Ranking
 from ivl_export.tests.calibration.reference import torch_runner
@@ -148,7 +149,7 @@ def test_the_streamed_model_matches_the_chained_one(tiny_model: Path, tmp_path: 
     """Half of the calibration pairs are wrong ones, and all are measured as they run in the component."""
     checkpoint, chosen = open_checkpoint(tiny_model), scenes_calibration(5)
     settings = ImageSettings.load(tiny_model / "preprocessor_config.json")
-    tokenizer = Tokenizer(tiny_model / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(tiny_model / "tokenizer.model")
     names = ["vision", "qllama_itm"]
     recording = Recording(checkpoint, names, chosen, settings, tokenizer, tmp_path, batch_size=4)
     runners = {}

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ivl_export.cli import main
 from ivl_export.errors import CheckpointError, InputError, UsageError
 from ivl_export.inputs.chat_template import IGNORE
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models import load_chat, load_model
 from ivl_export.models.chat import InternVLChatModel
 from ivl_export.models.checkpoint import open_checkpoint
@@ -236,7 +237,7 @@ def test_the_verb_trains_a_checkpoint_on_a_users_data(
     lora.merge(adapted, lora.load(adapted, tmp_path / "lora"))
     for key, value in adapted.state_dict().items():
         torch.testing.assert_close(value, tuned.state_dict()[key])
-    assert Tokenizer(out / "tokenizer.model").model == (folder / "tokenizer.model").read_bytes()
+    assert SentencePieceTokenizer(out / "tokenizer.model").model == (folder / "tokenizer.model").read_bytes()
 
 
 def test_the_projectors_of_a_model_with_queries_are_trained(

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_export.errors import BuildError, InputError
-from ivl_export.inputs.preprocess import ImageSettings, Tokenizer
+from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models import load_model
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.models.internvl import InternVLModel
@@ -179,20 +180,21 @@ def test_stage_1_moves_what_internvl_c_is_made_of(tokenizer: bytes, tmp_path: Pa
 
 
 def test_losses_fall(tokenizer: bytes, tmp_path: Path) -> None:
-    stages = (
-        replace(STAGES[0], steps=60, batch=8, warmup=5, near=0.0, lr=8e-3),
-        replace(STAGES[1], steps=60, batch=8, warmup=5, near=0.0, lr=8e-3),
-    )
-    seen: list[Progress] = []
-    run(replace(TINY, stages=stages), tokenizer, tmp_path, seen.append)
+    """Bounds lie between what knows nothing and what any seed reaches: rounding moves a run as a seed does.
+
+    Of seeds 0 to 4, itc ends at 1.34 to 1.64, itg at 1.91 to 2.32.
+    """
+    easy = [replace(stage, batch=8, warmup=5, near=0.0, pairs=0.0) for stage in STAGES]
+    stages = (replace(easy[0], steps=90), replace(easy[1], steps=60, lr=8e-3))
+    reports: list[Progress] = []
+    run(replace(TINY, stages=stages), tokenizer, tmp_path, reports.append)
 
     def mean(name: str, steps: slice) -> float:
-        return float(np.mean([p.losses[name] for p in seen[steps]]))
+        return float(np.mean([report.losses[name] for report in reports[steps]]))
 
-    assert mean("itc", slice(45, 60)) < mean("itc", slice(0, 5)) - 0.3
-    # from ln 512 = 6.2 (every token alike) to what knows the words and most of their order
-    assert mean("itg", slice(60, 63)) > 5.0
-    assert mean("itg", slice(110, 120)) < 2.5
+    assert mean("itc", slice(60, 90)) < math.log(8) - 0.2, "guessing among the 8 of a batch"
+    assert mean("itg", slice(90, 93)) > 5.0, "guessing among 512 tokens: 6.2"
+    assert mean("itg", slice(140, 150)) < 3.0, "knowing how often each word comes: 3.2"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tokenizer: bytes, tmp_path: Path) -> None:
@@ -266,7 +268,7 @@ def test_published_folder_loads_again(
     shipped.bfloat16().float().eval()
     settings = ImageSettings(size=28)
     sizes: dict[str, Any] = {"n_classify": 6, "n_retrieve": 5, "n_galleries": 1, "n_caption": 3}
-    adapter = TorchModel(shipped, Tokenizer(tokenizer), settings)
+    adapter = TorchModel(shipped, SentencePieceTokenizer(tokenizer), settings)
     adapter._pixels = lambda images: torch.zeros(len(images), 3, 28, 28)  # type: ignore[method-assign]
     accuracy = tasks.evaluate(adapter, **sizes, n_caption_zh=0)
     folder = tmp_path / "model"

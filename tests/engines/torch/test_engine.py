@@ -1,14 +1,17 @@
-"""The torch backend on whole bundles equals ONNX Runtime: same weights, same scales, same results."""
+"""The torch backend equals ONNX Runtime on the same bundle: layer by layer, and all layers in a row."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -23,8 +26,10 @@ from ivl_export.profiles.measure.inputs import random_inputs
 from ivl_export.runtime import InternVL
 from ivl_export.synthetic.render import render
 from ivl_export.synthetic.scenes import sample_scene
+from ivl_export.tests.numbers import BF16_SQNR, FP32_SQNR, LAYER_SQNR, MODEL_SQNR, sqnr
 
 Array = np.ndarray[Any, Any]
+QUANTISED = (Fp8Linear, Int8Linear, Fp8Attention)
 
 
 def feeds(bundle: Bundle, component: str, rows: int = 2) -> dict[str, Array]:
@@ -33,11 +38,6 @@ def feeds(bundle: Bundle, component: str, rows: int = 2) -> dict[str, Array]:
     if "total" in sizes:
         sizes["total"] = sizes["past"] + sizes["text"]
     return random_inputs(spec, sizes, 150)
-
-
-def sqnr(got: Array, want: Array) -> float:
-    error = float(((got - want) ** 2).sum())
-    return float("inf") if error == 0 else 10 * float(np.log10(float((want**2).sum()) / error))
 
 
 def compare(path: Path, lowest: float, **options: Any) -> None:
@@ -57,19 +57,70 @@ def compare(path: Path, lowest: float, **options: Any) -> None:
             assert sqnr(got[name], want[name]) > lowest, (component, name)
 
 
+def layers_of(
+    bundle: Bundle, component: str, modules: Mapping[str, torch.nn.Module]
+) -> dict[str, tuple[list[Array], Array]]:
+    """What the graph's Q/DQ pairs give: the inputs and the output of each of ``modules``, by name.
+
+    ONNX Runtime runs the nodes as they are written, in fp32, without a processor's 8-bit products.
+    """
+    path = bundle.graph(component, "fp32")
+    model = onnx.load(path, load_external_data=False)
+    nodes = {node.name: node for node in model.graph.node}
+    sources = {output: node for node in model.graph.node for output in node.output}
+
+    def unrounded(value: str) -> str:
+        """What a Q/DQ pair rounds."""
+        return str(sources[sources[value].input[0]].input[0])
+
+    layers: dict[str, tuple[list[str], str]] = {}
+    for name, module in modules.items():
+        if isinstance(module, Fp8Attention):
+            attention = name.removesuffix(".core")
+            q, k = (sources[unrounded(f"{attention}.{x}_dq")].input[0] for x in "qk")  # scaled; transposed
+            layers[name] = [q, k, unrounded(f"{attention}.v_dq")], nodes[f"{attention}/mixed"].output[0]
+        else:
+            last = nodes.get(f"{name}/Add") or nodes[name]
+            layers[name] = [unrounded(nodes[name].input[0])], last.output[0]
+    values = list(dict.fromkeys(name for inputs, output in layers.values() for name in (*inputs, output)))
+    outputs = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in outputs)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    arrays = dict(zip(values, session.run(values, feeds(bundle, component)), strict=True))
+    return {
+        layer: ([arrays[i] for i in inputs], arrays[output]) for layer, (inputs, output) in layers.items()
+    }
+
+
+def compare_layers(path: Path) -> None:
+    """Every quantised layer by itself: no rounding of an earlier one can move it."""
+    bundle = Bundle.open(path)
+    for component in bundle.manifest.components:
+        module = component_of(bundle, component, dtype=torch.float32, device=torch.device("cpu"))
+        modules = {name: m for name, m in module.named_modules() if isinstance(m, QUANTISED)}
+        assert modules
+        for layer, (inputs, want) in layers_of(bundle, component, modules).items():
+            got = modules[layer](*map(torch.from_numpy, inputs)).numpy()
+            if got.shape != want.shape:  # heads beside each other
+                want = want.swapaxes(1, 2).reshape(got.shape)
+            assert sqnr(got, want) > LAYER_SQNR, (component, layer)
+
+
 def test_fp32_equals_onnxruntime(tiny_bundle: Path) -> None:
-    compare(tiny_bundle, 100)
+    compare(tiny_bundle, FP32_SQNR)
 
 
 def test_bf16_is_as_near_as_bf16_can_be(tiny_bundle: Path) -> None:
-    compare(tiny_bundle, 25, dtype="bf16")
+    compare(tiny_bundle, BF16_SQNR, dtype="bf16")
 
 
 @pytest.mark.slow
 def test_fp8_equals_onnxruntime(nano_fp8: Path) -> None:
-    compare(
-        nano_fp8, 45
-    )  # where a value is halfway between two of FP8, another order of sums rounds it elsewhere
+    compare_layers(nano_fp8)
+    compare(nano_fp8, MODEL_SQNR)
     module = component_of(Bundle.open(nano_fp8), "vision", dtype=torch.float32, device=torch.device("cpu"))
     depth = Bundle.open(nano_fp8).manifest.model.config["vision_config"]["num_hidden_layers"]
     assert sum(isinstance(m, Fp8Linear) for m in module.modules()) == 4 * depth
@@ -77,14 +128,16 @@ def test_fp8_equals_onnxruntime(nano_fp8: Path) -> None:
 
 @pytest.mark.slow
 def test_int8_equals_onnxruntime(nano_int8: Path) -> None:
-    compare(nano_int8, 45)
+    compare_layers(nano_int8)
+    compare(nano_int8, MODEL_SQNR)
     module = component_of(Bundle.open(nano_int8), "vision", dtype=torch.float32, device=torch.device("cpu"))
     assert any(isinstance(m, Int8Linear) for m in module.modules())
 
 
 @pytest.mark.slow
 def test_fp8_attention_equals_onnxruntime(nano_fp8_attention: Path) -> None:
-    compare(nano_fp8_attention, 33)  # twice as many roundings that may fall elsewhere
+    compare_layers(nano_fp8_attention)
+    compare(nano_fp8_attention, MODEL_SQNR)
     bundle = Bundle.open(nano_fp8_attention)
     module = component_of(bundle, "vision", dtype=torch.float32, device=torch.device("cpu"))
     depth = bundle.manifest.model.config["vision_config"]["num_hidden_layers"]
@@ -99,7 +152,7 @@ def test_captions_and_embeddings_of_an_fp8_bundle_are_the_same(nano_fp8: Path) -
         assert model.caption(pictures) == reference.caption(pictures)
         for mode in ("InternVL-C", "InternVL-G"):
             got, want = model.encode_image(pictures, mode), reference.encode_image(pictures, mode)
-            assert sqnr(got, want) > 45
+            assert sqnr(got, want) > MODEL_SQNR
 
 
 def test_components_share_their_weights(tiny_bundle: Path) -> None:

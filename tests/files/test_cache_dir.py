@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
-import threading
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ivl_export.engines import cache_dir as cache
-from ivl_export.engines.cache_dir import Entry, entries, locked, parse_size, prune
-from ivl_export.engines.tensorrt import engine_cache
-from ivl_export.engines.tensorrt.engine_cache import EngineKey, file_hash, keep_engine, take_engine
+from ivl_export.engines.tensorrt.engine_cache import EngineKey, keep_engine, take_engine
 from ivl_export.errors import UsageError
-from ivl_export.files.atomic import atomic
+from ivl_export.files import cache_dir as cache
+from ivl_export.files.cache_dir import Entry, entries, parse_size, prune
 
 KEY = EngineKey(
     "g" * 64, ("w" * 64,), {"name": "fp8"}, ({"batch": (1, 8, 128)},), {}, "tensorrt-rtx", "1.7", "sm89"
@@ -80,10 +81,9 @@ def test_anything_else_is_another_engine(engine: Path, tmp_path: Path, change: d
     assert take_engine(replace(KEY, **change), tmp_path / "y") is None  # type: ignore[arg-type]
 
 
-def test_our_own_code_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = KEY.digest
-    monkeypatch.setattr(engine_cache, "_code", lambda: "changed")
-    assert KEY.digest != before
+def test_our_own_code_is_part_of_the_key() -> None:
+    assert len(KEY.code) == 64
+    assert replace(KEY, code="changed").digest != KEY.digest
 
 
 @pytest.mark.parametrize("harm", ["engine", "entry", "cut"])
@@ -145,28 +145,79 @@ def test_a_cache_that_cannot_be_written_is_none(
     assert isinstance(Entry("engines", "x", engine, 1, 0.0), Entry)
 
 
-def test_hashes_follow_the_content(tmp_path: Path) -> None:
-    path = tmp_path / "w"
-    path.write_bytes(b"one")
-    first = file_hash(path)
-    assert first == file_hash(path)
-    path.write_bytes(b"three")
-    assert file_hash(path) != first
+HOMELESS = """
+import os, pwd, sys
+for name in ("HOME", "XDG_CACHE_HOME", "IVL_EXPORT_CACHE"):
+    os.environ.pop(name, None)
+def no_entry(uid):
+    raise KeyError(uid)
+pwd.getpwuid = no_entry
+from ivl_export.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
-def test_writers_take_turns_and_readers_see_whole_files(tmp_path: Path) -> None:
-    path, lock = tmp_path / "times", tmp_path / "times.lock"
-    path.write_bytes(b"")
+@pytest.mark.parametrize("command", [["cache", "ls", "--json"], ["cache", "prune", "--all", "--json"]])
+def test_without_a_home_the_cache_is_below_the_temporary_folder(command: list[str], tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", HOMELESS, *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        check=True,
+    )
+    folder = Path(json.loads(run.stdout)["folder"])
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o077 == 0
 
-    def add(name: bytes) -> None:
-        for _ in range(20):
-            with locked(lock), atomic(path, durable=True) as partial:
-                partial.write_bytes(path.read_bytes() + name)
 
-    threads = [threading.Thread(target=add, args=(bytes([65 + i]),)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(path.read_bytes()) == sorted(b"ABCD" * 20)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["times", "times.lock"]
+@pytest.fixture
+def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home that is a file, where nothing can be made; its temporary folder."""
+    monkeypatch.delenv("IVL_EXPORT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    home.write_text("")
+    temporary.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    cache._temporary_cache.cache_clear()
+    yield temporary
+    cache._temporary_cache.cache_clear()
+
+
+def test_an_impossible_home_is_as_good_as_none(homeless: Path, engine: Path, tmp_path: Path) -> None:
+    assert cache.cache_folder().parent == homeless
+    assert keep_engine(KEY, engine, {"release": "1.7"})
+    assert take_engine(KEY, tmp_path / "y") == {"release": "1.7"}
+
+
+@pytest.mark.parametrize("kind", ["open to all", "link", "file"])
+def test_a_temporary_cache_that_others_can_change_is_not_used(
+    homeless: Path, tmp_path: Path, kind: str
+) -> None:
+    usual = homeless / f"ivl-export-{os.getuid()}"
+    if kind == "open to all":
+        usual.mkdir()
+        usual.chmod(0o777)
+    elif kind == "link":
+        usual.symlink_to(tmp_path)
+    else:
+        usual.touch()
+    folder = cache.cache_folder()
+    assert folder != usual
+    assert folder.parent == homeless
+    assert folder.stat().st_mode & 0o077 == 0
+    assert cache.cache_folder() == folder
+
+
+def test_where_nothing_can_be_written_nothing_is_kept(homeless: Path, engine: Path) -> None:
+    homeless.rmdir()
+    assert entries() == []
+    assert not keep_engine(KEY, engine, {})
+
+
+def test_a_home_that_is_still_to_be_made_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IVL_EXPORT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new" / "cache"))
+    assert cache.cache_folder() == tmp_path / "new" / "cache" / "ivl-export"

@@ -1,20 +1,22 @@
 """The user's cache folder: what later builds take over, verified, bounded in size, safe to delete.
 
 ``$IVL_EXPORT_CACHE``, or ``ivl-export`` in the user's cache folder, holds ``engines/``
-(:mod:`.tensorrt.engine_cache`), ``timing/`` (:mod:`.tensorrt.timing_cache`), ``weights/``
-(:mod:`.onnxruntime.weights`),
+(built engines), ``timing/`` (TensorRT's kernel times), ``weights/`` (weights packed for ONNX Runtime),
 ``evaluations/`` (task scores) and ``images/`` (decoded calibration images). Everything in it follows from its
-key, so that deleting any of it costs time only. A folder that cannot be written to is as good as none.
+key, so that deleting any of it costs time only. Without a home, or with one that cannot be written to, the
+folder lies below the temporary folder.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ..errors import UsageError
@@ -36,10 +38,54 @@ class Entry:
 
 
 def cache_folder() -> Path:
-    """Where results that several builds share are kept."""
+    """The folder of results that several builds share; it need not exist, and nothing here raises.
+
+    ``$IVL_EXPORT_CACHE``, or ``ivl-export`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. Where there is no home
+    (containers, users without a passwd entry), or where that folder is missing and cannot be made, it is a
+    private folder below the temporary one.
+    """
     if own := os.environ.get("IVL_EXPORT_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl-export"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl-export"
+    except RuntimeError:  # neither HOME nor an entry in passwd
+        return _temporary_cache()
+    return folder if _can_exist(folder) else _temporary_cache()
+
+
+def _can_exist(folder: Path) -> bool:
+    """Whether ``folder`` is there (perhaps read-only: what it holds is used), or can be made."""
+    try:
+        while not folder.exists():
+            if folder == folder.parent:
+                return False
+            folder = folder.parent
+            if folder.exists():
+                return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    except OSError:  # a parent that may not be entered
+        return False
+    return True
+
+
+@cache
+def _temporary_cache() -> Path:
+    """``ivl-export-<user>`` below the temporary folder, if it is this user's alone.
+
+    Entries are trusted as far as their hashes, which stand beside them: a folder of that name that another
+    user made is not used, but one with a random name, for this process.
+    """
+    try:
+        parent = Path(tempfile.gettempdir())
+        folder = parent / f"ivl-export-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        state = folder.lstat()
+        private = stat.S_ISDIR(state.st_mode) and not state.st_mode & 0o022
+        if os.name == "nt" or (private and state.st_uid == os.getuid()):
+            return folder
+        return Path(tempfile.mkdtemp(prefix="ivl-export-", dir=parent))
+    except OSError:  # no temporary folder either: a place where nothing can be, so that nothing is kept
+        return Path(os.devnull) / "ivl-export"
 
 
 def cache_limit() -> int:
@@ -118,22 +164,6 @@ def touch(path: Path) -> None:
         os.utime(path)
     except OSError:
         return  # read-only: it only counts as used longer ago
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path`` (no lock on systems without flock); a killed process lets go of it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except ImportError:
-            pass  # Windows: two writers at once lose the entries of one, never the file
-        yield
-    finally:
-        os.close(handle)
 
 
 def _used(path: Path) -> float:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from ivl_export.errors import BuildError
-from ivl_export.files.atomic import atomic, write_text
+from ivl_export.files.write import atomic, write_text
 
 
-@pytest.mark.parametrize("options", [{}, {"durable": True}, {"alone": True}])
+@pytest.mark.parametrize("options", [{}, {"durable": True}, {"exclusive": True}])
 def test_a_file_is_new_or_old_and_nothing_else_stays(tmp_path: Path, options: dict[str, bool]) -> None:
     path = tmp_path / "file"
     path.write_text("old")
@@ -31,9 +31,9 @@ def test_a_file_is_new_or_old_and_nothing_else_stays(tmp_path: Path, options: di
 
 def test_what_a_killed_writer_left_is_overwritten_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    writer = atomic(path, alone=True)
+    writer = atomic(path, exclusive=True)
     writer.__enter__().write_text("half of a large file")
-    with atomic(path, alone=True) as partial:
+    with atomic(path, exclusive=True) as partial:
         partial.write_text("whole")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file": "whole"}
 
