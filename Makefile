@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/ivl-export build --precision fp8 --targets sm89 --out bundles/internvl-nano-fp8
 	$(BIN)/ivl-export build --precision int8-smoothquant --targets sm89 --out bundles/internvl-nano-int8
-	$(BIN)/ivl-export scenes bundles/scenes --count 6 --force
+	$(BIN)/ivl-export train scenes bundles/scenes --count 6 --force
 	$(BIN)/ivl-export run caption bundles/internvl-nano-fp8 bundles/scenes
 	$(BIN)/ivl-export profile bundles/internvl-nano-fp8 --batch 1,8 --seconds 0.3
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from ..errors import IvlError
 
 INTERRUPTED = 130
-RESUMED = frozenset({"build", "calibrate", "qat", "sensitivity", "train"})
-"""Verbs that go on where they were stopped."""
+RESUMED = frozenset({"build", "calibrate", "sensitivity", "train"})
+"""Verbs that continue where they were stopped; of train all but 'train scenes'."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,9 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [a for a in args[:end] if a != "--debug"] + args[end:]
 
     from ..errors import IvlError
-    from .app import app
+    from .app import app, check_moved
 
     try:
+        check_moved(args)
         code = app(args or ["--help"], prog_name="ivl-export", standalone_mode=False)
     except IvlError as error:
         if debug:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report(IvlError(what, "This is a bug in ivl-export.", "Run with --debug for details."), as_json)
             return 1
     if code == INTERRUPTED:
-        resumed = not RESUMED.isdisjoint(args[:1])
+        resumed = not RESUMED.isdisjoint(args[:1]) and args[1:2] != ["scenes"]
         print("\nInterrupted." + " The same command goes on from here." * resumed, file=sys.stderr)
     return code if isinstance(code, int) else 0
 

@@ -1,39 +1,71 @@
 """The command line's verbs. A verb's module is imported when the verb is used: ``--help`` starts fast.
 
 To add a verb, write ``cli/<verb>.py`` with a module-level ``app`` (``typer.Typer(add_completion=False)``
-with one command, or a group of them) and add its line to :data:`VERBS`. Errors are raised as
+with one command, or a group of them) and add its line to :data:`GROUPS`. Errors are raised as
 :class:`~ivl_export.errors.IvlError`; :func:`ivl_export.cli.main` prints them and picks the exit code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from .. import __version__
+from ..errors import UsageError
 
-#: verb -> (module in this package, line of help)
-VERBS: dict[str, tuple[str, str]] = {
-    "build": ("build", "Checkpoint in, verified bundle out: export, calibrate, quantise, engines, proof."),
-    "calibrate": ("calibrate", "Measure a model's input ranges once, for builds that take --scales."),
-    "export": ("export", "Plain ONNX graphs of a checkpoint, with a copy of its weights or without."),
-    "recipes": ("recipes", "Show the precision recipes, or print one as a file to edit."),
-    "sensitivity": ("sensitivity", "What each layer loses when it alone is quantised; odd channels."),
-    "train": ("train", "Train a small InternVL on drawn scenes, or fine-tune a chat model on conversations."),
-    "qat": ("qat", "Fine-tune a checkpoint for a precision; 'build' takes the result."),
-    "scenes": ("scenes", "Draw scenes with captions, to try internvl-nano on or to calibrate with."),
-    "run": ("run", "Embed, classify, retrieve, caption or chat about images, through a bundle's engines."),
-    "eval": ("eval", "Measure a bundle on your own copy of a benchmark, beside the paper's number."),
-    "inspect": ("inspect", "Show what a bundle holds, what it promises, and whether its files are intact."),
-    "compare": ("compare", "Show two bundles side by side: sizes, accuracy with its intervals, kernels."),
-    "profile": ("profile", "Time a bundle on this machine; count FLOPs and bytes from its graphs."),
-    "estimate": ("estimate", "Predict latency, memory and cost on a GPU you do not have."),
-    "cache": ("cache", "Show or delete what earlier builds left for later ones."),
-    "doctor": ("doctor", "Say what can be built and run on this machine, and what to install."),
+#: purpose -> verb -> one line of help; a verb's module has the verb's name
+GROUPS: dict[str, dict[str, str]] = {
+    "Make": {
+        "build": "Convert a checkpoint to a bundle: graphs, weights and engines.",
+        "calibrate": "Measure the layers' input ranges once, for many builds.",
+        "export": "Write plain ONNX graphs, with a copy of the weights or without.",
+        "train": "Train or fine-tune a model; also: train qat, train scenes.",
+    },
+    "Measure": {
+        "eval": "Score a bundle on your copy of a benchmark, next to the paper.",
+        "sensitivity": "Rank layers by what is lost when one alone is quantised.",
+        "profile": "Time a bundle on this machine: calls, or each layer.",
+        "compare": "Compare two bundles, or two receipts of 'profile --out'.",
+        "estimate": "Predict latency, memory and cost on a GPU you do not have.",
+    },
+    "Use": {
+        "run": "Embed, classify, retrieve, caption or chat with a bundle.",
+    },
+    "Look after": {
+        "verify": "Check a bundle's files, and show which kernels really run.",
+        "doctor": "Check this machine and what is installed; also: doctor cache.",
+    },
 }
+VERBS: dict[str, str] = {verb: line for verbs in GROUPS.values() for verb, line in verbs.items()}
+
+#: what a command was called before -> what to type now
+MOVED: dict[str, str] = {
+    "cache": "ivl-export doctor cache ls, or doctor cache prune",
+    "inspect": "ivl-export verify BUNDLE, with --contents or --layers",
+    "profile diff": "ivl-export compare OLD NEW",
+    "profile layers": "ivl-export profile BUNDLE --layers --no-latency",
+    "profile measure": "ivl-export profile BUNDLE",
+    "profile report": "ivl-export profile RECEIPT",
+    "qat": "ivl-export train qat",
+    "recipes": "ivl-export build --list-recipes, or build --show-recipe NAME",
+    "scenes": "ivl-export train scenes FOLDER",
+}
+
+
+def check_moved(args: Sequence[str]) -> None:
+    """UsageError with today's command if ``args`` begin with one of :data:`MOVED`."""
+    for old in (" ".join(args[:1]), " ".join(args[:2])):
+        if old in MOVED and not (len(old.split()) == 2 and Path(args[1]).exists()):
+            raise UsageError(
+                f"'ivl-export {old}' has another name now.",
+                "Commands that overlapped were joined.",
+                f"Type {MOVED[old]}.",
+            )
 
 
 class _Verbs(TyperGroup):
@@ -41,14 +73,30 @@ class _Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in VERBS:
-            self.commands[args[0]] = _load(args[0])
+            self.commands[args[0]] = load(args[0])
         return super().resolve_command(ctx, args)
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """One screen: the verbs by purpose. Frames around each group would take a second one."""
+        lines = ["Usage: ivl-export VERB [OPTIONS] ...", "", f"  {self.help}", ""]
+        for group, verbs in GROUPS.items():
+            lines.append(typer.style(group, bold=True))
+            lines += [f"  {typer.style(verb, fg='cyan')}{'':{13 - len(verb)}}{verbs[verb]}" for verb in verbs]
+        lines += [
+            typer.style("Options", bold=True),
+            "  VERB --help, -h          Show a verb's options.  VERB --json: print JSON.",
+            "  --debug                  Show tracebacks, anywhere on the line.",
+            "  --version                Print the version and exit.",
+            "  --install-completion     Complete verbs and options in this shell.",
+            "  --show-completion        Print that script, to copy or adapt.",
+        ]
+        formatter.write("\n".join(lines) + "\n")
 
-def _load(verb: str) -> Any:
-    module, help_line = VERBS[verb]
-    command = typer.main.get_command(import_module(f".{module}", __package__).app)
-    command.name, command.help = verb, command.help or help_line
+
+def load(verb: str) -> Any:
+    """The command of ``verb``, its module imported."""
+    command = typer.main.get_command(import_module(f".{verb}", __package__).app)
+    command.name, command.help = verb, command.help or VERBS[verb]
     return command
 
 
@@ -61,7 +109,7 @@ def _version(wanted: bool) -> None:
 app = typer.Typer(
     cls=_Verbs,
     name="ivl-export",
-    help="InternVL checkpoints to verified FP8 / INT8 engines.",
+    help="InternVL checkpoints to FP8 and INT8 engines, and proof of what runs.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -83,5 +131,5 @@ def _placeholder() -> None:
     raise AssertionError("resolve_command replaces this")
 
 
-for _verb, (_, _line) in VERBS.items():
+for _verb, _line in VERBS.items():
     app.command(_verb, help=_line)(_placeholder)

@@ -21,6 +21,7 @@ from .options import (
     ModelOpt,
 )
 from .output import print_json
+from .recipes import list_recipes, show_recipe
 
 app = typer.Typer(add_completion=False)
 
@@ -31,7 +32,8 @@ ENGINES: dict[str, Any] = {"rich_help_panel": "GPU engines (tensorrt-rtx, tensor
 def build(
     model: ModelOpt = None,
     precision: Annotated[
-        str, typer.Option(help="A recipe (see 'recipes'), a recipe file, or mixed: searched within --budget.")
+        str,
+        typer.Option(help="A recipe (--list-recipes) or its file; or mixed: searched within --budget."),
     ] = "fp8",
     budget: Annotated[
         float | None,
@@ -133,6 +135,13 @@ def build(
     dry_run: Annotated[
         bool, typer.Option(help="Check everything, say what would be done, write nothing.")
     ] = False,
+    recipes: Annotated[
+        bool, typer.Option("--list-recipes", help="Show the recipes that ship, and build nothing.")
+    ] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--show-recipe", help="Print this recipe as a file to edit, and build nothing."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Export, calibrate, quantise, build engines, and prove accuracy and kernel precision.
@@ -140,6 +149,12 @@ def build(
     With nothing else it builds internvl-nano, the small model that ships with the package. What is there
     already is not made again: a build that was stopped goes on, a second one does nothing.
     """
+    if recipes:
+        list_recipes(as_json)
+        return
+    if recipe is not None:
+        show_recipe(recipe, as_json)
+        return
     from ..files.cache_dir import parse_size
     from ..models.shipped import shipped_name
     from ..pipeline.build import build as run_build

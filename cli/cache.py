@@ -1,4 +1,4 @@
-"""``ivl-export cache``: what earlier builds left for later ones, and deleting it."""
+"""``ivl-export doctor cache``: show and delete what earlier builds left for later ones."""
 
 from __future__ import annotations
 

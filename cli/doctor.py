@@ -1,4 +1,7 @@
-"""``ivl-export doctor``: what can be built and run here, and what to install."""
+"""``ivl-export doctor``: what can be built and run here, and what to install.
+
+``doctor OPTIONS`` is short for ``doctor check OPTIONS``; ``doctor cache`` shows and deletes kept files.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import CapabilityError
+from .cache import app as cache
 from .estimate import asked_model
+from .groups import group_with_default
 from .output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
     from ..profiles.doctor import Ability, Diagnosis
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(cls=group_with_default("check"), add_completion=False)
+app.add_typer(cache, name="cache")
 
 
-@app.command()
+@app.command("check", epilog="Also: 'ivl-export doctor cache ls' and 'doctor cache prune'.")
 def doctor(
     model: Annotated[
         Path | None,

@@ -1,4 +1,4 @@
-"""``ivl-export inspect --layers``: each product, convolution and attention of a bundle, and how it runs."""
+"""``ivl-export verify --layers``: each product, convolution and attention of a bundle, and how it runs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import typer
-
-from ..bundle import Bundle
-from ..files.write import write_text
 from ..verify.report import AttentionProof, KernelReport, ProductProof
-from .output import check_writable, human_bytes, print_json, print_table, show
-from .proofs import Here, Proof, Proofs, check_here, proof_of_file, proofs, proofs_here
+from .output import human_bytes, print_table
+from .proofs import Proof, Proofs
 
 _BLOCK = re.compile(r"\.\d+(?=\.|$)")
 
@@ -132,32 +127,3 @@ def json_layers(found: Proofs) -> dict[str, Any]:
         engine: {part: {"promised": dict(p.promised), **p.report.to_json()} for part, p in parts.items()}
         for engine, parts in found.items()
     }
-
-
-def run(
-    bundle: Bundle,
-    component: str | None,
-    engine: str | None,
-    info: Path | None,
-    here: Here | None,
-    html: Path | None,
-    as_json: bool,
-) -> None:
-    """What ``inspect --layers`` does; BuildError behind the output if ``here`` breaks a promise."""
-    check_writable("--html", html)
-    if here is not None:
-        found = proofs_here(bundle, component, here)
-    else:
-        found = proofs(bundle, component, engine) if info is None else proof_of_file(bundle, info, component)
-    if html is not None:
-        from .layers_page import page
-
-        write_text(page(bundle.manifest.model.name, bundle.manifest.precision, found), html)
-    if as_json:
-        print_json(json_layers(found))
-    elif html is None:
-        print_layers(found)
-    else:
-        typer.echo(f"{sum(len(p) for p in found.values())} proofs on one page: {show(html)}")
-    if here is not None and here.backend == "torch":
-        check_here(found, here)

@@ -72,10 +72,10 @@ def _is_number(cell: object) -> bool:
 
 
 def check_writable(option: str, path: Path | None) -> None:
-    """UsageError if ``path``, given as ``option``, is no file that can be written."""
+    """UsageError if ``path``, given as ``option``, cannot be written as a file."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UsageError(
-            f"{option} {path} is no file that can be written.",
-            "It is a folder, or its folder does not exist.",
-            "Name a file in a folder that is there.",
+            f"{option} {path} cannot be written.",
+            "It is a folder itself, or its folder does not exist.",
+            "Name a file in a folder that exists.",
         )

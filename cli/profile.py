@@ -1,66 +1,46 @@
-"""``ivl-export profile``: times of a bundle on this machine, its work, Table 19; reports; two runs compared.
-
-``profile BUNDLE`` is short for ``profile measure BUNDLE``.
-"""
+"""``ivl-export profile``: times of a bundle on this machine, its work, its layers, Table 19."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from ..errors import LatencyError, UsageError
-from .output import check_writable, print_json, print_table
-from .profile_layers import layers as profile_layers
+from ..bundle import Bundle
+from ..errors import UsageError
+from .output import check_writable, print_json
+from .profile_layers import LayerOptions, Where, print_layer_profiles, time_layers, write_layer_profiles
 
 if TYPE_CHECKING:
     from ..profiles.measure.cases import Progress
+    from ..profiles.measure.layer_profile import LayerProfile
     from ..profiles.measure.receipt import Profile
-    from ..profiles.report.diff import Diff
 
-DEFAULT = "measure"
+app = typer.Typer(add_completion=False)
 
-
-class _Profile(TyperGroup):
-    """A group whose command may be left out: then it is :data:`DEFAULT`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        return super().parse_args(ctx, self._named(args))
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        return super().resolve_command(ctx, self._named(args))
-
-    def _named(self, args: list[str]) -> list[str]:
-        return args if args and args[0] in self.commands else [DEFAULT, *args]
+ON_RECEIPTS = frozenset({"subject", "beside", "html", "png", "csv", "as_json"})
+"""Parameters that mean something where nothing is measured."""
+LAYERS: dict[str, Any] = {"rich_help_panel": "With --layers"}
 
 
-app = typer.Typer(cls=_Profile, add_completion=False)
-app.command("layers")(profile_layers)
-
-Html = Annotated[Path | None, typer.Option(help="Write one self-contained page with charts here.")]
-Png = Annotated[Path | None, typer.Option(help="Write each chart as a PNG into this folder.")]
-Csv = Annotated[Path | None, typer.Option(help="Write a line for each timed case here.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")]
-Beside = Annotated[
-    list[Path] | None, typer.Option(help="A receipt whose columns to set beside in Table 19 (repeatable).")
-]
-
-
-@app.command(
-    DEFAULT,
-    epilog="Also: 'ivl-export profile report RECEIPT' prints and draws a receipt again; "
-    "'ivl-export profile diff OLD NEW' compares two; "
-    "'ivl-export profile layers BUNDLE' shows where the time of a call goes.",
-)
-def measure(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
+@app.command()
+def profile(
+    context: typer.Context,
+    subject: Annotated[
+        Path,
+        typer.Argument(
+            help="A bundle's folder; or a receipt that --out wrote, to print and draw it again.",
+            metavar="BUNDLE",
+            show_default=False,
+        ),
+    ],
     batch: Annotated[
         str | None,
-        typer.Option(help="Batch sizes with commas between.", show_default="1,8; with --table19 1,128"),
+        typer.Option(help="Batch sizes, joined by commas.", show_default="1,8; with --table19 1,128"),
     ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Text lengths to time too: 8,16,32.", show_default="as tuned")
@@ -84,25 +64,59 @@ def measure(
         Path | None, typer.Option(help="The bundle's weights, for the baseline.", show_default="its source")
     ] = None,
     ceilings: Annotated[bool, typer.Option(help="Measure what the machine reaches at best.")] = True,
+    latency: Annotated[
+        bool, typer.Option(help="Time whole calls; --layers --no-latency times layers alone.")
+    ] = True,
     layers: Annotated[
         bool, typer.Option("--layers", help="Time each layer too, by the backend's own profiler.")
     ] = False,
-    beside: Beside = None,
+    component: Annotated[
+        str | None, typer.Option(help="Layers of this component only.", show_default="all", **LAYERS)
+    ] = None,
+    calls: Annotated[int, typer.Option(min=1, help="Calls that are timed layer by layer.", **LAYERS)] = 10,
+    top: Annotated[int, typer.Option(min=1, help="How many of the slowest are printed.", **LAYERS)] = 12,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write a call's timeline for chrome://tracing or Perfetto here.", **LAYERS),
+    ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another receipt, whose columns join those of Table 19 (repeatable)."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the receipt, with raw samples, here.")] = None,
-    html: Html = None,
-    png: Png = None,
-    csv: Csv = None,
-    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page with charts here.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write each chart as a PNG into this folder.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a line for each timed case here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
 ) -> None:
-    """Time a bundle's components and chained calls here; count FLOPs and bytes from its graphs."""
+    """Time a bundle's components and chained calls here; count FLOPs and bytes from its graphs.
+
+    With --layers also where the time of a call goes: slowest layers, operators, layer types, blocks.
+    """
+    for name, path in (("--out", out), ("--html", html), ("--csv", csv), ("--trace", trace)):
+        check_writable(name, path)
+    if subject.is_file():
+        _check_receipt_only(context)
+        from ..profiles.measure.receipt import read
+
+        _export(read(subject), [read(path) for path in beside or ()], html, png, csv, as_json)
+        return
     batches = None if batch is None else parse_sizes("--batch", batch)
     texts = () if lengths is None else tuple(parse_sizes("--lengths", lengths))
-    for name, path in (("--out", out), ("--html", html), ("--csv", csv)):
-        check_writable(name, path)
     if checkpoint is not None and not (table19 and baseline):
         raise UsageError("--checkpoint is for the baseline.", "There is none here.", "Add --table19.")
+    if not layers and (component is not None or trace is not None or not latency):
+        raise UsageError("--component, --trace and --no-latency are about layers.", "", "Add --layers.")
+    layer_options = LayerOptions(component, calls, top, trace)
+    where = (backend, batches[0] if batches else 1, threads, target, device)
+    if not latency:
+        if table19 or out is not None or csv is not None:
+            raise UsageError(
+                "--table19, --out and --csv are about whole calls.", "", "Leave --no-latency out."
+            )
+        _layers_alone(subject, where, layer_options, html, png, as_json)
+        return
     from ..profiles.measure import receipt, report
-    from ..profiles.measure.layers import with_layers
     from ..profiles.measure.timing import StopRule
 
     others = [receipt.read(path) for path in beside or ()]
@@ -119,81 +133,59 @@ def measure(
         checkpoint,
         ceilings,
     )
+    profiles: list[LayerProfile] = []
     with _progress() as progress:
-        result = report.profile(bundle, options, progress)
+        result = report.profile(subject, options, progress)
         if layers:
-            result = with_layers(result, bundle, progress)
+            where = (backend, result.settings.batches[0], threads, target, device)
+            profiles = time_layers(Bundle.open(subject), where, layer_options, progress)
+            result = replace(result, layers=tuple(replace(p, trace=()) for p in profiles))
     if out is not None:
         receipt.write(result.to_json(), out)
     _export(result, others, html, png, csv, as_json)
-    if out is not None and not as_json:
-        typer.echo(f"Receipt with raw samples: {out}")
+    if not as_json:
+        if layers:
+            print_layer_profiles(profiles, top)
+        for label, path in (("Receipt with raw samples", out), ("Written", trace)):
+            if path is not None:
+                typer.echo(f"{label}: {path}")
 
 
-@app.command("report")
-def report_again(
-    receipt: Annotated[Path, typer.Argument(help="What --out wrote.", show_default=False)],
-    beside: Beside = None,
-    html: Html = None,
-    png: Png = None,
-    csv: Csv = None,
-    as_json: AsJson = False,
+def _check_receipt_only(context: typer.Context) -> None:
+    """UsageError if an option was given that needs a bundle to measure."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in ON_RECEIPTS and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(
+                f"--{name.replace('_', '-')} is about measuring.",
+                "A receipt is printed and drawn again, not measured.",
+                "Give the bundle's folder, or leave the option out.",
+            )
+
+
+def _layers_alone(
+    bundle: Path, where: Where, options: LayerOptions, html: Path | None, png: Path | None, as_json: bool
 ) -> None:
-    """Print and draw a receipt again, without measuring."""
-    for name, path in (("--html", html), ("--csv", csv)):
-        check_writable(name, path)
-    from ..profiles.measure.receipt import read
+    """Time and show layers without whole calls."""
+    from ..profiles.measure.layers import SCHEMA
 
-    _export(read(receipt), [read(path) for path in beside or ()], html, png, csv, as_json)
-
-
-@app.command("diff")
-def compare(
-    old: Annotated[Path, typer.Argument(help="The receipt before.", show_default=False)],
-    new: Annotated[Path, typer.Argument(help="The receipt after.", show_default=False)],
-    fail_above: Annotated[
-        str | None,
-        typer.Option(help="Exit with 9 if a median is surely slower by more: 5%.", metavar="PERCENT"),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
-) -> None:
-    """Compare two receipts case by case: ratio of medians with its bootstrap interval, and a verdict."""
-    limit = None if fail_above is None else parse_percent(fail_above)
-    from ..profiles.measure.receipt import read
-    from ..profiles.report.diff import diff
-
-    result = diff(read(old), read(new), limit)
+    with _progress() as progress:
+        profiles = time_layers(Bundle.open(bundle), where, options, progress)
+    written = write_layer_profiles(f"Layers of {bundle.resolve().name}", profiles, html, png)
     if as_json:
-        print_json(result.to_json())
-    else:
-        _print_diff(result)
-    if result.failed:
-        worst = max(result.failed, key=lambda change: change.low)
-        raise LatencyError(
-            f"{len(result.failed)} of {len(result.changes)} cases are slower by more than {fail_above}.",
-            f"{worst.kind} {worst.name} at batch {worst.batch}: {worst.old_ms:.4g} -> {worst.new_ms:.4g} ms, "
-            f"{worst.low - 1:+.1%} to {worst.high - 1:+.1%}.",
-            "Find the change that did it, or raise --fail-above.",
-        )
+        print_json({"schema": SCHEMA, "components": [profile.to_json() for profile in profiles]})
+        return
+    print_layer_profiles(profiles, options.top)
+    for path in (*written, *filter(None, [options.trace])):
+        typer.echo(f"Written: {path}")
 
 
 def parse_sizes(option: str, text: str) -> list[int]:
     """Sizes of ``1,8,32``; UsageError otherwise."""
     sizes = [part.strip() for part in text.split(",")]
     if not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
-        raise UsageError(f"{option} {text!r} is no list of sizes.", "", f"Write {option} 1,8,32.")
+        raise UsageError(f"{option} {text!r} is not a list of sizes.", "", f"Write {option} 1,8,32.")
     return [int(size) for size in sizes]
-
-
-def parse_percent(text: str) -> float:
-    """0.05 of ``5%`` or ``5``; UsageError otherwise."""
-    try:
-        value = float(text.strip().removesuffix("%")) / 100
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 100:
-        raise UsageError(f"--fail-above {text!r} is no percentage.", "", "Write --fail-above 5%.")
-    return value
 
 
 def _export(
@@ -205,8 +197,6 @@ def _export(
     as_json: bool,
 ) -> None:
     """Everything that is written or printed of a profile; ``others`` add columns to its Table 19."""
-    from dataclasses import replace
-
     from ..files.write import write_text
     from ..profiles.cost.table19 import merged
 
@@ -236,33 +226,6 @@ def _export(
     print_profile(result)
     for path in written:
         typer.echo(f"Written: {path}")
-
-
-def _print_diff(result: Diff) -> None:
-    print_table(
-        f"{result.old} -> {result.new}",
-        ("case", "batch", "sizes", "old ms", "new ms", "new / old", "95% interval", "verdict", "steady"),
-        [
-            (
-                c.name if c.kind == "component" else f"{c.kind} {c.name}",
-                c.batch,
-                " ".join(f"{k}={v}" for k, v in c.sizes.items() if k != "batch"),
-                c.old_ms,
-                c.new_ms,
-                f"{c.ratio:.3f}",
-                f"{c.low:.3f} to {c.high:.3f}",
-                c.verdict,
-                c.steady,
-            )
-            for c in result.changes
-        ],
-    )
-    typer.echo("the interval covers the noise within both runs, not a drift of the machine between them")
-    for line in result.differences:
-        typer.echo(f"changed: {line}")
-    for which, names in (("before", result.only_old), ("after", result.only_new)):
-        for name in names:
-            typer.echo(f"only {which}: {name}")
 
 
 @contextmanager

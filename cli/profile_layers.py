@@ -1,74 +1,79 @@
-"""``ivl-export profile layers``: where the time of a component's call goes."""
+"""``ivl-export profile --layers``: where the time of a component's call goes."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..bundle import Bundle
-from .output import check_writable, print_json, print_table
+from .output import print_table
 
 if TYPE_CHECKING:
+    from ..profiles.measure.cases import Progress
     from ..profiles.measure.layer_profile import LayerProfile
 
+Where = tuple[str, int, int | None, str | None, str | None]
+"""Backend, batch, CPU threads, target, device."""
 
-def layers(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
-    component: Annotated[
-        str | None, typer.Option(help="Only this component.", show_default="all of them")
-    ] = None,
-    backend: Annotated[
-        str,
-        typer.Option(
-            help="onnxruntime: time of each node; torch: of each operator in each module; tensorrt, "
-            "tensorrt-rtx: of each layer of the engine, on a GPU."
-        ),
-    ] = "onnxruntime",
-    target: Annotated[str | None, typer.Option(help="Which engines of the backend: sm89, ...")] = None,
-    device: Annotated[str | None, typer.Option(help="The GPU of TensorRT engines: cuda:0.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a call.")] = 1,
-    calls: Annotated[int, typer.Option(min=1, help="Calls that are timed.")] = 10,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of an engine.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many of the slowest layers are printed.")] = 12,
-    trace: Annotated[
-        Path | None, typer.Option(help="Write a call's timeline for chrome://tracing or Perfetto here.")
-    ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write the treemap as a PNG into this folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all layers as JSON.")] = False,
-) -> None:
-    """Show where the time of a call goes: the slowest layers, by operator, by layer type, by block."""
-    from ..profiles.measure.layers import SCHEMA, profile_layers, write_trace
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """The options of ``--layers``; see the verb's help."""
+
+    component: str | None
+    calls: int
+    top: int
+    trace: Path | None
+
+
+def time_layers(
+    bundle: Bundle, where: Where, options: LayerOptions, progress: Progress | None
+) -> list[LayerProfile]:
+    """Time the layers of each component, or of the one that ``options`` name; write the trace.
+
+    Raises: as :func:`..profiles.measure.layers.profile_layers`.
+    """
+    from ..profiles.measure.layers import profile_layers, write_trace
+
+    backend, batch, threads, target, device = where
+    names = [options.component] if options.component else list(bundle.manifest.components)
+    profiles = []
+    for done, name in enumerate(names):
+        if progress is not None:
+            progress(f"layers of {name}", done, len(names))
+        profiles.append(profile_layers(bundle, name, backend, batch, options.calls, threads, target, device))
+    if options.trace is not None:
+        write_trace(profiles, options.trace)
+    return profiles
+
+
+def write_layer_profiles(
+    title: str, profiles: list[LayerProfile], html: Path | None, png: Path | None
+) -> list[Path]:
+    """Write the page and the treemap where they are wanted; the files written."""
+    from ..files.write import write_text
+    from ..profiles.report.layer_page import layer_page
     from ..profiles.report.treemap import layer_times
 
-    opened = Bundle.open(bundle)
-    for option, path in (("--trace", trace), ("--html", html)):
-        check_writable(option, path)
-    names = [component] if component else list(opened.manifest.components)
-    found = [profile_layers(opened, name, backend, batch, calls, threads, target, device) for name in names]
-    written = [] if trace is None else [trace]
-    if trace is not None:
-        write_trace(found, trace)
+    written = []
     if html is not None:
-        from ..files.write import write_text
-        from ..profiles.report.layer_page import layer_page
-
-        write_text(layer_page(f"Layers of {opened.root.resolve().name}", found), html)
+        write_text(layer_page(title, profiles), html)
         written.append(html)
-    if png is not None and (drawing := layer_times(found)) is not None:
+    if png is not None and (drawing := layer_times(profiles)) is not None:
         from ..profiles.report.png import write_drawings
 
         written += write_drawings([drawing], png)
-    if as_json:
-        print_json({"schema": SCHEMA, "components": [profile.to_json() for profile in found]})
-        return
-    for profile in found:
+    return written
+
+
+def print_layer_profiles(profiles: list[LayerProfile], top: int) -> None:
+    """Tables of the ``top`` slowest layers and groups of each component."""
+    for profile in profiles:
         _print(profile, top)
     typer.echo("shares are of a call that was timed layer by layer, which takes longer than one that is not")
-    for path in written:
-        typer.echo(f"Written: {path}")
 
 
 def _print(found: LayerProfile, top: int) -> None:

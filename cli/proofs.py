@@ -1,4 +1,4 @@
-"""Where ``ivl-export inspect --layers`` has its proofs from: receipts, a vendor's file, or a look here."""
+"""Where ``ivl-export verify`` reads what runs: a receipt, a vendor's file, or a call made here."""
 
 from __future__ import annotations
 

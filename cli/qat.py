@@ -1,4 +1,4 @@
-"""``ivl-export qat``: fine-tune a checkpoint for a precision."""
+"""``ivl-export train qat``: fine-tune a checkpoint for a precision."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ import typer
 
 from .output import print_json, print_table
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def qat(
     model: Annotated[
         Path | None, typer.Option(help="Checkpoint to start from, in the published layout; else nano.")
     ] = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", "--precision", help="The recipe to train for (see 'recipes').")
+        str, typer.Option("--recipe", "--precision", help="The recipe to train for ('build --list-recipes').")
     ] = "w4a4",
     out: Annotated[
         Path | None, typer.Option(help="Folder for the new checkpoint; else runs/MODEL-RECIPE-qat.")

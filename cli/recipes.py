@@ -1,67 +1,55 @@
-"""``ivl-export recipes``: the precision recipes that ship, and one as a file to edit."""
+"""``ivl-export build --list-recipes`` and ``--show-recipe NAME``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from ..errors import UsageError
 from .output import print_json, print_table
 
 if TYPE_CHECKING:
     from ..quantization.recipe import Recipe
 
-app = typer.Typer(add_completion=False)
 
+def show_recipe(name: str, as_json: bool) -> None:
+    """Print a shipped recipe as its file, with the comments; a recipe file as it was understood.
 
-@app.command()
-def recipes(
-    name: Annotated[
-        str | None, typer.Argument(help="A shipped recipe, or a recipe file.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print YAML, as recipe files are written.")] = False,
-) -> None:
-    """Show the recipes that --precision takes; with a name, that one as a file to edit.
-
-    Save what is printed, change it, and give the file to build: --precision my.yaml.
+    Raises:
+        UsageError: no such recipe.
     """
     from ..quantization.recipe import load_recipe, recipe_file, shipped_recipes
 
-    if as_json and as_yaml:
-        raise UsageError("--json and --yaml were both given.", fix="Give one of them.")
-    if name is not None:
-        recipe = load_recipe(name)
-        if as_json:
-            print_json(recipe.to_json())
-        else:  # the file as it stands, with its comments
-            shipped = name in shipped_recipes()
-            typer.echo(
-                recipe_file(name).read_text(encoding="utf-8") if shipped else recipe.to_yaml(), nl=False
-            )
+    recipe = load_recipe(name)
+    if as_json:
+        print_json(recipe.to_json())
         return
-    found = [load_recipe(shipped) for shipped in shipped_recipes()]
-    if as_yaml:
-        typer.echo("---\n".join(recipe.to_yaml() for recipe in found), nl=False)
-    elif as_json:
-        print_json([{**recipe.to_json(), "targets": _targets(recipe)} for recipe in found])
-    else:
-        rows = [(recipe.name, recipe.summary, _targets(recipe)) for recipe in found]
-        print_table("Precision recipes", ("recipe", "what it does", "TensorRT-RTX targets"), rows)
-        layers = [
-            (rule.pattern, *(_scheme(recipe, rule.pattern) for recipe in found if recipe.rules))
-            for rule in {rule.pattern: rule for recipe in found for rule in recipe.rules}.values()
-        ]
-        print_table(
-            "Layers; the last pattern that matches one counts",
-            ("pattern", *(recipe.name for recipe in found if recipe.rules)),
-            layers,
-        )
-        typer.echo(
-            "mixed: searched for the model by build --precision mixed --budget 0.3 (points of accuracy)."
-        )
-        typer.echo("All of them also run in ONNX Runtime on a CPU, where only INT8 products are faster.")
+    shipped = name in shipped_recipes()
+    typer.echo(recipe_file(name).read_text(encoding="utf-8") if shipped else recipe.to_yaml(), nl=False)
+
+
+def list_recipes(as_json: bool) -> None:
+    """Print the recipes that ship: what each does, its layers, and the GPUs that have its types."""
+    from ..quantization.recipe import load_recipe, shipped_recipes
+
+    recipes = [load_recipe(name) for name in shipped_recipes()]
+    if as_json:
+        print_json([{**recipe.to_json(), "targets": _targets(recipe)} for recipe in recipes])
+        return
+    rows = [(recipe.name, recipe.summary, _targets(recipe)) for recipe in recipes]
+    print_table("Precision recipes", ("recipe", "what it does", "TensorRT-RTX targets"), rows)
+    layers = [
+        (rule.pattern, *(_scheme(recipe, rule.pattern) for recipe in recipes if recipe.rules))
+        for rule in {rule.pattern: rule for recipe in recipes for rule in recipe.rules}.values()
+    ]
+    print_table(
+        "Layers; the last pattern that matches one counts",
+        ("pattern", *(recipe.name for recipe in recipes if recipe.rules)),
+        layers,
+    )
+    typer.echo("mixed: searched for the model by build --precision mixed --budget 0.3 (points of accuracy).")
+    typer.echo("All of them also run in ONNX Runtime on a CPU, where only INT8 products are faster.")
+    typer.echo("One as a file to edit, for --precision my.yaml: ivl-export build --show-recipe fp8 > my.yaml")
 
 
 def _targets(recipe: Recipe) -> list[str]:

@@ -1,4 +1,4 @@
-"""``ivl-export scenes``: drawn pictures with captions, to try internvl-nano on or to calibrate with."""
+"""``ivl-export train scenes``: drawn pictures with captions, to try internvl-nano on or to calibrate with."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 CAPTIONS = "captions.jsonl"
 _DRAWN = re.compile(r"scene-\d{5,}\.(png|txt)")
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def scenes(
     out: Annotated[Path, typer.Argument(help="Folder to draw into.", show_default=False)],
     count: Annotated[int, typer.Option(help="How many scenes.", min=1, max=100_000)] = 8,

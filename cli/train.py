@@ -1,4 +1,7 @@
-"""``ivl-export train``: the stages of a preset, with progress, checkpoints and exact resume."""
+"""``ivl-export train``: the stages of a preset, with progress, checkpoints and exact resume.
+
+``train OPTIONS`` is short for ``train run OPTIONS``; ``train qat`` and ``train scenes`` are the others.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,22 @@ from typing import Annotated, Any
 
 import typer
 
+from .groups import group_with_default
 from .output import print_json, print_table
 from .progress import step_bar
+from .qat import qat
+from .scenes import scenes
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(cls=group_with_default("run"), add_completion=False)
+app.command("qat")(qat)
+app.command("scenes")(scenes)
 
 
-@app.command()
+@app.command(
+    "run",
+    epilog="Also: 'ivl-export train qat' fine-tunes a checkpoint for a precision; "
+    "'ivl-export train scenes' draws pictures with captions.",
+)
 def train(
     preset: Annotated[
         str, typer.Option(help="What to train from scratch: nano, or nano-chat (on nano's vision tower).")

@@ -24,7 +24,7 @@ RECEIPT = "qat.json"
 
 @dataclass(frozen=True)
 class Asked:
-    """The arguments of ``ivl-export qat``.
+    """The arguments of ``ivl-export train qat``.
 
     Args:
         out: the new checkpoint's folder.

@@ -99,7 +99,7 @@ class Recipe:
             raise UsageError(
                 f"{source} is no recipe.",
                 "It needs a mapping with 'name' and a list 'rules'.",
-                "Start from a shipped one: ivl-export recipes fp8.",
+                "Start from a shipped one: ivl-export build --show-recipe fp8.",
             )
         _known_keys(data, {"name", "summary", "rules", "attention", "base"}, source)
         rules = []
@@ -192,7 +192,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise UsageError(
             f"Recipe {path} is not {path.suffix[1:].upper()}.",
             " ".join(str(error).split()),
-            "Repair it, or start from a shipped one: ivl-export recipes fp8.",
+            "Repair it, or start from a shipped one: ivl-export build --show-recipe fp8.",
         ) from error
     return Recipe.from_json(data, str(path))
 

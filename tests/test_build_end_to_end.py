@@ -269,8 +269,8 @@ def test_caption(built: Built, photographs: Path, scenes: tuple[Path, list[Scene
     assert all(item["caption"].strip() for item in out["items"])  # of scenes only: right for no photograph
 
 
-def test_inspect_and_profile(built: Built) -> None:
-    out = use("inspect", built.root, "--verify")
+def test_verify_and_profile(built: Built) -> None:
+    out = use("verify", built.root)
     assert out["manifest"]["precision"] == "fp8"
     assert set(out["receipts"]) == set(built.bundle.manifest.receipts)
     said = StringIO()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ LINES = [
     if line.startswith("ivl-export ")
 ]
 # What takes long, or needs the published weights or data: it is parsed, not run.
-HEAVY = ("build", "eval", "export", "train", "profile", "sensitivity", "qat")
+HEAVY = ("build", "eval", "profile")
 
 
 @pytest.fixture
@@ -55,18 +54,18 @@ def parse(arguments: list[str]) -> None:
         _, command, arguments = command.resolve_command(context, arguments)
 
 
-def test_the_readme_shows_every_verb() -> None:
-    assert {line.split()[1] for line in LINES} == set(VERBS)
+def test_the_readme_shows_what_matters_and_where_the_rest_is() -> None:
+    assert len(LINES) == 8
+    assert {line.split()[1] for line in LINES} <= set(VERBS)
+    assert "(docs/cli.md)" in README
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_command_lines(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = shlex.split(line)[1:]
-    if arguments[0] in HEAVY or arguments[:2] == ["run", "chat"]:  # that needs a chat bundle
+    if arguments[0] in HEAVY:
         parse(arguments)
     else:
-        if arguments[0] == "scenes":
-            shutil.rmtree("photos")  # where they are drawn to
         assert main(arguments) == 0, capsys.readouterr().err
 
 

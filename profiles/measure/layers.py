@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,12 @@ from ...engines.tensorrt.library import BUILDERS
 from ...errors import UsageError
 from ...models.config import InternViTConfig, config_from_published
 from ...runtime.components import Components
-from .cases import Progress
 from .inputs import Array, random_inputs
 from .latency import sizes_of
 from .layer_profile import LayerProfile, LayerTime
-from .receipt import Profile, write
+from .receipt import write
 
 SCHEMA = "ivl-export.layers/1"
-LAYER_CALLS = 10
-"""Calls that a profile times layer by layer."""
 BACKENDS = ("onnxruntime", "torch", *BUILDERS)
 Timed = tuple[tuple[Call, ...], dict[str, Array]]
 """Calls, and the outputs of the last one."""
@@ -106,34 +102,6 @@ def profile_layers(
         tuple(sorted(layers, key=lambda la: -la.ms)),
         quick[0].events,
     )
-
-
-def with_layers(
-    result: Profile, path: Path, progress: Progress | None = None, calls: int = LAYER_CALLS
-) -> Profile:
-    """``result``, of the bundle in ``path``, with the layers of its components at the first batch size.
-
-    Raises: as :func:`profile_layers`.
-    """
-    bundle, settings = Bundle.open(path, "size"), result.settings
-    names = [name for name in bundle.manifest.components if any(c.name == name for c in result.cases)]
-    found = []
-    for done, name in enumerate(names):
-        if progress is not None:
-            progress(f"layers of {name}", done, len(names))
-        device = None if settings.on_cpu else settings.device
-        one = profile_layers(
-            bundle,
-            name,
-            settings.backend,
-            settings.batches[0],
-            calls,
-            settings.threads,
-            settings.target,
-            device,
-        )
-        found.append(replace(one, trace=()))
-    return replace(result, layers=tuple(found))
 
 
 def _onnxruntime_calls(

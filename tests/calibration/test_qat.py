@@ -1,4 +1,4 @@
-"""``ivl-export qat`` from end to end: reproducible, resumed, shared, and bit-equal to what a build stores."""
+"""``train qat`` from end to end: reproducible, resumed, shared, and bit-equal to what a build stores."""
 
 from __future__ import annotations
 
@@ -227,7 +227,8 @@ def test_data_is_a_function_of_the_seed(
 
 def test_command_line(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    args = ["qat", "--model", str(model), "--recipe", "int4-weight", "--data", str(data), "--out", str(out)]
+    args = ["train", "qat", "--model", str(model), "--recipe", "int4-weight"]
+    args += ["--data", str(data), "--out", str(out)]
     small = ["--steps", "2", "--batch", "4", "--stage", "1", "--freeze-scales", "--threads", "1"]
     assert main([*args, *small, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -242,17 +243,17 @@ def test_command_line(model: Path, data: Path, tmp_path: Path, capsys: pytest.Ca
     assert main([*args, "--batch", "6", "--processes", "2", "--dry-run"]) == 2
     assert "multiple of 4" in capsys.readouterr().err
     assert main([*args, "--batch", "12", "--dry-run"]) == 3
-    assert main(["qat", "--recipe", "int8-smoothquant", "--dry-run"]) == 2
+    assert main(["train", "qat", "--recipe", "int8-smoothquant", "--dry-run"]) == 2
     assert "cannot be fine-tuned" in capsys.readouterr().err
     for line in data.read_text().splitlines()[:1]:
         (data.parent / "bare.jsonl").write_text(json.dumps({"image": json.loads(line)["image"]}))
-    bare = [*args[:6], str(data.parent / "bare.jsonl"), "--batch", "2", "--dry-run"]
+    bare = [*args[:7], str(data.parent / "bare.jsonl"), "--batch", "2", "--dry-run"]
     assert main(bare) == 3
     assert "--teacher" in capsys.readouterr().err
 
 
 def test_a_chat_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["qat", "--model", "nano-chat", "--out", str(tmp_path / "out"), "--dry-run"]) == 5
+    assert main(["train", "qat", "--model", "nano-chat", "--out", str(tmp_path / "out"), "--dry-run"]) == 5
     assert "--precision mixed" in capsys.readouterr().err
 
 

@@ -15,8 +15,8 @@ import pytest
 
 from ivl_export import __version__, cli
 from ivl_export.cli import app as app_module
-from ivl_export.cli import inputs, output
-from ivl_export.cli.app import VERBS
+from ivl_export.cli import document, inputs, output
+from ivl_export.cli.app import GROUPS, MOVED, VERBS
 from ivl_export.errors import InputError, IvlError
 
 HEAVY = (
@@ -50,7 +50,7 @@ sys.exit(code)
     assert min(float(run.stderr) for run in runs) < 0.5
 
 
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["inspect", "--help"], ["--version"]])
+@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["verify", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(args: list[str]) -> None:
     code = f"""
 import sys
@@ -71,6 +71,36 @@ def test_every_verb_loads_and_has_help(verb: str, capsys: pytest.CaptureFixture[
     assert "--install-completion" not in out
 
 
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_help_fits_one_screen(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert cli.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if line in GROUPS] == list(GROUPS)
+
+
+@pytest.mark.parametrize("old", list(MOVED))
+def test_an_earlier_name_says_what_to_type_now(old: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*old.split(), "--json"]) == 2
+    assert json.loads(capsys.readouterr().err)["fix"] == f"Type {MOVED[old]}."
+    new = MOVED[old].split(",")[0].split()[1:]
+    assert new[0] in VERBS
+
+
+def test_the_page_of_all_commands_is_fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert document.main(["--check"]) == 0
+    page = document.PAGE.read_text(encoding="utf-8")
+    assert all(f"### ivl-export {verb}" in page for verb in VERBS)
+    monkeypatch.setattr(document, "PAGE", tmp_path / "cli.md")
+    assert document.main(["--check"]) == 1
+    assert document.main([]) == 0
+    assert (tmp_path / "cli.md").read_text(encoding="utf-8") == page
+
+
 def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"ivl-export {__version__}"
@@ -81,9 +111,9 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["inspekt", "x"], "Did you mean 'inspect'"),
-        (["inspect"], "Missing argument"),
-        (["inspect", "--nope", "x"], "--nope"),
+        (["verifi", "x"], "Did you mean 'verify'"),
+        (["verify"], "Missing argument"),
+        (["verify", "--nope", "x"], "--nope"),
         (["run", "classify", "b", "i", "--top", "0", "--labels", "a"], "--top"),
         (["run", "classify", "b", "i", "--mode", "X", "--labels", "a"], "--mode"),
         (["run", "classify", "b", "i"], "--labels"),
@@ -104,20 +134,20 @@ def test_wrong_usage_exits_2(args: list[str], says: str, capsys: pytest.CaptureF
 
 
 def test_errors_say_what_why_and_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", str(tmp_path)]) == 8
+    assert cli.main(["verify", str(tmp_path)]) == 8
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {tmp_path} is not a bundle.\n  why: ")
     assert "\n  fix: " in captured.err
-    assert cli.main(["inspect", str(tmp_path), "--json"]) == 8
+    assert cli.main(["verify", str(tmp_path), "--json"]) == 8
     captured = capsys.readouterr()
     assert not captured.out
     assert json.loads(captured.err)["error"] == "IntegrityError"
     with pytest.raises(IvlError):
-        cli.main(["inspect", str(tmp_path), "--debug"])
+        cli.main(["verify", str(tmp_path), "--debug"])
 
 
 def test_file_names_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["inspect", str(tmp_path / "\x1b[2Jx")])
+    cli.main(["verify", str(tmp_path / "\x1b[2Jx")])
     assert "\x1b" not in capsys.readouterr().err
 
 
@@ -128,13 +158,13 @@ def test_unexpected_errors_are_one_line(
         raise ZeroDivisionError("first\nsecond")
 
     monkeypatch.setattr("ivl_export.bundle.Bundle.open", broken)
-    assert cli.main(["inspect", str(tmp_path)]) == 1
+    assert cli.main(["verify", str(tmp_path)]) == 1
     err = capsys.readouterr().err
     assert "Unexpected ZeroDivisionError: first" in err
     assert "--debug" in err
     assert "Traceback" not in err
     with pytest.raises(ZeroDivisionError):
-        cli.main(["--debug", "inspect", str(tmp_path)])
+        cli.main(["--debug", "verify", str(tmp_path)])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -144,7 +174,7 @@ def test_ctrl_c_exits_130(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
          f"import sys; from ivl_export.cli import main; print('up', flush=True); "
-         f"sys.exit(main(['inspect', {str(tmp_path)!r}]))"],
+         f"sys.exit(main(['verify', {str(tmp_path)!r}]))"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -158,7 +188,7 @@ def test_ctrl_c_exits_130(tmp_path: Path) -> None:
 
 def test_completion_offers_verbs_and_their_commands() -> None:
     code = "import sys; from ivl_export.cli import main; sys.exit(main([]))"
-    for typed, offered in (("ivl-export ", "inspect"), ("ivl-export run ", "retrieve")):
+    for typed, offered in (("ivl-export ", "verify"), ("ivl-export run ", "retrieve")):
         env = {**os.environ, "_IVL_EXPORT_COMPLETE": "complete_bash", "COMP_WORDS": typed}
         env["COMP_CWORD"] = str(len(typed.split()))
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -204,7 +234,7 @@ def test_broken_files_that_were_named_are_errors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("verb", "absent", "extra"),
-    [("train", "torch", "train"), ("build", "torch", "quant"), ("recipes", "modelopt.torch", "quant")],
+    [("train", "torch", "train"), ("build", "torch", "quant"), ("sensitivity", "onnxscript.ir", "quant")],
 )
 def test_a_package_of_an_extra_that_is_not_installed(
     verb: str, absent: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -212,7 +242,7 @@ def test_a_package_of_an_extra_that_is_not_installed(
     def lacking(*_: object, **__: object) -> None:
         raise ModuleNotFoundError(f"No module named {absent!r}", name=absent)
 
-    monkeypatch.setattr(app_module, "_load", lacking)
+    monkeypatch.setattr(app_module, "load", lacking)
     assert cli.main([verb, "--json"]) == 5
     told = json.loads(capsys.readouterr().err)
     assert told["what"] == f"{absent.partition('.')[0]} is not installed."
@@ -225,6 +255,6 @@ def test_a_module_that_no_extra_has_is_a_bug(
     def lacking(*_: object) -> None:
         raise ModuleNotFoundError("No module named 'ivl_export.gone'", name="ivl_export.gone")
 
-    monkeypatch.setattr(app_module, "_load", lacking)
-    assert cli.main(["recipes"]) == 1
+    monkeypatch.setattr(app_module, "load", lacking)
+    assert cli.main(["doctor"]) == 1
     assert "bug in ivl-export" in capsys.readouterr().err

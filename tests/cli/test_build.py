@@ -238,7 +238,7 @@ def test_a_split_component_is_built_in_parts_and_run_as_one(
     assert files == [f"engines/tensorrt-rtx-sm89/qllama_text.{part}.engine" for part in range(3)]
     with InternVL.load(tmp_path / "out") as model:
         split = model.encode_text(["a red panda", "two"])
-    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert main(["verify", str(tmp_path / "out")]) == 0
     assert "qllama_text, part 3 of 3" in capsys.readouterr().out
 
     assert main([*args, "3"]) == 0
@@ -282,7 +282,7 @@ def test_an_engine_of_an_earlier_build_is_taken_over(
     assert engine.built.options == {"weight_streaming": True}
     alone, _ = built("four", "--shapes", "text=1:8:40", "--no-cache")
     assert "cached" not in alone
-    assert main(["cache", "ls", "--kind", "engines", "--json"]) == 0
+    assert main(["doctor", "cache", "ls", "--kind", "engines", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["entries"]) == 2
 
 

@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def listed(capsys: pytest.CaptureFixture[str], *args: str) -> list[str]:
-    assert main(["cache", *args, "--json"]) == 0
+    assert main(["doctor", "cache", *args, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     found = data.get("entries", data.get("deleted"))
     assert data["bytes"] == 1000 * len(found)
@@ -40,7 +40,7 @@ def listed(capsys: pytest.CaptureFixture[str], *args: str) -> list[str]:
 def test_what_is_kept_is_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert listed(capsys, "ls") == ["evaluations", "timing", "engines"]
     assert listed(capsys, "ls", "--kind", "timing") == ["timing"]
-    assert main(["cache", "ls"]) == 0
+    assert main(["doctor", "cache", "ls"]) == 0
     out = capsys.readouterr().out
     assert str(folder) in out
     assert "3 entries" in out
@@ -67,6 +67,6 @@ def test_old_then_large_then_all_is_deleted(folder: Path, capsys: pytest.Capture
     ],
 )
 def test_what_is_not_clear_deletes_nothing(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["cache", *args]) == 2
+    assert main(["doctor", "cache", *args]) == 2
     assert "error: " in capsys.readouterr().err
     assert len(listed(capsys, "ls")) == 3

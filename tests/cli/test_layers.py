@@ -1,4 +1,4 @@
-"""``ivl-export inspect --layers``: tables, JSON, and the page in a real browser."""
+"""``ivl-export verify --layers``: tables, JSON, and the page in a real browser."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def test_tables_fold_equal_blocks(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", str(bundle.root), "--layers"]) == 0
+    assert cli.main(["verify", str(bundle.root), "--layers"]) == 0
     out = capsys.readouterr().out
     assert "4 fp8xfp8, 1 bf16xbf16" in out
     assert "1 of 2 fused" in out
@@ -116,7 +116,7 @@ def test_tables_fold_equal_blocks(bundle: Bundle, capsys: pytest.CaptureFixture[
 
 
 def test_without_layers_their_proof_is_a_line(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", str(bundle.root)]) == 0
+    assert cli.main(["verify", str(bundle.root)]) == 0
     out = capsys.readouterr().out
     (line,) = (line for line in out.splitlines() if line.strip().startswith("tensorrt-rtx-sm89"))
     found = re.split(r"\s{2,}", line.strip())
@@ -125,14 +125,14 @@ def test_without_layers_their_proof_is_a_line(bundle: Bundle, capsys: pytest.Cap
 
 
 def test_json_is_the_receipt(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", str(bundle.root), "--layers", "--component", "vision", "--json"]) == 0
+    assert cli.main(["verify", str(bundle.root), "--layers", "--component", "vision", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == bundle.receipt("kernels")
 
 
 def test_a_bundle_without_a_receipt_is_read_here(
     tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["inspect", str(tiny_bundle), "--layers", "--component", "vision", "--json"]
+    command = ["verify", str(tiny_bundle), "--layers", "--component", "vision", "--json"]
     assert cli.main(command) == 0
     found = KernelReport.from_json(json.loads(capsys.readouterr().out)["onnxruntime-cpu"]["vision"])
     assert set(found.precisions) == {"fp32xfp32"}
@@ -141,15 +141,14 @@ def test_a_bundle_without_a_receipt_is_read_here(
 
 def test_what_is_not_there_is_said(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(bundle.root)
-    assert cli.main(["inspect", root, "--layers", "--component", "qllama"]) == 2
+    assert cli.main(["verify", root, "--layers", "--component", "qllama"]) == 2
     assert "There are vision." in capsys.readouterr().err
-    assert cli.main(["inspect", root, "--layers", "--engine", "tensorrt-sm90"]) == 2
-    assert cli.main(["inspect", root, "--component", "vision"]) == 2
-    assert cli.main(["inspect", root, "--layers", "--html", str(bundle.root / "no" / "x.html")]) == 2
-    assert cli.main(["inspect", root, "--layers", "--layer-info", "x.json"]) == 2
+    assert cli.main(["verify", root, "--layers", "--engine", "tensorrt-sm90"]) == 2
+    assert cli.main(["verify", root, "--layers", "--html", str(bundle.root / "no" / "x.html")]) == 2
+    assert cli.main(["verify", root, "--layers", "--layer-info", "x.json"]) == 2
     receipt = bundle.root / "receipts" / "kernels.json"
     receipt.write_text(json.dumps([{"gemms": 1}]).ljust(receipt.stat().st_size))
-    assert cli.main(["inspect", root, "--layers"]) == 8
+    assert cli.main(["verify", root, "--layers"]) == 8
 
 
 def test_layer_information_of_tensorrt(
@@ -163,7 +162,7 @@ def test_layer_information_of_tensorrt(
     }  # fmt: skip
     info = tmp_path / "info.json"
     info.write_text(json.dumps({"Layers": [kernel], "Bindings": ["x", "y"]}))
-    command = ["inspect", str(bundle.root), "--layers", "--component", "vision", "--layer-info", str(info)]
+    command = ["verify", str(bundle.root), "--layers", "--component", "vision", "--layer-info", str(info)]
     assert cli.main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["tensorrt (info.json)"]["vision"]
     assert (found["precisions"], found["fallbacks"]) == ({"fp8xfp8": 1}, [])
@@ -174,7 +173,7 @@ def test_layer_information_of_tensorrt(
 
 def test_the_page_needs_nothing_and_escapes(bundle: Bundle, tmp_path: Path) -> None:
     page = tmp_path / "layers.html"
-    assert cli.main(["inspect", str(bundle.root), "--layers", "--html", str(page)]) == 0
+    assert cli.main(["verify", str(bundle.root), "--layers", "--html", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
     assert '<td class="mono name">&lt;head&gt;</td>' in text
     assert "nano &amp; co" in text
@@ -186,7 +185,7 @@ def test_the_page_needs_nothing_and_escapes(bundle: Bundle, tmp_path: Path) -> N
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_in_a_browser(bundle: Bundle, tmp_path: Path, scheme: str) -> None:
     page = tmp_path / "layers.html"
-    assert cli.main(["inspect", str(bundle.root), "--layers", "--html", str(page)]) == 0
+    assert cli.main(["verify", str(bundle.root), "--layers", "--html", str(page)]) == 0
     page.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
     done = subprocess.run(
         [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1500,900",

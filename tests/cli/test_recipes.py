@@ -1,4 +1,4 @@
-"""``ivl-export recipes``: what it prints is what ``--precision`` reads."""
+"""``build --list-recipes`` and ``--show-recipe``: what it prints is what ``--precision`` reads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from ivl_export.quantization.recipe import Recipe, load_recipe, shipped_recipes
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert cli.main(["recipes", *arguments]) == 0
+    assert cli.main(["build", *arguments]) == 0
     return capsys.readouterr().out
+
+
+def show(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    return run(capsys, "--show-recipe", *arguments)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -22,28 +26,25 @@ def test_a_recipe_that_is_printed_can_be_edited(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = tmp_path / "my.yaml"
-    own.write_text(run(capsys, name))
+    own.write_text(show(capsys, name))
     assert load_recipe(own) == load_recipe(name)
     own.write_text(own.read_text().replace(f"name: {name}", "name: my"))
-    assert yaml.safe_load(run(capsys, str(own)))["name"] == "my"
-    assert Recipe.from_json(json.loads(run(capsys, name, "--json"))) == load_recipe(name)
+    assert yaml.safe_load(show(capsys, str(own)))["name"] == "my"
+    assert Recipe.from_json(json.loads(show(capsys, name, "--json"))) == load_recipe(name)
 
 
 def test_the_list_says_what_each_does_and_where_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    listed = {entry["name"]: entry for entry in json.loads(run(capsys, "--json"))}
+    listed = {entry["name"]: entry for entry in json.loads(run(capsys, "--list-recipes", "--json"))}
     assert tuple(listed) == shipped_recipes()
     assert all(entry["summary"] for entry in listed.values())
     assert listed["fp8"]["targets"] == ["sm89", "sm120", "sm121"]
     assert listed["fp16"]["targets"][0] == "sm75"
     assert "sm75" not in listed["int8"]["targets"]  # its base is bf16
-    table = run(capsys)
+    table = run(capsys, "--list-recipes")
     assert all(name in table for name in shipped_recipes())
     assert "*encoder.layers.*.attn.qkv" in table
-    documents = list(yaml.safe_load_all(run(capsys, "--yaml")))
-    assert [Recipe.from_json(d) for d in documents] == [load_recipe(n) for n in shipped_recipes()]
 
 
 def test_errors_name_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["recipes", "fp4"]) == 2
+    assert cli.main(["build", "--show-recipe", "fp4"]) == 2
     assert "Unknown precision 'fp4'" in capsys.readouterr().err
-    assert cli.main(["recipes", "--json", "--yaml"]) == 2

@@ -1,4 +1,4 @@
-"""``ivl-export scenes``: what is drawn, what it may overwrite, and that the other verbs take it."""
+"""``ivl-export train scenes``: what is drawn, what it may overwrite, and that the other verbs take it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def test_pictures_and_captions_belong_together(
     split: Split, lang: Language, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a" / "scenes"
-    args = ["scenes", str(out), "--count", "5", "--seed", "3", "--split", split, "--lang", lang, "--json"]
+    args = ["train", "scenes", str(out), "--count", "5", "--seed", "3"]
+    args += ["--split", split, "--lang", lang, "--json"]
     assert main(args) == 0
     printed = json.loads(capsys.readouterr().out)
     lines = [json.loads(line) for line in (out / "captions.jsonl").read_text("utf-8").splitlines()]
@@ -50,7 +51,7 @@ def test_equal_seeds_draw_equal_files_and_fewer_are_the_first(tmp_path: Path) ->
         ("c", ["--count", "2"]),
         ("d", ["--count", "4", "--seed", "1"]),
     ):
-        assert main(["scenes", str(tmp_path / name), *args]) == 0
+        assert main(["train", "scenes", str(tmp_path / name), *args]) == 0
     a, b, c, d = (contents(tmp_path / name) for name in "abcd")
     assert a == b
     assert all(a[name] == data for name, data in c.items() if name != "captions.jsonl")
@@ -59,7 +60,7 @@ def test_equal_seeds_draw_equal_files_and_fewer_are_the_first(tmp_path: Path) ->
 
 
 def test_a_table_names_what_was_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["scenes", str(tmp_path / "x"), "--count", "21"]) == 0
+    assert main(["train", "scenes", str(tmp_path / "x"), "--count", "21"]) == 0
     out = capsys.readouterr().out
     assert "21 scenes in" in out
     assert "scene-00020.png" in out
@@ -69,7 +70,7 @@ def test_a_table_names_what_was_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_calibration_takes_folder_and_manifest(tmp_path: Path) -> None:
     out = tmp_path / "scenes"
-    assert main(["scenes", str(out), "--count", "6"]) == 0
+    assert main(["train", "scenes", str(out), "--count", "6"]) == 0
     captions = {s.caption for s in open_calibration(out).samples}
     assert len(captions) == 6
     assert captions == {s.caption for s in open_calibration(out / "captions.jsonl").samples}
@@ -80,18 +81,18 @@ def test_a_folder_with_files_is_left_alone_without_force(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "scenes"
-    assert main(["scenes", str(out), "--count", "3"]) == 0
+    assert main(["train", "scenes", str(out), "--count", "3"]) == 0
     (out / "notes.txt").write_text("mine")
     (out / "scene-1.png").write_text("not a name that is drawn")
     before = contents(out)
-    assert main(["scenes", str(out), "--count", "2"]) == 2
+    assert main(["train", "scenes", str(out), "--count", "2"]) == 2
     assert "--force" in capsys.readouterr().err
     assert contents(out) == before
 
-    assert main(["scenes", str(out), "--count", "2", "--seed", "5", "--force"]) == 0
+    assert main(["train", "scenes", str(out), "--count", "2", "--seed", "5", "--force"]) == 0
     after = contents(out)
     fresh = tmp_path / "fresh"
-    assert main(["scenes", str(fresh), "--count", "2", "--seed", "5"]) == 0
+    assert main(["train", "scenes", str(fresh), "--count", "2", "--seed", "5"]) == 0
     assert after == {
         **contents(fresh),
         "notes.txt": b"mine",
@@ -111,7 +112,7 @@ def test_a_folder_with_files_is_left_alone_without_force(
 )
 def test_wrong_usage(args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "scenes"
-    assert main(["scenes", str(out), *args]) == 2
+    assert main(["train", "scenes", str(out), *args]) == 2
     assert args[0].strip("-") in capsys.readouterr().err.lower().replace("language", "lang")
     assert not out.exists()
 
@@ -119,9 +120,9 @@ def test_wrong_usage(args: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
 def test_places_that_cannot_be_drawn_into(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "file"
     file.write_text("here")
-    assert main(["scenes", str(file), "--json"]) == 2
+    assert main(["train", "scenes", str(file), "--json"]) == 2
     assert json.loads(capsys.readouterr().err)["what"] == f"{file} is not a folder."
-    assert main(["scenes", str(file / "below"), "--json"]) == 6
+    assert main(["train", "scenes", str(file / "below"), "--json"]) == 6
     assert json.loads(capsys.readouterr().err)["error"] == "BuildError"
     assert file.read_text() == "here"
 
@@ -131,7 +132,7 @@ def test_torch_is_not_needed(tmp_path: Path) -> None:
 import sys
 sys.modules["torch"] = None
 from ivl_export.cli import main
-assert main(["scenes", {str(tmp_path / "x")!r}, "--count", "1"]) == 0
+assert main(["train", "scenes", {str(tmp_path / "x")!r}, "--count", "1"]) == 0
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -71,7 +71,7 @@ def test_receipt_page_and_verb(profiled: Profile, tmp_path: Path, capsys: pytest
     write(profiled.to_json(), tmp_path / "chat.json")
     assert read(tmp_path / "chat.json") == profiled
     assert "an image that was asked about in another conversation" in page(profiled)
-    assert main(["profile", "report", str(tmp_path / "chat.json")]) == 0
+    assert main(["profile", str(tmp_path / "chat.json")]) == 0
     out = capsys.readouterr().out
     assert "each further token of an answer" in out
     assert NEXT in out

@@ -105,25 +105,29 @@ def test_the_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         profile = made_profile([made_case(samples_ms=noisy(3, level))])
         write(profile.to_json(), tmp_path / f"{name}.json")
     a, b, c = (str(tmp_path / f"{name}.json") for name in "abc")
-    assert cli.main(["profile", "diff", a, b, "--fail-above", "5%"]) == 0
+    assert cli.main(["compare", a, b, "--fail-above", "5%"]) == 0
     capsys.readouterr()
-    assert cli.main(["profile", "diff", a, c, "--fail-above", "5%"]) == 9
+    assert cli.main(["compare", a, c, "--fail-above", "5%"]) == 9
     captured = capsys.readouterr()
     assert "slower" in captured.out
     assert "1 of 1 cases are slower by more than 5%" in captured.err
-    assert cli.main(["profile", "diff", a, c, "--fail-above", "50"]) == 0
-    assert cli.main(["profile", "diff", c, a]) == 0
+    assert cli.main(["compare", a, c, "--fail-above", "50"]) == 0
+    assert cli.main(["compare", c, a]) == 0
     assert "faster" in capsys.readouterr().out
-    assert cli.main(["profile", "diff", a, c, "--json", "--fail-above", "5%"]) == 9
+    assert cli.main(["compare", a, c, "--json", "--fail-above", "5%"]) == 9
     assert json.loads(capsys.readouterr().out)["failed"][0]["verdict"] == "slower"
     for bad in ("much", "-1", "nan"):
-        assert cli.main(["profile", "diff", a, c, "--fail-above", bad]) == 2
-    assert cli.main(["profile", "diff", a, str(tmp_path / "no.json")]) == 3
+        assert cli.main(["compare", a, c, "--fail-above", bad]) == 2
+    assert cli.main(["compare", a, str(tmp_path / "no.json")]) == 3
 
 
-def test_the_verb_may_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    for args in (["profile", "--help"], ["profile", "measure", "--help"]):
-        assert cli.main(args) == 0
-        assert "--table19" in capsys.readouterr().out
-    assert cli.main(["profile", "diff", "--help"]) == 0
-    assert "--fail-above" in capsys.readouterr().out
+def test_only_receipts_have_times(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    receipt, bundle = str(tmp_path / "a.json"), str(tiny_bundle)
+    write(made_profile([made_case()]).to_json(), tmp_path / "a.json")
+    assert cli.main(["compare", receipt, bundle]) == 2
+    assert "A bundle and a receipt" in capsys.readouterr().err
+    assert cli.main(["compare", bundle, bundle, "--fail-above", "5%"]) == 2
+    assert "profile BUNDLE --out RECEIPT" in capsys.readouterr().err
+    assert cli.main(["compare", bundle, str(tmp_path / "none")]) == 8

@@ -12,9 +12,8 @@ from ivl_export.bundle import Bundle
 from ivl_export.engines.onnxruntime.backend import optimized_graph
 from ivl_export.engines.products import node_name
 from ivl_export.profiles.measure.layer_profile import OUTSIDE, LayerTime
-from ivl_export.profiles.measure.layers import chrome_trace, profile_layers, with_layers
-from ivl_export.profiles.measure.receipt import Profile
-from ivl_export.tests.made_profiles import made_case, made_profile
+from ivl_export.profiles.measure.layers import chrome_trace, profile_layers
+from ivl_export.profiles.measure.receipt import read
 
 
 def test_every_node_of_onnxruntimes_graph_is_timed(tiny_bundle: Path) -> None:
@@ -50,12 +49,17 @@ def test_layers_of_a_chat_are_timed(chat_bundle: Path) -> None:
     assert found.sizes["total"] == found.sizes["past"] + found.sizes["text"]
 
 
-def test_a_profile_keeps_the_layers_of_its_components(tiny_bundle: Path) -> None:
-    profile = made_profile([made_case("vision"), made_case("encode_image InternVL-C", kind="chained")])
-    found = with_layers(profile, tiny_bundle, calls=2)
-    (layers,) = found.layers
-    assert (layers.component, layers.sizes["batch"]) == ("vision", 1)
-    assert Profile.from_json(json.loads(json.dumps(found.to_json()))) == found
+def test_a_profile_keeps_the_layers_of_its_components(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    receipt, page = tmp_path / "receipt.json", tmp_path / "page.html"
+    line = ["profile", str(tiny_bundle), "--batch", "2", "--seconds", "0.01", "--no-ceilings", "--layers"]
+    line += ["--component", "vision", "--calls", "2", "--out", str(receipt), "--html", str(page)]
+    assert cli.main(line) == 0
+    assert "by block" in capsys.readouterr().out
+    (layers,) = read(receipt).layers
+    assert (layers.component, layers.sizes["batch"], layers.calls) == ("vision", 2, 2)
+    assert 'id="layer-times"' in page.read_text()
 
 
 def test_blocks_and_types_by_name() -> None:
@@ -69,7 +73,8 @@ def test_the_verb_and_its_trace(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = tmp_path / "trace.json"
-    command = ["profile", "layers", str(tiny_bundle), "--component", "vision", "--calls", "2"]
+    command = ["profile", str(tiny_bundle), "--layers", "--no-latency", "--component", "vision"]
+    command += ["--calls", "2"]
     assert cli.main([*command, "--trace", str(trace), "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["components"]
     assert found["component"] == "vision"
@@ -90,4 +95,6 @@ def test_the_verb_and_its_trace(
     assert cli.main([*command, "--backend", "tensorrt-rtx"]) == 5  # it has no such engines
     assert cli.main([*command, "--batch", "99999"]) == 2
     assert cli.main([*command, "--trace", str(tmp_path)]) == 2
+    assert cli.main([*command, "--out", str(tmp_path / "x.json")]) == 2
+    assert cli.main(["profile", str(tiny_bundle), "--component", "vision"]) == 2
     assert chrome_trace([]) == {"traceEvents": [], "displayTimeUnit": "ms"}

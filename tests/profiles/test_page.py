@@ -114,7 +114,7 @@ def test_the_page_loads_silently_and_alone(text: str, tmp_path: Path) -> None:
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_pages_of_layers_are_readable(dark: bool, tmp_path: Path) -> None:
-    """The times of layers, and what layers really are (``inspect --layers``): one style sheet."""
+    """The times of layers, and what layers really are (``verify --layers``): one style sheet."""
     option = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     text = layer_page("Layers", [made_layers(name) for name in ("vision", "qllama_text")])
     found = probed(text, tmp_path, option)
@@ -167,7 +167,7 @@ def test_units_stand_everywhere() -> None:
 def test_the_verb_writes_page_and_charts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     receipt, out = tmp_path / "r.json", tmp_path / "page.html"
     write(full().to_json(), receipt)
-    line = ["profile", "report", str(receipt), "--html", str(out), "--png", str(tmp_path / "png")]
+    line = ["profile", str(receipt), "--html", str(out), "--png", str(tmp_path / "png")]
     assert cli.main(line) == 0
     captured = capsys.readouterr().out
     assert f"Written: {out}" in captured

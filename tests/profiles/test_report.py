@@ -339,9 +339,11 @@ def test_the_verb_prints_tables_and_writes_a_receipt(
     assert len(rows) == len(data["cases"])
     for row, case in zip(rows, data["cases"], strict=True):
         assert (row["name"], float(row["p99_ms"])) == (case["name"], case["measurement"]["summary"]["p99_ms"])
-    assert cli.main(["profile", "report", str(out), "--beside", str(out)]) == 0
+    assert cli.main(["profile", str(out), "--beside", str(out)]) == 0
     assert capsys.readouterr().out.splitlines() == captured.out.splitlines()[:-2]  # the files written
     assert json.loads(json.dumps(read(out).to_json())) == data
+    assert cli.main(["profile", str(out), "--batch", "1"]) == 2
+    assert "--batch is about measuring" in capsys.readouterr().err
 
 
 def test_the_verb_prints_json_alone(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

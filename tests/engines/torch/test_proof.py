@@ -186,7 +186,7 @@ def test_int8_keeps_its_promise(nano_int8: Path, capsys: pytest.CaptureFixture[s
     assert held(promised, "cpu") == promised
     assert report.precisions["int8xint8"] == len(promised) > 0
     check_promise(report, promised)
-    line = ["inspect", str(nano_int8), "--layers", "--backend", "torch"]
+    line = ["verify", str(nano_int8), "--layers", "--backend", "torch"]
     assert cli.main(line) == 0
     assert "20 int8xint8" in capsys.readouterr().out
 
@@ -226,7 +226,7 @@ def test_weight_only_bundles_have_no_scales(nano_weights: Callable[[str], Path])
 
 
 def test_the_verb(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["inspect", str(tiny_bundle), "--layers", "--component", "vision", "--backend", "torch"]
+    line = ["verify", str(tiny_bundle), "--layers", "--component", "vision", "--backend", "torch"]
     assert cli.main([*line, "--json", "--dtype", "bf16"]) == 0
     found = KernelReport.from_json(json.loads(capsys.readouterr().out)["torch-cpu"]["vision"])
     assert set(found.precisions) == {"bf16xbf16"}
@@ -240,6 +240,5 @@ def test_the_verb(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "onnxruntime-cpu" in json.loads(capsys.readouterr().out)
     assert cli.main([*line[:-1], "torch-tensorrt"]) == 2
     assert cli.main([*line, "--dtype", "fp4"]) == 2
-    assert cli.main(["inspect", str(tiny_bundle), "--backend", "torch"]) == 2
     if not torch.cuda.is_available():
         assert cli.main([*line, "--device", "cuda"]) == 5

@@ -1,4 +1,4 @@
-"""``ivl-export inspect``: what a bundle holds and promises. Reads manifest and receipts, runs no engine."""
+"""``ivl-export verify``: are a bundle's files intact, what does it promise, and what really runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import typer
 from ..bundle import Bundle
 from ..bundle.manifest import EngineFile
 from ..bundle.spec import ComponentSpec, TensorSpec
-from ..errors import UsageError
+from ..files.write import write_text
 from .build_tables import print_kernels
-from .output import human_bytes, print_json, print_table, show
-from .proofs import proofs
+from .layers import json_layers, print_layers
+from .output import check_writable, human_bytes, print_json, print_table, show
+from .proofs import Here, Proofs, check_here, proof_of_file, proofs, proofs_here
 
 MAX_ROWS = 40  # of one receipt's table
 
@@ -22,22 +23,28 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
-def inspect(
+def verify(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
-    verify: Annotated[bool, typer.Option("--verify", help="Hash every file (reads all of it).")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Compare file sizes only, instead of hashing every file.")
+    ] = False,
+    contents: Annotated[
+        bool, typer.Option("--contents", help="Show tensors, axes, files and every receipt too.")
+    ] = False,
     layers: Annotated[
         bool, typer.Option("--layers", help="Show each product, convolution and attention, and how it runs.")
     ] = False,
-    component: Annotated[str | None, typer.Option(help="With --layers: of this component only.")] = None,
+    component: Annotated[str | None, typer.Option(help="What runs in this component only.")] = None,
     engine: Annotated[
-        str | None, typer.Option(help="With --layers: of this engine only (tensorrt-rtx-sm89).")
+        str | None, typer.Option(help="What runs in this engine only: tensorrt-rtx-sm89.")
     ] = None,
     layer_info: Annotated[
         Path | None,
-        typer.Option(help="With --layers: TensorRT's own JSON (trtexec --exportLayerInfo) of --component."),
+        typer.Option(help="Read TensorRT's own JSON (trtexec --exportLayerInfo) of --component instead."),
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help="With --layers: run it here and read what ran: torch, onnxruntime.")
+        str | None,
+        typer.Option(help="Run the components here and read what ran: torch or onnxruntime."),
     ] = None,
     device: Annotated[str, typer.Option(help="With --backend torch: cpu, cuda, cuda:1.")] = "cpu",
     dtype: Annotated[
@@ -48,41 +55,67 @@ def inspect(
         bool, typer.Option("--compile", help="With --backend torch: through torch.compile.")
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(help="With --layers: write them as one page, to sort and search.")
+        Path | None, typer.Option(help="Write all layers as one page, to sort and search.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print manifest and receipts as JSON; with --layers: what runs."),
+    ] = False,
 ) -> None:
-    """Show what a bundle holds, what it promises, and whether its files are intact."""
-    opened = Bundle.open(bundle, verify="hash" if verify else "size")
-    if layers:
-        from .layers import run
-        from .proofs import Here
+    """Check that a bundle's files are intact, and show what it promises and which kernels really run.
 
-        here = Here(backend, device, dtype, compile) if backend else None
-        run(opened, component, engine, layer_info, here, html, as_json)
-        return
-    if component or engine or layer_info or backend or html:
-        raise UsageError(
-            "--component, --engine, --layer-info, --backend and --html are about layers.", "",
-            "Give --layers as well.",
-        )  # fmt: skip
-    receipts = {name: opened.receipt(name) for name in opened.manifest.receipts}
-    checked = "sha256 of every file" if verify else "size of every file"
+    What runs was read from the engines when the bundle was built; --backend reads it again, here.
+    """
+    check_writable("--html", html)
+    opened = Bundle.open(bundle, verify="size" if quick else "hash")
+    checked = "size of every file" if quick else "sha256 of every file"
+    here = Here(backend, device, dtype, compile) if backend else None
+    one = layers or html is not None or any(x is not None for x in (component, engine, layer_info, here))
+    reports = _reports(opened, component, engine, layer_info, here) if one or _proved(opened) else {}
+    if html is not None:
+        from .layers_page import page
+
+        write_text(page(opened.manifest.model.name, opened.manifest.precision, reports), html)
     if as_json:
-        data = opened.manifest.to_json()
-        print_json({"bundle": str(bundle), "verified": checked, "manifest": data, "receipts": receipts})
-        return
-    _overview(opened, checked)
-    _components(opened)
-    _engines(opened)
-    _files(opened)
-    for name, receipt in receipts.items():
-        if name == "kernels":
-            _kernels(opened)
-        elif name == "build":
-            _receipt(name, _seconds(receipt))
-        else:
-            _receipt(name, receipt)
+        print_json(json_layers(reports) if one else _json(opened, checked))
+    else:
+        if not one:
+            _overview(opened, checked)
+            _engines(opened)
+        print_layers(reports) if layers else _kernels(reports)
+        if contents:
+            _contents(opened)
+        if html is not None:
+            typer.echo(f"Written: {html}")
+    if here is not None and here.backend == "torch":
+        check_here(reports, here)
+
+
+def _proved(bundle: Bundle) -> bool:
+    return "kernels" in bundle.manifest.receipts
+
+
+def _reports(
+    bundle: Bundle, component: str | None, engine: str | None, info: Path | None, here: Here | None
+) -> Proofs:
+    if here is not None:
+        return proofs_here(bundle, component, here)
+    return proofs(bundle, component, engine) if info is None else proof_of_file(bundle, info, component)
+
+
+def _json(bundle: Bundle, checked: str) -> dict[str, Any]:
+    receipts = {name: bundle.receipt(name) for name in bundle.manifest.receipts}
+    manifest = bundle.manifest.to_json()
+    return {"bundle": str(bundle.root), "verified": checked, "manifest": manifest, "receipts": receipts}
+
+
+def _contents(bundle: Bundle) -> None:
+    _components(bundle)
+    _files(bundle)
+    for name in bundle.manifest.receipts:
+        receipt = bundle.receipt(name)
+        if name != "kernels":
+            _receipt(name, _seconds(receipt) if name == "build" else receipt)
 
 
 def _overview(bundle: Bundle, checked: str) -> None:
@@ -168,8 +201,11 @@ def _files(bundle: Bundle) -> None:
     print_table("Files", ("file", "size", "sha256"), rows)
 
 
-def _kernels(bundle: Bundle) -> None:
-    """What was proved of each engine, in numbers; ``--layers`` has the rest."""
+def _kernels(reports: Proofs) -> None:
+    """What each engine runs, in numbers; ``--layers`` has the rest."""
+    if not reports:
+        typer.echo("No receipt says what runs: --backend onnxruntime or torch reads it here.")
+        return
     print_kernels(
         {
             engine: {
@@ -182,7 +218,7 @@ def _kernels(bundle: Bundle) -> None:
                 }
                 for part, proof in parts.items()
             }
-            for engine, parts in proofs(bundle, None, None).items()
+            for engine, parts in reports.items()
         }
     )
 

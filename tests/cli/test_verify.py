@@ -1,4 +1,4 @@
-"""``ivl-export inspect`` on a sealed bundle."""
+"""``ivl-export verify`` on a sealed bundle."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_tables_show_what_the_bundle_says(
     bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    assert cli.main(["inspect", str(bundle.root), "--verify"]) == 0
+    assert cli.main(["verify", str(bundle.root), "--contents"]) == 0
     out = capsys.readouterr().out
     for text in (
         "nano, 1,234,567 parameters",
@@ -80,10 +80,15 @@ def test_tables_show_what_the_bundle_says(
     ):
         assert text in out, text
     assert "layer40" not in out
+    assert cli.main(["verify", str(bundle.root)]) == 0
+    out = capsys.readouterr().out
+    assert "1.7.1.116" in out
+    assert "No receipt says what runs" in out
+    assert "gemm0" not in out
 
 
 def test_json_is_the_manifest_and_the_receipts(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", str(bundle.root), "--json"]) == 0
+    assert cli.main(["verify", str(bundle.root), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert manifest_from_json(data["manifest"]) == bundle.manifest
     assert data["receipts"]["accuracy"]["samples"] == 512
@@ -92,6 +97,7 @@ def test_json_is_the_manifest_and_the_receipts(bundle: Bundle, capsys: pytest.Ca
 def test_damage_is_exit_8(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     graph = bundle.root / "onnx/qllama_query.fp32.onnx"
     graph.write_text("grapH")
-    assert cli.main(["inspect", str(bundle.root)]) == 0
-    assert cli.main(["inspect", str(bundle.root), "--verify"]) == 8
+    assert cli.main(["verify", str(bundle.root), "--quick"]) == 0
+    assert "size of every file: intact" in capsys.readouterr().out
+    assert cli.main(["verify", str(bundle.root)]) == 8
     assert "qllama_query.fp32.onnx" in capsys.readouterr().err
