@@ -35,6 +35,7 @@ from ivl_export.models.internvl import InternVLModel
 from ivl_export.models.layout import COMPONENTS, OPTIONAL, expected_shapes
 from ivl_export.runtime.captions import generate_tokens
 from ivl_export.sampling import StopCriteria
+from ivl_export.tests.numbers import FEATURES, near
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny"
 Array = np.ndarray[Any, Any]
@@ -156,9 +157,7 @@ def close(got: dict[str, Array], want: dict[str, Array]) -> None:
     assert list(got) == list(want)
     for name, array in want.items():
         assert got[name].shape == array.shape, name
-        np.testing.assert_allclose(
-            got[name], array, rtol=2e-5, atol=2e-5 * float(np.abs(array).max()), err_msg=name
-        )
+        near(got[name], array, FEATURES)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -336,7 +335,7 @@ def test_padding_does_not_change_a_text(small: Built) -> None:
     lengths = np.array([4, 3])
     got = small.run("qllama_text", {"input_ids": np.pad(ids, ((0, 0), (0, 5))), "lengths": lengths})
     want = small.model.encode_text(torch.from_numpy(ids)).detach().numpy()
-    np.testing.assert_allclose(got["text_embed"], want, rtol=1e-4, atol=1e-5)
+    near(got["text_embed"], want, FEATURES)
 
 
 def chain(built: Built, pixels: Array) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -348,20 +347,20 @@ def chain(built: Built, pixels: Array) -> tuple[dict[str, Array], dict[str, Arra
 def test_chain_equals_the_goldens(tiny: Built) -> None:
     want = load_file(GOLDENS / "contrastive.safetensors")
     vision, queries = chain(tiny, want["pixel_values"].numpy())
-    np.testing.assert_allclose(vision["image_embed"], want["C_image_embeds"], atol=2e-5)
-    np.testing.assert_allclose(queries["query_hidden"], want["get_image_features_queries"], atol=2e-5)
+    near(vision["image_embed"], want["C_image_embeds"], FEATURES)
+    near(queries["query_hidden"], want["get_image_features_queries"], FEATURES)
 
     def unit(x: Array) -> Array:
         scaled: Array = x / np.linalg.norm(x, axis=-1, keepdims=True)
         return scaled
 
     both = unit(vision["image_embed"]) + unit(queries["query_embed"])
-    np.testing.assert_allclose(both, want["G_image_embeds"], atol=2e-5)
+    near(both, want["G_image_embeds"], FEATURES)
     ids = want["input_ids"].numpy()
     whole = [i for i, row in enumerate(ids) if (row[: (row > 0).sum()] > 0).all()]  # row 3 has an id 0 inside
     assert len(whole) == 3
     text = tiny.run("qllama_text", {"input_ids": ids[whole], "lengths": (ids[whole] > 0).sum(1)})
-    np.testing.assert_allclose(text["text_embed"], want["C_text_embeds"][whole], atol=2e-5)
+    near(text["text_embed"], want["C_text_embeds"][whole], FEATURES)
 
 
 @pytest.mark.slow

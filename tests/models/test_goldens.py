@@ -18,9 +18,9 @@ from ivl_export.errors import CheckpointError, UsageError
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
 from ivl_export.models.internvl import InternVLModel, Mode
 from ivl_export.models.vit import resize_positions
+from ivl_export.tests.numbers import FEATURES, HIDDEN, LOGITS, near
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny"
-HIDDEN, FEATURES, LOGITS = 1e-5, 2e-5, 5e-5
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,6 @@ def contrastive() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def generated() -> dict[str, Tensor]:
     return load_file(GOLDENS / "generate.safetensors")
-
-
-def near(value: Tensor, golden: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(value, golden, rtol=0, atol=tolerance)
 
 
 @torch.no_grad()

@@ -25,10 +25,9 @@ from ivl_export.models.chat import InternVLChatModel, splice
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.config import VICUNA_7B, VICUNA_13B, load_config
 from ivl_export.models.layout import CHAT_TOWER, HEADS, QUERY_CHAT_COMPONENTS, expected_shapes
+from ivl_export.tests.numbers import FEATURES, LOGITS, near
 
 from ..conftest import CHAT, ROOT, TINY
-
-HIDDEN, LOGITS = 2e-5, 5e-5
 
 
 def golden_config(select_layer: int = -2) -> ChatConfig:
@@ -81,10 +80,6 @@ def model(
     return load_chat(write(tmp_path_factory.mktemp("model"), config, tensors))
 
 
-def near(value: Tensor, golden: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(value, golden, rtol=0, atol=tolerance)
-
-
 def projected(x: Tensor, name: str, tensors: dict[str, Tensor]) -> Tensor:
     first, second = (f"model.mm_projector.{name}.{i}." for i in (0, 2))
     hidden = x @ tensors[first + "weight"].T + tensors[first + "bias"]
@@ -106,7 +101,7 @@ def test_visual_embeddings_are_those_of_the_golden_parts(
     states = vision["hidden_states"][select_layer][:, int(feature == "patch") :]
     queries = projected(seen["get_image_features_queries"], "mlp2", tensors)
     want = torch.cat([queries, projected(states, "mlp1", tensors)], 1)
-    near(model.visual(pixels), want, HIDDEN * float(want.abs().max()))
+    near(model.visual(pixels), want, FEATURES)
     assert want.shape[1] == config.num_visual == 8 + states.shape[1]
 
 
@@ -119,7 +114,7 @@ def test_larger_images_are_seen_by_both_stacks(tmp_path: Path, tensors: dict[str
     want = projected(golden["resize_up_last_hidden_state"][:, 1:], "mlp1", tensors)
     found = model.visual(golden["resize_up_pixel_values"])
     assert found.shape == (2, config.num_visual, 72)
-    near(found[:, 8:], want, HIDDEN * float(want.abs().max()))
+    near(found[:, 8:], want, FEATURES)
     small = model.visual(golden["resize_up_pixel_values"][:, :, :56, :56])
     assert (found[:, :8] - small[:, :8]).abs().max() > 1e-2
 

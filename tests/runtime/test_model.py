@@ -63,12 +63,12 @@ def test_image_embeddings_equal_the_goldens(model: InternVL, golden: dict[str, A
     name: Any = f"InternVL-{mode}"
     out = model.encode_image(golden["pixel_values"], name)
     assert out.dtype == np.float32
-    np.testing.assert_allclose(out, golden[f"{mode}_image_embeds"], atol=2e-5)
+    near(out, golden[f"{mode}_image_embeds"], FEATURES)
 
 
 def test_dense_features_equal_the_goldens(model: InternVL, golden: dict[str, Any]) -> None:
     out = model.dense(golden["pixel_values"])
-    np.testing.assert_allclose(out, golden["get_image_features_backbone"], atol=1e-5)
+    near(out, golden["get_image_features_backbone"], HIDDEN)
 
 
 def test_every_block_that_was_kept_equals_the_goldens(model: InternVL) -> None:
@@ -79,7 +79,7 @@ def test_every_block_that_was_kept_equals_the_goldens(model: InternVL) -> None:
     assert list(found) == [2, 1, 3]
     for block, states in found.items():
         assert states.dtype == np.float32
-        np.testing.assert_allclose(states, golden["hidden_states"][block], atol=1e-5, err_msg=str(block))
+        near(states, golden["hidden_states"][block], HIDDEN)
     np.testing.assert_array_equal(model.dense(golden["pixel_values"], block=2), found[2])
     assert model.features([], [1])[1].shape == (0, 17, 60)
     for block in (0, 4, -4):
@@ -97,7 +97,7 @@ def test_text_embeddings_equal_torch(model: InternVL, torch_model: Any) -> None:
         ids, _ = model.tokenizer.encode_contrastive([text])  # padded on its own, not with the others
         with torch.no_grad():
             want = torch_model.encode_text(torch.from_numpy(ids))[0].numpy()
-        np.testing.assert_allclose(row, want, atol=5e-5)
+        near(row, want, FEATURES)
     # four of these texts fit 16 or 32 tokens: no 80-token batch was needed for them
     assert np.array_equal(out[0], out[-1])
 
@@ -191,7 +191,7 @@ def test_more_images_than_a_batch_are_split(model: InternVL, tiny_bundle: Path) 
     with InternVL.load(tiny_bundle, threads=1, batch=3) as small:
         split = small.encode_image(images, "InternVL-G")
         assert small.timings["vision"].calls == small.timings["preprocess"].calls == 3
-        np.testing.assert_allclose(split, whole[0], atol=1e-5)
+        near(split, whole[0], FEATURES)
         assert small.caption(images, "a", 2, max_new_tokens=5) == whole[1]
 
 
@@ -202,7 +202,7 @@ def test_more_rows_than_the_engine_takes_are_split(model: InternVL) -> None:
     before = model.timings["qllama_text"].calls
     out = model.encode_text(labels)
     assert model.timings["qllama_text"].calls == before + 2
-    np.testing.assert_allclose(out[-1], model.encode_text(labels[-1:])[0], atol=1e-5)
+    near(out[-1], model.encode_text(labels[-1:])[0], FEATURES)
 
 
 @settings(max_examples=20, deadline=None)
@@ -212,7 +212,7 @@ def test_tokens_of_any_lengths_equal_their_texts(model: InternVL, words: list[in
     ids, lengths = model.tokenizer.encode_contrastive(texts)
     ids = np.pad(ids, ((0, 0), (0, more)), constant_values=7)  # nobody reads what stands there
     found = model.encode_tokens(ids[:, : lengths.max() + more], lengths)
-    np.testing.assert_allclose(found, model.encode_text(texts), atol=1e-5)
+    near(found, model.encode_text(texts), FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_threads_share_a_model(tiny_bundle: Path, golden: dict[str, Any]) -> Non
             thread.join()
         for result in results:
             for out in result:
-                np.testing.assert_allclose(out, golden["G_image_embeds"], atol=2e-5)
+                near(out, golden["G_image_embeds"], FEATURES)
         assert model.timings["open vision"].calls == 1
         assert model.timings["vision"].calls == 20
 
@@ -283,6 +283,7 @@ def test_running_imports_no_torch(tiny_bundle: Path) -> None:
 import sys
 import numpy as np
 from ivl_export.runtime import InternVL
+from ivl_export.tests.numbers import FEATURES, HIDDEN, near
 with InternVL.load({str(tiny_bundle)!r}, threads=1) as model:
     image = [np.zeros((40, 40, 3), np.uint8)]
     model.classify(image, ["a", "b"], mode="InternVL-G")
