@@ -25,7 +25,7 @@ from ivl_export.synthetic.captions import caption
 from ivl_export.synthetic.render import render
 from ivl_export.synthetic.scenes import ALL_COMBINATIONS, Scene
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.numeric]
 pytest.importorskip("tensorrt_rtx")
 
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step", "qllama_itm")

@@ -20,6 +20,8 @@ from ivl_export.training.evaluate import TorchModel
 from ivl_export.training.presets import NANO
 from ivl_export.training.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.numeric
+
 FOLDER = nano_folder()
 SIZES: dict[str, Any] = {
     "n_classify": 300,

@@ -21,6 +21,8 @@ from ivl_export.synthetic.dialogues import corpus
 from ivl_export.training.presets import NANO_CHAT
 from ivl_export.training.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.numeric
+
 FOLDER = nano_chat_folder()
 AT_LEAST = 0.85
 

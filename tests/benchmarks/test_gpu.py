@@ -19,6 +19,8 @@ from ivl_export.benchmarks.gpu.shared import (
     to_fp8,
 )
 
+pytestmark = pytest.mark.numeric
+
 
 def receipt(path: Path) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(path.read_text())

@@ -11,6 +11,8 @@ from ivl_export.benchmarks.precision import document
 from ivl_export.benchmarks.precision.outliers import measure
 from ivl_export.quantization.recipe import Recipe, shipped_recipes
 
+pytestmark = pytest.mark.numeric
+
 
 def test_the_document_equals_its_receipt() -> None:
     text = document.DOCUMENT.read_text(encoding="utf-8")

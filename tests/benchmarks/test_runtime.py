@@ -23,6 +23,8 @@ from ivl_export.models.qllama import Visible
 from ivl_export.runtime import InternVL
 from ivl_export.tests.conftest import TINY
 
+pytestmark = pytest.mark.numeric
+
 SECONDS = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=9)
 
 

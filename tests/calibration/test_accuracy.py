@@ -28,6 +28,8 @@ from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.tests.calibration.reference import reference_runners
 
+pytestmark = pytest.mark.numeric
+
 Sets = tuple[CalibrationSet, CalibrationSet]
 
 

@@ -42,6 +42,8 @@ from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan
 from ivl_export.tests.calibration.reference import reference_modules, reference_runners, torch_runner
 from ivl_export.tests.calibration.test_qdq import bound, runner
 
+pytestmark = pytest.mark.numeric
+
 EVERY = (*COMPONENTS, *OPTIONAL)
 Sets = tuple[CalibrationSet, CalibrationSet]
 

@@ -29,6 +29,8 @@ from ivl_export.pipeline.workspace import Workspace
 from ivl_export.quantization.quantize import dequantise, quantise
 from ivl_export.quantization.recipe import load_recipe, schemes
 
+pytestmark = pytest.mark.numeric
+
 Sets = tuple[CalibrationSet, CalibrationSet]
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
 VIT, LLAMA = "vision_model.encoder.layers.0.", "qllama.model.layers.0."

@@ -33,6 +33,8 @@ from ivl_export.quantization.attention import FP8_ATTENTION, attentions
 from ivl_export.quantization.quantize import dequantise, quantise
 from ivl_export.tests.calibration.reference import torch_runner
 
+pytestmark = pytest.mark.numeric
+
 TOKENIZER = SentencePieceTokenizer(nano_chat_folder() / "tokenizer.model")
 
 

@@ -46,6 +46,8 @@ from ivl_export.training.finetune import SceneSamples, Tuning
 from ivl_export.training.losses import Stage2Batch, stage1_loss, stage2_losses
 from ivl_export.training.presets import Stage
 
+pytestmark = pytest.mark.numeric
+
 TRAINABLE = [name for name, scheme in SCHEMES.items() if not scheme.fold]
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
 

@@ -19,6 +19,8 @@ from ivl_export.calibration.histogram import (
 )
 from ivl_export.quantization.quantize import LIMITS
 
+pytestmark = pytest.mark.numeric
+
 
 def inputs(seed: int, growth: float) -> list[torch.Tensor]:
     """Two inputs with outliers, the second ``growth`` times as large."""

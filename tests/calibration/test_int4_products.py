@@ -28,6 +28,8 @@ from ivl_export.verify.expectations import check_promise
 from ivl_export.verify.onnxruntime import proof_from_onnxruntime
 from ivl_export.verify.rtx import proof_from_engine
 
+pytestmark = pytest.mark.numeric
+
 AMAX = 2.0
 """Less than the inputs reach, so that both ends of the range are used."""
 

@@ -26,6 +26,8 @@ from ivl_export.quantization.attention import core_attentions, operand_names
 from ivl_export.quantization.ranges import Scales
 from ivl_export.tests.calibration.reference import reference_runners
 
+pytestmark = pytest.mark.numeric
+
 Sets = tuple[CalibrationSet, CalibrationSet]
 ALL = ("vision", "qllama_query", "qllama_text", "qllama_step")
 

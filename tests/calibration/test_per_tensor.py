@@ -20,6 +20,8 @@ from ivl_export.quantization import quantize
 from ivl_export.quantization.quantize import LIMITS, dequantise, quantise
 from ivl_export.tests.calibration.test_awq import Silent
 
+pytestmark = pytest.mark.numeric
+
 KINDS = ("fp8", "int8")
 
 

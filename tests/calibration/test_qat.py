@@ -42,6 +42,8 @@ from ivl_export.training.finetune import SampleBatches, SceneSamples, Tuning
 from ivl_export.training.presets import Stage
 from ivl_export.training.trainer import Progress
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def model(

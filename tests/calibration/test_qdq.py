@@ -27,6 +27,8 @@ from ivl_export.quantization.ranges import Scales
 from ivl_export.quantization.recipe import load_recipe, plan
 from ivl_export.tests.calibration.reference import reference_modules, reference_runners, torch_runner
 
+pytestmark = pytest.mark.numeric
+
 Sets = tuple[CalibrationSet, CalibrationSet]
 COMPONENTS = ("vision", "qllama_query", "qllama_step")
 COUNTS = {"vision": 4, "qllama_query": 11, "qllama_step": 7}

@@ -20,6 +20,8 @@ from ivl_export.quantization.quantize import (
     stored_tensors,
 )
 
+pytestmark = pytest.mark.numeric
+
 SCHEMES = ("fp8", "int8")
 weights = arrays(
     np.float32,

@@ -20,6 +20,8 @@ from ivl_export.quantization.quantize import activation_scale, dequantise, quant
 from ivl_export.quantization.ranges import Scales
 from ivl_export.tests.calibration.reference import reference_modules
 
+pytestmark = pytest.mark.numeric
+
 Sets = tuple[CalibrationSet, CalibrationSet]
 ALL = ("vision", "qllama_query", "qllama_text", "qllama_step")
 SCHEMES = ("fp8", "int8", "int8-weight", FP8_ATTENTION)

@@ -17,6 +17,8 @@ from ivl_export.pipeline.step import Made, Step
 from ivl_export.pipeline.steps import steps
 from ivl_export.pipeline.workspace import Workspace
 
+pytestmark = pytest.mark.numeric
+
 Built = tuple[Job, Workspace]
 
 

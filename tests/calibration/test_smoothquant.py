@@ -27,6 +27,8 @@ from ivl_export.quantization.recipe import load_recipe, schemes
 from ivl_export.quantization.schemes import folded_layers
 from ivl_export.tests.calibration.reference import reference_modules
 
+pytestmark = pytest.mark.numeric
+
 Sets = tuple[CalibrationSet, CalibrationSet]
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
 VIT, LLAMA = "vision_model.encoder.layers.0.", "qllama.model.layers.0."

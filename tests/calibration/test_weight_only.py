@@ -37,6 +37,8 @@ from ivl_export.verify.expectations import check_promise
 from ivl_export.verify.onnxruntime import proof_from_onnxruntime
 from ivl_export.verify.rtx import proof_from_engine
 
+pytestmark = pytest.mark.numeric
+
 SCHEMES = ("int8-weight", "int4-weight")
 
 

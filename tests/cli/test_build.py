@@ -27,6 +27,8 @@ from ivl_export.pipeline import evaluate, graphs
 from ivl_export.quantization.qdq import write_qdq
 from ivl_export.runtime import InternVL
 
+pytestmark = pytest.mark.numeric
+
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
 
 

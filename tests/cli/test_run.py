@@ -14,6 +14,8 @@ from safetensors import safe_open
 from ivl_export import cli
 from ivl_export.runtime import InternVL
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -32,6 +32,8 @@ from ivl_export.synthetic import chat_tasks
 from ivl_export.tests.calibration.reference import reference_modules
 from ivl_export.training.chat_model import TorchChat
 
+pytestmark = pytest.mark.numeric
+
 
 class Heard:
     """Hears which steps ran."""

@@ -30,6 +30,8 @@ from ivl_export.models.layout import CHAT_COMPONENTS, CHAT_TOWER, VISION, expect
 from ivl_export.profiles.cost.analytic import component_macs
 from ivl_export.profiles.cost.flops import graph_cost
 
+pytestmark = pytest.mark.numeric
+
 CHAT = Path(__file__).parents[1] / "goldens" / "chat"
 Array = np.ndarray[Any, Any]
 

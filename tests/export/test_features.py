@@ -23,6 +23,8 @@ from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.runtime.model import outputs_of
 
+pytestmark = pytest.mark.numeric
+
 TINY = Path(__file__).parents[1] / "goldens" / "tiny"
 CHAT = TINY.with_name("chat")
 

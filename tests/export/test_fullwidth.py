@@ -39,7 +39,7 @@ from ivl_export.quantization.ranges import Scales
 from ivl_export.quantization.recipe import load_recipe, plan
 from ivl_export.tests.calibration.reference import torch_runner
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.numeric]
 
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
 POSITIONS = "vision_model.embeddings.position_embedding"

@@ -32,7 +32,7 @@ from ivl_export.quantization.ranges import Scales
 from ivl_export.quantization.recipe import Recipe, Rule, plan
 from ivl_export.tests.calibration.reference import torch_runner
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.numeric]
 
 PRODUCTS = ("self_attn.[qkvo]_proj", "mlp.*_proj")
 VOCABULARY = 1000  # the lookup and lm_head are not quantised, and cost most of the time

@@ -37,6 +37,8 @@ from ivl_export.runtime.captions import generate_tokens
 from ivl_export.sampling import StopCriteria
 from ivl_export.tests.numbers import FEATURES, near
 
+pytestmark = pytest.mark.numeric
+
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny"
 Array = np.ndarray[Any, Any]
 

@@ -22,6 +22,8 @@ from ivl_export.export.weight_store import open_store
 from ivl_export.export.weights import write_store
 from ivl_export.models.checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.numeric
+
 GOLDENS = Path(__file__).parents[1] / "goldens"
 STEPS = {"tiny": "qllama_step", "chat": "decoder"}
 

@@ -29,6 +29,8 @@ from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.layout import expected_shapes
 
+pytestmark = pytest.mark.numeric
+
 Array = np.ndarray[Any, Any]
 # Five blocks, of which one is traced; a vocabulary with room for the tokenizer.
 SMALL = InternVLConfig(

@@ -32,6 +32,8 @@ from ivl_export.profiles.cost.flops import graph_cost
 
 from .test_chat import close, run_torch, session
 
+pytestmark = pytest.mark.numeric
+
 SEEN = ("vision_chat", "query_chat")
 Array = np.ndarray[Any, Any]
 

@@ -35,6 +35,8 @@ from ivl_export.verify.onnxruntime import proof_from_onnxruntime
 from ivl_export.verify.report import joined
 from ivl_export.verify.rtx import proof_from_engine
 
+pytestmark = pytest.mark.numeric
+
 pytest.importorskip("onnxscript")
 
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step", "qllama_itm")

@@ -26,6 +26,8 @@ from ivl_export.inputs.preprocess import (
     resize,
 )
 
+pytestmark = pytest.mark.numeric
+
 
 def photo(width: int = 60, height: int = 40) -> Image.Image:
     y, x = np.mgrid[:height, :width]

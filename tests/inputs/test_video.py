@@ -21,6 +21,8 @@ from ivl_export.inputs.video import spread
 from ivl_export.runtime import InternVL, InternVLChat, frames_of
 from ivl_export.runtime.zero_shot import l2
 
+pytestmark = pytest.mark.numeric
+
 KINDS = ("GIF", "PNG", "WEBP")
 
 

@@ -24,6 +24,8 @@ from ivl_export.models.layout import CHAT_TOWER, expected_shapes
 from ivl_export.models.vit import InternViT, resize_positions
 from ivl_export.tests.numbers import GRADIENT, HIDDEN, LOGITS, LOSS, near
 
+pytestmark = pytest.mark.numeric
+
 CHAT = Path(__file__).parents[1] / "goldens" / "chat"
 TINY = CHAT.parent / "tiny"
 

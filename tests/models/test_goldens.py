@@ -20,6 +20,8 @@ from ivl_export.models.internvl import InternVLModel, Mode
 from ivl_export.models.vit import resize_positions
 from ivl_export.tests.numbers import FEATURES, HIDDEN, LOGITS, near
 
+pytestmark = pytest.mark.numeric
+
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny"
 
 

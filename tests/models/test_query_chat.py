@@ -29,6 +29,8 @@ from ivl_export.tests.numbers import FEATURES, LOGITS, near
 
 from ..conftest import CHAT, ROOT, TINY
 
+pytestmark = pytest.mark.numeric
+
 
 def golden_config(select_layer: int = -2) -> ChatConfig:
     """Images of the tower's own size: the golden numbers are at that."""

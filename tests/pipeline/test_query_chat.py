@@ -22,6 +22,8 @@ from ivl_export.models.layout import QUERY_CHAT_COMPONENTS
 from ivl_export.runtime import InternVLChat
 from ivl_export.runtime.torch_tower import VisionTower
 
+pytestmark = pytest.mark.numeric
+
 pytest.importorskip("tensorrt_rtx")
 QUESTIONS = ("what is this?", "two red rings", "and")
 

@@ -15,6 +15,8 @@ from ivl_export.models.shipped import nano_folder
 from ivl_export.runtime import InternVL
 from ivl_export.sampling import Sampling
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Path) -> Iterator[InternVL]:

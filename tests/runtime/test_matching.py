@@ -27,6 +27,8 @@ from ivl_export.runtime import InternVL, Ranking
 from ivl_export.tests.calibration.reference import torch_runner
 from ivl_export.training.losses import IGNORE, Stage2Batch, Text, matching_texts
 
+pytestmark = pytest.mark.numeric
+
 TINY = Path(__file__).parents[1] / "goldens" / "tiny"
 TEXTS = ["a small red circle", "two large blue stars on a noisy ground", "a ring"]
 

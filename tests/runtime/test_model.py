@@ -19,6 +19,9 @@ from ivl_export.errors import CapabilityError, InputError, IvlError, UsageError
 from ivl_export.inputs.preprocess import preprocess_images
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.zero_shot import l2
+from ivl_export.tests.numbers import FEATURES, HIDDEN, near
+
+pytestmark = pytest.mark.numeric
 
 TINY = Path(__file__).parents[1] / "goldens" / "tiny"
 TEXTS = ["a small red circle", "two large blue stars", "a ring", "一个红色的小圆形"]
@@ -283,7 +286,6 @@ def test_running_imports_no_torch(tiny_bundle: Path) -> None:
 import sys
 import numpy as np
 from ivl_export.runtime import InternVL
-from ivl_export.tests.numbers import FEATURES, HIDDEN, near
 with InternVL.load({str(tiny_bundle)!r}, threads=1) as model:
     image = [np.zeros((40, 40, 3), np.uint8)]
     model.classify(image, ["a", "b"], mode="InternVL-G")

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from ivl_export.errors import InputError, UsageError
 from ivl_export.runtime.torch_tower import VisionTower
 
+pytestmark = pytest.mark.numeric
+
 TINY = Path(__file__).parents[1] / "goldens" / "tiny"
 
 

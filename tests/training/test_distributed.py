@@ -26,6 +26,8 @@ from ivl_export.training.losses import Stage2Batch, Text, across_ranks, stage2_l
 from ivl_export.training.tokenizer import train_tokenizer
 from ivl_export.training.trainer import Options, Progress, train
 
+pytestmark = pytest.mark.numeric
+
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny"
 PRESET = replace(
     TINY, stages=tuple(replace(stage, steps=3, batch=8, lr=2e-4, matrix_lr=2e-3) for stage in STAGES)

@@ -18,6 +18,8 @@ from ivl_export.models.internvl import InternVLModel
 from ivl_export.training import losses
 from ivl_export.training.losses import Stage2Batch, Text
 
+pytestmark = pytest.mark.numeric
+
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny"
 
 

@@ -27,6 +27,8 @@ from ivl_export.training.trainer import Options, Progress
 
 from ..conftest import small_tokenizer
 
+pytestmark = pytest.mark.numeric
+
 CHAT = Path(__file__).parents[1] / "goldens" / "chat"
 TINY = CHAT.parent / "tiny"
 

@@ -30,6 +30,8 @@ from ivl_export.training.publish import Run, publish
 from ivl_export.training.tokenizer import VOCAB_SIZE, train_tokenizer
 from ivl_export.training.trainer import MAX_LOGIT_SCALE, Options, Progress, schedule, shortened, train
 
+pytestmark = pytest.mark.numeric
+
 STAGES = (
     Stage("one", "contrastive", steps=4, batch=4, lr=2e-3, matrix_lr=0.02, warmup=2),
     Stage("two", "generative", steps=4, batch=4, lr=2e-3, matrix_lr=0.02, warmup=2),

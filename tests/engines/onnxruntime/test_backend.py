@@ -15,6 +15,8 @@ from ivl_export.errors import BuildError, CapabilityError, InputError, Integrity
 from ivl_export.verify.expectations import check_promise
 from ivl_export.verify.onnxruntime import proof_from_onnxruntime
 
+pytestmark = pytest.mark.numeric
+
 if TYPE_CHECKING:
     from ..conftest import Array, Make, Sample
 

@@ -28,6 +28,8 @@ from ivl_export.synthetic.render import render
 from ivl_export.synthetic.scenes import sample_scene
 from ivl_export.tests.numbers import BF16_SQNR, FP32_SQNR, LAYER_SQNR, MODEL_SQNR, sqnr
 
+pytestmark = pytest.mark.numeric
+
 Array = np.ndarray[Any, Any]
 QUANTISED = (Fp8Linear, Int8Linear, Fp8Attention)
 

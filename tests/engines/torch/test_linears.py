@@ -18,6 +18,8 @@ from ivl_export.engines.torch.linears import (
 from ivl_export.quantization.quantize import dequantise, pack, quantise
 from ivl_export.quantization.schemes import SCHEMES
 
+pytestmark = pytest.mark.numeric
+
 SCALES = {"fp8": 4.0 / 448, "int8": 4.0 / 127, "w4a8": 4.0 / 127, "w4a4": 4.0 / 7}
 SCALES |= {f"{kind}-tensor": SCALES[kind] for kind in ("fp8", "int8")}
 

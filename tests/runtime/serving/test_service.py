@@ -19,6 +19,8 @@ from ivl_export.runtime.serving.admission import Admission, Clock
 from ivl_export.runtime.serving.batching import BatchResult
 from ivl_export.sampling import Sampling
 
+pytestmark = pytest.mark.numeric
+
 TEXTS = ["a small red circle", "two large blue stars", "a ring", "a green square left of a ring"]
 
 
