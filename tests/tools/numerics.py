@@ -89,8 +89,8 @@ def run(setting: Setting, tests: Sequence[str]) -> Result:
     outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "numeric", f"--junitxml={report}"]
-        command += ["-p", setting.plugin] if setting.plugin else []
+        command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-m", "numeric"]
+        command += [f"--junitxml={report}", *(["-p", setting.plugin] if setting.plugin else [])]
         done = subprocess.run(
             [*command, *tests],
             cwd=ROOT,
@@ -104,7 +104,7 @@ def run(setting: Setting, tests: Sequence[str]) -> Result:
         suites = list(ET.parse(report).getroot().iter("testsuite"))
     tests_run, skipped = (sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "skipped"))
     failures = tuple(
-        f"{case.get('classname')}::{case.get('name')}"
+        "::".join(filter(None, (case.get("classname"), case.get("name"))))
         for suite in suites
         for case in suite.iter("testcase")
         if case.find("failure") is not None or case.find("error") is not None

@@ -1,8 +1,8 @@
 """A pytest plugin: moves every floating-point input of ONNX Runtime by at most one unit in the last place.
 
 ONNX Runtime picks its kernels by the processor and cannot be told to use others. What another order of sums
-does to a result, such inputs do too. The factors depend on the last axis alone: equal inputs stay equal,
-also as rows of another batch.
+does to a result, such inputs do too. The ways depend on the last axis alone: equal inputs stay equal, also as
+rows of another batch.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-FACTORS = np.array([1 - 2.0**-24, 1, 1 + 2.0**-23], np.float32)
-"""Of the last place of the smallest and the largest mantissa."""
+TOWARDS = np.array([0, np.inf, -np.inf], np.float32)
+"""By way: 0, up, down (-1)."""
 
 
 def moved(array: Any) -> Any:
-    """``array``; of fp32 with other last places."""
+    """``array``; of fp32 with some values one place up, some one down; zeros stay."""
     if not isinstance(array, np.ndarray) or array.dtype != np.float32 or not array.ndim:
         return array
-    return array * np.random.default_rng(array.shape[-1]).choice(FACTORS, array.shape[-1:])
+    ways = np.random.default_rng(array.shape[-1]).choice([-1, 0, 1], array.shape[-1:])
+    other = np.nextafter(array, TOWARDS[ways], where=ways != 0, out=array.copy())
+    return np.where(array == 0, array, other)
 
 
 def pytest_configure() -> None:
-    """Put the factors before every run, plain or with bound inputs."""
+    """Move the inputs before every run, plain or with bound inputs."""
     run, value = ort.InferenceSession.run, ort.OrtValue.ortvalue_from_numpy
 
     def moved_run(self: Any, names: Any, feeds: dict[str, Any], *rest: Any) -> Any:
