@@ -14,7 +14,7 @@ from ..bundle.manifest import Component, FileEntry, Manifest
 from ..calibration.recording import recorded_bytes
 from ..export.components import component_spec
 from ..quantization.algorithms import depends_on_type
-from ..quantization.recipe import load_recipe, plan
+from ..quantization.recipe import load_recipe, plan_layers
 from ..quantization.schemes import folded_layers
 from . import evaluate, graphs
 from .graphs import Source, graph_path, source
@@ -92,7 +92,7 @@ def _compared(job: Job, made: Source) -> list[Source]:
     if made.scales is None or depends_on_type(made.scales.algorithm):
         return [made]  # the others need ranges that were not measured
     recipes = [load_recipe(n) for n in COMPARED if n != job.recipe.name]
-    return [made, *(replace(made, recipe=r, plan=plan(r, job.linear_shapes)) for r in recipes)]
+    return [made, *(replace(made, recipe=r, plan=plan_layers(r, job.linear_shapes)) for r in recipes)]
 
 
 def _graph_scores(job: Job, made: Source, space: Workspace) -> dict[str, Any]:

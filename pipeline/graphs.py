@@ -19,7 +19,7 @@ from ..quantization.qdq import write_qdq
 from ..quantization.qdq_nodes import Style
 from ..quantization.quantize import quantise_layer, stored_tensors
 from ..quantization.ranges import Scales
-from ..quantization.recipe import Plan, Recipe
+from ..quantization.recipe import LayerPlan, Recipe
 from ..quantization.schemes import folded_layers
 from .calibration import SMOOTHING
 
@@ -50,7 +50,7 @@ class Source:
 
     checkpoint: Checkpoint
     recipe: Recipe
-    plan: Plan
+    plan: LayerPlan
     scales: Scales | None
 
     def variants(self) -> tuple[tuple[str, Style], ...]:

@@ -26,7 +26,7 @@ from ..models.config import ChatConfig
 from ..models.shipped import checkpoint_path
 from ..quantization.algorithms import algorithm_name
 from ..quantization.attention import attentions
-from ..quantization.recipe import Plan, Recipe, load_recipe, plan
+from ..quantization.recipe import LayerPlan, Recipe, load_recipe, plan_layers
 from ..quantization.schemes import element_types
 from .calibration import choose_sets, given_scales, needs_data
 from .request import BACKENDS, ORT, RTX, TENSORRT, Request
@@ -76,7 +76,7 @@ class Job:
         self.parts = {name: self._split(name) for name in self.components}
         self.shapes = parse_shapes(request.shapes)
         self._check_engines()
-        self.plan: Plan = plan(
+        self.plan: LayerPlan = plan_layers(
             self.recipe, self.linear_shapes, attentions(self.checkpoint.whole, self.components)
         )
         if RTX in self.backends:

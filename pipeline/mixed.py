@@ -16,7 +16,7 @@ from ..engines.targets import parse_targets
 from ..errors import CapabilityError, UsageError
 from ..files.strict_json import read_json
 from ..quantization.ranges import Scales
-from ..quantization.recipe import Recipe, plan
+from ..quantization.recipe import Recipe, plan_layers
 from ..quantization.schemes import element_types
 from . import evaluate, graphs
 from .accuracy_steps import scores_of
@@ -90,7 +90,7 @@ def _search_step(job: Job, preprocess: Step, before: list[Step]) -> Step:
         def lost(schemes: dict[str, str]) -> float:
             nonlocal measured
             recipe = as_recipe(MIXED, schemes, list(job.linear_shapes), job.recipe.base, "")
-            made = Source(job.checkpoint, recipe, plan(recipe, job.linear_shapes), scales)
+            made = Source(job.checkpoint, recipe, plan_layers(recipe, job.linear_shapes), scales)
             loss = (_task_loss if tasks else _cosine_loss)(job, made, space, preprocess)
             measured += 1
             advanced(measured)

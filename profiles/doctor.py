@@ -19,7 +19,7 @@ from ..engines.targets import TARGETS
 from ..errors import BuildError
 from ..models.config import Whole
 from ..models.layout import components_of
-from ..quantization.recipe import Plan, Recipe, load_recipe, shipped_recipes
+from ..quantization.recipe import LayerPlan, Recipe, load_recipe, shipped_recipes
 from .backends import Here, backends_here
 from .cost.gpus import of_driver
 from .cost.sizes import weights
@@ -96,7 +96,7 @@ class Asked:
     """What is to be done: a precision, on a model or on any; None as config: no model was named."""
 
     recipe: Recipe
-    layers: Plan
+    layers: LayerPlan
     config: Whole | None = None
 
 
@@ -126,7 +126,7 @@ def diagnose(asked: Asked | None = None, where: Path = Path()) -> Diagnosis:
 
 
 def needs_of(
-    config: Whole, recipe: Recipe, layers: Plan, where: Path, gpu_engines: bool = True
+    config: Whole, recipe: Recipe, layers: LayerPlan, where: Path, gpu_engines: bool = True
 ) -> tuple[Needs, Load | None]:
     """What building a model takes and what is free in ``where``; the largest engine build, if any."""
     parts = {name: weights(config, recipe, layers, [name]) for name in components_of(config)}

@@ -133,7 +133,7 @@ class Exclusion:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayerPlan:
     """What a recipe means for one model.
 
     Args:
@@ -236,7 +236,9 @@ def schemes(recipe: Recipe, linear_names: Iterable[str]) -> dict[str, str]:
     return result
 
 
-def plan(recipe: Recipe, shapes: Mapping[str, tuple[int, int]], attentions: Attentions | None = None) -> Plan:
+def plan_layers(
+    recipe: Recipe, shapes: Mapping[str, tuple[int, int]], attentions: Attentions | None = None
+) -> LayerPlan:
     """Schemes for layers of the given weight shapes [out, in], less those with no kernel for the scheme.
 
     Args:
@@ -262,7 +264,7 @@ def plan(recipe: Recipe, shapes: Mapping[str, tuple[int, int]], attentions: Atte
             exclusions += [
                 Exclusion(f"{component}: {kind}", FP8_ATTENTION, why) for kind, why in kinds if why
             ]
-    return Plan(result, tuple(exclusions), fused)
+    return LayerPlan(result, tuple(exclusions), fused)
 
 
 def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -39,12 +39,12 @@ def source(model: Path, name: str = RECIPE) -> Source:
 
     from ivl_export.models.checkpoint import open_checkpoint
     from ivl_export.models.load import meta_model
-    from ivl_export.quantization.recipe import load_recipe, plan
+    from ivl_export.quantization.recipe import load_recipe, plan_layers
 
     checkpoint, recipe = open_checkpoint(model), load_recipe(name)
     modules = meta_model(checkpoint).named_modules()
     shapes = {n: (m.out_features, m.in_features) for n, m in modules if isinstance(m, nn.Linear)}
-    return Source(checkpoint, recipe, plan(recipe, shapes), None)
+    return Source(checkpoint, recipe, plan_layers(recipe, shapes), None)
 
 
 def quantise(model: Path, out: Path, components: Sequence[str], recipe: str = RECIPE) -> dict[str, Any]:

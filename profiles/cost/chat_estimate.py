@@ -14,7 +14,7 @@ from typing import Any
 from ...export.components import component_spec
 from ...models.config import VICUNA_13B, ChatConfig, InternVLConfig, QLlamaConfig
 from ...models.layout import components_of
-from ...quantization.recipe import Plan, Recipe
+from ...quantization.recipe import LayerPlan, Recipe
 from .estimate import RECEIPTS, Efficiencies, known
 from .evidence import Check
 from .gpus import GpuPeaks
@@ -95,7 +95,7 @@ def cache_bytes(llama: QLlamaConfig, base: str, positions: int) -> int:
 def estimate(
     config: ChatConfig,
     recipe: Recipe,
-    layers: Plan,
+    layers: LayerPlan,
     gpu: GpuPeaks,
     batches: Sequence[int],
     cost_per_hour: float | None = None,

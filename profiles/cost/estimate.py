@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, Literal
 
 from ...models.config import InternVLConfig
-from ...quantization.recipe import Plan, Recipe
+from ...quantization.recipe import LayerPlan, Recipe
 from .evidence import TIMED, Check, Timed, check, paper, read_receipts, sizes_at
 from .gpus import GpuPeaks
 from .roofline import LOW, Arithmetic, ComponentTime, Efficiency, component_cost, component_time, peak
@@ -96,7 +96,7 @@ class Estimate:
 def estimate(
     config: InternVLConfig,
     recipe: Recipe,
-    layers: Plan,
+    layers: LayerPlan,
     gpu: GpuPeaks,
     batches: Sequence[int],
     cost_per_hour: float | None = None,

@@ -17,7 +17,7 @@ from ...export.blocks import CROSSING
 from ...export.components import component_spec
 from ...models.config import ChatConfig, Whole
 from ...quantization.attention import FP8_ATTENTION
-from ...quantization.recipe import Plan, Recipe
+from ...quantization.recipe import LayerPlan, Recipe
 from ...quantization.schemes import SCHEMES
 from .analytic import component_macs
 from .flops import ComponentCost, LayerCost, layer_type
@@ -37,7 +37,7 @@ class Arithmetic:
     low: Mapping[str, tuple[str, str]]
 
     @classmethod
-    def of(cls, recipe: Recipe, layers: Plan) -> Arithmetic:
+    def of(cls, recipe: Recipe, layers: LayerPlan) -> Arithmetic:
         """The arithmetic of a recipe on the layers of its plan."""
         found = {layer_type(name): SCHEMES[scheme] for name, scheme in layers.quantised.items()}
         low = {k: (s.weight, s.activation or recipe.base) for k, s in found.items()}

@@ -12,7 +12,7 @@ from ...models.config import ChatConfig, Whole
 from ...models.layout import CHAT_TOWER, Shape, components_of, expected_shapes
 from ...quantization.attention import attentions
 from ...quantization.quantize import stored_tensors
-from ...quantization.recipe import Plan, Recipe, plan
+from ...quantization.recipe import LayerPlan, Recipe, plan_layers
 
 _TEXT = r"qllama\.model\.(layers\.\d+\.(self_attn|mlp|input_layernorm|post_attention_layernorm)\.|norm\.)"
 _TOWER = re.escape(CHAT_TOWER)
@@ -62,9 +62,9 @@ def linear_shapes(config: Whole) -> dict[str, tuple[int, int]]:
     }
 
 
-def plan_of(recipe: Recipe, config: Whole) -> Plan:
-    """What ``recipe`` means for a model of ``config``; UsageError as :func:`...quantization.recipe.plan`."""
-    return plan(recipe, linear_shapes(config), attentions(config, components_of(config)))
+def plan_of(recipe: Recipe, config: Whole) -> LayerPlan:
+    """What ``recipe`` means for a model of ``config``; errors as :func:`...quantization.recipe.plan_layers`."""
+    return plan_layers(recipe, linear_shapes(config), attentions(config, components_of(config)))
 
 
 def component_shapes(component: str, config: Whole) -> dict[str, Shape]:
@@ -73,7 +73,9 @@ def component_shapes(component: str, config: Whole) -> dict[str, Shape]:
     return {key: shape for key, shape in _shapes(config).items() if pattern.match(key)}
 
 
-def weights(config: Whole, recipe: Recipe, layers: Plan, components: Iterable[str] | None = None) -> Weights:
+def weights(
+    config: Whole, recipe: Recipe, layers: LayerPlan, components: Iterable[str] | None = None
+) -> Weights:
     """What ``components`` (None: all that are not optional) store together, tensors that they share once."""
     components = components_of(config) if components is None else components
     shapes = {k: s for component in components for k, s in component_shapes(component, config).items()}

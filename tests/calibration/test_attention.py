@@ -38,7 +38,7 @@ from ivl_export.quantization.qdq import quantised_gemms, write_qdq
 from ivl_export.quantization.qdq_attention import quantised_attentions
 from ivl_export.quantization.quantize import activation_scale
 from ivl_export.quantization.ranges import Scales
-from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan
+from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan_layers
 from ivl_export.tests.calibration.reference import reference_modules, reference_runners, torch_runner
 from ivl_export.tests.calibration.test_qdq import bound, runner
 
@@ -177,14 +177,14 @@ def test_which_attentions_fit() -> None:
     assert full["vision"]["vision_model.encoder.layers.47.attn"] == AttentionShape(128, 257)
     shapes = {"vision_model.encoder.layers.0.attn.qkv": (9600, 3200)}
     recipe = Recipe("x", (Rule("vision*", "fp8"),), attention="fp8")
-    found = plan(recipe, shapes, full)
+    found = plan_layers(recipe, shapes, full)
     assert {c: len(names) for c, names in found.attention.items()} == {
         "vision": 48, "qllama_query": 48, "qllama_text": 0, "qllama_step": 32, "qllama_itm": 48,
     }  # fmt: skip
     (left_out,) = found.exclusions
     assert (left_out.layer, left_out.scheme) == ("qllama_text: self_attn", FP8_ATTENTION)
     assert "32" in left_out.reason
-    assert plan(recipe, shapes).attention == {}
+    assert plan_layers(recipe, shapes).attention == {}
     assert "head size 24" in AttentionShape(24, 99).excluded
 
 

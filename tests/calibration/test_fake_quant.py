@@ -26,7 +26,7 @@ from ivl_export.quantization.quantize import (
     quantise_values,
 )
 from ivl_export.quantization.ranges import Scales
-from ivl_export.quantization.recipe import load_recipe, plan
+from ivl_export.quantization.recipe import load_recipe, plan_layers
 from ivl_export.quantization.schemes import SCHEMES
 from ivl_export.training.distill import answers, distillation_losses
 from ivl_export.training.fake_quant import (
@@ -132,7 +132,7 @@ def scales(
 @pytest.fixture
 def student(checkpoint: Checkpoint, scales: Scales) -> InternVLModel:
     shapes = {n: (m.out_features, m.in_features) for n, m in linears(load_model(checkpoint)).items()}
-    layers = plan(load_recipe("int8"), shapes).quantised
+    layers = plan_layers(load_recipe("int8"), shapes).quantised
     return fake_quantised(load_model(checkpoint), layers, "bf16", scales.amax, learn=True)
 
 

@@ -24,7 +24,7 @@ from ivl_export.quantization.qdq import quantised_gemms, write_qdq
 from ivl_export.quantization.qdq_nodes import Style
 from ivl_export.quantization.quantize import LIMITS, activation_scale, dequantise, quantise, stored_names
 from ivl_export.quantization.ranges import Scales
-from ivl_export.quantization.recipe import load_recipe, plan
+from ivl_export.quantization.recipe import load_recipe, plan_layers
 from ivl_export.tests.calibration.reference import reference_modules, reference_runners, torch_runner
 
 pytestmark = pytest.mark.numeric
@@ -49,7 +49,7 @@ def schemes(shallow: Checkpoint) -> Callable[[str], dict[str, str]]:
         for key, ref in shallow.tensors.items()
         if key.endswith(".weight") and len(ref.shape) == 2 and "embed_tokens" not in key
     }
-    return lambda recipe: plan(load_recipe(recipe), shapes).schemes
+    return lambda recipe: plan_layers(load_recipe(recipe), shapes).schemes
 
 
 def bound(model: ir.Model, shallow: Checkpoint, schemes: Mapping[str, str]) -> bytes:

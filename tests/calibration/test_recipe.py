@@ -11,7 +11,7 @@ from ivl_export.models.config import InternVLConfig, Whole
 from ivl_export.models.internvl import InternVLModel
 from ivl_export.profiles.cost.chat_estimate import FULL_SIZE
 from ivl_export.profiles.cost.sizes import plan_of
-from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan, schemes, shipped_recipes
+from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan_layers, schemes, shipped_recipes
 
 VIT = "vision_model.encoder.layers.{}."
 LLAMA = "qllama.model.layers.{}."
@@ -44,7 +44,7 @@ def test_shipped_recipes_round_trip(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["fp8", "int8"])
 def test_full_model_gets_just_the_gemms_of_the_design(name: str, linears: dict[str, tuple[int, int]]) -> None:
-    found = plan(load_recipe(name), linears)
+    found = plan_layers(load_recipe(name), linears)
     vision = [
         VIT.format(i) + part for i in range(48) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     ]
@@ -78,7 +78,7 @@ def test_every_form_of_the_model_gets_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_16_bit_recipes_quantise_nothing(name: str, linears: dict[str, tuple[int, int]]) -> None:
-    assert set(plan(load_recipe(name), linears).schemes.values()) == {name}
+    assert set(plan_layers(load_recipe(name), linears).schemes.values()) == {name}
 
 
 def test_last_match_wins() -> None:
@@ -116,11 +116,11 @@ def test_a_quantising_recipe_must_quantise_something() -> None:
 
 def test_widths_that_fp8_cannot_run_are_stated() -> None:
     shapes = {"a.even": (32, 16), "a.odd": (40, 16), "a.deep": (16, 24)}
-    found = plan(Recipe("x", (Rule("a.*", "fp8"),)), shapes)
+    found = plan_layers(Recipe("x", (Rule("a.*", "fp8"),)), shapes)
     assert found.quantised == {"a.even": "fp8"}
     assert [(e.layer, e.scheme) for e in found.exclusions] == [("a.odd", "fp8"), ("a.deep", "fp8")]
     assert "in features 16 and out features 40" in found.exclusions[0].reason
-    assert plan(Recipe("x", (Rule("a.*", "int8"),)), shapes).exclusions == ()
+    assert plan_layers(Recipe("x", (Rule("a.*", "int8"),)), shapes).exclusions == ()
 
 
 @pytest.mark.parametrize(

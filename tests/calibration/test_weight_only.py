@@ -30,7 +30,7 @@ from ivl_export.quantization.quantize import (
     stored_tensors,
     unpack,
 )
-from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan
+from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan_layers
 from ivl_export.quantization.schemes import block_size
 from ivl_export.tests.calibration.reference import reference_modules
 from ivl_export.verify.expectations import check_promise
@@ -52,7 +52,7 @@ def written(
         if key.startswith("vision_model.") and key.endswith(".weight") and len(ref.shape) == 2
     }
     rules = load_recipe(scheme).rules[:3]  # those of the vision tower
-    layers = plan(Recipe(scheme, rules), shapes).quantised
+    layers = plan_layers(Recipe(scheme, rules), shapes).quantised
     model = export_component("vision", checkpoint, compute)
     kept = [n for n in model.graph.initializers if n in checkpoint.tensors]
     promised = write_qdq(model, layers, dict.fromkeys(layers, amax), compute=compute, style=style)
@@ -142,6 +142,6 @@ def test_packing_is_onnx_own() -> None:
 
 def test_widths_without_a_block_are_excluded() -> None:
     rules = (Rule("*", "int4-weight"),)
-    found = plan(Recipe("x", rules), {"narrow": (6, 48), "wide": (6, 96)})
+    found = plan_layers(Recipe("x", rules), {"narrow": (6, 48), "wide": (6, 96)})
     assert found.quantised == {"wide": "int4-weight"}
     assert "in features 48 must be a multiple of 32" in found.exclusions[0].reason

@@ -36,7 +36,7 @@ from ivl_export.pipeline.graphs import (
     write_quantised_store,
 )
 from ivl_export.quantization.ranges import Scales
-from ivl_export.quantization.recipe import load_recipe, plan
+from ivl_export.quantization.recipe import load_recipe, plan_layers
 from ivl_export.tests.calibration.reference import torch_runner
 
 pytestmark = [pytest.mark.slow, pytest.mark.numeric]
@@ -148,7 +148,7 @@ def source(checkpoint: Checkpoint, name: str, scales: Scales) -> Source:
     recipe = load_recipe(name)
     linears = (m for m in meta_model(checkpoint).named_modules() if isinstance(m[1], torch.nn.Linear))
     shapes = {layer: (m.out_features, m.in_features) for layer, m in linears}
-    return Source(checkpoint, recipe, plan(recipe, shapes), scales if recipe.quantises else None)
+    return Source(checkpoint, recipe, plan_layers(recipe, shapes), scales if recipe.quantises else None)
 
 
 def compared(made: Source, component: str, root: Path, step: Step) -> tuple[dict[str, Metrics], int]:

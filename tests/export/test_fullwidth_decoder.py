@@ -29,7 +29,7 @@ from ivl_export.pipeline.graphs import (
     write_quantised_store,
 )
 from ivl_export.quantization.ranges import Scales
-from ivl_export.quantization.recipe import Recipe, Rule, plan
+from ivl_export.quantization.recipe import Recipe, Rule, plan_layers
 from ivl_export.tests.calibration.reference import torch_runner
 
 pytestmark = [pytest.mark.slow, pytest.mark.numeric]
@@ -155,7 +155,7 @@ def test_plain_graph(part: Part) -> None:
 @pytest.mark.parametrize("scheme", ["fp8", "int8"])
 def test_quantised_graph(part: Part, tmp_path: Path, scheme: str) -> None:
     recipe = Recipe(scheme, tuple(Rule(f"model.layers.*.{layers}", scheme) for layers in PRODUCTS))
-    planned = plan(recipe, part.shapes)
+    planned = plan_layers(recipe, part.shapes)
     layers = list(planned.quantised)
     amax = {"decoder": {name: part.amax[name] for name in layers}}
     scales = Scales(amax, "max", 4, "", True, 0, part.checkpoint.revision)
