@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -157,76 +156,67 @@ def build(
         return
     from ..files.cache_dir import parse_size
     from ..models.shipped import shipped_name
-    from ..pipeline.build import build as run_build
-    from ..pipeline.build import preview
-    from ..pipeline.job import Job
-    from ..pipeline.mixed import mixed_job
+    from ..pipeline import run
+    from ..pipeline.config import MIXED, BuildConfig
     from ..pipeline.report import describe
-    from ..pipeline.request import MIXED, Request
     from .inputs import names, numbers
     from .progress import Bars
 
-    with Bars() as bars:
-        name = shipped_name(model) or (model or Path()).resolve().name.removesuffix(".pth")
-        request = Request(
-            out=out or Path("bundles") / f"{name}-{Path(precision).stem}",
-            model=model,
-            precision=precision,
-            calib=calib,
-            calib_samples=calib_samples,
-            calib_seed=calib_seed,
-            calib_columns=names(calib_columns),
-            algorithm=algorithm,
-            scales=scales,
-            targets=targets,
-            backends=names(backend),
-            components=names(components),
-            itm=itm,
-            features=numbers(features, "--features"),
-            allow_accuracy_loss=allow_accuracy_loss,
-            split=split,
-            budget=budget,
-            preset=preset,
-            shapes=tuple(shapes or ()),
-            options=BuildOptions(
-                optimization_level=optimization_level,
-                workspace_bytes=None if workspace is None else parse_size(workspace, "--workspace"),
-                tactic_sources=_sources(tactic_sources),
-                tiling=tiling,
-                l2_bytes=None if l2 is None else parse_size(l2, "--l2"),
-                weight_streaming=weight_streaming,
-                refit=refit,
-                strip_plan=strip_plan,
-                hardware=hardware_compatible,
-                version_compatible=version_compatible,
-            ),
-            cache=not no_cache,
-            cache_size=None if cache_size is None else parse_size(cache_size, "--cache-size"),
+    name = shipped_name(model) or (model or Path()).resolve().name.removesuffix(".pth")
+    config = BuildConfig(
+        out=out or Path("bundles") / f"{name}-{Path(precision).stem}",
+        model=model,
+        precision=precision,
+        budget=budget,
+        calib=calib,
+        calib_samples=calib_samples,
+        calib_columns=names(calib_columns),
+        calib_seed=calib_seed,
+        algorithm=algorithm,
+        scales=scales,
+        targets=targets,
+        backend=names(backend),
+        components=names(components),
+        itm=itm,
+        features=numbers(features, "--features"),
+        split=split,
+        preset=preset,
+        shapes=tuple(shapes or ()),
+        engine_options=BuildOptions(
+            optimization_level=optimization_level,
+            workspace_bytes=None if workspace is None else parse_size(workspace, "--workspace"),
+            tactic_sources=_sources(tactic_sources),
+            tiling=tiling,
+            l2_bytes=None if l2 is None else parse_size(l2, "--l2"),
+            weight_streaming=weight_streaming,
+            refit=refit,
+            strip_plan=strip_plan,
+            hardware=hardware_compatible,
+            version_compatible=version_compatible,
+        ),
+        no_cache=no_cache,
+        cache_size=None if cache_size is None else parse_size(cache_size, "--cache-size"),
+        allow_accuracy_loss=allow_accuracy_loss,
+    )
+    if dry_run and precision == MIXED:
+        raise UsageError(
+            "A dry run cannot say what a search will find.", fix="Leave --dry-run out, or name a recipe."
         )
-        if dry_run and precision == MIXED:
-            raise UsageError(
-                "A dry run cannot say what a search will find.", fix="Leave --dry-run out, or name a recipe."
-            )
-        bars.started("open", None)
-        started = time.perf_counter()
-        if precision == MIXED:
-            job = mixed_job(request, bars, bars.counted)
-        else:
-            job = Job(request, lambda done, total: bars.counted(done, total))
-        bars.finished("open", time.perf_counter() - started, False)
+    with Bars() as bars:
+        plan = run.open_plan(config, bars)
         if dry_run:
-            planned = preview(job, bars)
+            steps = run.preview(plan, bars)
         else:
-            result = run_build(job, bars)
+            result = run.build(plan, bars)
     if dry_run:
-        print_dry_run(as_json, planned, job)
+        print_dry_run(as_json, steps, plan)
         return
-    report = describe(result, job.notices)
+    report = describe(result, plan.notices)
     if as_json:
         print_json(report)
     else:
         print_report(report)
-        if job.searched:
+        if plan.searched:
             print_search(result.bundle.receipt(MIXED))
 
 

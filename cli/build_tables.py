@@ -10,8 +10,8 @@ import typer
 from .output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
-    from ..pipeline.build import Planned
-    from ..pipeline.job import Job
+    from ..pipeline.plan import BuildPlan
+    from ..pipeline.run import StepPreview
 
 
 def print_search(found: dict[str, Any]) -> None:
@@ -90,10 +90,10 @@ def _worst_of_layers(outputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     return found
 
 
-def print_dry_run(as_json: bool, planned: list[Planned], job: Job) -> None:
-    """What a build would do, reading nothing but the request."""
+def print_dry_run(as_json: bool, previews: list[StepPreview], plan: BuildPlan) -> None:
+    """The steps that a build would run, and the schemes of its layers."""
     schemes: dict[str, int] = {}
-    for scheme in job.plan.schemes.values():
+    for scheme in plan.layers.schemes.values():
         schemes[scheme] = schemes.get(scheme, 0) + 1
     if as_json:
         steps = [
@@ -103,19 +103,19 @@ def print_dry_run(as_json: bool, planned: list[Planned], job: Job) -> None:
                 "writes_bytes": p.writes,
                 "memory_bytes": p.memory,
             }
-            for p in planned
+            for p in previews
         ]
-        print_json({"steps": steps, "layers": schemes, "notices": list(job.notices)})
+        print_json({"steps": steps, "layers": schemes, "notices": list(plan.notices)})
         return
-    for notice in job.notices:
+    for notice in plan.notices:
         typer.echo(f"note: {notice}")
     rows = [
         (p.step, "reuse" if p.known else "run", *(_size(p, size) for size in (p.writes, p.memory)))
-        for p in planned
+        for p in previews
     ]
-    print_table(f"Would build {job.request.out}", ("step", "action", "writes about", "memory about"), rows)
+    print_table(f"Would build {plan.config.out}", ("step", "action", "writes about", "memory about"), rows)
     print_table("Linear layers", ("scheme", "layers"), list(schemes.items()))
 
 
-def _size(planned: Planned, size: int) -> str:
-    return human_bytes(size) if size and not planned.known else ""
+def _size(preview: StepPreview, size: int) -> str:
+    return human_bytes(size) if size and not preview.known else ""

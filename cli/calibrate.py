@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,34 +38,30 @@ def calibrate(
     A recipe that folds factors into the weights also gets smoothing.safetensors beside the file: keep the two
     together. A run that was stopped goes on where it was.
     """
-    from ..pipeline.job import Job
-    from ..pipeline.measure import measure
-    from ..pipeline.request import ORT, Request
+    from ..pipeline import run
+    from ..pipeline.config import ORT, BuildConfig
     from .inputs import names
     from .progress import Bars
 
+    config = BuildConfig(
+        out=out,
+        model=model,
+        precision=precision,
+        calib=calib,
+        calib_samples=calib_samples,
+        calib_columns=names(calib_columns),
+        calib_seed=calib_seed,
+        algorithm=algorithm,
+        backend=(ORT,),
+        components=names(components),
+    )
     with Bars() as bars:
-        request = Request(
-            out=out,
-            model=model,
-            precision=precision,
-            calib=calib,
-            calib_samples=calib_samples,
-            calib_seed=calib_seed,
-            calib_columns=names(calib_columns),
-            algorithm=algorithm,
-            backends=(ORT,),
-            components=names(components),
-        )
-        bars.started("open", None)
-        started = time.perf_counter()
-        job = Job(request, lambda done, total: bars.counted(done, total))
-        bars.finished("open", time.perf_counter() - started, False)
-        for notice in job.calibration.notices:
+        plan = run.open_plan(config, bars)
+        for notice in plan.calibration.notices:
             typer.secho(f"warning: {notice}", fg="yellow", err=True)
-        scales = measure(job, out, bars)
+        scales = run.calibrate(plan, bars)
     if as_json:
-        print_json({"scales": str(out), "notices": list(job.notices), **_summary(scales)})
+        print_json({"scales": str(out), "notices": list(plan.notices), **_summary(scales)})
         return
     rows = _summary(scales)
     rows["layers"] = [f"{component}: {len(layers)}" for component, layers in scales.amax.items()]

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from ..training.trainer import Progress as Step
+    from ..training.trainer import TrainingProgress
 
 
 class Bars:
-    """A :class:`..pipeline.workspace.Reporter` that draws; only lines where stderr is no terminal."""
+    """A :class:`..progress.Progress` that draws; only lines where stderr is no terminal."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -58,19 +58,14 @@ class Bars:
         self._clear()
         self._task = self._progress.add_task(step, total=total, rate="")
 
-    def advanced(self, done: int) -> None:
-        """Move the bar."""
+    def advanced(self, done: int, total: int | None = None) -> None:
+        """Move the bar; ``total``: where its end is, if that is known only now."""
         if self._task is not None:
             speed = self._progress.tasks[self._progress.task_ids.index(self._task)].speed
             rate = f"{speed:.1f}/s" if speed else ""
-            self._progress.update(self._task, completed=done, rate=rate)
+            self._progress.update(self._task, completed=done, total=total, rate=rate)
 
-    def counted(self, done: int, total: int) -> None:
-        """Move the bar, whose end is known only now."""
-        if self._task is not None:
-            self._progress.update(self._task, completed=done, total=total)
-
-    def finished(self, step: str, seconds: float, reused: bool) -> None:
+    def finished(self, step: str, seconds: float, reused: bool = False) -> None:
         """Replace the bar by a line."""
         self._clear()
         self.noted(step, seconds, reused)
@@ -87,7 +82,7 @@ class Bars:
 
 
 @contextmanager
-def step_bar(stage: str, total: int) -> Iterator[Callable[[Step], None]]:
+def step_bar(stage: str, total: int) -> Iterator[Callable[[TrainingProgress], None]]:
     """A bar for ``total`` training steps, with their rate and losses: call what it gives after every step."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -104,7 +99,7 @@ def step_bar(stage: str, total: int) -> Iterator[Callable[[Step], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(stage, total=total, rate="", loss="")
 
-        def report(step: Step) -> None:
+        def report(step: TrainingProgress) -> None:
             rate = f"{bar.tasks[0].speed or 0:.2f} steps/s"
             losses = " ".join(f"{k} {v:.3f}" for k, v in step.losses.items() if k != "grad_norm")
             bar.update(task, completed=step.done, description=step.stage, rate=rate, loss=losses)

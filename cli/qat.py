@@ -72,8 +72,8 @@ def qat(
     """
     import torch
 
-    from ..pipeline.qat import run
-    from ..pipeline.qat_job import Asked, QatJob
+    from ..pipeline.config import QatConfig
+    from ..pipeline.qat import plan_qat, run
     from ..training.distributed import known_strategy
     from .progress import Bars
 
@@ -81,10 +81,10 @@ def qat(
         torch.set_num_threads(threads)
     name = "internvl-nano" if model is None else model.resolve().name
     chosen: Literal[1, 2] = 1 if stage == 1 else 2
-    asked = Asked(
+    config = QatConfig(
         out=out or Path("runs") / f"{name}-{Path(recipe).stem}-qat",
         model=model,
-        precision=recipe,
+        recipe=recipe,
         stage=chosen,
         teacher=teacher,
         data=data,
@@ -104,14 +104,14 @@ def qat(
     )
     with Bars() as bars:
         bars.started("open", None)
-        opened = QatJob(asked, bars.counted)
-        bars.finished("open", 0.0, False)
-        for notice in opened.notices:
+        plan = plan_qat(config, bars.advanced)
+        bars.finished("open", 0.0)
+        for notice in plan.notices:
             typer.secho(f"note: {notice}", fg="yellow", err=True)
         if dry_run:
-            _print_plan(opened.plan(processes), as_json)
+            _print_plan(plan.summary(processes), as_json)
             return
-        outcome = run(opened, processes, bars, lambda progress: bars.advanced(progress.done))
+        outcome = run(plan, processes, bars, lambda progress: bars.advanced(progress.done))
     if outcome is None:  # one of torchrun's other processes
         return
     if as_json:
@@ -121,11 +121,11 @@ def qat(
     typer.echo(f"next: {outcome.build_command}")
 
 
-def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+def _print_plan(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print_json(plan)
+        print_json(summary)
     else:
-        print_table("Would train", ("", ""), list(plan.items()))
+        print_table("Would train", ("", ""), list(summary.items()))
 
 
 def _print_scores(receipt: dict[str, Any], out: Path) -> None:

@@ -51,25 +51,25 @@ def sensitivity(
     """
     from ..calibration.heatmap import draw
     from ..calibration.sensitivity import DEFAULT
-    from ..pipeline.job import Job
-    from ..pipeline.request import ORT, Request
-    from ..pipeline.sensitivity import report
-    from ..pipeline.sensitivity import sensitivity as run
+    from ..pipeline.config import ORT, BuildConfig
+    from ..pipeline.plan import plan_build
+    from ..pipeline.sensitivity_steps import report
+    from ..pipeline.sensitivity_steps import sensitivity as run
     from .inputs import names
     from .progress import Bars
 
-    request = Request(
+    config = BuildConfig(
         out=out,
         model=model,
         precision="int8",
         calib=calib,
         calib_samples=calib_samples,
-        backends=(ORT,),
+        backend=(ORT,),
         components=names(components),
     )
     with Bars() as bars:
-        job = Job(request, bars.counted)
-        found = run(job, names(schemes) or DEFAULT, out, bars, questions)
+        plan = plan_build(config, bars.advanced)
+        found = run(plan, names(schemes) or DEFAULT, out, bars, questions)
     plot = out / "sensitivity.png"
     try:
         draw(found, plot)
@@ -77,19 +77,19 @@ def sensitivity(
     except CapabilityError as error:
         drawn = f"no heat map: {error.what} {error.fix}"
     if as_json:
-        print_json(report(job, found, questions))
+        print_json(report(plan, found, questions))
         return
-    for notice in job.notices:
+    for notice in plan.notices:
         typer.echo(f"note: {notice}")
     _print(found, top)
-    if not job.evaluation:
+    if not plan.evaluation:
         typer.echo("No task accuracy: the model has no evaluation set.")
     typer.echo(f"{out / 'sensitivity.json'}: all {len(found.losses)} losses")
     typer.echo(drawn)
 
 
 def _print(found: Sensitivity, top: int) -> None:
-    from ..pipeline.sensitivity import noisiest
+    from ..pipeline.sensitivity_steps import noisiest
 
     worst = noisiest(found, top)
     tasks = list(dict.fromkeys(task for loss in worst for task in loss.tasks))

@@ -1,75 +1,123 @@
-"""Steps that measure what accuracy was lost, of the components and on the tasks."""
+"""Steps that measure what accuracy was lost: of the components, and on the tasks of an evaluation set."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+from ..bundle import Bundle
 from ..bundle.manifest import Component, FileEntry, Manifest
-from ..calibration.recording import recorded_bytes
+from ..calibration.accuracy import SIMULATED, Metrics, Receipt, Table, component_accuracy
+from ..calibration.calibrate import calibration_units
+from ..calibration.chat import ChatBatch
+from ..calibration.component_chain import Step as ChainStep
+from ..calibration.dataset import Batch
+from ..calibration.recording import Recording, recorded_bytes
+from ..engines.base import open_engine
+from ..engines.memory import available_memory
 from ..export.components import component_spec
+from ..export.unquantized import weight_keys
+from ..files.cache_dir import cache_folder
+from ..files.hashing import sha256_json
+from ..files.write import atomic
+from ..inputs.preprocess import Array, preprocess_images
+from ..inputs.tokenizer import CAPTION_PROMPT
+from ..models.config import ChatConfig
+from ..models.storage import ITEM_BYTES
 from ..quantization.algorithms import depends_on_type
 from ..quantization.recipe import load_recipe, plan_layers
 from ..quantization.schemes import folded_layers
-from . import evaluate, graphs
-from .graphs import Source, graph_path, source
-from .job import Job
+from ..runtime.zero_shot import l2
+from ..synthetic.tasks import BothHeads
+from .config import ORT
+from .environment import code_digest, tool_versions
+from .graph_steps import (
+    BASE_STORE,
+    DTYPES,
+    LOW_STORE,
+    GraphSource,
+    component_weights,
+    graph_path,
+    graph_source,
+    write_base_store,
+    write_graph,
+    write_quantised_store,
+)
 from .manifest import manifest_of
-from .step import Made, Step, after, model_of, write_receipt
-from .workspace import Workspace
+from .plan import BuildPlan
+from .workspace import Step, StepResult, Workspace, after, write_receipt
 
+if TYPE_CHECKING:
+    from ..calibration.simulate import Simulated
+    from ..models.checkpoint import Checkpoint
+    from ..runtime import InternVL
+    from ..synthetic.captions import Language
+
+QUESTIONS = {"n_classify": 500, "n_retrieve": 200, "n_galleries": 2, "n_caption": 250, "n_caption_zh": 50}
+CHAT_QUESTIONS = {"scenes": 200}
+"""Questions of the tasks: of an InternVL, and of a chat model (scenes, with one or two each)."""
+HEADLINES = {
+    "C classify": ("InternVL-C", "classify"),
+    "C text to image R@1": ("InternVL-C", "text_to_image"),
+    "G classify": ("InternVL-G", "classify"),
+    "G text to image R@1": ("InternVL-G", "text_to_image"),
+    "caption exact": ("caption", "en"),
+    "chat exact": ("chat", "all"),
+}
+"""The figures that budgets are held to, and where :func:`..synthetic.tasks.evaluate` puts them."""
 COMPARED = ("fp8", "int8")
 """Recipes whose task accuracy is shown beside fp32, bf16 and what is built."""
 
 
-def accuracy_step(job: Job, before: list[Step]) -> Step:
+def accuracy_step(plan: BuildPlan, before: list[Step]) -> Step:
     """Every component against fp32, on held-out samples."""
 
-    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
-        receipt = evaluate.component_receipt(job, source(job, space.root), space, advanced)
+    def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
+        receipt = component_receipt(plan, graph_source(plan, space.staging_dir), space, advanced)
         return [write_receipt(space, "accuracy", receipt.to_json())], {}
 
-    inputs = {"held_out": job.held_out.hash, **after(before)}
-    writes = recorded_bytes(job.checkpoint.whole, job.components, len(job.held_out))
-    return Step("accuracy", inputs, run, evaluate.receipt_units(job), writes, "samples x blocks")
+    inputs = {"held_out": plan.held_out.hash, **after(before)}
+    writes = recorded_bytes(plan.checkpoint.whole, plan.components, len(plan.held_out))
+    return Step("accuracy", inputs, run, receipt_units(plan), writes, "samples x blocks")
 
 
-def tasks_step(job: Job, preprocess: Step, before: list[Step]) -> Step:
+def tasks_step(plan: BuildPlan, preprocess: Step, before: list[Step]) -> Step:
     """Task accuracy in fp32, bf16, FP8, INT8 and in what is built, all on the same questions."""
 
-    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
-        model, made = {**model_of(job), **after([preprocess])}, source(job, space.root)
-        torch_scores = partial(evaluate.evaluate_torch, job)
-        scores = {"fp32": evaluate.cached([model, "fp32"], partial(torch_scores, "float32"))}
+    def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
+        model, source = {**plan.identity, **after([preprocess])}, graph_source(plan, space.staging_dir)
+        torch_scores = partial(evaluate_torch, plan)
+        scores = {"fp32": cached([model, "fp32"], partial(torch_scores, "float32"))}
         advanced(1)
-        scores["bf16"] = evaluate.cached([model, "bf16"], partial(torch_scores, "bfloat16"))
-        if not job.recipe.quantises:
+        scores["bf16"] = cached([model, "bf16"], partial(torch_scores, "bfloat16"))
+        if not plan.recipe.quantises:
             # ONNX Runtime computes these graphs in fp32: torch shows what 16-bit arithmetic costs.
-            base = job.recipe.base
-            run_base = partial(torch_scores, graphs.DTYPES[base])
-            scores[job.recipe.name] = evaluate.cached([model, base], run_base)
-        for done, other in enumerate(_compared(job, made), 2):
+            base = plan.recipe.base
+            run_base = partial(torch_scores, DTYPES[base])
+            scores[plan.recipe.name] = cached([model, base], run_base)
+        for done, other in enumerate(_compared(plan, source), 2):
             advanced(done)
-            scores[other.recipe.name] = scores_of(job, other, space, preprocess)
-        return [write_receipt(space, "tasks", {"scores": scores, "sizes": evaluate.sizes(job)})], {}
+            scores[other.recipe.name] = scores_of(plan, other, space, preprocess)
+        return [write_receipt(space, "tasks", {"scores": scores, "sizes": question_counts(plan)})], {}
 
-    return Step("tasks", {"sizes": evaluate.sizes(job), **after([preprocess, *before])}, run, 5)
-
-
-def scores_of(job: Job, made: Source, space: Workspace, preprocess: Step) -> dict[str, Any]:
-    """Task scores of the graphs of ``made``, computed once for all builds."""
-    rules = {k: v for k, v in made.recipe.to_json().items() if k != "summary"}
-    model = {**model_of(job), **after([preprocess])}
-    key = [model, rules, asdict(made.scales) if made.scales else None]
-    return evaluate.cached(key, partial(_graph_scores, job, made, space))
+    return Step("tasks", {"sizes": question_counts(plan), **after([preprocess, *before])}, run, 5)
 
 
-def graph_manifest(job: Job, manifest: Manifest, root: Path) -> Manifest:
+def scores_of(plan: BuildPlan, source: GraphSource, space: Workspace, preprocess: Step) -> dict[str, Any]:
+    """Task scores of the graphs of ``source``, computed once for all builds."""
+    rules = {k: v for k, v in source.recipe.to_json().items() if k != "summary"}
+    model = {**plan.identity, **after([preprocess])}
+    key = [model, rules, asdict(source.scales) if source.scales else None]
+    return cached(key, partial(_graph_scores, plan, source, space))
+
+
+def graph_manifest(plan: BuildPlan, manifest: Manifest, root: Path) -> Manifest:
     """``manifest`` with the files that are in ``root``, unhashed: enough to run them from there."""
     files = {
         p.relative_to(root).as_posix(): FileEntry("", p.stat().st_size)
@@ -77,34 +125,224 @@ def graph_manifest(job: Job, manifest: Manifest, root: Path) -> Manifest:
         if p.is_file() and p.name != "manifest.json"
     }
     components = {
-        c: Component(component_spec(c, job.checkpoint.whole), {"fp32": graph_path(c, "fp32").as_posix()})
-        for c in job.components
+        c: Component(component_spec(c, plan.checkpoint.whole), {"fp32": graph_path(c, "fp32").as_posix()})
+        for c in plan.components
     }
     return replace(manifest, components=components, engines=(), files=files)
 
 
-def _compared(job: Job, made: Source) -> list[Source]:
+def _compared(plan: BuildPlan, source: GraphSource) -> list[GraphSource]:
     """What is built, if it is quantised, and the other quantised recipes on the same scales."""
-    if not job.recipe.quantises:
+    if not plan.recipe.quantises:
         return []
-    if folded_layers(job.plan.schemes):
-        return [made]  # the others would run on folded weights too
-    if made.scales is None or depends_on_type(made.scales.algorithm):
-        return [made]  # the others need ranges that were not measured
-    recipes = [load_recipe(n) for n in COMPARED if n != job.recipe.name]
-    return [made, *(replace(made, recipe=r, plan=plan_layers(r, job.linear_shapes)) for r in recipes)]
+    if folded_layers(plan.layers.schemes):
+        return [source]  # the others would run on folded weights too
+    if source.scales is None or depends_on_type(source.scales.algorithm):
+        return [source]  # the others need ranges that were not measured
+    recipes = [load_recipe(n) for n in COMPARED if n != plan.recipe.name]
+    return [source, *(replace(source, recipe=r, layers=plan_layers(r, plan.linear_shapes)) for r in recipes)]
 
 
-def _graph_scores(job: Job, made: Source, space: Workspace) -> dict[str, Any]:
-    blank = manifest_of(job, {}, ())
-    if made.recipe == job.recipe:
-        return evaluate.evaluate_engines(space.root, graph_manifest(job, blank, space.root))
-    with tempfile.TemporaryDirectory(dir=space.home) as folder:
+def _graph_scores(plan: BuildPlan, source: GraphSource, space: Workspace) -> dict[str, Any]:
+    blank = manifest_of(plan, {}, ())
+    if source.recipe == plan.recipe:
+        return evaluate_engines(space.staging_dir, graph_manifest(plan, blank, space.staging_dir))
+    with tempfile.TemporaryDirectory(dir=space.work_dir) as folder:
         root = Path(folder)
-        keys, layers = graphs.component_weights(made, job.components)
-        graphs.write_base_store(made, keys, root)
-        graphs.write_quantised_store(made, layers, root)
-        for component in job.components:
-            graphs.write_graph(made, component, root, "fp32", "onnxruntime")
-        shutil.copytree(space.root / "preprocess", root / "preprocess")
-        return evaluate.evaluate_engines(root, graph_manifest(job, blank, root))
+        keys, layers = component_weights(source, plan.components)
+        write_base_store(source, keys, root)
+        write_quantised_store(source, layers, root)
+        for component in plan.components:
+            write_graph(source, component, root, "fp32", "onnxruntime")
+        shutil.copytree(space.staging_dir / "preprocess", root / "preprocess")
+        return evaluate_engines(root, graph_manifest(plan, blank, root))
+
+
+def component_receipt(
+    plan: BuildPlan,
+    source: GraphSource,
+    space: Workspace,
+    progress: Callable[[int], None],
+    simulate: bool | None = None,
+) -> Receipt:
+    """Cosine and SQNR of every component's fp32-computing graph against fp32 torch, on held-out samples.
+
+    The graphs run in ONNX Runtime where memory holds them, or else are simulated in torch block by block. The
+    fp32 model runs block by block in both cases.
+
+    Args:
+        plan: of the build.
+        source: what the graphs were made from.
+        space: holds them, and the fp32 activations meanwhile.
+        progress: called with how much of :func:`receipt_units` is done.
+        simulate: whether to simulate; None: if the graphs take over half of the free memory.
+    """
+    if simulate is None:
+        simulate = bool(no_session(plan.checkpoint, plan.components))
+    blocks: dict[str, list[Metrics]] = {}
+    with tempfile.TemporaryDirectory(dir=space.work_dir, prefix="accuracy-") as folder:
+        if simulate:
+            found = _simulated(plan, source, space, Path(folder), progress)
+            forced, chained, blocks = found.teacher_forced, found.chained, found.blocks
+        else:
+            forced, chained = _in_onnxruntime(plan, space, Path(folder), progress)
+    return Receipt(
+        plan.recipe.name,
+        SIMULATED if simulate else ORT,
+        plan.held_out.hash,
+        len(plan.held_out),
+        plan.held_out is not plan.calibration,
+        forced,
+        chained,
+        blocks,
+    )
+
+
+def _simulated(
+    plan: BuildPlan, source: GraphSource, space: Workspace, folder: Path, progress: Callable[[int], None]
+) -> Simulated:
+    from ..calibration.simulate import Quantised, simulated_accuracy
+
+    stores = [p for rel in (BASE_STORE, LOW_STORE) if (p := space.staging_dir / rel).is_file()]
+    quantised = Quantised(
+        stores, source.layers.quantised, source.recipe.base, source.scales, source.layers.attention
+    )
+    inputs = (plan.checkpoint, plan.components, quantised, plan.held_out, plan.settings, plan.tokenizer)
+    return simulated_accuracy(*inputs, folder, progress=progress)
+
+
+def _in_onnxruntime(
+    plan: BuildPlan, space: Workspace, folder: Path, progress: Callable[[int], None]
+) -> tuple[Table, Table]:
+    config = plan.checkpoint.whole
+    base = calibration_units(config, plan.components, len(plan.held_out))
+    inputs = (plan.checkpoint, plan.components, plan.held_out, plan.settings, plan.tokenizer)
+    recording = Recording(*inputs, folder, progress=progress)
+
+    def reference() -> Iterator[tuple[Batch | ChatBatch, list[ChainStep]]]:
+        done = base
+        for batch, steps in recording:
+            yield batch, steps
+            done += len(batch.pixel_values)
+            progress(done)
+
+    paths = {c: space.staging_dir / graph_path(c, "fp32") for c in plan.components}
+    engines = {c: open_engine(ORT, component_spec(c, config), path) for c, path in paths.items()}
+    try:
+        return component_accuracy(reference(), {name: engine.run for name, engine in engines.items()})
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
+def session_bytes(checkpoint: Checkpoint, components: Iterable[str]) -> int:
+    """Memory that ONNX Runtime takes for the weights of ``components``: each has its own, in fp32."""
+    tensors = checkpoint.tensors
+    keys = (key for component in components for key in weight_keys(checkpoint, [component]))
+    return sum(4 * tensors[key].nbytes // ITEM_BYTES[tensors[key].dtype] for key in keys)
+
+
+def no_session(checkpoint: Checkpoint, components: Iterable[str]) -> str:
+    """Why ONNX Runtime cannot open the graphs of ``components`` here; empty if it can.
+
+    Their weights may take half of the free memory: optimising a graph takes room too.
+    """
+    needed, free = session_bytes(checkpoint, components), available_memory()
+    if free is None or 2 * needed <= free:
+        return ""
+    return f"ONNX Runtime would hold {needed / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB are free"
+
+
+def receipt_units(plan: BuildPlan) -> int:
+    """What the progress of :func:`component_receipt` counts to."""
+    count = len(plan.held_out)
+    return calibration_units(plan.checkpoint.whole, plan.components, count) + count
+
+
+class EngineModel(BothHeads):
+    """A bundle's engines as the evaluation tasks know a model."""
+
+    def __init__(self, model: InternVL) -> None:
+        super().__init__(self._both)
+        self.model = model
+
+    def _both(self, images: Array) -> dict[str, Array]:
+        pixels = preprocess_images(list(images), self.model.image_settings)
+        out = self.model.components.run("vision", {"pixel_values": pixels}, ["image_embed", "tokens"])
+        query = self.model.components.run("qllama_query", {"tokens": out["tokens"]}, ["query_embed"])
+        embed = out["image_embed"]
+        return {"InternVL-C": embed, "InternVL-G": l2(embed) + l2(query["query_embed"])}
+
+    def encode_text(self, texts: Sequence[str]) -> Array:
+        """Embeddings [B, E]."""
+        return self.model.encode_text(texts)
+
+    def caption(self, images: Array, lang: Language) -> list[str]:
+        """Greedy captions."""
+        return self.model.caption(list(images), CAPTION_PROMPT[lang])
+
+
+def evaluate_torch(plan: BuildPlan, dtype: str) -> dict[str, Any]:
+    """Task scores of the PyTorch model in ``dtype`` (``float32``, ``bfloat16``)."""
+    import torch
+
+    from ..models.load import load_chat, load_model
+    from ..synthetic import chat_tasks, tasks
+    from ..training.chat_model import TorchChat
+    from ..training.evaluate import TorchModel
+
+    if isinstance(plan.checkpoint.model, ChatConfig):
+        chat = load_chat(plan.checkpoint, getattr(torch, dtype))
+        answer = TorchChat(chat, plan.tokenizer, plan.settings)
+        return chat_tasks.evaluate(answer, CHAT_QUESTIONS["scenes"])
+    model = load_model(plan.checkpoint, getattr(torch, dtype))
+    return tasks.evaluate(TorchModel(model, plan.tokenizer, plan.settings), **cast(Any, QUESTIONS))
+
+
+def evaluate_engines(root: Path, manifest: Manifest) -> dict[str, Any]:
+    """Task scores of the graphs below ``root``, through the runtime and ONNX Runtime."""
+    from ..evaluation.chat import EngineChat
+    from ..runtime import InternVL, InternVLChat
+    from ..runtime.components import Components
+    from ..synthetic import chat_tasks, tasks
+
+    bundle = Bundle(root, manifest)
+    if "decoder" in manifest.components:
+        with InternVLChat(bundle, Components(bundle, ORT)) as chat:
+            return chat_tasks.evaluate(EngineChat(chat), CHAT_QUESTIONS["scenes"])
+    with InternVL(bundle, Components(bundle, ORT)) as model:
+        return tasks.evaluate(EngineModel(model), **cast(Any, QUESTIONS))
+
+
+def question_counts(plan: BuildPlan) -> dict[str, int]:
+    """Questions of each task of the plan's model."""
+    return CHAT_QUESTIONS if isinstance(plan.checkpoint.model, ChatConfig) else QUESTIONS
+
+
+def headlines(scores: Mapping[str, Any]) -> dict[str, float]:
+    """The accuracies (0..1) that budgets are held to."""
+    found = ((name, *place) for name, place in HEADLINES.items() if place[0] in scores)
+    return {name: scores[group][task]["accuracy"] for name, group, task in found}
+
+
+def cached(content: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A result that follows from ``content`` alone, kept for later builds of other bundles.
+
+    The cache is ``$IVL_EXPORT_CACHE`` or ``ivl-export`` in the user's cache folder; without a folder to
+    write to there is none.
+    """
+    parts = [content, QUESTIONS, CHAT_QUESTIONS, tool_versions(), code_digest()]
+    path = cache_folder() / "evaluations" / f"{sha256_json(parts)}.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError):
+        pass  # not there yet, or half a file of a full disk: made again below
+    result = compute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path, durable=True) as file:
+            file.write_text(json.dumps(result), encoding="utf-8")
+    except OSError:
+        pass  # a cache that cannot be written costs time, not correctness
+    return result

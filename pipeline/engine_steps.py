@@ -20,15 +20,12 @@ from ..verify.inspector import proof_from_inspector
 from ..verify.onnxruntime import proof_from_onnxruntime
 from ..verify.report import KernelReport, joined
 from ..verify.rtx import proof_from_engine
-from . import evaluate
-from .graph_steps import STORES
-from .graphs import Source, graph_path
-from .job import Job
+from .accuracy_steps import no_session
+from .config import ORT, RTX
+from .graph_steps import STORES, GraphSource, build_load, graph_path, stored_bytes
 from .manifest import engine_file, part_specs
-from .request import ORT, RTX
-from .resources import build_load, stored_bytes
-from .step import Made, Step, after, write_receipt
-from .workspace import Data, Workspace
+from .plan import BuildPlan
+from .workspace import Data, Step, StepResult, Workspace, after, write_receipt
 
 
 def engine_path(component: str, backend: str, target: str) -> Path:
@@ -36,18 +33,18 @@ def engine_path(component: str, backend: str, target: str) -> Path:
     return Path("engines") / f"{backend}-{target}" / f"{component}.engine"
 
 
-def engine_step(job: Job, component: str, part: int, backend: str, target: str, graph: Step) -> Step:
+def engine_step(plan: BuildPlan, component: str, part: int, backend: str, target: str, graph: Step) -> Step:
     """The engine of one component, or of one part of it, for one target: built, or one kept from before."""
-    split = job.parts[component] > 1
+    split = plan.parts[component] > 1
     name = f"{component}.{part}" if split else component
 
-    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+    def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         parts = part_specs(space.records, component)
-        spec = parts[part] if split else component_spec(component, job.checkpoint.whole)
+        spec = parts[part] if split else component_spec(component, plan.checkpoint.whole)
         rel = engine_path(name, backend, target)
-        path, out = space.root / graph_path(name, job.recipe.base), space.root / rel
-        place, profiles = {"component": component, "part": part}, job.profiles(spec)
-        key = _key(job, space, path, profiles, backend, target) if job.request.cache else None
+        path, out = space.staging_dir / graph_path(name, plan.recipe.base), space.staging_dir / rel
+        place, profiles = {"component": component, "part": part}, plan.profiles(spec)
+        key = _key(plan, space, path, profiles, backend, target) if not plan.config.no_cache else None
         if key is not None and (kept := take_engine(key, out)) is not None:
             return [rel.as_posix()], {**kept, **place, "cached": True}
         record = build_engine(
@@ -56,60 +53,60 @@ def engine_step(job: Job, component: str, part: int, backend: str, target: str, 
             out,
             backend=backend,
             target=target,
-            options=job.options,
+            options=plan.engine_options,
             profiles=profiles,
             parts=count,
-            cache=job.request.cache,
+            cache=not plan.config.no_cache,
         )
         if key is not None:
-            keep_engine(key, out, record.to_json(), job.request.cache_size)
+            keep_engine(key, out, record.to_json(), plan.config.cache_size)
         return [rel.as_posix()], {**record.to_json(), **place}
 
-    made, count = Source(job.checkpoint, job.recipe, job.plan, None), job.parts[component]
+    source, count = GraphSource(plan.checkpoint, plan.recipe, plan.layers, None), plan.parts[component]
     # An engine carries a copy of the weights it reads.
-    size = sum(stored_bytes(made, [component])) // count
-    load = build_load(made, component).split(count)
-    whole = component_spec(component, job.checkpoint.whole)
+    size = sum(stored_bytes(source, [component])) // count
+    load = build_load(source, component).split(count)
+    whole = component_spec(component, plan.checkpoint.whole)
     inputs = {
         "target": target,
-        "profiles": job.profiles(whole),
-        "options": job.options.to_json(),
-        **({} if backend == RTX else {"backend": backend, "gpu": str(job.gpu)}),
+        "profiles": plan.profiles(whole),
+        "options": plan.engine_options.to_json(),
+        **({} if backend == RTX else {"backend": backend, "gpu": str(plan.gpu)}),
         **after([graph]),
     }
     return Step(f"engine-{name}-{target}", inputs, run, writes=size, load=load, parts=count)
 
 
 def _key(
-    job: Job, space: Workspace, graph: Path, profiles: tuple[Profile, ...], backend: str, target: str
+    plan: BuildPlan, space: Workspace, graph: Path, profiles: tuple[Profile, ...], backend: str, target: str
 ) -> EngineKey:
     """What the engine of ``graph`` follows from."""
     stores = [rel for name, record in space.records.items() if name in STORES for rel in record.files]
     return EngineKey(
         graph=sha256_file_once(graph),
-        weights=tuple(sha256_file_once(space.root / rel) for rel in stores),
-        recipe=job.recipe.to_json(),
+        weights=tuple(sha256_file_once(space.staging_dir / rel) for rel in stores),
+        recipe=plan.recipe.to_json(),
         profiles=profiles,
-        options=job.options.to_json(),
+        options=plan.engine_options.to_json(),
         backend=backend,
         release=trt.installed_release(backend) or "",
-        target=target if backend == RTX else str(job.gpu),
+        target=target if backend == RTX else str(plan.gpu),
     )
 
 
-def kernels_step(job: Job, before: list[Step]) -> Step:
+def kernels_step(plan: BuildPlan, before: list[Step]) -> Step:
     """The proof: what really runs in 8 bits. A broken promise fails the build."""
 
-    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
+    def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         proofs: dict[str, dict[str, Any]] = {}
         unread: dict[str, str] = {}
-        for component in job.components:
+        for component in plan.components:
             promised = space.records[f"graph-{component}"].data["promised"]
             pieces = [spec.name for spec in part_specs(space.records, component)] or [component]
-            if why := evaluate.no_session(job.checkpoint, [component]):
+            if why := no_session(plan.checkpoint, [component]):
                 unread[component] = why
             else:
-                plain = [space.root / graph_path(name, "fp32") for name in pieces]
+                plain = [space.staging_dir / graph_path(name, "fp32") for name in pieces]
                 report = joined([proof_from_onnxruntime(path) for path in plain])
                 # ONNX Runtime has no FP8 kernels on a CPU: there only INT8 is held to its promise.
                 # Beside FP8 nodes, which it may not touch, it fuses no INT8 either.
@@ -117,23 +114,25 @@ def kernels_step(job: Job, before: list[Step]) -> Step:
                 if int8 and "fp8" not in promised["fp32"].values():
                     check_promise(report, int8)
                 proofs.setdefault(f"{ORT}-cpu", {})[component] = _proof(report, promised["fp32"])
-            for backend, target in job.engines:
+            for backend, target in plan.engines:
                 parts = part_specs(space.records, component)
-                specs = parts or [component_spec(component, job.checkpoint.whole)]
-                report = joined([_engine_proof(job, space, spec, backend, target) for spec in specs])
-                check_promise(report, promised[job.recipe.base])
+                specs = parts or [component_spec(component, plan.checkpoint.whole)]
+                report = joined([_engine_proof(plan, space, spec, backend, target) for spec in specs])
+                check_promise(report, promised[plan.recipe.base])
                 proofs.setdefault(f"{backend}-{target}", {})[component] = _proof(
-                    report, promised[job.recipe.base]
+                    report, promised[plan.recipe.base]
                 )
         return [write_receipt(space, "kernels", proofs)], {"unread": unread}
 
     return Step("kernels", after(before), run)
 
 
-def _engine_proof(job: Job, space: Workspace, spec: ComponentSpec, backend: str, target: str) -> KernelReport:
+def _engine_proof(
+    plan: BuildPlan, space: Workspace, spec: ComponentSpec, backend: str, target: str
+) -> KernelReport:
     """What an engine runs: of RTX from its file, of TensorRT from its inspector, on the GPU it is for."""
-    engine = space.root / engine_path(spec.name, backend, target)
-    graph = space.root / graph_path(spec.name, job.recipe.base)
+    engine = space.staging_dir / engine_path(spec.name, backend, target)
+    graph = space.staging_dir / graph_path(spec.name, plan.recipe.base)
     if backend == RTX:
         return proof_from_engine(engine, graph)
     record = engine_file(space.records[f"engine-{spec.name}-{target}"])

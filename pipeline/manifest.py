@@ -11,18 +11,17 @@ from ..engines.tensorrt.library import BUILDERS
 from ..export.components import component_spec
 from ..models.checkpoint import Checkpoint
 from ..models.shipped import shipped_name
-from .calibration import needs_data
+from .config import ORT
 from .environment import tool_versions
-from .graphs import graph_path
-from .job import Job
-from .request import ORT
+from .graph_steps import graph_path
+from .plan import BuildPlan
 from .workspace import Record
 
 
-def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]) -> Manifest:
-    """What the bundle of ``job`` says about itself, without the hashes of its files."""
-    checkpoint = job.checkpoint
-    computes = dict.fromkeys(("fp32", job.recipe.base))
+def manifest_of(plan: BuildPlan, records: Mapping[str, Record], receipts: Sequence[str]) -> Manifest:
+    """What the bundle of ``plan`` says about itself, without the hashes of its files."""
+    checkpoint = plan.checkpoint
+    computes = dict.fromkeys(("fp32", plan.recipe.base))
 
     def component(spec: ComponentSpec, parts: Sequence[ComponentSpec] = ()) -> Component:
         files = {c: graph_path(spec.name, c).as_posix() for c in computes}
@@ -30,7 +29,7 @@ def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]
 
     components = {
         name: component(component_spec(name, checkpoint.whole), part_specs(records, name))
-        for name in job.components
+        for name in plan.components
     }
     engines = [
         EngineFile(name, ORT, "cpu", piece.graphs["fp32"], "", part)
@@ -38,20 +37,20 @@ def manifest_of(job: Job, records: Mapping[str, Record], receipts: Sequence[str]
         for part, piece in enumerate(whole.parts or [whole])
     ]
     engines += [engine_file(r) for r in records.values() if r.data.get("backend") in BUILDERS]
-    name = shipped_name(job.request.model)
+    name = shipped_name(plan.config.model)
     return Manifest(
         model=Model(
-            name=job.folder.resolve().name,
-            source=f"{name} (shipped)" if name else str(job.request.model),
+            name=plan.folder.resolve().name,
+            source=f"{name} (shipped)" if name else str(plan.config.model),
             revision={"checkpoint": checkpoint.revision},
             config=checkpoint.whole.to_published(),
             logit_scale=_logit_scale(checkpoint),
             parameters=sum(ref.nbytes // _item(ref.dtype) for ref in checkpoint.tensors.values()),
         ),
-        precision=job.recipe.name,
-        compute_dtype=job.recipe.base,
-        recipe=job.recipe.to_json(),
-        calibration=_calibration(job),
+        precision=plan.recipe.name,
+        compute_dtype=plan.recipe.base,
+        recipe=plan.recipe.to_json(),
+        calibration=_calibration(plan),
         components=components,
         engines=tuple(engines),
         tools=tool_versions(),
@@ -69,17 +68,17 @@ def engine_file(record: Record) -> EngineFile:
     return EngineFile(*where, file, data["release"], data["part"], Built(**{**built, "profiles": profiles}))
 
 
-def _calibration(job: Job) -> Calibration | None:
+def _calibration(plan: BuildPlan) -> Calibration | None:
     """What the ranges were measured on; None where nothing was."""
-    if job.given is not None:
-        made = job.given.scales
+    if plan.ranges_file is not None:
+        made = plan.ranges_file.scales
         found = (made.set_hash, made.samples, made.skipped, made.synthetic, made.without_caption)
         return Calibration(*found, made.samples < SMALL, made.algorithm)
-    if not needs_data(job):
+    if not plan.measures:
         return None
-    chosen = job.calibration
+    chosen = plan.calibration
     found = (chosen.hash, len(chosen), len(chosen.skipped), chosen.synthetic, chosen.without_caption)
-    algorithm = job.algorithm if job.plan.rounded else ""
+    algorithm = plan.algorithm if plan.layers.rounded else ""
     return Calibration(*found, len(chosen) < SMALL, algorithm)
 
 

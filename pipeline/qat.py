@@ -16,28 +16,181 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+from ..calibration.dataset import CalibrationSet
+from ..calibration.sources import open_calibration
+from ..errors import CapabilityError, InputError, UsageError
 from ..files.hashing import sha256_json
+from ..files.write import atomic
+from ..models.config import ChatConfig
+from ..progress import Progress
 from ..quantization.ranges import Scales
-from .graphs import SCALES
-from .job import EVALUATION, Job
-from .qat_job import RECEIPT, Asked, QatJob
-from .qat_plot import plot
+from .config import ORT, BuildConfig, QatConfig
+from .graph_steps import SCALES
+from .plan import EVALUATION, BuildPlan, plan_build
+from .run import calibrate
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from ..models.internvl import InternVLModel
-    from ..training.finetune import History
+    from ..training.finetune import History, Tuning
     from ..training.losses import Stage2Batch
-    from ..training.trainer import Progress
-    from .workspace import Reporter
+    from ..training.trainer import TrainingProgress
 
+RECEIPT = "qat.json"
 RECIPE = "recipe.yaml"
 CURVE = "curve.png"
-SIZES = {"n_classify": 500, "n_retrieve": 200, "n_galleries": 2, "n_caption": 500, "n_caption_zh": 200}
-"""Questions that the model is asked before and after; captions are what low precision costs first."""
+QUESTIONS = {"n_classify": 500, "n_retrieve": 200, "n_galleries": 2, "n_caption": 500, "n_caption_zh": 200}
+"""Questions of the tasks before and after; captions are what low precision costs first."""
+PLOTTED = (("caption", "en"), ("InternVL-G", "classify"), ("InternVL-G", "text_to_image"))
+"""Tasks whose accuracy is drawn over the steps."""
+
+
+@dataclass(frozen=True)
+class QatPlan:
+    """A run's config with everything that it names, opened and checked; made by :func:`plan_qat`.
+
+    Args:
+        config: the arguments.
+        build: the plan of the build that the run trains for.
+        data: samples to train on; None: drawn scenes.
+    """
+
+    config: QatConfig
+    build: BuildPlan
+    data: CalibrationSet | None
+
+    @property
+    def data_hash(self) -> str:
+        """Identifies the data that the run learns from."""
+        return "scenes" if self.data is None else self.data.hash
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Sentences that a user must be told about the data."""
+        return self.build.notices + (self.data.notices if self.data is not None else ())
+
+    @property
+    def tuning(self) -> Tuning:
+        """The run's losses, steps and learning rates."""
+        from ..training.finetune import Tuning
+        from ..training.presets import Stage
+
+        config = self.config
+        loss: Literal["contrastive", "generative"] = "contrastive" if config.stage == 1 else "generative"
+        warmup = min(20, config.steps // 4)
+        stage = Stage(f"stage{config.stage}", loss, config.steps, config.batch, config.lr, 0.0, warmup)
+        return Tuning(stage, config.scale_lr, config.seed)
+
+    def summary(self, processes: int) -> dict[str, Any]:
+        """What a run would do, for a dry run."""
+        from ..training.distributed import own_rows
+
+        config, schemes = self.config, self.build.layers.quantised
+        own_rows(config.batch, processes)
+        return {
+            "checkpoint": str(config.out),
+            "recipe": self.build.recipe.name,
+            "layers": {
+                scheme: list(schemes.values()).count(scheme) for scheme in dict.fromkeys(schemes.values())
+            },
+            "learns from": "the full-precision model"
+            if config.teacher
+            else f"the losses of stage {config.stage}",
+            "data": self.data_hash,
+            "steps": config.steps,
+            "batch": config.batch,
+            "scales": "learned" if config.learn_scales else "kept",
+            "processes": processes,
+        }
+
+
+def plan_qat(config: QatConfig, progress: Callable[[int, int], None] | None = None) -> QatPlan:
+    """Open and check everything that ``config`` names; nothing is written.
+
+    Args:
+        config: the arguments.
+        progress: callback with the number of samples read, and of all.
+
+    Raises:
+        UsageError: a recipe that quantises nothing, or that folds factors; a stage that the model lacks.
+        CapabilityError: a chat model.
+        InputError: no data; captions are missing that the stage's losses need; ``out`` is something else.
+    """
+    from ..training.fake_quant import check_trainable
+
+    build = plan_build(
+        BuildConfig(
+            config.out,
+            config.model,
+            config.recipe,
+            calib=config.calib or config.data,
+            scales=config.scales,
+            algorithm=config.algorithm,
+            backend=(ORT,),
+        ),
+        progress,
+    )
+    if isinstance(build.checkpoint.model, ChatConfig):
+        raise CapabilityError(
+            "A chat model is not fine-tuned for a precision.",
+            "Its decoder has the loss of stage 3; here the losses are those of stages 1 and 2.",
+            "Build it in one that needs no training: --precision mixed searches the fastest.",
+        )
+    if not build.layers.quantised:
+        raise UsageError(
+            f"Precision {build.recipe.name} quantises nothing.",
+            "There is nothing to train.",
+            "Give --recipe int8, for example.",
+        )
+    check_trainable(build.layers.quantised)
+    if any(build.layers.attention.values()):
+        raise UsageError(
+            f"Precision {build.recipe.name} quantises attention.",
+            "Training simulates linear layers only.",
+            "Use the recipe without.",
+        )
+    if build.checkpoint.contrastive_only and config.stage == 2:
+        raise UsageError("This model has no generation to train.", "It is InternVL-C.", "Use --stage 1.")
+    if config.evaluate_every and config.strategy == "fsdp":
+        raise UsageError(
+            "--evaluate-every does not go with --strategy fsdp.",
+            "One process evaluates, and has only a part of the model.",
+            "Leave it out: the result is evaluated.",
+        )
+    if config.out.exists() and not (config.out / RECEIPT).is_file() and any(config.out.iterdir()):
+        raise InputError(f"{config.out} is not empty.", f"It holds no {RECEIPT}.", "Give another --out.")
+    return QatPlan(config, build, _training_data(config, build.evaluation, progress))
+
+
+def _training_data(
+    config: QatConfig, evaluation: str | None, progress: Callable[[int, int], None] | None
+) -> CalibrationSet | None:
+    if config.data is None:
+        if evaluation == "scenes":
+            return None
+        raise InputError(
+            "There is nothing to train on.",
+            "Scenes are drawn only for models that were trained on them.",
+            "Give --data a folder or JSONL of images and captions.",
+        )
+    count = config.steps * config.batch
+    samples = open_calibration(config.data, count, config.seed, progress=progress)
+    if samples.without_caption and not config.teacher:
+        raise InputError(
+            f"{samples.without_caption} of {len(samples)} images have no caption.",
+            "The stage's losses learn from right captions.",
+            "Add captions, or use --teacher, which needs none to be right.",
+        )
+    if len(samples) < config.batch:
+        raise InputError(
+            f"{len(samples)} images are fewer than a batch.",
+            f"A batch has {config.batch}.",
+            "Add images, or give a smaller --batch.",
+        )
+    return replace(samples, asked=len(samples))
 
 
 @dataclass(frozen=True)
@@ -55,49 +208,47 @@ class Outcome:
         return f"ivl-export build --model {self.out} --precision {self.out / RECIPE}{scales}"
 
 
-def measured_scales(job: Job, work: Path, reporter: Reporter) -> Scales:
-    """The ranges that training starts from: those given, those measured before in ``work``, or new ones."""
-    from .measure import measure
-
-    if job.given is not None:
-        return job.given.scales
-    if not job.plan.rounded:
-        nothing: dict[str, dict[str, float]] = {component: {} for component in job.components}
-        return Scales(nothing, "none", 0, "", False, 0, job.checkpoint.revision)
-    parts = [job.checkpoint.revision, job.calibration.hash, job.algorithm, job.recipe.to_json()]
+def measured_scales(plan: BuildPlan, work: Path, progress: Progress) -> Scales:
+    """The ranges that training starts from: a file's, those measured before in ``work``, or new ones."""
+    if plan.ranges_file is not None:
+        return plan.ranges_file.scales
+    if not plan.layers.rounded:
+        nothing: dict[str, dict[str, float]] = {component: {} for component in plan.components}
+        return Scales(nothing, "none", 0, "", False, 0, plan.checkpoint.revision)
+    parts = [plan.checkpoint.revision, plan.calibration.hash, plan.algorithm, plan.recipe.to_json()]
     key = sha256_json(parts)[:16]
     path = work / f"scales-{key}.json"
     if path.is_file():
         return Scales.load(path)
     work.mkdir(parents=True, exist_ok=True)
-    return measure(job, path, reporter)
+    return calibrate(replace(plan, config=replace(plan.config, out=path)), progress)
 
 
-def student_of(job: Job, scales: Scales, learn: bool) -> InternVLModel:
-    """The model of ``job`` that computes as its graphs will."""
+def student_of(plan: BuildPlan, scales: Scales, learn: bool) -> InternVLModel:
+    """The model of ``plan`` that computes as its graphs will."""
     from ..models.load import load_model
     from ..training.fake_quant import fake_quantised
 
     return fake_quantised(
-        load_model(job.checkpoint), job.plan.quantised, job.recipe.base, scales.amax, learn=learn
+        load_model(plan.checkpoint), plan.layers.quantised, plan.recipe.base, scales.amax, learn=learn
     )
 
 
-def evaluated(job: Job, model: InternVLModel) -> dict[str, Any] | None:
+def task_scores(plan: BuildPlan, model: InternVLModel) -> dict[str, Any] | None:
     """Task scores on held-out scenes, of a model that was trained on scenes."""
     from ..synthetic import tasks
     from ..training.evaluate import TorchModel
 
-    if job.evaluation != "scenes":
+    if plan.evaluation != "scenes":
         return None
     model.eval()
-    return tasks.evaluate(TorchModel(model, job.tokenizer, job.settings), **cast(Any, SIZES))
+    return tasks.evaluate(TorchModel(model, plan.tokenizer, plan.settings), **cast(Any, QUESTIONS))
 
 
 def train_rank(
-    asked: Asked,
+    config: QatConfig,
     scales: Scales,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[TrainingProgress], None] = lambda progress: None,
     inspect: Callable[[int, InternVLModel], None] = lambda step, model: None,
 ) -> tuple[History, dict[str, Any]]:
     """One process's part of a run: the history, and the whole trained state of the model."""
@@ -106,29 +257,29 @@ def train_rank(
     from ..training.finetune import SampleBatches, SceneSamples, fine_tune
     from ..training.trainer import Options
 
-    opened, tuning = QatJob(asked), asked.tuning
-    job, rows = opened.job, dist.own_rows(asked.batch)
-    student = student_of(job, scales, asked.learn_scales)
-    teacher = load_model(job.checkpoint) if asked.teacher else None
+    qat = plan_qat(config)
+    plan, tuning, rows = qat.build, qat.tuning, dist.own_rows(config.batch)
+    student = student_of(plan, scales, config.learn_scales)
+    teacher = load_model(plan.checkpoint) if config.teacher else None
     data: Dataset[Stage2Batch]
-    if opened.data is None:
-        data = SceneSamples(tuning, job.settings, job.tokenizer.model, rows)
+    if qat.data is None:
+        data = SceneSamples(tuning, plan.settings, plan.tokenizer.model, rows)
     else:
-        data = SampleBatches(opened.data, tuning, job.settings, job.tokenizer.model, rows)
+        data = SampleBatches(qat.data, tuning, plan.settings, plan.tokenizer.model, rows)
     identity = {
-        "model": job.checkpoint.revision,
-        "recipe": json.dumps(job.recipe.to_json(), sort_keys=True),
+        "model": plan.checkpoint.revision,
+        "recipe": json.dumps(plan.recipe.to_json(), sort_keys=True),
         "scales": json.dumps(scales.amax, sort_keys=True),
-        "data": opened.data_hash,
-        "learn": asked.learn_scales,
+        "data": qat.data_hash,
+        "learn": config.learn_scales,
     }
-    options = Options(asked.work, asked.save_every, workers=1, bf16=False, strategy=asked.strategy)
+    options = Options(config.work, config.save_every, workers=1, bf16=False, strategy=config.strategy)
     history = fine_tune(student, teacher, tuning, data, identity, options, report, inspect)
     return history, dist.whole(student.state_dict())
 
 
 def run(
-    opened: QatJob, processes: int, reporter: Reporter, report: Callable[[Progress], None]
+    qat: QatPlan, processes: int, progress: Progress, report: Callable[[TrainingProgress], None]
 ) -> Outcome | None:
     """Train, write the checkpoint, and measure what it gained; None in processes that torchrun added.
 
@@ -139,47 +290,49 @@ def run(
     from ..models.load import load_model
     from ..training.launch import together
 
-    asked, job = opened.asked, opened.job
-    scales = measured_scales(job, asked.work, reporter)
+    config, plan = qat.config, qat.build
+    scales = measured_scales(plan, config.work, progress)
     curve: list[dict[str, Any]] = []
 
     def inspect(step: int, model: InternVLModel) -> None:
-        if asked.evaluate_every and step % asked.evaluate_every == 0 and step < asked.steps:
-            curve.append({"step": step, "scores": evaluated(job, model)})
+        if config.evaluate_every and step % config.evaluate_every == 0 and step < config.steps:
+            curve.append({"step": step, "scores": task_scores(plan, model)})
 
     cpu = _cpu_seconds()
-    reporter.started("train", asked.steps)
-    result = together(processes, train_rank, (asked, scales), report=report, inspect=inspect)
+    progress.started("train", config.steps)
+    result = together(processes, train_rank, (config, scales), report=report, inspect=inspect)
     if result is None:
         return None
     history, state = result
     cpu = _cpu_seconds() - cpu
-    reporter.finished("train", history.seconds, False)
+    progress.finished("train", history.seconds, False)
     started = time.perf_counter()
-    student = student_of(job, scales, asked.learn_scales)
+    student = student_of(plan, scales, config.learn_scales)
     student.load_state_dict(state)
-    reporter.started("measure", None)
+    progress.started("measure", None)
     before = {
-        "fp32": evaluated(job, load_model(job.checkpoint)),
-        "ptq": evaluated(job, student_of(job, scales, False)),
+        "fp32": task_scores(plan, load_model(plan.checkpoint)),
+        "ptq": task_scores(plan, student_of(plan, scales, False)),
     }
-    with tempfile.TemporaryDirectory(dir=asked.out.absolute().parent, prefix=f".{asked.out.name}.") as folder:
-        staging = Path(folder) / asked.out.name
-        new = write_checkpoint(job, student, scales, staging)
-        after = evaluated(new, student_of(new, Scales.load(staging / SCALES), False))
-        receipt = _receipt(opened, history, cpu, processes, {**before, "qat": after}, curve)
+    with tempfile.TemporaryDirectory(
+        dir=config.out.absolute().parent, prefix=f".{config.out.name}."
+    ) as folder:
+        staging = Path(folder) / config.out.name
+        new = write_checkpoint(plan, student, scales, staging)
+        after = task_scores(new, student_of(new, Scales.load(staging / SCALES), False))
+        receipt = _receipt(qat, history, cpu, processes, {**before, "qat": after}, curve)
         (staging / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
         if find_spec("matplotlib") is not None:
             plot(receipt, staging / CURVE)
-        if asked.out.exists():
-            shutil.rmtree(asked.out)
-        staging.replace(asked.out)
-    reporter.finished("measure", time.perf_counter() - started, False)
-    return Outcome(asked.out, receipt, bool(job.plan.rounded))
+        if config.out.exists():
+            shutil.rmtree(config.out)
+        staging.replace(config.out)
+    progress.finished("measure", time.perf_counter() - started, False)
+    return Outcome(config.out, receipt, bool(plan.layers.rounded))
 
 
-def write_checkpoint(job: Job, student: InternVLModel, scales: Scales, folder: Path) -> Job:
-    """Write ``student`` in the published layout with recipe and scales; the job of it, opened again.
+def write_checkpoint(plan: BuildPlan, student: InternVLModel, scales: Scales, folder: Path) -> BuildPlan:
+    """Write ``student`` in the published layout with recipe and scales; the plan of it.
 
     Quantised weights are in fp32, which holds integer times scale exactly; the rest is in the base type.
     """
@@ -190,19 +343,19 @@ def write_checkpoint(job: Job, student: InternVLModel, scales: Scales, folder: P
     from ..training.fake_quant import trained_ranges, trained_weights
 
     folder.mkdir(parents=True)
-    base = getattr(torch, BASE_DTYPES[job.recipe.base])
-    exact = {f"{layer}.weight" for layer in job.plan.quantised}
+    base = getattr(torch, BASE_DTYPES[plan.recipe.base])
+    exact = {f"{layer}.weight" for layer in plan.layers.quantised}
     state = {k: (v if k in exact else v.to(base)).contiguous() for k, v in trained_weights(student).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    published = json.dumps(job.checkpoint.model.to_published(), indent=1)
+    published = json.dumps(plan.checkpoint.model.to_published(), indent=1)
     (folder / "config.json").write_text(published + "\n", encoding="utf-8")
-    (folder / "tokenizer.model").write_bytes(job.tokenizer.model)
-    job.settings.save(folder / "preprocessor_config.json")
-    (folder / RECIPE).write_text(job.recipe.to_yaml(), encoding="utf-8")
-    if job.evaluation:
-        (folder / EVALUATION).write_text(json.dumps({"tasks": job.evaluation}) + "\n", encoding="utf-8")
-    request = replace(job.request, model=folder, precision=str(folder / RECIPE), scales=None)
-    new = Job(replace(request, algorithm=None))
+    (folder / "tokenizer.model").write_bytes(plan.tokenizer.model)
+    plan.settings.save(folder / "preprocessor_config.json")
+    (folder / RECIPE).write_text(plan.recipe.to_yaml(), encoding="utf-8")
+    if plan.evaluation:
+        (folder / EVALUATION).write_text(json.dumps({"tasks": plan.evaluation}) + "\n", encoding="utf-8")
+    recipe = str(folder / RECIPE)
+    new = plan_build(replace(plan.config, model=folder, precision=recipe, scales=None, algorithm=None))
     ranges = trained_ranges(student, scales.amax)
     replace(scales, amax=ranges, model=new.checkpoint.revision).save(folder / SCALES)
     return new
@@ -219,8 +372,51 @@ def recovered(scores: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def plot(receipt: dict[str, Any], path: Path) -> None:
+    """Draw the losses of a run's receipt, and its accuracy where it was measured, into a PNG.
+
+    Raises:
+        CapabilityError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CapabilityError(
+            "The curve cannot be drawn.", str(error), "pip install 'ivl-export[plots]'"
+        ) from error
+    scores = receipt.get("scores")
+    figure = Figure(figsize=(9 if scores else 5, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
+    losses = receipt["losses"]
+    for name in losses[0]:
+        if name != "grad_norm":
+            axes[0].plot(
+                range(1, len(losses) + 1), [max(step[name], 1e-9) for step in losses], label=name, lw=1
+            )
+    axes[0].set(xlabel="step", ylabel="loss", yscale="log", title=f"{receipt['recipe']}: losses")
+    axes[0].legend(frameon=False)
+    if scores:
+        last = len(losses)
+        points = [
+            (0, scores["ptq"]),
+            *((point["step"], point["scores"]) for point in receipt["curve"]),
+            (last, scores["qat"]),
+        ]
+        for group, task in PLOTTED:
+            values = [100 * found[group][task]["accuracy"] for _, found in points]
+            line = axes[1].plot(
+                [step for step, _ in points], values, "o-", ms=3, lw=1, label=f"{group} {task}"
+            )
+            whole = 100 * scores["fp32"][group][task]["accuracy"]
+            axes[1].axhline(whole, color=line[0].get_color(), ls=":", lw=1)
+        axes[1].set(xlabel="step", ylabel="accuracy, %", title="held-out scenes (dotted: fp32)")
+        axes[1].legend(frameon=False, loc="lower right")
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+
+
 def _receipt(
-    opened: QatJob,
+    qat: QatPlan,
     history: History,
     cpu: float,
     processes: int,
@@ -229,25 +425,25 @@ def _receipt(
 ) -> dict[str, Any]:
     from ..profiles.measure import machine
 
-    asked, job = opened.asked, opened.job
+    config, plan = qat.config, qat.build
     settings = {
-        "stage": asked.stage,
-        "teacher": asked.teacher,
-        "steps": asked.steps,
-        "batch": asked.batch,
-        "lr": asked.lr,
-        "scale_lr": asked.scale_lr,
-        "learn_scales": asked.learn_scales,
-        "seed": asked.seed,
+        "stage": config.stage,
+        "teacher": config.teacher,
+        "steps": config.steps,
+        "batch": config.batch,
+        "lr": config.lr,
+        "scale_lr": config.scale_lr,
+        "learn_scales": config.learn_scales,
+        "seed": config.seed,
         "processes": processes,
-        "strategy": asked.strategy if processes > 1 else None,
+        "strategy": config.strategy if processes > 1 else None,
     }
     measured = {} if scores["fp32"] is None else {"scores": scores, "recovered": recovered(scores)}
     return {
-        "recipe": job.recipe.name,
-        "model": job.checkpoint.revision,
-        "algorithm": job.algorithm if job.given is None else job.given.scales.algorithm,
-        "data": opened.data_hash,
+        "recipe": plan.recipe.name,
+        "model": plan.checkpoint.revision,
+        "algorithm": plan.algorithm if plan.ranges_file is None else plan.ranges_file.scales.algorithm,
+        "data": qat.data_hash,
         "settings": settings,
         "seconds": history.seconds,
         "cpu_seconds": cpu,

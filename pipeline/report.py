@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .build import Result
-from .evaluate import headlines
+from .accuracy_steps import headlines
+from .run import Result
 
 
 def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:

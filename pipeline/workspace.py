@@ -1,4 +1,4 @@
-"""The staging folder of a build, and its content-hashed steps.
+"""Content-hashed steps, and the staging folder of a build that they make their files in.
 
 A bundle ``out`` is made in ``.<name>.build/bundle`` beside it, at the same relative paths; the records of
 finished steps lie in ``.<name>.build/steps``. A step's hash covers
@@ -15,34 +15,20 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..bundle.bundle import Bundle, disk_errors
 from ..bundle.replace import refuse_foreign
+from ..engines.memory import Load
 from ..errors import BuildError, IntegrityError
 from ..files.hashing import copy_with_sha256, sha256_json
 from ..files.locks import locked
 from ..files.strict_json import Node, read_json
 from ..files.write import atomic
+from ..progress import Progress
 
 RECEIPT = "build"
 Data = dict[str, Any]
-
-
-class Reporter(Protocol):
-    """Hears how a build goes."""
-
-    def started(self, step: str, total: int | None) -> None:
-        """A step begins; ``total`` is what :meth:`advanced` counts to, if known."""
-        ...
-
-    def advanced(self, done: int) -> None:
-        """Progress within the step."""
-        ...
-
-    def finished(self, step: str, seconds: float, reused: bool) -> None:
-        """A step ended."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +48,34 @@ class Record:
         return cls(node["digest"].sha256(), files, node["seconds"].number(), node["data"].object().data)
 
 
+StepResult = tuple[list[str], Data]
+"""Files that a step wrote, relative to the staging folder, and data for its record."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step; ``run(space, advanced)`` writes files to ``space.staging_dir`` and calls ``advanced(done)``.
+
+    ``inputs`` decides the result; ``total`` is what ``advanced`` counts to, in ``unit``; ``writes`` are about
+    the bytes of disk it takes, where they are many; ``load`` says what memory an engine takes, as one of
+    ``parts`` of its component.
+    """
+
+    name: str
+    inputs: Data
+    run: Callable[[Workspace, Callable[[int], None]], StepResult]
+    total: int | None = None
+    writes: int = 0
+    unit: str = ""
+    load: Load | None = None
+    parts: int = 1
+
+    @property
+    def digest(self) -> str:
+        """Content hash."""
+        return step_digest(self.name, self.inputs)
+
+
 class Workspace:
     """Steps of one build into ``out``. Use as a context manager: it holds a lock on the staging folder.
 
@@ -69,10 +83,10 @@ class Workspace:
     else.
     """
 
-    def __init__(self, out: Path, reporter: Reporter) -> None:
-        self.out, self.reporter = out.absolute(), reporter
-        self.home = self.out.parent / f".{self.out.name}.build"
-        self.root, self._steps = self.home / "bundle", self.home / "steps"
+    def __init__(self, out: Path, progress: Progress) -> None:
+        self.out, self.progress = out.absolute(), progress
+        self.work_dir = self.out.parent / f".{self.out.name}.build"
+        self.staging_dir, self._steps = self.work_dir / "bundle", self.work_dir / "steps"
         self.records: dict[str, Record] = {}
         self.ran: list[str] = []
         refuse_foreign(self.out)
@@ -80,11 +94,13 @@ class Workspace:
 
     def __enter__(self) -> Workspace:
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            self.staging_dir.mkdir(parents=True, exist_ok=True)
             self._steps.mkdir(exist_ok=True)
         except OSError as error:
             raise BuildError(
-                f"Cannot write to {self.home.parent}.", str(error), "Give --out a folder you may write to."
+                f"Cannot write to {self.work_dir.parent}.",
+                str(error),
+                "Give --out a folder you may write to.",
             ) from error
         self._lock = locked(self._steps, wait=False)
         try:
@@ -118,19 +134,19 @@ class Workspace:
         digest = step_digest(name, inputs)
         record = self._staged(name, digest) or self._from_bundle(name, digest)
         if record is not None:
-            self.reporter.finished(name, record.seconds, True)
+            self.progress.finished(name, record.seconds, True)
         else:
-            self.reporter.started(f"{name} ({unit})" if unit else name, total)
+            self.progress.started(f"{name} ({unit})" if unit else name, total)
             started = time.perf_counter()
             with disk_errors(self.out):
                 self._forget(name)
-                files, data = run(self.root)
+                files, data = run(self.staging_dir)
                 seconds = time.perf_counter() - started
-                sizes = {rel: (self.root / rel).stat().st_size for rel in files}
+                sizes = {rel: (self.staging_dir / rel).stat().st_size for rel in files}
                 record = Record(digest, sizes, seconds, data)
                 self._write(name, record)
             self.ran.append(name)
-            self.reporter.finished(name, seconds, False)
+            self.progress.finished(name, seconds, False)
         self.records[name] = record
         return record
 
@@ -146,27 +162,27 @@ class Workspace:
     def finish(self) -> None:
         """Leave only what the steps of this build made, and their records as ``receipts/build.json``."""
         wanted = {rel for record in self.records.values() for rel in record.files}
-        receipt = self.root / "receipts" / f"{RECEIPT}.json"
+        receipt = self.staging_dir / "receipts" / f"{RECEIPT}.json"
         with disk_errors(self.out):
             receipt.parent.mkdir(exist_ok=True)
             receipt.write_text(json.dumps({n: asdict(r) for n, r in self.records.items()}, indent=1) + "\n")
-        wanted.add(receipt.relative_to(self.root).as_posix())
-        for file in [p for p in self.root.rglob("*") if not p.is_dir()]:
-            if file.relative_to(self.root).as_posix() not in wanted:
+        wanted.add(receipt.relative_to(self.staging_dir).as_posix())
+        for file in [p for p in self.staging_dir.rglob("*") if not p.is_dir()]:
+            if file.relative_to(self.staging_dir).as_posix() not in wanted:
                 file.unlink()
-        for folder in sorted((p for p in self.root.rglob("*") if p.is_dir()), reverse=True):
+        for folder in sorted((p for p in self.staging_dir.rglob("*") if p.is_dir()), reverse=True):
             if not any(folder.iterdir()):
                 folder.rmdir()
 
     def discard(self) -> None:
         """Remove the staging folder: the bundle has all of it."""
-        shutil.rmtree(self.home, ignore_errors=True)
+        shutil.rmtree(self.work_dir, ignore_errors=True)
 
     def _staged(self, name: str, digest: str) -> Record | None:
         record = _read_record(self._record_path(name))
         if record is None or record.digest != digest:
             return None
-        return record if _present(self.root, record) else None
+        return record if _present(self.staging_dir, record) else None
 
     def _from_bundle(self, name: str, digest: str) -> Record | None:
         """The record of a step whose files are copied from the bundle; None if that has no intact ones.
@@ -181,7 +197,7 @@ class Workspace:
             self._forget(name)
             try:
                 for rel in record.files:
-                    _copy(bundle, rel, self.root / rel)
+                    _copy(bundle, rel, self.staging_dir / rel)
             except IntegrityError:
                 return None  # damaged since: the step is run again
             self._write(name, record)
@@ -195,7 +211,7 @@ class Workspace:
         old = _read_record(self._record_path(name))
         self._record_path(name).unlink(missing_ok=True)
         for rel in old.files if old is not None else ():
-            (self.root / rel).unlink(missing_ok=True)
+            (self.staging_dir / rel).unlink(missing_ok=True)
 
     def _write(self, name: str, record: Record) -> None:
         with atomic(self._record_path(name)) as partial:
@@ -203,6 +219,28 @@ class Workspace:
 
     def _record_path(self, name: str) -> Path:
         return self._steps / f"{name}.json"
+
+
+def run_step(space: Workspace, step: Step) -> None:
+    """Run ``step`` in ``space``, if it has to be."""
+
+    def run(root: Path) -> StepResult:
+        return step.run(space, space.progress.advanced)
+
+    space.step(step.name, step.inputs, run, step.total, step.unit)
+
+
+def write_receipt(space: Workspace, name: str, data: Any) -> str:
+    """Write ``receipts/<name>.json`` into the staging folder; its path there."""
+    path = space.staging_dir / "receipts" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return path.relative_to(space.staging_dir).as_posix()
+
+
+def after(before: list[Step]) -> Data:
+    """The step input that makes a step depend on those of ``before``."""
+    return {"after": {step.name: step.digest for step in before}}
 
 
 def step_digest(name: str, inputs: Data) -> str:

@@ -25,7 +25,7 @@ from .distill import answers, distillation_losses
 from .fake_quant import keep_in_bounds
 from .losses import IGNORE, Stage2Batch
 from .presets import Stage
-from .trainer import MAX_LOGIT_SCALE, Options, Progress, schedule, stage_losses
+from .trainer import MAX_LOGIT_SCALE, Options, TrainingProgress, schedule, stage_losses
 
 STEP = 0xA7
 """Keeps the order of the samples apart from other random streams of the same seed."""
@@ -115,7 +115,7 @@ def fine_tune(
     data: Dataset[Stage2Batch],
     identity: Mapping[str, Any],
     options: Options,
-    report: Callable[[Progress], None],
+    report: Callable[[TrainingProgress], None],
     inspect: Callable[[int, InternVLModel], None] = lambda step, model: None,
 ) -> History:
     """Train ``student`` in place.
@@ -167,7 +167,7 @@ def fine_tune(
         parts = _step(wrapped, optimizer, tuning, dist.moved(batch, device), step)
         history.losses.append(parts)
         history.seconds = time.perf_counter() - started
-        report(Progress(stage.name, step + 1, step + 1, stage.steps, parts, history.seconds))
+        report(TrainingProgress(stage.name, step + 1, step + 1, stage.steps, parts, history.seconds))
         if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
             kept = {
                 "model": dist.whole(student.state_dict()),

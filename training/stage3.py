@@ -21,7 +21,7 @@ from .conversations import ChatBatch, ChatBatches
 from .lora import Lora
 from .presets import Stage
 from .state import read_state, save_state
-from .trainer import Options, Progress, optimizers, schedule
+from .trainer import Options, TrainingProgress, optimizers, schedule
 
 Trains = Literal["projector", "decoder", "all", "lora"]
 TRAINS: dict[Trains, tuple[str, ...]] = {
@@ -79,7 +79,7 @@ def fine_tune(
     data: ChatBatches,
     identity: dict[str, Any],
     options: Options,
-    report: Callable[[Progress], None],
+    report: Callable[[TrainingProgress], None],
 ) -> float:
     """Train ``model`` in place and return the seconds the steps took.
 
@@ -112,7 +112,7 @@ def fine_tune(
     for step, batch in enumerate(batches, first):
         losses = _step(model, chosen, what, batch, step, options.bf16)
         seconds = time.perf_counter() - started
-        report(Progress(stage.name, step + 1, step + 1, stage.steps, losses, seconds))
+        report(TrainingProgress(stage.name, step + 1, step + 1, stage.steps, losses, seconds))
         if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
             place = {"identity": identity, "step": step + 1, "seconds": seconds}
             save_state(options.work_dir, model, chosen, place)

@@ -45,7 +45,7 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """One finished step: stage, step within it, all steps of the run done and to do, and the losses.
 
     ``seconds`` is the time of all steps done, those before a resume too.
@@ -74,12 +74,12 @@ class Options:
     strategy: dist.Strategy = "ddp"
 
 
-def silent(progress: Progress) -> None:
+def silent(progress: TrainingProgress) -> None:
     """Hears a run and says nothing."""
 
 
 def train(
-    preset: Preset, tokenizer: bytes, options: Options, report: Callable[[Progress], None] = silent
+    preset: Preset, tokenizer: bytes, options: Options, report: Callable[[TrainingProgress], None] = silent
 ) -> tuple[InternVLModel, float]:
     """Run all stages of ``preset``: the trained model (fp32, eval mode) and the seconds its steps took.
 
@@ -117,7 +117,7 @@ def train(
             own = dist.moved(dist.taken(drawn, rows[stage.name]), device)
             losses = _step(wrapped, model, chosen, stage, preset, own, step, options.bf16)
             seconds = time.perf_counter() - started
-            report(Progress(stage.name, step + 1, done + step + 1, total, losses, seconds))
+            report(TrainingProgress(stage.name, step + 1, done + step + 1, total, losses, seconds))
             if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
                 place = {"identity": identity, "stage": number, "step": step + 1, "seconds": seconds}
                 save_state(options.work_dir, model, chosen, place)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ivl_export.benchmarks.fullsize.measured import anonymous
-from ivl_export.pipeline.graphs import (
-    Source,
+from ivl_export.pipeline.graph_steps import (
+    GraphSource,
     component_weights,
     graph_path,
     write_base_store,
@@ -33,7 +33,7 @@ SET, DEVICES = 512, 20
 RECIPE = "fp8"
 
 
-def source(model: Path, name: str = RECIPE) -> Source:
+def source(model: Path, name: str = RECIPE) -> GraphSource:
     """The checkpoint and what the recipe ``name`` makes of it, without scales."""
     from torch import nn
 
@@ -44,7 +44,7 @@ def source(model: Path, name: str = RECIPE) -> Source:
     checkpoint, recipe = open_checkpoint(model), load_recipe(name)
     modules = meta_model(checkpoint).named_modules()
     shapes = {n: (m.out_features, m.in_features) for n, m in modules if isinstance(m, nn.Linear)}
-    return Source(checkpoint, recipe, plan_layers(recipe, shapes), None)
+    return GraphSource(checkpoint, recipe, plan_layers(recipe, shapes), None)
 
 
 def quantise(model: Path, out: Path, components: Sequence[str], recipe: str = RECIPE) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def mixed(receipt: Mapping[str, Any]) -> Lines:
 
 def finetuned(_: Mapping[str, Any]) -> Lines:
     """What fine-tuning gave back: receipts of ``ivl-export train qat``, kept as ``qat-*.json``."""
-    from ivl_export.pipeline.evaluate import headlines
+    from ivl_export.pipeline.accuracy_steps import headlines
 
     yield ("recipe", "learned from", "steps", "minutes", "", *_TASKS)
     yield ("---", "---", "---:", "---:", "---", *("---:",) * 5)

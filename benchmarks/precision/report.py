@@ -25,15 +25,14 @@ from ivl_export.benchmarks.precision.outliers import measure
 from ivl_export.errors import UsageError
 from ivl_export.files.write import write_text
 from ivl_export.models.config import InternVLConfig
-from ivl_export.pipeline.build import build
-from ivl_export.pipeline.evaluate import headlines
-from ivl_export.pipeline.job import Job
-from ivl_export.pipeline.mixed import mixed_job
-from ivl_export.pipeline.request import MIXED, ORT, Request
+from ivl_export.pipeline.accuracy_steps import headlines
+from ivl_export.pipeline.config import MIXED, ORT, BuildConfig
+from ivl_export.pipeline.run import build, open_plan
 from ivl_export.profiles.cost.estimate import estimate
 from ivl_export.profiles.cost.gpus import find_gpu
 from ivl_export.profiles.cost.sizes import plan_of
 from ivl_export.profiles.measure.machine import commit, machine, versions
+from ivl_export.progress import Silent
 from ivl_export.quantization.recipe import Recipe, shipped_recipes
 
 SCHEMA = "ivl-export.precision/1"
@@ -50,45 +49,32 @@ OUTPUTS = {
 """The output of each component that a user sees."""
 
 
-class Quiet:
-    """A build's reporter that says one line a build."""
-
-    def started(self, step: str, total: int | None) -> None:
-        """Nothing."""
-
-    def advanced(self, done: int) -> None:
-        """Nothing."""
-
-    def finished(self, step: str, seconds: float, reused: bool) -> None:
-        """Nothing."""
-
-
 def built(work: Path, precision: str, algorithm: str | None = None) -> dict[str, Any]:
     """nano in one precision: size, task accuracy, SQNR, modelled speed."""
     name = f"{precision}-{algorithm}" if algorithm else precision
-    request = Request(
+    config = BuildConfig(
         work / name,
         precision=precision,
         algorithm=algorithm,
-        backends=(ORT,),
+        backend=(ORT,),
         allow_accuracy_loss=True,
         budget=BUDGET if precision == MIXED else None,
     )
-    job = Job(request) if precision != MIXED else mixed_job(request, Quiet(), lambda done, total: None)
-    bundle = build(job, Quiet()).bundle
+    plan = open_plan(config, Silent())
+    bundle = build(plan, Silent()).bundle
     scores, accuracy = bundle.receipt("tasks")["scores"], bundle.receipt("accuracy")
     stores = (bundle.root / "onnx" / "weights").glob("*.safetensors")
-    nano = job.checkpoint.config
+    nano = plan.checkpoint.config
     return {
-        "recipe": job.recipe.name,
-        "algorithm": job.algorithm if job.plan.rounded else "",
+        "recipe": plan.recipe.name,
+        "algorithm": plan.algorithm if plan.layers.rounded else "",
         "weight_bytes": sum(path.stat().st_size for path in stores),
-        "tasks": headlines(scores[job.recipe.name]),
+        "tasks": headlines(scores[plan.recipe.name]),
         "reference": headlines(scores["fp32"]),
         "questions": scores["fp32"]["settings"],
         "sqnr_db": {c: accuracy["chained"][c][output]["sqnr_db"] for c, output in OUTPUTS.items()},
-        "images_per_s": speed(job.recipe, nano),
-        "images_per_s_14b": None if precision == MIXED else speed(job.recipe, InternVLConfig()),
+        "images_per_s": speed(plan.recipe, nano),
+        "images_per_s_14b": None if precision == MIXED else speed(plan.recipe, InternVLConfig()),
         **({"search": bundle.receipt(MIXED)} if precision == MIXED else {}),
     }
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
-from ivl_export.benchmarks.precision.report import Quiet
 from ivl_export.models.config import ChatConfig, InternVLConfig, ModelConfig, QLlamaConfig, VisionConfig
 from ivl_export.models.shipped import NANO_CHAT, nano_chat_folder, nano_folder
-from ivl_export.pipeline.build import build
-from ivl_export.pipeline.job import Job
-from ivl_export.pipeline.request import ORT, Request
+from ivl_export.pipeline.config import ORT, BuildConfig
+from ivl_export.pipeline.plan import plan_build
+from ivl_export.pipeline.run import build
+from ivl_export.progress import Silent
 
 TOWER = VisionConfig(768, 12, 12, 3072, image_size=224, patch_size=14)
 LLAMA = QLlamaConfig(1024, 8, 16, 2816, vocab_size=32000)
@@ -54,14 +54,14 @@ class Setting:
 
     def bundle(self, model: str, precision: str) -> Path:
         """The bundle of ``model`` in ``precision`` (of :data:`PRECISIONS`), built if it is not there."""
-        request = Request(
+        config = BuildConfig(
             self.work / f"{model}-{precision}",
             model=SHIPPED[model] if model in SHIPPED else self.checkpoint(model),
             precision=PRECISIONS[precision],
-            backends=(ORT,),
+            backend=(ORT,),
             allow_accuracy_loss=True,
         )
-        return build(Job(request), Quiet()).bundle.root
+        return build(plan_build(config), Silent()).bundle.root
 
     def checkpoint(self, model: str) -> Path:
         """The checkpoint of ``model``; one of :data:`CONFIGS` is made if it is not there."""

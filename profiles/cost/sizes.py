@@ -63,7 +63,7 @@ def linear_shapes(config: Whole) -> dict[str, tuple[int, int]]:
 
 
 def plan_of(recipe: Recipe, config: Whole) -> LayerPlan:
-    """What ``recipe`` means for a model of ``config``; errors as :func:`...quantization.recipe.plan_layers`."""
+    """What ``recipe`` means for a model of ``config``; as :func:`...quantization.recipe.plan_layers`."""
     return plan_layers(recipe, linear_shapes(config), attentions(config, components_of(config)))
 
 

@@ -23,9 +23,9 @@ from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_m
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.layout import expected_shapes
 from ivl_export.models.qllama import Visible
-from ivl_export.pipeline.graphs import BASE_STORE, LOW_STORE
-from ivl_export.pipeline.job import Job
-from ivl_export.pipeline.request import ORT, Request
+from ivl_export.pipeline.config import ORT, BuildConfig
+from ivl_export.pipeline.graph_steps import BASE_STORE, LOW_STORE
+from ivl_export.pipeline.plan import plan_build
 from ivl_export.quantization.quantize import quantise, stored_names
 
 NARROW = InternVLConfig(
@@ -116,8 +116,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     # What 'build' needs beside the weights.
     assert len(SentencePieceTokenizer(out / "tokenizer.model")) <= config.qllama.vocab_size
     assert ImageSettings.load(out / "preprocessor_config.json").size == 56
-    job = Job(Request(out=tmp_path / "bundle", model=out, backends=(ORT,)))
-    assert len(job.calibration) + len(job.held_out) == SCENES
+    plan = plan_build(BuildConfig(out=tmp_path / "bundle", model=out, backend=(ORT,)))
+    assert len(plan.calibration) + len(plan.held_out) == SCENES
 
 
 def test_memory_that_no_file_backs_is_what_is_measured(tmp_path: Path) -> None:

@@ -19,13 +19,13 @@ from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.load import load_model
-from ivl_export.pipeline.evaluate import component_receipt
-from ivl_export.pipeline.graphs import source
-from ivl_export.pipeline.job import Job
-from ivl_export.pipeline.request import ORT, Request
-from ivl_export.pipeline.step import run_step
-from ivl_export.pipeline.steps import steps
-from ivl_export.pipeline.workspace import Workspace
+from ivl_export.pipeline.accuracy_steps import component_receipt
+from ivl_export.pipeline.config import ORT, BuildConfig
+from ivl_export.pipeline.graph_steps import graph_source
+from ivl_export.pipeline.plan import plan_build
+from ivl_export.pipeline.run import build_steps
+from ivl_export.pipeline.workspace import Workspace, run_step
+from ivl_export.progress import Silent
 from ivl_export.quantization.quantize import dequantise, quantise
 from ivl_export.quantization.recipe import load_recipe, schemes
 
@@ -137,22 +137,16 @@ def test_channels_that_stand_out_are_kept() -> None:
     assert torch.isfinite(scaling(torch.zeros(4), 0.5)).all()
 
 
-class Silent:
-    def started(self, step: str, total: int | None) -> None: ...
-
-    def advanced(self, done: int) -> None: ...
-
-    def finished(self, step: str, seconds: float, reused: bool) -> None: ...
-
-
 def nano_accuracy(precision: str, out: Path) -> Table:
-    job = Job(Request(out, precision=precision, calib_samples=64, backends=(ORT,)))
+    plan = plan_build(BuildConfig(out, precision=precision, calib_samples=64, backend=(ORT,)))
     with Workspace(out, Silent()) as space:
-        for step in steps(job):
+        for step in build_steps(plan):
             if step.name.startswith("graph-"):
                 break
             run_step(space, step)
-        return component_receipt(job, source(job, space.root), space, lambda done: None, True).teacher_forced
+        return component_receipt(
+            plan, graph_source(plan, space.staging_dir), space, lambda done: None, True
+        ).teacher_forced
 
 
 def test_nano_loses_no_more_than_with_plain_int4(tmp_path: Path) -> None:

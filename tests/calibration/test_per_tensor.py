@@ -9,16 +9,15 @@ import torch
 
 from ivl_export.calibration.accuracy import compare
 from ivl_export.models.checkpoint import Checkpoint
-from ivl_export.pipeline import graphs
-from ivl_export.pipeline.evaluate import component_receipt
-from ivl_export.pipeline.job import Job
-from ivl_export.pipeline.request import ORT, Request
-from ivl_export.pipeline.step import run_step
-from ivl_export.pipeline.steps import steps
-from ivl_export.pipeline.workspace import Workspace
+from ivl_export.pipeline import graph_steps
+from ivl_export.pipeline.accuracy_steps import component_receipt
+from ivl_export.pipeline.config import ORT, BuildConfig
+from ivl_export.pipeline.plan import plan_build
+from ivl_export.pipeline.run import build_steps
+from ivl_export.pipeline.workspace import Workspace, run_step
+from ivl_export.progress import Silent
 from ivl_export.quantization import quantize
 from ivl_export.quantization.quantize import LIMITS, dequantise, quantise
-from ivl_export.tests.calibration.test_awq import Silent
 
 pytestmark = pytest.mark.numeric
 
@@ -55,18 +54,18 @@ def test_a_recipe_may_ask_for_it(kind: str, tmp_path: Path) -> None:
     asked = {
         "precision": str(recipe),
         "components": ("qllama_text",),
-        "backends": (ORT,),
+        "backend": (ORT,),
         "calib_samples": 24,
     }
-    job = Job(Request(tmp_path / "out", **asked))  # type: ignore[arg-type]
+    plan = plan_build(BuildConfig(tmp_path / "out", **asked))  # type: ignore[arg-type]
     with Workspace(tmp_path / "out", Silent()) as space:
-        for step in steps(job):
+        for step in build_steps(plan):
             if step.name == "accuracy":
                 break
             run_step(space, step)
-        made = graphs.source(job, space.root)
+        made = graph_steps.graph_source(plan, space.staging_dir)
         ours, theirs = (
-            component_receipt(job, made, space, lambda done: None, simulate).chained["qllama_text"]
+            component_receipt(plan, made, space, lambda done: None, simulate).chained["qllama_text"]
             for simulate in (True, False)
         )
         promised = space.records["graph-qllama_text"].data["promised"]

@@ -25,22 +25,20 @@ from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.storage import open_reader
 from ivl_export.pipeline import qat
-from ivl_export.pipeline.graphs import LOW_STORE, graph_path
-from ivl_export.pipeline.job import Job
-from ivl_export.pipeline.qat_job import Asked, QatJob
-from ivl_export.pipeline.qat_plot import plot
-from ivl_export.pipeline.request import ORT, Request
-from ivl_export.pipeline.step import Made, Step
-from ivl_export.pipeline.steps import steps
-from ivl_export.pipeline.workspace import Workspace
+from ivl_export.pipeline.config import ORT, BuildConfig, QatConfig
+from ivl_export.pipeline.graph_steps import LOW_STORE, graph_path
+from ivl_export.pipeline.plan import plan_build
+from ivl_export.pipeline.qat import plan_qat, plot
+from ivl_export.pipeline.run import build_steps
+from ivl_export.pipeline.workspace import Step, StepResult, Workspace
+from ivl_export.progress import Silent
 from ivl_export.quantization.quantize import dequantise, quantise, stored_names
 from ivl_export.quantization.ranges import Scales
 from ivl_export.synthetic.captions import caption
-from ivl_export.tests.calibration.test_simulate import Silent
 from ivl_export.training.fake_quant import quantised_layers
 from ivl_export.training.finetune import SampleBatches, SceneSamples, Tuning
 from ivl_export.training.presets import Stage
-from ivl_export.training.trainer import Progress
+from ivl_export.training.trainer import TrainingProgress
 
 pytestmark = pytest.mark.numeric
 
@@ -83,23 +81,23 @@ def one_thread() -> Any:
 
 
 @pytest.fixture
-def asked(model: Path, data: Path, tmp_path: Path) -> Asked:
-    return Asked(
+def asked(model: Path, data: Path, tmp_path: Path) -> QatConfig:
+    return QatConfig(
         tmp_path / "out", model, "w4a8", data=data, steps=6, batch=4, save_every=2, scale_lr=0.02, lr=1e-3
     )
 
 
-def run(asked: Asked, processes: int = 1, stop: int = 0) -> dict[str, Any]:
-    def report(progress: Progress) -> None:
+def run(asked: QatConfig, processes: int = 1, stop: int = 0) -> dict[str, Any]:
+    def report(progress: TrainingProgress) -> None:
         if progress.done == stop:
             raise KeyboardInterrupt
 
-    outcome = qat.run(QatJob(asked), processes, Silent(), report)
+    outcome = qat.run(plan_qat(asked), processes, Silent(), report)
     assert outcome is not None
     return outcome.receipt
 
 
-def test_the_built_graph_is_what_was_trained(asked: Asked, tmp_path: Path) -> None:
+def test_the_built_graph_is_what_was_trained(asked: QatConfig, tmp_path: Path) -> None:
     receipt = run(replace(asked, teacher=True))
     assert len(receipt["losses"]) == 6
     files = {p.name for p in asked.out.iterdir()} - {"curve.png"}
@@ -113,7 +111,7 @@ def test_the_built_graph_is_what_was_trained(asked: Asked, tmp_path: Path) -> No
         "tokenizer.model",
     }
     # What training simulated last: its state, before anything was written in another form.
-    before = QatJob(asked).job
+    before = plan_qat(asked).build
     scales = qat.measured_scales(before, asked.work, Silent())
     trained = qat.student_of(before, scales, True)
     trained.load_state_dict(torch.load(asked.work / "state.pt", weights_only=True)["model"])
@@ -122,29 +120,29 @@ def test_the_built_graph_is_what_was_trained(asked: Asked, tmp_path: Path) -> No
     moved = [float((clip - 1).abs().max()) for clip in clips]
     assert max(moved) > 0.005
 
-    job = Job(
-        Request(
+    plan = plan_build(
+        BuildConfig(
             tmp_path / "bundle",
             asked.out,
             str(asked.out / "recipe.yaml"),
-            asked.data,
+            calib=asked.data,
             scales=asked.out / "scales.json",
             components=("vision",),
-            backends=(ORT,),
+            backend=(ORT,),
         )
     )
-    assert job.plan.quantised == before.plan.quantised
-    with Workspace(job.request.out, Silent()) as space:
+    assert plan.layers.quantised == before.layers.quantised
+    with Workspace(plan.config.out, Silent()) as space:
 
-        def made(step: Step, _: Path) -> Made:
+        def made(step: Step, _: Path) -> StepResult:
             return step.run(space, lambda done: None)
 
-        for step in steps(job):
+        for step in build_steps(plan):
             if step.name == "kernels":
                 break
             space.step(step.name, step.inputs, partial(made, step), step.total, step.unit)
-        store = open_store(space.root / LOW_STORE)
-        read = open_reader(space.root / LOW_STORE)
+        store = open_store(space.staging_dir / LOW_STORE)
+        read = open_reader(space.staging_dir / LOW_STORE)
         vision = [n for n in layers if n.startswith("vision_model.")]
         for name in vision:
             weight = layers[name].quantised_weight().detach()
@@ -152,8 +150,8 @@ def test_the_built_graph_is_what_was_trained(asked: Asked, tmp_path: Path) -> No
             _, exact = quantise(weight, "w4a8")
             assert torch.equal(read(store[scale].name), exact)
             assert torch.equal(dequantise(read(store[values].name), exact), weight), name
-        spec = component_spec("vision", job.checkpoint.config)
-        engine = open_engine(ORT, spec, space.root / graph_path("vision", "fp32"))
+        spec = component_spec("vision", plan.checkpoint.config)
+        engine = open_engine(ORT, spec, space.staging_dir / graph_path("vision", "fp32"))
         pixels = np.random.default_rng(0).normal(size=(3, 3, 28, 28)).astype(np.float32)
         try:
             got = engine.run({"pixel_values": pixels})
@@ -164,7 +162,7 @@ def test_the_built_graph_is_what_was_trained(asked: Asked, tmp_path: Path) -> No
         for component, wanted in zip(layer.components, layer.input_scales().tolist(), strict=True):
             assert found.amax[component][name] == 127 * wanted
     with torch.no_grad():
-        written = qat.student_of(job, found, False)  # norms and biases are in bf16 there
+        written = qat.student_of(plan, found, False)  # norms and biases are in bf16 there
         tokens = written.vision(torch.from_numpy(pixels))
     assert compare(tokens.numpy(), got["tokens"]).sqnr_db > 60
     with torch.no_grad():
@@ -172,7 +170,7 @@ def test_the_built_graph_is_what_was_trained(asked: Asked, tmp_path: Path) -> No
     assert compare(last.numpy(), got["tokens"]).sqnr_db > 25
 
 
-def test_runs_repeat_and_go_on(asked: Asked, tmp_path: Path) -> None:
+def test_runs_repeat_and_go_on(asked: QatConfig, tmp_path: Path) -> None:
     first = run(asked)
     again = run(replace(asked, out=tmp_path / "again"))
     assert again["losses"] == first["losses"]
@@ -192,7 +190,9 @@ def test_runs_repeat_and_go_on(asked: Asked, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("strategy", "teacher"), [("ddp", True), ("fsdp", False)])
-def test_two_processes_train_as_one_does(strategy: Any, teacher: bool, asked: Asked, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does(
+    strategy: Any, teacher: bool, asked: QatConfig, tmp_path: Path
+) -> None:
     asked = replace(asked, teacher=teacher, steps=2)
     alone = run(asked)["losses"]
     shared = run(replace(asked, out=tmp_path / "shared", strategy=strategy), 2)["losses"]

@@ -9,54 +9,46 @@ import pytest
 
 from ivl_export.calibration.accuracy import SIMULATED, Receipt
 from ivl_export.calibration.calibrate import calibration_units
-from ivl_export.pipeline import evaluate
-from ivl_export.pipeline.graphs import source
-from ivl_export.pipeline.job import Job
-from ivl_export.pipeline.request import ORT, Request
-from ivl_export.pipeline.step import Made, Step
-from ivl_export.pipeline.steps import steps
-from ivl_export.pipeline.workspace import Workspace
+from ivl_export.pipeline import accuracy_steps
+from ivl_export.pipeline.config import ORT, BuildConfig
+from ivl_export.pipeline.graph_steps import graph_source
+from ivl_export.pipeline.plan import BuildPlan, plan_build
+from ivl_export.pipeline.run import build_steps
+from ivl_export.pipeline.workspace import Step, StepResult, Workspace
+from ivl_export.progress import Silent
 
 pytestmark = pytest.mark.numeric
 
-Built = tuple[Job, Workspace]
+Built = tuple[BuildPlan, Workspace]
 
 
-class Silent:
-    """Hears a build and says nothing."""
-
-    def started(self, step: str, total: int | None) -> None: ...
-
-    def advanced(self, done: int) -> None: ...
-
-    def finished(self, step: str, seconds: float, reused: bool) -> None: ...
-
-
-def run(step: Step, space: Workspace, _: Path) -> Made:
+def run(step: Step, space: Workspace, _: Path) -> StepResult:
     return step.run(space, lambda done: None)
 
 
 def build_graphs(out: Path, precision: str, components: tuple[str, ...]) -> Built:
     """The steps of a build of nano, up to its graphs."""
-    job = Job(Request(out, precision=precision, calib_samples=24, components=components, backends=(ORT,)))
+    plan = plan_build(
+        BuildConfig(out, precision=precision, calib_samples=24, components=components, backend=(ORT,))
+    )
     with Workspace(out, Silent()) as space:
-        for step in steps(job):
+        for step in build_steps(plan):
             if step.name == "kernels":
                 break
             space.step(step.name, step.inputs, partial(run, step, space))
-    return job, space
+    return plan, space
 
 
 def both(built: Built) -> tuple[Receipt, Receipt]:
     """(ONNX Runtime, simulated)"""
-    job, space = built
-    made = source(job, space.root)
+    plan, space = built
+    made = graph_source(plan, space.staging_dir)
     graph, simulated = (
-        evaluate.component_receipt(job, made, space, lambda done: None, simulate)
+        accuracy_steps.component_receipt(plan, made, space, lambda done: None, simulate)
         for simulate in (False, True)
     )
     assert (graph.backend, simulated.backend) == (ORT, SIMULATED)
-    assert not any(space.home.glob("accuracy-*")), "activations are removed"
+    assert not any(space.work_dir.glob("accuracy-*")), "activations are removed"
     return graph, simulated
 
 
@@ -98,18 +90,18 @@ def test_one_component_of_a_chain_is_fed_with_fp32(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_it_is_chosen_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, space = build_graphs(tmp_path / "out", "bf16", ("qllama_text",))
-    made = source(job, space.root)
+    plan, space = build_graphs(tmp_path / "out", "bf16", ("qllama_text",))
+    made = graph_source(plan, space.staging_dir)
     heard: list[int] = []
-    needed = evaluate.session_bytes(job.checkpoint, job.components)
-    weights = job.checkpoint.tensors["qllama.model.embed_tokens.weight"].shape
+    needed = accuracy_steps.session_bytes(plan.checkpoint, plan.components)
+    weights = plan.checkpoint.tensors["qllama.model.embed_tokens.weight"].shape
     assert needed > 4 * weights[0] * weights[1]
     for free, backend in ((2 * needed, ORT), (2 * needed - 1, SIMULATED), (None, ORT)):
-        monkeypatch.setattr(evaluate, "available_memory", partial(int, free) if free else lambda: None)
+        monkeypatch.setattr(accuracy_steps, "available_memory", partial(int, free) if free else lambda: None)
         heard.clear()
-        receipt = evaluate.component_receipt(job, made, space, heard.append)
+        receipt = accuracy_steps.component_receipt(plan, made, space, heard.append)
         assert receipt.backend == backend
         assert heard == sorted(heard)
-        total = calibration_units(job.checkpoint.config, job.components, len(job.held_out))
-        assert heard[-1] == (total + len(job.held_out) if backend == ORT else total)
+        total = calibration_units(plan.checkpoint.config, plan.components, len(plan.held_out))
+        assert heard[-1] == (total + len(plan.held_out) if backend == ORT else total)
         assert receipt.teacher_forced["qllama_text"]["text_embed"].cosine > 0.999

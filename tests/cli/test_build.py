@@ -23,7 +23,7 @@ from ivl_export.cli import main
 from ivl_export.engines import memory
 from ivl_export.engines.gpu import gpus
 from ivl_export.models import shipped
-from ivl_export.pipeline import evaluate, graphs
+from ivl_export.pipeline import accuracy_steps, graph_steps
 from ivl_export.quantization.qdq import write_qdq
 from ivl_export.runtime import InternVL
 
@@ -207,7 +207,7 @@ def test_what_memory_does_not_hold_is_simulated_and_said(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(evaluate, "available_memory", lambda: 1000)
+    monkeypatch.setattr(accuracy_steps, "available_memory", lambda: 1000)
     assert main(one_component(tiny_model, photos, tmp_path / "out", "fp8")) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["components_in"] == "simulated in torch"
@@ -384,14 +384,14 @@ def test_a_broken_promise_fails_the_build(
         kept = {name: scheme for name, scheme in schemes.items() if name != layer}
         return {**write_qdq(model, kept, *args, **options), layer: "int8"}
 
-    monkeypatch.setattr(graphs, "write_qdq", forgetful)
-    every = graphs.component_weights
+    monkeypatch.setattr(graph_steps, "write_qdq", forgetful)
+    every = graph_steps.component_weights
 
     def with_layer(*args: Any) -> tuple[list[str], list[str]]:
         keys, layers = every(*args)
         return [*keys, f"{layer}.weight"], layers
 
-    monkeypatch.setattr(graphs, "component_weights", with_layer)
+    monkeypatch.setattr(graph_steps, "component_weights", with_layer)
     assert main(one_component(tiny_model, photos, tmp_path / "out", "int8")) == 6
     error = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert f"{layer}: promised int8, runs fp32xfp32" in error["why"]

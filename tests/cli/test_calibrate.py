@@ -10,9 +10,9 @@ import pytest
 from ivl_export.bundle import Bundle
 from ivl_export.cli import main
 from ivl_export.errors import InputError, UsageError
-from ivl_export.pipeline.job import Job
-from ivl_export.pipeline.request import ORT, Request
-from ivl_export.pipeline.steps import steps
+from ivl_export.pipeline.config import ORT, BuildConfig
+from ivl_export.pipeline.plan import BuildPlan, plan_build
+from ivl_export.pipeline.run import build_steps
 from ivl_export.quantization.ranges import Scales
 
 
@@ -75,21 +75,21 @@ def test_smoothing_travels_with_the_scales(tiny_model: Path, photos: Path, tmp_p
     factors = tmp_path / "smoothing.safetensors"
     assert Scales.load(out).folded
 
-    def job(precision: str) -> Job:
-        asked = {"components": ("qllama_text",), "backends": (ORT,), "scales": out}
-        return Job(Request(tmp_path / "b", tiny_model, precision, photos, **asked))  # type: ignore[arg-type]
+    def opened(precision: str) -> BuildPlan:
+        asked = {"components": ("qllama_text",), "backend": (ORT,), "scales": out}
+        return plan_build(BuildConfig(tmp_path / "b", tiny_model, precision, calib=photos, **asked))  # type: ignore[arg-type]
 
-    given = job("int8-smoothquant").given
+    given = opened("int8-smoothquant").ranges_file
     assert given is not None
     assert given.factors == factors.read_bytes()
     with pytest.raises(InputError, match="measured on weights with folded factors"):
-        job("int8")
+        opened("int8")
     factors.write_bytes(factors.read_bytes() + b" ")
     with pytest.raises(InputError, match=r"does not belong to scales\.json"):
-        job("int8-smoothquant")
+        opened("int8-smoothquant")
     factors.unlink()
     with pytest.raises(InputError, match="factors in it"):
-        job("int8-smoothquant")
+        opened("int8-smoothquant")
 
 
 def test_scales_are_checked_before_anything_runs(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
@@ -97,19 +97,19 @@ def test_scales_are_checked_before_anything_runs(tiny_model: Path, photos: Path,
     measure = options(tiny_model, photos, "--precision", "fp8", "--algorithm", "entropy", "--out", out)
     assert run("calibrate", *measure) == 0
 
-    def job(**asked: object) -> Job:
-        kept = {"components": ("qllama_text",), "backends": (ORT,), "scales": out, "calib": photos}
-        return Job(Request(tmp_path / "b", tiny_model, **{**kept, **asked}))  # type: ignore[arg-type]
+    def opened(**asked: object) -> BuildPlan:
+        kept = {"components": ("qllama_text",), "backend": (ORT,), "scales": out, "calib": photos}
+        return plan_build(BuildConfig(tmp_path / "b", tiny_model, **{**kept, **asked}))  # type: ignore[arg-type]
 
-    assert [s.name for s in steps(job(precision="int8-weight", scales=None))].count("calibrate") == 0
+    assert [s.name for s in build_steps(opened(precision="int8-weight", scales=None))].count("calibrate") == 0
     with pytest.raises(UsageError, match="both given"):
-        job(algorithm="max")
+        opened(algorithm="max")
     with pytest.raises(UsageError, match="int8-weight takes no scales"):
-        job(precision="int8-weight")
+        opened(precision="int8-weight")
     with pytest.raises(InputError, match="nothing about qllama_query"):
-        job(components=())
+        opened(components=())
     with pytest.raises(InputError, match="picked for other types"):
-        job(precision="int8")
+        opened(precision="int8")
     data = json.loads(out.read_text())
     for change, message in (
         ({"model": "0" * 64}, "other weights"),
@@ -117,7 +117,7 @@ def test_scales_are_checked_before_anything_runs(tiny_model: Path, photos: Path,
     ):
         out.write_text(json.dumps({**data, **change}))
         with pytest.raises(InputError, match=message):
-            job()
+            opened()
     for broken in ("{", "[]", json.dumps({**data, "extra": 1})):
         out.write_text(broken)
         assert run("build", *options(tiny_model, photos, "--scales", out, "--out", tmp_path / "b")) == 3
@@ -133,8 +133,10 @@ def test_nothing_to_measure(tiny_model: Path, photos: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("precision", ["int8-weight", "int4-weight"])
 def test_weights_alone_need_no_calibration_data(precision: str, tiny_model: Path, tmp_path: Path) -> None:
-    job = Job(Request(tmp_path / "b", tiny_model, precision, backends=(ORT,), components=("vision",)))
-    assert job.notices == tuple(n for n in job.notices if "stays bf16" in n)
-    names = [step.name for step in steps(job)]
+    plan = plan_build(
+        BuildConfig(tmp_path / "b", tiny_model, precision, backend=(ORT,), components=("vision",))
+    )
+    assert plan.notices == tuple(n for n in plan.notices if "stays bf16" in n)
+    names = [step.name for step in build_steps(plan)]
     assert "calibrate" not in names
     assert "quantise" in names

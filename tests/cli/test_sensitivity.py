@@ -16,12 +16,11 @@ from ivl_export.models import load_chat
 from ivl_export.models.config import ChatConfig, InternVLConfig
 from ivl_export.models.layout import CHAT_TOWER
 from ivl_export.models.shipped import NANO_CHAT
-from ivl_export.pipeline import mixed
-from ivl_export.pipeline.graphs import Source
-from ivl_export.pipeline.job import Job
-from ivl_export.pipeline.layer_tasks import LayerTasks
-from ivl_export.pipeline.request import ORT, Request
-from ivl_export.pipeline.sensitivity import sensitivity
+from ivl_export.pipeline import search_steps
+from ivl_export.pipeline.config import ORT, BuildConfig
+from ivl_export.pipeline.graph_steps import GraphSource
+from ivl_export.pipeline.plan import BuildPlan, plan_build
+from ivl_export.pipeline.sensitivity_steps import LayerTasks, sensitivity
 from ivl_export.pipeline.workspace import Workspace
 from ivl_export.profiles.cost.gpus import find_gpu
 from ivl_export.profiles.cost.layer_costs import gpu_of, layer_times
@@ -43,9 +42,9 @@ class Heard:
 
     def started(self, step: str, total: int | None) -> None: ...
 
-    def advanced(self, done: int) -> None: ...
+    def advanced(self, done: int, total: int | None = None) -> None: ...
 
-    def finished(self, step: str, seconds: float, reused: bool) -> None:
+    def finished(self, step: str, seconds: float, reused: bool = False) -> None:
         self.ran[step] = not reused
 
 
@@ -72,7 +71,7 @@ def test_the_verb(
 
 @pytest.mark.slow
 def test_tasks_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Request(tmp_path, precision="int8", calib_samples=8, components=("vision",), backends=(ORT,))
+    request = BuildConfig(tmp_path, precision="int8", calib_samples=8, components=("vision",), backend=(ORT,))
     asked: list[str] = []
     real = LayerTasks.lost
 
@@ -85,8 +84,8 @@ def test_tasks_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(LayerTasks, "lost", lost)
     with pytest.raises(KeyboardInterrupt):
-        sensitivity(Job(request), ["int4-weight"], tmp_path / "out", Heard(), questions=8)
-    found = sensitivity(Job(request), ["int4-weight"], tmp_path / "out", Heard(), questions=8)
+        sensitivity(plan_build(request), ["int4-weight"], tmp_path / "out", Heard(), questions=8)
+    found = sensitivity(plan_build(request), ["int4-weight"], tmp_path / "out", Heard(), questions=8)
     assert len(asked) == 20 + 1, "each layer once, and the one that was stopped again"
     assert len(set(asked)) == 21
     assert set(found.losses[0].tasks) == {
@@ -97,15 +96,15 @@ def test_tasks_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_each_pass_has_its_own_ranges(tmp_path: Path) -> None:
     """The whole model with one layer quantised equals the component with that layer quantised."""
-    job = Job(Request(tmp_path, precision="int8", calib_samples=8, backends=(ORT,)))
+    plan = plan_build(BuildConfig(tmp_path, precision="int8", calib_samples=8, backend=(ORT,)))
     amax = {"vision": 9.0, "qllama_query": 0.5, "qllama_text": 4.0, "qllama_step": 0.25}
     layer = "qllama.model.layers.1.mlp.gate_proj"
     scales = Scales({c: {layer: top} for c, top in amax.items()}, "max", 8, "", True, 0, "", 0, {}, {})
-    tasks = LayerTasks(job, scales, questions=2)
+    tasks = LayerTasks(plan, scales, questions=2)
     model: Any = tasks.model
-    ids = torch.tensor([job.tokenizer.encode_contrastive(["a red circle"])[0][0].tolist()])
+    ids = torch.tensor([plan.tokenizer.encode_contrastive(["a red circle"])[0][0].tolist()])
     ids = ids[:, : int((ids > 0).sum())]
-    module = reference_modules(job.checkpoint, ["qllama_text"])["qllama_text"]
+    module = reference_modules(plan.checkpoint, ["qllama_text"])["qllama_text"]
     plain = module(ids, torch.tensor([ids.shape[1]]))[0]
     linear = module.get_submodule(layer)
     assert isinstance(linear, torch.nn.Linear)
@@ -121,24 +120,24 @@ def test_each_pass_has_its_own_ranges(tmp_path: Path) -> None:
 
 def test_a_layer_of_a_chat_model(tmp_path: Path) -> None:
     """Quantised in its component's range, in the vision tower and in the decoder; then taken back."""
-    job = Job(Request(tmp_path, NANO_CHAT, "int8", calib_samples=8, backends=(ORT,)))
+    plan = plan_build(BuildConfig(tmp_path, NANO_CHAT, "int8", calib_samples=8, backend=(ORT,)))
     layers = {
         "vision_chat": f"{CHAT_TOWER}encoder.layers.1.mlp.fc1",
         "decoder": "model.layers.1.mlp.gate_proj",
     }
     amax = {component: {layer: 3.0} for component, layer in layers.items()}
-    tasks = LayerTasks(job, Scales(amax, "max", 8, "", True, 0, "", 0, {}, {}), questions=2)
+    tasks = LayerTasks(plan, Scales(amax, "max", 8, "", True, 0, "", 0, {}, {}), questions=2)
     assert tasks.reference.keys() == {"chat exact"}
 
     def logits(model: torch.nn.Module) -> list[torch.Tensor]:
         seen: list[torch.Tensor] = []
         with model.get_submodule("lm_head").register_forward_hook(lambda m, given, out: seen.append(out)):
-            chat_tasks.evaluate(TorchChat(cast(Any, model), job.tokenizer, job.settings), 2)
+            chat_tasks.evaluate(TorchChat(cast(Any, model), plan.tokenizer, plan.settings), 2)
         return seen
 
     plain = logits(tasks.model)
     for layer in layers.values():
-        other = load_chat(job.checkpoint)
+        other = load_chat(plan.checkpoint)
         linear = other.get_submodule(layer)
         assert isinstance(linear, torch.nn.Linear)
         linear.weight = torch.nn.Parameter(dequantise(*quantise(linear.weight.detach(), "int8")), False)
@@ -179,28 +178,28 @@ def test_a_search_is_made_once(
 ) -> None:
     measured: list[Recipe] = []
 
-    def lost(job: Job, made: Source, space: Workspace, preprocess: object) -> float:
+    def lost(plan: BuildPlan, made: GraphSource, space: Workspace, preprocess: object) -> float:
         measured.append(made.recipe)
-        return 0.05 * len(made.plan.quantised)
+        return 0.05 * len(made.layers.quantised)
 
-    monkeypatch.setattr(mixed, "_cosine_loss", lost)
-    request = Request(
+    monkeypatch.setattr(search_steps, "_cosine_loss", lost)
+    request = BuildConfig(
         tmp_path / "out",
         model,
         precision="mixed",
         calib_samples=8,
         components=(component,),
-        backends=(ORT,),
+        backend=(ORT,),
         budget=0.5,
     )
     first = Heard()
-    job = mixed.mixed_job(request, first, lambda done, total: None)
+    plan = search_steps.plan_mixed(request, first)
     assert first.ran["search"]
-    assert job.recipe.name == "mixed"
-    assert 0 < len(job.plan.quantised) <= 10
+    assert plan.recipe.name == "mixed"
+    assert 0 < len(plan.layers.quantised) <= 10
     count, again = len(measured), Heard()
     assert 1 < count < 10
-    assert mixed.mixed_job(request, again, lambda done, total: None).recipe == job.recipe
+    assert search_steps.plan_mixed(request, again).recipe == plan.recipe
     assert (len(measured), again.ran["search"]) == (count, False)
     receipt = json.loads((tmp_path / ".out.build/bundle/receipts/mixed.json").read_text(encoding="utf-8"))
     assert receipt["speedup"] > 1
@@ -209,8 +208,8 @@ def test_a_search_is_made_once(
 
 
 def test_what_a_search_cannot_take(tmp_path: Path) -> None:
-    request = Request(tmp_path, precision="mixed", algorithm="mse", backends=(ORT,))
+    request = BuildConfig(tmp_path, precision="mixed", algorithm="mse", backend=(ORT,))
     with pytest.raises(UsageError, match="measures ranges itself"):
-        mixed.mixed_job(request, Heard(), lambda done, total: None)
+        search_steps.plan_mixed(request, Heard())
     out = ["--out", str(tmp_path / "x")]
     assert main(["build", "--precision", "mixed", "--dry-run", *out, "--json"]) == UsageError.exit_code

@@ -27,8 +27,8 @@ from ivl_export.models.config import InternVLConfig
 from ivl_export.models.load import meta_model
 from ivl_export.models.storage import read_header
 from ivl_export.models.vit import resize_positions
-from ivl_export.pipeline.graphs import (
-    Source,
+from ivl_export.pipeline.graph_steps import (
+    GraphSource,
     component_weights,
     graph_path,
     write_base_store,
@@ -123,7 +123,7 @@ def part(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slice]:
     shutil.rmtree(folder)
 
 
-Stores = Callable[[str], tuple[Source, Path]]
+Stores = Callable[[str], tuple[GraphSource, Path]]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def stores(part: Slice, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
     home = tmp_path_factory.mktemp("stores")
 
     @cache
-    def write(name: str) -> tuple[Source, Path]:
+    def write(name: str) -> tuple[GraphSource, Path]:
         made = source(part.checkpoint, name, part.scales)
         keys, layers = component_weights(made, COMPONENTS)
         write_base_store(made, keys, home / name)
@@ -144,14 +144,14 @@ def stores(part: Slice, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
     shutil.rmtree(home)
 
 
-def source(checkpoint: Checkpoint, name: str, scales: Scales) -> Source:
+def source(checkpoint: Checkpoint, name: str, scales: Scales) -> GraphSource:
     recipe = load_recipe(name)
     linears = (m for m in meta_model(checkpoint).named_modules() if isinstance(m[1], torch.nn.Linear))
     shapes = {layer: (m.out_features, m.in_features) for layer, m in linears}
-    return Source(checkpoint, recipe, plan_layers(recipe, shapes), scales if recipe.quantises else None)
+    return GraphSource(checkpoint, recipe, plan_layers(recipe, shapes), scales if recipe.quantises else None)
 
 
-def compared(made: Source, component: str, root: Path, step: Step) -> tuple[dict[str, Metrics], int]:
+def compared(made: GraphSource, component: str, root: Path, step: Step) -> tuple[dict[str, Metrics], int]:
     """Metrics of every output of the graph in ONNX Runtime, and how many products are quantised."""
     promised = write_graph(made, component, root, "fp32", "onnxruntime")
     spec = component_spec(component, made.checkpoint.config)

@@ -21,8 +21,8 @@ from ivl_export.export.unquantized import export_plain
 from ivl_export.inputs.preprocess import Array
 from ivl_export.models import ChatConfig, VisionConfig
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
-from ivl_export.pipeline.graphs import (
-    Source,
+from ivl_export.pipeline.graph_steps import (
+    GraphSource,
     graph_path,
     write_base_store,
     write_graph,
@@ -159,7 +159,7 @@ def test_quantised_graph(part: Part, tmp_path: Path, scheme: str) -> None:
     layers = list(planned.quantised)
     amax = {"decoder": {name: part.amax[name] for name in layers}}
     scales = Scales(amax, "max", 4, "", True, 0, part.checkpoint.revision)
-    made = Source(part.checkpoint, recipe, planned, scales)
+    made = GraphSource(part.checkpoint, recipe, planned, scales)
     write_base_store(made, [key for key in part.keys if key.removesuffix(".weight") not in layers], tmp_path)
     write_quantised_store(made, layers, tmp_path)
     promised = write_graph(made, "decoder", tmp_path, "fp32", "onnxruntime")

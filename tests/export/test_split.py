@@ -19,11 +19,11 @@ from ivl_export.errors import BuildError, InputError, IntegrityError, UsageError
 from ivl_export.export.components import component_spec
 from ivl_export.export.split import split_graph
 from ivl_export.export.trace import export_component
-from ivl_export.pipeline import graphs
-from ivl_export.pipeline.graphs import graph_path
-from ivl_export.pipeline.job import Job
+from ivl_export.pipeline import graph_steps
+from ivl_export.pipeline.config import BuildConfig
+from ivl_export.pipeline.graph_steps import graph_path
 from ivl_export.pipeline.manifest import manifest_of
-from ivl_export.pipeline.request import Request
+from ivl_export.pipeline.plan import plan_build
 from ivl_export.pipeline.workspace import Record
 from ivl_export.profiles.measure.layers import profile_layers
 from ivl_export.quantization.ranges import Scales
@@ -49,7 +49,7 @@ class Split:
 
     count: int
     bundle: Bundle
-    source: graphs.Source
+    source: graph_steps.GraphSource
     promised: dict[str, dict[str, str]]
 
     @property
@@ -64,25 +64,27 @@ def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Scales are made up: both sides compute with the same ones."""
     root = tmp_path_factory.mktemp("split")
     # Nano's second block ends the first of two parts, its first and third those of three.
-    asked = Request(root / "out", split=request.param, backends=("onnxruntime",), calib_samples=4)
-    job = Job(replace(asked, itm=True, features=(1, 2, 3)))
-    made = graphs.Source(job.checkpoint, job.recipe, job.plan, None)
-    layers = {c: graphs.component_weights(made, [c])[1] for c in job.components}
+    asked = BuildConfig(root / "out", split=request.param, backend=("onnxruntime",), calib_samples=4)
+    plan = plan_build(replace(asked, itm=True, features=(1, 2, 3)))
+    made = graph_steps.GraphSource(plan.checkpoint, plan.recipe, plan.layers, None)
+    layers = {c: graph_steps.component_weights(made, [c])[1] for c in plan.components}
     amax = {c: dict.fromkeys(names, 8.0) for c, names in layers.items()}
-    made = replace(made, scales=Scales(amax, "max", 1, "0" * 64, True, 0, job.checkpoint.revision))
+    made = replace(made, scales=Scales(amax, "max", 1, "0" * 64, True, 0, plan.checkpoint.revision))
     staging = root / "staging"
-    keys, low = graphs.component_weights(made, job.components)
-    graphs.write_base_store(made, keys, staging)
-    graphs.write_quantised_store(made, low, staging)
+    keys, low = graph_steps.component_weights(made, plan.components)
+    graph_steps.write_base_store(made, keys, staging)
+    graph_steps.write_quantised_store(made, low, staging)
     (staging / "preprocess").mkdir()
-    job.settings.save(staging / "preprocess" / "preprocessor_config.json")
-    (staging / "preprocess" / "tokenizer.model").write_bytes(job.tokenizer.model)
+    plan.settings.save(staging / "preprocess" / "preprocessor_config.json")
+    (staging / "preprocess" / "tokenizer.model").write_bytes(plan.tokenizer.model)
     records, promised = {}, {}
-    for c in job.components:
-        promised[c], specs = graphs.write_split_graph(made, c, staging, "fp32", "onnxruntime", request.param)
+    for c in plan.components:
+        promised[c], specs = graph_steps.write_split_graph(
+            made, c, staging, "fp32", "onnxruntime", request.param
+        )
         data = {"parts": [spec.to_json() for spec in specs]}
         records[f"graph-{c}"] = Record("0" * 64, {}, 0.0, data)
-    manifest = manifest_of(job, records, ())
+    manifest = manifest_of(plan, records, ())
     for whole in manifest.components.values():
         for piece in (whole, *whole.parts):
             del piece.graphs["bf16"]
@@ -189,7 +191,7 @@ def test_parts_are_proven_together(split: Split, tmp_path: Path) -> None:
     assert {g.node for g in plain.gemms} >= set(split.promised[component])
     pytest.importorskip("tensorrt_rtx")
     shutil.copytree(root / "onnx" / "weights", tmp_path / "onnx" / "weights")
-    promised, specs = graphs.write_split_graph(
+    promised, specs = graph_steps.write_split_graph(
         split.source, component, tmp_path, "bf16", "tensorrt", split.count
     )
     assert specs == [piece.spec for piece in pieces], "both variants are cut alike"
@@ -206,9 +208,9 @@ def test_parts_are_proven_together(split: Split, tmp_path: Path) -> None:
 
 def test_more_parts_than_blocks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"Component vision cannot be split into 6 parts") as caught:
-        Job(Request(tmp_path / "out", split=6, components=("vision",), calib_samples=4))
+        plan_build(BuildConfig(tmp_path / "out", split=6, components=("vision",), calib_samples=4))
     assert caught.value.fix == "Give --split a number from 1 to 5."
-    checkpoint = Job(Request(tmp_path / "out", calib_samples=4)).checkpoint
+    checkpoint = plan_build(BuildConfig(tmp_path / "out", calib_samples=4)).checkpoint
     model = export_component("vision", checkpoint, "float32")
     for count in (0, 6):
         with pytest.raises(UsageError, match="It has 5 blocks"):
@@ -217,7 +219,7 @@ def test_more_parts_than_blocks_are_refused(tmp_path: Path) -> None:
 
 def test_a_second_stream_between_blocks_is_refused(tmp_path: Path) -> None:
     """A block that reads an inner value of the one before cannot be cut off from it."""
-    checkpoint = Job(Request(tmp_path / "out", calib_samples=4)).checkpoint
+    checkpoint = plan_build(BuildConfig(tmp_path / "out", calib_samples=4)).checkpoint
     model = export_component("vision", checkpoint, "float32")
     norms = [n for n in model.graph if n.op_type == "RMSNormalization"]
     inner = next(n for n in norms if n.inputs[1].name == "vision_model.encoder.layers.0.norm2.weight")  # type: ignore[union-attr]

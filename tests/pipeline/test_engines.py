@@ -43,10 +43,10 @@ def test_native_engines_are_proved_by_their_inspector(
     monkeypatch.setattr(
         engine_steps, "proof_from_inspector", lambda info, graph: (info.read_text(), graph.name)
     )
-    job: Any = SimpleNamespace(recipe=SimpleNamespace(base="bf16"))
-    space: Any = SimpleNamespace(root=tmp_path, records={"engine-vision-native": RECORD})
+    plan: Any = SimpleNamespace(recipe=SimpleNamespace(base="bf16"))
+    space: Any = SimpleNamespace(staging_dir=tmp_path, records={"engine-vision-native": RECORD})
     spec = ComponentSpec("vision", (), (), ())
-    found: Any = engine_steps._engine_proof(job, space, spec, "tensorrt", "native")
+    found: Any = engine_steps._engine_proof(plan, space, spec, "tensorrt", "native")
     assert found == ("[1]", "vision.bf16.onnx")
     assert asked["path"] == tmp_path / "engines" / "tensorrt-native" / "vision.engine"
     assert asked["record"] == engine_file(RECORD)

@@ -30,10 +30,10 @@ class Heard:
     def started(self, step: str, total: int | None) -> None:
         pass
 
-    def advanced(self, done: int) -> None:
+    def advanced(self, done: int, total: int | None = None) -> None:
         pass
 
-    def finished(self, step: str, seconds: float, reused: bool) -> None:
+    def finished(self, step: str, seconds: float, reused: bool = False) -> None:
         self.finished_steps.append((step, reused))
 
 
@@ -60,7 +60,9 @@ def space(tmp_path: Path) -> Workspace:
 def seal_steps(work: Workspace) -> Bundle:
     work.finish()
     model = Model("m", "s", {}, {}, 0.0, 1)
-    bundle = seal(work.root, Manifest(model, "bf16", "bf16", {}, None, {}, receipts=(RECEIPT,)), work.out)
+    bundle = seal(
+        work.staging_dir, Manifest(model, "bf16", "bf16", {}, None, {}, receipts=(RECEIPT,)), work.out
+    )
     work.discard()
     return bundle
 
@@ -86,9 +88,9 @@ def test_a_step_runs_once_and_again_when_its_inputs_change(tmp_path: Path) -> No
         assert work.ran == []
         work.step("a", {"n": 2}, writes({"x/a.txt": "three"}))
         assert work.ran == ["a"]
-        assert (work.root / "x/a.txt").read_text() == "three"
-        assert isinstance(work.reporter, Heard)
-        assert work.reporter.finished_steps == [("a", True), ("a", False)]
+        assert (work.staging_dir / "x/a.txt").read_text() == "three"
+        assert isinstance(work.progress, Heard)
+        assert work.progress.finished_steps == [("a", True), ("a", False)]
 
 
 @pytest.mark.parametrize("change", ["remove", "shorten"])
@@ -97,9 +99,9 @@ def test_a_missing_or_cut_file_reruns_its_step_only(tmp_path: Path, change: str)
         work.step("a", {}, writes({"a.txt": "text", "b.txt": "text"}))
         work.step("c", {}, writes({"c.txt": "text"}))
         if change == "remove":
-            (work.root / "b.txt").unlink()
+            (work.staging_dir / "b.txt").unlink()
         else:
-            (work.root / "b.txt").write_text("t")
+            (work.staging_dir / "b.txt").write_text("t")
         work.step("a", {}, writes({"a.txt": "text", "b.txt": "text"}))
         work.step("c", {}, never)
         assert work.ran == ["a", "c", "a"]
@@ -118,7 +120,7 @@ def test_a_step_that_fails_half_way_leaves_no_record(tmp_path: Path) -> None:
         work.step("a", {}, never)
         assert not work.known("b", {})
         work.step("b", {}, writes({"b.txt": "whole"}))
-        assert (work.root / "b.txt").read_text() == "whole"
+        assert (work.staging_dir / "b.txt").read_text() == "whole"
 
 
 def test_a_killed_rerun_does_not_pass_for_the_run_before(tmp_path: Path) -> None:
@@ -134,16 +136,14 @@ def test_a_killed_rerun_does_not_pass_for_the_run_before(tmp_path: Path) -> None
         work.step("a", {"model": "two"}, killed)
     with space(tmp_path) as work:
         work.step("a", {"model": "one"}, writes({"a.txt": "one"}))
-        assert (work.root / "a.txt").read_text() == "one"
+        assert (work.staging_dir / "a.txt").read_text() == "one"
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from ivl_export.pipeline.workspace import Workspace
-class Quiet:
-    def started(self, *a): pass
-    advanced = finished = started
+from ivl_export.progress import Silent
 def write(name, text):
     def run(root):
         (root / name).write_text(text)
@@ -151,7 +151,7 @@ def write(name, text):
             os.kill(os.getpid(), signal.SIGKILL)
         return [name], {}
     return run
-with Workspace(Path(sys.argv[1]), Quiet()) as work:
+with Workspace(Path(sys.argv[1]), Silent()) as work:
     work.step("a", {}, write("a.txt", "a"))
     work.step("b", {}, write("b.txt", "half"))
 """
@@ -172,12 +172,14 @@ def test_finish_leaves_step_files_and_their_records_only(tmp_path: Path) -> None
         work.step("old", {}, writes({"old/deep/old.txt": "old"}))
     with space(tmp_path) as work:
         work.step("a", {}, writes({"keep/a.txt": "a"}))
-        (work.root / "keep" / ".a.txt.123.tmp").write_text("of a killed writer")
-        (work.root / "empty").mkdir()
+        (work.staging_dir / "keep" / ".a.txt.123.tmp").write_text("of a killed writer")
+        (work.staging_dir / "empty").mkdir()
         work.finish()
-        found = {p.relative_to(work.root).as_posix() for p in work.root.rglob("*")}
+        found = {p.relative_to(work.staging_dir).as_posix() for p in work.staging_dir.rglob("*")}
         assert found == {"keep", "keep/a.txt", "receipts", "receipts/build.json"}
-        assert json.loads((work.root / "receipts/build.json").read_text()) == {"a": asdict(work.records["a"])}
+        assert json.loads((work.staging_dir / "receipts/build.json").read_text()) == {
+            "a": asdict(work.records["a"])
+        }
         work.discard()
     assert not list(tmp_path.iterdir())
 
@@ -189,10 +191,10 @@ def test_unchanged_steps_come_from_the_bundle(tmp_path: Path) -> None:
         work.step("a", {"text": "one"}, never)
         work.step("b", {"text": "new"}, writes({"b.txt": "new"}))
         assert work.ran == ["b"]
-        assert (work.root / "a.txt").read_text() == "one"
+        assert (work.staging_dir / "a.txt").read_text() == "one"
         # its own copy: onnx.checker refuses weights that have a second name
-        assert (work.root / "a.txt").stat().st_nlink == 1
-        (work.root / "a.txt").write_text("XXX")
+        assert (work.staging_dir / "a.txt").stat().st_nlink == 1
+        (work.staging_dir / "a.txt").write_text("XXX")
     assert Bundle.open(tmp_path / "out", verify="hash").path("b.txt").read_text() == "two"
 
 
@@ -230,7 +232,7 @@ def test_a_bundle_whose_records_point_elsewhere_is_not_trusted(tmp_path: Path) -
 def test_a_damaged_record_reruns_its_step(tmp_path: Path, text: str) -> None:
     with space(tmp_path) as work:
         work.step("a", {}, writes({"a.txt": "a"}))
-        (work.home / "steps" / "a.json").write_text(text)
+        (work.work_dir / "steps" / "a.json").write_text(text)
         work.step("a", {}, writes({"a.txt": "a"}))
         assert work.ran == ["a", "a"]
 
@@ -355,7 +357,7 @@ def test_any_history_ends_as_a_clean_build_would(
                     break
             else:
                 for name, text in wanted.items():
-                    assert (work.root / f"{name}.txt").read_text() == text
+                    assert (work.staging_dir / f"{name}.txt").read_text() == text
                 if data.draw(st.booleans()):
                     bundle = seal_steps(work)
                     bundle.check()

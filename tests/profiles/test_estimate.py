@@ -30,9 +30,9 @@ from ivl_export.models.layout import (
     components_of,
     expected_shapes,
 )
-from ivl_export.pipeline import graphs, resources
-from ivl_export.pipeline.job import Job
-from ivl_export.pipeline.request import Request
+from ivl_export.pipeline import graph_steps
+from ivl_export.pipeline.config import BuildConfig
+from ivl_export.pipeline.plan import plan_build
 from ivl_export.profiles.cost.analytic import component_macs
 from ivl_export.profiles.cost.estimate import RECEIPTS, Estimate, estimate
 from ivl_export.profiles.cost.flops import graph_cost
@@ -288,17 +288,17 @@ def test_every_receipt_of_the_repository_is_checked(capsys: pytest.CaptureFixtur
 def test_sizes_are_those_of_a_build(tmp_path: Path, query_chat: Path, form: str) -> None:
     model = {"nano": None, "nano-chat": Path("nano-chat"), "with queries": query_chat}[form]
     for precision in ("fp8", "bf16", "fp8-attention"):
-        job = Job(Request(tmp_path / "out", model, precision, calib_samples=4))
-        made = graphs.Source(job.checkpoint, job.recipe, job.plan, None)
-        config = job.checkpoint.whole
-        assert linear_shapes(config) == job.linear_shapes
-        assert plan_of(job.recipe, config) == job.plan
+        plan = plan_build(BuildConfig(tmp_path / "out", model, precision, calib_samples=4))
+        made = graph_steps.GraphSource(plan.checkpoint, plan.recipe, plan.layers, None)
+        config = plan.checkpoint.whole
+        assert linear_shapes(config) == plan.linear_shapes
+        assert plan_of(plan.recipe, config) == plan.layers
         for name in components_of(config):
-            ours = weights(config, job.recipe, plan_of(job.recipe, config), [name])
-            assert (sum(ours.kept.values()), sum(ours.low.values())) == resources.stored_bytes(made, [name])
-            assert ours.build_load.build_bytes == resources.build_load(made, name).build_bytes
-        assert weights(config, job.recipe, job.plan).nbytes == sum(
-            resources.stored_bytes(made, job.components)
+            ours = weights(config, plan.recipe, plan_of(plan.recipe, config), [name])
+            assert (sum(ours.kept.values()), sum(ours.low.values())) == graph_steps.stored_bytes(made, [name])
+            assert ours.build_load.build_bytes == graph_steps.build_load(made, name).build_bytes
+        assert weights(config, plan.recipe, plan.layers).nbytes == sum(
+            graph_steps.stored_bytes(made, plan.components)
         )
     assert set(linear_shapes(InternVLConfig())) < {
         key.removesuffix(".weight") for key in expected_shapes(InternVLConfig())

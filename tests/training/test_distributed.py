@@ -24,7 +24,7 @@ from ivl_export.training.initial import initialised
 from ivl_export.training.launch import together
 from ivl_export.training.losses import Stage2Batch, Text, across_ranks, stage2_losses
 from ivl_export.training.tokenizer import train_tokenizer
-from ivl_export.training.trainer import Options, Progress, train
+from ivl_export.training.trainer import Options, TrainingProgress, train
 
 pytestmark = pytest.mark.numeric
 
@@ -101,13 +101,13 @@ def test_gradients_are_the_published_ones(strategy: str, tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Progress], Tensor]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[TrainingProgress], Tensor]:
     """What one process reports, and how its weights moved."""
     return trained(tmp_path_factory.mktemp("alone"), 1, "ddp")
 
 
-def trained(folder: Path, processes: int, strategy: dist.Strategy) -> tuple[list[Progress], Tensor]:
-    heard: list[Progress] = []
+def trained(folder: Path, processes: int, strategy: dist.Strategy) -> tuple[list[TrainingProgress], Tensor]:
+    heard: list[TrainingProgress] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     options = Options(folder, save_every=2, workers=0, bf16=False, strategy=strategy)
@@ -125,7 +125,7 @@ def trained(folder: Path, processes: int, strategy: dist.Strategy) -> tuple[list
 
 @pytest.mark.parametrize("strategy", dist.STRATEGIES)
 def test_two_processes_train_as_one_does(
-    strategy: dist.Strategy, alone: tuple[list[Progress], Tensor], tmp_path: Path
+    strategy: dist.Strategy, alone: tuple[list[TrainingProgress], Tensor], tmp_path: Path
 ) -> None:
     found, moved = trained(tmp_path, 2, strategy)
     wanted, expected = alone

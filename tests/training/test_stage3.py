@@ -23,7 +23,7 @@ from ivl_export.training import lora
 from ivl_export.training.conversations import ChatBatch, ChatBatches, SceneDialogues
 from ivl_export.training.presets import Stage
 from ivl_export.training.stage3 import TRAINS, Stage3, Trains, answer_loss, fine_tune
-from ivl_export.training.trainer import Options, Progress
+from ivl_export.training.trainer import Options, TrainingProgress
 
 from ..conftest import small_tokenizer
 
@@ -87,7 +87,7 @@ def run(
     stage = Stage("stage3", "answers", steps, 2, 1e-3, 0.0, 1, trainable=TRAINS[trains])
     losses: list[float] = []
 
-    def report(p: Progress) -> None:
+    def report(p: TrainingProgress) -> None:
         losses.append(p.losses["answers"])
         if p.step == stop:
             raise KeyboardInterrupt

@@ -28,7 +28,7 @@ from ivl_export.training.initial import initialised, sine_positions
 from ivl_export.training.presets import NANO, PRESETS, Preset, Stage
 from ivl_export.training.publish import Run, publish
 from ivl_export.training.tokenizer import VOCAB_SIZE, train_tokenizer
-from ivl_export.training.trainer import MAX_LOGIT_SCALE, Options, Progress, schedule, shortened, train
+from ivl_export.training.trainer import MAX_LOGIT_SCALE, Options, TrainingProgress, schedule, shortened, train
 
 pytestmark = pytest.mark.numeric
 
@@ -67,8 +67,8 @@ class Stopped(Exception):
     """What ends a run in the middle."""
 
 
-def stop_after(step: int) -> Callable[[Progress], None]:
-    def report(progress: Progress) -> None:
+def stop_after(step: int) -> Callable[[TrainingProgress], None]:
+    def report(progress: TrainingProgress) -> None:
         if progress.done == step:
             raise Stopped
 
@@ -76,7 +76,7 @@ def stop_after(step: int) -> Callable[[Progress], None]:
 
 
 def run(
-    preset: Preset, tokenizer: bytes, folder: Path, report: Callable[[Progress], None] | None = None
+    preset: Preset, tokenizer: bytes, folder: Path, report: Callable[[TrainingProgress], None] | None = None
 ) -> InternVLModel:
     return train(preset, tokenizer, Options(folder, save_every=2, workers=0), report or (lambda p: None))[0]
 
@@ -99,21 +99,21 @@ def equal(a: Any, b: Any) -> bool:
 @pytest.fixture(scope="module")
 def whole(
     tokenizer: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[InternVLModel, Path, list[Progress]]:
+) -> tuple[InternVLModel, Path, list[TrainingProgress]]:
     """A run from start to end: the model, its folder and its reports."""
     folder = tmp_path_factory.mktemp("whole")
-    seen: list[Progress] = []
+    seen: list[TrainingProgress] = []
     return run(TINY, tokenizer, folder, seen.append), folder, seen
 
 
 # 3: within stage 1, state of step 2; 4: between the stages; 5: nothing of stage 2 is kept; 7: within stage 2
 @pytest.mark.parametrize("step", [3, 4, 5, 7])
 def test_a_stopped_run_ends_where_one_that_was_not_ends(
-    step: int, whole: tuple[InternVLModel, Path, list[Progress]], tokenizer: bytes, tmp_path: Path
+    step: int, whole: tuple[InternVLModel, Path, list[TrainingProgress]], tokenizer: bytes, tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped):
         run(TINY, tokenizer, tmp_path, stop_after(step))
-    again: list[Progress] = []
+    again: list[TrainingProgress] = []
     model = run(TINY, tokenizer, tmp_path, again.append)
     expected, folder, seen = whole
     first = (step - 1) // 2 * 2  # reports come before the save of their step
@@ -129,7 +129,7 @@ def test_a_stopped_run_ends_where_one_that_was_not_ends(
 
 
 def test_a_finished_run_is_only_loaded(
-    whole: tuple[InternVLModel, Path, list[Progress]], tokenizer: bytes
+    whole: tuple[InternVLModel, Path, list[TrainingProgress]], tokenizer: bytes
 ) -> None:
     model, folder, seen = whole
     assert train(TINY, tokenizer, Options(folder), lambda p: None)[1] == seen[-1].seconds
@@ -139,13 +139,13 @@ def test_a_finished_run_is_only_loaded(
     ]
     assert set(seen[0].losses) == {"itc", "grad_norm"}
     assert set(seen[-1].losses) == {"itc", "itm", "itg", "grad_norm"}
-    more: list[Progress] = []
+    more: list[TrainingProgress] = []
     assert equal(run(TINY, tokenizer, folder, more.append).state_dict(), model.state_dict())
     assert more == []
 
 
 def test_other_settings_do_not_go_on_with_a_runs_state(
-    whole: tuple[InternVLModel, Path, list[Progress]], tokenizer: bytes
+    whole: tuple[InternVLModel, Path, list[TrainingProgress]], tokenizer: bytes
 ) -> None:
     folder = whole[1]
     before = (folder / "state.pt").read_bytes()
@@ -188,7 +188,7 @@ def test_losses_fall(tokenizer: bytes, tmp_path: Path) -> None:
     """
     easy = [replace(stage, batch=8, warmup=5, near=0.0, pairs=0.0) for stage in STAGES]
     stages = (replace(easy[0], steps=90), replace(easy[1], steps=60, lr=8e-3))
-    reports: list[Progress] = []
+    reports: list[TrainingProgress] = []
     run(replace(TINY, stages=stages), tokenizer, tmp_path, reports.append)
 
     def mean(name: str, steps: slice) -> float:
@@ -262,7 +262,7 @@ def test_shortened_presets_keep_a_valid_schedule() -> None:
 
 
 def test_published_folder_loads_again(
-    whole: tuple[InternVLModel, Path, list[Progress]], tokenizer: bytes, tmp_path: Path
+    whole: tuple[InternVLModel, Path, list[TrainingProgress]], tokenizer: bytes, tmp_path: Path
 ) -> None:
     model = whole[0]
     shipped = InternVLModel(TINY.model)

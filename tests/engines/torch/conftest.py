@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -40,12 +39,12 @@ def nano_weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 def built(precision: str, out: Path, components: tuple[str, ...]) -> Path:
     """``ivl-export build`` without its scores on tasks, which take most of the time."""
     from ivl_export.cli import main
+    from ivl_export.pipeline import run
 
-    build = importlib.import_module("ivl_export.pipeline.build")
     line = ["build", "--precision", precision, "--backend", "onnxruntime", "--calib-samples", "40"]
     line += ["--out", str(out), *(["--components", ",".join(components)] if components else [])]
     with pytest.MonkeyPatch.context() as patch:
-        steps = build.steps
-        patch.setattr(build, "steps", lambda job: [s for s in steps(job) if s.name != "tasks"])
+        steps = run.build_steps
+        patch.setattr(run, "build_steps", lambda plan: [s for s in steps(plan) if s.name != "tasks"])
         assert main(line) == 0
     return out

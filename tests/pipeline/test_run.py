@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from ivl_export.errors import AccuracyError
-from ivl_export.pipeline.build import _check_accuracy
-from ivl_export.pipeline.evaluate import HEADLINES, cached
-from ivl_export.pipeline.job import Job
-from ivl_export.pipeline.request import ORT, Request
+from ivl_export.pipeline.accuracy_steps import HEADLINES, cached
+from ivl_export.pipeline.config import ORT, BuildConfig
+from ivl_export.pipeline.plan import BuildPlan, plan_build
+from ivl_export.pipeline.run import check_accuracy
 from ivl_export.pipeline.workspace import Record
 
 TASKS = {"tasks": Record("0" * 64, {"receipts/tasks.json": 1}, 1.0)}
 
 
-def job(model: Path, precision: str, allow: bool = False) -> Job:
+def opened(model: Path, precision: str, allow: bool = False) -> BuildPlan:
     out = model.parent / "out"
-    return Job(Request(out, model, precision, backends=(ORT,), allow_accuracy_loss=allow))
+    return plan_build(BuildConfig(out, model, precision, backend=(ORT,), allow_accuracy_loss=allow))
 
 
 def write_scores(root: Path, lost: dict[str, float], precision: str) -> None:
@@ -50,21 +50,21 @@ def nano_like(tiny_model: Path, tmp_path: Path) -> Path:
 def test_each_figure_has_the_budget_of_its_precision(
     nano_like: Path, tmp_path: Path, precision: str, budget: float, figure: str
 ) -> None:
-    asked = job(nano_like, precision)
+    asked = opened(nano_like, precision)
     write_scores(tmp_path, {figure: budget}, precision)
-    assert _check_accuracy(asked, tmp_path, TASKS) == ""
+    assert check_accuracy(asked, tmp_path, TASKS) == ""
     write_scores(tmp_path, {figure: -5.0}, precision)  # better is no loss
-    assert _check_accuracy(asked, tmp_path, TASKS) == ""
+    assert check_accuracy(asked, tmp_path, TASKS) == ""
     write_scores(tmp_path, {figure: budget + 0.2}, precision)
     with pytest.raises(AccuracyError, match=figure.replace("@", ".")) as caught:
-        _check_accuracy(asked, tmp_path, TASKS)
+        check_accuracy(asked, tmp_path, TASKS)
     assert caught.value.exit_code == 7
     assert "--allow-accuracy-loss" in caught.value.fix
-    assert figure in _check_accuracy(job(nano_like, precision, allow=True), tmp_path, TASKS)
+    assert figure in check_accuracy(opened(nano_like, precision, allow=True), tmp_path, TASKS)
 
 
 def test_without_tasks_there_is_no_budget(nano_like: Path, tmp_path: Path) -> None:
-    assert _check_accuracy(job(nano_like, "fp8"), tmp_path, {}) == ""
+    assert check_accuracy(opened(nano_like, "fp8"), tmp_path, {}) == ""
 
 
 def test_evaluations_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

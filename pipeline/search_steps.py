@@ -15,18 +15,23 @@ from ..calibration.sensitivity import Loss, Sensitivity
 from ..engines.targets import parse_targets
 from ..errors import CapabilityError, UsageError
 from ..files.strict_json import read_json
+from ..progress import Progress
 from ..quantization.ranges import Scales
 from ..quantization.recipe import Recipe, plan_layers
 from ..quantization.schemes import element_types
-from . import evaluate, graphs
-from .accuracy_steps import scores_of
+from .accuracy_steps import cached, evaluate_torch, headlines, question_counts, scores_of
 from .calibration_steps import calibrate_step, finite_step, preprocess_step
-from .graphs import SCALES, Source
-from .job import Job
-from .request import MIXED, Request
-from .sensitivity import RECEIPT, sensitivity_step
-from .step import Made, Step, after, model_of, run_step, write_receipt
-from .workspace import Reporter, Workspace
+from .config import MIXED, BuildConfig
+from .graph_steps import (
+    SCALES,
+    GraphSource,
+    component_weights,
+    write_base_store,
+    write_quantised_store,
+)
+from .plan import BuildPlan, plan_build
+from .sensitivity_steps import RECEIPT, sensitivity_step
+from .workspace import Step, StepResult, Workspace, after, run_step, write_receipt
 
 CANDIDATES = ("fp8", "int8", "int8-weight", "int4-weight")
 """Schemes that a search chooses from, less those that a target lacks a type for."""
@@ -34,72 +39,72 @@ _JOINED = re.compile(r"(.*\.)(self_attn\.[qkv]|cross_attn\.[kv]|mlp\.(?:gate|up)
 """Layers that share their input: a builder joins their products where they have one scheme."""
 
 
-def mixed_job(request: Request, reporter: Reporter, progress: Callable[[int, int], None]) -> Job:
-    """The job of ``request``, whose recipe is searched first; what was searched before is not again.
+def plan_mixed(config: BuildConfig, progress: Progress) -> BuildPlan:
+    """The plan of ``config``, whose recipe is searched first; what was searched before is not again.
 
     Raises:
         UsageError: an option that a search cannot take.
         CapabilityError: no published peaks for the target's GPU.
     """
-    if request.scales is not None or request.algorithm not in (None, "max"):
+    if config.scales is not None or config.algorithm not in (None, "max"):
         raise UsageError(
             f"--precision {MIXED} measures ranges itself, with max.",
             "Its recipe is not known when they are measured.",
             "Leave --scales and --algorithm out.",
         )
-    first = Job(replace(request, precision="int8"), progress)  # a recipe that all targets run
-    with Workspace(request.out, reporter) as space:
+    first = plan_build(replace(config, precision="int8"), progress.advanced)  # a recipe that all targets run
+    with Workspace(config.out, progress) as space:
         for step in (finite_step(first), *search_steps(first)):
             run_step(space, step)
-        found = Recipe.from_json(read_json(space.root / "receipts" / f"{MIXED}.json")["recipe"])
-    return Job(request, progress, found)
+        recipe = Recipe.from_json(read_json(space.staging_dir / "receipts" / f"{MIXED}.json")["recipe"])
+    return plan_build(config, progress.advanced, recipe)
 
 
-def search_steps(job: Job) -> list[Step]:
-    """Ranges, what each layer loses, the search: the same for the job that searches and that which builds."""
-    preprocess = preprocess_step(job)
-    calibrate = calibrate_step(job, [preprocess])
-    losses = sensitivity_step(job, candidates(job), [preprocess, calibrate])
-    return [preprocess, calibrate, losses, _search_step(job, preprocess, [calibrate, losses])]
+def search_steps(plan: BuildPlan) -> list[Step]:
+    """Ranges, losses of each layer, the search: the same in the plan that searches and in the one built."""
+    preprocess = preprocess_step(plan)
+    calibrate = calibrate_step(plan, [preprocess])
+    losses = sensitivity_step(plan, candidates(plan), [preprocess, calibrate])
+    return [preprocess, calibrate, losses, _search_step(plan, preprocess, [calibrate, losses])]
 
 
-def candidates(job: Job) -> tuple[str, ...]:
-    """Schemes that every target of ``job`` has the types for."""
-    missing = {kind for target in parse_targets(job.request.targets) for kind in target.missing}
+def candidates(plan: BuildPlan) -> tuple[str, ...]:
+    """Schemes that every target of ``plan`` has the types for."""
+    missing = {kind for target in parse_targets(plan.config.targets) for kind in target.missing}
     return tuple(s for s in CANDIDATES if not element_types("bf16", frozenset({s})) & missing)
 
 
-def _search_step(job: Job, preprocess: Step, before: list[Step]) -> Step:
+def _search_step(plan: BuildPlan, preprocess: Step, before: list[Step]) -> Step:
     from ..profiles.cost.layer_costs import gpu_of
 
-    gpu = gpu_of(job.targets[0])
+    gpu = gpu_of(plan.targets[0])
     if gpu is None:
         raise CapabilityError(
-            f"No GPU of {job.targets[0]} is in the table of peaks.",
+            f"No GPU of {plan.targets[0]} is in the table of peaks.",
             "A search weighs accuracy against modelled time.",
             "Give another --targets first, or name a recipe.",
         )
-    tasks = bool(job.evaluation) and set(job.components) >= set(job.checkpoint.components)
-    budget = BUDGETS[MIXED] if job.request.budget is None else job.request.budget
+    tasks = plan.runs_tasks
+    budget = BUDGETS[MIXED] if plan.config.budget is None else plan.config.budget
 
-    def run(space: Workspace, advanced: Callable[[int], None]) -> Made:
-        scales = Scales.load(space.root / SCALES)
-        found = Sensitivity.from_json(read_json(space.root / RECEIPT))
+    def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
+        scales = Scales.load(space.staging_dir / SCALES)
+        found = Sensitivity.from_json(read_json(space.staging_dir / RECEIPT))
         measured = 0
 
         def lost(schemes: dict[str, str]) -> float:
             nonlocal measured
-            recipe = as_recipe(MIXED, schemes, list(job.linear_shapes), job.recipe.base, "")
-            made = Source(job.checkpoint, recipe, plan_layers(recipe, job.linear_shapes), scales)
-            loss = (_task_loss if tasks else _cosine_loss)(job, made, space, preprocess)
+            recipe = as_recipe(MIXED, schemes, list(plan.linear_shapes), plan.recipe.base, "")
+            made = GraphSource(plan.checkpoint, recipe, plan_layers(recipe, plan.linear_shapes), scales)
+            loss = (_task_loss if tasks else _cosine_loss)(plan, made, space, preprocess)
             measured += 1
             advanced(measured)
             return loss
 
-        result = search(_groups(job, found), job.recipe.base, budget, lost)
+        result = search(_groups(plan, found), plan.recipe.base, budget, lost)
         unit = "points of task accuracy" if tasks else "points of cosine"
         summary = f"Searched: at most {budget:g} {unit} lost, modelled on {gpu.title}."
-        recipe = as_recipe(MIXED, result.schemes, list(job.linear_shapes), job.recipe.base, summary)
+        recipe = as_recipe(MIXED, result.schemes, list(plan.linear_shapes), plan.recipe.base, summary)
         receipt = {
             "recipe": recipe.to_json(),
             "budget": budget,
@@ -110,18 +115,18 @@ def _search_step(job: Job, preprocess: Step, before: list[Step]) -> Step:
         }
         return [write_receipt(space, MIXED, receipt)], {"measured": measured}
 
-    inputs = {"budget": budget, "gpu": asdict(gpu), "tasks": tasks and evaluate.sizes(job), **model_of(job)}
+    inputs = {"budget": budget, "gpu": asdict(gpu), "tasks": tasks and question_counts(plan), **plan.identity}
     return Step("search", {**inputs, **after([preprocess, *before])}, run, unit="recipes measured")
 
 
-def _groups(job: Job, found: Sensitivity) -> list[Group]:
+def _groups(plan: BuildPlan, found: Sensitivity) -> list[Group]:
     """Groups of layers with what they cost and lose; layers outside the blocks keep the base type."""
     from ..profiles.cost.layer_costs import gpu_of, layer_times
 
-    gpu, base, worst = gpu_of(job.targets[0]), job.recipe.base, found.worst()
+    gpu, base, worst = gpu_of(plan.targets[0]), plan.recipe.base, found.worst()
     assert gpu is not None
-    fit = candidates(job)
-    times = layer_times(job.checkpoint.whole, job.components, fit, base, gpu)
+    fit = candidates(plan)
+    times = layer_times(plan.checkpoint.whole, plan.components, fit, base, gpu)
     members: dict[str, list[str]] = {}
     for layer in dict.fromkeys(layer for layer, scheme in worst if scheme in fit):
         match = _JOINED.fullmatch(layer)
@@ -145,27 +150,27 @@ def _group(
     return Group(tuple(layers), tuple(options))
 
 
-def _task_loss(job: Job, made: Source, space: Workspace, preprocess: Step) -> float:
+def _task_loss(plan: BuildPlan, made: GraphSource, space: Workspace, preprocess: Step) -> float:
     """The most percentage points lost on a task, on the questions that the build is held to."""
-    model = {**model_of(job), **after([preprocess])}
-    torch_scores = partial(evaluate.evaluate_torch, job, "float32")
-    full = evaluate.headlines(evaluate.cached([model, "fp32"], torch_scores))
-    got = evaluate.headlines(scores_of(job, made, space, preprocess))
+    model = {**plan.identity, **after([preprocess])}
+    torch_scores = partial(evaluate_torch, plan, "float32")
+    full = headlines(cached([model, "fp32"], torch_scores))
+    got = headlines(scores_of(plan, made, space, preprocess))
     return max(round(100 * (full[task] - got[task]), 6) for task in full)
 
 
-def _cosine_loss(job: Job, made: Source, space: Workspace, _: Step) -> float:
+def _cosine_loss(plan: BuildPlan, made: GraphSource, space: Workspace, _: Step) -> float:
     """100 (1 - cosine) of the worst output of any component, simulated block by block on held-out samples."""
     from ..calibration.simulate import Quantised, simulated_accuracy
 
-    with tempfile.TemporaryDirectory(dir=space.home, prefix="search-") as name:
+    with tempfile.TemporaryDirectory(dir=space.work_dir, prefix="search-") as name:
         root = Path(name)
-        keys, layers = graphs.component_weights(made, job.components)
-        stores = [root / p for p in graphs.write_base_store(made, keys, root)]
-        stores += [root / p for p in graphs.write_quantised_store(made, layers, root)]
-        quantised = Quantised(stores, made.plan.quantised, made.recipe.base, made.scales)
+        keys, layers = component_weights(made, plan.components)
+        stores = [root / p for p in write_base_store(made, keys, root)]
+        stores += [root / p for p in write_quantised_store(made, layers, root)]
+        quantised = Quantised(stores, made.layers.quantised, made.recipe.base, made.scales)
         found = simulated_accuracy(
-            job.checkpoint, job.components, quantised, job.held_out, job.settings, job.tokenizer, root
+            plan.checkpoint, plan.components, quantised, plan.held_out, plan.settings, plan.tokenizer, root
         )
     tables = found.chained or found.teacher_forced
     return max(100 * (1 - m.cosine) for outputs in tables.values() for m in outputs.values())

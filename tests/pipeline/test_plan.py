@@ -19,14 +19,13 @@ from ivl_export.engines.tensorrt.options import BuildOptions
 from ivl_export.errors import CapabilityError, CheckpointError, InputError, IvlError, UsageError
 from ivl_export.models import shipped
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
-from ivl_export.pipeline import job as job_module
-from ivl_export.pipeline.calibration import OWN_CALIBRATION
-from ivl_export.pipeline.job import Job
-from ivl_export.pipeline.request import ORT, RTX, TENSORRT, Request
-from ivl_export.pipeline.steps import steps
+from ivl_export.pipeline import plan as plan_module
+from ivl_export.pipeline.config import ORT, RTX, TENSORRT, BuildConfig
+from ivl_export.pipeline.plan import OWN_CALIBRATION, BuildPlan, plan_build
+from ivl_export.pipeline.run import build_steps
 from ivl_export.training.tokenizer import train_tokenizer
 
-Ask = Callable[..., Job]
+Ask = Callable[..., BuildPlan]
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +40,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ask(tmp_path: Path, tiny_model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """``ask(precision=...)`` opens the tiny model's job; TensorRT-RTX passes for installed."""
+    """``ask(precision=...)`` opens the tiny model's plan; TensorRT-RTX passes for installed."""
     pretend(monkeypatch, RTX)
 
-    def make(**options: Any) -> Job:
+    def make(**options: Any) -> BuildPlan:
         progress = options.pop("progress", None)
         asked = {"out": tmp_path / "out", "model": tiny_model, "calib": photos, **options}
-        return Job(Request(**asked), progress)
+        return plan_build(BuildConfig(**asked), progress)
 
     return make
 
@@ -56,7 +55,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *releases: str, gpu: bool = False) 
     """Which TensorRT builders are installed, and whether there is a GPU."""
     found = dict.fromkeys(releases, "1.0")
     monkeypatch.setattr(trt, "installed_release", found.get)
-    monkeypatch.setattr(job_module, "gpus", lambda: (Gpu("NVIDIA H100", "sm90"),) if gpu else ())
+    monkeypatch.setattr(plan_module, "gpus", lambda: (Gpu("NVIDIA H100", "sm90"),) if gpu else ())
 
 
 def copied(model: Path, folder: Path) -> Path:
@@ -65,14 +64,14 @@ def copied(model: Path, folder: Path) -> Path:
 
 
 def test_a_job_holds_what_was_asked(ask: Ask, tmp_path: Path) -> None:
-    job = ask(targets="sm89,sm120", components=("qllama_text", "vision"))
-    assert job.backends == (ORT, RTX)
-    assert job.targets == ("sm89", "sm120")
-    assert job.components == ("vision", "qllama_text")
-    assert (len(job.calibration), len(job.held_out)) == (15, 5)
-    assert not {s.name for s in job.calibration.samples} & {s.name for s in job.held_out.samples}
-    assert job.settings.size == 56
-    names = [step.name for step in steps(job)]
+    plan = ask(targets="sm89,sm120", components=("qllama_text", "vision"))
+    assert plan.backends == (ORT, RTX)
+    assert plan.targets == ("sm89", "sm120")
+    assert plan.components == ("vision", "qllama_text")
+    assert (len(plan.calibration), len(plan.held_out)) == (15, 5)
+    assert not {s.name for s in plan.calibration.samples} & {s.name for s in plan.held_out.samples}
+    assert plan.settings.size == 56
+    names = [step.name for step in build_steps(plan)]
     assert "engine-vision-sm120" in names
     assert "tasks" not in names
     assert not (tmp_path / "out").exists()
@@ -88,7 +87,7 @@ def test_a_job_holds_what_was_asked(ask: Ask, tmp_path: Path) -> None:
         ({"targets": "sm86"}, CapabilityError, r"no FP8.*sm89"),
         ({"targets": "sm89,sm80"}, CapabilityError, r"sm80.*FP8|FP8.*sm80"),
         ({"precision": "bf16", "targets": "sm75"}, CapabilityError, "no BF16"),
-        ({"backends": ("openvino",)}, UsageError, "Unknown backend 'openvino'.*onnxruntime, tensorrt-rtx"),
+        ({"backend": ("openvino",)}, UsageError, "Unknown backend 'openvino'.*onnxruntime, tensorrt-rtx"),
         ({"components": ("vision", "decoder")}, UsageError, "Unknown component 'decoder'.*qllama_step"),
         ({"calib": None}, InputError, "fp8 needs calibration data.*--calib"),
         ({"calib": None, "precision": "int8"}, InputError, "int8 needs calibration data"),
@@ -116,16 +115,16 @@ def test_a_checkpoint_may_bring_its_calibration_set(
     if name.endswith(".jsonl"):
         line = json.dumps({"image": "calibration/7.png", "caption": "seven"})
         (model / name).write_text(line + "\n")
-    job = ask(model=model, calib=None)
-    assert len(job.calibration) == (1 if name.endswith(".jsonl") else 15)
-    assert not job.calibration.synthetic
+    plan = ask(model=model, calib=None)
+    assert len(plan.calibration) == (1 if name.endswith(".jsonl") else 15)
+    assert not plan.calibration.synthetic
     assert ask(model=model).calibration.source == str(photos)  # what is asked for goes first
 
 
 def test_a_recipe_cannot_pass_for_the_reference(ask: Ask, tmp_path: Path) -> None:
     rule = '{"pattern": "*.mlp.fc1", "scheme": "int8"}'
     (tmp_path / "own.json").write_text(f'{{"name": "own", "rules": [{rule}]}}')
-    assert set(ask(precision=str(tmp_path / "own.json")).plan.quantised.values()) == {"int8"}
+    assert set(ask(precision=str(tmp_path / "own.json")).layers.quantised.values()) == {"int8"}
     (tmp_path / "fp32.json").write_text(f'{{"name": "fp32", "rules": [{rule}]}}')
     with pytest.raises(UsageError, match="cannot be called fp32"):
         ask(precision=str(tmp_path / "fp32.json"))
@@ -133,9 +132,9 @@ def test_a_recipe_cannot_pass_for_the_reference(ask: Ask, tmp_path: Path) -> Non
 
 def test_the_cpu_takes_any_precision(ask: Ask) -> None:
     """Targets are those of TensorRT-RTX: a build for ONNX Runtime alone does not ask them."""
-    job = ask(backends=(ORT,), targets="sm86")
-    assert job.backends == (ORT,)
-    assert not [s.name for s in steps(job) if s.name.startswith("engine-")]
+    plan = ask(backend=(ORT,), targets="sm86")
+    assert plan.backends == (ORT,)
+    assert not [s.name for s in build_steps(plan) if s.name.startswith("engine-")]
 
 
 def test_components_that_the_checkpoint_lacks(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,17 +143,17 @@ def test_components_that_the_checkpoint_lacks(ask: Ask, monkeypatch: pytest.Monk
     def narrow(path: Path) -> Checkpoint:
         return replace(open_checkpoint(path), contrastive_only=True)
 
-    monkeypatch.setattr(job_module, "open_checkpoint", narrow)
+    monkeypatch.setattr(plan_module, "open_checkpoint", narrow)
     with pytest.raises(CapabilityError, match=r"no weights for qllama_step\. It has vision, qllama_text"):
         ask(components=("vision", "qllama_step"))
     assert ask(components=("vision",)).components == ("vision",)
 
 
 def test_sixteen_bits_need_no_calibration_data(ask: Ask) -> None:
-    job = ask(calib=None, precision="bf16")
-    assert job.notices == ()
-    assert "calibrate" not in [step.name for step in steps(job)]
-    assert len(job.held_out) > 0
+    plan = ask(calib=None, precision="bf16")
+    assert plan.notices == ()
+    assert "calibrate" not in [step.name for step in build_steps(plan)]
+    assert len(plan.held_out) > 0
 
 
 def test_a_model_trained_on_scenes_is_calibrated_and_evaluated_on_them(
@@ -162,13 +161,13 @@ def test_a_model_trained_on_scenes_is_calibrated_and_evaluated_on_them(
 ) -> None:
     model = copied(tiny_model, tmp_path / "scenes")
     (model / "evaluation.json").write_text('{"tasks": "scenes"}')
-    job = ask(model=model, calib=None, calib_samples=40)
-    assert job.calibration.synthetic
-    assert (len(job.calibration), len(job.held_out)) == (40, 18)
-    assert any("synthetic" in notice for notice in job.notices)
-    assert steps(job)[-1].name == "tasks"
+    plan = ask(model=model, calib=None, calib_samples=40)
+    assert plan.calibration.synthetic
+    assert (len(plan.calibration), len(plan.held_out)) == (40, 18)
+    assert any("synthetic" in notice for notice in plan.notices)
+    assert build_steps(plan)[-1].name == "tasks"
     # a part of the model cannot do the tasks
-    assert "tasks" not in [s.name for s in steps(ask(model=model, calib=None, components=("vision",)))]
+    assert "tasks" not in [s.name for s in build_steps(ask(model=model, calib=None, components=("vision",)))]
     for text in ("{", "[]", "{}", '{"tasks": "imagenet"}', '{"tasks": ["scenes"]}'):
         (model / "evaluation.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"evaluation\.json|imagenet"):
@@ -202,10 +201,10 @@ def test_corrupt_images_are_skipped_up_to_a_tenth(
         assert caught.value.exit_code == 3
         assert ".png: " in caught.value.why
         return
-    job = ask(calib=folder, progress=lambda done, total: counted.append((done, total)))
-    assert len(job.calibration) + len(job.held_out) == 20 - corrupt
-    assert len(job.calibration.skipped) == corrupt
-    assert any(f"{corrupt} files were skipped, the first: " in notice for notice in job.notices)
+    plan = ask(calib=folder, progress=lambda done, total: counted.append((done, total)))
+    assert len(plan.calibration) + len(plan.held_out) == 20 - corrupt
+    assert len(plan.calibration.skipped) == corrupt
+    assert any(f"{corrupt} files were skipped, the first: " in notice for notice in plan.notices)
     assert counted[-1] == (20 - corrupt, 20)
 
 
@@ -247,47 +246,47 @@ def test_a_missing_nano_is_named(ask: Ask, tmp_path: Path, monkeypatch: pytest.M
 def test_tensorrt_rtx_that_is_not_installed(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
     with pytest.raises(CapabilityError, match=r"tensorrt-rtx is not installed.*pip install") as caught:
-        ask(backends=(RTX,))
+        ask(backend=(RTX,))
     assert caught.value.exit_code == 5
-    job = ask(targets="sm86")  # says nothing of targets that are not built for
-    assert job.backends == (ORT,)
-    assert "tensorrt-rtx is not installed: no GPU engines" in job.notices[0]
-    assert not [s.name for s in steps(job) if s.name.startswith("engine-")]
+    plan = ask(targets="sm86")  # says nothing of targets that are not built for
+    assert plan.backends == (ORT,)
+    assert "tensorrt-rtx is not installed: no GPU engines" in plan.notices[0]
+    assert not [s.name for s in build_steps(plan) if s.name.startswith("engine-")]
 
 
 def test_tensorrt_builds_for_the_gpu_that_is_here(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CapabilityError, match=r"tensorrt is not installed.*ivl-export\[gpu\]"):
-        ask(backends=(TENSORRT,))
+        ask(backend=(TENSORRT,))
     pretend(monkeypatch, RTX, TENSORRT)
     with pytest.raises(CapabilityError, match="no driver"):
-        ask(backends=(TENSORRT,))
+        ask(backend=(TENSORRT,))
     assert ask().backends == (ORT, RTX), "not asked for: what cannot be built is left out"
     pretend(monkeypatch, RTX, TENSORRT, gpu=True)
     assert ask().backends == (ORT, RTX, TENSORRT)
-    job = ask(backends=(TENSORRT,))
-    assert job.engines == ((TENSORRT, "native"),)
-    (step,) = [s for s in steps(job) if s.name == "engine-vision-native"]
+    plan = ask(backend=(TENSORRT,))
+    assert plan.engines == ((TENSORRT, "native"),)
+    (step,) = [s for s in build_steps(plan) if s.name == "engine-vision-native"]
     assert step.inputs["gpu"] == "NVIDIA H100 (sm90)"
     assert step.inputs["backend"] == TENSORRT
 
 
 def test_shapes_and_options_decide_engines_and_nothing_else(ask: Ask) -> None:
     pytest.importorskip("tensorrt_rtx")
-    plain = {s.name: s.digest for s in steps(ask())}
+    plain = {s.name: s.digest for s in build_steps(ask())}
     for changed in (
         {"preset": "latency"},
         {"shapes": ("vision.batch=1:2:4",)},
-        {"options": BuildOptions(weight_streaming=True)},
+        {"engine_options": BuildOptions(weight_streaming=True)},
     ):
-        digests = {s.name: s.digest for s in steps(ask(**changed))}
+        digests = {s.name: s.digest for s in build_steps(ask(**changed))}
         differ = {name for name, digest in digests.items() if plain[name] != digest}
         assert "engine-vision-sm89" in differ
         assert all(name.startswith("engine-") or name == "kernels" for name in differ)
-    assert {s.name: s.digest for s in steps(ask(cache=False))} == plain
+    assert {s.name: s.digest for s in build_steps(ask(no_cache=True))} == plain
     edge = ask(preset="edge")
-    assert edge.options.workspace_bytes == 256 << 20
+    assert edge.engine_options.workspace_bytes == 256 << 20
     own = BuildOptions(workspace_bytes=1 << 30)
-    assert ask(preset="edge", options=own).options == own
+    assert ask(preset="edge", engine_options=own).engine_options == own
     for refused in ({"preset": "fast"}, {"shapes": ("batch=0:1:2",)}, {"shapes": ("width=1:2:3",)}):
         with pytest.raises(UsageError):
             ask(**refused)
@@ -295,22 +294,22 @@ def test_shapes_and_options_decide_engines_and_nothing_else(ask: Ask) -> None:
 
 def test_layers_without_fp8_kernels_stay_in_sixteen_bits_and_are_named(ask: Ask) -> None:
     """The tiny vision tower is 60 wide, which is no multiple of 16; QLLaMA's 64 is one."""
-    job = ask()
-    quantised = job.plan.quantised
+    plan = ask()
+    quantised = plan.layers.quantised
     assert not [name for name in quantised if name.startswith("vision_model.")]
     assert "qllama.model.layers.0.self_attn.q_proj" in quantised
     assert "qllama.model.layers.0.cross_attn.q_proj" in quantised
     assert "qllama.model.layers.0.cross_attn.k_proj" not in quantised  # takes vision tokens
-    stay = [notice for notice in job.notices if " stays bf16: " in notice]
+    stay = [notice for notice in plan.notices if " stays bf16: " in notice]
     assert len(stay) == 3 * 4 + 2 * 2
     assert any("vision_model.encoder.layers.2.mlp.fc2" in n and "multiples of 16" in n for n in stay)
     int8 = ask(precision="int8")
-    assert len(int8.plan.quantised) == len(quantised) + len(stay)
+    assert len(int8.layers.quantised) == len(quantised) + len(stay)
     assert not [notice for notice in int8.notices if "stays" in notice]
 
 
-def digests(job: Job) -> dict[str, str]:
-    return {step.name: step.digest for step in steps(job)}
+def digests(plan: BuildPlan) -> dict[str, str]:
+    return {step.name: step.digest for step in build_steps(plan)}
 
 
 def test_steps_depend_on_what_they_read(ask: Ask, tiny_model: Path, photos: Path, tmp_path: Path) -> None:

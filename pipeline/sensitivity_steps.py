@@ -1,0 +1,293 @@
+"""``sensitivity``: losses of each layer in each scheme, of its block and on the tasks, as resumable steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..calibration.calibrate import calibration_units, spilled_bytes
+from ..calibration.sensitivity import Loss, Sensitivity, check_schemes, measure
+from ..calibration.simulate import attention_hook, rounding_hook
+from ..files.strict_json import read_json
+from ..files.write import write_text
+from ..models.config import ChatConfig
+from ..progress import Progress
+from ..quantization.attention import FP8_ATTENTION, core_attentions, operand_names
+from ..quantization.quantize import dequantise, quantise
+from ..quantization.ranges import Scales
+from ..quantization.schemes import SCHEMES
+from .accuracy_steps import headlines
+from .calibration_steps import calibrate_step, finite_step, preprocess_step
+from .graph_steps import SCALES
+from .plan import BuildPlan
+from .workspace import Step, StepResult, Workspace, after, run_step, write_receipt
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RECEIPT = Path("receipts") / "sensitivity.json"
+QUESTIONS = 64
+"""Questions of each task. One is 1.6 points: enough to see which layers break the model, and no more."""
+
+
+def sensitivity_step(plan: BuildPlan, schemes: Sequence[str], before: list[Step]) -> Step:
+    """SQNR and cosine of every block with one layer quantised, on the held-out samples."""
+    inputs = {
+        **plan.identity,
+        "held_out": plan.held_out.hash,
+        "components": list(plan.components),
+        "schemes": list(schemes),
+        "base": plan.recipe.base,
+        **after(before),
+    }
+
+    def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
+        folder = space.work_dir / "sensitivity"
+        found = measure(
+            plan.checkpoint,
+            plan.components,
+            schemes,
+            Scales.load(space.staging_dir / SCALES),
+            plan.held_out,
+            plan.settings,
+            plan.tokenizer,
+            folder,
+            base=plan.recipe.base,
+            progress=advanced,
+        )
+        made = [write_receipt(space, RECEIPT.stem, found.to_json())]
+        shutil.rmtree(folder, ignore_errors=True)
+        return made, {"variants": len(found.losses)}
+
+    config, samples = plan.checkpoint.whole, len(plan.held_out)
+    return Step(
+        "sensitivity",
+        inputs,
+        run,
+        calibration_units(config, plan.components, samples),
+        spilled_bytes(config, plan.components, samples),
+        "samples x blocks",
+    )
+
+
+def tasks_step(plan: BuildPlan, questions: int, before: Step, variants: int) -> Step:
+    """Task accuracy of the whole model with one layer quantised; goes on at the variant it was in."""
+
+    def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
+        found = read_sensitivity(space.staging_dir)
+        known = space.work_dir / "layer-tasks.jsonl"
+        lost = _read_lines(known, before.digest)
+        asked = list(found.worst())
+        tasks: LayerTasks | None = None
+        with known.open("a", encoding="utf-8") as lines:
+            for done, key in enumerate(asked, 1):
+                if key not in lost:
+                    tasks = tasks or LayerTasks(plan, Scales.load(space.staging_dir / SCALES), questions)
+                    lost[key] = tasks.lost(*key)
+                    lines.write(json.dumps([before.digest, *key, lost[key]]) + "\n")
+                    lines.flush()
+                advanced(done)
+        losses = (replace(x, tasks=lost.get((x.layer, x.scheme), {})) for x in found.losses)
+        whole = replace(found, losses=tuple(losses))
+        return [write_receipt(space, "layer-tasks", whole.to_json())], {}
+
+    return Step(
+        "layer-tasks",
+        {"questions": questions, **after([before])},
+        run,
+        variants or None,
+        unit="layers x schemes",
+    )
+
+
+def sensitivity(
+    plan: BuildPlan, schemes: Sequence[str], out: Path, progress: Progress, questions: int = 0
+) -> Sensitivity:
+    """Losses of every layer of ``plan``'s components, written to ``out``/sensitivity.json.
+
+    Args:
+        plan: names model, components, calibration and held-out samples; its recipe gives the base type.
+        schemes: what is tried, see :func:`..calibration.sensitivity.measure`.
+        out: a folder.
+        progress: shows the steps.
+        questions: of each task, where the model has an evaluation set; 0: tasks are left out.
+
+    Raises:
+        UsageError: a scheme that cannot be tried on a layer alone.
+        BuildError: NaN or infinity at a layer's input; too little disk.
+    """
+    check_schemes(schemes)
+    preprocess = preprocess_step(plan)
+    calibrate = calibrate_step(plan, [preprocess])
+    losses = sensitivity_step(plan, schemes, [preprocess, calibrate])
+    with Workspace(out.parent / f"{out.name}.sensitivity", progress) as space:
+        for step in (finite_step(plan), preprocess, calibrate, losses):
+            run_step(space, step)
+        name = RECEIPT.stem
+        if questions and plan.evaluation:
+            found = read_sensitivity(space.staging_dir)
+            run_step(space, tasks_step(plan, questions, losses, len(found.worst())))
+            name = "layer-tasks"
+        result = Sensitivity.from_json(read_json(space.staging_dir / "receipts" / f"{name}.json"))
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(json.dumps(report(plan, result, questions), indent=1) + "\n", out / "sensitivity.json")
+        space.discard()
+    return result
+
+
+def report(plan: BuildPlan, found: Sensitivity, questions: int) -> dict[str, object]:
+    """``found`` with what it was measured on."""
+    return {
+        "schema": "ivl-export.sensitivity/1",
+        "model": plan.folder.resolve().name,
+        "revision": plan.checkpoint.revision,
+        "calibration": {"hash": plan.calibration.hash, "samples": len(plan.calibration)},
+        "held_out": {"hash": plan.held_out.hash, "samples": len(plan.held_out)},
+        "synthetic": plan.calibration.synthetic,
+        "questions": questions if plan.evaluation else 0,
+        "tasks": plan.evaluation or "none: the model has no evaluation set",
+        **found.to_json(),
+    }
+
+
+def read_sensitivity(root: Path) -> Sensitivity:
+    """What the step wrote below ``root``."""
+    return Sensitivity.from_json(read_json(root / RECEIPT))
+
+
+def _read_lines(path: Path, digest: str) -> dict[tuple[str, str], dict[str, float]]:
+    """What an earlier run of just this kind found out; a line that was cut off does not count."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                own, layer, scheme, lost = json.loads(line)
+            except ValueError:
+                continue
+            if own == digest:
+                found[layer, scheme] = lost
+    return found
+
+
+def noisiest(found: Sensitivity, count: int) -> list[Loss]:
+    """The ``count`` variants that lose most, worst first."""
+    return sorted(found.worst().values(), key=lambda loss: -loss.noise)[:count]
+
+
+class LayerTasks:
+    """Task scores of a model with one layer quantised; the model is loaded once.
+
+    Args:
+        plan: names the model and its questions.
+        scales: input ranges; each pass through QLLaMA has its own.
+        questions: of each task; of a chat model scenes, which get one or two.
+    """
+
+    model: nn.Module
+
+    def __init__(self, plan: BuildPlan, scales: Scales, questions: int = QUESTIONS) -> None:
+        self.plan, self.scales = plan, scales
+        self.chat = isinstance(plan.checkpoint.model, ChatConfig)
+        self.model, self._answers = (_chat if self.chat else _internvl)(plan, questions)
+        self._pass = "vision"
+        self.reference = self._scores()
+
+    def lost(self, layer: str, scheme: str) -> dict[str, float]:
+        """Percentage points lost on each task when ``layer`` alone has ``scheme``."""
+        with self._quantised(layer, scheme):
+            scores = self._scores()
+        return {task: round(100 * (self.reference[task] - value), 6) for task, value in scores.items()}
+
+    def _scores(self) -> dict[str, float]:
+        return headlines(self._answers())
+
+    @contextmanager
+    def _quantised(self, layer: str, scheme: str) -> Iterator[None]:
+        import torch
+
+        base, ranges = self.plan.recipe.base, self.scales.amax
+        hooks: Mapping[str, Callable[..., Any]]
+        with ExitStack() as stack:
+            if not self.chat:
+                qllama = self.model.get_submodule("qllama")
+                follow = qllama.register_forward_pre_hook(self._follow, with_kwargs=True)
+                stack.callback(follow.remove)
+            if scheme == FP8_ATTENTION:
+                names = set(operand_names(layer))
+                measured = {c: amax for c, amax in ranges.items() if names <= set(amax)}
+                hooks = {c: attention_hook(layer, amax, base) for c, amax in measured.items()}
+                core = core_attentions(self.model)[layer]
+                stack.callback(core.register_forward_hook(self._by_component(layer, hooks)).remove)
+            else:
+                linear = self.model.get_submodule(layer)
+                assert isinstance(linear, torch.nn.Linear)
+                stack.callback(setattr, linear, "weight", linear.weight)
+                values = dequantise(*quantise(linear.weight.detach(), scheme, base))
+                linear.weight = torch.nn.Parameter(values, requires_grad=False)
+                if kind := SCHEMES[scheme].activation:
+                    tops = {c: amax[layer] for c, amax in ranges.items() if layer in amax}
+                    hooks = {c: rounding_hook(top, kind, base) for c, top in tops.items()}
+                    hook = self._by_component(layer, hooks)
+                    stack.callback(linear.register_forward_pre_hook(hook).remove)
+            yield
+
+    def _by_component(self, layer: str, hooks: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+        """The hook of the component that is running; it changes nothing where there is none.
+
+        A layer of a chat model runs in one component only.
+        """
+        only = next(iter(hooks.values()), None) if self.chat else None
+
+        def hook(*given: Any) -> Any:
+            own = only or hooks.get("vision" if layer.startswith("vision_model.") else self._pass)
+            return own(*given) if own is not None else None
+
+        return hook
+
+    def _follow(self, _: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note which component a pass through QLLaMA belongs to, by the arguments it is called with."""
+        given = dict(
+            zip(("embeds", "positions", "visible", "vision", "num_queries", "past"), args, strict=False)
+        )
+        given.update(kwargs)
+        if given.get("vision") is not None:
+            self._pass = "qllama_query"
+        else:
+            self._pass = "qllama_step" if given.get("past") else "qllama_text"
+
+
+def _internvl(plan: BuildPlan, questions: int) -> tuple[nn.Module, Callable[[], dict[str, Any]]]:
+    """The model, and what scores it as it is now."""
+    import torch
+
+    from ..models.load import load_model
+    from ..synthetic import tasks
+    from ..training.evaluate import TorchModel
+
+    model = load_model(plan.checkpoint, torch.float32)
+    sizes: dict[str, Any] = {
+        "n_classify": questions,
+        "n_retrieve": questions,
+        "n_galleries": 1,
+        "n_caption": questions,
+        "n_caption_zh": 0,
+    }
+    # An adapter remembers what it was asked: each score has its own.
+    return model, lambda: tasks.evaluate(TorchModel(model, plan.tokenizer, plan.settings), **sizes)
+
+
+def _chat(plan: BuildPlan, scenes: int) -> tuple[nn.Module, Callable[[], dict[str, Any]]]:
+    """As :func:`_internvl`, of a chat model."""
+    import torch
+
+    from ..models.load import load_chat
+    from ..synthetic import chat_tasks
+    from ..training.chat_model import TorchChat
+
+    model = load_chat(plan.checkpoint, torch.float32)
+    return model, lambda: chat_tasks.evaluate(TorchChat(model, plan.tokenizer, plan.settings), scenes)
