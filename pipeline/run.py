@@ -85,9 +85,9 @@ def open_plan(config: BuildConfig, progress: Progress) -> BuildPlan:
 def build_steps(plan: BuildPlan) -> list[Step]:
     """All steps of a build in the order they run; a step's inputs hold the hashes of those it reads.
 
-    finite (a look at the weights), preprocess, fold (SmoothQuant and AWQ), calibrate, sensitivity and search (of
-    a mixed recipe), weights, quantise, a graph for each component, an engine for each component and target,
-    kernels (what really runs), accuracy of the components, accuracy on the tasks.
+    finite (a look at the weights), preprocess, fold (SmoothQuant and AWQ), calibrate, sensitivity and search
+    (of a mixed recipe), weights, quantise, a graph for each component, an engine for each component and
+    target, kernels (what really runs), accuracy of the components, accuracy on the tasks.
     """
     preprocess = preprocess_step(plan)
     fold = fold_steps(plan, preprocess)
