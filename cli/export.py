@@ -44,6 +44,8 @@ def export(
     started = time.perf_counter()
     atexit.register(gc.freeze)  # else the process looks for garbage in all of torch's objects before it ends
     checkpoint = with_features(open_checkpoint(checkpoint_path(model)), numbers(features, "--features"))
+    for note in checkpoint.notes:
+        typer.echo(f"note: {note}", err=True)
     shards = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     name = shipped_name(model) or checkpoint.path.resolve().name.removesuffix(".pth")
     folder = out or (shards if zero_copy else Path("onnx") / f"{name}-{dtype}")
@@ -57,6 +59,7 @@ def export(
                 "store": str(made.store) if made.store else None,
                 "dtype": dtype,
                 "zero_copy": zero_copy,
+                "notices": list(checkpoint.notes),
                 "bytes_written": made.bytes_written,
                 "bytes_referred": made.bytes_referred,
                 "seconds": seconds,

@@ -88,6 +88,15 @@ class Checkpoint:
         return component in (*self.components, *optional_of(self.model, self.contrastive_only))
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should be told of this checkpoint: keys of its config that the reader does not know."""
+        keys = self.model.unknown_keys
+        if not keys:
+            return ()
+        listed = f"{', '.join(keys[:12])}{f' and {len(keys) - 12} more' if len(keys) > 12 else ''}"
+        return (f"The checkpoint's config.json has keys that are not known here, and not read: {listed}.",)
+
+    @property
     def modes(self) -> tuple[str, ...]:
         """``("InternVL-C", "InternVL-G")``, or only the first."""
         return ("InternVL-C",) if self.contrastive_only else ("InternVL-C", "InternVL-G")

@@ -12,12 +12,14 @@ are the first form's.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CapabilityError, CheckpointError
 from ..inputs.preprocess import ImageSettings
+from .config_reading import check_chat, read_internvl, read_llama, read_vision
+from .section import Section
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class InternVLConfig:
     num_query_token: int = 96
     cross_attention_frequency: int = 2
     label_smoothing: float = 0.0
+    unknown_keys: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of its ``config.json`` that the reader does not know."""
 
     def __post_init__(self) -> None:
         for name, width in (("vision", self.vision.hidden_size), ("qllama", self.qllama.hidden_size)):
@@ -153,21 +157,17 @@ class InternVLConfig:
                     f"It has no {part!r} section.",
                     "Point --model at a folder of the InternVL-14B-224px layout.",
                 )
-        vision, qllama = dict(data["vision_config"]), data["qllama_config"]
         check_untied(data, source, "the top level")
-        check_untied(qllama, source, "qllama_config")
-        require(vision, "hidden_act", "gelu", f"{source}: vision_config")
-        check_llama(qllama, source, "qllama_config")
-        if data.get("force_image_size"):
-            vision["image_size"] = data["force_image_size"]
-        try:
-            return cls(
-                vision=VisionConfig(**known(VisionConfig, vision)),
-                qllama=QLlamaConfig(**known(QLlamaConfig, qllama)),
-                **{k: v for k, v in known(cls, data).items() if k not in ("vision", "qllama")},
-            )
-        except TypeError as error:
-            raise CheckpointError(f"{source} cannot be read.", str(error), "Download it again.") from error
+        check_untied(data["qllama_config"], source, "qllama_config")
+        s = Section(data, source)
+        vision, qllama = s.section("vision_config"), s.section("qllama_config")
+        own = read_internvl(s, cls, qllama)
+        tower = read_vision(vision, VisionConfig)
+        if s.get("force_image_size"):
+            tower["image_size"] = s.integer("force_image_size")
+        decoder = QLlamaConfig(**read_llama(qllama, QLlamaConfig))
+        unknown = (*s.unknown(), *vision.unknown(), *qllama.unknown())
+        return cls(VisionConfig(**tower), decoder, **own, unknown_keys=unknown)
 
     @classmethod
     def load(cls, path: Path) -> InternVLConfig:
@@ -208,43 +208,13 @@ def check_untied(section: dict[str, Any], source: str, where: str) -> None:
         )
 
 
-def check_llama(section: dict[str, Any], source: str, where: str) -> None:
-    """CheckpointError where ``section`` asks for a LLaMA that is not the published models'."""
-    require(section, "hidden_act", "silu", f"{source}: {where}")
-    if section.get("rope_scaling") is not None:
-        raise CheckpointError(
-            f"{source} asks for rope_scaling.", "The decoder uses plain rotary embeddings.", "Remove it."
-        )
-    heads = section.get("num_attention_heads")
-    if section.get("num_key_value_heads") not in (None, heads):
-        raise CheckpointError(
-            f"{source} asks for grouped-query attention.",
-            f"num_key_value_heads is {section['num_key_value_heads']}, num_attention_heads {heads}.",
-            "The decoder has one key-value head for each query head.",
-        )
-
-
-def known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
-    """What ``data`` says of the fields of dataclass ``cls``; TypeError for a size that is no whole number."""
-    types = {f.name: f.type for f in fields(cls)}
-    found = {k: v for k, v in data.items() if k in types and v is not None}
-    for key, value in found.items():
-        if types[key] == "int" and type(value) is not int:
-            raise TypeError(f"{key} is {value!r}, not a whole number.")
-    return found
-
-
-def require(section: dict[str, Any], key: str, value: str, where: str) -> None:
-    """CheckpointError where ``section`` has ``key``, and not as ``value``."""
-    if section.get(key, value) != value:
-        raise CheckpointError(f"{where}.{key} is {section[key]!r}.", f"This model is defined with {value!r}.")
-
-
 def _divides(where: str, width: int, heads: int) -> None:
     if heads <= 0 or width % heads:
         raise CheckpointError(f"{where}: width {width} does not split over {heads} heads.")
 
 
+_LLAVA = ("mm_hidden_size", "mm_projector_type", "mm_vision_tower", "mm_image_size", "vision_config",
+          "mm_vision_select_layer", "mm_vision_select_feature")  # fmt: skip
 VICUNA_7B = QLlamaConfig(vocab_size=32000, rms_norm_eps=1e-5, max_position_embeddings=4096)
 VICUNA_13B = QLlamaConfig(5120, 40, 40, 13824, 32000, 1e-5, max_position_embeddings=4096)
 TOWER_CONFIG = "vision_tower_config.json"
@@ -259,6 +229,8 @@ class InternViTConfig:
     """An InternViT alone (the layout of InternViT-6B-224px)."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
+    unknown_keys: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of its ``config.json`` that the reader does not know."""
 
     def to_published(self) -> dict[str, Any]:
         """The ``config.json`` of the published layout."""
@@ -272,11 +244,9 @@ class InternViTConfig:
     @classmethod
     def from_published(cls, data: dict[str, Any], source: str = "config.json") -> InternViTConfig:
         """Read a published ``config.json``; CheckpointError where it says what this model is not."""
-        require(data, "hidden_act", "gelu", source)
-        sizes = dict(data)
-        if data.get("force_image_size"):
-            sizes["image_size"] = data["force_image_size"]
-        return cls(VisionConfig(**known(VisionConfig, sizes)))
+        s = Section(data, source)
+        vision = VisionConfig(**read_vision(s, VisionConfig))
+        return cls(vision, s.unknown())
 
 
 @dataclass(frozen=True)
@@ -291,6 +261,9 @@ class ChatConfig:
         select_layer: which of InternViT's L + 1 hidden states (the embeddings are the first) is read; QLLaMA
             reads the last.
         select_feature: ``patch`` drops the class token, ``cls_patch`` keeps it.
+        image_aspect_ratio: ``pad``: images are padded to squares; else they are resized as the preprocessor
+            says.
+        unknown_keys: keys of ``config.json`` that the reader does not know.
 
     Raises:
         CheckpointError: the tower has no such state, or the images do not split into patches.
@@ -301,6 +274,8 @@ class ChatConfig:
     image_size: int = IMAGE_SIZE
     select_layer: int = -4
     select_feature: str = "patch"
+    image_aspect_ratio: str = "pad"
+    unknown_keys: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         states = self.vision.num_hidden_layers + 1
@@ -382,7 +357,7 @@ class ChatConfig:
             "mm_vision_select_feature": self.select_feature,
             "mm_image_size": self.image_size,
             "vision_config": (queries or self.vision).to_published(),
-            "image_aspect_ratio": "pad",
+            "image_aspect_ratio": self.image_aspect_ratio,
         }
 
     @classmethod
@@ -406,10 +381,12 @@ class ChatConfig:
             CapabilityError: the model has another projector.
         """
         check_untied(data, source, "the top level")
-        check_llama(data, source, "the top level")
-        section = data.get("vision_config")
-        if tower is None and isinstance(section, dict):
-            tower = tower_from_published(data, section, f"{source}: vision_config")
+        s = Section(data, source)
+        ratio, decoder = check_chat(s), QLlamaConfig(**read_llama(s, QLlamaConfig))
+        section, unknown = s.object("vision_config"), list(s.unknown())
+        if tower is None and section is not None:
+            whole = _whole_tower(data, section, f"{source}: vision_config")
+            tower, unknown = _tower_of(whole), [*unknown, *whole.unknown_keys]
         tower = tower or _tower_kind(data, source)()
         own = tower.hidden_size if isinstance(tower, VisionConfig) else tower.qllama.hidden_size
         width = data.get("mm_hidden_size", own)
@@ -421,16 +398,23 @@ class ChatConfig:
             )
         return cls(
             tower,
-            QLlamaConfig(**known(QLlamaConfig, data)),
-            image_size or data.get("mm_image_size") or IMAGE_SIZE,
-            data.get("mm_vision_select_layer", -4),
-            data.get("mm_vision_select_feature", "patch"),
+            decoder,
+            image_size or s.integer("mm_image_size", IMAGE_SIZE),
+            s.integer("mm_vision_select_layer", -4, least=-1024, most=1024),
+            s.text("mm_vision_select_feature", "patch"),
+            ratio,
+            tuple(key for key in unknown if key not in _LLAVA),
         )
 
 
 def tower_from_published(
     chat: dict[str, Any], data: dict[str, Any], source: str
 ) -> VisionConfig | InternVLConfig:
+    """:func:`_whole_tower`, an InternViT as its sizes."""
+    return _tower_of(_whole_tower(chat, data, source))
+
+
+def _whole_tower(chat: dict[str, Any], data: dict[str, Any], source: str) -> InternViTConfig | InternVLConfig:
     """A vision tower's own ``config.json``, of the kind that the projector of the ``chat`` config goes with.
 
     Raises:
@@ -447,7 +431,11 @@ def tower_from_published(
         )
     if kind is InternVLConfig:
         return InternVLConfig.from_published(data, source)
-    return InternViTConfig.from_published(data, source).vision
+    return InternViTConfig.from_published(data, source)
+
+
+def _tower_of(config: InternViTConfig | InternVLConfig) -> VisionConfig | InternVLConfig:
+    return config.vision if isinstance(config, InternViTConfig) else config
 
 
 def _tower_kind(chat: dict[str, Any], source: str) -> type[VisionConfig] | type[InternVLConfig]:
@@ -465,6 +453,12 @@ Whole = InternVLConfig | ChatConfig
 ModelConfig = Whole | InternViTConfig
 
 
+def image_settings(config: Whole, settings: ImageSettings) -> ImageSettings:
+    """``settings`` of a checkpoint's preprocessor, with what its ``config.json`` says of images too."""
+    pad = isinstance(config, ChatConfig) and config.image_aspect_ratio == "pad"
+    return replace(settings, size=config.image_size, mode="pad" if pad else settings.mode)
+
+
 def load_config(path: Path) -> ModelConfig:
     """Read the ``config.json`` at ``path``, of whichever kind its ``model_type`` says; InternVL without one.
 
@@ -476,10 +470,7 @@ def load_config(path: Path) -> ModelConfig:
         CheckpointError, CapabilityError: no such model.
     """
     data = read_json(path)
-    try:
-        return _config(data, path)
-    except TypeError as error:  # a size that is no number
-        raise CheckpointError(f"{path} cannot be read.", str(error), "Download it again.") from error
+    return _config(data, path)
 
 
 def config_from_published(data: dict[str, Any], source: str = "config.json") -> ModelConfig:

@@ -26,7 +26,7 @@ from ..files.cache_dir import cache_folder
 from ..inputs.preprocess import ImageSettings
 from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.checkpoint import Checkpoint, open_checkpoint
-from ..models.config import ChatConfig
+from ..models.config import ChatConfig, image_settings
 from ..models.shipped import checkpoint_path
 from ..quantization.algorithms import algorithm_name
 from ..quantization.attention import attentions, operand_names
@@ -200,6 +200,7 @@ def plan_build(
         notices += set_notices(measured.samples, measured.synthetic, measured.without_caption)
     elif _measures(config, layers):
         notices += calibration.notices
+    notices += checkpoint.notes
     notices += tuple(f"{e.layer} stays {recipe.base}: {e.reason}." for e in layers.exclusions)
     return BuildPlan(
         config=config,
@@ -214,7 +215,7 @@ def plan_build(
         backends=backends,
         shapes=shapes,
         tokenizer=tokenizer,
-        settings=replace(settings, size=checkpoint.whole.image_size),
+        settings=image_settings(checkpoint.whole, settings),
         evaluation=evaluation,
         algorithm=algorithm,
         ranges_file=ranges_file,
