@@ -12,7 +12,9 @@ TensorRT and ONNX Runtime both look through the Transpose. Activations differ be
 
 * TensorRT: one Q/DQ pair on a value, shared by its GEMMs (q/k/v, gate/up): they merge into one kernel.
 * ONNX Runtime, INT8: a pair of its own for every GEMM, with scale and zero-point initializers of its own;
-  GEMMs that share a Q stay in fp32 there.
+  GEMMs that share a Q stay in fp32 there. Weights with a scale for each row have a zero point for each
+  row: on x86 processors without VNNI ONNX Runtime makes them unsigned, and without zero points of theirs
+  gives all rows one, which its DequantizeLinear refuses.
 
 Weights stay unbound: the new initializers carry the names of :func:`.quantize.stored_names`, types and
 shapes; whoever saves the graph binds them to the store.
@@ -24,6 +26,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError
+from ..export.nodes import constant
 from .qdq_attention import quantised_attentions, write_attention
 from .qdq_nodes import COMPUTE, STORED, Form, Style, dequantised, drop_unused, initializer, pair
 from .quantize import BASE_DTYPES, activation_scale, scale_shape, stored_names
@@ -73,7 +76,7 @@ def write_qdq(
             name = layer if len(nodes) == 1 else f"{layer}.{i}"
             if kind := SCHEMES[scheme].activation:
                 _quantise_input(node, name, kind, amax[layer], form, pairs)
-            _replace_weight(node, name, weight)
+            _replace_weight(node, name, weight, _row_zeros(model.graph, layer, weight, form))
             node.name = node.name or name
             promised[node.name] = promise(scheme)
         drop_unused(model.graph, f"{layer}.weight")
@@ -203,7 +206,20 @@ def _quantise_input(
     node.replace_input_with(0, pairs[key])
 
 
-def _replace_weight(node: ir.Node, name: str, weight: tuple[ir.Value, ir.Value]) -> None:
+def _row_zeros(graph: ir.Graph, layer: str, weight: tuple[ir.Value, ir.Value], form: Form) -> list[ir.Value]:
+    """The zero points of INT8 rows for ONNX Runtime, int8 [out]; else none."""
+    import onnx_ir as ir
+
+    values, scale = weight
+    shape = scale.shape
+    if form.style != "onnxruntime" or values.dtype != ir.DataType.INT8 or shape is None or len(shape) != 1:
+        return []
+    return [constant(graph, f"{layer}.weight_zero", [0] * shape.numpy()[0], ir.DataType.INT8)]
+
+
+def _replace_weight(
+    node: ir.Node, name: str, weight: tuple[ir.Value, ir.Value], zeros: list[ir.Value]
+) -> None:
     """Wq [out, in] -> DQ (axis 0, blocks of axis 1, or all) -> Transpose -> second factor."""
     import onnx_ir as ir
 
@@ -222,7 +238,7 @@ def _replace_weight(node: ir.Node, name: str, weight: tuple[ir.Value, ir.Value])
         [
             ir.node(
                 "DequantizeLinear",
-                [values, scale],
+                [values, scale, *zeros],
                 along,
                 outputs=[restored],
                 name=f"{name}/weight_dequantize",

@@ -95,6 +95,8 @@ class Writer:
         stored = quantise(weight / scales[:, None], scheme)
         self.tensor(f"{name}.weight", stored, kind)
         factors = [f"{name}.weight", self.floats(f"{name}.weight_scale", scales)]
+        if scheme == "int8":
+            factors.append(self.tensor(f"{name}.weight_zero", np.zeros(n, np.int8)))
         dequantised = self.op("DequantizeLinear", factors, f"{name}/wdq", axis=0)
         turned = self.op("Transpose", [dequantised], f"{name}/t", perm=[1, 0])
         return self.op("MatMul", [self.shared[x], turned], name)
