@@ -83,6 +83,8 @@ def runner(graph: bytes, fp8: bool, optimised: str = "") -> Runner:
     options.intra_op_num_threads = 1
     if fp8:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    else:  # as the backend does: without VNNI x86 saturates the sums of INT8 products, to 46 dB instead of 68
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if optimised:
         options.optimized_model_filepath = optimised
         options.log_severity_level = 3
