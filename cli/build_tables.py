@@ -49,7 +49,7 @@ def print_report(report: dict[str, Any]) -> None:
         figures = list(report["tasks"][names[0]])
         rows = [(f, *(f"{report['tasks'][n][f]:.1%}" for n in names)) for f in figures]
         print_table("Accuracy on held-out scenes", ("task", *names), rows)
-    print_kernels(report["kernels"])
+    print_kernels(report["verification"])
     for cause in report["fallback_causes"]:
         typer.echo(f"note: {cause}")
     steps = [(s["step"], s["seconds"], "reused" if s["reused"] else "run") for s in report["steps"]]

@@ -79,8 +79,8 @@ def _compare_bundles(path_a: Path, path_b: Path, as_json: bool) -> None:
     if result["tasks"]:
         rows = [(r["name"], _score(r["a"]), _score(r["b"]), _gap(r)) for r in result["tasks"]]
         print_table("Tasks, % with 95% interval", ("task", "A", "B", "B - A"), rows)
-    if result["kernels"]:
-        rows = [(row["name"], _counts(row["a"]), _counts(row["b"])) for row in result["kernels"]]
+    if result["verification"]:
+        rows = [(row["name"], _counts(row["a"]), _counts(row["b"])) for row in result["verification"]]
         print_table("Matrix products by precision", ("", "A", "B"), rows)
     for note in result["notes"]:
         typer.echo(f"note: {show(note)}")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..verify.report import AttentionProof, KernelReport, ProductProof
+from ..verify.report import VerificationReport, VerifiedAttention, VerifiedProduct
 from .output import human_bytes, print_table
 from .proofs import Proof, Proofs
 
@@ -41,7 +41,7 @@ def layers(proof: Proof) -> Iterator[Layer]:
         yield Layer("cast", name, "", "", "", (), 0, None, "", "stands alone between float types")
 
 
-def _product(product: ProductProof, promised: Mapping[str, str]) -> Layer:
+def _product(product: VerifiedProduct, promised: Mapping[str, str]) -> Layer:
     keys = (product.node, product.weight, product.weight.removesuffix(".weight"))
     others = [name for name in product.merged if name != product.node]
     together = [f"merged with {', '.join(map(_short, others))}"] if others else []
@@ -60,7 +60,7 @@ def _product(product: ProductProof, promised: Mapping[str, str]) -> Layer:
     )
 
 
-def _attention(block: AttentionProof, promised: Mapping[str, str]) -> Layer:
+def _attention(block: VerifiedAttention, promised: Mapping[str, str]) -> Layer:
     return Layer(
         "attention",
         block.nodes[0],
@@ -79,7 +79,7 @@ def _short(name: str) -> str:
     return name.rpartition("/" if "/" in name else ".")[2]
 
 
-def summary(report: KernelReport) -> dict[str, str]:
+def summary(report: VerificationReport) -> dict[str, str]:
     """What to know of an engine at a glance: word -> figure."""
     kept = human_bytes(report.weight_bytes) if report.weight_bytes else "not told"
     everything = f"{human_bytes(report.constant_bytes)} of constants" if report.constant_bytes else ""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..bundle import Bundle
 from ..errors import IntegrityError, UsageError
-from ..verify.expectations import check_promise
-from ..verify.report import KernelReport
+from ..verify.expectations import check_expectations
+from ..verify.report import VerificationReport
 
 Proofs = dict[str, dict[str, "Proof"]]
 """Engine -> component -> its proof."""
@@ -19,7 +19,7 @@ Proofs = dict[str, dict[str, "Proof"]]
 class Proof:
     """What an engine does, and what was promised of it (node -> scheme)."""
 
-    report: KernelReport
+    report: VerificationReport
     promised: Mapping[str, str]
 
 
@@ -32,20 +32,20 @@ def proofs(bundle: Bundle, component: str | None, engine: str | None) -> Proofs:
         UsageError: there is no such component or engine.
         IntegrityError: the receipt is not one.
     """
-    if "kernels" not in bundle.manifest.receipts:
+    if "verification" not in bundle.manifest.receipts:
         return _chosen({"onnxruntime-cpu": _read_here(bundle, component)}, component, engine)
-    receipt = bundle.receipt("kernels")
+    receipt = bundle.receipt("verification")
     try:
         found = {
             name: {
-                part: Proof(KernelReport.from_json(proof), dict(proof["promised"]))
+                part: Proof(VerificationReport.from_json(proof), dict(proof["promised"]))
                 for part, proof in components.items()
             }
             for name, components in receipt.items()
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
-            f"The receipt kernels.json of {bundle.root} cannot be read.", repr(error), "Build it again."
+            f"The receipt verification.json of {bundle.root} cannot be read.", repr(error), "Build it again."
         ) from error
     return _chosen(found, component, engine)
 
@@ -57,13 +57,13 @@ def proof_of_file(bundle: Bundle, info: Path, component: str | None) -> Proofs:
         UsageError: no component was named.
         IntegrityError: the file is no layer information.
     """
-    from ..verify.inspector import proof_from_inspector
+    from ..verify.inspector import read_inspector
 
     if component is None:
         raise UsageError("--layer-info is of one component.", "", "Name it: --component vision.")
     base = bundle.manifest.compute_dtype
-    report = proof_from_inspector(info, bundle.graph(component, base))
-    known = proofs(bundle, component, None) if "kernels" in bundle.manifest.receipts else {}
+    report = read_inspector(info, bundle.graph(component, base))
+    known = proofs(bundle, component, None) if "verification" in bundle.manifest.receipts else {}
     # ONNX Runtime's promises are of its own graph.
     promised = next((p[component].promised for name, p in known.items() if name != "onnxruntime-cpu"), {})
     return {f"{report.backend} ({info.name})": {component: Proof(report, promised)}}
@@ -103,7 +103,7 @@ def proofs_here(bundle: Bundle, component: str | None, here: Here) -> Proofs:
 
 def _run_torch(bundle: Bundle, component: str, here: Here) -> Proof:
     from ..profiles.measure.inputs import random_inputs
-    from ..verify.torch import proof_from_torch
+    from ..verify.torch import read_torch
 
     spec = bundle.spec(component)
     sizes = {axis.name: axis.opt for axis in spec.axes}
@@ -111,29 +111,27 @@ def _run_torch(bundle: Bundle, component: str, here: Here) -> Proof:
     # One token id is like another here: what runs depends on shapes.
     inputs = random_inputs(spec, sizes, vocabulary=4)
     return Proof(
-        *proof_from_torch(
-            bundle, component, inputs, device=here.device, dtype=here.dtype, compile=here.compile
-        )
+        *read_torch(bundle, component, inputs, device=here.device, dtype=here.dtype, compile=here.compile)
     )
 
 
 def check_here(found: Proofs, here: Here) -> None:
     """Hold torch to what it has kernels for on this device; BuildError if it does something else."""
-    from ..verify.torch import held
+    from ..verify.torch import enforceable
 
     for parts in found.values():
         for proof in parts.values():
-            check_promise(proof.report, held(proof.promised, here.device, here.dtype))
+            check_expectations(proof.report, enforceable(proof.promised, here.device, here.dtype))
 
 
 def _read_here(bundle: Bundle, component: str | None) -> dict[str, Proof]:
-    from ..verify.onnxruntime import proof_from_onnxruntime
+    from ..verify.onnxruntime import read_onnxruntime
 
     graphs = {
         name: part.graphs for name, part in bundle.manifest.components.items() if component in (None, name)
     }
     return {
-        name: Proof(proof_from_onnxruntime(bundle.path(files["fp32"])), {})
+        name: Proof(read_onnxruntime(bundle.path(files["fp32"])), {})
         for name, files in graphs.items()
         if "fp32" in files
     }

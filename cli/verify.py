@@ -92,7 +92,7 @@ def verify(
 
 
 def _proved(bundle: Bundle) -> bool:
-    return "kernels" in bundle.manifest.receipts
+    return "verification" in bundle.manifest.receipts
 
 
 def _reports(
@@ -114,7 +114,7 @@ def _contents(bundle: Bundle) -> None:
     _files(bundle)
     for name in bundle.manifest.receipts:
         receipt = bundle.receipt(name)
-        if name != "kernels":
+        if name != "verification":
             _receipt(name, _seconds(receipt) if name == "build" else receipt)
 
 

@@ -13,7 +13,7 @@ Data = dict[str, Any]
 
 
 def compare(a: Bundle, b: Bundle) -> Data:
-    """``{bundles, components, tasks, kernels, notes}`` as plain data; what one bundle lacks is None.
+    """``{bundles, components, tasks, verification, notes}`` as plain data; what one bundle lacks is None.
 
     ``notes`` says what keeps the numbers of the two from being compared. IntegrityError if a receipt is not
     as builds write it.
@@ -28,7 +28,9 @@ def compare(a: Bundle, b: Bundle) -> Data:
 
 def _side_by_side(a: Bundle, b: Bundle) -> Data:
     notes: list[str] = []
-    accuracy, tasks, kernels = (_receipts(a, b, name, notes) for name in ("accuracy", "tasks", "kernels"))
+    accuracy, tasks, verification = (
+        _receipts(a, b, name, notes) for name in ("accuracy", "tasks", "verification")
+    )
     same = a.manifest.model.revision == b.manifest.model.revision
     if not same:
         notes.append("The bundles were built from different checkpoints: no difference is given.")
@@ -46,7 +48,7 @@ def _side_by_side(a: Bundle, b: Bundle) -> Data:
         "bundles": [_overview(bundle) for bundle in (a, b)],
         "components": _merged([{} if x is None else _components(x) for x in accuracy]),
         "tasks": [_task(row, same) for row in _merged(scores)],
-        "kernels": _merged([{} if x is None else _kernels(x) for x in kernels]),
+        "verification": _merged([{} if x is None else _precisions(x) for x in verification]),
         "notes": notes,
     }
 
@@ -133,7 +135,7 @@ def _task(row: Data, same: bool) -> Data:
     return out
 
 
-def _kernels(receipt: Data) -> dict[str, dict[str, int]]:
+def _precisions(receipt: Data) -> dict[str, dict[str, int]]:
     """GEMMs by precision of each component on each backend."""
     return {
         f"{where} {component}": {str(name): int(count) for name, count in proof["precisions"].items()}

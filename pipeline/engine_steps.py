@@ -15,11 +15,11 @@ from ..engines.tensorrt.open import open_tensorrt
 from ..engines.tensorrt.shapes import Profile
 from ..export.components import component_spec
 from ..files.hashing import sha256_file_once
-from ..verify.expectations import check_promise
-from ..verify.inspector import proof_from_inspector
-from ..verify.onnxruntime import proof_from_onnxruntime
-from ..verify.report import KernelReport, joined
-from ..verify.rtx import proof_from_engine
+from ..verify.expectations import check_expectations
+from ..verify.inspector import read_inspector
+from ..verify.onnxruntime import read_onnxruntime
+from ..verify.report import VerificationReport, merge_reports
+from ..verify.rtx import read_rtx
 from .accuracy_steps import no_session
 from .config import ORT, RTX
 from .graph_steps import STORES, GraphSource, build_load, graph_path, stored_bytes
@@ -94,11 +94,11 @@ def _key(
     )
 
 
-def kernels_step(plan: BuildPlan, before: list[Step]) -> Step:
-    """The proof: what really runs in 8 bits. A broken promise fails the build."""
+def verification_step(plan: BuildPlan, before: list[Step]) -> Step:
+    """The verification report: what really runs in 8 bits. A broken promise fails the build."""
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
-        proofs: dict[str, dict[str, Any]] = {}
+        reports: dict[str, dict[str, Any]] = {}
         unread: dict[str, str] = {}
         for component in plan.components:
             promised = space.records[f"graph-{component}"].data["promised"]
@@ -107,40 +107,40 @@ def kernels_step(plan: BuildPlan, before: list[Step]) -> Step:
                 unread[component] = why
             else:
                 plain = [space.staging_dir / graph_path(name, "fp32") for name in pieces]
-                report = joined([proof_from_onnxruntime(path) for path in plain])
+                report = merge_reports([read_onnxruntime(path) for path in plain])
                 # ONNX Runtime has no FP8 kernels on a CPU: there only INT8 is held to its promise.
                 # Beside FP8 nodes, which it may not touch, it fuses no INT8 either.
                 int8 = {node: s for node, s in promised["fp32"].items() if s == "int8"}
                 if int8 and "fp8" not in promised["fp32"].values():
-                    check_promise(report, int8)
-                proofs.setdefault(f"{ORT}-cpu", {})[component] = _proof(report, promised["fp32"])
+                    check_expectations(report, int8)
+                reports.setdefault(f"{ORT}-cpu", {})[component] = _report(report, promised["fp32"])
             for backend, target in plan.engines:
                 parts = part_specs(space.records, component)
                 specs = parts or [component_spec(component, plan.checkpoint.whole)]
-                report = joined([_engine_proof(plan, space, spec, backend, target) for spec in specs])
-                check_promise(report, promised[plan.recipe.base])
-                proofs.setdefault(f"{backend}-{target}", {})[component] = _proof(
+                report = merge_reports([_engine_report(plan, space, spec, backend, target) for spec in specs])
+                check_expectations(report, promised[plan.recipe.base])
+                reports.setdefault(f"{backend}-{target}", {})[component] = _report(
                     report, promised[plan.recipe.base]
                 )
-        return [write_receipt(space, "kernels", proofs)], {"unread": unread}
+        return [write_receipt(space, "verification", reports)], {"unread": unread}
 
-    return Step("kernels", after(before), run)
+    return Step("verification", after(before), run)
 
 
-def _engine_proof(
+def _engine_report(
     plan: BuildPlan, space: Workspace, spec: ComponentSpec, backend: str, target: str
-) -> KernelReport:
+) -> VerificationReport:
     """What an engine runs: of RTX from its file, of TensorRT from its inspector, on the GPU it is for."""
     engine = space.staging_dir / engine_path(spec.name, backend, target)
     graph = space.staging_dir / graph_path(spec.name, plan.recipe.base)
     if backend == RTX:
-        return proof_from_engine(engine, graph)
+        return read_rtx(engine, graph)
     record = engine_file(space.records[f"engine-{spec.name}-{target}"])
     with open_tensorrt(spec, engine, record=record, graph=graph) as opened, TemporaryDirectory() as folder:
         info = Path(folder) / "layers.json"
         info.write_text(opened.layers(), encoding="utf-8")
-        return proof_from_inspector(info, graph)
+        return read_inspector(info, graph)
 
 
-def _proof(report: KernelReport, promised: dict[str, str]) -> Data:
+def _report(report: VerificationReport, promised: dict[str, str]) -> Data:
     return {"promised": promised, **report.to_json()}

@@ -10,9 +10,9 @@ from .run import Result
 
 
 def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, kernels and steps of ``result``, read from the bundle's receipts."""
+    """Accuracy, verification and steps of ``result``, read from the bundle's receipts."""
     bundle, manifest = result.bundle, result.bundle.manifest
-    kernels, accuracy = bundle.receipt("kernels"), bundle.receipt("accuracy")
+    verification, accuracy = bundle.receipt("verification"), bundle.receipt("accuracy")
     tasks: dict[str, Any] = {}
     if "tasks" in manifest.receipts:
         scores = bundle.receipt("tasks")["scores"]
@@ -28,11 +28,11 @@ def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
         "components": accuracy["chained"],
         "components_in": accuracy["backend"],
         "tasks": tasks,
-        "kernels": {
-            engine: {name: _summary(proof) for name, proof in found.items()}
-            for engine, found in kernels.items()
+        "verification": {
+            engine: {name: _summary(report) for name, report in found.items()}
+            for engine, found in verification.items()
         },
-        "fallback_causes": _causes(kernels),
+        "fallback_causes": _causes(verification),
         "steps": [
             {"step": name, "seconds": round(record.seconds, 2), "reused": name not in result.ran}
             for name, record in result.records.items()
@@ -42,28 +42,28 @@ def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
 
 def _unread(result: Result) -> list[str]:
     """What could not be opened, so that nothing is known of its kernels."""
-    unread = result.records["kernels"].data.get("unread", {})
+    unread = result.records["verification"].data.get("unread", {})
     return [f"Kernels of {name} on the CPU were not read: {why}." for name, why in unread.items()]
 
 
-def _summary(proof: dict[str, Any]) -> dict[str, Any]:
+def _summary(report: dict[str, Any]) -> dict[str, Any]:
     return {
-        "promised": len(proof["promised"]),
-        "precisions": proof["precisions"],
-        "fused_attention": proof["fused_attention"],
-        "attention": len(proof["attention"]),
-        "fallbacks": len(proof["fallbacks"]),
-        "kernels": proof["kernels"],
+        "promised": len(report["promised"]),
+        "precisions": report["precisions"],
+        "fused_attention": report["fused_attention"],
+        "attention": len(report["attention"]),
+        "fallbacks": len(report["fallbacks"]),
+        "kernels": report["kernels"],
     }
 
 
-def _causes(kernels: dict[str, Any]) -> list[str]:
+def _causes(verification: dict[str, Any]) -> list[str]:
     """Why quantised products do not run in 8 bits, each cause once for an engine."""
     found: dict[str, None] = {}
-    for engine, components in kernels.items():
-        for component, proof in components.items():
-            fallbacks = set(proof["fallbacks"])
-            for gemm in proof["gemms"]:
+    for engine, components in verification.items():
+        for component, report in components.items():
+            fallbacks = set(report["fallbacks"])
+            for gemm in report["gemms"]:
                 if gemm["node"] in fallbacks:
                     found[f"{engine}, {component}: {gemm['cause'] or 'unknown cause'}"] = None
     return list(found)

@@ -20,7 +20,7 @@ from ..quantization.schemes import folded_layers
 from .accuracy_steps import accuracy_step, headlines, tasks_step
 from .calibration_steps import calibrate_step, finite_step, fold_steps, preprocess_step
 from .config import MIXED, BuildConfig
-from .engine_steps import engine_step, kernels_step
+from .engine_steps import engine_step, verification_step
 from .graph_steps import SCALES, graph_step, store_steps
 from .manifest import manifest_of
 from .plan import SMOOTHING, BuildPlan, plan_build
@@ -106,7 +106,7 @@ def build_steps(plan: BuildPlan) -> list[Step]:
         for part in range(plan.parts[component])
     ]
     steps = [finite_step(plan), preprocess, *ranges, *stores, *graphs.values(), *engines]
-    steps.append(kernels_step(plan, [*graphs.values(), *engines]))
+    steps.append(verification_step(plan, [*graphs.values(), *engines]))
     steps.append(accuracy_step(plan, [preprocess, *graphs.values()]))
     if plan.runs_tasks:
         steps.append(tasks_step(plan, preprocess, [*ranges, *graphs.values()]))

@@ -81,7 +81,7 @@ def write_qdq(
             promised[node.name] = promise(scheme)
         drop_unused(model.graph, f"{layer}.weight")
     promised |= write_attention(model.graph, attentions, amax, form)
-    check_promise(model, wanted, promised)
+    check_products(model, wanted, promised)
     return promised
 
 
@@ -99,7 +99,7 @@ def quantised_gemms(model: ir.Model) -> dict[str, str]:
     return found
 
 
-def check_promise(model: ir.Model, wanted: Mapping[str, str], promised: Mapping[str, str]) -> None:
+def check_products(model: ir.Model, wanted: Mapping[str, str], promised: Mapping[str, str]) -> None:
     """BuildError unless the graph's quantised GEMMs are ``promised``, at least one for each layer wanted."""
     found = quantised_gemms(model) | quantised_attentions(model)
     if found != promised or len(promised) < len(wanted):

@@ -125,14 +125,14 @@ def test_a_killed_build_leaves_no_bundle_and_goes_on(killed: Killed, built: Buil
 
 def test_every_promised_layer_runs_in_fp8(built: Built) -> None:
     expected = layers(InternVLConfig.from_published(built.bundle.manifest.model.config))
-    engines = built.report["kernels"]["tensorrt-rtx-sm89"]
+    engines = built.report["verification"]["tensorrt-rtx-sm89"]
     assert set(engines) == set(expected) == set(COMPONENTS)
     for component, proof in engines.items():
         assert proof["promised"] == proof["precisions"]["fp8xfp8"] == expected[component], component
         assert proof["fallbacks"] == 0
         assert proof["fused_attention"] == proof["attention"] > 0
     # ONNX Runtime multiplies the same rounded values in fp32, and that is said.
-    for component, proof in built.report["kernels"]["onnxruntime-cpu"].items():
+    for component, proof in built.report["verification"]["onnxruntime-cpu"].items():
         assert (proof["promised"], proof["fallbacks"]) == (expected[component], expected[component])
     assert all("no FP8 kernels" in cause for cause in built.report["fallback_causes"])
 
@@ -161,7 +161,7 @@ def test_the_bundle_tells_what_it_is(built: Built) -> None:
     assert {(e.component, e.backend, e.target) for e in manifest.engines} == {
         (c, *where) for c in COMPONENTS for where in (("onnxruntime", "cpu"), ("tensorrt-rtx", "sm89"))
     }
-    assert {"accuracy", "kernels", "tasks", "build"} <= set(manifest.receipts)
+    assert {"accuracy", "verification", "tasks", "build"} <= set(manifest.receipts)
     assert str(Path.home()) not in manifest.dumps()
     stored = (built.root / "onnx" / "weights" / "quantised.safetensors").stat().st_size
     values = 0

@@ -91,5 +91,5 @@ def test_an_fp8_bundle_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def _promised(bundle: Path) -> list[str]:
-    kernels = json.loads((bundle / "receipts" / "kernels.json").read_text())
+    kernels = json.loads((bundle / "receipts" / "verification.json").read_text())
     return [s for proof in kernels["onnxruntime-cpu"].values() for s in proof["promised"].values()]

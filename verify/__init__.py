@@ -1,1 +1,2 @@
-"""What really runs in 8 bits: one reader for each library, and the report they make."""
+"""Verification: reads back which products an engine really runs in 8 bits. One reader a library, one
+report."""

@@ -1,4 +1,4 @@
-"""What a build promised of its products, held against what an engine really runs."""
+"""Fails a build whose engine does not run the precisions that the recipe promised."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..engines.products import FACTORS, factors
 from ..errors import BuildError, UsageError
-from .report import KernelReport, ProductProof
+from .report import VerificationReport, VerifiedProduct
 
 SCHEMES = (*FACTORS, "bf16", "fp16", "fp32", "int8-weight", "int4-weight")
 """What can be promised of a matrix product: the types of its factors, or that of its stored weight, which is
@@ -16,8 +16,8 @@ _BASES = frozenset({"bf16", "fp16"})
 _LISTED = 6
 
 
-def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
-    """Hold an engine to what was promised.
+def check_expectations(report: VerificationReport, promised: Mapping[str, str]) -> None:
+    """Compare an engine with what the recipe promised.
 
     Args:
         report: what the engine does.
@@ -29,13 +29,13 @@ def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
         BuildError: engine and promise differ; the layers are named with the likely causes.
         UsageError: an unknown scheme.
     """
-    known: dict[str, list[ProductProof]] = {}
+    known: dict[str, list[VerifiedProduct]] = {}
     for product in report.products:
         for name in {product.node, product.weight, product.weight.removesuffix(".weight")} - {""}:
             known.setdefault(name, []).append(product)
     attention = {node: block for block in report.attention for node in block.nodes}
     wrong: list[str] = []
-    kept: set[str] = set()
+    checked: set[str] = set()
     for name, scheme in promised.items():
         if scheme not in SCHEMES:
             raise UsageError(
@@ -47,15 +47,15 @@ def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
         apart = block is not None and name in block.nodes[1:2] and not block.fused
         if block is not None and (apart or set(block.types[:3]) != {scheme}):
             runs = "x".join(block.types[:3]) + (" unfused" if apart else "")
-            wrong.append(_broken(name, scheme, runs, block.cause))
+            wrong.append(_mismatch(name, scheme, runs, block.cause))
         for product in known.get(name, ()):
-            kept.add(product.node)
-            if product.precision not in _kept(scheme):
-                wrong.append(_broken(name, scheme, product.precision, product.cause))
+            checked.add(product.node)
+            if product.precision not in _accepted(scheme):
+                wrong.append(_mismatch(name, scheme, product.precision, product.cause))
     wrong += [
         f"{product.node}: runs {product.precision}, which nothing promised."
         for product in report.products
-        if product.node not in kept and product.precision in map(factors, FACTORS)
+        if product.node not in checked and product.precision in map(factors, FACTORS)
     ]
     if wrong:
         more = f" And {len(wrong) - _LISTED} more." if len(wrong) > _LISTED else ""
@@ -66,11 +66,11 @@ def check_promise(report: KernelReport, promised: Mapping[str, str]) -> None:
         )
 
 
-def _broken(name: str, scheme: str, precision: str, cause: str) -> str:
+def _mismatch(name: str, scheme: str, precision: str, cause: str) -> str:
     return f"{name}: promised {scheme}, runs {precision or 'nowhere'}{f' ({cause})' if cause else ''}."
 
 
-def _kept(scheme: str) -> frozenset[str]:
-    """Precisions that keep a promise of ``scheme``."""
+def _accepted(scheme: str) -> frozenset[str]:
+    """Precisions that fulfil ``scheme``."""
     stored = scheme.removesuffix("-weight")
     return frozenset({factors(scheme)} if stored == scheme else {f"{base}x{stored}" for base in _BASES})

@@ -1,4 +1,4 @@
-"""The proof of a TensorRT 10 or 11 engine, from the JSON of its inspector.
+"""Verification of a TensorRT 10 or 11 engine, from the JSON of its inspector.
 
 ``IEngineInspector.get_engine_information`` and ``trtexec --exportLayerInfo`` write it, of engines built with
 ``ProfilingVerbosity.DETAILED`` (otherwise it holds names only). What the releases differ in:
@@ -6,7 +6,7 @@
 * 10 lists inputs and outputs as names under ``Bindings``, 11 as objects under ``I/O Tensors``.
 * a tensor's type is ``Format/Datatype`` in 10, alone (``Half``) or in a sentence (``Row major linear FP16
   format``); 11 has ``DataType`` apart. With dynamic shapes some layers say ``N/A due to dynamic shapes``.
-* layers of a further optimization profile have `` [profile 1]`` behind their names.
+* layers of a further optimization profile have `` [profile 1]`` after their names.
 * matrix kernels (``gemm``) list computed inputs only. Their weight's type is in the kernel's name:
   ``sm89_xmma_gemm_e4m3bf16_e4m3f32_f32_tn_n...`` reads e4m3 and writes bf16, with weights in e4m3 and sums
   in fp32. Where a name has another form, the weight's type is unknown, and no promise is kept by it.
@@ -27,7 +27,7 @@ from ..engines.products import AttentionBlock
 from ..engines.tensorrt.layer_names import MYELIN, PROFILE, node_names
 from ..errors import CapabilityError, IntegrityError
 from .program import UNTOLD, Kernel, Program
-from .report import KernelReport
+from .report import VerificationReport
 from .rtx import report_of
 
 MAX_JSON_BYTES = 256 << 20
@@ -46,20 +46,20 @@ _HASH = re.compile(r"_0x[0-9a-f]+$")
 _SKIPPED = frozenset({"signal", "wait", "shape_call", "constant", "noop"})
 
 
-def proof_from_inspector(info: Path, graph: Path) -> KernelReport:
+def read_inspector(info: Path, graph: Path) -> VerificationReport:
     """Read what the inspector's JSON in ``info`` says of each product of the ONNX file ``graph``.
 
     Raises:
         IntegrityError: it is no such JSON, or ``graph`` no ONNX model.
         CapabilityError: it holds the layers' names only.
     """
-    return report_of(read_inspector(info), graph, "tensorrt", why_unfused=_why_unfused)
+    return report_of(inspector_programs(info), graph, "tensorrt", why_unfused=_why_unfused)
 
 
-def read_inspector(path: Path) -> tuple[Program, ...]:
+def inspector_programs(path: Path) -> tuple[Program, ...]:
     """The layers in the JSON file at ``path``, a program for each optimization profile.
 
-    Raises: as :func:`proof_from_inspector`.
+    Raises: as :func:`read_inspector`.
     """
     layers = _layers(path)
     if any(isinstance(layer, str) for layer in layers):
@@ -87,7 +87,7 @@ def _layers(path: Path) -> list[Any]:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_JSON_BYTES + 1)
-        # Names are joined by control characters, which not every release escapes.
+        # Names are merge_reports by control characters, which not every release escapes.
         data = json.loads(raw.decode("utf-8"), strict=False) if len(raw) <= MAX_JSON_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
         raise _refused(path, f"{error}.") from error

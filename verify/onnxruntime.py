@@ -1,4 +1,4 @@
-"""The proof of ONNX Runtime on this CPU, from the graph it optimises a component's graph to."""
+"""Verification of ONNX Runtime on this CPU, from the optimised form of a component's graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from ..engines.onnx_graph import Graph, Node, read_graph, stored_bytes
 from ..engines.onnxruntime.backend import optimized_graph
 from ..engines.products import AttentionBlock, Product, factors, node_name, why_not_8_bits
-from .report import Asked, AttentionProof, KernelReport, ProductProof
+from .report import GraphProducts, VerificationReport, VerifiedAttention, VerifiedProduct
 
 _INT8 = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "QLinearConv"})
 _FLOAT = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv"})
@@ -18,8 +18,8 @@ _BLOCKED = "_nchwc"
 """What ONNX Runtime appends to the output's name of a convolution that it runs on blocks of channels."""
 
 
-def proof_from_onnxruntime(graph: Path) -> KernelReport:
-    """Read what ONNX Runtime makes of ``graph`` on this CPU, from the graph it optimises it to.
+def read_onnxruntime(graph: Path) -> VerificationReport:
+    """The report of ``graph`` on this CPU, read from the graph that ONNX Runtime optimises it to.
 
     FP8 products run in fp32 there, on values rounded to FP8: they are listed as fallbacks. Weights are those
     of the optimised graph; what a kernel packs anew when it is opened is not counted.
@@ -28,23 +28,23 @@ def proof_from_onnxruntime(graph: Path) -> KernelReport:
         CapabilityError: onnxruntime is not installed.
         BuildError: onnxruntime refuses the graph.
     """
-    source, made = read_graph(graph), optimized_graph(graph)
-    asked = Asked.of(source)
+    source, optimised = read_graph(graph), optimized_graph(graph)
+    in_graph = GraphProducts.of(source)
     names = {f"{n.outputs[0]}{_BLOCKED}": node_name(n) for n in source.nodes if n.op == "Conv"}
-    runs = {names.get(name := _unfused_name(node_name(n)), name): n for n in made.nodes}
-    return KernelReport(
+    runs = {names.get(name := _unfused_name(node_name(n)), name): n for n in optimised.nodes}
+    return VerificationReport(
         backend="onnxruntime",
         profiles=1,
-        kernels=len(made.nodes),
-        gemms=tuple(_product(p, runs, made) for p in asked.products),
-        attention=tuple(_attention(a, runs) for a in asked.attention),
-        casts=tuple(node_name(n) for n in made.nodes if n.op == "Cast"),
-        convolutions=tuple(_product(p, runs, made) for p in asked.convolutions),
-        constant_bytes=sum(stored_bytes(*tensor) for tensor in made.initializers.values()),
+        kernels=len(optimised.nodes),
+        gemms=tuple(_product(p, runs, optimised) for p in in_graph.products),
+        attention=tuple(_attention(a, runs) for a in in_graph.attention),
+        casts=tuple(node_name(n) for n in optimised.nodes if n.op == "Cast"),
+        convolutions=tuple(_product(p, runs, optimised) for p in in_graph.convolutions),
+        constant_bytes=sum(stored_bytes(*tensor) for tensor in optimised.initializers.values()),
     )
 
 
-def _product(product: Product, runs: Mapping[str, Node], made: Graph) -> ProductProof:
+def _product(product: Product, runs: Mapping[str, Node], optimised: Graph) -> VerifiedProduct:
     node, restored = runs.get(product.node), runs.get(product.dequantised_by)
     op = "" if node is None else node.op
     kind = "int8" if op in _INT8 else "fp32" if op in _FLOAT else ""
@@ -59,8 +59,8 @@ def _product(product: Product, runs: Mapping[str, Node], made: Graph) -> Product
         cause = "ONNX Runtime has no such INT4 kernels: it multiplies the rounded values in fp32"
     elif product.scheme == "int8" and kind == "fp32":
         cause = "ONNX Runtime fuses INT8 only where the product has a QuantizeLinear of its own"
-    keeper = restored if unfused else node
-    return ProductProof(
+    reader = restored if unfused else node
+    return VerifiedProduct(
         product.node,
         product.weight,
         product.scheme,
@@ -69,22 +69,24 @@ def _product(product: Product, runs: Mapping[str, Node], made: Graph) -> Product
         cause=cause,
         op=product.op,
         shape=product.shape,
-        weight_bytes=_kept(keeper, made) if product.weight and keeper is not None else 0,
+        weight_bytes=_weight_bytes(reader, optimised) if product.weight and reader is not None else 0,
         fused=(op,) if op.startswith("Fused") else (),
     )
 
 
-def _kept(node: Node, made: Graph) -> int:
+def _weight_bytes(node: Node, optimised: Graph) -> int:
     """Bytes of the largest constant that ``node`` reads: its weight."""
-    constants = (made.initializers[name] for name in node.inputs if name in made.initializers)
+    constants = (optimised.initializers[name] for name in node.inputs if name in optimised.initializers)
     return max((stored_bytes(*tensor) for tensor in constants), default=0)
 
 
-def _attention(block: AttentionBlock, runs: Mapping[str, Node]) -> AttentionProof:
-    found = [runs[name].op for name in block.nodes if name in runs]
-    op = next((op for op in found if op in _ATTENTION), "")
+def _attention(block: AttentionBlock, runs: Mapping[str, Node]) -> VerifiedAttention:
+    operators = [runs[name].op for name in block.nodes if name in runs]
+    op = next((op for op in operators if op in _ATTENTION), "")
     cause = "" if op else "ONNX Runtime runs its products one by one"
-    return AttentionProof(block.nodes, bool(op), op, ("fp32",) * 3 if found else (), block.head_size, cause)
+    return VerifiedAttention(
+        block.nodes, bool(op), op, ("fp32",) * 3 if operators else (), block.head_size, cause
+    )
 
 
 def _unfused_name(name: str) -> str:

@@ -1,8 +1,9 @@
-"""Proof of what really runs: precision and stored weights of each product, fusion of each attention.
+"""The verification report: precision and stored weights of each product that really runs, fusion of each
+attention.
 
-Every reader gives a :class:`KernelReport`: :mod:`.rtx` that of a TensorRT-RTX engine,
-:mod:`.inspector` that of TensorRT 10 and 11, :mod:`.onnxruntime` that of ONNX Runtime's optimised
-graph. :mod:`.expectations` fails a build whose engine differs from what was promised.
+One reader a library makes it: :mod:`.rtx` of a TensorRT-RTX engine, :mod:`.inspector` of TensorRT 10 and 11,
+:mod:`.onnxruntime` of ONNX Runtime's optimised graph, :mod:`.torch` of one call. :mod:`.expectations` fails a
+build whose engine differs from what the recipe promised.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ _PLUMBING = frozenset(
     {"Cast", "DequantizeLinear", "Expand", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Slice"}
     | {"Split", "Squeeze", "Transpose", "Unsqueeze", "Constant", "Shape", "Concat", "Gather"}
 )
-"""Operators that move or convert values; a kernel that does one besides a product is not worth a word."""
+"""Operators that move or convert values; not listed among what a kernel fuses."""
 
 
 @dataclass(frozen=True)
-class ProductProof:
+class VerifiedProduct:
     """One matrix product or convolution of the graph and how it runs.
 
     Args:
@@ -40,9 +41,9 @@ class ProductProof:
         weight: the initializer it multiplies by; empty if both factors are computed.
         scheme: one of :data:`..engines.products.FACTORS` if the graph quantises both factors so, else empty.
         precision: types of the factors in the engine, ``fp8xfp8``; the stored type of a weight that is
-            restored beside the product: ``bf16xint4``, or ``int8xint4`` of a product in INT8; several joined
-            by ``|`` where optimization profiles differ; ``unknown`` for a type the engine does not tell;
-            empty if the product is not in the engine.
+            restored beside the product: ``bf16xint4``, or ``int8xint4`` of a product in INT8; several
+            merge_reports by ``|`` where optimization profiles differ; ``unknown`` for a type the engine does
+            not tell; empty if the product is not in the engine.
         kernel: name of the kernel.
         merged: nodes that share the kernel (q/k/v, gate/up), this one among them; empty if it stands alone.
         cause: why it does not run in 8 bits; empty if it does.
@@ -71,7 +72,7 @@ class ProductProof:
 
 
 @dataclass(frozen=True)
-class AttentionProof:
+class VerifiedAttention:
     """One attention: its ONNX nodes, whether one kernel does all of it, that kernel and its operand types.
 
     ``types`` are q's, k's and v's (and the mask's); ``head_size`` is 0 where the graph does not tell;
@@ -87,8 +88,8 @@ class AttentionProof:
 
 
 @dataclass(frozen=True)
-class KernelReport:
-    """What an engine is made of.
+class VerificationReport:
+    """How an engine runs each product and attention of its graph.
 
     ``casts`` are conversions between float types that stand alone, by node name. ``constant_bytes`` is
     everything the engine keeps of weights, scales and tables for one optimization profile, ``file_bytes`` the
@@ -98,15 +99,15 @@ class KernelReport:
     backend: str
     profiles: int
     kernels: int
-    gemms: tuple[ProductProof, ...]
-    attention: tuple[AttentionProof, ...]
+    gemms: tuple[VerifiedProduct, ...]
+    attention: tuple[VerifiedAttention, ...]
     casts: tuple[str, ...]
-    convolutions: tuple[ProductProof, ...] = ()
+    convolutions: tuple[VerifiedProduct, ...] = ()
     constant_bytes: int = 0
     file_bytes: int = 0
 
     @property
-    def products(self) -> tuple[ProductProof, ...]:
+    def products(self) -> tuple[VerifiedProduct, ...]:
         """Convolutions and matrix products."""
         return (*self.convolutions, *self.gemms)
 
@@ -116,7 +117,7 @@ class KernelReport:
         return dict(Counter(g.precision for g in self.gemms))
 
     @property
-    def fallbacks(self) -> tuple[ProductProof, ...]:
+    def fallbacks(self) -> tuple[VerifiedProduct, ...]:
         """Products that the graph quantises and the engine does not run so."""
         return tuple(p for p in self.products if p.scheme and p.precision != factors(p.scheme))
 
@@ -141,7 +142,7 @@ class KernelReport:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> KernelReport:
+    def from_json(cls, data: Mapping[str, Any]) -> VerificationReport:
         """Inverse of :meth:`to_json`; what an older receipt lacks has its default.
 
         Raises:
@@ -152,9 +153,9 @@ class KernelReport:
         return cls(
             **{
                 **own,
-                "gemms": _records(ProductProof, own["gemms"]),
-                "convolutions": _records(ProductProof, own.get("convolutions", ())),
-                "attention": _records(AttentionProof, own["attention"]),
+                "gemms": _records(VerifiedProduct, own["gemms"]),
+                "convolutions": _records(VerifiedProduct, own.get("convolutions", ())),
+                "attention": _records(VerifiedAttention, own["attention"]),
                 "casts": ("?",) * casts if isinstance(casts, int) else tuple(casts),
             }
         )
@@ -167,9 +168,9 @@ def _records(kind: type[Any], rows: Iterable[Mapping[str, Any]]) -> tuple[Any, .
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a graph asks of an engine: its products (without those that are parts of an attention), its
-    convolutions and attentions, and the names of nodes that only move or convert values."""
+class GraphProducts:
+    """The products of a graph (without those inside an attention), its convolutions and attentions, and the
+    names of the nodes that only move or convert values."""
 
     products: tuple[Product, ...]
     convolutions: tuple[Product, ...]
@@ -177,7 +178,7 @@ class Asked:
     plumbing: frozenset[str]
 
     @classmethod
-    def of(cls, graph: Graph) -> Asked:
+    def of(cls, graph: Graph) -> GraphProducts:
         """Read from ``graph``."""
         attention = find_attention(graph)
         inside = {name for block in attention for name in block.nodes}
@@ -191,13 +192,13 @@ class Asked:
 
 
 def shares(products: Sequence[Product], nbytes: int) -> tuple[int, ...]:
-    """``nbytes`` of one joined weight as the shares of the products in it, by their elements."""
+    """``nbytes`` of one merge_reports weight as the shares of the products in it, by their elements."""
     sizes = [math.prod(p.shape) for p in products]
     total = sum(sizes)
     return tuple(nbytes * size // total if total else 0 for size in sizes)
 
 
-def joined(reports: Sequence[KernelReport]) -> KernelReport:
+def merge_reports(reports: Sequence[VerificationReport]) -> VerificationReport:
     """The report of a split component from those of its parts, which share a backend."""
     return replace(
         reports[0],

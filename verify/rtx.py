@@ -1,4 +1,4 @@
-"""The proof of a TensorRT-RTX engine, from the program inside its file."""
+"""Verification of a TensorRT-RTX engine, from the program inside its file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from ..engines.onnx_graph import read_graph
 from ..engines.products import AttentionBlock, Product, why_not_8_bits
 from .program import UNTOLD, Kernel, Program, read_programs
-from .report import Asked, AttentionProof, KernelReport, ProductProof, shares
+from .report import GraphProducts, VerificationReport, VerifiedAttention, VerifiedProduct, shares
 
 _FLOATS = frozenset({"fp8", "bf16", "fp16", "fp32", "fp64"})
 _OPERANDS = _FLOATS | {"int8", "uint8", "int4", UNTOLD}
@@ -20,8 +20,8 @@ _FEWEST_FP8_ROWS = 32
 heads up to 256, of sequences from 32 rows on (17 were not fused); nothing in INT8 or fp32."""
 
 
-def proof_from_engine(engine: Path, graph: Path) -> KernelReport:
-    """Read what the TensorRT-RTX engine file ``engine`` does for each product of ``graph``.
+def read_rtx(engine: Path, graph: Path) -> VerificationReport:
+    """The report of the TensorRT-RTX engine file ``engine``, built from ``graph``.
 
     Raises:
         IntegrityError: either file cannot be read.
@@ -38,31 +38,31 @@ def report_of(
     file_bytes: int = 0,
     *,
     why_unfused: Callable[[AttentionBlock, tuple[str, ...]], str],
-) -> KernelReport:
+) -> VerificationReport:
     """The report of ``programs``, one for each optimization profile; IntegrityError if ``graph`` is no ONNX.
 
     ``why_unfused`` gives the likely cause for an attention and the types it was computed in.
     """
-    asked = Asked.of(read_graph(graph))
-    names = {p.node: p for p in asked.products}
-    return KernelReport(
+    in_graph = GraphProducts.of(read_graph(graph))
+    names = {p.node: p for p in in_graph.products}
+    return VerificationReport(
         backend=backend,
         profiles=len(programs),
         kernels=sum(len(p.kernels) for p in programs),
-        gemms=tuple(_product(p, programs, asked, names) for p in asked.products),
-        attention=tuple(_attention(a, programs, why_unfused) for a in asked.attention),
+        gemms=tuple(_product(p, programs, in_graph, names) for p in in_graph.products),
+        attention=tuple(_attention(a, programs, why_unfused) for a in in_graph.attention),
         casts=tuple(" ".join(k.layers) or k.name for p in programs for k in p.kernels if _is_cast(k)),
-        convolutions=tuple(_product(p, programs, asked, {}) for p in asked.convolutions),
+        convolutions=tuple(_product(p, programs, in_graph, {}) for p in in_graph.convolutions),
         constant_bytes=max(p.constant_bytes for p in programs),
         file_bytes=file_bytes,
     )
 
 
 def _product(
-    product: Product, programs: tuple[Program, ...], asked: Asked, names: dict[str, Product]
-) -> ProductProof:
+    product: Product, programs: tuple[Program, ...], in_graph: GraphProducts, names: dict[str, Product]
+) -> VerifiedProduct:
     """``names`` are the products that may share a kernel with this one."""
-    precisions, kept = set(), 0
+    precisions, nbytes = set(), 0
     first: Kernel | None = None
     for program in programs:
         kernel, operands = _find(product.node, program)
@@ -75,13 +75,13 @@ def _product(
             operands = (*operands[:1], product.stored if packed else operands[-1] if operands else "")
             size = packed or size
         precisions.add("x".join(operands))
-        kept = max(kept, size if product.weight else 0)
+        nbytes = max(nbytes, size if product.weight else 0)
     layers = () if first is None else first.layers
     merged = tuple(sorted(names.keys() & set(layers))) if first is not None and _is_matrix(first) else ()
     if len(merged) > 1:
-        kept = shares([names[n] for n in merged], kept)[merged.index(product.node)]
+        nbytes = shares([names[n] for n in merged], nbytes)[merged.index(product.node)]
     precision = "|".join(sorted(precisions))
-    return ProductProof(
+    return VerifiedProduct(
         product.node,
         product.weight,
         product.scheme,
@@ -91,15 +91,15 @@ def _product(
         why_not_8_bits(product, precision),
         product.op,
         product.shape,
-        kept,
-        asked.fused(layers, names.keys() | {product.node}),
+        nbytes,
+        in_graph.fused(layers, names.keys() | {product.node}),
     )
 
 
 def _find(node: str, program: Program) -> tuple[Kernel | None, tuple[str, ...]]:
     """The kernel that computes ``node`` and the types of its two factors.
 
-    Other kernels list the node as well (scales are applied behind the product), so matrix kernels go first;
+    Other kernels list the node as well (scales are applied after the product), so matrix kernels go first;
     tiny products are done by plain kernels, whose first two operands are the factors.
     """
     users = [k for k in program.kernels if node in k.layers]
@@ -111,8 +111,8 @@ def _find(node: str, program: Program) -> tuple[Kernel | None, tuple[str, ...]]:
 
 def _packed(product: Product, program: Program) -> int:
     """Bytes kept of the weight of ``product`` in its stored type; 0 if it was unpacked."""
-    wanted = {product.node, product.dequantised_by}
-    users = [k for k in program.kernels if wanted & set(k.layers)]
+    nodes = {product.node, product.dequantised_by}
+    users = [k for k in program.kernels if nodes & set(k.layers)]
     operands = [pair for k in users for pair in zip(k.args, k.constants, strict=True)]
     return max((size for kind, size in operands if kind == product.stored), default=0)
 
@@ -129,7 +129,7 @@ def _attention(
     block: AttentionBlock,
     programs: tuple[Program, ...],
     why_unfused: Callable[[AttentionBlock, tuple[str, ...]], str],
-) -> AttentionProof:
+) -> VerifiedAttention:
     """Fused if, in every profile, a kernel with ``mha`` in its name lists one of the nodes."""
     kernels = [
         next((k for k in p.kernels if "mha" in k.name and set(block.nodes) & set(k.layers)), None)
@@ -138,10 +138,10 @@ def _attention(
     whole = [k for k in kernels if k is not None]
     if len(whole) < len(kernels) or not whole:
         types = _unfused_types(block, programs[kernels.index(None)])
-        return AttentionProof(block.nodes, False, "", types, block.head_size, why_unfused(block, types))
+        return VerifiedAttention(block.nodes, False, "", types, block.head_size, why_unfused(block, types))
     types = tuple(kind for kind in whole[0].args if kind in _FLOATS)
     cause = "" if block.scheme in ("", *types[:1]) else f"its {block.scheme} values are dequantised before it"
-    return AttentionProof(block.nodes, True, whole[0].name, types, block.head_size, cause)
+    return VerifiedAttention(block.nodes, True, whole[0].name, types, block.head_size, cause)
 
 
 def _unfused_types(block: AttentionBlock, program: Program) -> tuple[str, ...]:

@@ -140,8 +140,8 @@ def engine(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
     from ivl_export.engines.tensorrt.build import build_engine
     from ivl_export.export.components import component_spec
     from ivl_export.quantization.qdq import quantised_gemms
-    from ivl_export.verify.expectations import check_promise
-    from ivl_export.verify.rtx import proof_from_engine
+    from ivl_export.verify.expectations import check_expectations
+    from ivl_export.verify.rtx import read_rtx
 
     made = source(model)
     found: dict[str, Any] = {}
@@ -149,9 +149,9 @@ def engine(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
         graph, path = out / graph_path(name, made.recipe.base), out / f"{name}.engine"
         before = anonymous(os.getpid())
         record = build_engine(graph, component_spec(name, made.checkpoint.config), path, target="sm89")
-        proof = proof_from_engine(path, graph)
+        proof = read_rtx(path, graph)
         promised = quantised_gemms(ir.load(graph))
-        check_promise(proof, promised)
+        check_expectations(proof, promised)
         kinds = Counter(gemm.precision for gemm in proof.gemms)
         found[name] = {
             "record": record.to_json(),

@@ -104,7 +104,7 @@ def _set_targets(lib: Library, config: Any, targets: Sequence[str]) -> None:
 
 def _set_options(lib: Library, config: Any, options: BuildOptions) -> None:
     trt = lib.module
-    if not lib.cross_builds:  # else the inspector, which the proof asks, has names only; RTX has its program
+    if not lib.cross_builds:  # else the inspector gives names only; RTX has its program
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level

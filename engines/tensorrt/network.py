@@ -128,7 +128,7 @@ def _types(tensors: Any) -> dict[str, str]:
 def _let_attention_decompose(trt: Any, network: Any) -> None:
     """Let attentions without a fused kernel (head size 8, say) be built from plain products.
 
-    Otherwise the builder refuses the whole network. Which ones are fused is in the proof.
+    Otherwise the builder refuses the whole network. Which ones are fused is in the verification report.
     """
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)  # TensorRT 10.14 and RTX 1.2 on
     for i in range(network.num_layers if kind is not None else 0):

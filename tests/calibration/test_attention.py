@@ -206,8 +206,8 @@ def test_tensorrt_rtx_fuses_it(tmp_path: Path) -> None:
     from ivl_export.export.weight_store import open_store
     from ivl_export.export.weights import write_store
     from ivl_export.models.checkpoint import open_checkpoint
-    from ivl_export.verify.expectations import check_promise
-    from ivl_export.verify.rtx import proof_from_engine
+    from ivl_export.verify.expectations import check_expectations
+    from ivl_export.verify.rtx import read_rtx
 
     config = sliced(InternVLConfig(), 1, 1)
     make_checkpoint(tmp_path / "model", config, holes=True)
@@ -223,8 +223,8 @@ def test_tensorrt_rtx_fuses_it(tmp_path: Path) -> None:
         bind(model, open_store(root / "weights.safetensors"), root)
         save_graph(model, root / "graph.onnx")
         build_engine(root / "graph.onnx", spec, root / "e.engine", target="sm89")
-        report = proof_from_engine(root / "e.engine", root / "graph.onnx")
+        report = read_rtx(root / "e.engine", root / "graph.onnx")
         assert len(promised) == len(names)
-        check_promise(report, promised)
+        check_expectations(report, promised)
         fused = {a.nodes[1]: (a.fused, a.types[:3]) for a in report.attention if a.nodes[1] in promised}
         assert fused == dict.fromkeys(promised, (True, ("fp8",) * 3))

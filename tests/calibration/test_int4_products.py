@@ -24,9 +24,9 @@ from ivl_export.quantization.quantize import (
 from ivl_export.quantization.schemes import SCHEMES, block_size, excluded
 from ivl_export.tests.calibration.reference import reference_modules
 from ivl_export.tests.calibration.test_weight_only import written
-from ivl_export.verify.expectations import check_promise
-from ivl_export.verify.onnxruntime import proof_from_onnxruntime
-from ivl_export.verify.rtx import proof_from_engine
+from ivl_export.verify.expectations import check_expectations
+from ivl_export.verify.onnxruntime import read_onnxruntime
+from ivl_export.verify.rtx import read_rtx
 
 pytestmark = pytest.mark.numeric
 
@@ -38,7 +38,7 @@ AMAX = 2.0
 def test_onnxruntime_multiplies_rounded_values(scheme: str, shallow: Checkpoint, tmp_path: Path) -> None:
     graph, promised, layers = written(shallow, tmp_path / "cpu", scheme, "float32", "onnxruntime", AMAX)
     assert promised == layers
-    report = proof_from_onnxruntime(graph)
+    report = read_onnxruntime(graph)
     assert len(report.fallbacks) == len(layers) == 4
     assert {g.scheme for g in report.fallbacks} == {scheme}
     assert all("INT4" in g.cause for g in report.fallbacks)
@@ -74,14 +74,14 @@ def test_the_engine_multiplies_integers(scheme: str, runs: str, shallow: Checkpo
     graph, promised, layers = written(shallow, tmp_path / "gpu", scheme, "bfloat16", "tensorrt", AMAX)
     engine = tmp_path / "vision.engine"
     build_engine(graph, component_spec("vision", shallow.config), engine)
-    report = proof_from_engine(engine, graph)
-    check_promise(report, promised)
+    report = read_rtx(engine, graph)
+    check_expectations(report, promised)
     assert report.precisions[runs] == len(layers)
     assert report.fallbacks == ()
     with pytest.raises(BuildError, match=f"promised int8, runs {runs}"):
-        check_promise(report, dict.fromkeys(promised, "int8"))
+        check_expectations(report, dict.fromkeys(promised, "int8"))
     with pytest.raises(BuildError, match="which nothing promised"):
-        check_promise(report, {})
+        check_expectations(report, {})
 
 
 def test_integer_products_have_one_weight_scale_an_output_channel() -> None:

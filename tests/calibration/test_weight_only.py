@@ -33,9 +33,9 @@ from ivl_export.quantization.quantize import (
 from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan_layers
 from ivl_export.quantization.schemes import block_size
 from ivl_export.tests.calibration.reference import reference_modules
-from ivl_export.verify.expectations import check_promise
-from ivl_export.verify.onnxruntime import proof_from_onnxruntime
-from ivl_export.verify.rtx import proof_from_engine
+from ivl_export.verify.expectations import check_expectations
+from ivl_export.verify.onnxruntime import read_onnxruntime
+from ivl_export.verify.rtx import read_rtx
 
 pytestmark = pytest.mark.numeric
 
@@ -75,7 +75,7 @@ def test_onnxruntime_multiplies_by_the_dequantised_weights(
     graph, promised, layers = written(shallow, tmp_path / "cpu", scheme, "float32", "onnxruntime")
     assert promised == layers
     assert len(layers) == 4
-    precisions = proof_from_onnxruntime(graph).precisions
+    precisions = read_onnxruntime(graph).precisions
     assert precisions[f"fp32x{scheme.removesuffix('-weight')}"] == len(layers)
     pixels = np.random.default_rng(0).normal(size=(2, 3, 28, 28)).astype(np.float32)
     plain, rounded = (reference_modules(shallow, ["vision"])["vision"] for _ in range(2))
@@ -105,14 +105,14 @@ def test_the_engine_keeps_the_weights_small(scheme: str, shallow: Checkpoint, tm
         assert tensor.data_type == getattr(onnx.TensorProto, kind.upper())
     engine = tmp_path / "vision.engine"
     build_engine(graph, component_spec("vision", shallow.config), engine)
-    report = proof_from_engine(engine, graph)
-    check_promise(report, promised)
+    report = read_rtx(engine, graph)
+    check_expectations(report, promised)
     assert report.precisions[f"bf16x{kind}"] == len(layers)
     with pytest.raises(BuildError, match=f"promised int8, runs bf16x{kind}"):
-        check_promise(report, dict.fromkeys(promised, "int8"))
+        check_expectations(report, dict.fromkeys(promised, "int8"))
     other = next(s for s in SCHEMES if s != scheme)
     with pytest.raises(BuildError, match=f"promised {other}, runs bf16x{kind}"):
-        check_promise(report, dict.fromkeys(promised, other))
+        check_expectations(report, dict.fromkeys(promised, other))
 
 
 @pytest.mark.parametrize(("width", "block"), [(256, 128), (192, 64), (352, 32)])

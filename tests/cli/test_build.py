@@ -63,7 +63,7 @@ def test_a_dry_run_says_what_would_be_done(
     assert plan["steps"] == [
         {"step": step, "action": "run"}
         for step in ("finite", "preprocess", "calibrate", "weights", "quantise",
-                     *(f"graph-{c}" for c in COMPONENTS), *engines, "kernels", "accuracy")
+                     *(f"graph-{c}" for c in COMPONENTS), *engines, "verification", "accuracy")
     ]  # fmt: skip
     assert plan["layers"] == {"bf16": 26, "fp8": 32}
     assert sum(" stays bf16: " in notice for notice in plan["notices"]) == 16
@@ -171,10 +171,10 @@ def test_one_component_is_built_reused_and_rebuilt(
         return report, [s["step"] for s in report["steps"] if not s["reused"]]
 
     every = ["finite", "preprocess", "calibrate", "weights", "quantise"]
-    every += ["graph-qllama_text", "kernels", "accuracy"]
+    every += ["graph-qllama_text", "verification", "accuracy"]
     report, ran = build()
     assert ran == every
-    proof = report["kernels"]["onnxruntime-cpu"]["qllama_text"]
+    proof = report["verification"]["onnxruntime-cpu"]["qllama_text"]
     assert proof["promised"] == proof["precisions"]["int8xint8"] == 4 * 7
     assert (proof["fallbacks"], proof["fused_attention"], proof["attention"]) == (0, 4, 4)
     accuracy = report["components"]["qllama_text"]["text_embed"]
@@ -194,7 +194,7 @@ def test_one_component_is_built_reused_and_rebuilt(
 
     (photos / "3.png").unlink()  # other calibration data: what does not follow from it is reused
     _, ran = build()
-    assert ran == ["calibrate", "graph-qllama_text", "kernels", "accuracy"]
+    assert ran == ["calibrate", "graph-qllama_text", "verification", "accuracy"]
     Bundle.open(tmp_path / "out", verify="hash")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "photos"}
 
@@ -212,7 +212,7 @@ def test_what_memory_does_not_hold_is_simulated_and_said(
     report = json.loads(capsys.readouterr().out)
     assert report["components_in"] == "simulated in torch"
     assert report["components"]["qllama_text"]["text_embed"]["cosine"] > 0.9
-    assert "onnxruntime-cpu" not in report["kernels"]
+    assert "onnxruntime-cpu" not in report["verification"]
     (note,) = [n for n in report["notices"] if "were not read" in n]
     assert "qllama_text" in note
     assert "0.0 GB are free" in note
@@ -231,7 +231,7 @@ def test_a_split_component_is_built_in_parts_and_run_as_one(
     engines = [f"engine-qllama_text.{part}-sm89" for part in range(3)]
     assert [s["step"] for s in report["steps"] if s["step"].startswith("engine-")] == engines
     for name in ("onnxruntime-cpu", "tensorrt-rtx-sm89"):
-        proof = report["kernels"][name]["qllama_text"]
+        proof = report["verification"][name]["qllama_text"]
         assert proof["promised"] == proof["precisions"]["int8xint8"] == 4 * 7
         assert proof["attention"] == 4
 
@@ -364,7 +364,7 @@ def test_a_full_disk_fails_and_the_next_build_goes_on(
     assert main(args) == 0
     steps = {s["step"]: s["reused"] for s in json.loads(capsys.readouterr().out)["steps"]}
     assert steps == {"finite": True, "preprocess": True} | dict.fromkeys(
-        ("weights", "graph-qllama_text", "kernels", "accuracy"), False
+        ("weights", "graph-qllama_text", "verification", "accuracy"), False
     )
     assert {p.name for p in tmp_path.iterdir()} == {"photos", "out"}
 

@@ -29,7 +29,7 @@ def receipts(correct: int, recipe: str) -> dict[str, Any]:
     return {
         "accuracy": Receipt(recipe, "onnxruntime", "ab" * 32, 32, True, views, views).to_json(),
         "tasks": {"scores": {recipe: {"InternVL-C": {"classify": score}, "settings": {}}}, "sizes": SIZES},
-        "kernels": {"onnxruntime-cpu": {"vision": {"precisions": {"int8xint8": 20, "fp32xfp32": 4}}}},
+        "verification": {"onnxruntime-cpu": {"vision": {"precisions": {"int8xint8": 20, "fp32xfp32": 4}}}},
     }
 
 
@@ -66,7 +66,7 @@ def test_side_by_side(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert task["difference"] == pytest.approx(-0.004)
     assert task["low"] < -0.004 < task["high"]
     assert task["within"] is True
-    assert found["kernels"][0]["b"] == {"int8xint8": 20, "fp32xfp32": 4}
+    assert found["verification"][0]["b"] == {"int8xint8": 20, "fp32xfp32": 4}
     assert found["notes"] == []
     assert compare(capsys, a, far)["tasks"][0]["within"] is False
 
@@ -115,7 +115,7 @@ def test_a_strange_receipt_is_refused(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for i, (name, content) in enumerate(
-        [("tasks", []), ("tasks", {"scores": 3}), ("accuracy", {}), ("kernels", {"x": 1})]
+        [("tasks", []), ("tasks", {"scores": 3}), ("accuracy", {}), ("verification", {"x": 1})]
     ):
         data = {**receipts(480, "fp8"), name: content}
         path = bundle(tiny_bundle, tmp_path / f"b{i}", data, "fp8")

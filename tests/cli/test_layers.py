@@ -15,7 +15,7 @@ from ivl_export import cli
 from ivl_export.bundle import Bundle, seal
 from ivl_export.bundle.manifest import Component, Manifest, Model
 from ivl_export.bundle.spec import Axis, ComponentSpec, TensorSpec
-from ivl_export.verify.report import AttentionProof, KernelReport, ProductProof
+from ivl_export.verify.report import VerificationReport, VerifiedAttention, VerifiedProduct
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROBE = """<script>
@@ -37,10 +37,10 @@ document.body.innerHTML="<pre id=probe>"+JSON.stringify(out)+"</pre>";
 </script>"""
 
 
-def product(name: str, precision: str, weight_bytes: int, **more: object) -> ProductProof:
+def product(name: str, precision: str, weight_bytes: int, **more: object) -> VerifiedProduct:
     shape = (96, 32)
     fields = {"weight": f"{name}.weight", "scheme": "fp8", "kernel": f"{name}_k", "shape": shape, **more}
-    return ProductProof(node=name, precision=precision, weight_bytes=weight_bytes, **fields)  # type: ignore[arg-type]
+    return VerifiedProduct(node=name, precision=precision, weight_bytes=weight_bytes, **fields)  # type: ignore[arg-type]
 
 
 def graph() -> bytes:
@@ -66,7 +66,7 @@ def graph() -> bytes:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     merged = ("blocks.0.k", "blocks.0.q")
-    report = KernelReport(
+    report = VerificationReport(
         backend="tensorrt-rtx", profiles=1, kernels=9,
         gemms=(
             product("blocks.0.q", "fp8xfp8", 3072, merged=merged),
@@ -76,8 +76,8 @@ def bundle(tmp_path: Path) -> Bundle:
             product("<head>", "bf16xbf16", 6144, scheme="", cause="the graph quantises neither factor"),
         ),
         attention=(
-            AttentionProof(("blocks.0.sdpa",), True, "_gemm_mha_v2", ("bf16",) * 3, 32),
-            AttentionProof(("blocks.1.sdpa",), False, "", ("bf16",) * 3, 8, "head size 8: too small"),
+            VerifiedAttention(("blocks.0.sdpa",), True, "_gemm_mha_v2", ("bf16",) * 3, 32),
+            VerifiedAttention(("blocks.1.sdpa",), False, "", ("bf16",) * 3, 8, "head size 8: too small"),
         ),
         casts=("seen",),
         convolutions=(product("patch", "bf16xbf16", 8192, scheme="", op="Conv", cause="not quantised"),),
@@ -86,7 +86,7 @@ def bundle(tmp_path: Path) -> Bundle:
     promised = {"blocks.0.q": "fp8", "blocks.0.k.weight": "fp8", "blocks.1.q": "fp8", "blocks.1.fc": "fp8"}
     proof = {"promised": promised, **report.to_json()}
     receipt = json.dumps({"tensorrt-rtx-sm89": {"vision": proof}})
-    files = {"onnx/vision.bf16.onnx": graph(), "receipts/kernels.json": receipt.encode()}
+    files = {"onnx/vision.bf16.onnx": graph(), "receipts/verification.json": receipt.encode()}
     for rel, data in files.items():
         path = tmp_path / "staging" / rel
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def bundle(tmp_path: Path) -> Bundle:
     manifest = Manifest(
         model=Model("nano & co", "models/nano", {}, {}, 2.5, 1234567), precision="fp8", compute_dtype="bf16",
         recipe={}, calibration=None,
-        components={"vision": Component(spec, {"bf16": "onnx/vision.bf16.onnx"})}, receipts=("kernels",),
+        components={"vision": Component(spec, {"bf16": "onnx/vision.bf16.onnx"})}, receipts=("verification",),
     )  # fmt: skip
     return seal(tmp_path / "staging", manifest, tmp_path / "bundle")
 
@@ -126,7 +126,7 @@ def test_without_layers_their_proof_is_a_line(bundle: Bundle, capsys: pytest.Cap
 
 def test_json_is_the_receipt(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", str(bundle.root), "--layers", "--component", "vision", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == bundle.receipt("kernels")
+    assert json.loads(capsys.readouterr().out) == bundle.receipt("verification")
 
 
 def test_a_bundle_without_a_receipt_is_read_here(
@@ -134,7 +134,7 @@ def test_a_bundle_without_a_receipt_is_read_here(
 ) -> None:
     command = ["verify", str(tiny_bundle), "--layers", "--component", "vision", "--json"]
     assert cli.main(command) == 0
-    found = KernelReport.from_json(json.loads(capsys.readouterr().out)["onnxruntime-cpu"]["vision"])
+    found = VerificationReport.from_json(json.loads(capsys.readouterr().out)["onnxruntime-cpu"]["vision"])
     assert set(found.precisions) == {"fp32xfp32"}
     assert {p.weight_bits for p in found.gemms} == {32}
 
@@ -146,7 +146,7 @@ def test_what_is_not_there_is_said(bundle: Bundle, capsys: pytest.CaptureFixture
     assert cli.main(["verify", root, "--layers", "--engine", "tensorrt-sm90"]) == 2
     assert cli.main(["verify", root, "--layers", "--html", str(bundle.root / "no" / "x.html")]) == 2
     assert cli.main(["verify", root, "--layers", "--layer-info", "x.json"]) == 2
-    receipt = bundle.root / "receipts" / "kernels.json"
+    receipt = bundle.root / "receipts" / "verification.json"
     receipt.write_text(json.dumps([{"gemms": 1}]).ljust(receipt.stat().st_size))
     assert cli.main(["verify", root, "--layers"]) == 8
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ivl_export.engines.tensorrt.build import build_engine
-from ivl_export.verify.expectations import check_promise
-from ivl_export.verify.onnxruntime import proof_from_onnxruntime
-from ivl_export.verify.rtx import proof_from_engine
+from ivl_export.verify.expectations import check_expectations
+from ivl_export.verify.onnxruntime import read_onnxruntime
+from ivl_export.verify.rtx import read_rtx
 
 if TYPE_CHECKING:
     from ivl_export.models.checkpoint import Checkpoint
@@ -84,9 +84,9 @@ def test_quantised_exports_keep_their_promise(checkpoint: Checkpoint, tmp_path: 
     graph, promised = export(checkpoint, tmp_path / "gpu", "fp8", "bfloat16", "tensorrt")
     assert set(promised) == names
     build_engine(graph, spec, tmp_path / "vision.engine")
-    report = proof_from_engine(tmp_path / "vision.engine", graph)
-    check_promise(report, promised)
+    report = read_rtx(tmp_path / "vision.engine", graph)
+    check_expectations(report, promised)
     assert report.precisions["fp8xfp8"] == 2
     assert len(report.attention) == 2  # the block's and the pooling head's
     graph, promised = export(checkpoint, tmp_path / "cpu", "int8", "float32", "onnxruntime")
-    check_promise(proof_from_onnxruntime(graph), promised)
+    check_expectations(read_onnxruntime(graph), promised)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ivl_export.errors import BuildError, CapabilityError, IntegrityError
-from ivl_export.verify.expectations import check_promise
-from ivl_export.verify.inspector import proof_from_inspector, read_inspector
+from ivl_export.verify.expectations import check_expectations
+from ivl_export.verify.inspector import inspector_programs, read_inspector
 
 if TYPE_CHECKING:
     from .conftest import Make
@@ -84,7 +84,7 @@ def write(path: Path, layers: list[Any], release: int) -> Path:
 @pytest.mark.parametrize(("release", "style"), [(10, TEN), (11, ELEVEN)])
 def test_both_releases_are_read(make: Make, tmp_path: Path, release: int, style: dict[str, Any]) -> None:
     sample = make("vit", dtype="bf16", scheme="fp8")
-    report = proof_from_inspector(write(tmp_path / "info.json", vit_layers(style), release), sample.path)
+    report = read_inspector(write(tmp_path / "info.json", vit_layers(style), release), sample.path)
     assert (report.backend, report.profiles, report.kernels) == ("tensorrt", 1, 6)
     assert report.precisions == {"fp8xfp8": 4}
     assert report.fallbacks == ()
@@ -92,7 +92,7 @@ def test_both_releases_are_read(make: Make, tmp_path: Path, release: int, style:
     assert (attention.fused, attention.kernel, attention.types) == (True, "_gemm_mha_v2", ("bf16",) * 3)
     assert report.casts == ("ONNXTRT_cast",)
     assert report.weight_bytes == 0  # matrix kernels do not tell
-    check_promise(report, {**sample.promised, "attn/sdpa": "bf16"})
+    check_expectations(report, {**sample.promised, "attn/sdpa": "bf16"})
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_a_promise_is_kept_by_known_types_only(
     sample = make("vit", dtype="bf16", scheme="fp8")
     layers = vit_layers(TEN)
     layers[1] = layer(TEN, "gemm", ["attn.qkv"], inputs, "BFloat16", tactic)
-    report = proof_from_inspector(write(tmp_path / "info.json", layers, 10), sample.path)
+    report = read_inspector(write(tmp_path / "info.json", layers, 10), sample.path)
     assert report.gemms[0].precision == precision
     with pytest.raises(BuildError, match=rf"attn\.qkv: promised fp8, runs {precision} \(its result is split"):
-        check_promise(report, sample.promised)
+        check_expectations(report, sample.promised)
 
 
 def test_convolutions_tell_their_weights(make: Make, tmp_path: Path) -> None:
@@ -126,10 +126,10 @@ def test_convolutions_tell_their_weights(make: Make, tmp_path: Path) -> None:
     del patch["Metadata"]  # as older releases: the name alone
     patch["Name"] = "patch + flat/reshape"
     proj = layer(TEN, "gemm", ["proj"], ["FP8"], "BFloat16", FP8)
-    report = proof_from_inspector(write(tmp_path / "info.json", [patch, proj], 10), sample.path)
+    report = read_inspector(write(tmp_path / "info.json", [patch, proj], 10), sample.path)
     (found,) = report.convolutions
     assert (found.precision, found.weight_bits) == ("bf16xbf16", 16)
-    check_promise(report, {**sample.promised, "patch": "bf16"})
+    check_expectations(report, {**sample.promised, "patch": "bf16"})
 
 
 def test_single_kernels_and_profiles(make: Make, tmp_path: Path) -> None:
@@ -142,10 +142,10 @@ def test_single_kernels_and_profiles(make: Make, tmp_path: Path) -> None:
     for item in second:
         item["Name"] += " [profile 1]"
         item["Metadata"] = item["Metadata"].replace("]", " [profile 1]]", 1)
-    report = proof_from_inspector(write(tmp_path / "info.json", layers + second, 10), sample.path)
+    report = read_inspector(write(tmp_path / "info.json", layers + second, 10), sample.path)
     assert report.profiles == 2
     assert report.precisions == {"fp8xfp8": 4}
-    names = [{n for k in p.kernels for n in k.layers} for p in read_inspector(tmp_path / "info.json")]
+    names = [{n for k in p.kernels for n in k.layers} for p in inspector_programs(tmp_path / "info.json")]
     assert names[0] == names[1]
     (attention,) = report.attention
     assert (attention.fused, attention.types) == (False, ("bf16",) * 3)
@@ -155,12 +155,12 @@ def test_single_kernels_and_profiles(make: Make, tmp_path: Path) -> None:
 def test_what_is_no_layer_information_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "info.json"
     with pytest.raises(CapabilityError, match="names only"):
-        read_inspector(write(path, ["a", "b"], 10))
+        inspector_programs(write(path, ["a", "b"], 10))
     for text in ("", "[]", "{}", '{"Layers": []}', '{"Layers": [{}], "Bindings": []}', "[" * 100000):
         path.write_text(text)
         with pytest.raises(IntegrityError, match="no layer information"):
-            read_inspector(path)
+            inspector_programs(path)
     with pytest.raises(IntegrityError):
-        read_inspector(write(path, [], 11))
+        inspector_programs(write(path, [], 11))
     with pytest.raises(IntegrityError):
-        read_inspector(tmp_path / "absent.json")
+        inspector_programs(tmp_path / "absent.json")

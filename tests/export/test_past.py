@@ -1,4 +1,5 @@
-"""Attention in two pieces over past and new positions equals the one over both joined, which copies them."""
+"""Attention in two pieces over past and new positions equals the one over both merge_reports, which copies
+them."""
 
 from __future__ import annotations
 

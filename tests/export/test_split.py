@@ -30,10 +30,10 @@ from ivl_export.quantization.ranges import Scales
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.components import Components
 from ivl_export.runtime.model import MODES
-from ivl_export.verify.expectations import check_promise
-from ivl_export.verify.onnxruntime import proof_from_onnxruntime
-from ivl_export.verify.report import joined
-from ivl_export.verify.rtx import proof_from_engine
+from ivl_export.verify.expectations import check_expectations
+from ivl_export.verify.onnxruntime import read_onnxruntime
+from ivl_export.verify.report import merge_reports
+from ivl_export.verify.rtx import read_rtx
 
 pytestmark = pytest.mark.numeric
 
@@ -187,7 +187,7 @@ def test_each_weight_of_a_block_is_in_one_part(split: Split) -> None:
 def test_parts_are_proven_together(split: Split, tmp_path: Path) -> None:
     root, component = split.bundle.root, "qllama_query"
     pieces = split.bundle.manifest.components[component].parts
-    plain = joined([proof_from_onnxruntime(root / piece.graphs["fp32"]) for piece in pieces])
+    plain = merge_reports([read_onnxruntime(root / piece.graphs["fp32"]) for piece in pieces])
     assert {g.node for g in plain.gemms} >= set(split.promised[component])
     pytest.importorskip("tensorrt_rtx")
     shutil.copytree(root / "onnx" / "weights", tmp_path / "onnx" / "weights")
@@ -199,11 +199,11 @@ def test_parts_are_proven_together(split: Split, tmp_path: Path) -> None:
     for spec in specs:
         graph, engine = tmp_path / graph_path(spec.name, "bf16"), tmp_path / f"{spec.name}.engine"
         assert build_engine(graph, spec, engine).component == spec.name
-        reports.append(proof_from_engine(engine, graph))
-    check_promise(joined(reports), promised)
-    assert sum(g.precision == "fp8xfp8" for g in joined(reports).gemms) == len(promised) > 0
+        reports.append(read_rtx(engine, graph))
+    check_expectations(merge_reports(reports), promised)
+    assert sum(g.precision == "fp8xfp8" for g in merge_reports(reports).gemms) == len(promised) > 0
     with pytest.raises(BuildError, match="the graph has no such matrix product"):
-        check_promise(joined(reports[:-1]), promised)
+        check_expectations(merge_reports(reports[:-1]), promised)
 
 
 def test_more_parts_than_blocks_are_refused(tmp_path: Path) -> None:

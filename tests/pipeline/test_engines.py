@@ -40,13 +40,11 @@ def test_native_engines_are_proved_by_their_inspector(
         return nullcontext(SimpleNamespace(layers=lambda: "[1]"))
 
     monkeypatch.setattr(engine_steps, "open_tensorrt", opened)
-    monkeypatch.setattr(
-        engine_steps, "proof_from_inspector", lambda info, graph: (info.read_text(), graph.name)
-    )
+    monkeypatch.setattr(engine_steps, "read_inspector", lambda info, graph: (info.read_text(), graph.name))
     plan: Any = SimpleNamespace(recipe=SimpleNamespace(base="bf16"))
     space: Any = SimpleNamespace(staging_dir=tmp_path, records={"engine-vision-native": RECORD})
     spec = ComponentSpec("vision", (), (), ())
-    found: Any = engine_steps._engine_proof(plan, space, spec, "tensorrt", "native")
+    found: Any = engine_steps._engine_report(plan, space, spec, "tensorrt", "native")
     assert found == ("[1]", "vision.bf16.onnx")
     assert asked["path"] == tmp_path / "engines" / "tensorrt-native" / "vision.engine"
     assert asked["record"] == engine_file(RECORD)

@@ -281,7 +281,7 @@ def test_shapes_and_options_decide_engines_and_nothing_else(ask: Ask) -> None:
         digests = {s.name: s.digest for s in build_steps(ask(**changed))}
         differ = {name for name, digest in digests.items() if plain[name] != digest}
         assert "engine-vision-sm89" in differ
-        assert all(name.startswith("engine-") or name == "kernels" for name in differ)
+        assert all(name.startswith("engine-") or name == "verification" for name in differ)
     assert {s.name: s.digest for s in build_steps(ask(no_cache=True))} == plain
     edge = ask(preset="edge")
     assert edge.engine_options.workspace_bytes == 256 << 20
@@ -320,9 +320,9 @@ def test_steps_depend_on_what_they_read(ask: Ask, tiny_model: Path, photos: Path
         return {name for name, digest in digests(ask(**options)).items() if base.get(name) != digest}
 
     graphs = {f"graph-{c}" for c in ("vision", "qllama_query", "qllama_text", "qllama_step")}
-    after_scales = graphs | {n for n in base if n.startswith("engine-")} | {"kernels", "accuracy"}
+    after_scales = graphs | {n for n in base if n.startswith("engine-")} | {"verification", "accuracy"}
     engines = {name.replace("graph", "engine") + "-sm120" for name in graphs}
-    assert changed(targets="sm120") == {*engines, "kernels"}
+    assert changed(targets="sm120") == {*engines, "verification"}
     assert changed(calib_samples=5) == {"calibrate", *after_scales}
     assert changed(precision="int8") == {"weights", "quantise", *after_scales}  # more layers quantised
 

@@ -25,7 +25,7 @@ def test_fp8_attention_of_nano(tmp_path: Path) -> None:
     )
     plan = plan_build(request)
     assert any("qllama_query: self_attn stays bf16: it may see 16 keys" in note for note in plan.notices)
-    kernels = build(plan, Heard()).bundle.receipt("kernels")["tensorrt-rtx-sm89"]
+    kernels = build(plan, Heard()).bundle.receipt("verification")["tensorrt-rtx-sm89"]
     for component, names in plan.layers.attention.items():
         fused = {a["nodes"][1]: (a["fused"], set(a["types"][:3])) for a in kernels[component]["attention"]}
         for name in names:

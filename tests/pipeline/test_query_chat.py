@@ -70,7 +70,7 @@ def picture(seed: int = 0) -> np.ndarray[Any, Any]:
 
 def test_every_product_and_attention_is_proven(report: dict[str, Any]) -> None:
     root = report["root"]
-    kernels = json.loads((root / "receipts" / "kernels.json").read_text())["tensorrt-rtx-sm89"]
+    kernels = json.loads((root / "receipts" / "verification.json").read_text())["tensorrt-rtx-sm89"]
     assert set(kernels) == set(QUERY_CHAT_COMPONENTS)
     # InternViT: qkv, proj, fc1, fc2; LLaMA: q, k, v, o, gate, up, down; one layer of two cross-attends.
     products = {"vision_chat": 3 * 4, "query_chat": 2 * 7 + 4, "decoder_embed": 0, "decoder": 2 * 7}

@@ -45,7 +45,7 @@ def test_too_little_disk_is_said_first(tmp_path: Path, monkeypatch: pytest.Monke
     def step(name: str, writes: int) -> Step:
         return Step(name, {}, lambda space, advanced: ([], {}), writes=writes)
 
-    plan = [step("weights", 3 * 10**9), step("engine-vision-sm89", 6 * 10**9), step("kernels", 0)]
+    plan = [step("weights", 3 * 10**9), step("engine-vision-sm89", 6 * 10**9), step("verification", 0)]
     out = tmp_path / "not" / "there" / "yet"
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**12, 0, 10**10))
     check_disk(out, plan)

@@ -12,8 +12,8 @@ import pytest
 from ivl_export.engines.base import open_engine
 from ivl_export.engines.onnxruntime.backend import optimized_graph
 from ivl_export.errors import BuildError, CapabilityError, InputError, IntegrityError, UsageError
-from ivl_export.verify.expectations import check_promise
-from ivl_export.verify.onnxruntime import proof_from_onnxruntime
+from ivl_export.verify.expectations import check_expectations
+from ivl_export.verify.onnxruntime import read_onnxruntime
 
 pytestmark = pytest.mark.numeric
 
@@ -109,14 +109,14 @@ def test_inputs_and_outputs_are_checked(make: Make) -> None:
 def test_int8_products_fuse_only_with_a_quantizer_of_their_own(make: Make) -> None:
     own = make("step", scheme="int8")
     assert sum(node.op == "MatMulIntegerToFloat" for node in optimized_graph(own.path).nodes) == 7
-    check_promise(proof_from_onnxruntime(own.path), own.promised)
+    check_expectations(read_onnxruntime(own.path), own.promised)
     shared = make("step", scheme="int8", own_q=False)
     with pytest.raises(BuildError, match=r"self_attn\.q_proj: promised int8, runs fp32xfp32 .*of its own"):
-        check_promise(proof_from_onnxruntime(shared.path), shared.promised)
+        check_expectations(read_onnxruntime(shared.path), shared.promised)
 
 
 def test_fp8_is_reported_as_fp32_on_rounded_values(make: Make) -> None:
-    report = proof_from_onnxruntime(make("vit", scheme="fp8").path)
+    report = read_onnxruntime(make("vit", scheme="fp8").path)
     assert report.precisions == {"fp32xfp32": 4}
     assert [g.node for g in report.fallbacks] == ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
     assert all("no FP8 kernels" in g.cause for g in report.fallbacks)
@@ -125,10 +125,10 @@ def test_fp8_is_reported_as_fp32_on_rounded_values(make: Make) -> None:
 
 def test_stored_weights_are_those_of_the_optimised_graph(make: Make) -> None:
     for scheme, bits in (("fp8", 32), ("int8", 8), (None, 32)):
-        report = proof_from_onnxruntime(make("vit", scheme=scheme).path)
+        report = read_onnxruntime(make("vit", scheme=scheme).path)
         assert {g.weight_bits for g in report.gemms} == {bits}
         assert report.weight_bytes < report.constant_bytes < report.weight_bytes + 16384
-    (patch,) = proof_from_onnxruntime(make("patches").path).convolutions
+    (patch,) = read_onnxruntime(make("patches").path).convolutions
     assert (patch.precision, patch.kernel, patch.weight_bits) == ("fp32xfp32", "Conv", 32)
 
 

@@ -9,26 +9,26 @@ import pytest
 
 from ivl_export.engines.tensorrt.build import build_engine
 from ivl_export.errors import BuildError, IntegrityError, UsageError
-from ivl_export.verify.expectations import check_promise
+from ivl_export.verify.expectations import check_expectations
 from ivl_export.verify.program import read_programs
-from ivl_export.verify.report import AttentionProof, KernelReport
-from ivl_export.verify.rtx import proof_from_engine
+from ivl_export.verify.report import VerificationReport, VerifiedAttention
+from ivl_export.verify.rtx import read_rtx
 
 if TYPE_CHECKING:
     from .conftest import Make, Sample
 
-    Prove = Callable[..., tuple[Sample, KernelReport]]
+    Prove = Callable[..., tuple[Sample, VerificationReport]]
 
 
 @pytest.fixture
 def prove(make: Make, tmp_path: Path) -> Prove:
     pytest.importorskip("tensorrt_rtx")
 
-    def run(kind: str, target: str = "sm89", **options: Any) -> tuple[Sample, KernelReport]:
+    def run(kind: str, target: str = "sm89", **options: Any) -> tuple[Sample, VerificationReport]:
         sample = make(kind, **options)
         engine = tmp_path / "part.engine"
         build_engine(sample.path, sample.spec, engine, target=target)
-        return sample, proof_from_engine(engine, sample.path)
+        return sample, read_rtx(engine, sample.path)
 
     return run
 
@@ -42,9 +42,9 @@ def test_every_promised_product_runs_in_eight_bits(prove: Prove, scheme: str, ta
     assert all(g.cause == "" and g.scheme == scheme for g in report.gemms)
     assert (report.fused_attention, len(report.attention), report.profiles) == (1, 1, 1)
     assert report.attention[0].types == ("bf16", "bf16", "bf16")
-    check_promise(report, sample.promised)
-    check_promise(report, {f"{name}.weight": s for name, s in sample.promised.items()})
-    assert KernelReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    check_expectations(report, sample.promised)
+    check_expectations(report, {f"{name}.weight": s for name, s in sample.promised.items()})
+    assert VerificationReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
 def test_merged_products_keep_their_names(prove: Prove) -> None:
@@ -57,7 +57,7 @@ def test_merged_products_keep_their_names(prove: Prove) -> None:
     assert gemms["lm_head"].precision == "bf16xbf16"
     assert gemms["lm_head"].cause == "the graph quantises neither factor"
     assert report.fused_attention == 1
-    check_promise(report, sample.promised)
+    check_expectations(report, sample.promised)
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
@@ -65,24 +65,24 @@ def test_bf16_runs_in_bf16(prove: Prove, decomposed: bool) -> None:
     _, report = prove("vit", dtype="bf16", decomposed=decomposed)
     assert report.precisions == {"bf16xbf16": 4}
     assert report.fused_attention == len(report.attention) == 1
-    check_promise(report, dict.fromkeys(["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], "bf16"))
+    check_expectations(report, dict.fromkeys(["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], "bf16"))
 
 
 def test_a_broken_promise_names_layer_and_cause(prove: Prove) -> None:
     sample, report = prove("vit", dtype="bf16", scheme="fp8", plain=("mlp.fc2",))
-    check_promise(report, sample.promised)
+    check_expectations(report, sample.promised)
     with pytest.raises(BuildError) as caught:
-        check_promise(report, {**sample.promised, "mlp.fc2": "fp8"})
+        check_expectations(report, {**sample.promised, "mlp.fc2": "fp8"})
     assert caught.value.why == ("mlp.fc2: promised fp8, runs bf16xbf16 (the graph quantises neither factor).")
     assert caught.value.exit_code == 6
     with pytest.raises(BuildError, match=r"attn\.qkv: promised int8, runs fp8xfp8"):
-        check_promise(report, {**sample.promised, "attn.qkv": "int8"})
+        check_expectations(report, {**sample.promised, "attn.qkv": "int8"})
     with pytest.raises(BuildError, match=r"absent: promised fp8, the graph has no such"):
-        check_promise(report, {**sample.promised, "absent": "fp8"})
+        check_expectations(report, {**sample.promised, "absent": "fp8"})
     with pytest.raises(BuildError, match=r"attn\.proj: runs fp8xfp8, which nothing promised"):
-        check_promise(report, {k: v for k, v in sample.promised.items() if k != "attn.proj"})
+        check_expectations(report, {k: v for k, v in sample.promised.items() if k != "attn.proj"})
     with pytest.raises(UsageError, match="Unknown scheme 'int3'"):
-        check_promise(report, {"attn.qkv": "int3"})
+        check_expectations(report, {"attn.qkv": "int3"})
 
 
 def test_an_engine_of_another_graph_is_found_out(make: Make, tmp_path: Path) -> None:
@@ -91,10 +91,10 @@ def test_an_engine_of_another_graph_is_found_out(make: Make, tmp_path: Path) -> 
     plain, promised = make("vit", dtype="bf16"), make("vit", dtype="bf16", scheme="fp8")
     engine = tmp_path / "part.engine"
     build_engine(plain.path, plain.spec, engine)
-    report = proof_from_engine(engine, promised.path)
+    report = read_rtx(engine, promised.path)
     assert [g.node for g in report.fallbacks] == list(promised.promised)
     with pytest.raises(BuildError, match=r"4 of 4 promised .* \(the builder chose a 16- or 32-bit kernel"):
-        check_promise(report, promised.promised)
+        check_expectations(report, promised.promised)
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "int8"])
@@ -103,7 +103,7 @@ def test_a_real_fallback_fails_the_promise(prove: Prove, scheme: str) -> None:
     sample, report = prove("vit", dtype="bf16", scheme=scheme, qk_norm=False)
     assert [(g.node, g.precision) for g in report.fallbacks] == [("attn.qkv", "bf16xbf16")]
     with pytest.raises(BuildError, match=r"attn\.qkv: .* \(its result is split at once"):
-        check_promise(report, sample.promised)
+        check_expectations(report, sample.promised)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_which_attentions_are_fused(
     assert attention.nodes == (("qk", "softmax", "pv") if decomposed else ("attn/sdpa",))
     assert (attention.head_size, attention.fused, attention.cause) == (head_size, not cause, cause)
     assert attention.types == (dtype,) * 3
-    check_promise(report, {"attn.qkv": dtype, attention.nodes[0]: dtype})
+    check_expectations(report, {"attn.qkv": dtype, attention.nodes[0]: dtype})
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,9 @@ def test_quantised_attention(prove: Prove, scheme: str, rows: int, head_size: in
     (attention,) = report.attention
     assert (attention.fused, attention.cause) == (not cause, cause)
     assert attention.types == (scheme,) * 3
-    check_promise(report, sample.promised)
+    check_expectations(report, sample.promised)
     with pytest.raises(BuildError, match=f"qk: promised bf16, runs {scheme}x{scheme}x{scheme}"):
-        check_promise(report, {"qk": "bf16"})
+        check_expectations(report, {"qk": "bf16"})
 
 
 def test_attention_that_was_not_quantised_breaks_its_promise(make: Make, tmp_path: Path) -> None:
@@ -153,16 +153,16 @@ def test_attention_that_was_not_quantised_breaks_its_promise(make: Make, tmp_pat
     promised = make("attention", dtype="bf16", scheme="fp8")
     plain = make("attention", dtype="bf16")
     build_engine(plain.path, plain.spec, tmp_path / "part.engine")
-    report = proof_from_engine(tmp_path / "part.engine", promised.path)
+    report = read_rtx(tmp_path / "part.engine", promised.path)
     with pytest.raises(BuildError, match=r"qk: .* bf16xbf16xbf16 \(its fp8 values are dequantised before it"):
-        check_promise(report, promised.promised)
+        check_expectations(report, promised.promised)
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "int8"])
 def test_sizes_that_are_no_multiple_of_16_still_run_in_eight_bits(prove: Prove, scheme: str) -> None:
     sample, report = prove("mlp", dtype="bf16", scheme=scheme, width=63)
     assert report.precisions == {f"{scheme}x{scheme}": 2}
-    check_promise(report, sample.promised)
+    check_expectations(report, sample.promised)
 
 
 @pytest.mark.parametrize(("scheme", "bits"), [("fp8", 8), ("int8", 8), (None, 16)])
@@ -182,11 +182,11 @@ def test_a_convolution_is_a_product_whose_channels_are_padded_to_four(prove: Pro
     assert (patch.op, patch.precision, patch.weight) == ("Conv", "bf16xbf16", "patch.weight")
     assert patch.weight_bits == 16 * 4 / 3
     assert report.precisions == {"fp8xfp8": 1}
-    check_promise(report, {**sample.promised, "patch": "bf16"})
+    check_expectations(report, {**sample.promised, "patch": "bf16"})
     with pytest.raises(
         BuildError, match=r"patch: promised fp8, runs bf16xbf16 \(the graph quantises neither"
     ):
-        check_promise(report, {**sample.promised, "patch": "fp8"})
+        check_expectations(report, {**sample.promised, "patch": "fp8"})
 
 
 def test_older_receipts_are_read(prove: Prove) -> None:
@@ -198,7 +198,7 @@ def test_older_receipts_are_read(prove: Prove) -> None:
     data["gemms"] = [
         {k: g[k] for k in ("node", "weight", "scheme", "precision", "kernel")} for g in data["gemms"]
     ]
-    old = KernelReport.from_json(data)
+    old = VerificationReport.from_json(data)
     assert (old.precisions, old.casts, old.weight_bytes) == (report.precisions, ("?", "?"), 0)
 
 
@@ -206,9 +206,9 @@ def test_profiles_are_reported_together(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample, engine = make("mlp", dtype="bf16", scheme="int8"), tmp_path / "part.engine"
     build_engine(sample.path, sample.spec, engine, profiles=({}, {"batch": (1, 1, 1)}))
-    report = proof_from_engine(engine, sample.path)
+    report = read_rtx(engine, sample.path)
     assert report.profiles == 2
-    check_promise(report, sample.promised)
+    check_expectations(report, sample.promised)
 
 
 def test_files_that_are_no_engine_are_refused(make: Make, tmp_path: Path) -> None:
@@ -238,17 +238,17 @@ def test_files_that_are_no_engine_are_refused(make: Make, tmp_path: Path) -> Non
     [
         (None, "no such matrix product"),
         (
-            AttentionProof(("a", "b", "c"), False, "", ("fp8",) * 3, 128, "why"),
+            VerifiedAttention(("a", "b", "c"), False, "", ("fp8",) * 3, 128, "why"),
             r"fp8xfp8xfp8 unfused \(why\)",
         ),
-        (AttentionProof(("a", "b", "c"), True, "gemv_mha", ("bf16",) * 3), "bf16xbf16xbf16"),
-        (AttentionProof(("a", "b", "c"), True, "gemm_mha", ("fp8", "fp8", "fp8")), ""),
+        (VerifiedAttention(("a", "b", "c"), True, "gemv_mha", ("bf16",) * 3), "bf16xbf16xbf16"),
+        (VerifiedAttention(("a", "b", "c"), True, "gemm_mha", ("fp8", "fp8", "fp8")), ""),
     ],
 )
-def test_promised_fp8_attention(found: AttentionProof | None, cause: str) -> None:
-    report = KernelReport("tensorrt-rtx", 1, 1, (), (found,) if found else (), ())
+def test_promised_fp8_attention(found: VerifiedAttention | None, cause: str) -> None:
+    report = VerificationReport("tensorrt-rtx", 1, 1, (), (found,) if found else (), ())
     if not cause:
-        check_promise(report, {"b": "fp8"})
+        check_expectations(report, {"b": "fp8"})
         return
     with pytest.raises(BuildError, match=cause):
-        check_promise(report, {"b": "fp8"})
+        check_expectations(report, {"b": "fp8"})

@@ -24,21 +24,28 @@ from ivl_export.models.config import config_from_published
 from ivl_export.profiles.measure.inputs import random_inputs
 from ivl_export.quantization.quantize import pack, quantise
 from ivl_export.quantization.schemes import SCHEMES
-from ivl_export.verify.expectations import check_promise
-from ivl_export.verify.report import KernelReport
-from ivl_export.verify.torch import emitted_kernels_named, held, proof_from_torch
-from ivl_export.verify.torch_runs import addresses, as_before, by_layer, runs
+from ivl_export.verify.expectations import check_expectations
+from ivl_export.verify.report import VerificationReport
+from ivl_export.verify.torch import (
+    addresses,
+    as_before,
+    by_layer,
+    emitted_kernels_named,
+    enforceable,
+    read_torch,
+    runs,
+)
 
 from .test_engine import compare
 
 CPU = torch.device("cpu")
 
 
-def proof(path: Path, component: str, **options: Any) -> tuple[KernelReport, dict[str, str]]:
+def proof(path: Path, component: str, **options: Any) -> tuple[VerificationReport, dict[str, str]]:
     bundle = Bundle.open(path)
     spec = bundle.spec(component)
     sizes = {axis.name: axis.opt for axis in spec.axes} | {"batch": 2}
-    return proof_from_torch(bundle, component, random_inputs(spec, sizes, 4), **options)
+    return read_torch(bundle, component, random_inputs(spec, sizes, 4), **options)
 
 
 def fp8_runs_here() -> str:
@@ -78,7 +85,7 @@ def test_every_layer_of_a_component_is_told(tiny_bundle: Path, component: str, d
     assert bool(report.casts) == (dtype == "bf16")
     assert report.kernels > len(report.products) + len(report.attention)
     assert report.constant_bytes >= report.weight_bytes > 0
-    assert KernelReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert VerificationReport.from_json(json.loads(json.dumps(report.to_json()))) == report
     assert promised == {}
 
 
@@ -172,20 +179,20 @@ def test_fp8_on_this_cpu(nano_fp8: Path) -> None:
     assert {g.precision for g in found.values()} == {here}
     assert {g.weight_bits for g in found.values()} == {8}
     assert len(report.fallbacks) == (0 if here == "fp8xfp8" else len(promised))
-    check_promise(report, held(promised, "cpu"))
+    check_expectations(report, enforceable(promised, "cpu"))
     restored, _ = proof(nano_fp8, "vision", dtype="bf16", product="restored")
     assert {g.precision for g in restored.gemms} == {"bf16xbf16"}
     assert all("restored" in g.cause for g in restored.fallbacks)
     with pytest.raises(BuildError, match="restored before the product"):
-        check_promise(restored, promised)
+        check_expectations(restored, promised)
 
 
 @pytest.mark.slow
 def test_int8_keeps_its_promise(nano_int8: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report, promised = proof(nano_int8, "vision", dtype="bf16")
-    assert held(promised, "cpu") == promised
+    assert enforceable(promised, "cpu") == promised
     assert report.precisions["int8xint8"] == len(promised) > 0
-    check_promise(report, promised)
+    check_expectations(report, promised)
     line = ["verify", str(nano_int8), "--layers", "--backend", "torch"]
     assert cli.main(line) == 0
     assert "20 int8xint8" in capsys.readouterr().out
@@ -212,7 +219,7 @@ def test_int4_weights_are_unpacked(nano_weights: Callable[[str], Path], precisio
     assert set(promised.values()) == {precision}
     assert {(gemm.precision, gemm.weight_bits) for gemm in found} == {("int8xint4", 4)}
     assert {bool(gemm.cause) for gemm in found} == {precision == "w4a4"}
-    check_promise(report, held(promised, "cpu"))
+    check_expectations(report, enforceable(promised, "cpu"))
 
 
 @pytest.mark.slow
@@ -220,15 +227,15 @@ def test_weight_only_bundles_have_no_scales(nano_weights: Callable[[str], Path])
     path = nano_weights("int4-weight")
     compare(path, 45)
     report, promised = proof(path, "vision", dtype="bf16")
-    check_promise(report, held(promised, "cpu", "bf16"))
-    assert held(promised, "cpu", "bf16") == promised
-    assert held(promised, "cpu") == {}
+    check_expectations(report, enforceable(promised, "cpu", "bf16"))
+    assert enforceable(promised, "cpu", "bf16") == promised
+    assert enforceable(promised, "cpu") == {}
 
 
 def test_the_verb(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["verify", str(tiny_bundle), "--layers", "--component", "vision", "--backend", "torch"]
     assert cli.main([*line, "--json", "--dtype", "bf16"]) == 0
-    found = KernelReport.from_json(json.loads(capsys.readouterr().out)["torch-cpu"]["vision"])
+    found = VerificationReport.from_json(json.loads(capsys.readouterr().out)["torch-cpu"]["vision"])
     assert set(found.precisions) == {"bf16xbf16"}
     page = tmp_path / "layers.html"
     assert cli.main([*line, "--html", str(page)]) == 0
