@@ -24,7 +24,11 @@ class SelectedVisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[B, 3, S, S] -> features [B, P, D]."""
-        out: Tensor = self.vision_tower(pixel_values)[:, self.first :]
+        return self.selected(pixel_values)[:, self.first :]
+
+    def selected(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, S, S] -> hidden state of the selected layer [B, N, D], class token first."""
+        out: Tensor = self.vision_tower(pixel_values)
         return out
 
 
@@ -50,6 +54,10 @@ class QueryTower(nn.Module):
         """[B, 3, S, S] -> features of the selected layer [B, P, D], tokens of the last one [B, N, D]."""
         states = self.vision_tower.vision_model.hidden_states(pixel_values)
         return states[self.read_blocks][:, self.first :], states[-1]
+
+    def selected(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, S, S] -> hidden state of the selected layer [B, N, D], class token first."""
+        return self.vision_tower.vision_model.hidden_states(pixel_values)[self.read_blocks]
 
     def query(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> outputs of the queries after the final norm [B, Q, W]."""

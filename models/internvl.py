@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UsageError
-from .config import InternVLConfig
+from ..errors import CapabilityError, UsageError
+from .config import InternViTConfig, InternVLConfig
 from .heads import AttentionPool
 from .qllama import KeyValue, QLlama, Visible, query_pass
 from .vit import InternViT
@@ -42,12 +42,17 @@ class InternVLModel(nn.Module):
 
     def vision(self, pixel_values: Tensor) -> Tensor:
         """[B, 3, S, S] -> last hidden state [B, N, D]."""
-        out: Tensor = self.vision_model(pixel_values.to(self.logit_scale.dtype))
+        dtype = self.vision_model.embeddings.class_embedding.dtype
+        out: Tensor = self.vision_model(pixel_values.to(dtype))
         return out
 
     def query_pass(self, tokens: Tensor) -> tuple[Tensor, list[KeyValue]]:
         """Vision tokens [B, N, D] -> query rows after the final norm [B, Q, H], their keys and values."""
         return query_pass(self.qllama, self.query_tokens, tokens)
+
+    def query_features(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, S, S] -> query rows after the final norm [B, Q, H]."""
+        return self.query_pass(self.vision(pixel_values))[0]
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T] -> [B, T, H] after the final norm; ids 0 are padding unless a mask [B, T] says otherwise."""
@@ -101,6 +106,26 @@ class InternVLModel(nn.Module):
         return generate(
             self, pixel_values, input_ids, attention_mask, max_new_tokens, num_beams, min_new_tokens
         )
+
+
+class InternViTModel(InternVLModel):
+    """An InternViT alone: :meth:`vision` works, all that needs other weights raises CapabilityError."""
+
+    def __init__(self, config: InternViTConfig) -> None:
+        nn.Module.__init__(self)
+        self.vision_model = InternViT(config.vision)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("_"):
+                raise
+            raise CapabilityError(
+                f"An InternViT alone has no {name}.",
+                "Its checkpoint holds the vision model only.",
+                "Load an InternVL-C or InternVL-G checkpoint.",
+            ) from error
 
 
 def _is_g(mode: str) -> bool:

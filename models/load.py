@@ -9,8 +9,8 @@ import torch
 from ..errors import CheckpointError
 from .chat import InternVLChatModel
 from .checkpoint import Checkpoint, load_state, open_checkpoint
-from .config import ChatConfig
-from .internvl import InternVLModel
+from .config import ChatConfig, InternViTConfig
+from .internvl import InternViTModel, InternVLModel
 
 
 def load_model(
@@ -20,16 +20,23 @@ def load_model(
 ) -> InternVLModel:
     """The model of a checkpoint, in eval mode, weights memory-mapped and loaded a tensor at a time.
 
+    An InternViT alone gives an :class:`.internvl.InternViTModel`, which has :meth:`.InternVLModel.vision`
+    and nothing else.
+
     Args:
         path: what :func:`.checkpoint.open_checkpoint` takes, or an opened checkpoint.
         dtype: type of all parameters; None keeps the stored types.
         device: where they go. On the CPU in the stored type the parameters stay views of the mapped file.
 
     Raises:
-        CheckpointError: the checkpoint is not whole or not InternVL's (see :func:`load_chat`).
+        CheckpointError: the checkpoint is not whole, or a chat model's (see :func:`load_chat`).
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    model = meta_model(checkpoint)
+    if isinstance(checkpoint.model, InternViTConfig):
+        with torch.device("meta"):
+            model: InternVLModel = InternViTModel(checkpoint.model).eval()
+    else:
+        model = meta_model(checkpoint)
     load_state(model, checkpoint, dtype, device)
     return model
 
@@ -41,7 +48,7 @@ def load_chat(
 ) -> InternVLChatModel:
     """The chat model of a checkpoint in the LLaVA layout; arguments as :func:`load_model`.
 
-    Blocks of the vision tower behind the one that is read are left out.
+    Blocks of the vision tower after the one that is read are left out.
 
     Raises:
         CheckpointError: the checkpoint is not whole or no chat model.

@@ -302,15 +302,15 @@ def evaluate_torch(plan: BuildPlan, dtype: str) -> dict[str, Any]:
 def evaluate_engines(root: Path, manifest: Manifest) -> dict[str, Any]:
     """Task scores of the graphs below ``root``, through the runtime and ONNX Runtime."""
     from ..evaluation.chat import EngineChat
-    from ..runtime import InternVL, InternVLChat
+    from ..runtime import InternVLChat
     from ..runtime.components import Components
+    from ..runtime.load import model_on
     from ..synthetic import chat_tasks, tasks
 
     bundle = Bundle(root, manifest)
-    if "decoder" in manifest.components:
-        with InternVLChat(bundle, Components(bundle, ORT)) as chat:
-            return chat_tasks.evaluate(EngineChat(chat), CHAT_QUESTIONS["scenes"])
-    with InternVL(bundle, Components(bundle, ORT)) as model:
+    with model_on(bundle, Components(bundle, ORT)) as model:
+        if isinstance(model, InternVLChat):
+            return chat_tasks.evaluate(EngineChat(model), CHAT_QUESTIONS["scenes"])
         return tasks.evaluate(EngineModel(model), **cast(Any, QUESTIONS))
 
 

@@ -1,4 +1,4 @@
-"""Run a bundle: ``InternVL.load(path)``, or ``InternVLChat.load(path)``.
+"""Run a bundle: ``load(path)`` gives an ``InternVL`` or an ``InternVLChat``.
 
 No torch; a backend is imported with its first engine.
 """
@@ -7,6 +7,7 @@ from ..inputs.video import frames_of
 from .chat import Chat, InternVLChat
 from .image_batches import Reading
 from .index import Index
+from .load import load
 from .matching import Ranking
 from .model import InternVL, Mode
 from .serving.admission import Response, ServiceLimits
@@ -30,4 +31,5 @@ __all__ = [
     "Timing",
     "UrlPolicy",
     "frames_of",
+    "load",
 ]

@@ -82,7 +82,7 @@ def stream_caption(
 def generate(
     model: Loaded,
     pixel_values: Floats,
-    prompt_ids: Ids,
+    input_ids: Ids,
     attention_mask: Ids | None,
     stop: StopCriteria,
     num_beams: int = 1,
@@ -98,7 +98,7 @@ def generate(
         some = slice(start, start + size)
         mask = None if attention_mask is None else attention_mask[some]
         new = stop.max_new_tokens
-        cache, first = _prefilled(model, pixel_values[some], prompt_ids[some], mask, new)
+        cache, first = _prefilled(model, pixel_values[some], input_ids[some], mask, new)
         parts.append(decode(first, stepper(_step(model), cache), stop, num_beams, sampling))
     out = np.full((len(pixel_values), max((p.shape[1] for p in parts), default=0)), stop.pad, np.int64)
     for i, part in enumerate(parts):
@@ -129,21 +129,21 @@ def _step(model: Loaded) -> StepEngine:
 
 
 def _prefilled(
-    model: Loaded, pixel_values: Floats, prompt_ids: Ids, mask: Ids | None, new: int
+    model: Loaded, pixel_values: Floats, input_ids: Ids, mask: Ids | None, new: int
 ) -> tuple[KVCache, Scores]:
     """Images and prompts prefilled, no more than the step engine takes at once."""
     run, spec = model.components.run_device, model.components.spec("qllama_step")
     names = [t.name for t in model.components.spec("qllama_query").outputs if "." in t.name]
     tokens = run("vision", {"pixel_values": pixel_values}, ["tokens"])
     queries = run("qllama_query", tokens, names)
-    return prefill(_step(model), spec, queries, prompt_ids, mask, new)
+    return prefill(_step(model), spec, queries, input_ids, mask, new)
 
 
 def generate_tokens(
     run: StepEngine,
     spec: ComponentSpec,
     queries: Mapping[str, Any],
-    prompt_ids: Ids,
+    input_ids: Ids,
     attention_mask: Ids | None,
     stop: StopCriteria,
     num_beams: int = 1,
@@ -155,7 +155,7 @@ def generate_tokens(
     :func:`prefill`.
     """
     check_search(stop, num_beams, sampling)
-    cache, first = prefill(run, spec, queries, prompt_ids, attention_mask, stop.max_new_tokens)
+    cache, first = prefill(run, spec, queries, input_ids, attention_mask, stop.max_new_tokens)
     return decode(first, stepper(run, cache), stop, num_beams, sampling)
 
 
@@ -163,7 +163,7 @@ def prefill(
     run: StepEngine,
     spec: ComponentSpec,
     queries: Mapping[str, Any],
-    prompt_ids: Ids,
+    input_ids: Ids,
     attention_mask: Ids | None,
     new: int,
 ) -> tuple[KVCache, Scores]:
@@ -174,19 +174,19 @@ def prefill(
         spec: its contract.
         queries: ``key.{i}`` and ``value.{i}`` [B, heads, Q, head_dim] of the query pass; the cache lies where
             they do.
-        prompt_ids: [B, T], T >= 1.
+        input_ids: [B, T], T >= 1.
         attention_mask: [B, T], 0 at padding (either side); None: no padding.
         new: tokens that may follow, for which there is room in the cache.
 
     Raises:
         InputError: no prompt, a mask of another shape, or more positions than the engine was built for.
     """
-    batch, length = prompt_ids.shape
-    mask = np.ones_like(prompt_ids) if attention_mask is None else attention_mask.astype(np.int64)
-    if length < 1 or mask.shape != prompt_ids.shape or queries["key.0"].shape[0] != batch:
+    batch, length = input_ids.shape
+    mask = np.ones_like(input_ids) if attention_mask is None else attention_mask.astype(np.int64)
+    if length < 1 or mask.shape != input_ids.shape or queries["key.0"].shape[0] != batch:
         raise InputError(
             "The prompt cannot be used.",
-            f"ids {list(prompt_ids.shape)}, mask {list(mask.shape)}, images {queries['key.0'].shape[0]}.",
+            f"ids {list(input_ids.shape)}, mask {list(mask.shape)}, images {queries['key.0'].shape[0]}.",
             "Give every image a prompt of at least one token, and a mask of the same shape.",
         )
     count = queries["key.0"].shape[2]
@@ -206,7 +206,7 @@ def prefill(
     logits: Scores = np.empty((batch, 0), np.float32)
     for start in range(0, length, chunk):
         part = np.s_[:, start : start + chunk]
-        logits = _advance(run, cache, prompt_ids[part], positions[part], mask[part])
+        logits = _advance(run, cache, input_ids[part], positions[part], mask[part])
 
     return cache, logits
 

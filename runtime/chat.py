@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -20,17 +20,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..bundle import Bundle
+from ..bundle import Bundle, Verify
 from ..engines.device import to_host
 from ..errors import CapabilityError, InputError, UsageError
-from ..inputs.chat_template import SYSTEM, Turn, encode
+from ..inputs.chat_template import IMAGE_TOKEN, SYSTEM, Turn, encode
 from ..inputs.preprocess import Array
-from ..sampling import Sampling, StopCriteria, check_search
+from ..sampling import Ids, Sampling, StopCriteria, check_search
 from .components import Components, visual_embeds, visual_shape
 from .conversation_cache import ConversationCache
-from .image_batches import Images, Reading
+from .image_batches import Floats, Images, Reading
 from .kv_cache import PREFIX_BYTES, PrefixCache
-from .loaded import Loaded
+from .loaded import Loaded, is_chat
 from .serving.chat_service import ChatService
 
 M = TypeVar("M", bound="InternVLChat")
@@ -56,19 +56,116 @@ class InternVLChat(Loaded):
     ) -> None:
         super().__init__(bundle, components, reading)
         self.prefixes = PrefixCache(kept_bytes)
-        if "decoder" not in bundle.manifest.components:
+        if not is_chat(bundle):
             raise CapabilityError(
                 f"{bundle.root} cannot chat.", "It has no decoder.", "Build an InternVL-Chat checkpoint."
             )
 
     @classmethod
     def load(
-        cls: type[M], path: Path | str, *given: Any, kept_bytes: int = PREFIX_BYTES, **options: Any
+        cls: type[M],
+        path: Path | str,
+        backend: str = "onnxruntime",
+        components: Iterable[str] | None = None,
+        threads: int | None = None,
+        target: str | None = None,
+        batch: int | None = None,
+        verify: Verify | None = "size",
+        reading: Reading | None = None,
+        share_weights: bool | None = None,
+        device: str | None = None,
+        provider: str | None = None,
+        dtype: str | None = None,
+        compile: bool | str | None = None,
+        cuda_graphs: bool | None = None,
+        backend_options: Mapping[str, Any] | None = None,
+        kept_bytes: int = PREFIX_BYTES,
     ) -> M:
-        """As :meth:`.loaded.Loaded.load`; ``kept_bytes`` as of the constructor."""
-        model = super().load(path, *given, **options)
+        """Open the chat bundle in ``path``: as :meth:`.InternVL.load`; ``kept_bytes`` as of the class."""
+        model = super().load(
+            path,
+            backend,
+            components,
+            threads,
+            target,
+            batch,
+            verify,
+            reading,
+            share_weights,
+            device,
+            provider,
+            dtype,
+            compile,
+            cuda_graphs,
+            backend_options,
+        )
         model.prefixes = PrefixCache(kept_bytes)
         return model
+
+    def generate(
+        self,
+        pixel_values: Floats,
+        input_ids: Ids,
+        attention_mask: Ids | None = None,
+        max_new_tokens: int = 256,
+        min_new_tokens: int = 0,
+        sampling: Sampling | None = None,
+        image_token_id: int = IMAGE_TOKEN,
+    ) -> Ids:
+        """New token ids [B, <= max_new_tokens], padded after each row's EOS; rows run one after another.
+
+        Args:
+            pixel_values: float32 [I, 3, S, S], as :meth:`pixel_values` makes them: the images of all
+                placeholders, row after row.
+            input_ids: int64 [B, T], as :func:`~ivl_export.inputs.chat_template.encode` makes them, with one
+                placeholder for each image, or for each of its V visual embeddings.
+            attention_mask: int64 [B, T], 0 at padding (either side); None: no padding.
+            max_new_tokens: at most this many.
+            min_new_tokens: EOS may not come before.
+            sampling: how tokens are drawn, for each row as if it were alone; None: the likeliest.
+            image_token_id: the placeholder.
+
+        Raises:
+            InputError: there are more or fewer images than placeholders; a prompt is too long for the bundle.
+        """
+        stop = self.stop_criteria(max_new_tokens, min_new_tokens)
+        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [ids[used.astype(bool)] for ids, used in zip(input_ids, mask, strict=True)]
+        visual, digests = self.encode_images(pixel_values)
+        placeholders = [ids == image_token_id for ids in prompts]
+        count = sum(int(places.sum()) for places in placeholders)
+        each = visual.shape[1] if count == visual.shape[0] * visual.shape[1] else 1
+        if count != each * len(visual):
+            raise InputError(
+                f"The prompts have {count} image placeholders.", f"{len(visual)} images were given."
+            )
+        out = np.full((len(prompts), max_new_tokens), stop.pad, np.int64)
+        longest = first = 0
+        for row, (ids, places) in enumerate(zip(prompts, placeholders, strict=True)):
+            shown = slice(first, first + int(places.sum()) // each)
+            first = shown.stop
+            # The first of an image's placeholders stands for it.
+            keep = ~places | (np.cumsum(places) % each == 1 % each)
+            prompt = np.where(places, IMAGE_TOKEN, ids)[keep].tolist()
+            cache = ConversationCache(self.components, self.prefixes, visual[shown], digests[shown])
+            new = list(cache.tokens(prompt, stop, sampling or Sampling()))
+            new += [stop.eos] * (len(new) < max_new_tokens)
+            out[row, : len(new)] = new
+            longest = max(longest, len(new))
+        return out[:, :longest]
+
+    def stop_criteria(self, max_new_tokens: int, min_new_tokens: int) -> StopCriteria:
+        """When one answer ends, with the checkpoint's ids; UsageError if the numbers cannot be right."""
+        config: Any = self.bundle.manifest.model.config
+        eos, pad = config.get("eos_token_id"), config.get("pad_token_id")
+        stop = StopCriteria(
+            self.tokenizer.eos if eos is None else int(eos),
+            0 if pad is None else int(pad),
+            max_new_tokens,
+            min_new_tokens,
+        )
+        check_search(stop, 1, None)
+        return stop
 
     def chat(self, images: Images = (), history: Sequence[Turn] = (), system: str = SYSTEM) -> Chat:
         """A conversation about ``images``.
@@ -204,16 +301,8 @@ class Chat:
         return self.model.requests.stream(self, question, max_new_tokens, sampling)
 
     def stop_criteria(self, max_new_tokens: int, min_new_tokens: int) -> StopCriteria:
-        """When one answer ends, with the checkpoint's EOS; UsageError if the numbers cannot be right."""
-        config: Any = self.model.bundle.manifest.model.config
-        eos = config.get("eos_token_id")
-        stop = StopCriteria(
-            self.model.tokenizer.eos if eos is None else int(eos),
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-        )
-        check_search(stop, 1, None)
-        return stop
+        """When one answer ends; UsageError if the numbers cannot be right."""
+        return self.model.stop_criteria(max_new_tokens, min_new_tokens)
 
     def prompt(self, question: str) -> tuple[Turn, list[int]]:
         """The turn that ``question`` opens, and the ids of the conversation up to its answer."""

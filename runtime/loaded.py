@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,11 @@ from .image_batches import Floats, Images, Reading, pixel_batches
 from .timings import Timing
 
 L = TypeVar("L", bound="Loaded")
+
+
+def is_chat(bundle: Bundle) -> bool:
+    """Whether ``bundle`` is of a chat model."""
+    return "decoder" in bundle.manifest.components
 
 
 class Loaded:
@@ -42,7 +47,12 @@ class Loaded:
         verify: Verify | None = "size",
         reading: Reading | None = None,
         share_weights: bool | None = None,
-        **options: Any,
+        device: str | None = None,
+        provider: str | None = None,
+        dtype: str | None = None,
+        compile: bool | str | None = None,
+        cuda_graphs: bool | None = None,
+        backend_options: Mapping[str, Any] | None = None,
     ) -> L:
         """Open the bundle in ``path``.
 
@@ -58,18 +68,33 @@ class Loaded:
             reading: how images are read; None: on all cores, exactly as published, nothing fetched.
             share_weights: whether ONNX Runtime's sessions on the CPU map one copy of the weights that several
                 components have, kept in the cache folder; None: where that saves 64 MiB, and there is room.
-            options: the backend's own: ``device`` and ``provider`` of ``onnxruntime``; ``device``, ``dtype``,
-                ``compile`` and ``cuda_graphs`` of ``torch``; ``device`` and ``cuda_graphs`` of the TensorRTs.
+            device: ``cpu``, ``cuda``, ``cuda:1``; None: the CPU with ``onnxruntime`` and ``torch``, else the
+                first GPU.
+            provider: of ``onnxruntime``: the execution provider on a GPU; None: CUDA's.
+            dtype: of ``torch``: what is computed in; None: the bundle's.
+            compile: of ``torch``: whether modules are compiled, or the mode of ``torch.compile``.
+            cuda_graphs: of ``torch`` and the TensorRTs: whether calls are recorded once for each shape and
+                replayed.
+            backend_options: any further ones of the backend's engines, by the names of its loader.
 
         Raises:
-            UsageError: an unknown backend.
+            UsageError: an unknown backend, or an option that it does not have.
             IntegrityError: the bundle is damaged.
             CapabilityError: it has no such component or engine, the backend is not installed, or weights
                 cannot be shared though they were to be.
         """
         known_backend(backend)
         bundle = Bundle.open(path, verify)
-        options |= {} if threads is None else {"threads": threads}
+        own = {
+            "threads": threads,
+            "device": device,
+            "provider": provider,
+            "dtype": dtype,
+            "compile": compile,
+            "cuda_graphs": cuda_graphs,
+        }
+        options = {name: value for name, value in own.items() if value is not None}
+        options |= backend_options or {}
         model = cls(bundle, Components(bundle, backend, target, batch, share_weights, **options), reading)
         for name in components or ():
             model.components.open(name)

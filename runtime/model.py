@@ -23,7 +23,7 @@ from ..sampling import Ids, Sampling
 from . import captions, matching, zero_shot
 from .components import Components, fixed
 from .image_batches import Floats, Images, Reading
-from .loaded import Loaded
+from .loaded import Loaded, is_chat
 from .matching import Ranking
 from .serving.service import Service
 from .templates import PLAIN
@@ -45,7 +45,7 @@ class InternVL(Loaded):
 
     def __init__(self, bundle: Bundle, components: Components, reading: Reading | None = None) -> None:
         super().__init__(bundle, components, reading)
-        if "decoder" in bundle.manifest.components:
+        if is_chat(bundle):
             raise CapabilityError(
                 f"{bundle.root} holds a chat model.",
                 "It gives no embeddings.",
@@ -333,7 +333,7 @@ class InternVL(Loaded):
     def generate(
         self,
         pixel_values: Floats,
-        prompt_ids: Ids,
+        input_ids: Ids,
         attention_mask: Ids | None = None,
         max_new_tokens: int = 30,
         num_beams: int = 1,
@@ -344,7 +344,7 @@ class InternVL(Loaded):
 
         Args:
             pixel_values: float32 [B, 3, S, S].
-            prompt_ids: int64 [B, T], as :meth:`SentencePieceTokenizer.encode_prompt` makes them.
+            input_ids: int64 [B, T], as :meth:`SentencePieceTokenizer.encode_prompt` makes them.
             attention_mask: int64 [B, T], 0 at padding (either side); None: no padding.
             max_new_tokens: at most this many.
             num_beams: beams kept; 1 is greedy, or as ``sampling`` says.
@@ -352,7 +352,7 @@ class InternVL(Loaded):
             sampling: how tokens are drawn, for each row as if it were alone; None: the likeliest.
         """
         stop = captions.stop_criteria(self, max_new_tokens, min_new_tokens)
-        return captions.generate(self, pixel_values, prompt_ids, attention_mask, stop, num_beams, sampling)
+        return captions.generate(self, pixel_values, input_ids, attention_mask, stop, num_beams, sampling)
 
     def _output(self, component: str, name: str) -> tuple[int | str, ...]:
         outputs = {t.name: t.shape for t in self.components.spec(component).outputs}

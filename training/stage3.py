@@ -54,7 +54,7 @@ class Stage3:
 
 def answer_loss(model: InternVLChatModel, batch: ChatBatch) -> Tensor:
     """Mean cross entropy of the answers' tokens, each predicted from all that stands before it."""
-    visual = model.visual(batch.pixel_values)
+    visual = model.visual_embeds(batch.pixel_values)
     x, _ = splice(model.model.embed_tokens, batch.input_ids, batch.mask, visual)
     labels = splice_labels(batch, visual.shape[1])
     positions = torch.arange(x.shape[1], device=x.device)[None]

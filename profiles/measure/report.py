@@ -18,6 +18,7 @@ from ...files.hashing import sha256_file
 from ...models.config import ChatConfig, InternViTConfig, InternVLConfig, Whole, config_from_published
 from ...models.layout import COMPONENTS, OPTIONAL, components_of
 from ...runtime import InternVL, InternVLChat
+from ...runtime.load import model_on
 from ...runtime.loaded import Loaded
 from ..cost.flops import ComponentCost, graph_cost
 from ..cost.roofline import Arithmetic, component_cost
@@ -103,7 +104,7 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
     with watch() as watched:
         started = time.perf_counter()
         components = RecordingComponents(bundle, options.backend, options.target, None, **options.engine)
-        with _open(bundle, components) as model:
+        with model_on(bundle, components) as model:
             first_ms, boundary = _first_request(model, started)
             device = components.open(next(iter(bundle.manifest.components))).device
             batches = _batches(bundle, options, paper is not None)
@@ -159,11 +160,6 @@ def _of_paper(about: Model, config: Whole, options: Options) -> InternVLConfig |
             "A chat model has no place in Table 19.", "It is about InternVL-C and -G.", "Drop --table19."
         )
     return None
-
-
-def _open(bundle: Bundle, components: RecordingComponents) -> InternVL | InternVLChat:
-    made = InternVLChat if "decoder" in bundle.manifest.components else InternVL
-    return made(bundle, components)
 
 
 def _plan(

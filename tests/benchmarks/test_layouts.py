@@ -55,7 +55,7 @@ def test_a_made_chat_model_runs(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(1, 3, 84, 84, generator=generator)
     with torch.no_grad():
-        visual = model.visual(pixels)
+        visual = model.visual_embeds(pixels)
         hidden, _ = model(visual, torch.arange(36)[None], torch.ones(1, 36, dtype=torch.int64))
     for values in (visual, hidden):
         assert torch.isfinite(values).all()

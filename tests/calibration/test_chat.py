@@ -209,7 +209,7 @@ def test_factors_fold_into_a_model_that_sees_the_same(checkpoint: Checkpoint) ->
     size = checkpoint.whole.image_size
     pixels = torch.randn(2, 3, size, size, generator=generator)
     with torch.no_grad():
-        want, got = model.visual(pixels), load_chat(fold(checkpoint, divisors)).visual(pixels)
+        want, got = model.visual_embeds(pixels), load_chat(fold(checkpoint, divisors)).visual_embeds(pixels)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     assert len(divisors) >= 3 * 3
 

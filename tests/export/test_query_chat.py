@@ -70,7 +70,7 @@ def test_graphs_are_the_modules_and_together_the_model(
     (queries,) = sessions["query_chat"].run(None, {"tokens": tokens})
     close([queries], run_torch("query_chat", checkpoint, {"tokens": tokens}))
     with torch.no_grad():
-        whole = load_chat(checkpoint).visual(torch.from_numpy(pixels["pixel_values"])).numpy()
+        whole = load_chat(checkpoint).visual_embeds(torch.from_numpy(pixels["pixel_values"])).numpy()
     close([np.concatenate([queries, visual], 1)], [whole])
     assert whole.shape == (batch, 6 + 36, 128)
 

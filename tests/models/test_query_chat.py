@@ -103,7 +103,7 @@ def test_visual_embeddings_are_those_of_the_golden_parts(
     states = vision["hidden_states"][select_layer][:, int(feature == "patch") :]
     queries = projected(seen["get_image_features_queries"], "mlp2", tensors)
     want = torch.cat([queries, projected(states, "mlp1", tensors)], 1)
-    near(model.visual(pixels), want, FEATURES)
+    near(model.visual_embeds(pixels), want, FEATURES)
     assert want.shape[1] == config.num_visual == 8 + states.shape[1]
 
 
@@ -114,10 +114,10 @@ def test_larger_images_are_seen_by_both_stacks(tmp_path: Path, tensors: dict[str
     model = load_chat(write(tmp_path, config, tensors))
     golden = load_file(TINY / "vision.safetensors")
     want = projected(golden["resize_up_last_hidden_state"][:, 1:], "mlp1", tensors)
-    found = model.visual(golden["resize_up_pixel_values"])
+    found = model.visual_embeds(golden["resize_up_pixel_values"])
     assert found.shape == (2, config.num_visual, 72)
     near(found[:, 8:], want, FEATURES)
-    small = model.visual(golden["resize_up_pixel_values"][:, :, :56, :56])
+    small = model.visual_embeds(golden["resize_up_pixel_values"][:, :, :56, :56])
     assert (found[:, :8] - small[:, :8]).abs().max() > 1e-2
 
 
@@ -138,7 +138,7 @@ def test_generation_is_a_loop_over_the_whole_prompt(model: InternVLChatModel) ->
     tokens: list[int] = []
     for _ in range(6):
         whole = torch.tensor([[*ids[0].tolist(), *tokens]])
-        x, mask = splice(model.model.embed_tokens, whole, torch.ones_like(whole), model.visual(pixels))
+        x, mask = splice(model.model.embed_tokens, whole, torch.ones_like(whole), model.visual_embeds(pixels))
         assert x.shape[1] == whole.shape[1] - 1 + 8 + 16
         hidden, _ = model(x, torch.arange(x.shape[1])[None], mask)
         tokens.append(int(model.lm_head(hidden[:, -1]).argmax()))
@@ -200,7 +200,7 @@ def test_the_tower_may_be_an_internvl_beside_it(folder: Path, tensors: dict[str,
     assert config == golden_config()
     beside, whole = load_chat(folder), load_chat(write(folder, golden_config(), tensors))
     with torch.no_grad():
-        assert torch.equal(beside.visual(pixels), whole.visual(pixels))
+        assert torch.equal(beside.visual_embeds(pixels), whole.visual_embeds(pixels))
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_named(folder: Path, tensors: dict[str, Tensor]) -> None:

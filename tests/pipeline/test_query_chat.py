@@ -102,7 +102,7 @@ def test_quantised_engines_answer(report: dict[str, Any], reference: InternVLCha
         visual, _ = loaded.encode_images([picture(), picture(1)])
         (pixels,) = loaded.pixel_batches([picture(), picture(1)])
         with torch.no_grad():
-            want = reference.visual(torch.from_numpy(pixels)).numpy()
+            want = reference.visual_embeds(torch.from_numpy(pixels)).numpy()
         assert visual.shape == want.shape == (2, 6 + 36, 128)
         for rows in (slice(0, 6), slice(6, None)):
             a, b = visual[:, rows].ravel(), want[:, rows].ravel()
@@ -142,7 +142,7 @@ def test_the_tower_as_a_torch_module(plain: Path, model: InternVLChat, reference
     tower = VisionTower.load(plain, "onnxruntime", threads=1)
     (pixels,) = model.pixel_batches([picture()])
     with torch.no_grad():
-        want = reference.visual(torch.from_numpy(pixels))
+        want = reference.visual_embeds(torch.from_numpy(pixels))
     got = tower(torch.from_numpy(pixels))
     assert got.shape == want.shape == (1, tower.num_tokens, tower.hidden_size)
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * float(want.abs().max()))
