@@ -13,8 +13,9 @@ import numpy as np
 
 from ..errors import AccuracyError, BuildError
 from ..inputs.preprocess import Array
-from .chat import ChatBatch
-from .component_chain import Arrays, Runner, Step, run_chain
+from ..models.calls import Arrays
+from ..models.registry import ModelConfig
+from .component_chain import Runner, Step, run_chain
 from .dataset import Batch
 
 BUDGETS = {"fp8": 1.0, "int8": 1.5, "mixed": 0.3}
@@ -154,7 +155,7 @@ def compare(reference: Array, candidate: Array) -> Metrics:
 
 
 def component_accuracy(
-    reference: Iterable[tuple[Batch | ChatBatch, Sequence[Step]]], candidate: Mapping[str, Runner]
+    reference: Iterable[tuple[Batch, Sequence[Step]]], candidate: Mapping[str, Runner], config: ModelConfig
 ) -> tuple[Table, Table]:
     """Run ``candidate`` on what the fp32 model was run on.
 
@@ -163,6 +164,7 @@ def component_accuracy(
         all components
             that ``candidate`` has.
         candidate: runners of the graphs or engines under test.
+        config: the model's sizes.
 
     Returns:
         (teacher forced, chained): component -> output -> metrics. Chained leaves out components whose
@@ -175,7 +177,7 @@ def component_accuracy(
         for step in steps:
             _add(forced, step, candidate[step.component](step.inputs))
         remaining = list(steps)
-        for got in run_chain(candidate, batch):
+        for got in run_chain(candidate, batch, config):
             want = next(step for step in remaining if step.component == got.component)
             remaining.remove(want)
             _add(chained, want, got.outputs)

@@ -1,46 +1,31 @@
 """Running a sample set through a model block by block: one block's weights in memory, activations on disk.
 
-All calls (:mod:`.forward_calls`) of a tower go through one part, then through the next. Query and step
-passes of a
-layer run in the same visit, so that the step finds the keys and values of its layer at hand and no cache is
-kept; so do the prompts and answers of a chat.
+All calls (:mod:`.forward_calls`) of a tower go through one segment, then through the next. Calls that
+continue the keys and values of others run in the same visit, so that they find those of the layer at hand
+and no cache is kept: captions after the queries, answers after their prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..bundle.spec import feature_name
 from ..inputs.preprocess import Array
-from ..models.config import ChatConfig
+from ..models.calls import Call
 from ..models.qllama import KeyValue
+from ..models.registry import Context, Link, Ranges
 from .activation_store import Spill
-from .forward_calls import Call, Samples
-from .segments import (
-    TOKENS_OF,
-    TOWERS,
-    WITHOUT_BLOCKS,
-    Context,
-    Modules,
-    Part,
-    depths,
-    enter,
-    leave,
-    project_features,
-    run_block,
-)
+from .forward_calls import Samples
+from .segments import Modules, Segment, depths
 
-Made: TypeAlias = "tuple[torch.Tensor, dict[str, torch.Tensor]]"
-"""Hidden states behind a part, and the component's outputs made there."""
-
-CACHED = ("qllama_query", "qllama_step", "decoder")
-"""Components that give out their keys and values."""
+Made: TypeAlias = "tuple[Tensor, dict[str, Tensor]]"
+"""Hidden states after a segment, and the component's outputs made there."""
 
 
 class Flow:
@@ -51,7 +36,7 @@ class Flow:
         samples: the calls.
         folder: where hidden states are spilled.
         name: of the files there.
-        given: another flow whose tokens, keys and values the other passes take; None: its own.
+        source: another flow whose outputs, keys and values the components take; None: its own.
         components: those of ``modules`` that run; None: all.
     """
 
@@ -61,178 +46,221 @@ class Flow:
         samples: Samples,
         folder: Path,
         name: str = "states",
-        given: Flow | None = None,
+        source: Flow | None = None,
         components: Sequence[str] | None = None,
     ) -> None:
-        self.modules, self.given = modules, given or self
+        self.modules, self.source = modules, source or self
         self.components = tuple(modules.by_name if components is None else components)
-        self.spills = {}
-        for tower, members in TOWERS.items():
-            if set(members) & set(self.components):
-                shapes: list[tuple[int, ...]] = [call.shape for call in samples.tower(tower)]
-                self.spills[tower] = Spill(folder, f"{name}-{tower}", shapes)
-        self._token_places = {
-            (c.component, c.batch): c.place for tower in TOKENS_OF.values() for c in samples.tower(tower)
-        }
-        self._visual: dict[str, Spill] = {}
-        if isinstance(config := modules.config, ChatConfig):
-            counts = {"query_chat": config.num_queries, "vision_chat": config.num_features}
-            for component in (c for c in counts if c in self.components):
-                width, calls = config.decoder.hidden_size, samples.tower(component)
-                rows: list[tuple[int, ...]] = [(call.shape[0], counts[component], width) for call in calls]
-                self._visual[component] = Spill(folder, f"{name}-{component}-out", rows)
+        self.spills: dict[str, Spill] = {}
+        self._outputs: dict[tuple[str, str], Spill] = {}
+        self._written: set[str] = set()
+        self._places = {(call.component, call.batch): call.place for call in samples.calls}
         self._past: KeyValue | None = None
+        known, config = modules.components, modules.config
+        for tower in dict.fromkeys(known[c].tower for c in self.components):
+            shapes: list[tuple[int, ...]] = [call.shape for call in samples.tower(tower)]
+            self.spills[tower] = Spill(folder, f"{name}-{tower}", shapes)
+        for component in known.values():
+            for link in component.links(config).values():
+                if link.component in self.components and self._spilled(component.tower, link):
+                    self._keep(link, samples, folder, name)
+
+    def _spilled(self, tower: str, link: Link) -> bool:
+        """Whether what ``link`` takes is kept apart from the hidden states of the tower that makes it."""
+        return not link.hidden and self.modules.components[link.component].tower != tower
+
+    def _keep(self, link: Link, samples: Samples, folder: Path, name: str) -> None:
+        maker, config = self.modules.components[link.component], self.modules.config
+        tensor = next(t for t in maker.spec(config, Ranges()).outputs if t.name == link.output)
+        sizes = tuple(size for size in tensor.shape if isinstance(size, int))
+        shapes = [(call.shape[0], *sizes) for call in samples.calls if call.component == link.component]
+        self._outputs[link.component, link.output] = Spill(folder, f"{name}-{link.output}", shapes)
 
     @torch.inference_mode()
-    def run(self, part: Part, call: Call, pixels: Array | None) -> Made:
-        """One call through one part: its hidden states [B, T, H], and the component's outputs made there."""
-        component, device = call.component, self.modules.device
-        module = self.modules.by_name[component]
-        arrays = call.inputs if pixels is None else {"pixel_values": pixels}
-        inputs = {n: torch.from_numpy(np.ascontiguousarray(a)).to(device) for n, a in arrays.items()}
-        spill = self.spills[part.tower]
-        if part.entry:
-            x = self._entered(call, module, Context(inputs, len(call.rows)))
-            if component in WITHOUT_BLOCKS:
-                return x, {"input_embeds": x}
+    def run(self, segment: Segment, call: Call, pixels: Array | None) -> Made:
+        """One call through one segment: hidden states [B, T, H], and the component's outputs made there."""
+        component, config = self.modules.components[call.component], self.modules.config
+        module, context = self.modules.by_name[call.component], self._context(call, pixels)
+        spill = self.spills[segment.tower]
+        if segment.entry:
+            x = component.enter(config, module, context)
+            if not component.depth(config):
+                return x, self._kept(call, component.leave(config, module, x, context))
             spill.write(0, call.place, x)
             return x, {}
-        x = spill.read(part.block % 2, call.place).to(device)
-        if part.exit:
-            return x, self._kept(call, leave(component, module, x, Context(inputs, len(call.rows))))
-        x, made = run_block(component, module, part.block, x, self._context(call, inputs))
-        spill.write((part.block + 1) % 2, call.place, x)
-        if part.features:
-            return x, self._kept(call, project_features(module, x))
-        if component == "qllama_query" or call.cut is not None:
-            self._past = made
-        number = part.block + 1
-        if component == "vision" and number in self.modules.config.vision.feature_blocks:
-            return x, {feature_name(number): x}
-        if component not in CACHED:
-            return x, {}
-        return x, {
-            f"{kind}.{part.block}": tensor for kind, tensor in zip(("key", "value"), made, strict=True)
-        }
+        x = spill.read(segment.block % 2, call.place).to(self.modules.device)
+        if segment.exit:
+            return x, self._kept(call, component.leave(config, module, x, context))
+        x, keys_values = component.run_block(config, module, segment.block, x, context)
+        spill.write((segment.block + 1) % 2, call.place, x)
+        if call.keeps:
+            self._past = keys_values
+        outputs = component.after_block(config, module, segment.block + 1, x)
+        if component.cached and keys_values is not None:
+            outputs[f"key.{segment.block}"], outputs[f"value.{segment.block}"] = keys_values
+        return x, self._kept(call, outputs)
 
     @torch.inference_mode()
-    def again(self, part: Part, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    def replay(self, segment: Segment, call: Call) -> tuple[Tensor, Tensor]:
         """What a block read, and what it makes of it now; nothing is kept. After :meth:`run` of that call."""
-        device = self.modules.device
-        inputs = {n: torch.from_numpy(np.ascontiguousarray(a)).to(device) for n, a in call.inputs.items()}
-        x = self.spills[part.tower].read(part.block % 2, call.place).to(device)
-        module = self.modules.by_name[call.component]
-        return x, run_block(call.component, module, part.block, x, self._context(call, inputs))[0]
+        component = self.modules.components[call.component]
+        x = self.spills[segment.tower].read(segment.block % 2, call.place).to(self.modules.device)
+        module, context = self.modules.by_name[call.component], self._context(call, None)
+        return x, component.run_block(self.modules.config, module, segment.block, x, context)[0]
 
-    def finished(self, part: Part) -> None:
-        """``part`` has run on every call: what it made is safe, what it read is not needed any more."""
-        spill = self.spills[part.tower]
-        if part.tower in self._visual and (part.features or part.exit):
-            self._visual[part.tower].sync(0)
-        if part.exit:
-            spill.remove(1 - part.block % 2)
+    def finished(self, segment: Segment) -> None:
+        """``segment`` has run on every call: what it made is safe, what it read is not needed any more."""
+        spill = self.spills[segment.tower]
+        for (component, _), outputs in self._outputs.items():
+            if component in self._written:
+                outputs.sync(0)
+        self._written.clear()
+        if segment.exit:
+            spill.remove(1 - segment.block % 2)
             return
-        spill.sync((part.block + 1) % 2)
+        spill.sync((segment.block + 1) % 2)
 
-    def whole(self, part: Part) -> bool:
-        """Whether everything ``part`` reads is there."""
-        wanted = [] if part.entry else [self.spills[part.tower].whole(part.block % 2)]
-        here = set(TOWERS[part.tower]) & set(self.components) & set(TOKENS_OF)
-        wanted += [self._spilled_tokens(component).whole(self._side(component)) for component in here]
-        if part.tower == "decoder" and part.entry:
-            wanted += [visual.whole(0) for visual in self.given._visual.values()]
+    def whole(self, segment: Segment) -> bool:
+        """Whether everything ``segment`` reads is there."""
+        wanted = [] if segment.entry else [self.spills[segment.tower].whole(segment.block % 2)]
+        for name in self.components:
+            component = self.modules.components[name]
+            if component.tower == segment.tower:
+                links = component.links(self.modules.config).values()
+                wanted += [
+                    self._whole(link) for link in links if link.hidden or self._spilled(component.tower, link)
+                ]
         return all(wanted)
+
+    def _whole(self, link: Link) -> bool:
+        if link.hidden:
+            return self.source.spills[self._tower(link)].whole(self._side(link))
+        return self.source._outputs[link.component, link.output].whole(0)
 
     def close(self) -> None:
         """Close the files."""
-        for spill in (*self.spills.values(), *self._visual.values()):
+        for spill in (*self.spills.values(), *self._outputs.values()):
             spill.close()
 
-    def _context(self, call: Call, inputs: dict[str, torch.Tensor]) -> Context:
-        return Context(inputs, len(call.rows), self._tokens(call), self._past_of(call))
+    def _context(self, call: Call, pixels: Array | None) -> Context:
+        arrays = call.inputs if pixels is None else {**call.inputs, "pixel_values": pixels}
+        device, continues, past = self.modules.device, call.continues, self.source._past
+        inputs = {n: torch.from_numpy(np.ascontiguousarray(a)).to(device) for n, a in arrays.items()}
+        if continues is not None and past is not None:
+            keys, values = (tensor[continues].contiguous() for tensor in past)
+            past = keys, values
+        modules = {**self.source.modules.by_name, **self.modules.by_name}
+        return Context(
+            inputs,
+            len(call.rows),
+            _Linked(self, call),
+            past if continues is not None else None,
+            modules,
+            call.cut,
+        )
 
-    def _entered(self, call: Call, module: Any, given: Context) -> torch.Tensor:
-        """Hidden states before the first block; a chat prompt's have their images in them."""
-        if call.component != "decoder":
-            return enter(call.component, module, given)
-        holder = self.modules if "decoder_embed" in self.modules.by_name else self.given.modules
-        x = enter("decoder_embed", holder.by_name["decoder_embed"], given)
-        if call.cut is None:
-            return x
-        seen = [spill.read(0, call.batch)[call.rows] for spill in self.given._visual.values()]
-        visual = [rows.to(self.modules.device) for rows in seen]
-        return torch.cat([x[:, : call.cut], *visual, x[:, call.cut :]], 1)
-
-    def _kept(self, call: Call, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``outputs``, of which those that the decoder reads are kept."""
-        for name in ("visual_embeds", "query_embeds"):
-            if name in outputs:
-                self._visual[call.component].write(0, call.place, outputs[name])
+    def _kept(self, call: Call, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``outputs``, of which those that other towers read are kept."""
+        for name, tensor in outputs.items():
+            spill = self._outputs.get((call.component, name))
+            if spill is not None:
+                spill.write(0, call.batch, tensor)
+                self._written.add(call.component)
         return outputs
 
-    def _tokens(self, call: Call) -> torch.Tensor | None:
-        if call.component not in TOKENS_OF:
-            return None
-        place = self._token_places[TOKENS_OF[call.component], call.batch]
-        found = self._spilled_tokens(call.component).read(self._side(call.component), place)
-        return found[call.rows].to(self.modules.device)
+    def linked(self, link: Link, call: Call) -> Tensor:
+        """Rows of ``call`` of what ``link`` takes."""
+        if link.hidden:
+            place = self._places[link.component, call.batch]
+            tensor = self.source.spills[self._tower(link)].read(self._side(link), place)
+        else:
+            tensor = self.source._outputs[link.component, link.output].read(0, call.batch)
+        return tensor[call.rows].to(self.modules.device)
 
-    def _spilled_tokens(self, component: str) -> Spill:
-        return self.given.spills[TOKENS_OF[component]]
+    def _tower(self, link: Link) -> str:
+        return self.modules.components[link.component].tower
 
-    def _side(self, component: str) -> int:
-        """Where the last hidden states of the tower lie that ``component`` takes its tokens from."""
-        return depths(self.given.modules.config)[TOKENS_OF[component]] % 2
+    def _side(self, link: Link) -> int:
+        """Where the last hidden states of the tower lie that ``link`` takes."""
+        return depths(self.modules.config)[self._tower(link)] % 2
 
-    def _past_of(self, call: Call) -> KeyValue | None:
-        past = self.given._past
-        if call.component == "decoder":
-            return past if call.cut is None else None
-        if call.component != "qllama_step" or past is None:
-            return None
-        keys, values = (tensor[call.rows].contiguous() for tensor in past)
-        return keys, values
+
+class _Linked(Mapping[str, Tensor]):
+    """Outputs of other towers for one call, read when a component asks for them."""
+
+    def __init__(self, flow: Flow, call: Call) -> None:
+        self._flow, self._call = flow, call
+        component = flow.modules.components[call.component]
+        self._links = component.links(flow.modules.config)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._flow.linked(self._links[name], self._call)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._links)
+
+    def __len__(self) -> int:
+        return len(self._links)
 
 
 def visit(
-    part: Part,
+    segment: Segment,
     samples: Samples,
     flows: Sequence[Flow],
     progress: Callable[[int], None] = lambda done: None,
     before: int = 0,
 ) -> Iterator[tuple[Call, list[Made | None]]]:
-    """Run every call of a tower through ``part``; flows side by side, each weight loaded once.
+    """Run every call of a tower through ``segment``; flows side by side, each weight loaded once.
 
     Args:
-        part: what runs.
+        segment: what runs.
         samples: the calls.
         flows: all with calls of ``samples``.
-        progress: hears the samples that are through, ``before`` added.
-        before: what was done before this part.
+        progress: callback with the number of samples that are through, ``before`` added.
+        before: what was done before this segment.
 
     Yields:
         A call, and what :meth:`Flow.run` gave for each flow (None where it lacks the component).
     """
-    calls = samples.tower(part.tower)
-    images = samples.pixels() if part.tower in ("vision", "vision_chat") and part.entry else None
+    calls, images = samples.tower(segment.tower), _Images(samples)
+    config, components = flows[0].modules.config, flows[0].modules.components
     with ExitStack() as stack:
         # cuDNN rounds fp32 convolutions to TF32 unless told otherwise.
         stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
         for modules in {id(flow.modules): flow.modules for flow in flows}.values():
-            stack.enter_context(modules.filled(part))
+            stack.enter_context(modules.filled(segment))
         done = 0
         for call in calls:
             if call.batch * samples.batch_size > done:
                 done = call.batch * samples.batch_size
                 progress(before + done)
-            if call.component in WITHOUT_BLOCKS and not part.entry:
+            component = components[call.component]
+            if not component.depth(config) and not segment.entry:
                 continue
-            pixels = next(images) if images is not None else None
+            pixels = images.of(call) if segment.entry and component.sees(config) else None
             yield (
                 call,
-                [f.run(part, call, pixels) if call.component in f.components else None for f in flows],
+                [f.run(segment, call, pixels) if call.component in f.components else None for f in flows],
             )
     for flow in flows:
-        if part.tower in flow.spills:
-            flow.finished(part)
+        if segment.tower in flow.spills:
+            flow.finished(segment)
     progress(before + samples.count)
+
+
+class _Images:
+    """The images of one batch after another; each batch is read once, where a call wants it."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+        self._batches: Iterator[Array] | None = None
+        self._number, self._pixels = -1, np.zeros((0, 3, 0, 0), np.float32)
+
+    def of(self, call: Call) -> Array:
+        """The rows of ``call``, float32 [R, 3, S, S]."""
+        if self._batches is None:
+            self._batches = self._samples.pixels()
+        while self._number < call.batch:
+            self._pixels = next(self._batches)
+            self._number += 1
+        return self._pixels if len(call.rows) == len(self._pixels) else self._pixels[call.rows]

@@ -22,19 +22,18 @@ from ..errors import BuildError
 from ..files.hashing import sha256_json
 from ..files.write import atomic
 from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import MAX_LENGTH, SentencePieceTokenizer
-from ..models.config import ChatConfig
+from ..inputs.tokenizer import SentencePieceTokenizer
+from ..models.registry import Ranges, component_of
 from ..quantization.algorithms import algorithm_name, depends_on_type
 from ..quantization.attention import core_attentions, operand_names
 from ..quantization.ranges import Scales
-from .chat import LONGEST
-from .dataset import MAX_STEP, CalibrationSet
+from .dataset import CalibrationSet
 from .observers import observers
 
 if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint
-    from ..models.config import Whole
-    from .segments import Part
+    from ..models.registry import ModelConfig
+    from .segments import Segment
 
 STATE = "state.json"
 
@@ -42,7 +41,7 @@ Amax = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class PartTime:
+class SegmentTime:
     """What one part of a tower took.
 
     Args:
@@ -58,33 +57,34 @@ class PartTime:
     samples: int
 
 
-def calibration_units(config: Whole, components: Sequence[str], samples: int) -> int:
+def calibration_units(config: ModelConfig, components: Sequence[str], samples: int) -> int:
     """What the progress of :func:`calibrate` counts to: samples times parts."""
-    from .segments import needed, parts
+    from .segments import needed, segments
 
-    return samples * len(parts(config, needed(components, config)))
+    return samples * len(segments(config, needed(components, config)))
 
 
-def spilled_bytes(config: Whole, components: Sequence[str], samples: int) -> int:
-    """At most what :func:`calibrate` keeps on disk at a time: two copies of each tower's hidden states."""
+def spilled_bytes(config: ModelConfig, components: Sequence[str], samples: int) -> int:
+    """At most what :func:`calibrate` keeps on disk at a time: two copies of each tower's hidden states.
+
+    What one tower makes for another is kept once.
+    """
     from .segments import needed
 
-    vision, llama, order = config.vision, config.llama, needed(components, config)
-    if isinstance(config, ChatConfig):
-        values = config.num_tokens * vision.hidden_size * ("vision_chat" in order)
-        if config.queries:
-            width = config.queries.qllama.hidden_size + llama.hidden_size
-            values += config.num_queries * width * ("query_chat" in order)
-        values += (2 * config.num_visual + LONGEST + MAX_STEP) * llama.hidden_size * ("decoder" in order)
-        return 2 * 4 * samples * values
-    rows = {"qllama_query": config.num_query_token, "qllama_text": MAX_LENGTH, "qllama_step": MAX_STEP}
-    rows["qllama_itm"] = config.num_query_token + MAX_LENGTH
-    values = vision.num_tokens * vision.hidden_size * ("vision" in order)
-    values += sum(rows.get(component, 0) for component in order) * llama.hidden_size
-    return 2 * 4 * samples * values
+    values = 0
+    for component in (component_of(name, config) for name in needed(components, config)):
+        positions, width = component.hidden(config)
+        values += 2 * positions * width * (component.depth(config) > 0)
+        for name, link in component.links(config).items():
+            maker = component_of(link.component, config)
+            if not link.hidden and maker.tower != component.tower:
+                tensors = {tensor.name: tensor for tensor in maker.spec(config, Ranges()).outputs}
+                fixed = [size for size in tensors[name].shape if isinstance(size, int)]
+                values += math.prod(fixed)
+    return 4 * samples * values
 
 
-def seconds_per_block(times: Sequence[PartTime]) -> dict[str, float]:
+def seconds_per_block(times: Sequence[SegmentTime]) -> dict[str, float]:
     """Tower -> mean seconds of one sample in one block, with reading the block's weights."""
     found = {}
     for tower in dict.fromkeys(part.tower for part in times):
@@ -95,7 +95,7 @@ def seconds_per_block(times: Sequence[PartTime]) -> dict[str, float]:
 
 
 def calibration_seconds(
-    config: Whole, per_block: Mapping[str, float], samples: int, devices: int = 1, speedup: float = 1
+    config: ModelConfig, per_block: Mapping[str, float], samples: int, devices: int = 1, speedup: float = 1
 ) -> float:
     """Seconds to calibrate all blocks of ``config`` on ``samples``, spread over ``devices``.
 
@@ -132,7 +132,7 @@ def calibrate(
     folder: Path | None = None,
     key: str = "",
     progress: Callable[[int], None] = lambda done: None,
-    timed: Callable[[PartTime], None] = lambda part: None,
+    timed: Callable[[SegmentTime], None] = lambda part: None,
 ) -> Scales:
     """Activation amax of every linear, for each component it runs in.
 
@@ -162,17 +162,17 @@ def calibrate(
     from .block_stream import Flow, visit
     from .forward_calls import samples_of
     from .observers import Watch
-    from .segments import Modules, needed, parts
+    from .segments import Modules, needed, segments
 
     recorded = algorithm_name(algorithm)
-    order = needed(components, checkpoint.whole)
+    order = needed(components, checkpoint.model)
     modules = Modules(checkpoint, order, device=device)
     chosen_for: dict[str, str] = {}
     if depends_on_type(recorded):
         operands = (o for m in modules.by_name.values() for a in core_attentions(m) for o in operand_names(a))
         chosen_for = {**dict.fromkeys(operands, "fp8"), **(kinds or {})}
-    samples = samples_of(chosen, settings, tokenizer, checkpoint.whole, order, batch_size)
-    plan = parts(checkpoint.whole, order)
+    samples = samples_of(chosen, settings, tokenizer, checkpoint.model, order, batch_size)
+    plan = segments(checkpoint.model, order)
     watch = Watch(modules.by_name, observers(recorded, chosen_for))
     identity = _identity(
         [checkpoint.revision, chosen.hash, recorded, chosen_for, order, batch_size, device, key],
@@ -183,14 +183,14 @@ def calibrate(
         flow = Flow(modules, samples, state.folder)
         try:
             done = state.resumable(flow.whole, plan)
-            for number, part in enumerate(plan[done:], done):
+            for number, segment in enumerate(plan[done:], done):
                 started = time.perf_counter()
                 with watch.hooks():
-                    for _ in visit(part, samples, [flow], progress, number * samples.count):
+                    for _ in visit(segment, samples, [flow], progress, number * samples.count):
                         pass
                 state.finished(number + 1, watch.take())
-                block = None if part.entry or part.exit else part.block
-                timed(PartTime(part.tower, block, time.perf_counter() - started, samples.count))
+                block = None if segment.entry or segment.exit else segment.block
+                timed(SegmentTime(segment.tower, block, time.perf_counter() - started, samples.count))
         finally:
             flow.close()
         amax = state.amax
@@ -232,7 +232,7 @@ class _State:
         else:
             self.done, self.amax = found["done"], {c: found["amax"][c] for c in order}
 
-    def resumable(self, whole: Callable[[Part], bool], plan: Sequence[Part]) -> int:
+    def resumable(self, whole: Callable[[Segment], bool], plan: Sequence[Segment]) -> int:
         """How many parts of ``plan`` need not run again; none if the activations they left are gone."""
         if self.done < len(plan) and not whole(plan[self.done]):
             self.done, self.amax = 0, {component: {} for component in self.order}

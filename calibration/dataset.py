@@ -10,12 +10,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..errors import InputError
 from ..inputs.preprocess import Array, ImageSettings, preprocess_images
 from ..inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer
+from ..models.calls import LONGEST_STEP, Dialogue, Texts
 
 if TYPE_CHECKING:
     from ..synthetic.scenes import Scene
@@ -25,9 +27,6 @@ SMALL = 32
 """Fewer samples than this get a notice."""
 
 MAX_FILE_BYTES = 1 << 29
-MAX_STEP = 32
-"""Prompt and caption are cut to this many tokens: the longest step that engines are built for by default."""
-
 FALLBACK_CAPTIONS = (
     "a photo of a person standing in front of a building",
     "two dogs playing on the grass in a park",
@@ -107,26 +106,51 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Texts of one batch.
+class Samples:
+    """Some samples of a set as a family's components may want them (:class:`..models.calls.SampleBatch`).
 
     Args:
-        input_ids, lengths: contrastive texts, int64 [B, T] and [B].
-        caption_ids: for each sample the tokens a caption decoder is fed: bos, prompt, caption (no eos).
-        match_ids, match_lengths: plain captions to match the images with, int64 [B, T] and [B]; as in
-            training half of them are wrong: those of the next sample.
+        number: which batch of the set.
+        samples: its samples.
+        tokenizer: of the model.
     """
 
-    input_ids: Array
-    lengths: Array
-    caption_ids: tuple[tuple[int, ...], ...]
-    match_ids: Array
-    match_lengths: Array
+    number: int
+    samples: tuple[Sample, ...]
+    tokenizer: SentencePieceTokenizer
+
+    @property
+    def size(self) -> int:
+        """How many samples."""
+        return len(self.samples)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """sha256 of each image, 64 hex digits."""
+        return tuple(sample.digest for sample in self.samples)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """Captions as tokens."""
+        texts = [sample.text for sample in self.samples]
+        ids, lengths = self.tokenizer.encode_contrastive(texts)
+        prompts = tuple(
+            tuple(self.tokenizer.encode_prompt(prompt_for(text) + text)[:LONGEST_STEP]) for text in texts
+        )
+        others = [texts[(i + i % 2) % len(texts)] for i in range(len(texts))]
+        return Texts(ids, lengths, prompts, *self.tokenizer.encode_contrastive(others, prefix=""))
+
+    @cached_property
+    def dialogues(self) -> tuple[Dialogue, ...]:
+        """A conversation about each image."""
+        from .chat import dialogue_of
+
+        return tuple(dialogue_of(sample, self.tokenizer) for sample in self.samples)
 
 
 @dataclass(frozen=True)
-class Batch(Texts):
-    """Model inputs: ``pixel_values`` float32 [B, 3, S, S] beside the texts."""
+class Batch(Samples):
+    """Samples with their images: ``pixel_values`` float32 [B, 3, S, S]."""
 
     pixel_values: Array
 
@@ -193,16 +217,10 @@ class CalibrationSet:
         """How many batches :meth:`batches` yields."""
         return -(-len(self) // batch_size)
 
-    def texts(self, tokenizer: SentencePieceTokenizer, batch_size: int = 8) -> Iterator[Texts]:
-        """The texts of each batch; no image is read."""
-        for part in self._parts(batch_size):
-            texts = [sample.text for sample in part]
-            ids, lengths = tokenizer.encode_contrastive(texts)
-            prompts = tuple(
-                tuple(tokenizer.encode_prompt(prompt_for(text) + text)[:MAX_STEP]) for text in texts
-            )
-            others = [texts[(i + i % 2) % len(texts)] for i in range(len(texts))]
-            yield Texts(ids, lengths, prompts, *tokenizer.encode_contrastive(others, prefix=""))
+    def sample_batches(self, tokenizer: SentencePieceTokenizer, batch_size: int = 8) -> Iterator[Samples]:
+        """The samples of each batch; no image is read, and no text that nobody asks for."""
+        for number, samples in enumerate(self._parts(batch_size)):
+            yield Samples(number, samples, tokenizer)
 
     def pixels(self, settings: ImageSettings, batch_size: int = 8) -> Iterator[Array]:
         """The images of each batch, float32 [B, 3, S, S], one batch in memory at a time."""
@@ -218,8 +236,8 @@ class CalibrationSet:
     ) -> Iterator[Batch]:
         """Preprocessed batches, one in memory at a time."""
         pixels = self.pixels(settings, batch_size)
-        for texts, images in zip(self.texts(tokenizer, batch_size), pixels, strict=True):
-            yield Batch(**vars(texts), pixel_values=images)
+        for batch, images in zip(self.sample_batches(tokenizer, batch_size), pixels, strict=True):
+            yield Batch(batch.number, batch.samples, tokenizer, images)
 
     def _parts(self, batch_size: int) -> Iterator[tuple[Sample, ...]]:
         for start in range(0, len(self), batch_size):

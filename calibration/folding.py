@@ -26,7 +26,7 @@ from ..quantization.schemes import folded_layers
 from .block_stream import Flow, visit
 from .dataset import CalibrationSet
 from .forward_calls import samples_of
-from .segments import Modules, needed, parts
+from .segments import Modules, needed, segments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,7 +150,7 @@ def fold(checkpoint: Checkpoint, divisors: Mapping[str, Tensor]) -> Checkpoint:
     changed = {*columns, *rows}
     # Without an offset nobody copies the bytes of the file.
     refs = {k: replace(r, offset=None) if k in changed else r for k, r in tensors.items()}
-    kept = (checkpoint.path, checkpoint.model, refs, checkpoint.contrastive_only, checkpoint._readers)
+    kept = (checkpoint.path, checkpoint.model, refs, checkpoint._readers)
     return Folded(*kept, columns, rows, checkpoint)
 
 
@@ -182,12 +182,12 @@ def watch_inputs(
         progress: hears how much of :func:`.calibrate.calibration_units` is done.
         passed: is called when all samples are through a block.
     """
-    order, wanted = needed(components, checkpoint.whole), set(layers)
+    order, wanted = needed(components, checkpoint.model), set(layers)
 
     def hook(layer: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
         return lambda _, args: see(layer, args[0].detach())
 
-    samples = samples_of(chosen, settings, tokenizer, checkpoint.whole, order, batch_size)
+    samples = samples_of(chosen, settings, tokenizer, checkpoint.model, order, batch_size)
     flow = Flow(Modules(checkpoint, order), samples, folder)
     with ExitStack() as stack:
         stack.callback(flow.close)
@@ -195,7 +195,7 @@ def watch_inputs(
             for name, layer in module.named_modules():
                 if name in wanted:
                     stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
-        for number, part in enumerate(parts(checkpoint.whole, order)):
-            for _ in visit(part, samples, [flow], progress, number * samples.count):
+        for number, segment in enumerate(segments(checkpoint.model, order)):
+            for _ in visit(segment, samples, [flow], progress, number * samples.count):
                 pass
             passed()

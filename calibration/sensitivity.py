@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UsageError
-from ..export.blocks import block_prefix
 from ..files.write import atomic
 from ..inputs.preprocess import ImageSettings
 from ..inputs.tokenizer import SentencePieceTokenizer
+from ..models.calls import Call
 from ..quantization.attention import FP8_ATTENTION, core_attentions, operand_names
 from ..quantization.quantize import dequantise, quantise
 from ..quantization.ranges import Scales
@@ -30,9 +30,9 @@ from ..quantization.schemes import SCHEMES, excluded
 from .accuracy import Comparison
 from .block_stream import Flow, visit
 from .dataset import CalibrationSet
-from .forward_calls import Call, samples_of
+from .forward_calls import samples_of
 from .outlier_channels import Channels, Finding
-from .segments import Modules, Part, needed, parts
+from .segments import Modules, Segment, needed, segments
 from .simulate import attention_hook, rounding_hook
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def measure(
         BuildError: NaN or infinity at a layer's input (layer and channel named); too little disk.
     """
     check_schemes(schemes)
-    order = needed(components, checkpoint.whole)
-    samples = samples_of(chosen, settings, tokenizer, checkpoint.whole, order, batch_size)
+    order = needed(components, checkpoint.model)
+    samples = samples_of(chosen, settings, tokenizer, checkpoint.model, order, batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     modules = Modules(checkpoint, order)
     flow = Flow(modules, samples, folder, "sensitivity")
@@ -150,18 +150,18 @@ def measure(
         base,
         batch_size,
     ]
-    state, plan = folder / "losses.json", parts(checkpoint.whole, order)
+    state, plan = folder / "losses.json", segments(checkpoint.model, order)
     losses, findings, done = _resumed(state, asked)
     if done < len(plan) and not flow.whole(plan[done]):
         losses, findings, done = [], [], 0
     try:
-        for number, part in enumerate(plan[done:], done):
+        for number, segment in enumerate(plan[done:], done):
             channels = Channels(modules)
-            variants = _Variants(modules, part, schemes, scales, base, components)
+            variants = _Variants(modules, segment, schemes, scales, base, components)
             with channels.hooks():
-                for call, _ in visit(part, samples, [flow], progress, number * samples.count):
+                for call, _ in visit(segment, samples, [flow], progress, number * samples.count):
                     with channels.paused():
-                        variants.run(flow, part, call)
+                        variants.run(flow, segment, call)
             losses += variants.losses()
             findings += channels.findings(components)
             found = Sensitivity(tuple(losses), tuple(findings))
@@ -189,7 +189,7 @@ class _Variants:
     def __init__(
         self,
         modules: Modules,
-        part: Part,
+        segment: Segment,
         schemes: Sequence[str],
         scales: Scales,
         base: str,
@@ -199,9 +199,9 @@ class _Variants:
         self.weights: dict[tuple[str, str], torch.Tensor] = {}
         self.tried: dict[str, list[tuple[str, str]]] = {}
         self.compared: dict[tuple[str, str, str], Comparison] = {}
-        for component in () if part.entry or part.exit else components:
+        for component in () if segment.entry or segment.exit else components:
             module = modules.by_name[component]
-            prefix = f"{block_prefix(component, modules.config)}.{part.block}."
+            prefix = f"{modules.components[component].place(modules.config)}.{segment.block}."
             for name, layer in module.named_modules():
                 if isinstance(layer, torch.nn.Linear) and name.startswith(prefix):
                     size = layer.out_features, layer.in_features
@@ -213,16 +213,16 @@ class _Variants:
                 own = [(n, FP8_ATTENTION) for n in cores if measured.issuperset(operand_names(n))]
                 self.tried.setdefault(component, []).extend(own)
 
-    def run(self, flow: Flow, part: Part, call: Call) -> None:
+    def run(self, flow: Flow, segment: Segment, call: Call) -> None:
         """Run ``call`` through the block in every variant."""
         tried = self.tried.get(call.component, ())
         if not tried:
             return
-        before, plain = flow.again(part, call)
+        before, plain = flow.replay(segment, call)
         want = (plain - before).numpy()
         for layer, scheme in tried:
             with self._quantised(call.component, layer, scheme):
-                got = flow.again(part, call)[1]
+                got = flow.replay(segment, call)[1]
             comparison = self.compared.setdefault((call.component, layer, scheme), Comparison())
             comparison.add(want, (got - before).numpy())
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..export.components import component_spec
 from ..export.weight_store import open_store
 from ..inputs.preprocess import ImageSettings
 from ..inputs.tokenizer import SentencePieceTokenizer
+from ..models.registry import component_spec
 from ..models.storage import open_reader
 from ..quantization.attention import attention_scales, core_attentions, fake_attention
 from ..quantization.quantize import LOWEST, activation_scale, dequantise, quantise_values, stored_names
@@ -28,7 +28,7 @@ from .accuracy import Comparison, Metrics, Table
 from .block_stream import Flow, visit
 from .dataset import CalibrationSet
 from .forward_calls import samples_of
-from .segments import WITHOUT_BLOCKS, Load, Modules, needed, needs, parts
+from .segments import Load, Modules, needed, needs, segments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,7 +100,7 @@ def simulated_accuracy(
     Raises:
         BuildError: NaN or infinity in a quantised component; too little disk.
     """
-    config = checkpoint.whole
+    config = checkpoint.model
     order = needed(components, config)
     samples = samples_of(chosen, settings, tokenizer, config, order, batch_size)
     here = [c for c in order if c in components]
@@ -112,15 +112,15 @@ def simulated_accuracy(
     flows = [
         reference,
         Flow(simulated, samples, folder, "chained", components=chained),
-        Flow(simulated, samples, folder, "forced", given=reference, components=fed),
+        Flow(simulated, samples, folder, "forced", source=reference, components=fed),
     ]
     compared: list[dict[str, dict[str, Comparison]]] = [{}, {}]
     blocks: dict[str, list[Comparison]] = {}
     try:
         with _fake_quantised(simulated, quantised):
-            for number, part in enumerate(parts(config, order)):
+            for number, segment in enumerate(segments(config, order)):
                 before = number * samples.count
-                for call, made in visit(part, samples, flows, progress, before):
+                for call, made in visit(segment, samples, flows, progress, before):
                     want = made[0]
                     assert want is not None
                     for got, table in zip(made[1:], compared, strict=True):
@@ -129,11 +129,11 @@ def simulated_accuracy(
                             for name, tensor in want[1].items():
                                 _add(outputs.setdefault(name, Comparison()), tensor, got[1][name])
                     got = made[1] or made[2]
-                    if got is not None and not part.entry and not part.exit:
+                    if got is not None and not segment.entry and not segment.exit:
                         depth = blocks.setdefault(call.component, [])
-                        if len(depth) == part.block:
+                        if len(depth) == segment.block:
                             depth.append(Comparison())
-                        _add(depth[part.block], want[0], got[0])
+                        _add(depth[segment.block], want[0], got[0])
     finally:
         for flow in flows:
             flow.close()
@@ -145,7 +145,7 @@ def simulated_accuracy(
     return Simulated(
         {c: ordered(c, compared[1] if c in fed else compared[0]) for c in here},
         {c: ordered(c, compared[0]) for c in chained},
-        {c: [comparison.metrics() for comparison in blocks[c]] for c in here if c not in WITHOUT_BLOCKS},
+        {c: [comparison.metrics() for comparison in blocks[c]] for c in here if c in blocks},
     )
 
 

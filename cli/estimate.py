@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +13,7 @@ from .output import print_json
 from .profile import parse_sizes
 
 if TYPE_CHECKING:
-    from ..models.config import Whole
+    from ..models.registry import ModelConfig
     from ..quantization.recipe import Recipe
 
 app = typer.Typer(add_completion=False)
@@ -51,7 +50,7 @@ def estimate(
 
     Of a chat model: the time to the first token, tokens per second, and memory with keys and values.
     """
-    from ..models.config import ChatConfig
+    from ..models.registry import CHAT, family_of
     from ..profiles.cost import chat_estimate
     from ..profiles.cost.estimate import estimate as run
     from ..profiles.cost.gpus import find_gpu
@@ -60,10 +59,11 @@ def estimate(
     batches = parse_sizes("--batch", batch)
     found = find_gpu(gpu)
     whole, recipe = asked_model(model, precision)
-    config = sized(whole, image_size)
+    config: Any = sized(whole, image_size)  # of the family whose form is asked below
     plan = plan_of(recipe, config)
     name = "InternVL-14B" if model is None else model.resolve().name
-    if isinstance(config, ChatConfig):
+    form = family_of(config).form
+    if form == CHAT:
         given = (recipe, plan, found, batches, cost_per_hour, text_tokens, new_tokens)
         chat = chat_estimate.estimate(config, *given)
         print_json(chat.to_json()) if as_json else print_chat(chat, name, layers)
@@ -72,7 +72,7 @@ def estimate(
     print_json(result.to_json()) if as_json else print_embeddings(result, name, layers)
 
 
-def asked_model(model: Path | None, precision: str | None) -> tuple[Whole, Recipe]:
+def asked_model(model: Path | None, precision: str | None) -> tuple[ModelConfig, Recipe]:
     """Sizes and recipe of what ``--model`` and ``--precision`` name.
 
     Raises:
@@ -82,7 +82,8 @@ def asked_model(model: Path | None, precision: str | None) -> tuple[Whole, Recip
     """
     from ..bundle import Bundle
     from ..bundle.manifest import MANIFEST
-    from ..models.config import InternViTConfig, InternVLConfig, config_from_published, load_config
+    from ..models.config import InternVLConfig
+    from ..models.registry import CHAT, CONTRASTIVE, config_from_published, family_of, load_config
     from ..models.shipped import checkpoint_path
     from ..profiles.cost.chat_estimate import FULL_SIZE
     from ..quantization.recipe import Recipe, load_recipe
@@ -96,27 +97,28 @@ def asked_model(model: Path | None, precision: str | None) -> tuple[Whole, Recip
         recipe = own or load_recipe(precision or manifest.precision)
     else:
         config, recipe = load_config(checkpoint_path(model) / "config.json"), load_recipe(precision or "fp8")
-    if isinstance(config, InternViTConfig):
+    if family_of(config).form not in (CONTRASTIVE, CHAT):
         raise CapabilityError(
-            f"{model} is an InternViT alone.",
-            "No bundle is built of it.",
+            f"{model} is {family_of(config).title}.",
+            "Estimates are of embeddings and of chats.",
             "Give the model that it is a part of.",
         )
     return config, recipe
 
 
-def sized(config: Whole, image_size: int | None) -> Whole:
+def sized(config: ModelConfig, image_size: int | None) -> ModelConfig:
     """``config`` for images of ``image_size`` pixels; UsageError if patches do not fill them."""
-    from ..models.config import ChatConfig
+    from ..models.registry import family_of
 
     if image_size is None:
         return config
-    if image_size % config.vision.patch_size:
+    family = family_of(config)
+    patch = family.patch_size(config)
+    if image_size % patch:
         raise UsageError(
             f"--image-size {image_size} is no multiple of the patch size.",
-            f"A patch has {config.vision.patch_size} pixels a side.",
-            f"Give --image-size {max(1, image_size // config.vision.patch_size) * config.vision.patch_size}.",
+            f"A patch has {patch} pixels a side.",
+            f"Give --image-size {max(1, image_size // patch) * patch}.",
         )
-    if isinstance(config, ChatConfig):
-        return replace(config, image_size=image_size)
-    return replace(config, vision=replace(config.vision, image_size=image_size))
+    resized: ModelConfig = family.resized(config, image_size)
+    return resized

@@ -89,8 +89,8 @@ def fine_tune_chat(
     from ..inputs.preprocess import ImageSettings
     from ..inputs.tokenizer import SentencePieceTokenizer
     from ..models.checkpoint import open_checkpoint
-    from ..models.config import image_settings
     from ..models.load import load_chat
+    from ..models.registry import family_of
     from ..models.shipped import checkpoint_path
     from ..training import lora as low_rank
     from ..training.chat_model import write
@@ -106,7 +106,7 @@ def fine_tune_chat(
     model = load_chat(opened)
     tokenizer = SentencePieceTokenizer(_beside(opened.path, "tokenizer.model"))
     settings = ImageSettings.load(_beside(opened.path, "preprocessor_config.json"))
-    settings = image_settings(model.config, settings)
+    settings = family_of(model.config).image_settings(model.config, settings)
     steps, batch = asked.steps or 1000, asked.batch or 16
     patterns = TRAINS["lora" if lora else trains]
     stage = Stage("stage3", "answers", steps, batch, lr, 0.0, max(1, steps * 3 // 100), trainable=patterns)

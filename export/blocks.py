@@ -9,83 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError
-from ..models.config import ChatConfig, InternViTConfig, InternVLConfig, ModelConfig
-from ..models.layout import CHAT_TOWER, VISION
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-CROSSING = ("qllama_query", "qllama_itm")
-"""Components whose blocks attend to the image at every ``cross_attention_frequency``-th."""
 SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-PLACES = {
-    "vision": ("vision_model.encoder.layers",),
-    "vision_chat": (f"{CHAT_TOWER}encoder.layers", f"{CHAT_TOWER}{VISION}encoder.layers"),
-    "query_chat": (f"{CHAT_TOWER}qllama.model.layers",),
-    "decoder": ("model.layers",),
-}
-"""Where the blocks of a component stand in its module, in any model; else under ``qllama.model.layers``.
-
-InternViT alone and within an InternVL are two places in a chat model.
-"""
-
-
-def block_prefix(component: str, config: ModelConfig) -> str:
-    """Where the blocks of a component stand in its module."""
-    places = PLACES.get(component, ("qllama.model.layers",))
-    return places[-1] if isinstance(config, ChatConfig) and config.queries else places[0]
-
-
-def block_pattern(component: str) -> re.Pattern[str]:
-    """Matches the weights in a component's blocks, in any model; its group is the block's number."""
-    places = PLACES.get(component, ("qllama.model.layers",))
-    return re.compile(rf"(?:{'|'.join(map(re.escape, places))})\.(\d+)\.")
-
-
-def one_period(component: str, config: ModelConfig) -> tuple[ModelConfig, int]:
-    """A config with just as many blocks as must be traced, and how many times they come.
-
-    Passes with queries alternate between blocks with and without cross-attention, others repeat one block.
-    """
-    if isinstance(config, ChatConfig):
-        if component == "decoder_embed":
-            return config, 1
-        if component == "decoder":
-            layers = config.decoder.num_hidden_layers
-            return replace(config, decoder=replace(config.decoder, num_hidden_layers=1)), layers
-        if component == "query_chat":
-            assert config.queries is not None
-            queries, times = _one_query_period(config.queries)
-            return replace(config, tower=queries), times
-        if not config.read_blocks:
-            return config, 1
-        one = replace(config.vision, num_hidden_layers=1)
-        tower = replace(config.queries, vision=one) if config.queries else one
-        return replace(config, tower=tower, select_layer=1), config.vision_blocks
-    if component == "vision":
-        layers = config.vision.num_hidden_layers
-        one = replace(config.vision, num_hidden_layers=1, feature_blocks=())
-        return replace(config, vision=one), layers
-    if isinstance(config, InternViTConfig):
-        raise ValueError(f"an InternViT alone has no {component}")
-    if component in CROSSING:
-        return _one_query_period(config)
-    return _with_layers(config, 1), config.qllama.num_hidden_layers
-
-
-def _one_query_period(config: InternVLConfig) -> tuple[InternVLConfig, int]:
-    period, layers = config.cross_attention_frequency, config.qllama.num_hidden_layers
-    return (config, 1) if layers % period else (_with_layers(config, period), layers // period)
-
-
-def _with_layers(config: InternVLConfig, layers: int) -> InternVLConfig:
-    return replace(config, qllama=replace(config.qllama, num_hidden_layers=layers))
 
 
 def repeat_blocks(

@@ -1,7 +1,7 @@
 """Dense features: blocks of the vision tower whose outputs a bundle gives out beside the last, ``tokens``.
 
-Segmentation heads read several depths of InternViT (InternVL paper, section 4.2.1). What is chosen stands in
-the config, so that contract, graph, engines and the torch modules follow from it; block ``k`` is the output
+Segmentation heads read several depths of InternViT (InternVL paper, section 4.2.1). The choice is part of the
+config, so that contract, graph, engines and the torch modules follow from it; block ``k`` is the output
 ``features.<k>`` of ``vision``, ``hidden_states[k]`` of the published model.
 """
 
@@ -11,9 +11,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..bundle.spec import block_number
-from ..errors import CapabilityError
 from ..models.checkpoint import Checkpoint
-from ..models.config import ChatConfig
+from ..models.registry import family_of
 
 
 def with_features(checkpoint: Checkpoint, blocks: Iterable[int]) -> Checkpoint:
@@ -21,17 +20,11 @@ def with_features(checkpoint: Checkpoint, blocks: Iterable[int]) -> Checkpoint:
 
     Raises:
         UsageError: the tower has no such block.
-        CapabilityError: a chat model, whose tower ends in its projector.
+        CapabilityError: the tower of its family ends in something else than features.
     """
-    model, vision = checkpoint.model, checkpoint.model.vision
-    chosen = {block_number(block, vision.num_hidden_layers) for block in blocks} - {vision.num_hidden_layers}
+    family, config = family_of(checkpoint.model), checkpoint.model
+    depth = family.feature_depth(config)
+    chosen = {block_number(block, depth) for block in blocks} - {depth} if depth else set(blocks)
     if not chosen:
         return checkpoint
-    if isinstance(model, ChatConfig):
-        raise CapabilityError(
-            "A chat model gives no features of single blocks.",
-            "Its vision component ends in the projector to the decoder.",
-            "Take the features from the InternVL or InternViT checkpoint that it was made of.",
-        )
-    vision = replace(vision, feature_blocks=tuple(sorted(chosen)))
-    return replace(checkpoint, model=replace(model, vision=vision))
+    return replace(checkpoint, model=family.with_features(config, tuple(sorted(chosen))))

@@ -8,13 +8,13 @@ again from those.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..bundle.spec import Axis, ComponentSpec, TensorSpec, part_starts, terms
 from ..errors import BuildError, UsageError
-from .blocks import block_pattern
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,7 +23,9 @@ PartOf = Callable[[str | None], int | None]
 """Name of a weight -> the part that holds its block; None for what is in no block."""
 
 
-def split_graph(model: ir.Model, spec: ComponentSpec, count: int) -> list[tuple[ir.Model, ComponentSpec]]:
+def split_graph(
+    model: ir.Model, spec: ComponentSpec, place: str, count: int
+) -> list[tuple[ir.Model, ComponentSpec]]:
     """``count`` parts of ``model`` in the order they run, each with its contract; ``model`` stays as it is.
 
     Run in order, each fed from the component's inputs and from the parts before it, they compute by the same
@@ -32,13 +34,14 @@ def split_graph(model: ir.Model, spec: ComponentSpec, count: int) -> list[tuple[
     Args:
         model: a component's graph, quantised or not, its initializers under their published names.
         spec: the component's contract.
+        place: module path of the stack of blocks.
         count: how many parts; their numbers of blocks differ by one at most.
 
     Raises:
         UsageError: more parts than blocks, or none.
         BuildError: something else than one residual stream goes from part to part.
     """
-    block, blocks = block_pattern(spec.name), block_count(spec.name, model.graph.initializers)
+    block, blocks = _pattern(place), block_count(place, model.graph.initializers)
     check_split(spec.name, blocks, count)
     starts = part_starts(blocks, count)
 
@@ -51,9 +54,14 @@ def split_graph(model: ir.Model, spec: ComponentSpec, count: int) -> list[tuple[
     return [_part(model, spec, part_of, stages, streams, k) for k in range(count)]
 
 
-def block_count(component: str, names: Iterable[str]) -> int:
-    """How many blocks of ``component`` have weights among ``names``."""
-    block = block_pattern(component)
+def _pattern(place: str) -> re.Pattern[str]:
+    """Matches the weights in the blocks under ``place``; its group is the block's number."""
+    return re.compile(rf"{re.escape(place)}\.(\d+)\.")
+
+
+def block_count(place: str, names: Iterable[str]) -> int:
+    """How many blocks under ``place`` have weights among ``names``."""
+    block = _pattern(place)
     return 1 + max((int(m[1]) for name in names if (m := block.match(name))), default=-1)
 
 

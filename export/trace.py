@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING
 from ..bundle.spec import ComponentSpec
 from ..errors import BuildError
 from ..models.checkpoint import Checkpoint
-from ..models.config import ChatConfig, ModelConfig
-from .blocks import block_prefix, one_period, repeat_blocks
-from .components import component_module, component_spec
+from ..models.registry import ModelConfig, component_module, component_of, component_spec
+from .blocks import repeat_blocks
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,7 +55,7 @@ def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bf
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype {compute_dtype!r} is none of {sorted(COMPUTE_DTYPES)}")
     spec = component_spec(name, checkpoint.model)
-    model = _trace(name, checkpoint.model, checkpoint.contrastive_only).clone()
+    model = _trace(name, checkpoint.model).clone()
     retype(model, COMPUTE_DTYPES[_TRACED], COMPUTE_DTYPES[compute_dtype])
     with _quiet():
         finish(model, spec)
@@ -67,25 +66,25 @@ def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bf
 
 
 @lru_cache(maxsize=8)
-def _trace(name: str, config: ModelConfig, contrastive_only: bool) -> ir.Model:
+def _trace(name: str, config: ModelConfig) -> ir.Model:
     """The exporter's graph in bf16, unoptimised, weights dropped."""
-    traced, times = one_period(name, config)
-    model = _trace_all(name, traced, contrastive_only)
+    component = component_of(name, config)
+    traced, times = component.period(config)
+    model = _trace_all(name, traced)
     if times > 1:
         spec = component_spec(name, traced)
         inputs, outputs = (sum(t.name[-1].isdigit() for t in part) for part in (spec.inputs, spec.outputs))
-        taps = config.vision.feature_blocks if name == "vision" else ()
-        read = config.read_blocks if name == "vision_chat" and isinstance(config, ChatConfig) else None
-        repeat_blocks(model.graph, block_prefix(name, config), times, inputs, outputs, taps, read)
+        taps, read = component.taps(config), component.exit_reads(config)
+        repeat_blocks(model.graph, component.place(config), times, inputs, outputs, taps, read)
     return model
 
 
-def _trace_all(name: str, config: ModelConfig, contrastive_only: bool) -> ir.Model:
+def _trace_all(name: str, config: ModelConfig) -> ir.Model:
     import torch
 
     spec = component_spec(name, config)
     with torch.device("meta"):
-        module = component_module(name, config, contrastive_only).to(getattr(torch, _TRACED))
+        module = component_module(name, config).to(getattr(torch, _TRACED))
         args, shapes = example_inputs(spec)
     with _quiet(), torch.no_grad():
         program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)

@@ -14,10 +14,10 @@ from ..errors import BuildError, CapabilityError, UsageError
 from ..files.locks import locked
 from ..models.checkpoint import Checkpoint
 from ..models.finite import check_finite
+from ..models.registry import component_module
 from .beside import Check, beside
 from .binding import bind, save_graph
 from .cached_attention import separate_past
-from .components import component_module
 from .trace import export_component
 from .weight_store import Store, cannot_write, plan_store
 from .weights import stored_as, write_store
@@ -129,7 +129,7 @@ def weight_keys(checkpoint: Checkpoint, components: Sequence[str]) -> list[str]:
     keys: dict[str, None] = {}
     for name in components:
         with torch.device("meta"):
-            module = component_module(name, checkpoint.model, checkpoint.contrastive_only)
+            module = component_module(name, checkpoint.model)
         keys.update(dict.fromkeys(module.state_dict()))
     return list(keys)
 

@@ -11,26 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from .config import (
-    ChatConfig,
-    InternViTConfig,
-    InternVLConfig,
+from .config import InternVLConfig
+from .layout import infer_config, is_ignored, published_key
+from .registry import (
     ModelConfig,
-    Whole,
-    load_config,
-    read_json,
-    tower_configs,
-)
-from .layout import (
-    CHAT_TOWER,
-    HEADS,
-    VISION,
-    components_of,
+    component_names,
     expected_shapes,
-    infer_config,
-    is_ignored,
-    optional_of,
-    published_key,
+    family_of,
+    load_config,
 )
 from .storage import ITEM_BYTES, TensorRef, named, open_reader
 from .weight_files import read_file, read_folder
@@ -52,40 +40,32 @@ class Checkpoint:
         path: the folder or file it was opened from.
         model: the model's sizes; their class says which kind of model it is.
         tensors: published key to where the tensor lies.
-        contrastive_only: InternVL-C alone (the older layout).
     """
 
     path: Path
     model: ModelConfig
     tensors: dict[str, TensorRef]
-    contrastive_only: bool = False
     _readers: dict[Path, Reader] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def components(self) -> tuple[str, ...]:
         """The components this checkpoint has weights for, without the optional ones."""
-        return components_of(self.model, self.contrastive_only)
+        return component_names(self.model)
 
     @property
     def config(self) -> InternVLConfig:
-        """The sizes of an InternVL; CheckpointError for a chat model or an InternViT alone."""
+        """The sizes of an InternVL; CheckpointError for any other family."""
         if isinstance(self.model, InternVLConfig):
             return self.model
-        chat = isinstance(self.model, ChatConfig)
         raise CheckpointError(
             f"{self.path} is not an InternVL-C or InternVL-G.",
-            f"It is {'an InternVL-Chat' if chat else 'an InternViT alone'}.",
+            f"It is {family_of(self.model).title}.",
             "Give the checkpoint of an InternVL-C or InternVL-G.",
         )
 
-    @property
-    def whole(self) -> Whole:
-        """The sizes of an InternVL or a chat model; CheckpointError for an InternViT alone."""
-        return self.model if isinstance(self.model, ChatConfig) else self.config
-
     def has(self, component: str) -> bool:
         """Whether ``component`` can be made from this checkpoint."""
-        return component in (*self.components, *optional_of(self.model, self.contrastive_only))
+        return component in component_names(self.model, optional=True)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -95,11 +75,6 @@ class Checkpoint:
             return ()
         listed = f"{', '.join(keys[:12])}{f' and {len(keys) - 12} more' if len(keys) > 12 else ''}"
         return (f"The checkpoint's config.json has keys that are not known here, and not read: {listed}.",)
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        """``("InternVL-C", "InternVL-G")``, or only the first."""
-        return ("InternVL-C",) if self.contrastive_only else ("InternVL-C", "InternVL-G")
 
     def load(
         self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -132,10 +107,8 @@ class Checkpoint:
         run changes every such sample, but single flipped bits pass. File hashes find those.
         """
         full = sum(r.nbytes for r in self.tensors.values()) <= FULL_HASH_BYTES
-        model = self.model
-        if not isinstance(model, ChatConfig):  # which has no features to choose
-            model = replace(model, vision=replace(model.vision, feature_blocks=()))
-        digest = hashlib.sha256(json.dumps(model.to_published(), sort_keys=True).encode())
+        identity = family_of(self.model).identity(self.model)
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         for key in sorted(self.tensors):
             ref = self.tensors[key]
             digest.update(json.dumps([key, ref.dtype, ref.shape, ref.nbytes]).encode())
@@ -151,8 +124,7 @@ class Checkpoint:
         try:
             return self.tensors[key]
         except KeyError:
-            why = "It is an InternVL-C file, without them." if self.contrastive_only else "No such tensor."
-            raise CheckpointError(f"{self.path} has no tensor {key}.", why) from None
+            raise CheckpointError(f"{self.path} has no tensor {key}.", "No such tensor.") from None
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -161,7 +133,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Args:
         path: a folder with ``config.json`` and ``model.safetensors``, ``pytorch_model.bin`` or the index of
             their shards: an InternVL, an InternViT alone, or an InternVL-Chat, whose vision tower may be a
-            checkpoint of its own (see :func:`.config.load_config`). Or one older ``internvl_c`` file
+            checkpoint of its own (see :func:`.registry.load_config`). Or one older ``internvl_c`` file
             (``.pth``), whose sizes come from a ``config.json`` beside it or else from its tensors (see
             :func:`.layout.infer_config` for what that assumes).
 
@@ -181,10 +153,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = load_config(path / "config.json")
     readers: dict[Path, Reader] = {}
     source, stored = read_folder(path, readers)
-    prefix = VISION if isinstance(config, InternViTConfig) else ""
-    tensors = {prefix + name: ref for name, ref in stored.items() if not is_ignored(name)}
-    if isinstance(config, ChatConfig) and not any(key.startswith(CHAT_TOWER) for key in tensors):
-        tensors.update(_tower(path, readers))
+    named_tensors = {name: ref for name, ref in stored.items() if not is_ignored(name)}
+    tensors = family_of(config).locate(config, named_tensors, path, readers)
     _check(source, tensors, expected_shapes(config))
     return Checkpoint(path, config, tensors, _readers=readers)
 
@@ -240,22 +210,9 @@ def _open_older(path: Path) -> Checkpoint:
         config = InternVLConfig.load(beside)
     else:
         config = infer_config({k: r.shape for k, r in tensors.items()}, str(path))
-    _check(path, tensors, expected_shapes(config, contrastive_only=True))
-    return Checkpoint(path, config, tensors, contrastive_only=True, _readers=readers)
-
-
-def _tower(chat: Path, readers: dict[Path, Reader]) -> dict[str, TensorRef]:
-    """The vision tower's tensors, by their keys in the chat model, from the folder its config lies in."""
-    data = read_json(chat / "config.json")
-    folder = next((p.parent for p in tower_configs(chat, data)[1:] if p.is_file()), None)
-    if folder is None:
-        raise CheckpointError(
-            f"{chat} has no weights of its vision tower.",
-            f"They are not among its own, and no checkpoint {data.get('mm_vision_tower')} lies beside it.",
-            "Put the folder of the checkpoint it was trained with beside it, under that name.",
-        )
-    stored = read_folder(folder, readers)[1]
-    return {CHAT_TOWER + n: ref for n, ref in stored.items() if not (is_ignored(n) or n.startswith(HEADS))}
+    config = replace(config, contrastive_only=True)
+    _check(path, tensors, expected_shapes(config))
+    return Checkpoint(path, config, tensors, _readers=readers)
 
 
 def _check(source: Path, tensors: dict[str, TensorRef], want: dict[str, tuple[int, ...]]) -> None:

@@ -12,12 +12,11 @@ are the first form's.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import CapabilityError, CheckpointError
-from ..inputs.preprocess import ImageSettings
 from .config_reading import check_chat, read_internvl, read_llama, read_vision
 from .section import Section
 
@@ -94,7 +93,11 @@ class QLlamaConfig:
 
 @dataclass(frozen=True)
 class InternVLConfig:
-    """InternVL-C / InternVL-G.."""
+    """InternVL-C and InternVL-G.
+
+    ``contrastive_only`` is no key of ``config.json``: files of the older layout hold InternVL-C alone,
+    without queries, cross-attention, ITM head and lm_head.
+    """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     qllama: QLlamaConfig = field(default_factory=QLlamaConfig)
@@ -103,6 +106,7 @@ class InternVLConfig:
     num_query_token: int = 96
     cross_attention_frequency: int = 2
     label_smoothing: float = 0.0
+    contrastive_only: bool = False
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)
     """Keys of its ``config.json`` that the reader does not know."""
 
@@ -231,6 +235,11 @@ class InternViTConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)
     """Keys of its ``config.json`` that the reader does not know."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.vision.image_size
 
     def to_published(self) -> dict[str, Any]:
         """The ``config.json`` of the published layout."""
@@ -446,58 +455,6 @@ def _tower_kind(chat: dict[str, Any], source: str) -> type[VisionConfig] | type[
             f"InternVL-Chat has {MLP} on InternViT, and {TWO_MLP} on InternViT and QLLaMA.",
         )
     return VisionConfig if projector == MLP else InternVLConfig
-
-
-Whole = InternVLConfig | ChatConfig
-"""A model that bundles are built of."""
-ModelConfig = Whole | InternViTConfig
-
-
-def image_settings(config: Whole, settings: ImageSettings) -> ImageSettings:
-    """``settings`` of a checkpoint's preprocessor, with what its ``config.json`` says of images too."""
-    pad = isinstance(config, ChatConfig) and config.image_aspect_ratio == "pad"
-    return replace(settings, size=config.image_size, mode="pad" if pad else settings.mode)
-
-
-def load_config(path: Path) -> ModelConfig:
-    """Read the ``config.json`` at ``path``, of whichever kind its ``model_type`` says; InternVL without one.
-
-    A chat model's tower is described by ``vision_tower_config.json`` beside it, or by the ``config.json`` of
-    the folder that ``mm_vision_tower`` names, if it lies beside or inside the checkpoint. Its image size is
-    that of ``preprocessor_config.json``.
-
-    Raises:
-        CheckpointError, CapabilityError: no such model.
-    """
-    data = read_json(path)
-    return _config(data, path)
-
-
-def config_from_published(data: dict[str, Any], source: str = "config.json") -> ModelConfig:
-    """The config of whichever kind of model ``model_type`` says, from its published form alone.
-
-    Raises:
-        CheckpointError, CapabilityError: no such model.
-    """
-    kind = str(data.get("model_type", ""))
-    if kind.startswith("intern_vit"):
-        return InternViTConfig.from_published(data, source)
-    if kind.startswith("llava"):
-        return ChatConfig.from_published(data, source)
-    return InternVLConfig.from_published(data, source)
-
-
-def _config(data: dict[str, Any], path: Path) -> ModelConfig:
-    if not str(data.get("model_type", "")).startswith("llava"):
-        return config_from_published(data, str(path))
-    tower = next((p for p in tower_configs(path.parent, data) if p.is_file()), None)
-    settings = path.parent / "preprocessor_config.json"
-    return ChatConfig.from_published(
-        data,
-        str(path),
-        tower_from_published(data, read_json(tower), str(tower)) if tower else None,
-        ImageSettings.load(settings).size if settings.is_file() else None,
-    )
 
 
 def tower_configs(folder: Path, data: dict[str, Any]) -> list[Path]:

@@ -270,7 +270,7 @@ def read_internvl(s: Section, cls: type, qllama: Section) -> dict[str, Any]:
     QLLaMA's section repeats some of them.
     """
     _refuse_quantised(s)
-    found = _typed(s, cls, skip=("vision", "qllama", "unknown_keys"))
+    found = _typed(s, cls, skip=("vision", "qllama", "contrastive_only", "unknown_keys"))
     _fixed(s, INTERNVL_FIXED)
     for name in ("num_query_token", "cross_attention_frequency"):
         said = qllama.get(name)

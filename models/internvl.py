@@ -21,21 +21,20 @@ class InternVLModel(nn.Module):
     """The whole model; ``state_dict`` keys are the published ones.
 
     Args:
-        config: sizes.
-        contrastive_only: the older ``internvl_c`` files: no queries, cross-attention, ITM head or lm_head.
+        config: sizes. ``contrastive_only`` leaves out queries, cross-attention, ITM head and lm_head.
     """
 
-    def __init__(self, config: InternVLConfig, contrastive_only: bool = False) -> None:
+    def __init__(self, config: InternVLConfig) -> None:
         super().__init__()
         width, embed = config.qllama.hidden_size, config.clip_embed_dim
+        generative = not config.contrastive_only
         self.config = config
-        self.contrastive_only = contrastive_only
         self.vision_model = InternViT(config.vision)
-        self.qllama = QLlama(config, lm_head=not contrastive_only, cross_attention=not contrastive_only)
+        self.qllama = QLlama(config, lm_head=generative, cross_attention=generative)
         self.clip_projector = AttentionPool(config.vision.hidden_size, config.attn_pool_num_heads, embed)
         self.text_projection = nn.Parameter(torch.randn(width, embed) * width**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07), as CLIP
-        if not contrastive_only:
+        if generative:
             self.query_tokens = nn.Parameter(torch.randn(1, config.num_query_token, width) * 0.02)
             self.clip_projector2 = AttentionPool(width, config.attn_pool_num_heads, embed)
             self.itm_head = nn.Linear(width, 2)

@@ -9,16 +9,10 @@ import re
 from collections.abc import Mapping
 
 from ..errors import CheckpointError
-from .config import ChatConfig, InternViTConfig, InternVLConfig, ModelConfig, QLlamaConfig, VisionConfig
+from .config import InternVLConfig, QLlamaConfig, VisionConfig
 
 Shape = tuple[int, ...]
 
-COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
-OPTIONAL = ("qllama_itm",)
-"""Built when they are asked for."""
-CHAT_COMPONENTS = ("vision_chat", "decoder_embed", "decoder")
-QUERY_CHAT_COMPONENTS = ("vision_chat", "query_chat", "decoder_embed", "decoder")
-"""Of a chat model whose tower has queries."""
 VISION = "vision_model."
 CHAT_TOWER = "model.vision_tower.vision_tower."
 HEADS = ("clip_projector.", "clip_projector2.", "text_projection", "logit_scale", "itm_head.")
@@ -37,78 +31,8 @@ def is_ignored(name: str) -> bool:
     return _ROTARY.fullmatch(name) is not None
 
 
-def components_of(config: ModelConfig, contrastive_only: bool = False) -> tuple[str, ...]:
-    """The components of a model of ``config``; an InternVL-C file has no query and no caption pass.
-
-    Those that are only built when they are asked for are :func:`optional_of`.
-    """
-    if isinstance(config, ChatConfig):
-        return QUERY_CHAT_COMPONENTS if config.queries else CHAT_COMPONENTS
-    if isinstance(config, InternViTConfig):
-        return ("vision",)
-    return ("vision", "qllama_text") if contrastive_only else COMPONENTS
-
-
-def optional_of(config: ModelConfig, contrastive_only: bool = False) -> tuple[str, ...]:
-    """The optional components of a model of ``config``."""
-    return OPTIONAL if isinstance(config, InternVLConfig) and not contrastive_only else ()
-
-
-def expected_shapes(config: ModelConfig, contrastive_only: bool = False) -> dict[str, Shape]:
-    """Published key to shape, for every tensor a model of ``config`` has.
-
-    The keys of an InternViT alone are those it has as a part of InternVL.
-
-    Args:
-        config: the model's sizes.
-        contrastive_only: InternVL-C alone (no queries, cross-attention, second pooling head, ITM head or
-            lm_head), which is what the older layout holds.
-    """
-    v = config.vision
-    if isinstance(config, InternViTConfig):
-        return _vision(v, VISION)
-    if isinstance(config, ChatConfig):
-        return _chat(config)
-    q = config.qllama
-    shapes: dict[str, Shape] = {"text_projection": (q.hidden_size, config.clip_embed_dim), "logit_scale": ()}
-    shapes.update(_vision(v, VISION))
-    shapes["qllama.model.embed_tokens.weight"] = (q.vocab_size, q.hidden_size)
-    for i in range(q.num_hidden_layers):
-        cross = config.has_cross_attention(i) and not contrastive_only
-        shapes.update(_qllama_layer(f"qllama.model.layers.{i}.", q, v.hidden_size, cross))
-    shapes["qllama.model.norm.weight"] = (q.hidden_size,)
-    shapes.update(_pool("clip_projector.", v.hidden_size, config.clip_embed_dim))
-    if not contrastive_only:
-        shapes["query_tokens"] = (1, config.num_query_token, q.hidden_size)
-        shapes["qllama.lm_head.weight"] = (q.vocab_size, q.hidden_size)
-        shapes.update(_pool("clip_projector2.", q.hidden_size, config.clip_embed_dim))
-        shapes["itm_head.weight"] = (2, q.hidden_size)
-        shapes["itm_head.bias"] = (2,)
-    return shapes
-
-
-def _chat(config: ChatConfig) -> dict[str, Shape]:
-    v, q, queries = config.vision, config.decoder, config.queries
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (q.vocab_size, q.hidden_size)}
-    if queries is None:
-        shapes.update(_vision(v, CHAT_TOWER))
-        projectors = {"": v.hidden_size}
-    else:
-        tower = expected_shapes(queries)
-        shapes.update({CHAT_TOWER + key: s for key, s in tower.items() if not key.startswith(HEADS)})
-        projectors = {"mlp1.": v.hidden_size, "mlp2.": queries.qllama.hidden_size}
-    for name, width in projectors.items():
-        mlp = f"model.mm_projector.{name}"
-        shapes[mlp + "0.weight"], shapes[mlp + "2.weight"] = (q.hidden_size, width), (q.hidden_size,) * 2
-        shapes[mlp + "0.bias"] = shapes[mlp + "2.bias"] = (q.hidden_size,)
-    for i in range(q.num_hidden_layers):
-        shapes.update(_qllama_layer(f"model.layers.{i}.", q, v.hidden_size, cross=False))
-    shapes["model.norm.weight"] = (q.hidden_size,)
-    shapes["lm_head.weight"] = (q.vocab_size, q.hidden_size)
-    return shapes
-
-
-def _vision(v: VisionConfig, prefix: str) -> dict[str, Shape]:
+def vit_shapes(v: VisionConfig, prefix: str, blocks: int | None = None) -> dict[str, Shape]:
+    """Tensors of InternViT under ``prefix``; of its first ``blocks`` only, if given."""
     width, mlp = v.hidden_size, v.intermediate_size
     base = f"{prefix}embeddings."
     shapes: dict[str, Shape] = {
@@ -117,7 +41,7 @@ def _vision(v: VisionConfig, prefix: str) -> dict[str, Shape]:
         base + "patch_embedding.weight": (width, 3, v.patch_size, v.patch_size),
         base + "patch_embedding.bias": (width,),
     }
-    for i in range(v.num_hidden_layers):
+    for i in range(v.num_hidden_layers if blocks is None else blocks):
         layer = f"{prefix}encoder.layers.{i}."
         shapes[layer + "attn.qkv.weight"] = (3 * width, width)
         if v.qkv_bias:
@@ -132,13 +56,14 @@ def _vision(v: VisionConfig, prefix: str) -> dict[str, Shape]:
     return shapes
 
 
-def _qllama_layer(layer: str, q: QLlamaConfig, vision_width: int, cross: bool) -> dict[str, Shape]:
+def llama_layer_shapes(layer: str, q: QLlamaConfig, vision_width: int | None = None) -> dict[str, Shape]:
+    """Tensors of a LLaMA layer, with cross-attention over tokens of ``vision_width`` if given."""
     width, mlp = q.hidden_size, q.intermediate_size
     shapes: dict[str, Shape] = {layer + f"self_attn.{p}_proj.weight": (width, width) for p in "qkvo"}
     shapes[layer + "mlp.gate_proj.weight"] = shapes[layer + "mlp.up_proj.weight"] = (mlp, width)
     shapes[layer + "mlp.down_proj.weight"] = (width, mlp)
     shapes[layer + "input_layernorm.weight"] = shapes[layer + "post_attention_layernorm.weight"] = (width,)
-    if cross:
+    if vision_width is not None:
         for p, size in (("q", width), ("k", vision_width), ("v", vision_width), ("o", width)):
             shapes[layer + f"cross_attn.{p}_proj.weight"] = (width, size)
         shapes[layer + "cross_attn.norm1.weight"] = (width,)
@@ -146,7 +71,8 @@ def _qllama_layer(layer: str, q: QLlamaConfig, vision_width: int, cross: bool) -
     return shapes
 
 
-def _pool(head: str, width: int, out: int) -> dict[str, Shape]:
+def pool_shapes(head: str, width: int, out: int) -> dict[str, Shape]:
+    """Tensors of an attention pooling head under the prefix ``head``."""
     shapes: dict[str, Shape] = {}
     for p in "qkv":
         shapes[head + f"norm1_{p}.weight"] = shapes[head + f"norm1_{p}.bias"] = (width,)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..errors import CheckpointError
-from .chat import InternVLChatModel
 from .checkpoint import Checkpoint, load_state, open_checkpoint
-from .config import ChatConfig, InternViTConfig
-from .internvl import InternViTModel, InternVLModel
+from .registry import CHAT, CONTRASTIVE, FEATURES, family_of
+
+if TYPE_CHECKING:
+    from .chat import InternVLChatModel
+    from .internvl import InternVLModel
 
 
 def load_model(
@@ -31,13 +35,7 @@ def load_model(
     Raises:
         CheckpointError: the checkpoint is not whole, or a chat model's (see :func:`load_chat`).
     """
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    if isinstance(checkpoint.model, InternViTConfig):
-        with torch.device("meta"):
-            model: InternVLModel = InternViTModel(checkpoint.model).eval()
-    else:
-        model = meta_model(checkpoint)
-    load_state(model, checkpoint, dtype, device)
+    model: InternVLModel = _loaded(path, (CONTRASTIVE, FEATURES), dtype, device)
     return model
 
 
@@ -53,27 +51,31 @@ def load_chat(
     Raises:
         CheckpointError: the checkpoint is not whole or no chat model.
     """
+    model: InternVLChatModel = _loaded(path, (CHAT,), dtype, device)
+    return model
+
+
+def _loaded(
+    path: str | Path | Checkpoint,
+    forms: tuple[str, ...],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> Any:
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    if not isinstance(checkpoint.model, ChatConfig):
+    family = family_of(checkpoint.model)
+    if family.form not in forms:
+        wanted = "an InternVL-Chat" if CHAT in forms else "an InternVL-C or InternVL-G"
         raise CheckpointError(
-            f"{checkpoint.path} is not an InternVL-Chat.",
-            "Its config.json has no model_type that begins with llava.",
-            "Give the checkpoint of an InternVL-Chat.",
+            f"{checkpoint.path} is not {wanted}.",
+            f"It is {family.title}.",
+            f"Give the checkpoint of {wanted}, or call load_{'model' if CHAT in forms else 'chat'}.",
         )
-    model = meta_chat(checkpoint)
+    model = meta_model(checkpoint)
     load_state(model, checkpoint, dtype, device)
     return model
 
 
-def meta_chat(checkpoint: Checkpoint) -> InternVLChatModel:
-    """As :func:`meta_model`, of a chat checkpoint."""
-    assert isinstance(checkpoint.model, ChatConfig)
+def meta_model(checkpoint: Checkpoint) -> nn.Module:
+    """The whole model of a checkpoint of any family on the meta device (no memory), in eval mode."""
     with torch.device("meta"):
-        return InternVLChatModel(checkpoint.model).eval()
-
-
-def meta_model(checkpoint: Checkpoint) -> InternVLModel:
-    """The model of a checkpoint on the meta device (no memory), in eval mode."""
-    with torch.device("meta"):
-        model = InternVLModel(checkpoint.config, checkpoint.contrastive_only)
-    return model.eval()
+        return family_of(checkpoint.model).model(checkpoint.model).eval()

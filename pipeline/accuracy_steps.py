@@ -15,20 +15,18 @@ from ..bundle import Bundle
 from ..bundle.manifest import Component, FileEntry, Manifest
 from ..calibration.accuracy import SIMULATED, Metrics, Receipt, Table, component_accuracy
 from ..calibration.calibrate import calibration_units
-from ..calibration.chat import ChatBatch
 from ..calibration.component_chain import Step as ChainStep
 from ..calibration.dataset import Batch
 from ..calibration.recording import Recording, recorded_bytes
 from ..engines.base import open_engine
 from ..engines.memory import available_memory
-from ..export.components import component_spec
 from ..export.unquantized import weight_keys
 from ..files.cache_dir import cache_folder
 from ..files.hashing import sha256_json
 from ..files.write import atomic
 from ..inputs.preprocess import Array, preprocess_images
 from ..inputs.tokenizer import CAPTION_PROMPT
-from ..models.config import ChatConfig
+from ..models.registry import CHAT, component_spec, family_of
 from ..models.storage import ITEM_BYTES
 from ..quantization.algorithms import depends_on_type
 from ..quantization.recipe import load_recipe, plan_layers
@@ -83,7 +81,7 @@ def accuracy_step(plan: BuildPlan, before: list[Step]) -> Step:
         return [write_receipt(space, "accuracy", receipt.to_json())], {}
 
     inputs = {"held_out": plan.held_out.hash, **after(before)}
-    writes = recorded_bytes(plan.checkpoint.whole, plan.components, len(plan.held_out))
+    writes = recorded_bytes(plan.checkpoint.model, plan.components, len(plan.held_out))
     return Step("accuracy", inputs, run, receipt_units(plan), writes, "samples x blocks")
 
 
@@ -125,7 +123,7 @@ def graph_manifest(plan: BuildPlan, manifest: Manifest, root: Path) -> Manifest:
         if p.is_file() and p.name != "manifest.json"
     }
     components = {
-        c: Component(component_spec(c, plan.checkpoint.whole), {"fp32": graph_path(c, "fp32").as_posix()})
+        c: Component(component_spec(c, plan.checkpoint.model), {"fp32": graph_path(c, "fp32").as_posix()})
         for c in plan.components
     }
     return replace(manifest, components=components, engines=(), files=files)
@@ -214,12 +212,12 @@ def _simulated(
 def _in_onnxruntime(
     plan: BuildPlan, space: Workspace, folder: Path, progress: Callable[[int], None]
 ) -> tuple[Table, Table]:
-    config = plan.checkpoint.whole
+    config = plan.checkpoint.model
     base = calibration_units(config, plan.components, len(plan.held_out))
     inputs = (plan.checkpoint, plan.components, plan.held_out, plan.settings, plan.tokenizer)
     recording = Recording(*inputs, folder, progress=progress)
 
-    def reference() -> Iterator[tuple[Batch | ChatBatch, list[ChainStep]]]:
+    def reference() -> Iterator[tuple[Batch, list[ChainStep]]]:
         done = base
         for batch, steps in recording:
             yield batch, steps
@@ -229,7 +227,7 @@ def _in_onnxruntime(
     paths = {c: space.staging_dir / graph_path(c, "fp32") for c in plan.components}
     engines = {c: open_engine(ORT, component_spec(c, config), path) for c, path in paths.items()}
     try:
-        return component_accuracy(reference(), {name: engine.run for name, engine in engines.items()})
+        return component_accuracy(reference(), {name: engine.run for name, engine in engines.items()}, config)
     finally:
         for engine in engines.values():
             engine.close()
@@ -256,7 +254,7 @@ def no_session(checkpoint: Checkpoint, components: Iterable[str]) -> str:
 def receipt_units(plan: BuildPlan) -> int:
     """What the progress of :func:`component_receipt` counts to."""
     count = len(plan.held_out)
-    return calibration_units(plan.checkpoint.whole, plan.components, count) + count
+    return calibration_units(plan.checkpoint.model, plan.components, count) + count
 
 
 class EngineModel(BothHeads):
@@ -291,7 +289,7 @@ def evaluate_torch(plan: BuildPlan, dtype: str) -> dict[str, Any]:
     from ..training.chat_model import TorchChat
     from ..training.evaluate import TorchModel
 
-    if isinstance(plan.checkpoint.model, ChatConfig):
+    if family_of(plan.checkpoint.model).form == CHAT:
         chat = load_chat(plan.checkpoint, getattr(torch, dtype))
         answer = TorchChat(chat, plan.tokenizer, plan.settings)
         return chat_tasks.evaluate(answer, CHAT_QUESTIONS["scenes"])
@@ -316,7 +314,7 @@ def evaluate_engines(root: Path, manifest: Manifest) -> dict[str, Any]:
 
 def question_counts(plan: BuildPlan) -> dict[str, int]:
     """Questions of each task of the plan's model."""
-    return CHAT_QUESTIONS if isinstance(plan.checkpoint.model, ChatConfig) else QUESTIONS
+    return CHAT_QUESTIONS if family_of(plan.checkpoint.model).form == CHAT else QUESTIONS
 
 
 def headlines(scores: Mapping[str, Any]) -> dict[str, float]:

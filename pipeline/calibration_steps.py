@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..calibration.calibrate import (
-    PartTime,
+    SegmentTime,
     calibrate,
     calibration_units,
     seconds_per_block,
@@ -50,7 +50,7 @@ def finite_step(plan: BuildPlan) -> Step:
     from ..calibration.segments import needed
 
     checkpoint = plan.checkpoint
-    keys = weight_keys(checkpoint, needed(plan.components, checkpoint.whole))
+    keys = weight_keys(checkpoint, needed(plan.components, checkpoint.model))
     total = sum(checkpoint.tensors[key].nbytes for key in keys)
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
@@ -76,7 +76,7 @@ def _fold_step(plan: BuildPlan, preprocess: Step) -> Step:
     """What inputs are divided by, channel by channel, and weights multiplied by."""
     smoothed = folded_layers(plan.layers.schemes, "smooth")
     searched = {layer: plan.layers.schemes[layer] for layer in folded_layers(plan.layers.schemes, "awq")}
-    config, samples = plan.checkpoint.whole, len(plan.calibration)
+    config, samples = plan.checkpoint.model, len(plan.calibration)
     units = calibration_units(config, plan.components, samples)
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
@@ -152,7 +152,7 @@ def calibrate_step(plan: BuildPlan, before: list[Step]) -> Step:
     }
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
-        times: list[PartTime] = []
+        times: list[SegmentTime] = []
         scales = calibrate(
             folded_checkpoint(plan, space.staging_dir),
             plan.components,
@@ -179,7 +179,7 @@ def calibrate_step(plan: BuildPlan, before: list[Step]) -> Step:
             "seconds_per_sample_and_block": seconds,
         }
 
-    config, samples = plan.checkpoint.whole, len(plan.calibration)
+    config, samples = plan.checkpoint.model, len(plan.calibration)
     return Step(
         "calibrate",
         inputs,

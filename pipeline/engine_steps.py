@@ -13,8 +13,8 @@ from ..engines.tensorrt.build import build_engine
 from ..engines.tensorrt.engine_cache import EngineKey, keep_engine, take_engine
 from ..engines.tensorrt.open import open_tensorrt
 from ..engines.tensorrt.shapes import Profile
-from ..export.components import component_spec
 from ..files.hashing import sha256_file_once
+from ..models.registry import component_spec
 from ..verify.expectations import check_expectations
 from ..verify.inspector import read_inspector
 from ..verify.onnxruntime import read_onnxruntime
@@ -40,7 +40,7 @@ def engine_step(plan: BuildPlan, component: str, part: int, backend: str, target
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         parts = part_specs(space.records, component)
-        spec = parts[part] if split else component_spec(component, plan.checkpoint.whole)
+        spec = parts[part] if split else component_spec(component, plan.checkpoint.model)
         rel = engine_path(name, backend, target)
         path, out = space.staging_dir / graph_path(name, plan.recipe.base), space.staging_dir / rel
         place, profiles = {"component": component, "part": part}, plan.profiles(spec)
@@ -66,7 +66,7 @@ def engine_step(plan: BuildPlan, component: str, part: int, backend: str, target
     # An engine carries a copy of the weights it reads.
     size = sum(stored_bytes(source, [component])) // count
     load = build_load(source, component).split(count)
-    whole = component_spec(component, plan.checkpoint.whole)
+    whole = component_spec(component, plan.checkpoint.model)
     inputs = {
         "target": target,
         "profiles": plan.profiles(whole),
@@ -116,7 +116,7 @@ def verification_step(plan: BuildPlan, before: list[Step]) -> Step:
                 reports.setdefault(f"{ORT}-cpu", {})[component] = _report(report, promised["fp32"])
             for backend, target in plan.engines:
                 parts = part_specs(space.records, component)
-                specs = parts or [component_spec(component, plan.checkpoint.whole)]
+                specs = parts or [component_spec(component, plan.checkpoint.model)]
                 report = merge_reports([_engine_report(plan, space, spec, backend, target) for spec in specs])
                 check_expectations(report, promised[plan.recipe.base])
                 reports.setdefault(f"{backend}-{target}", {})[component] = _report(

@@ -12,12 +12,12 @@ from ..bundle.spec import ComponentSpec
 from ..engines.memory import Load
 from ..export.binding import bind, save_graph
 from ..export.cached_attention import separate_past
-from ..export.components import component_module, component_spec
 from ..export.split import split_graph
 from ..export.trace import export_component
 from ..export.weight_store import StoreWriter, open_store
 from ..export.weights import write_store
 from ..models.checkpoint import Checkpoint
+from ..models.registry import component_module, component_of, component_spec
 from ..models.storage import ITEM_BYTES
 from ..quantization.qdq import write_qdq
 from ..quantization.qdq_nodes import Style
@@ -78,7 +78,7 @@ def component_weights(source: GraphSource, components: Sequence[str]) -> tuple[l
     keys: dict[str, None] = {}
     for component in components:
         with torch.device("meta"):
-            module = component_module(component, source.checkpoint.whole, source.checkpoint.contrastive_only)
+            module = component_module(component, source.checkpoint.model)
         keys.update(dict.fromkeys(module.state_dict()))
     quantised = [name for name in source.layers.quantised if f"{name}.weight" in keys]
     low = {f"{name}.weight" for name in quantised}
@@ -144,7 +144,9 @@ def write_split_graph(
         What :func:`write_graph` returns, which is the promise of all parts together, and their contracts.
     """
     model, promised = _quantised(source, component, compute, style)
-    pieces = split_graph(model, component_spec(component, source.checkpoint.whole), parts)
+    config = source.checkpoint.model
+    place = component_of(component, config).place(config)
+    pieces = split_graph(model, component_spec(component, config), place, parts)
     for piece, spec in pieces:
         _save(piece, root, graph_path(spec.name, compute))
     _save(model, root, graph_path(component, compute))
@@ -255,7 +257,7 @@ def store_steps(plan: BuildPlan, smooth: list[Step]) -> list[Step]:
 
 def graph_step(plan: BuildPlan, component: str, before: list[Step]) -> Step:
     """One component's graphs, one for each compute type."""
-    spec = component_spec(component, plan.checkpoint.whole)
+    spec = component_spec(component, plan.checkpoint.model)
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         source, files = graph_source(plan, space.staging_dir), []

@@ -8,8 +8,8 @@ from ..bundle.manifest import Built, Calibration, Component, EngineFile, Manifes
 from ..bundle.spec import ComponentSpec
 from ..calibration.dataset import SMALL
 from ..engines.tensorrt.library import BUILDERS
-from ..export.components import component_spec
 from ..models.checkpoint import Checkpoint
+from ..models.registry import component_spec
 from ..models.shipped import shipped_name
 from .config import ORT
 from .environment import tool_versions
@@ -28,7 +28,7 @@ def manifest_of(plan: BuildPlan, records: Mapping[str, Record], receipts: Sequen
         return Component(spec, files, tuple(component(part) for part in parts))
 
     components = {
-        name: component(component_spec(name, checkpoint.whole), part_specs(records, name))
+        name: component(component_spec(name, checkpoint.model), part_specs(records, name))
         for name in plan.components
     }
     engines = [
@@ -43,7 +43,7 @@ def manifest_of(plan: BuildPlan, records: Mapping[str, Record], receipts: Sequen
             name=plan.folder.resolve().name,
             source=f"{name} (shipped)" if name else str(plan.config.model),
             revision={"checkpoint": checkpoint.revision},
-            config=checkpoint.whole.to_published(),
+            config=checkpoint.model.to_published(),
             logit_scale=_logit_scale(checkpoint),
             parameters=sum(ref.nbytes // _item(ref.dtype) for ref in checkpoint.tensors.values()),
         ),

@@ -19,14 +19,13 @@ from ..engines.tensorrt.config import check_options
 from ..engines.tensorrt.options import BuildOptions
 from ..engines.tensorrt.shapes import EDGE_WORKSPACE, check_shape_names, parse_shapes, profiles_of
 from ..errors import CapabilityError, CheckpointError, InputError, UsageError
-from ..export.components import component_spec
 from ..export.features import with_features
-from ..export.split import block_count, check_split
+from ..export.split import check_split
 from ..files.cache_dir import cache_folder
 from ..inputs.preprocess import ImageSettings
 from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.checkpoint import Checkpoint, open_checkpoint
-from ..models.config import ChatConfig, image_settings
+from ..models.registry import component_module, component_of, component_spec, family_of
 from ..models.shipped import checkpoint_path
 from ..quantization.algorithms import algorithm_name
 from ..quantization.attention import attentions, operand_names
@@ -184,7 +183,7 @@ def plan_build(
     shapes = parse_shapes(config.shapes)
     _check_engines(config, checkpoint, components, shapes, _engines_of(backends, target_names))
     linears = _linear_shapes(checkpoint)
-    layers = plan_layers(recipe, linears, attentions(checkpoint.whole, components))
+    layers = plan_layers(recipe, linears, attentions(checkpoint.model, components))
     if RTX in backends:
         types = element_types(recipe.base, frozenset(layers.quantised.values()))
         types |= {"fp8"} if any(layers.attention.values()) else set()
@@ -215,7 +214,7 @@ def plan_build(
         backends=backends,
         shapes=shapes,
         tokenizer=tokenizer,
-        settings=image_settings(checkpoint.whole, settings),
+        settings=family_of(checkpoint.model).image_settings(checkpoint.model, settings),
         evaluation=evaluation,
         algorithm=algorithm,
         ranges_file=ranges_file,
@@ -236,10 +235,9 @@ def _linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     """Every linear layer of the model and its weight's shape [out, in]."""
     from torch import nn
 
-    from ..models.load import meta_chat, meta_model
+    from ..models.load import meta_model
 
-    make = meta_chat if isinstance(checkpoint.model, ChatConfig) else meta_model
-    modules = make(checkpoint).named_modules()
+    modules = meta_model(checkpoint).named_modules()
     return {n: (m.out_features, m.in_features) for n, m in modules if isinstance(m, nn.Linear)}
 
 
@@ -247,12 +245,10 @@ def _component_linears(checkpoint: Checkpoint, components: tuple[str, ...]) -> d
     """Component -> the linear layers that run in it."""
     import torch
 
-    from ..export.components import component_module
-
     layers = {}
     for component in components:
         with torch.device("meta"):
-            module = component_module(component, checkpoint.whole, checkpoint.contrastive_only)
+            module = component_module(component, checkpoint.model)
         layers[component] = [n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
     return layers
 
@@ -276,14 +272,14 @@ def _check_engines(
     for backend in dict.fromkeys(backend for backend, _ in engines):
         if options != BuildOptions():
             check_options(trt.library(backend), options)
-    specs = {name: component_spec(name, checkpoint.whole) for name in components}
+    specs = {name: component_spec(name, checkpoint.model) for name in components}
     check_shape_names(dict(shapes), specs)
     for spec in specs.values():
         profiles_of(spec, config.preset, shapes)
 
 
 def _part_count(checkpoint: Checkpoint, component: str, split: int) -> int:
-    blocks = block_count(component, checkpoint.tensors)
+    blocks = component_of(component, checkpoint.model).depth(checkpoint.model)
     if blocks == 0 and split > 0:
         return 1
     check_split(component, blocks, split)
@@ -292,8 +288,8 @@ def _part_count(checkpoint: Checkpoint, component: str, split: int) -> int:
 
 def _tokenizer(folder: Path, checkpoint: Checkpoint) -> SentencePieceTokenizer:
     tokenizer = SentencePieceTokenizer(_required_file(folder, "tokenizer.model"))
-    vocabulary = checkpoint.whole.llama.vocab_size
-    if len(tokenizer) > vocabulary:
+    vocabulary = family_of(checkpoint.model).vocabulary(checkpoint.model)
+    if len(tokenizer) > vocabulary > 0:
         raise CheckpointError(
             f"{folder / 'tokenizer.model'} is not of this model.",
             f"It has {len(tokenizer)} pieces, the model knows {vocabulary}.",
@@ -343,10 +339,14 @@ def _backends(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def _components(checkpoint: Checkpoint, names: tuple[str, ...], itm: bool) -> tuple[str, ...]:
-    from ..models.layout import OPTIONAL, components_of, optional_of
-
-    known = (*components_of(checkpoint.model), *optional_of(checkpoint.model))
-    names = (*(names or checkpoint.components), *(OPTIONAL if itm else ()))
+    family = family_of(checkpoint.model)
+    known = tuple(c.name for c in family.components)
+    optional = tuple(c.name for c in family.components if c.optional)
+    if itm and not optional:
+        raise UsageError(
+            f"{checkpoint.path} is {family.title}.", "It has no image-text matching.", "Leave --itm out."
+        )
+    names = (*(names or checkpoint.components), *(optional if itm else ()))
     unknown = [c for c in names if c not in known]
     if unknown:
         raise UsageError(

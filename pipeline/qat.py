@@ -23,7 +23,7 @@ from ..calibration.sources import open_calibration
 from ..errors import CapabilityError, InputError, UsageError
 from ..files.hashing import sha256_json
 from ..files.write import atomic
-from ..models.config import ChatConfig
+from ..models.registry import CHAT, family_of
 from ..progress import Progress
 from ..quantization.ranges import Scales
 from .config import ORT, BuildConfig, QatConfig
@@ -133,7 +133,7 @@ def plan_qat(config: QatConfig, progress: Callable[[int, int], None] | None = No
         ),
         progress,
     )
-    if isinstance(build.checkpoint.model, ChatConfig):
+    if family_of(build.checkpoint.model).form == CHAT:
         raise CapabilityError(
             "A chat model is not fine-tuned for a precision.",
             "Its decoder has the loss of stage 3; here the losses are those of stages 1 and 2.",
@@ -152,7 +152,7 @@ def plan_qat(config: QatConfig, progress: Callable[[int, int], None] | None = No
             "Training simulates linear layers only.",
             "Use the recipe without.",
         )
-    if build.checkpoint.contrastive_only and config.stage == 2:
+    if build.checkpoint.config.contrastive_only and config.stage == 2:
         raise UsageError("This model has no generation to train.", "It is InternVL-C.", "Use --stage 1.")
     if config.evaluate_every and config.strategy == "fsdp":
         raise UsageError(

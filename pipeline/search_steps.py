@@ -126,7 +126,7 @@ def _groups(plan: BuildPlan, found: Sensitivity) -> list[Group]:
     gpu, base, worst = gpu_of(plan.targets[0]), plan.recipe.base, found.worst()
     assert gpu is not None
     fit = candidates(plan)
-    times = layer_times(plan.checkpoint.whole, plan.components, fit, base, gpu)
+    times = layer_times(plan.checkpoint.model, plan.components, fit, base, gpu)
     members: dict[str, list[str]] = {}
     for layer in dict.fromkeys(layer for layer, scheme in worst if scheme in fit):
         match = _JOINED.fullmatch(layer)

@@ -15,7 +15,7 @@ from ..calibration.sensitivity import Loss, Sensitivity, check_schemes, measure
 from ..calibration.simulate import attention_hook, rounding_hook
 from ..files.strict_json import read_json
 from ..files.write import write_text
-from ..models.config import ChatConfig
+from ..models.registry import CHAT, family_of
 from ..progress import Progress
 from ..quantization.attention import FP8_ATTENTION, core_attentions, operand_names
 from ..quantization.quantize import dequantise, quantise
@@ -64,7 +64,7 @@ def sensitivity_step(plan: BuildPlan, schemes: Sequence[str], before: list[Step]
         shutil.rmtree(folder, ignore_errors=True)
         return made, {"variants": len(found.losses)}
 
-    config, samples = plan.checkpoint.whole, len(plan.held_out)
+    config, samples = plan.checkpoint.model, len(plan.held_out)
     return Step(
         "sensitivity",
         inputs,
@@ -192,7 +192,7 @@ class LayerTasks:
 
     def __init__(self, plan: BuildPlan, scales: Scales, questions: int = QUESTIONS) -> None:
         self.plan, self.scales = plan, scales
-        self.chat = isinstance(plan.checkpoint.model, ChatConfig)
+        self.chat = family_of(plan.checkpoint.model).form == CHAT
         self.model, self._answers = (_chat if self.chat else _internvl)(plan, questions)
         self._pass = "vision"
         self.reference = self._scores()

@@ -17,8 +17,7 @@ from ..engines.gpu import gpus
 from ..engines.memory import Load, available_memory, check_memory
 from ..engines.targets import TARGETS
 from ..errors import BuildError
-from ..models.config import Whole
-from ..models.layout import components_of
+from ..models.registry import ModelConfig, component_names
 from ..quantization.recipe import LayerPlan, Recipe, load_recipe, shipped_recipes
 from .backends import Here, backends_here
 from .cost.gpus import of_driver
@@ -97,7 +96,7 @@ class Asked:
 
     recipe: Recipe
     layers: LayerPlan
-    config: Whole | None = None
+    config: ModelConfig | None = None
 
 
 def diagnose(asked: Asked | None = None, where: Path = Path()) -> Diagnosis:
@@ -126,10 +125,10 @@ def diagnose(asked: Asked | None = None, where: Path = Path()) -> Diagnosis:
 
 
 def needs_of(
-    config: Whole, recipe: Recipe, layers: LayerPlan, where: Path, gpu_engines: bool = True
+    config: ModelConfig, recipe: Recipe, layers: LayerPlan, where: Path, gpu_engines: bool = True
 ) -> tuple[Needs, Load | None]:
     """What building a model takes and what is free in ``where``; the largest engine build, if any."""
-    parts = {name: weights(config, recipe, layers, [name]) for name in components_of(config)}
+    parts = {name: weights(config, recipe, layers, [name]) for name in component_names(config)}
     stored = weights(config, recipe, layers).nbytes
     engines = sum(part.nbytes for part in parts.values()) if gpu_engines else 0
     loads: dict[str, Load] = {name: part.build_load for name, part in parts.items()} if gpu_engines else {}

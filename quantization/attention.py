@@ -14,16 +14,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..export.blocks import CROSSING, block_prefix
-from ..export.components import component_spec
-from ..models.config import ChatConfig, InternViTConfig
+from ..models.registry import ModelConfig, component_of
 from .quantize import activation_scale, quantise_values
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from ..models.config import InternVLConfig, ModelConfig, Whole
 
 FP8_ATTENTION = "fp8-attention"
 """What it is called beside the schemes of layers."""
@@ -61,38 +57,13 @@ Attentions = Mapping[str, Mapping[str, AttentionShape]]
 
 def attentions(config: ModelConfig, components: Iterable[str]) -> dict[str, dict[str, AttentionShape]]:
     """The attentions in the blocks of ``components``; pooling heads, whose one query is the mean, are not."""
-    return {component: _attentions(component, config) for component in components}
-
-
-def _attentions(component: str, config: ModelConfig) -> dict[str, AttentionShape]:
-    prefix, vision = block_prefix(component, config), config.vision
-    if component == "decoder_embed":
-        return {}
-    if component.startswith("vision"):
-        blocks, tokens = vision.num_hidden_layers, vision.num_tokens
-        if isinstance(config, ChatConfig):
-            blocks, tokens = config.vision_blocks, config.num_tokens
-        shape = AttentionShape(vision.hidden_size // vision.num_attention_heads, tokens)
-        return {f"{prefix}.{i}.attn": shape for i in range(blocks)}
-    assert not isinstance(config, InternViTConfig)
-    crosses = _crosses(component, config)
-    llama = crosses.qllama if crosses else config.llama
-    least = {axis.name: axis.min for axis in component_spec(component, config).axes}
-    own = least.get("total", least.get("text", 0)) + (crosses.num_query_token if crosses else 0)
-    tokens = config.num_tokens if isinstance(config, ChatConfig) else vision.num_tokens
-    found = {}
-    for i in range(llama.num_hidden_layers):
-        found[f"{prefix}.{i}.self_attn"] = AttentionShape(llama.head_dim, own)
-        if crosses and crosses.has_cross_attention(i):
-            found[f"{prefix}.{i}.cross_attn"] = AttentionShape(llama.head_dim, tokens)
-    return found
-
-
-def _crosses(component: str, config: Whole) -> InternVLConfig | None:
-    """The model whose queries ``component`` runs over vision tokens; None where there are none."""
-    if isinstance(config, ChatConfig):
-        return config.queries if component == "query_chat" else None
-    return config if component in CROSSING else None
+    return {
+        name: {
+            attention: AttentionShape(size.head, size.keys)
+            for attention, size in component_of(name, config).attentions(config).items()
+        }
+        for name in components
+    }
 
 
 def operand_names(attention: str) -> tuple[str, str, str]:

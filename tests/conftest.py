@@ -77,10 +77,10 @@ def chat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxscript")
     from ivl_export.bundle import seal
     from ivl_export.bundle.manifest import Component, EngineFile, Manifest, Model
-    from ivl_export.export.components import component_spec
     from ivl_export.export.unquantized import export_plain
     from ivl_export.inputs.preprocess import ImageSettings
     from ivl_export.models.checkpoint import open_checkpoint
+    from ivl_export.models.registry import component_spec
 
     folder = tmp_path_factory.mktemp("chat")
     checkpoint = open_checkpoint(CHAT)
@@ -140,14 +140,14 @@ def build_tiny_bundle(out: Path) -> None:
     from ivl_export.bundle.manifest import Component, Manifest, Model
     from ivl_export.export.binding import bind, save_graph, unbound
     from ivl_export.export.cached_attention import separate_past
-    from ivl_export.export.components import component_spec
     from ivl_export.export.features import with_features
     from ivl_export.export.trace import export_component
     from ivl_export.export.weight_store import open_store
     from ivl_export.export.weights import write_store
     from ivl_export.inputs.preprocess import ImageSettings
     from ivl_export.models.checkpoint import open_checkpoint
-    from ivl_export.models.layout import OPTIONAL
+    from ivl_export.models.registry import component_spec
+    from ivl_export.tests.components import OPTIONAL
 
     staging = out.with_name(f"{out.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)

@@ -12,8 +12,8 @@ from ivl_export.cli import main
 from ivl_export.evaluation.chat import EngineChat
 from ivl_export.models import load_chat
 from ivl_export.models.checkpoint import open_checkpoint
-from ivl_export.models.config import load_config
 from ivl_export.models.layout import CHAT_TOWER, VISION
+from ivl_export.models.registry import load_config
 from ivl_export.models.shipped import nano_chat_folder, nano_folder
 from ivl_export.runtime import InternVLChat
 from ivl_export.synthetic import chat_tasks

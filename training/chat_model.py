@@ -16,7 +16,8 @@ from ..inputs.preprocess import ImageSettings, preprocess_images
 from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.chat import InternVLChatModel
 from ..models.checkpoint import Checkpoint
-from ..models.layout import CHAT_TOWER, VISION, expected_shapes
+from ..models.layout import CHAT_TOWER, VISION
+from ..models.registry import expected_shapes
 from ..synthetic.chat_tasks import LONGEST_ANSWER
 from ..synthetic.render import Image8
 from .presets import ChatPreset

@@ -36,10 +36,9 @@ from ivl_export.models.config import (
     ChatConfig,
     InternViTConfig,
     InternVLConfig,
-    ModelConfig,
-    load_config,
 )
-from ivl_export.models.layout import VISION, Shape, expected_shapes
+from ivl_export.models.layout import VISION
+from ivl_export.models.registry import ModelConfig, Shape, expected_shapes, load_config
 from ivl_export.training.tokenizer import train_tokenizer
 
 BLOCK_VALUES = 1 << 22
@@ -58,14 +57,14 @@ LAYOUTS: dict[str, ModelConfig] = {
     "chat-7b-qllama": ChatConfig(InternVLConfig(), VICUNA_7B),
     "chat-13b-qllama": ChatConfig(InternVLConfig(), VICUNA_13B),
 }
-C = TypeVar("C", bound=ModelConfig)
+C = TypeVar("C", bound=Any)
 
 # Projections back into the residual stream.
 _RESIDUAL = (".attn.proj.weight", ".mlp.fc2.weight", "attn.o_proj.weight", ".mlp.down_proj.weight")
 _EMBEDDINGS = ("class_embedding", "position_embedding", "embed_tokens.weight", "query_tokens")
 
 
-def depths(config: ModelConfig) -> tuple[int, int]:
+def depths(config: Any) -> tuple[int, int]:
     """Blocks of InternViT that are run, and of QLLaMA or the chat decoder (0: the model has none)."""
     if isinstance(config, ChatConfig):
         return config.vision_blocks, config.decoder.num_hidden_layers
@@ -145,7 +144,7 @@ def make_checkpoint(
         paths.append(path)
     _json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     _json(out / "config.json", {**config.to_published(), "torch_dtype": "bfloat16"})
-    settings = ImageSettings(config.vision.image_size)
+    settings = ImageSettings(config.image_size)
     if isinstance(config, ChatConfig):
         _json(out / TOWER_CONFIG, (config.queries or InternViTConfig(config.vision)).to_published())
         settings = ImageSettings(config.image_size, mode="pad")

@@ -28,7 +28,7 @@ from ivl_export.benchmarks.fullsize.make_checkpoint import ITEM_BYTES, sliced
 from ivl_export.benchmarks.fullsize.measured import Run, StepFailed, run
 from ivl_export.files.write import write_text
 from ivl_export.models.config import InternVLConfig
-from ivl_export.models.layout import expected_shapes
+from ivl_export.models.registry import expected_shapes
 from ivl_export.profiles.measure.machine import commit, machine, versions
 
 HERE = "ivl_export.benchmarks.fullsize"
@@ -255,7 +255,7 @@ def _needed(config: InternVLConfig, steps: Sequence[str], components: Sequence[s
     """Most bytes on the disk at once: the checkpoint, and the largest output of one step."""
     import torch
 
-    from ivl_export.export.components import component_module
+    from ivl_export.models.registry import component_module
 
     shapes = expected_shapes(config)
     sizes = {key: ITEM_BYTES * math.prod(shape) for key, shape in shapes.items()}

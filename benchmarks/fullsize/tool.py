@@ -64,15 +64,15 @@ def plain(model: Path, out: Path, components: Sequence[str], mapped: bool = Fals
     """
     import torch
 
-    from ivl_export.export.components import component_module, component_spec
     from ivl_export.export.trace import OPSET, example_inputs
     from ivl_export.models.checkpoint import load_state, open_checkpoint
+    from ivl_export.models.registry import component_module, component_spec
 
     checkpoint = open_checkpoint(model)
     out.mkdir(parents=True)
     for name in components:
         with torch.device("meta"):
-            module = component_module(name, checkpoint.model, checkpoint.contrastive_only)
+            module = component_module(name, checkpoint.model)
         load_state(module, checkpoint, torch.bfloat16)
         if not mapped:
             for parameter in module.parameters():
@@ -88,7 +88,7 @@ def plain(model: Path, out: Path, components: Sequence[str], mapped: bool = Fals
 
 def calibrate(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
     """Scales from a few drawn images (their values do not matter here), and what one sample costs."""
-    from ivl_export.calibration.calibrate import PartTime, calibration_seconds, seconds_per_block
+    from ivl_export.calibration.calibrate import SegmentTime, calibration_seconds, seconds_per_block
     from ivl_export.calibration.calibrate import calibrate as measure
     from ivl_export.calibration.sources import scenes_calibration
     from ivl_export.inputs.preprocess import ImageSettings
@@ -99,7 +99,7 @@ def calibrate(model: Path, out: Path, components: Sequence[str]) -> dict[str, An
     out.mkdir(parents=True, exist_ok=True)
     settings = ImageSettings.load(model / "preprocessor_config.json")
     tokenizer = SentencePieceTokenizer(model / "tokenizer.model")
-    times: list[PartTime] = []
+    times: list[SegmentTime] = []
     chosen = scenes_calibration(SAMPLES)
     scales = measure(
         open_checkpoint(model),
@@ -138,7 +138,7 @@ def engine(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
     import onnx_ir as ir
 
     from ivl_export.engines.tensorrt.build import build_engine
-    from ivl_export.export.components import component_spec
+    from ivl_export.models.registry import component_spec
     from ivl_export.quantization.qdq import quantised_gemms
     from ivl_export.verify.expectations import check_expectations
     from ivl_export.verify.rtx import read_rtx

@@ -29,9 +29,9 @@ from ivl_export.benchmarks.gpu.shared import (
     to_fp8,
 )
 from ivl_export.engines.torch.linears import Product
-from ivl_export.export.components import component_module, component_spec
 from ivl_export.models.checkpoint import load_state, open_checkpoint
 from ivl_export.models.config import InternVLConfig
+from ivl_export.models.registry import component_module, component_spec
 
 NANO = Path(__file__).parents[2] / "models" / "nano"
 COMPONENTS = ("vision", "qllama_query", "qllama_text")

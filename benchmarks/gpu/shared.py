@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ivl_export.engines.torch.linears import Fp8Linear, Product
 from ivl_export.engines.torch.module import scheme_of
-from ivl_export.export.components import component_module
 from ivl_export.files.write import write_text
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
+from ivl_export.models.registry import component_module
 from ivl_export.profiles.measure.machine import commit, machine, versions
 from ivl_export.quantization.quantize import quantise, round_scale
 from ivl_export.quantization.recipe import load_recipe

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
-from ivl_export.models.config import ChatConfig, InternVLConfig, ModelConfig, QLlamaConfig, VisionConfig
+from ivl_export.models.config import ChatConfig, InternVLConfig, QLlamaConfig, VisionConfig
+from ivl_export.models.registry import ModelConfig
 from ivl_export.models.shipped import NANO_CHAT, nano_chat_folder, nano_folder
 from ivl_export.pipeline.config import ORT, BuildConfig
 from ivl_export.pipeline.plan import plan_build

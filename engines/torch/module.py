@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from ...bundle import Bundle
 from ...errors import CapabilityError, CheckpointError, IntegrityError
-from ...export.components import component_module
 from ...export.weight_store import Store, open_store
-from ...models.config import ModelConfig, config_from_published
+from ...models.registry import ModelConfig, component_module, config_from_published
 from ...models.storage import open_reader
 from ...quantization.attention import attention_scales, attentions
 from ...quantization.quantize import activation_scale, stored_names

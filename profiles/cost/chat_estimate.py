@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...export.components import component_spec
 from ...models.config import VICUNA_13B, ChatConfig, InternVLConfig, QLlamaConfig
-from ...models.layout import components_of
+from ...models.families.chat import NEW_TOKENS, TEXT_TOKENS
+from ...models.registry import component_names, component_spec, components_of
 from ...quantization.recipe import LayerPlan, Recipe
 from .estimate import RECEIPTS, Efficiencies, known
 from .evidence import Check
@@ -29,8 +29,6 @@ FULL_SIZE = {
     "InternVL-Chat-QLLaMA-Vicuna-13B": ChatConfig(InternVLConfig(), VICUNA_13B),
 }
 """The paper's chat models (section 3.3); of those with QLLaMA no weights were published, nor names."""
-TEXT_TOKENS, NEW_TOKENS = 64, 128
-"""Of a prompt beside its image (the frame around a question is half of that), and of an answer."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +115,16 @@ def estimate(
     """
     arithmetic = Arithmetic.of(recipe, layers)
     found, assumptions, checks = known(gpu, arithmetic, receipts)
-    names = components_of(config)
+    names = component_names(config)
     needed = sum(weights(config, recipe, layers, [name]).nbytes for name in names)
     prompt = config.num_visual + text_tokens
+    decoder = next(c for c in components_of(config) if c.cached)
 
     def point(batch: int) -> ChatPoint:
-        calls = [(name, {"batch": batch}) for name in names if not name.startswith("decoder")]
-        calls.append(("decoder", {"text": prompt, "past": 1}))
-        calls.append(("decoder", {"batch": batch, "text": 1, "past": prompt + new_tokens // 2}))
+        images_once = [c.name for c in components_of(config) if c.tower != decoder.tower]
+        calls = [(name, {"batch": batch}) for name in images_once]
+        calls.append((decoder.name, {"text": prompt, "past": 1}))
+        calls.append((decoder.name, {"batch": batch, "text": 1, "past": prompt + new_tokens // 2}))
         costs = [component_cost(name, config, sizes, arithmetic) for name, sizes in calls]
         times = tuple(component_time(cost, gpu, arithmetic, found.values) for cost in costs)
         *images, read, step = (time.expected_ms for time in times)
@@ -148,7 +148,7 @@ def estimate(
             times,
         )
 
-    most = component_spec("decoder", config).axis("batch").max
+    most = component_spec(decoder.name, config).axis("batch").max
     limit = f"The decoder of a bundle takes at most {most} conversations at a time."
     return ChatEstimate(
         gpu,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ...models.config import ChatConfig, InternVLConfig, VisionConfig, Whole
-from ...models.layout import COMPONENTS, QUERY_CHAT_COMPONENTS
+from ...models.config import ChatConfig, InternVLConfig, VisionConfig
+from ...models.registry import ModelConfig, component_of, component_spec
 from ...quantization.recipe import load_recipe
 from ..measure.ceilings import CPU
 from ..measure.receipt import SCHEMA, Profile, read
@@ -19,7 +19,6 @@ from .sizes import plan_of
 from .table19 import BATCH, PAPER, TEXT_TOKENS
 
 TIMED = ("vision", "qllama_query", "qllama_text")
-_KNOWN = {*COMPONENTS, *QUERY_CHAT_COMPONENTS}
 _PAPER_GPU = "a100"
 
 
@@ -75,7 +74,7 @@ def check(timed: Timed, efficiency: Efficiency) -> Check:
 def arithmetic_of(precision: str) -> Arithmetic:
     """That of a shipped precision at the published sizes, of InternVL and of both forms of InternVL-Chat."""
     recipe = load_recipe(precision)
-    whole: tuple[Whole, ...] = (InternVLConfig(), ChatConfig(), ChatConfig(InternVLConfig()))
+    whole: tuple[ModelConfig, ...] = (InternVLConfig(), ChatConfig(), ChatConfig(InternVLConfig()))
     found = [Arithmetic.of(recipe, plan_of(recipe, config)) for config in whole]
     return Arithmetic(recipe.base, {layer: types for one in found for layer, types in one.low.items()})
 
@@ -90,7 +89,7 @@ def paper() -> list[Timed]:
         for component, ms in parts:
             if ms is None:
                 continue
-            size = "" if component == "qllama_text" else f" at {row.image_size}"
+            size = "" if component_of(component, config).unit == "texts" else f" at {row.image_size}"
             name = f"Table 19: {component}{size}"
             cost = component_cost(component, config, sizes_at(component, BATCH), arithmetic)
             found[name] = Timed(name, GPUS[_PAPER_GPU], cost, arithmetic, ms * BATCH, False)
@@ -115,7 +114,7 @@ def read_receipts(folder: Path) -> list[Timed]:
         arithmetic = arithmetic_of(profile.subject.precision)
         for case in profile.of_kind("component"):
             cost = profile.cost(case)
-            if peaks is not None and cost is not None and cost.layers and case.name in _KNOWN:
+            if peaks is not None and cost is not None and cost.layers:
                 name = f"{path.stem}: {case.name} at batch {case.batch}"
                 new, past = case.sizes.get("text"), case.sizes.get("past")
                 name += "" if new is None else f", {new} tokens" if past is None else f", {new} behind {past}"
@@ -125,8 +124,9 @@ def read_receipts(folder: Path) -> list[Timed]:
 
 
 def sizes_at(component: str, batch: int) -> dict[str, int]:
-    """The axes of a component as the paper's table has them."""
-    return {"batch": batch, **({"text": TEXT_TOKENS} if component == "qllama_text" else {})}
+    """The axes of a component of InternVL as the paper's table has them."""
+    axes = {axis.name for axis in component_spec(component, InternVLConfig()).axes}
+    return {"batch": batch, **({"text": TEXT_TOKENS} if "text" in axes else {})}
 
 
 def _gpu(profile: Profile) -> GpuPeaks | None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from ...export.components import component_spec
-from ...models.config import ChatConfig, Whole
+from ...models.registry import ModelConfig, component_of
 from ...quantization.schemes import SCHEMES
-from .chat_estimate import NEW_TOKENS, TEXT_TOKENS
 from .estimate import efficiencies
 from .evidence import paper
 from .flops import layer_type
@@ -22,13 +20,13 @@ def gpu_of(target: str) -> GpuPeaks | None:
 
 
 def layer_times(
-    config: Whole, components: Sequence[str], schemes: Sequence[str], base: str, gpu: GpuPeaks
+    config: ModelConfig, components: Sequence[str], schemes: Sequence[str], base: str, gpu: GpuPeaks
 ) -> dict[str, dict[str, float]]:
     """Layer -> scheme -> expected milliseconds, summed over the calls of ``components``.
 
     A call of each, at the sizes that engines are tuned for (``opt`` of the axes); of a chat's decoder the
-    calls of a conversation: a prompt with its image and the steps of an answer, as :mod:`.chat_estimate` has
-    them. Each layer has ``base`` among its schemes. The shares of the peaks are those of :mod:`.estimate`.
+    calls of a conversation: a prompt with its image and the steps of an answer, as the registry has them.
+    Each layer has ``base`` among its schemes. The shares of the peaks are those of :mod:`.estimate`.
 
     Raises:
         CapabilityError: the GPU has no peak for a type.
@@ -50,17 +48,11 @@ def layer_times(
     return found
 
 
-def _calls(config: Whole, components: Sequence[str]) -> Iterator[tuple[str, dict[str, int], int]]:
+def _calls(config: ModelConfig, components: Sequence[str]) -> Iterator[tuple[str, dict[str, int], int]]:
     """Component, sizes of a call, and how many calls."""
     for component in components:
-        if component == "decoder" and isinstance(config, ChatConfig):
-            prompt = config.num_visual + TEXT_TOKENS
-            yield component, {"batch": 1, "text": prompt, "past": 1}, 1
-            yield component, {"batch": 1, "text": 1, "past": prompt + NEW_TOKENS // 2}, NEW_TOKENS - 1
-            continue
-        sizes = {axis.name: axis.opt for axis in component_spec(component, config).axes}
-        sizes.pop("total", None)  # past and text together
-        yield component, sizes, 1
+        for sizes, count in component_of(component, config).typical_calls(config):
+            yield component, sizes, count
 
 
 def _low(layers: Sequence[str], scheme: str, base: str) -> Mapping[str, tuple[str, str]]:

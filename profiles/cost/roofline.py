@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...errors import CapabilityError
-from ...export.blocks import CROSSING
-from ...export.components import component_spec
-from ...models.config import ChatConfig, Whole
+from ...models.registry import ModelConfig, component_of, component_spec
 from ...quantization.attention import FP8_ATTENTION
 from ...quantization.recipe import LayerPlan, Recipe
 from ...quantization.schemes import SCHEMES
@@ -134,7 +132,7 @@ def peak(gpu: GpuPeaks, kind: str) -> tuple[float, str]:
 
 
 def component_cost(
-    name: str, config: Whole, sizes: Mapping[str, int], arithmetic: Arithmetic
+    name: str, config: ModelConfig, sizes: Mapping[str, int], arithmetic: Arithmetic
 ) -> ComponentCost:
     """What one call of a component costs, from the configuration alone.
 
@@ -158,7 +156,8 @@ def component_cost(
         if layer.endswith("/Attention"):
             owner = layer.removesuffix("/Attention")
             count = counts[f"{owner}.proj"] or counts[f"{owner}.q_proj"]
-            moved = _attention_values(layer, name, config, sizes) * base_bits // 8
+            values = component_of(name, config).attention_values(config, layer, sizes) * sizes["batch"]
+            moved = values * base_bits // 8
             layers.append(LayerCost(layer, "Attention", count, macs, 0, count * moved, arithmetic.base))
             continue
         out, *inner = matrices[layer]
@@ -229,24 +228,3 @@ def _layer_time(layer: LayerCost, gpu: GpuPeaks, arithmetic: Arithmetic, efficie
 
 def _ms(nbytes: int, gpu: GpuPeaks) -> float:
     return 1e3 * nbytes / (1e9 * gpu.memory_gbps)
-
-
-def _attention_values(layer: str, name: str, config: Whole, sizes: Mapping[str, int]) -> int:
-    """Numbers that one attention reads and writes: queries and result, keys and values."""
-    tokens = config.num_tokens if isinstance(config, ChatConfig) else config.vision.num_tokens
-    queries, llama = 0, config.llama
-    asking = config.queries if isinstance(config, ChatConfig) else config
-    if asking is not None and name in (*CROSSING, "query_chat"):
-        queries, llama = asking.num_query_token, asking.qllama
-    if ".encoder.layers." in layer:
-        new, seen, width = tokens, tokens, config.vision.hidden_size
-    elif layer.startswith("clip_projector"):
-        second = layer.startswith("clip_projector2.")
-        new, seen = 1, queries if second else tokens
-        width = llama.hidden_size if second else config.vision.hidden_size
-    elif ".cross_attn" in layer:
-        new, seen, width = queries, tokens, llama.hidden_size
-    else:
-        new, width = queries + sizes.get("text", 0), llama.hidden_size
-        seen = new + sizes.get("past", 0)
-    return 2 * (new + seen) * width * sizes["batch"]

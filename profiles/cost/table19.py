@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...bundle.manifest import Model
 from ...models.config import InternVLConfig, VisionConfig
-from ...models.layout import expected_shapes
+from ...models.registry import expected_shapes
 from ..measure.baseline import BACKEND, PRECISION
 from ..measure.cases import Case
 
@@ -241,7 +241,8 @@ def different_model(model: Model, config: InternVLConfig) -> str | None:
 
 
 def _count(config: InternVLConfig, contrastive_only: bool) -> int:
-    return sum(math.prod(shape) for shape in expected_shapes(config, contrastive_only).values())
+    shapes = expected_shapes(replace(config, contrastive_only=contrastive_only))
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _sizes(config: InternVLConfig) -> tuple[object, ...]:

@@ -17,6 +17,7 @@ from ...bundle.manifest import Model
 from ...bundle.spec import ComponentSpec
 from ...errors import IvlError, UsageError
 from ...models.config import InternVLConfig
+from ...models.registry import Component, component_of
 from .cases import GRAPHS, Case, Progress, Task
 from .cuda import captured, event_timer, has_gpu
 from .inputs import random_inputs
@@ -57,7 +58,7 @@ def run_baseline(
             if progress is not None:
                 progress(f"torch bf16 {spec.name}, batch {sizes['batch']}", done, len(wanted))
             call = _module_call(checkpoint, config, spec, sizes)
-            cases += [task.time(rule) for task in _tasks(spec, sizes, call)]
+            cases += [task.time(rule) for task in _tasks(component_of(spec.name, config), sizes, call)]
     return tuple(cases)
 
 
@@ -122,12 +123,12 @@ def _module_call(
     """The module of a component in bf16 on its device, and its inputs there, as one call."""
     import torch
 
-    from ...export.components import component_module
     from ...models.checkpoint import load_state
+    from ...models.registry import component_module
 
     device = "cuda" if has_gpu() else "cpu"
     with torch.device("meta"):
-        module = component_module(spec.name, config, checkpoint.contrastive_only)
+        module = component_module(spec.name, config)
     load_state(module, checkpoint, torch.bfloat16, device)
     arrays = random_inputs(spec, sizes, config.qllama.vocab_size)
     tensors = [_tensor(arrays[t.name], device) for t in spec.inputs]
@@ -141,9 +142,9 @@ def _tensor(array: Any, device: str) -> Any:
     return tensor.bfloat16() if tensor.is_floating_point() else tensor
 
 
-def _tasks(spec: ComponentSpec, sizes: dict[str, int], call: Callable[[], object]) -> list[Task]:
+def _tasks(component: Component[Any], sizes: dict[str, int], call: Callable[[], object]) -> list[Task]:
     """Eager, and on a GPU as a CUDA graph too."""
-    make = partial(Task.component, "baseline", spec.name, sizes)
+    make = partial(Task.component, "baseline", component.name, component.unit, sizes)
     if not has_gpu():
         boundary = "one call of the torch module: tensors in host memory in, all outputs in host memory out"
         return [make(boundary, lambda: call).of(BACKEND, PRECISION)]

@@ -6,15 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ...models.layout import CHAT_COMPONENTS, COMPONENTS, OPTIONAL
+from ...models.registry import families
 from .timing import Measurement, StopRule, measure
 
 Kind = Literal["component", "chained", "host", "baseline"]
 """A component's engine alone; a call of the runtime's model; the host's work; the torch modules."""
 
-_ENGINES = (*COMPONENTS, *OPTIONAL, *CHAT_COMPONENTS)
-_UNITS = {"qllama_text": "texts", "qllama_itm": "pairs"}
-_UNITS |= dict.fromkeys(("qllama_step", "decoder_embed", "decoder"), "tokens")
 Clock = Literal["host clock", "CUDA events"]
 GRAPHS = ", CUDA graph"
 """Behind a backend's name where its calls are replayed."""
@@ -105,7 +102,8 @@ class Case:
     @property
     def components_ms(self) -> float:
         """Chained calls: the components' share of :attr:`mean_ms`."""
-        return sum(ms for stage, ms in self.stages_ms.items() if stage in _ENGINES)
+        engines = {component.name for family in families() for component in family.components}
+        return sum(ms for stage, ms in self.stages_ms.items() if stage in engines)
 
     @property
     def rest_ms(self) -> float:
@@ -156,12 +154,12 @@ class Task:
         cls,
         kind: Kind,
         name: str,
+        unit: str,
         sizes: dict[str, int],
         boundary: str,
         prepare: Callable[[], Callable[[], object]],
     ) -> Task:
-        """One call of component ``name`` at ``sizes``; tokens are counted of a decoding step."""
-        unit = _UNITS.get(name, "images")
+        """One call of component ``name`` at ``sizes``; ``unit`` is what its rows are, or ``tokens``."""
         items = sizes["batch"] * (sizes["text"] if unit == "tokens" else 1)
         return cls(name, kind, sizes["batch"], sizes, items, unit, boundary, prepare)
 

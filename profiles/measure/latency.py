@@ -15,8 +15,8 @@ from functools import partial
 from ...bundle.spec import ComponentSpec
 from ...errors import UsageError
 from ...inputs.tokenizer import CAPTION_PROMPT
-from ...models.config import ChatConfig, InternVLConfig, Whole
-from ...models.layout import components_of, optional_of
+from ...models.config import InternVLConfig
+from ...models.registry import ModelConfig, component_names, component_of, family_of
 from ...runtime import InternVL, Mode
 from ...runtime.loaded import Loaded
 from .cases import Case, Progress, Task
@@ -63,10 +63,10 @@ def plan(
     return named(model, tasks)
 
 
-def specs_of(model: Loaded, config: Whole) -> dict[str, ComponentSpec]:
+def specs_of(model: Loaded, config: ModelConfig) -> dict[str, ComponentSpec]:
     """The contracts of the components that the bundle holds, in the order of the chain."""
     held = model.bundle.manifest.components
-    names = (*components_of(config), *optional_of(config))
+    names = component_names(config, optional=True)
     return {name: model.components.spec(name) for name in names if name in held}
 
 
@@ -118,11 +118,13 @@ def batches_of(specs: Iterable[ComponentSpec], wanted: Sequence[int] | None) -> 
     return list(dict.fromkeys(wanted))
 
 
-def sizes_of(spec: ComponentSpec, batch: int, lengths: Sequence[int], config: Whole) -> list[dict[str, int]]:
+def sizes_of(
+    spec: ComponentSpec, batch: int, lengths: Sequence[int], config: ModelConfig
+) -> list[dict[str, int]]:
     """The dynamic axes at the sizes the engine is tuned for, and at ``lengths`` as far as it takes them."""
     tuned = {axis.name: axis.opt for axis in spec.axes} | {"batch": batch}
     found = [tuned]
-    if (swept := _swept(spec, config)) is not None:
+    if (swept := component_of(spec.name, config).swept(config)) is not None:
         name, before = swept
         axis = spec.axis(name)
         found += [{**tuned, name: before + n} for n in lengths if axis.min <= before + n <= axis.max]
@@ -132,11 +134,11 @@ def sizes_of(spec: ComponentSpec, batch: int, lengths: Sequence[int], config: Wh
     return [sizes for i, sizes in enumerate(found) if sizes not in found[:i]]
 
 
-def check_lengths(specs: Iterable[ComponentSpec], lengths: Sequence[int], config: Whole) -> None:
+def check_lengths(specs: Iterable[ComponentSpec], lengths: Sequence[int], config: ModelConfig) -> None:
     """UsageError if one of ``lengths`` is of no text that any of the engines takes."""
     ranges = []
     for spec in specs:
-        if (swept := _swept(spec, config)) is not None:
+        if (swept := component_of(spec.name, config).swept(config)) is not None:
             axis = spec.axis(swept[0])
             ranges.append((axis.min - swept[1], axis.max - swept[1]))
     for length in lengths:
@@ -149,25 +151,18 @@ def check_lengths(specs: Iterable[ComponentSpec], lengths: Sequence[int], config
             )
 
 
-def _swept(spec: ComponentSpec, config: Whole) -> tuple[str, int] | None:
-    """The axis that lengths of texts are swept over, and what lies before a text in it; None for images."""
-    image = config.num_visual if isinstance(config, ChatConfig) else config.num_query_token
-    swept = dict.fromkeys(("qllama_text", "qllama_itm"), ("text", 0))
-    swept |= dict.fromkeys(("qllama_step", "decoder"), ("past", image))
-    return swept.get(spec.name)
-
-
-def component(model: Loaded, spec: ComponentSpec, config: Whole, sizes: dict[str, int]) -> list[Task]:
+def component(model: Loaded, spec: ComponentSpec, config: ModelConfig, sizes: dict[str, int]) -> list[Task]:
     """One call of a component, host memory to host memory; on a GPU first within its memory, by its clock."""
 
-    vocabulary = config.llama.vocab_size
+    vocabulary = family_of(config).vocabulary(config)
 
     def prepare() -> Callable[[], object]:
         inputs = random_inputs(spec, sizes, vocabulary)
         return partial(model.components.open(spec.name).run, inputs)
 
+    unit = component_of(spec.name, config).unit
     boundary = "one engine call: arrays in host memory in, all outputs in host memory out"
-    task = Task.component("component", spec.name, sizes, boundary, prepare)
+    task = Task.component("component", spec.name, unit, sizes, boundary, prepare)
     return [*resident_tasks(task, model.components, partial(random_inputs, spec, sizes, vocabulary)), task]
 
 

@@ -20,7 +20,7 @@ from ...engines.onnxruntime import profile as ort_profile
 from ...engines.tensorrt import profile as trt_profile
 from ...engines.tensorrt.library import BUILDERS
 from ...errors import UsageError
-from ...models.config import InternViTConfig, config_from_published
+from ...models.registry import config_from_published, family_of
 from ...runtime.components import Components
 from .inputs import Array, random_inputs
 from .latency import sizes_of
@@ -64,11 +64,6 @@ def profile_layers(
             f"Give one of {', '.join(BACKENDS)}.",
         )
     config = config_from_published(bundle.manifest.model.config)
-    if isinstance(config, InternViTConfig):
-        raise UsageError(
-            "A vision tower alone has no components to time.",
-            fix="Build a bundle of an InternVL or an InternVL-Chat.",
-        )
     spec = bundle.spec(component)
     axis = spec.axis("batch")
     if not axis.min <= batch <= axis.max:
@@ -77,7 +72,7 @@ def profile_layers(
             fix=f"Give --batch {axis.min}, for example.",
         )
     sizes = sizes_of(spec, batch, (), config)[0]
-    inputs = random_inputs(spec, sizes, config.llama.vocab_size)
+    inputs = random_inputs(spec, sizes, family_of(config).vocabulary(config))
     if backend == "torch":
         from ...engines.torch.profile import profiled_calls
 

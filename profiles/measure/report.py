@@ -15,8 +15,8 @@ from ...engines.base import known_backend
 from ...engines.device import HOST
 from ...errors import BuildError, CapabilityError, UsageError
 from ...files.hashing import sha256_file
-from ...models.config import ChatConfig, InternViTConfig, InternVLConfig, Whole, config_from_published
-from ...models.layout import COMPONENTS, OPTIONAL, components_of
+from ...models.config import ChatConfig, InternVLConfig
+from ...models.registry import ModelConfig, component_names, config_from_published, family_of
 from ...runtime import InternVL, InternVLChat
 from ...runtime.load import model_on
 from ...runtime.loaded import Loaded
@@ -83,13 +83,11 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
     options, here = options or Options(), machine()
     bundle = Bundle.open(path, "size")
     about, config = bundle.manifest.model, config_from_published(bundle.manifest.model.config)
-    if isinstance(config, InternViTConfig) or not set(components_of(config)) & set(
-        bundle.manifest.components
-    ):
+    if not set(component_names(config, optional=True)) & set(bundle.manifest.components):
         raise CapabilityError(
             f"{bundle.root} cannot be profiled.",
-            f"It holds {', '.join(bundle.manifest.components)}; this release times an InternVL and a chat.",
-            "Profile the bundle of one of these.",
+            f"It holds {', '.join(bundle.manifest.components)}; its config is of {family_of(config).title}.",
+            "Build it again.",
         )
     paper = _of_paper(about, config, options)
     notes: list[str] = []
@@ -151,7 +149,7 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
     )  # fmt: skip
 
 
-def _of_paper(about: Model, config: Whole, options: Options) -> InternVLConfig | None:
+def _of_paper(about: Model, config: ModelConfig, options: Options) -> InternVLConfig | None:
     """The model's sizes where the paper's tables are wanted of it; UsageError where there are none."""
     if isinstance(config, InternVLConfig):
         return config if options.table19 or different_model(about, config) is None else None
@@ -163,7 +161,7 @@ def _of_paper(about: Model, config: Whole, options: Options) -> InternVLConfig |
 
 
 def _plan(
-    model: InternVL | InternVLChat, config: Whole, batches: Sequence[int] | None, lengths: Sequence[int]
+    model: InternVL | InternVLChat, config: ModelConfig, batches: Sequence[int] | None, lengths: Sequence[int]
 ) -> list[Task]:
     if isinstance(model, InternVLChat) and isinstance(config, ChatConfig):
         return chat_latency.plan(model, config, batches, lengths)
@@ -188,7 +186,7 @@ def _first_request(model: InternVL | InternVLChat, started: float) -> tuple[floa
     return (time.perf_counter() - started) * 1e3, boundary
 
 
-def _startup(model: Loaded, config: Whole, first_ms: float, boundary: str) -> Startup:
+def _startup(model: Loaded, config: ModelConfig, first_ms: float, boundary: str) -> Startup:
     """Open every engine and call it once."""
     calls: dict[str, float] = {}
     for name in latency.specs_of(model, config):
@@ -198,7 +196,10 @@ def _startup(model: Loaded, config: Whole, first_ms: float, boundary: str) -> St
             continue
         spec = model.components.spec(name)
         sizes = sizes_of(spec, batches_of([spec], None)[0], (), config)[0]
-        inputs, engine = random_inputs(spec, sizes, config.llama.vocab_size), model.components.open(name)
+        inputs, engine = (
+            random_inputs(spec, sizes, family_of(config).vocabulary(config)),
+            model.components.open(name),
+        )
         began = time.perf_counter()
         engine.run(inputs)
         calls[name] = (time.perf_counter() - began) * 1e3
@@ -210,7 +211,7 @@ def _batches(bundle: Bundle, options: Options, tables: bool) -> Sequence[int] | 
     """The sizes asked for, or those of the paper's tables as far as every engine takes them."""
     if options.batches is not None or not tables:
         return options.batches
-    axes = [bundle.spec(n).axis("batch") for n in (*COMPONENTS, *OPTIONAL) if n in bundle.manifest.components]
+    axes = [bundle.spec(name).axis("batch") for name in bundle.manifest.components]
     low, high = max(axis.min for axis in axes), min(axis.max for axis in axes)
     return sorted({min(max(batch, low), high) for batch in (*PAPER_RATES, BATCH)})
 
@@ -223,7 +224,7 @@ def _ceilings(options: Options, device: str, progress: Progress | None) -> Ceili
     return measure_ceilings(options.threads, replace(options.rule, min_samples=3), gpu=device != HOST)
 
 
-def _subject(bundle: Bundle, config: Whole) -> Subject:
+def _subject(bundle: Bundle, config: ModelConfig) -> Subject:
     manifest = bundle.manifest
     return Subject(
         bundle.root.resolve().name,
@@ -232,7 +233,7 @@ def _subject(bundle: Bundle, config: Whole) -> Subject:
         manifest.model.parameters,
         manifest.precision,
         manifest.compute_dtype,
-        config.image_size if isinstance(config, ChatConfig) else config.vision.image_size,
+        config.image_size,
     )
 
 

@@ -178,6 +178,6 @@ def _gpus(profile: Profile) -> str:
 
 
 def _load(profile: Profile) -> str:
-    """Whole cores that were busy: less says nothing."""
+    """ModelConfig cores that were busy: less says nothing."""
     load = profile.machine.load_average
     return "unknown" if load is None else f"{round(load)}"

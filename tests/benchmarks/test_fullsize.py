@@ -21,8 +21,8 @@ from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
 from ivl_export.models.checkpoint import open_checkpoint
-from ivl_export.models.layout import expected_shapes
 from ivl_export.models.qllama import Visible
+from ivl_export.models.registry import expected_shapes
 from ivl_export.pipeline.config import ORT, BuildConfig
 from ivl_export.pipeline.graph_steps import BASE_STORE, LOW_STORE
 from ivl_export.pipeline.plan import plan_build

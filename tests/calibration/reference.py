@@ -1,4 +1,4 @@
-"""Whole modules in memory: what running block by block is compared with."""
+"""ModelConfig modules in memory: what running block by block is compared with."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from ivl_export.bundle.spec import ComponentSpec
-from ivl_export.calibration.component_chain import Arrays, Runner, run_chain
+from ivl_export.calibration.component_chain import Runner, run_chain
 from ivl_export.calibration.dataset import Batch
 from ivl_export.calibration.observers import Watch, observers
 from ivl_export.calibration.segments import needed
-from ivl_export.export.components import component_module, component_spec
+from ivl_export.models.calls import Arrays
 from ivl_export.models.checkpoint import Checkpoint, load_state
+from ivl_export.models.registry import component_module, component_spec
 from ivl_export.quantization.attention import core_attentions, operand_names
 
 
@@ -34,9 +35,9 @@ def torch_runner(module: torch.nn.Module | Callable[..., object], spec: Componen
 def reference_modules(checkpoint: Checkpoint, components: Iterable[str]) -> dict[str, torch.nn.Module]:
     """fp32 modules of ``components`` and of those they need inputs from."""
     modules = {}
-    for component in needed(components, checkpoint.whole):
+    for component in needed(components, checkpoint.model):
         with torch.device("meta"):
-            module = component_module(component, checkpoint.config, checkpoint.contrastive_only)
+            module = component_module(component, checkpoint.config)
         load_state(module.requires_grad_(False), checkpoint, torch.float32)
         modules[component] = module
     return modules
@@ -64,6 +65,6 @@ def whole_amax(
     watch = Watch(modules, observers(algorithm, {**operands, **(kinds or {})}))
     with watch.hooks():
         for batch in batches:
-            for _ in run_chain(runners, batch):
+            for _ in run_chain(runners, batch, checkpoint.model):
                 pass
     return watch.take()

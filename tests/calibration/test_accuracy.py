@@ -18,14 +18,15 @@ from ivl_export.calibration.accuracy import (
     compare,
     component_accuracy,
 )
-from ivl_export.calibration.component_chain import Arrays, Runner, run_chain
+from ivl_export.calibration.component_chain import Runner, run_chain
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.recording import Recording
 from ivl_export.errors import AccuracyError, BuildError
-from ivl_export.export.components import component_spec
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.models.calls import Arrays
 from ivl_export.models.checkpoint import Checkpoint
+from ivl_export.models.registry import component_spec
 from ivl_export.tests.calibration.reference import reference_runners
 
 pytestmark = pytest.mark.numeric
@@ -103,7 +104,7 @@ def test_a_recording_is_what_whole_modules_give(
     reference, count = reference_runners(checkpoint, ["qllama_step", "qllama_text"]), 0
     recording = Recording(checkpoint, list(reference), scenes[1], settings, tokenizer, tmp_path, batch_size=3)
     for batch, steps in recording:
-        for got, want in zip(steps, run_chain(reference, batch), strict=True):
+        for got, want in zip(steps, run_chain(reference, batch, checkpoint.model), strict=True):
             assert got.component == want.component
             for mine, theirs in ((got.inputs, want.inputs), (got.outputs, want.outputs)):
                 assert set(mine) == set(theirs)
@@ -132,7 +133,7 @@ def test_teacher_forced_and_chained(
     )
     specs = {c: component_spec(c, checkpoint.config) for c in reference}
 
-    forced, chained = component_accuracy(recording, reference)
+    forced, chained = component_accuracy(recording, reference, checkpoint.model)
     assert list(forced) == list(chained) == ["vision", "qllama_query", "qllama_text", "qllama_step"]
     for table in (forced, chained):
         for component, outputs in table.items():
@@ -140,14 +141,18 @@ def test_teacher_forced_and_chained(
             assert all(m.samples == 4 and m.sqnr_db > 100 for m in outputs.values())
 
     # noise of the vision tower reaches the queries only where components are chained
-    forced, chained = component_accuracy(recording, {**reference, "vision": noisy(reference["vision"], 0.1)})
+    forced, chained = component_accuracy(
+        recording, {**reference, "vision": noisy(reference["vision"], 0.1)}, checkpoint.model
+    )
     assert 19 < forced["vision"]["tokens"].sqnr_db < 21
     assert forced["qllama_query"]["query_hidden"].sqnr_db > 100
     assert chained["qllama_query"]["query_hidden"].sqnr_db < 60
     assert chained["qllama_text"]["text_embed"].sqnr_db > 100
 
     # a component alone is compared on fp32 inputs; nothing makes its inputs when chained
-    forced, chained = component_accuracy(recording, {"qllama_step": reference["qllama_step"]})
+    forced, chained = component_accuracy(
+        recording, {"qllama_step": reference["qllama_step"]}, checkpoint.model
+    )
     assert list(forced) == ["qllama_step"]
     assert chained == {}
 

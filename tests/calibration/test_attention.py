@@ -16,14 +16,13 @@ from ivl_export.calibration.calibrate import calibrate
 from ivl_export.calibration.component_chain import run_chain
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.errors import BuildError, InputError
-from ivl_export.export.components import component_spec
 from ivl_export.export.trace import export_component
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.layers import attention
-from ivl_export.models.layout import COMPONENTS, OPTIONAL
+from ivl_export.models.registry import component_spec
 from ivl_export.quantization.attention import (
     FP8_ATTENTION,
     SOFTMAX_AMAX,
@@ -41,6 +40,7 @@ from ivl_export.quantization.ranges import Scales
 from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan_layers
 from ivl_export.tests.calibration.reference import reference_modules, reference_runners, torch_runner
 from ivl_export.tests.calibration.test_qdq import bound, runner
+from ivl_export.tests.components import COMPONENTS, OPTIONAL
 
 pytestmark = pytest.mark.numeric
 
@@ -139,7 +139,7 @@ def test_the_graph_equals_the_simulation(
     module = reference_modules(shallow, EVERY)[component]
     quantise_attention(module, names, amax)
     batch = next(scenes[1].batches(settings, tokenizer, 4))
-    steps = run_chain(reference_runners(shallow, EVERY), batch)
+    steps = run_chain(reference_runners(shallow, EVERY), batch, shallow.model)
     step = next(s for s in steps if s.component == component)
     got = runner(proto, True)(step.inputs)
     want = torch_runner(module, component_spec(component, shallow.config))(step.inputs)

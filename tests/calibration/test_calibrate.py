@@ -14,7 +14,7 @@ import torch
 
 from ivl_export.calibration.activation_store import Spill
 from ivl_export.calibration.calibrate import (
-    PartTime,
+    SegmentTime,
     calibrate,
     calibration_seconds,
     calibration_units,
@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_at_its_block(
     assert parts_done == (at - 1) // 16, "the part that was running does not count"
 
     heard: list[int] = []
-    ran: list[PartTime] = []
+    ran: list[SegmentTime] = []
     found = calibrate(
         checkpoint,
         ALL,
@@ -144,7 +144,7 @@ def test_another_set_or_lost_activations_start_afresh(
             raise Stopped
 
     def run(chosen: CalibrationSet, stopped: bool = False) -> tuple[Scales | None, int]:
-        ran: list[PartTime] = []
+        ran: list[SegmentTime] = []
         try:
             found = calibrate(
                 checkpoint,
@@ -197,10 +197,10 @@ def test_a_small_disk_is_refused_before_anything_runs(tmp_path: Path) -> None:
 
 def test_estimate() -> None:
     times = [
-        PartTime("vision", None, 9.0, 4),
-        PartTime("vision", 0, 8.0, 4),
-        PartTime("vision", 1, 4.0, 4),
-        PartTime("qllama", 0, 2.0, 4),
+        SegmentTime("vision", None, 9.0, 4),
+        SegmentTime("vision", 0, 8.0, 4),
+        SegmentTime("vision", 1, 4.0, 4),
+        SegmentTime("qllama", 0, 2.0, 4),
     ]
     per_block = seconds_per_block(times)
     assert per_block == {"vision": 1.5, "qllama": 0.5}

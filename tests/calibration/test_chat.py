@@ -10,24 +10,24 @@ import pytest
 import torch
 
 from ivl_export.calibration.accuracy import Comparison, Metrics, component_accuracy
-from ivl_export.calibration.calibrate import PartTime, calibrate, spilled_bytes
-from ivl_export.calibration.chat import ChatBatch, Dialogue, chat_batches, dialogue_of, runs
+from ivl_export.calibration.calibrate import SegmentTime, calibrate, spilled_bytes
+from ivl_export.calibration.chat import dialogue_of
 from ivl_export.calibration.component_chain import Runner, run_chain
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.folding import fold, groups
 from ivl_export.calibration.recording import Recording
-from ivl_export.calibration.segments import TOWERS, parts
+from ivl_export.calibration.segments import Modules, segments, towers
 from ivl_export.calibration.sensitivity import measure
 from ivl_export.calibration.simulate import rounding_hook
 from ivl_export.calibration.sources import scenes_calibration
-from ivl_export.export.blocks import block_prefix
-from ivl_export.export.components import component_module, component_spec
 from ivl_export.inputs.chat_template import SYSTEM
 from ivl_export.inputs.preprocess import Array, ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models import load_chat
+from ivl_export.models.calls import Dialogue, runs
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.layout import CHAT_TOWER
+from ivl_export.models.registry import component_module, component_of, component_spec
 from ivl_export.models.shipped import nano_chat_folder
 from ivl_export.quantization.attention import FP8_ATTENTION, attentions
 from ivl_export.quantization.quantize import dequantise, quantise
@@ -105,7 +105,7 @@ def test_a_recording_is_what_the_whole_model_gives(
     )
     count = 0
     for batch, steps in recording:
-        want = list(run_chain(whole, batch))
+        want = list(run_chain(whole, batch, checkpoint.model))
         assert [s.component for s in steps] == [s.component for s in want]
         for got, expected in zip(steps, want, strict=True):
             component_spec(got.component, checkpoint.model).check(got.inputs)
@@ -116,7 +116,7 @@ def test_a_recording_is_what_the_whole_model_gives(
                     np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-4, atol=2e-4, err_msg=name)
         count += len(batch.pixel_values)
     assert count == 5
-    forced, chained = component_accuracy(recording, whole)
+    forced, chained = component_accuracy(recording, whole, checkpoint.model)
     for table in (forced, chained):
         assert set(table) == set(checkpoint.components)
         assert min(m.cosine for outputs in table.values() for m in outputs.values()) > 0.99999
@@ -143,10 +143,8 @@ def test_ranges_are_those_of_the_whole_model(
 
                 hooks.append(layer.register_forward_pre_hook(hook))
     runners = {n: torch_runner(m, component_spec(n, checkpoint.model)) for n, m in modules.items()}
-    llama = checkpoint.whole.llama
-    for batch in chat_batches(chosen, settings, TOKENIZER, llama, 2):
-        assert isinstance(batch, ChatBatch)
-        assert list(run_chain(runners, batch))
+    for batch in chosen.batches(settings, TOKENIZER, 2):
+        assert list(run_chain(runners, batch, checkpoint.model))
     for handle in hooks:
         handle.remove()
     for component, layers in seen.items():
@@ -156,19 +154,27 @@ def test_ranges_are_those_of_the_whole_model(
 
 def test_each_weight_belongs_to_one_part(checkpoint: Checkpoint) -> None:
     """Memory follows a block because no weight is held twice or longer."""
-    held = parts(checkpoint.whole, checkpoint.components)
+    plan = segments(checkpoint.model, checkpoint.components)
     for component in checkpoint.components:
-        with torch.device("meta"):
-            keys = list(component_module(component, checkpoint.model).state_dict())
-        own = [part for part in held if component in TOWERS[part.tower]]
-        assert all(sum(part.holds(component, key) for part in own) == 1 for key in keys)
+        own = [s for s in plan if component in {c.name for c in towers(checkpoint.model)[s.tower]}]
+        loaded: list[str] = []
+
+        def load(key: str, keys: list[str] = loaded) -> torch.Tensor:
+            keys.append(key)
+            return checkpoint.load(key)
+
+        modules = Modules(checkpoint, [component], load)
+        for segment in own:
+            with modules.filled(segment):
+                pass
+        assert sorted(loaded) == sorted(modules.by_name[component].state_dict())
 
 
 def test_a_stopped_run_goes_on_at_its_part(
     checkpoint: Checkpoint, settings: ImageSettings, chosen: CalibrationSet, tmp_path: Path
 ) -> None:
     """Wherever it stopped: what leaves a tower in its midst is as safe as what leaves at its end."""
-    plan = parts(checkpoint.whole, checkpoint.components)
+    plan = segments(checkpoint.model, checkpoint.components)
     args = (checkpoint, checkpoint.components, chosen, settings, TOKENIZER)
     whole = calibrate(*args, batch_size=2)
     for stop in range(2, len(plan), 2):
@@ -177,7 +183,7 @@ def test_a_stopped_run_goes_on_at_its_part(
             if done > stop * len(chosen):
                 raise KeyboardInterrupt
 
-        folder, ran = tmp_path / str(stop), list[PartTime]()
+        folder, ran = tmp_path / str(stop), list[SegmentTime]()
         with pytest.raises(KeyboardInterrupt):
             calibrate(*args, batch_size=2, folder=folder, progress=stopped)
         assert calibrate(*args, batch_size=2, folder=folder, timed=ran.append) == whole
@@ -194,7 +200,7 @@ def test_what_lies_on_disk_is_bounded(
         most = max(most, sum(path.stat().st_size for path in folder.glob("states-*")))
 
     calibrate(checkpoint, checkpoint.components, chosen, settings, TOKENIZER, folder=folder, progress=look)
-    assert 0 < most <= spilled_bytes(checkpoint.whole, checkpoint.components, len(chosen))
+    assert 0 < most <= spilled_bytes(checkpoint.model, checkpoint.components, len(chosen))
 
 
 def test_factors_fold_into_a_model_that_sees_the_same(checkpoint: Checkpoint) -> None:
@@ -206,7 +212,7 @@ def test_factors_fold_into_a_model_that_sees_the_same(checkpoint: Checkpoint) ->
     for source in sorted(groups(foldable)):
         width = checkpoint.tensors[f"{source}.weight"].shape[0] // (3 if source.endswith("qkv") else 1)
         divisors[source] = torch.exp2(torch.randint(-3, 4, (width,), generator=generator).float())
-    size = checkpoint.whole.image_size
+    size = checkpoint.model.image_size
     pixels = torch.randn(2, 3, size, size, generator=generator)
     with torch.no_grad():
         want, got = model.visual_embeds(pixels), load_chat(fold(checkpoint, divisors)).visual_embeds(pixels)
@@ -228,10 +234,10 @@ def test_what_a_quantised_layer_loses(
     found = measure(checkpoint, checkpoint.components, schemes, scales, *args, tmp_path, batch_size=2)
     losses = {(x.component, x.layer): x for x in found.losses if x.scheme == "int8"}
     fused = {(x.component, x.layer) for x in found.losses if x.scheme == FP8_ATTENTION}
-    known = attentions(checkpoint.whole, checkpoint.components)
+    known = attentions(checkpoint.model, checkpoint.components)
     assert fused == {(component, name) for component, names in known.items() for name in names}
     for component in (c for c in checkpoint.components if c != "decoder_embed"):
-        blocks = f"{block_prefix(component, checkpoint.whole)}."
+        blocks = f"{component_of(component, checkpoint.model).place(checkpoint.model)}."
         linears = {n for n, m in modules[component].named_modules() if isinstance(m, torch.nn.Linear)}
         own = {layer for c, layer in losses if c == component}
         assert own == {name for name in linears if name.startswith(blocks)}
@@ -263,8 +269,8 @@ def by_hand(
 
         block = modules[component].get_submodule(layer.rsplit(".", 2)[0])
         with block.register_forward_hook(hook):
-            for batch in chat_batches(*args, checkpoint.whole.llama, 2):
-                assert list(run_chain(runners, batch))
+            for batch in args[0].batches(*args[1:], 2):
+                assert list(run_chain(runners, batch, checkpoint.model))
         return seen
 
     plain, kept = added(), linear.weight

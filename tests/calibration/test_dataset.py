@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ivl_export.calibration.dataset import FALLBACK_CAPTIONS, MAX_STEP, CalibrationSet, prompt_for
+from ivl_export.calibration.dataset import FALLBACK_CAPTIONS, CalibrationSet, prompt_for
 from ivl_export.calibration.sources import open_calibration, scenes_calibration
 from ivl_export.errors import InputError
 from ivl_export.inputs.preprocess import ImageSettings, preprocess_images
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.models.calls import LONGEST_STEP
 
 
 def names(chosen: CalibrationSet) -> list[str]:
@@ -67,10 +68,10 @@ def test_batches_are_the_models_inputs(
     index = names(chosen).index("0.jpg")
     batch, row = batches[index // 5], index % 5
     ids, lengths = tokenizer.encode_contrastive(["a red circle"])
-    assert batch.lengths[row] == lengths[0]
-    np.testing.assert_array_equal(batch.input_ids[row, : lengths[0]], ids[0, : lengths[0]])
-    assert batch.caption_ids[row] == tuple(tokenizer.encode_prompt("English caption:a red circle"))
-    assert all(len(ids) <= MAX_STEP for b in batches for ids in b.caption_ids)
+    assert batch.texts.lengths[row] == lengths[0]
+    np.testing.assert_array_equal(batch.texts.input_ids[row, : lengths[0]], ids[0, : lengths[0]])
+    assert batch.texts.caption_ids[row] == tuple(tokenizer.encode_prompt("English caption:a red circle"))
+    assert all(len(ids) <= LONGEST_STEP for b in batches for ids in b.texts.caption_ids)
 
 
 def test_prompt_follows_the_language() -> None:

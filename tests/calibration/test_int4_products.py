@@ -12,8 +12,8 @@ from ivl_export.calibration.accuracy import compare
 from ivl_export.engines.base import open_engine
 from ivl_export.engines.tensorrt.build import build_engine
 from ivl_export.errors import BuildError
-from ivl_export.export.components import component_spec
 from ivl_export.models.checkpoint import Checkpoint
+from ivl_export.models.registry import component_spec
 from ivl_export.quantization.quantize import (
     LOWEST,
     activation_scale,

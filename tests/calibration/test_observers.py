@@ -16,11 +16,11 @@ from ivl_export.calibration.component_chain import run_chain
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.observers import observers
 from ivl_export.errors import BuildError, InputError, UsageError
-from ivl_export.export.components import component_spec
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.load import load_model
+from ivl_export.models.registry import component_spec
 from ivl_export.quantization.algorithms import algorithm_name
 from ivl_export.quantization.attention import core_attentions, operand_names
 from ivl_export.quantization.ranges import Scales
@@ -88,13 +88,13 @@ def test_ranges_equal_hooks_on_the_whole_model(
         found["vision"] = dict(seen)
         seen.clear()
         for batch in batches:
-            model.encode_text(torch.from_numpy(batch.input_ids[:, : batch.lengths[0]]))
+            model.encode_text(torch.from_numpy(batch.texts.input_ids[:, : batch.texts.lengths[0]]))
         found["qllama_text"] = dict(seen)
         seen.clear()
         for batch in batches:
             past = model.query_pass(model.vision(torch.from_numpy(batch.pixel_values)))[1]
             seen_before = dict(seen)
-            for i, token in enumerate(batch.caption_ids[0]):
+            for i, token in enumerate(batch.texts.caption_ids[0]):
                 ids, position = torch.tensor([[token]]), torch.tensor([[queries + i]])
                 if i == 0:
                     seen.clear()
@@ -135,14 +135,14 @@ def test_chain_equals_the_models_own_methods(
     runners = reference_runners(checkpoint, ALL)
     model = load_model(checkpoint)
     batch = next(scenes[0].batches(settings, tokenizer, 5))
-    steps = list(run_chain(runners, batch))
+    steps = list(run_chain(runners, batch, checkpoint.model))
     pixels = torch.from_numpy(batch.pixel_values)
     with torch.no_grad():
         image = model.encode_image(pixels).numpy()
-        text = model.encode_text(torch.from_numpy(batch.input_ids)).numpy()
+        text = model.encode_text(torch.from_numpy(batch.texts.input_ids)).numpy()
     np.testing.assert_allclose(steps[0].outputs["image_embed"], image, atol=1e-5)
     got = np.concatenate([s.outputs["text_embed"] for s in steps if s.component == "qllama_text"])
-    rows = np.argsort(batch.lengths, kind="stable")
+    rows = np.argsort(batch.texts.lengths, kind="stable")
     np.testing.assert_allclose(got, text[rows], atol=1e-5)
     for step in steps:
         component_spec(step.component, checkpoint.config).check(step.inputs)

@@ -18,11 +18,11 @@ from ivl_export.calibration.accuracy import compare
 from ivl_export.calibration.sources import open_calibration
 from ivl_export.cli import main
 from ivl_export.engines.base import open_engine
-from ivl_export.export.components import component_spec
 from ivl_export.export.weight_store import open_store
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint
+from ivl_export.models.registry import component_spec
 from ivl_export.models.storage import open_reader
 from ivl_export.pipeline import qat
 from ivl_export.pipeline.config import ORT, BuildConfig, QatConfig

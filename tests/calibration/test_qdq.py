@@ -15,11 +15,11 @@ from ivl_export.calibration.calibrate import calibrate
 from ivl_export.calibration.component_chain import Runner, run_chain
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.errors import BuildError
-from ivl_export.export.components import component_spec
 from ivl_export.export.trace import export_component
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint
+from ivl_export.models.registry import component_spec
 from ivl_export.quantization.qdq import quantised_gemms, write_qdq
 from ivl_export.quantization.qdq_nodes import Style
 from ivl_export.quantization.quantize import LIMITS, activation_scale, dequantise, quantise, stored_names
@@ -133,7 +133,7 @@ def test_onnxruntime_equals_modelopts_fake_quantisation(
     specs = {c: component_spec(c, shallow.config) for c in COMPONENTS}
     planned = schemes(scheme)
     batch = next(scenes[1].batches(settings, tokenizer, 4))
-    steps = list(run_chain(reference_runners(shallow, COMPONENTS), batch))
+    steps = list(run_chain(reference_runners(shallow, COMPONENTS), batch, shallow.model))
     for component in COMPONENTS:
         model = export_component(component, shallow, "float32")
         promised = write_qdq(model, planned, scales.amax[component], compute="float32", style="onnxruntime")

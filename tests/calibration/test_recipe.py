@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from ivl_export.errors import UsageError
-from ivl_export.models.config import InternVLConfig, Whole
+from ivl_export.models.config import InternVLConfig
 from ivl_export.models.internvl import InternVLModel
+from ivl_export.models.registry import ModelConfig
 from ivl_export.profiles.cost.chat_estimate import FULL_SIZE
 from ivl_export.profiles.cost.sizes import plan_of
 from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan_layers, schemes, shipped_recipes
@@ -69,7 +70,7 @@ def test_full_model_gets_just_the_gemms_of_the_design(name: str, linears: dict[s
 @pytest.mark.parametrize("name", sorted(set(shipped_recipes()) - {"bf16", "fp16"}))
 def test_every_form_of_the_model_gets_them(name: str) -> None:
     """All layers of the blocks: of InternVL, and of a chat model without and with queries."""
-    configs: list[Whole] = [InternVLConfig(), *FULL_SIZE.values()]
+    configs: list[ModelConfig] = [InternVLConfig(), *FULL_SIZE.values()]
     for config in configs:
         found = plan_of(load_recipe(name), config)
         blocks = {layer for layer in found.schemes if ".layers." in layer}

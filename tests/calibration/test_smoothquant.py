@@ -16,12 +16,12 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.folding import fold, groups
 from ivl_export.calibration.smoothquant import channel_ranges, factors
 from ivl_export.errors import UsageError
-from ivl_export.export.components import component_spec
 from ivl_export.export.weight_store import open_store
 from ivl_export.export.weights import write_store
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint
+from ivl_export.models.registry import component_spec
 from ivl_export.quantization.quantize import activation_scale, dequantise, quantise, quantise_values
 from ivl_export.quantization.recipe import load_recipe, schemes
 from ivl_export.quantization.schemes import folded_layers

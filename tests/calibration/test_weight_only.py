@@ -15,11 +15,11 @@ from ivl_export.engines.base import open_engine
 from ivl_export.engines.tensorrt.build import build_engine
 from ivl_export.errors import BuildError
 from ivl_export.export.binding import bind, save_graph
-from ivl_export.export.components import component_spec
 from ivl_export.export.trace import export_component
 from ivl_export.export.weight_store import StoreWriter, open_store
 from ivl_export.export.weights import write_store
 from ivl_export.models.checkpoint import Checkpoint
+from ivl_export.models.registry import component_spec
 from ivl_export.quantization.qdq import write_qdq
 from ivl_export.quantization.qdq_nodes import Style
 from ivl_export.quantization.quantize import (

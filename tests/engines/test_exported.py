@@ -77,7 +77,7 @@ def export(
 
 def test_quantised_exports_keep_their_promise(checkpoint: Checkpoint, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from ivl_export.export.components import component_spec
+    from ivl_export.models.registry import component_spec
 
     spec = component_spec("vision", checkpoint.config)
     names = {"vision_model.encoder.layers.0.attn.qkv", "vision_model.encoder.layers.0.mlp.fc1"}

@@ -19,16 +19,17 @@ from ivl_export.engines.tensorrt.build import build_engine
 from ivl_export.errors import UsageError
 from ivl_export.export import trace
 from ivl_export.export.binding import unbound
-from ivl_export.export.components import Ranges, component_module, component_spec
 from ivl_export.export.graph import finish
 from ivl_export.export.trace import export_component
 from ivl_export.export.unquantized import export_plain
 from ivl_export.inputs.chat_template import IMAGE_TOKEN
 from ivl_export.models import ChatConfig, InternViTConfig, QLlamaConfig, VisionConfig, load_chat
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
-from ivl_export.models.layout import CHAT_COMPONENTS, CHAT_TOWER, VISION, expected_shapes
+from ivl_export.models.layout import CHAT_TOWER, VISION
+from ivl_export.models.registry import Ranges, component_module, component_spec, expected_shapes
 from ivl_export.profiles.cost.analytic import component_macs
 from ivl_export.profiles.cost.flops import graph_cost
+from ivl_export.tests.components import CHAT_COMPONENTS
 
 pytestmark = pytest.mark.numeric
 
@@ -155,7 +156,7 @@ def test_repeated_blocks_equal_traced_ones(checkpoint: Checkpoint, name: str) ->
         return [(n.name, n.op_type, [str(v.shape) for v in n.outputs]) for n in model.graph]
 
     repeated = trace._trace(name, checkpoint.model, False)
-    assert nodes(repeated) == nodes(trace._trace_all(name, checkpoint.model, False))
+    assert nodes(repeated) == nodes(trace._trace_all(name, checkpoint.model))
 
 
 @pytest.mark.parametrize("name", CHAT_COMPONENTS)

@@ -15,12 +15,12 @@ from ivl_export.bundle import Bundle
 from ivl_export.calibration.recording import Recording
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.errors import CapabilityError, CheckpointError, UsageError
-from ivl_export.export.components import component_spec
 from ivl_export.export.features import with_features
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.config import InternVLConfig
+from ivl_export.models.registry import component_spec
 from ivl_export.runtime.model import outputs_of
 
 pytestmark = pytest.mark.numeric
@@ -32,7 +32,7 @@ CHAT = TINY.with_name("chat")
 def test_blocks_are_chosen_from_either_end_and_the_last_is_there_anyway() -> None:
     plain = open_checkpoint(TINY)
     kept = with_features(plain, (-2, 1, 3, -1))
-    assert kept.model.vision.feature_blocks == (1, 2)
+    assert kept.config.vision.feature_blocks == (1, 2)
     names = [tensor.name for tensor in component_spec("vision", kept.model).outputs]
     assert names == ["tokens", "image_embed", "features.1", "features.2"]
     assert with_features(plain, (3, -1)) == plain

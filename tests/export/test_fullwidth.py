@@ -15,16 +15,17 @@ from safetensors.torch import save_file
 from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint, sliced
 from ivl_export.calibration.accuracy import Metrics, compare
 from ivl_export.calibration.calibrate import calibrate
-from ivl_export.calibration.component_chain import Arrays, Runner, Step, run_chain
+from ivl_export.calibration.component_chain import Runner, Step, run_chain
 from ivl_export.calibration.dataset import Batch
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.engines.base import open_engine
-from ivl_export.export.components import component_module, component_spec
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.models.calls import Arrays
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.load import meta_model
+from ivl_export.models.registry import component_module, component_spec
 from ivl_export.models.storage import read_header
 from ivl_export.models.vit import resize_positions
 from ivl_export.pipeline.graph_steps import (
@@ -117,7 +118,10 @@ def part(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slice]:
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     scales = calibrate(checkpoint, COMPONENTS, scenes_calibration(4), settings, tokenizer, batch_size=2)
     runners = {name: torch_reference(name, checkpoint) for name in COMPONENTS}
-    steps = {step.component: step for step in run_chain(runners, batch_of(checkpoint, settings.size))}
+    steps = {
+        step.component: step
+        for step in run_chain(runners, batch_of(checkpoint, settings.size), checkpoint.model)
+    }
     assert set(steps) == set(COMPONENTS)
     yield Slice(checkpoint, scales, steps)
     shutil.rmtree(folder)
@@ -184,7 +188,7 @@ def test_other_sizes(part: Slice, tmp_path: Path, size: int, recipes: list[str])
     larger = replace(old, model=config, tensors=tensors)
 
     # torch resizes while it runs: the graph of the larger checkpoint must equal it
-    (step,) = run_chain({"vision": torch_reference("vision", old)}, batch_of(old, size))
+    (step,) = run_chain({"vision": torch_reference("vision", old)}, batch_of(old, size), old.model)
     for recipe in recipes:
         made, root = source(larger, recipe, part.scales), tmp_path / recipe
         keys, layers = component_weights(made, ["vision"])

@@ -23,8 +23,7 @@ from ivl_export.bundle.spec import ComponentSpec, TensorSpec
 from ivl_export.errors import BuildError, CapabilityError, UsageError
 from ivl_export.export import trace
 from ivl_export.export.binding import bind, save_graph, unbound
-from ivl_export.export.blocks import SCOPES, one_period, repeat_blocks
-from ivl_export.export.components import component_module, component_spec
+from ivl_export.export.blocks import SCOPES, repeat_blocks
 from ivl_export.export.graph import finish, retype
 from ivl_export.export.trace import COMPUTE_DTYPES, export_component
 from ivl_export.export.weight_store import open_store
@@ -32,9 +31,10 @@ from ivl_export.export.weights import write_store
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.internvl import InternVLModel
-from ivl_export.models.layout import COMPONENTS, OPTIONAL, expected_shapes
+from ivl_export.models.registry import component_module, component_of, component_spec, expected_shapes
 from ivl_export.runtime.captions import generate_tokens
 from ivl_export.sampling import StopCriteria
+from ivl_export.tests.components import COMPONENTS, OPTIONAL
 from ivl_export.tests.numbers import FEATURES, near
 
 pytestmark = pytest.mark.numeric
@@ -96,7 +96,9 @@ class Built:
 
 def random_checkpoint(config: InternVLConfig, folder: Path, dtype: torch.dtype, c_only: bool = False) -> Path:
     torch.manual_seed(0)
-    tensors = {k: torch.randn(s) * 0.3 for k, s in expected_shapes(config, c_only).items()}
+    tensors = {
+        k: torch.randn(s) * 0.3 for k, s in expected_shapes(replace(config, contrastive_only=c_only)).items()
+    }
     tensors = {
         k: (t + 1 if "norm" in k and k.endswith("weight") else t).to(dtype) for k, t in tensors.items()
     }
@@ -122,7 +124,7 @@ def reference(built: Built, name: str) -> Callable[[dict[str, Array]], dict[str,
     """The component's torch module in fp32, as a function of named arrays."""
     checkpoint, spec = built.checkpoint, built.spec(name)
     with torch.device("meta"):
-        module = component_module(name, checkpoint.config, checkpoint.contrastive_only)
+        module = component_module(name, checkpoint.config)
     load_state(module, checkpoint, torch.float32)
 
     def run(inputs: dict[str, Array]) -> dict[str, Array]:
@@ -188,7 +190,7 @@ def test_graph_is_valid_small_and_named(small: Built, name: str, dtype: str) -> 
     onnx.checker.check_model(str(path), full_check=True)
     raw = path.read_bytes()
     assert len(raw) < 200_000
-    assert b"/" + b"export/modules.py" not in raw, "source paths of the machine that traced it"
+    assert b"/" + b"models/component_modules.py" not in raw, "source paths of the machine that traced it"
     model = ir.load(path)
     spec, graph = small.spec(name), model.graph
     kind = COMPUTE_DTYPES[dtype]
@@ -270,19 +272,19 @@ def test_repeated_blocks_equal_traced_ones(name: str, layers: int) -> None:
         ]
 
     repeated = trace._trace(name, config, False)
-    assert nodes(repeated) == nodes(trace._trace_all(name, config, False))
+    assert nodes(repeated) == nodes(trace._trace_all(name, config))
 
 
 def test_stacks_that_are_no_whole_number_of_periods_are_traced_whole() -> None:
     config = replace(SMALL, cross_attention_frequency=3)
-    assert one_period("qllama_query", config) == (config, 1)
-    short, times = one_period("qllama_text", config)
+    assert component_of("qllama_query", config).period(config) == (config, 1)
+    short, times = component_of("qllama_text", config).period(config)
     assert isinstance(short, InternVLConfig)
     assert (short.qllama.num_hidden_layers, times) == (1, 2)
 
 
 def test_blocks_that_form_no_chain_are_refused() -> None:
-    model = trace._trace_all("qllama_text", one_period("qllama_text", SMALL)[0], False)
+    model = trace._trace_all("qllama_text", component_of("qllama_text", SMALL).period(SMALL)[0])
     with pytest.raises(BuildError, match="no blocks under nothing"):
         repeat_blocks(model.graph, "nothing", 2, 0, 0)
     inner = next(n for n in model.graph if "layers.0" in n.metadata_props.get(SCOPES, ""))

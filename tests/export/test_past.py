@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from ivl_export.bundle.spec import ComponentSpec
 from ivl_export.export.binding import bind, save_graph, unbound
 from ivl_export.export.cached_attention import separate_past
-from ivl_export.export.components import component_spec
 from ivl_export.export.split import split_graph
 from ivl_export.export.trace import export_component
 from ivl_export.export.weight_store import open_store
 from ivl_export.export.weights import write_store
 from ivl_export.models.checkpoint import open_checkpoint
+from ivl_export.models.registry import component_spec
 
 pytestmark = pytest.mark.numeric
 
@@ -97,7 +97,7 @@ def test_no_cache_is_joined(both: Both) -> None:
 
 
 def test_parts_read_their_own_inputs(both: Both) -> None:
-    for model, spec in split_graph(both.pieces, both.spec, 2):
+    for model, spec in split_graph(both.pieces, both.spec, "qllama.model.layers", 2):
         assert {v.name for v in model.graph.inputs} == {t.name for t in spec.inputs}
         assert "positions" in {t.name for t in spec.inputs}
 

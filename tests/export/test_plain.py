@@ -23,11 +23,10 @@ from ivl_export.cli.export import _Steps
 from ivl_export.cli.progress import Bars
 from ivl_export.errors import BuildError, CapabilityError, CheckpointError, UsageError
 from ivl_export.export.beside import Check, beside
-from ivl_export.export.components import component_module
 from ivl_export.export.unquantized import STORE, export_plain, weight_keys
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
-from ivl_export.models.layout import expected_shapes
+from ivl_export.models.registry import component_module, expected_shapes
 
 pytestmark = pytest.mark.numeric
 
@@ -156,7 +155,7 @@ def test_torch_archives_are_copied_not_linked(source: Path, tmp_path: Path, suff
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
         checkpoint = open_checkpoint(folder)
     else:
-        keys = expected_shapes(SMALL, contrastive_only=True)
+        keys = expected_shapes(replace(SMALL, contrastive_only=True))
         torch.save({key: whole.load(key) for key in keys}, folder / "old.pth")
         checkpoint = open_checkpoint(folder / "old.pth")
     with pytest.raises(CapabilityError, match="torch archive, which does not say at which byte"):

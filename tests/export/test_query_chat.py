@@ -18,7 +18,6 @@ from ivl_export.engines.tensorrt.build import build_engine
 from ivl_export.errors import UsageError
 from ivl_export.export import trace
 from ivl_export.export.binding import bind, save_graph
-from ivl_export.export.components import component_module, component_spec
 from ivl_export.export.graph import finish
 from ivl_export.export.split import split_graph
 from ivl_export.export.trace import export_component
@@ -26,9 +25,10 @@ from ivl_export.export.unquantized import Exported, export_plain
 from ivl_export.export.weight_store import open_store
 from ivl_export.models import ChatConfig, InternVLConfig, load_chat
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
-from ivl_export.models.layout import QUERY_CHAT_COMPONENTS
+from ivl_export.models.registry import component_module, component_of, component_spec
 from ivl_export.profiles.cost.analytic import component_macs
 from ivl_export.profiles.cost.flops import graph_cost
+from ivl_export.tests.components import QUERY_CHAT_COMPONENTS
 
 from .test_chat import close, run_torch, session
 
@@ -102,7 +102,7 @@ def test_repeated_blocks_equal_traced_ones(checkpoint: Checkpoint, select_layer:
         return [sorted(named), [v.producer().name for v in model.graph.outputs]]  # type: ignore[union-attr]
 
     repeated = trace._trace("vision_chat", config, False)
-    assert chain(repeated) == chain(trace._trace_all("vision_chat", config, False))
+    assert chain(repeated) == chain(trace._trace_all("vision_chat", config))
 
 
 def test_repeated_query_blocks_equal_traced_ones(checkpoint: Checkpoint) -> None:
@@ -119,7 +119,7 @@ def test_repeated_query_blocks_equal_traced_ones(checkpoint: Checkpoint) -> None
         return [(n.name, n.op_type, [str(v.shape) for v in n.outputs]) for n in model.graph]
 
     repeated = trace._trace("query_chat", config, False)
-    assert nodes(repeated) == nodes(trace._trace_all("query_chat", config, False))
+    assert nodes(repeated) == nodes(trace._trace_all("query_chat", config))
 
 
 @pytest.mark.parametrize(("name", "count"), [("vision_chat", 2), ("vision_chat", 3), ("query_chat", 2)])
@@ -137,7 +137,8 @@ def test_parts_one_after_another_are_the_component(
         values = {"tokens": np.random.default_rng(0).standard_normal((3, 37, 64), np.float32)}
     want = session(exported.graphs[name]).run(None, values)
     holders = []
-    for model, part in split_graph(export_component(name, checkpoint, "float32"), spec, count):
+    place = component_of(name, checkpoint.model).place(checkpoint.model)
+    for model, part in split_graph(export_component(name, checkpoint, "float32"), spec, place, count):
         bind(model, open_store(folder / "weights" / store.name), folder)
         save_graph(model, folder / f"{part.name}.onnx")
         weights = onnx.load(folder / f"{part.name}.onnx", load_external_data=False).graph.initializer

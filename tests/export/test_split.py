@@ -16,9 +16,9 @@ from ivl_export.bundle.manifest_reading import manifest_from_json
 from ivl_export.bundle.spec import ComponentSpec, TensorSpec
 from ivl_export.engines.tensorrt.build import build_engine
 from ivl_export.errors import BuildError, InputError, IntegrityError, UsageError
-from ivl_export.export.components import component_spec
 from ivl_export.export.split import split_graph
 from ivl_export.export.trace import export_component
+from ivl_export.models.registry import component_spec
 from ivl_export.pipeline import graph_steps
 from ivl_export.pipeline.config import BuildConfig
 from ivl_export.pipeline.graph_steps import graph_path
@@ -40,6 +40,7 @@ pytestmark = pytest.mark.numeric
 pytest.importorskip("onnxscript")
 
 COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step", "qllama_itm")
+BLOCKS = "vision_model.encoder.layers"
 QUERIES = 8
 
 
@@ -214,7 +215,7 @@ def test_more_parts_than_blocks_are_refused(tmp_path: Path) -> None:
     model = export_component("vision", checkpoint, "float32")
     for count in (0, 6):
         with pytest.raises(UsageError, match="It has 5 blocks"):
-            split_graph(model, component_spec("vision", checkpoint.config), count)
+            split_graph(model, component_spec("vision", checkpoint.config), BLOCKS, count)
 
 
 def test_a_second_stream_between_blocks_is_refused(tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_a_second_stream_between_blocks_is_refused(tmp_path: Path) -> None:
     later = next(n for n in norms if n.inputs[1].name == "vision_model.encoder.layers.4.norm1.weight")  # type: ignore[union-attr]
     later.replace_input_with(0, inner.outputs[0])
     with pytest.raises(BuildError, match="cannot be split") as caught:
-        split_graph(model, component_spec("vision", checkpoint.config), 5)
+        split_graph(model, component_spec("vision", checkpoint.config), BLOCKS, 5)
     assert caught.value.why.startswith("2 values go")
 
 

@@ -19,8 +19,9 @@ from ivl_export.models import ChatConfig, InternViTConfig, VisionConfig, load_ch
 from ivl_export.models.chat import InternVLChatModel, splice
 from ivl_export.models.chat_vision import SelectedVisionTower
 from ivl_export.models.checkpoint import open_checkpoint
-from ivl_export.models.config import VICUNA_7B, VICUNA_13B, load_config
-from ivl_export.models.layout import CHAT_TOWER, expected_shapes
+from ivl_export.models.config import VICUNA_7B, VICUNA_13B
+from ivl_export.models.layout import CHAT_TOWER
+from ivl_export.models.registry import expected_shapes, load_config
 from ivl_export.models.vit import resize_positions
 from ivl_export.tests.numbers import GRADIENT, HIDDEN, LOGITS, LOSS, near
 
@@ -253,6 +254,7 @@ def test_vision_tower_alone(folder: Path, golden: dict[str, Tensor]) -> None:
     vit = load_model(tower).vision_model
     with torch.no_grad():
         near(torch.stack(vit.hidden_states(golden["images"])), golden["vit_hidden_states"], HIDDEN)
+        near(load_model(tower).vision(golden["images"]), golden["vit_hidden_states"][-1], HIDDEN)
     with pytest.raises(CheckpointError, match="is not an InternVL-Chat"):
         load_chat(tower)
     shapes = expected_shapes(InternViTConfig())

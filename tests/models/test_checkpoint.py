@@ -5,6 +5,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from ivl_export.errors import CheckpointError
 from ivl_export.models import InternVLConfig, load_model
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
-from ivl_export.models.layout import expected_shapes, infer_config, published_key
+from ivl_export.models.layout import infer_config, published_key
+from ivl_export.models.registry import expected_shapes
 from ivl_export.models.storage import read_header
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -44,7 +46,7 @@ def older_name(key: str) -> str:
 
 def contrastive(tensors: Tensors) -> Tensors:
     config = InternVLConfig.load(TINY / "config.json")
-    return {k: tensors[k] for k in expected_shapes(config, contrastive_only=True)}
+    return {k: tensors[k] for k in expected_shapes(replace(config, contrastive_only=True))}
 
 
 def halves(tensors: Tensors) -> list[Tensors]:
@@ -122,10 +124,11 @@ def test_expected_shapes_are_the_models(
         attn_pool_num_heads=2,
         num_query_token=queries,
         cross_attention_frequency=frequency,
+        contrastive_only=only_c,
     )
     with torch.device("meta"):
-        model = InternVLModel(config, only_c)
-    assert {k: tuple(t.shape) for k, t in model.state_dict().items()} == expected_shapes(config, only_c)
+        model = InternVLModel(config)
+    assert {k: tuple(t.shape) for k, t in model.state_dict().items()} == expected_shapes(config)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -143,7 +146,7 @@ def test_every_layout_reads_back_equal(layout: str, tiny: Tensors, tmp_path: Pat
     assert not any(p.is_meta for p in model.parameters())
     assert checkpoint.has("vision")
     assert checkpoint.has("qllama_query") == (layout != "older")
-    assert checkpoint.modes[-1] == ("InternVL-C" if layout == "older" else "InternVL-G")
+    assert checkpoint.config.contrastive_only == (layout == "older")
 
 
 def test_offsets_point_at_the_bytes(tiny: Tensors) -> None:
@@ -210,7 +213,7 @@ def test_older_names_map_back(tiny: Tensors) -> None:
 
 def test_older_file_without_config_gets_its_sizes_from_shapes() -> None:
     full = InternVLConfig()
-    inferred = infer_config(expected_shapes(full, contrastive_only=True), "x.pth")
+    inferred = infer_config(expected_shapes(replace(full, contrastive_only=True)), "x.pth")
     assert inferred == full
 
 

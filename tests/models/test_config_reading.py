@@ -17,13 +17,8 @@ from ivl_export.cli import main
 from ivl_export.errors import CapabilityError, CheckpointError, IvlError
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.models.checkpoint import open_checkpoint
-from ivl_export.models.config import (
-    ChatConfig,
-    InternViTConfig,
-    InternVLConfig,
-    config_from_published,
-    image_settings,
-)
+from ivl_export.models.config import ChatConfig, InternViTConfig, InternVLConfig
+from ivl_export.models.registry import config_from_published, family_of
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TINY = json.loads((GOLDENS / "tiny" / "config.json").read_text())
@@ -68,6 +63,10 @@ LLAVA = {
     "unfreeze_mm_vision_tower": True,
     "use_mm_proj": True,
 }
+
+
+def settings_of(config: ModelConfig, settings: ImageSettings) -> ImageSettings:
+    return family_of(config).image_settings(config, settings)
 
 
 def internvl(qllama: dict[str, Any] | None = None, drop: tuple[str, ...] = (), **top: Any) -> InternVLConfig:
@@ -317,10 +316,10 @@ def test_unknown_keys_are_named_once(
 
 def test_padding_is_read_from_a_chat_config() -> None:
     crop = ImageSettings(84, mode="center_crop")
-    assert image_settings(chat(image_aspect_ratio="pad"), crop).mode == "pad"
+    assert settings_of(chat(image_aspect_ratio="pad"), crop).mode == "pad"
     for ratio in ("square", None):
-        assert image_settings(chat(image_aspect_ratio=ratio), crop).mode == "center_crop"
-    assert image_settings(internvl(), crop) == ImageSettings(56, mode="center_crop")
+        assert settings_of(chat(image_aspect_ratio=ratio), crop).mode == "center_crop"
+    assert settings_of(internvl(), crop) == ImageSettings(56, mode="center_crop")
 
 
 JSON = st.recursive(

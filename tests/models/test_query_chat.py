@@ -23,8 +23,10 @@ from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.models import ChatConfig, InternVLConfig, load_chat
 from ivl_export.models.chat import InternVLChatModel, splice
 from ivl_export.models.checkpoint import open_checkpoint
-from ivl_export.models.config import VICUNA_7B, VICUNA_13B, load_config
-from ivl_export.models.layout import CHAT_TOWER, HEADS, QUERY_CHAT_COMPONENTS, expected_shapes
+from ivl_export.models.config import VICUNA_7B, VICUNA_13B
+from ivl_export.models.layout import CHAT_TOWER, HEADS
+from ivl_export.models.registry import expected_shapes, load_config
+from ivl_export.tests.components import QUERY_CHAT_COMPONENTS
 from ivl_export.tests.numbers import FEATURES, LOGITS, near
 
 from ..conftest import CHAT, ROOT, TINY

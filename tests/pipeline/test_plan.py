@@ -141,7 +141,8 @@ def test_components_that_the_checkpoint_lacks(ask: Ask, monkeypatch: pytest.Monk
     """As of an InternVL-C file of the older layout, which has no query pass and no captions."""
 
     def narrow(path: Path) -> Checkpoint:
-        return replace(open_checkpoint(path), contrastive_only=True)
+        checkpoint = open_checkpoint(path)
+        return replace(checkpoint, model=replace(checkpoint.config, contrastive_only=True))
 
     monkeypatch.setattr(plan_module, "open_checkpoint", narrow)
     with pytest.raises(CapabilityError, match=r"no weights for qllama_step\. It has vision, qllama_text"):
@@ -351,7 +352,7 @@ def test_what_is_built_beside_the_usual(ask: Ask) -> None:
     assert "qllama_itm" not in usual.components
     more = ask(itm=True, features=(-2, 1))
     assert more.components == (*usual.components, "qllama_itm")
-    assert more.checkpoint.whole.vision.feature_blocks == (1, 2)  # of three
+    assert more.checkpoint.config.vision.feature_blocks == (1, 2)  # of three
     assert ask(components=("qllama_itm", "vision")).components == ("vision", "qllama_itm")
     assert ask(components=("vision",), itm=True).components == ("vision", "qllama_itm")
     with pytest.raises(UsageError, match="no block 9"):

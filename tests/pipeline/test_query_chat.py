@@ -18,9 +18,9 @@ from ivl_export.cli import main
 from ivl_export.inputs.chat_template import Turn, encode
 from ivl_export.models import load_chat
 from ivl_export.models.chat import InternVLChatModel
-from ivl_export.models.layout import QUERY_CHAT_COMPONENTS
 from ivl_export.runtime import InternVLChat
 from ivl_export.runtime.torch_tower import VisionTower
+from ivl_export.tests.components import QUERY_CHAT_COMPONENTS
 
 pytestmark = pytest.mark.numeric
 

@@ -13,21 +13,14 @@ import pytest
 from ivl_export import cli
 from ivl_export.bundle import Bundle
 from ivl_export.errors import CapabilityError, UsageError
-from ivl_export.export.components import component_spec
 from ivl_export.export.unquantized import export_plain
 from ivl_export.models.checkpoint import open_checkpoint
-from ivl_export.models.config import (
-    InternViTConfig,
-    InternVLConfig,
-    VisionConfig,
-    Whole,
+from ivl_export.models.config import InternViTConfig, InternVLConfig, VisionConfig
+from ivl_export.models.registry import (
+    ModelConfig,
+    component_names,
+    component_spec,
     config_from_published,
-)
-from ivl_export.models.layout import (
-    CHAT_COMPONENTS,
-    COMPONENTS,
-    QUERY_CHAT_COMPONENTS,
-    components_of,
     expected_shapes,
 )
 from ivl_export.pipeline import graph_steps
@@ -44,6 +37,7 @@ from ivl_export.profiles.measure.machine import Gpu
 from ivl_export.profiles.measure.receipt import SCHEMA, Settings, read, write
 from ivl_export.profiles.measure.timing import StopRule
 from ivl_export.quantization.recipe import load_recipe
+from ivl_export.tests.components import CHAT_COMPONENTS, COMPONENTS, QUERY_CHAT_COMPONENTS
 from ivl_export.tests.made_profiles import made_case, made_profile
 
 IDEAL = Efficiency(1.0, 1.0, 1.0)
@@ -125,11 +119,11 @@ def test_costs_have_the_published_counts(size: int) -> None:
 @pytest.fixture(scope="module")
 def graphs_of(
     tiny_bundle: Path, chat_bundle: Path, query_chat: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Whole, Callable[[str], Path]]]:
+) -> dict[str, tuple[ModelConfig, Callable[[str], Path]]]:
     """Of each form of the model its config, and where a component's fp32 graph lies."""
     checkpoint, out = open_checkpoint(query_chat), tmp_path_factory.mktemp("graphs")
-    found: dict[str, tuple[Whole, Callable[[str], Path]]] = {
-        "with queries": (checkpoint.whole, export_plain(checkpoint, out, dtype="fp32").graphs.__getitem__)
+    found: dict[str, tuple[ModelConfig, Callable[[str], Path]]] = {
+        "with queries": (checkpoint.model, export_plain(checkpoint, out, dtype="fp32").graphs.__getitem__)
     }
     for name, bundle in (("InternVL", Bundle.open(tiny_bundle)), ("chat", Bundle.open(chat_bundle))):
         config = config_from_published(bundle.manifest.model.config)
@@ -147,7 +141,7 @@ def graphs_of(
     ],
 )
 def test_costs_are_those_of_the_graph(
-    graphs_of: dict[str, tuple[Whole, Callable[[str], Path]]], form: str, component: str
+    graphs_of: dict[str, tuple[ModelConfig, Callable[[str], Path]]], form: str, component: str
 ) -> None:
     config, graph_of = graphs_of[form]
     spec = component_spec(component, config)
@@ -290,10 +284,10 @@ def test_sizes_are_those_of_a_build(tmp_path: Path, query_chat: Path, form: str)
     for precision in ("fp8", "bf16", "fp8-attention"):
         plan = plan_build(BuildConfig(tmp_path / "out", model, precision, calib_samples=4))
         made = graph_steps.GraphSource(plan.checkpoint, plan.recipe, plan.layers, None)
-        config = plan.checkpoint.whole
+        config = plan.checkpoint.model
         assert linear_shapes(config) == plan.linear_shapes
         assert plan_of(plan.recipe, config) == plan.layers
-        for name in components_of(config):
+        for name in component_names(config):
             ours = weights(config, plan.recipe, plan_of(plan.recipe, config), [name])
             assert (sum(ours.kept.values()), sum(ours.low.values())) == graph_steps.stored_bytes(made, [name])
             assert ours.build_load.build_bytes == graph_steps.build_load(made, name).build_bytes

@@ -42,7 +42,7 @@ class Graphed(Device):
 
 
 def plan(engine: Any) -> list[Task]:
-    task = Task.component("component", "vision", {"batch": 1}, "host to host", lambda: lambda: None)
+    task = Task.component("component", "vision", "images", {"batch": 1}, "host to host", lambda: lambda: None)
     components = SimpleNamespace(open=lambda name: engine)
     return resident_tasks(task, cast(Any, components), lambda: {"x": np.ones(1, np.float32)})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from ivl_export.calibration.dataset import Batch
 from ivl_export.calibration.recording import Recording
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.errors import CapabilityError, InputError, UsageError
-from ivl_export.export.components import component_module, component_spec
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import load_state, open_checkpoint
+from ivl_export.models.registry import component_module, component_spec
 from ivl_export.runtime import InternVL, Ranking
 from ivl_export.tests.calibration.reference import torch_runner
 from ivl_export.training.losses import IGNORE, Stage2Batch, Text, matching_texts
@@ -140,7 +141,7 @@ def test_what_cannot_be_matched_says_so(model: InternVL, tiny_bundle: Path) -> N
             model.rerank(queries, images, found)
     older = open_checkpoint(TINY)
     with pytest.raises(CapabilityError, match="InternVL-C"):
-        component_module("qllama_itm", older.model, contrastive_only=True)
+        component_module("qllama_itm", replace(older.config, contrastive_only=True))
     with InternVL.load(tiny_bundle, threads=1) as other:
         del other.bundle.manifest.components["qllama_itm"]
         with pytest.raises(CapabilityError, match="--itm"):
@@ -164,12 +165,12 @@ def test_the_streamed_model_matches_the_chained_one(tiny_model: Path, tmp_path: 
     pairs: list[str] = []
     for batch, steps in recording:
         assert isinstance(batch, Batch)
-        chained = list(run_chain(runners, batch))
+        chained = list(run_chain(runners, batch, checkpoint.model))
         assert [step.component for step in steps] == [step.component for step in chained]
         for want, got in zip(chained, steps, strict=True):
             assert set(want.inputs) == set(got.inputs)
             for name, array in want.outputs.items():
                 np.testing.assert_allclose(got.outputs[name], array, atol=2e-5)
-        pairs += [tokenizer.decode(row.tolist()) for row in batch.match_ids]
+        pairs += [tokenizer.decode(row.tolist()) for row in batch.texts.match_ids]
     ids, _ = tokenizer.encode_contrastive([said[i] for i in (0, 2, 2, 0, 4)], prefix="")
     assert pairs == [tokenizer.decode(row.tolist()) for row in ids]

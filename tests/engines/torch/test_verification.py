@@ -19,8 +19,7 @@ from ivl_export.bundle import Bundle
 from ivl_export.engines.torch.linears import best_product, quantised_linear
 from ivl_export.engines.torch.trace import Op, named_ranges, traced
 from ivl_export.errors import BuildError
-from ivl_export.export.components import component_module
-from ivl_export.models.config import config_from_published
+from ivl_export.models.registry import component_module, config_from_published
 from ivl_export.profiles.measure.inputs import random_inputs
 from ivl_export.quantization.quantize import pack, quantise
 from ivl_export.quantization.schemes import SCHEMES

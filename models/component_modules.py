@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..models.chat_vision import QueryTower, SelectedVisionTower, TwoMLP, projector
-from ..models.config import ChatConfig, InternViTConfig, InternVLConfig
-from ..models.generate import step_mask
-from ..models.heads import AttentionPool
-from ..models.qllama import Decoder, KeyValue, QLlama, Visible, query_pass, run_layers
-from ..models.vit import InternViT
+from .chat_vision import QueryTower, SelectedVisionTower, TwoMLP, projector
+from .config import ChatConfig, InternViTConfig, InternVLConfig
+from .generate import step_mask
+from .heads import AttentionPool
+from .qllama import Decoder, KeyValue, QLlama, Visible, query_pass, run_layers
+from .vit import InternViT
 
 
 class Vision(nn.Module):
@@ -198,23 +198,6 @@ class ChatStep(nn.Module):
         pairs = list(zip(past[::2], past[1::2], strict=True))
         hidden, new = run_layers(self.model, input_embeds, positions, visible, past=pairs)
         return (self.lm_head(hidden[:, -1:]).squeeze(1), *_flat(new))
-
-
-INTERNVL: dict[str, type[Vision | Query | Text | Step | Match]] = {
-    "vision": Vision,
-    "qllama_query": Query,
-    "qllama_text": Text,
-    "qllama_step": Step,
-    "qllama_itm": Match,
-}
-INTERNVIT = {"vision": VisionTokens}
-_DECODER: dict[str, type[ChatEmbed | ChatStep]] = {"decoder_embed": ChatEmbed, "decoder": ChatStep}
-CHAT: dict[str, type[nn.Module]] = {"vision_chat": ChatVision, **_DECODER}
-QUERY_CHAT: dict[str, type[nn.Module]] = {
-    "vision_chat": ChatFeatures,
-    "query_chat": ChatQueries,
-    **_DECODER,
-}
 
 
 def _flat(pairs: list[KeyValue]) -> list[Tensor]:
