@@ -80,7 +80,7 @@ class Flow:
     def run(self, segment: Segment, call: Call, pixels: Array | None) -> Made:
         """One call through one segment: hidden states [B, T, H], and the component's outputs made there."""
         component, config = self.modules.components[call.component], self.modules.config
-        module, context = self.modules.by_name[call.component], self._context(call, pixels)
+        module, context = self.modules.by_name[call.component], self._context(segment, call, pixels)
         spill = self.spills[segment.tower]
         if segment.entry:
             x = component.enter(config, module, context)
@@ -105,7 +105,7 @@ class Flow:
         """What a block read, and what it makes of it now; nothing is kept. After :meth:`run` of that call."""
         component = self.modules.components[call.component]
         x = self.spills[segment.tower].read(segment.block % 2, call.place).to(self.modules.device)
-        module, context = self.modules.by_name[call.component], self._context(call, None)
+        module, context = self.modules.by_name[call.component], self._context(segment, call, None)
         return x, component.run_block(self.modules.config, module, segment.block, x, context)[0]
 
     def finished(self, segment: Segment) -> None:
@@ -142,22 +142,20 @@ class Flow:
         for spill in (*self.spills.values(), *self._outputs.values()):
             spill.close()
 
-    def _context(self, call: Call, pixels: Array | None) -> Context:
+    def _context(self, segment: Segment, call: Call, pixels: Array | None) -> Context:
         arrays = call.inputs if pixels is None else {**call.inputs, "pixel_values": pixels}
-        device, continues, past = self.modules.device, call.continues, self.source._past
+        device, past = self.modules.device, None
         inputs = {n: torch.from_numpy(np.ascontiguousarray(a)).to(device) for n, a in arrays.items()}
-        if continues is not None and past is not None:
-            keys, values = (tensor[continues].contiguous() for tensor in past)
+        # Keys and values are those of the block that runs; the last batch's are left at the exit.
+        if (
+            call.continues is not None
+            and self.source._past is not None
+            and not (segment.entry or segment.exit)
+        ):
+            keys, values = (tensor[call.continues].contiguous() for tensor in self.source._past)
             past = keys, values
         modules = {**self.source.modules.by_name, **self.modules.by_name}
-        return Context(
-            inputs,
-            len(call.rows),
-            _Linked(self, call),
-            past if continues is not None else None,
-            modules,
-            call.cut,
-        )
+        return Context(inputs, len(call.rows), _Linked(self, call), past, modules, call.cut)
 
     def _kept(self, call: Call, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """``outputs``, of which those that other towers read are kept."""

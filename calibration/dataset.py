@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..errors import InputError
+from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, Turn, encode
 from ..inputs.preprocess import Array, ImageSettings, preprocess_images
 from ..inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer
-from ..models.calls import LONGEST_STEP, Dialogue, Texts
+from ..models.calls import LONGEST_PROMPT, LONGEST_STEP, Dialogue, Texts
 
 if TYPE_CHECKING:
     from ..synthetic.scenes import Scene
@@ -27,6 +28,10 @@ SMALL = 32
 """Fewer samples than this get a notice."""
 
 MAX_FILE_BYTES = 1 << 29
+QUESTION = "Describe this image."
+"""The question about images that come with a caption, which is the answer."""
+SCENE_TURNS = 3
+
 FALLBACK_CAPTIONS = (
     "a photo of a person standing in front of a building",
     "two dogs playing on the grass in a park",
@@ -143,8 +148,6 @@ class Samples:
     @cached_property
     def dialogues(self) -> tuple[Dialogue, ...]:
         """A conversation about each image."""
-        from .chat import dialogue_of
-
         return tuple(dialogue_of(sample, self.tokenizer) for sample in self.samples)
 
 
@@ -293,3 +296,20 @@ def read_bytes(image: Path | Stored) -> bytes:
         raise InputError(
             f"Cannot read {path}.", error.strerror or str(error), "Make it readable, or leave it out."
         ) from error
+
+
+def dialogue_of(sample: Sample, tokenizer: SentencePieceTokenizer) -> Dialogue:
+    """A conversation about ``sample``, always the same: of its scene, or its caption as an answer."""
+    turns = [Turn(QUESTION, sample.text, 1)]
+    if not isinstance(sample.image, Path):
+        import numpy as np
+
+        from ..synthetic import dialogues
+
+        rng = np.random.default_rng(int(sample.digest[:16], 16))
+        turns = dialogues.conversation(dialogues.dialogue(rng, sample.image, SCENE_TURNS))  # type: ignore[arg-type]
+    ids, labels = encode(turns, tokenizer)
+    last = len(ids) - next(i for i, label in enumerate([*reversed(labels), IGNORE]) if label == IGNORE)
+    cut = ids.index(IMAGE_TOKEN)
+    answer = ids[last:-1][:LONGEST_STEP] or ids[last:]
+    return Dialogue(tuple(ids[:cut]), tuple(ids[cut + 1 : last][-LONGEST_PROMPT:]), tuple(answer))

@@ -39,7 +39,7 @@ def tiny_bundle(request: pytest.FixtureRequest) -> Path:
         ROOT / name
         for name in ("bundle/spec.py", "bundle/bundle.py", "bundle/manifest.py", "bundle/manifest_reading.py")
     ]
-    sources += [*(ROOT / "models").glob("*.py"), *(ROOT / "export").glob("*.py")]
+    sources += [*(ROOT / "models").rglob("*.py"), *(ROOT / "export").glob("*.py")]
     for path in [*sorted(sources), Path(__file__), TINY / "config.json", TINY / "model.safetensors"]:
         digest.update(path.read_bytes())
     digest.update(" ".join(version(p) for p in ("torch", "onnx", "onnxscript", "onnx-ir")).encode())

@@ -311,8 +311,9 @@ class Decoder(Component[ChatConfig]):
 
     def feeds(self, config: ChatConfig, call: Call, outputs: Mapping[str, Arrays]) -> Arrays:
         inputs = {name: array for name, array in call.inputs.items() if name != "input_ids"}
-        seen = [outputs[link.component][name][call.rows] for name, link in self.links(config).items()][:-1]
-        visual = np.concatenate(seen, 1) if call.cut is not None else None
+        links = self.links(config)
+        images = [outputs[links[name].component][name][call.rows] for name in visual_names(config)]
+        visual = np.concatenate(images, 1) if call.cut is not None else None
         embeds = splice(outputs["decoder_embed"]["input_embeds"], visual, call.cut)
         if call.continues is None:
             return {"input_embeds": embeds, **inputs, **self._empty_past(config, len(call.rows))}

@@ -11,9 +11,8 @@ import torch
 
 from ivl_export.calibration.accuracy import Comparison, Metrics, component_accuracy
 from ivl_export.calibration.calibrate import SegmentTime, calibrate, spilled_bytes
-from ivl_export.calibration.chat import dialogue_of
 from ivl_export.calibration.component_chain import Runner, run_chain
-from ivl_export.calibration.dataset import CalibrationSet
+from ivl_export.calibration.dataset import CalibrationSet, dialogue_of
 from ivl_export.calibration.folding import fold, groups
 from ivl_export.calibration.recording import Recording
 from ivl_export.calibration.segments import Modules, segments, towers

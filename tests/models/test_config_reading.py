@@ -18,7 +18,7 @@ from ivl_export.errors import CapabilityError, CheckpointError, IvlError
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.config import ChatConfig, InternViTConfig, InternVLConfig
-from ivl_export.models.registry import config_from_published, family_of
+from ivl_export.models.registry import ModelConfig, config_from_published, family_of
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TINY = json.loads((GOLDENS / "tiny" / "config.json").read_text())
