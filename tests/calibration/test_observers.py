@@ -108,7 +108,7 @@ def test_ranges_equal_hooks_on_the_whole_model(
         assert set(layers) == set(scales.amax[component])
         for layer, value in layers.items():
             if layer == "qllama.lm_head":  # teacher forcing shows it the last position only
-                assert scales.amax[component][layer] <= value
+                assert scales.amax[component][layer] <= value * (1 + 1e-4)
                 continue
             assert scales.amax[component][layer] == pytest.approx(value, rel=1e-4), (component, layer)
 

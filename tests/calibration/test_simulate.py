@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from functools import partial
 from pathlib import Path
 
@@ -66,13 +67,18 @@ def test_the_simulation_agrees_with_onnxruntime(precision: str, tmp_path: Path) 
         (simulated.chained, graph.chained),
     ):
         assert list(mine) == list(theirs) == list(built[0].components)
+        differences = []
         for component, outputs in theirs.items():
             assert list(mine[component]) == list(outputs)
             for name, want in outputs.items():
                 got = mine[component][name]
                 assert got.samples == want.samples
                 assert got.cosine == pytest.approx(want.cosine, abs=2e-3), (component, name)
-                assert got.sqnr_db == pytest.approx(want.sqnr_db, abs=1.5), (component, name)
+                assert got.sqnr_db == pytest.approx(want.sqnr_db, abs=6), (component, name)
+                differences.append(abs(got.sqnr_db - want.sqnr_db))
+        # Ties that fall the other way move single outputs by up to 1.8 dB; half of all move by under 0.05.
+        # A rounding that only one of the two does moves them all by 3.
+        assert statistics.median(differences) < 0.3
     for component, found in simulated.blocks.items():
         assert all(5 < metrics.sqnr_db < 60 for metrics in found), component
     assert Receipt.from_json(simulated.to_json()) == simulated
