@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..engines.tensorrt.options import TACTICS, BuildOptions
+from ..engines.tensorrt.options import OPTIONS, BuildOptions
 from ..errors import UsageError
 from .build_tables import print_dry_run, print_report, print_search
 from .options import (
@@ -80,46 +80,16 @@ def build(
             **ENGINES,
         ),
     ] = None,
-    optimization_level: Annotated[
-        int | None, typer.Option(help="0 (fast build) to 5 (fast engine); else the library's 3.", **ENGINES)
-    ] = None,
-    workspace: Annotated[
-        str | None, typer.Option(help="Scratch memory an engine may use: 512M, 2G.", **ENGINES)
-    ] = None,
-    tactic_sources: Annotated[
-        str | None,
-        typer.Option(help=f"Where kernels may come from: {', '.join(TACTICS)}, or none.", **ENGINES),
-    ] = None,
-    tiling: Annotated[
-        str | None,
-        typer.Option(help="How hard to look for tilings in L2: none, fast, moderate, full.", **ENGINES),
-    ] = None,
-    l2: Annotated[str | None, typer.Option(help="L2 cache a tiling may use: 32M.", **ENGINES)] = None,
-    weight_streaming: Annotated[
-        bool,
+    engine_options: Annotated[
+        list[str] | None,
         typer.Option(
-            "--weight-streaming", help="Weights may stay in host memory, streamed while running.", **ENGINES
-        ),
-    ] = False,
-    refit: Annotated[
-        bool, typer.Option("--refit", help="Weights can be exchanged in the engine. Needs a GPU.", **ENGINES)
-    ] = False,
-    strip_plan: Annotated[
-        bool,
-        typer.Option(
-            "--strip-plan",
-            help="Engines without weights, put in from the graph when opened. Needs a GPU.",
+            "-O",
+            "--engine-option",
+            help="A setting of the engine builder, as often as needed: " + ", ".join(OPTIONS) + ".",
+            metavar="KEY=VALUE",
             **ENGINES,
         ),
-    ] = False,
-    hardware_compatible: Annotated[
-        str | None,
-        typer.Option(help="tensorrt: run on other GPUs too: ampere+ or same-cc.", **ENGINES),
     ] = None,
-    version_compatible: Annotated[
-        bool,
-        typer.Option("--version-compatible", help="tensorrt: later releases can load the engine.", **ENGINES),
-    ] = False,
     no_cache: Annotated[
         bool,
         typer.Option("--no-cache", help="Take no engine or kernel time of an earlier build.", **ENGINES),
@@ -155,16 +125,14 @@ def build(
         show_recipe(recipe, as_json)
         return
     from ..files.cache_dir import parse_size
-    from ..models.shipped import shipped_name
     from ..pipeline import run
-    from ..pipeline.config import MIXED, BuildConfig
+    from ..pipeline.config import MIXED, BuildConfig, default_out
     from ..pipeline.report import describe
     from .inputs import names, numbers
     from .progress import Bars
 
-    name = shipped_name(model) or (model or Path()).resolve().name.removesuffix(".pth")
     config = BuildConfig(
-        out=out or Path("bundles") / f"{name}-{Path(precision).stem}",
+        out=out or default_out(model, precision),
         model=model,
         precision=precision,
         budget=budget,
@@ -182,18 +150,7 @@ def build(
         split=split,
         preset=preset,
         shapes=tuple(shapes or ()),
-        engine_options=BuildOptions(
-            optimization_level=optimization_level,
-            workspace_bytes=None if workspace is None else parse_size(workspace, "--workspace"),
-            tactic_sources=_sources(tactic_sources),
-            tiling=tiling,
-            l2_bytes=None if l2 is None else parse_size(l2, "--l2"),
-            weight_streaming=weight_streaming,
-            refit=refit,
-            strip_plan=strip_plan,
-            hardware=hardware_compatible,
-            version_compatible=version_compatible,
-        ),
+        engine_options=BuildOptions.of(engine_options or ()),
         no_cache=no_cache,
         cache_size=None if cache_size is None else parse_size(cache_size, "--cache-size"),
         allow_accuracy_loss=allow_accuracy_loss,
@@ -218,10 +175,3 @@ def build(
         print_report(report)
         if plan.searched:
             print_search(result.bundle.receipt(MIXED))
-
-
-def _sources(text: str | None) -> tuple[str, ...] | None:
-    """Tactic sources; an empty tuple for ``none``, None where nothing was said."""
-    if text is None:
-        return None
-    return tuple(name.strip() for name in text.split(",") if name.strip() not in ("", "none"))

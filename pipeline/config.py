@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..engines.tensorrt import library as trt
 from ..engines.tensorrt.options import BuildOptions
+from ..models.shipped import shipped_name
 
 if TYPE_CHECKING:
     from ..training.distributed import Strategy
@@ -18,6 +19,12 @@ TENSORRT = trt.TENSORRT
 BACKENDS = (ORT, RTX, TENSORRT)
 MIXED = "mixed"
 """The precision whose recipe is searched (:mod:`.search_steps`)."""
+
+
+def default_out(model: Path | None, precision: str) -> Path:
+    """Where a bundle goes if nothing is said: ``bundles/MODEL-PRECISION``."""
+    name = shipped_name(model) or (model or Path()).resolve().name.removesuffix(".pth")
+    return Path("bundles") / f"{name}-{Path(precision).stem}"
 
 
 @dataclass(frozen=True)

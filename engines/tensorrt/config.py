@@ -58,29 +58,29 @@ def check_options(lib: Library, options: BuildOptions) -> None:
     if rtx and options.hardware not in (None, "none"):
         _refuse(
             lib,
-            "--hardware-compatible",
+            "-O hardware-compatible",
             "Its engines run on the GPUs they name.",
             "Give --targets sm80,sm89.",
         )
     if rtx and options.version_compatible:  # it looks for a library libnvinfer_lean that RTX does not ship
         _refuse(
-            lib, "--version-compatible", "Its engines are tied to the release that built them.",
+            lib, "-O version-compatible", "Its engines are tied to the release that built them.",
             "Build with --backend tensorrt, or once more for each release.",
         )  # fmt: skip
     if rtx and (options.refit or options.strip_plan) and not gpus():  # fails in its code generator: tried
-        flag = "--strip-plan" if options.strip_plan else "--refit"
+        flag = "-O strip-plan" if options.strip_plan else "-O refit"
         _refuse(
             lib, flag, "It needs a GPU and its driver to build such engines.", "Build on a machine with one."
         )
     if options.refit and lib.release.startswith(_REFIT_LOSES_BIASES):
         _refuse(
-            lib, "--refit", "In 11.3 engines that can be refitted may lose biases (NVIDIA's release notes).",
-            "Use TensorRT 10.16 or 11.4, or --strip-plan, which is not concerned.",
+            lib, "-O refit", "In 11.3 engines that can be refitted may lose biases (NVIDIA's release notes).",
+            "Use TensorRT 10.16 or 11.4, or -O strip-plan, which is not concerned.",
         )  # fmt: skip
     for source in options.tactic_sources or ():
         if not hasattr(trt.TacticSource, _member(source)):
             have = ", ".join(name.lower().replace("_", "-") for name in trt.TacticSource.__members__)
-            _refuse(lib, f"--tactic-sources {source}", f"It has {have}.", "TensorRT 10 has all of them.")
+            _refuse(lib, f"-O tactic-sources={source}", f"It has {have}.", "TensorRT 10 has all of them.")
 
 
 def _set_targets(lib: Library, config: Any, targets: Sequence[str]) -> None:

@@ -111,7 +111,7 @@ def _refit(lib: trt.Library, logger: Any, engine: Any, path: Path, graph: Path |
         raise IntegrityError(
             f"The stripped engine {path} did not get its weights.",
             trt.reasons(logger) if graph else "There is no graph to take them from.",
-            "Copy the bundle again, or rebuild it without --strip-plan.",
+            "Copy the bundle again, or rebuild it without -O strip-plan.",
         )
 
 

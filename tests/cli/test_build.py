@@ -277,7 +277,7 @@ def test_an_engine_of_an_earlier_build_is_taken_over(
     assert again == {**first, "cached": True}
     files = [tmp_path / name / engine.file for name in ("one", "two")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    other, engine = built("three", "--preset", "latency", "--weight-streaming")
+    other, engine = built("three", "--preset", "latency", "-O", "weight-streaming")
     assert "cached" not in other
     assert engine.built is not None
     assert engine.built.profiles[0]["batch"] == (1, 1, 8)
@@ -295,15 +295,17 @@ def test_an_engine_of_an_earlier_build_is_taken_over(
         (["--shapes", "batch=1:2"], 2, "--shapes"),
         (["--shapes", "batch=1:2:999"], 2, "1 to 128"),
         (["--shapes", "depth=1:2:3"], 2, "qllama_step.past"),
-        (["--optimization-level", "9"], 2, "level 9"),
-        (["--workspace", "lots"], 2, "--workspace"),
-        (["--tiling", "wild"], 2, "--tiling"),
-        (["--tactic-sources", "magic"], 2, "--tactic-sources"),
-        (["--hardware-compatible", "ampere+"], 5, "--targets sm80"),
-        (["--version-compatible"], 5, "--backend tensorrt"),
-        (["--refit"], 5, "machine with one"),
-        (["--strip-plan"], 5, "machine with one"),
-        (["--tactic-sources", "cublas"], 5, "TensorRT 10"),
+        (["-O", "optimization-level=9"], 2, "It takes 0 to 5"),
+        (["-O", "workspace=lots"], 2, "-O workspace does not take 'lots'"),
+        (["-O", "tiling=wild"], 2, "none, fast, moderate, full"),
+        (["--engine-option", "tactic-sources=magic"], 2, "cublas-lt"),
+        (["-O", "tilling=fast"], 2, "Did you mean -O tiling"),
+        (["-O", "tiling=fast", "-O", "tiling=full"], 2, "given twice"),
+        (["-O", "hardware-compatible=ampere+"], 5, "--targets sm80"),
+        (["-O", "version-compatible"], 5, "--backend tensorrt"),
+        (["-O", "refit"], 5, "machine with one"),
+        (["-O", "strip-plan=true"], 5, "machine with one"),
+        (["-O", "tactic-sources=cublas"], 5, "TensorRT 10"),
         (["--backend", "tensorrt"], 5, "ivl-export[gpu]"),
     ],
 )

@@ -161,7 +161,7 @@ def test_the_line_that_rebuilds_names_all_that_was_asked(monkeypatch: pytest.Mon
     here(monkeypatch, None, Gpu("NVIDIA RTX 5090", "sm120"))
     line = (
         "ivl-export build --model weights/14B --precision fp8 --backend tensorrt-rtx --targets sm120 "
-        "--workspace 4096 --tactic-sources none --refit --hardware-compatible ampere+ "
+        "-O workspace=4096 -O tactic-sources=none -O refit -O hardware-compatible=ampere+ "
         "--shapes qllama_step.batch=1:1:4 --shapes qllama_step.past=2:2:6"
     )
     assert rebuild_line(manifest, file) == line

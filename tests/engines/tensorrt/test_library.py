@@ -168,12 +168,12 @@ def test_a_stripped_plan_takes_back_the_same_weights(make: Make) -> None:
 @pytest.mark.parametrize(
     ("release", "options", "what", "fix"),
     [
-        (RTX, {"hardware": "same-cc"}, "--hardware-compatible", "--targets"),
-        (RTX, {"version_compatible": True}, "--version-compatible", "--backend tensorrt"),
-        (RTX, {"refit": True}, "--refit", "machine with one"),
-        (RTX, {"strip_plan": True}, "--strip-plan", "machine with one"),
-        (RTX, {"tactic_sources": ("cublas",)}, "--tactic-sources cublas", "TensorRT 10"),
-        (TRT11, {"tactic_sources": ("cudnn",)}, "--tactic-sources cudnn", "TensorRT 10"),
+        (RTX, {"hardware": "same-cc"}, "-O hardware-compatible", "--targets"),
+        (RTX, {"version_compatible": True}, "-O version-compatible", "--backend tensorrt"),
+        (RTX, {"refit": True}, "-O refit", "machine with one"),
+        (RTX, {"strip_plan": True}, "-O strip-plan", "machine with one"),
+        (RTX, {"tactic_sources": ("cublas",)}, "-O tactic-sources=cublas", "TensorRT 10"),
+        (TRT11, {"tactic_sources": ("cudnn",)}, "-O tactic-sources=cudnn", "TensorRT 10"),
     ],
 )
 def test_what_a_release_cannot_do_says_where_it_can_be_had(
@@ -346,7 +346,7 @@ def test_only_one_module_imports_tensorrt() -> None:
     found = [p.name for p in sources if "tests" not in p.parts and "tensorrt_rtx" in _imported(p)]
     assert found == []
     by_name = [p.name for p in sources if "import_module(_MODULES" in p.read_text(encoding="utf-8")]
-    assert by_name == ["trt.py"]
+    assert by_name == ["library.py"]
 
 
 def _imported(path: Path) -> set[str]:
@@ -369,7 +369,7 @@ def test_every_name_asked_for_with_hasattr_is_somewhere_and_not_everywhere() -> 
     ]
     always = {"build_serialized_network_to_stream"}  # in these three, not in 10.11 and 10.12
     asked = set()
-    for name in ("trt.py", "trt_network.py", "trt_config.py"):
+    for name in ("library.py", "network.py", "config.py"):
         for node in ast.walk(ast.parse((Path(trt.__file__).parent / name).read_text(encoding="utf-8"))):
             guard = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
             if guard and node.func.id == "hasattr" and isinstance(node.args[1], ast.Constant):  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from ivl_export.engines.gpu import gpus
 from ivl_export.engines.tensorrt.build import build_engine
-from ivl_export.engines.tensorrt.options import HARDWARE, TACTICS, TILINGS, BuildOptions
+from ivl_export.engines.tensorrt.options import HARDWARE, OPTIONS, TACTICS, TILINGS, BuildOptions
 from ivl_export.errors import CapabilityError, IntegrityError, UsageError
 
 if TYPE_CHECKING:
@@ -21,27 +22,74 @@ if TYPE_CHECKING:
 SIZES = st.none() | st.integers(1, 1 << 40)
 
 
-@given(
-    st.builds(
-        BuildOptions,
-        optimization_level=st.none() | st.integers(0, 5),
-        workspace_bytes=SIZES,
-        tactic_sources=st.none() | st.lists(st.sampled_from(TACTICS), unique=True).map(tuple),
-        tiling=st.none() | st.sampled_from(TILINGS),
-        l2_bytes=SIZES,
-        hardware=st.none() | st.sampled_from(HARDWARE),
-        weight_streaming=st.booleans(),
-        refit=st.booleans(),
-        strip_plan=st.booleans(),
-        version_compatible=st.booleans(),
-    )
+ANY = st.builds(
+    BuildOptions,
+    optimization_level=st.none() | st.integers(0, 5),
+    workspace_bytes=SIZES,
+    tactic_sources=st.none() | st.lists(st.sampled_from(TACTICS), unique=True).map(tuple),
+    tiling=st.none() | st.sampled_from(TILINGS),
+    l2_bytes=SIZES,
+    hardware=st.none() | st.sampled_from(HARDWARE),
+    weight_streaming=st.booleans(),
+    refit=st.booleans(),
+    strip_plan=st.booleans(),
+    version_compatible=st.booleans(),
 )
+
+
+@given(ANY)
 def test_options_are_plain_data_and_back(options: BuildOptions) -> None:
     assert BuildOptions.from_json(json.loads(json.dumps(options.to_json()))) == options
 
 
 def test_defaults_are_nothing() -> None:
     assert BuildOptions().to_json() == {}
+    assert BuildOptions.of(()) == BuildOptions.of({}) == BuildOptions()
+
+
+@given(ANY)
+def test_the_words_that_give_options_are_read_as_them(options: BuildOptions) -> None:
+    words = options.flags()
+    assert words[::2] == ["-O"] * (len(words) // 2)
+    assert BuildOptions.of(words[1::2]) == options
+
+
+def test_every_field_has_a_key() -> None:
+    assert sorted(option.field for option in OPTIONS.values()) == sorted(f.name for f in fields(BuildOptions))
+
+
+def test_options_from_python() -> None:
+    """Keys with dashes or underscores; values as their types, or as they are typed."""
+    typed = {"optimization_level": "4", "workspace": "2G", "tactic-sources": "cublas, cudnn", "refit": "true"}
+    plain = {
+        "optimization-level": 4,
+        "workspace": 2 << 30,
+        "tactic_sources": ["cublas", "cudnn"],
+        "refit": True,
+    }
+    want = BuildOptions(4, 2 << 30, ("cublas", "cudnn"), refit=True)
+    assert BuildOptions.of(typed) == BuildOptions.of({**plain, "refit": True}) == want
+    assert BuildOptions.of({"refit": False, "strip_plan": "false"}) == BuildOptions()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tilling": "fast"}, r"no engine option 'tilling'.*Did you mean -O tiling\?"),
+        ({"magic": 1}, r"optimization-level \(0 to 5\): 0 builds fastest.*version-compatible.*-O KEY=VALUE"),
+        ({"optimization-level": "fast"}, r"does not take 'fast'.*0 to 5.*Give -O optimization-level=0"),
+        ({"optimization-level": True}, r"does not take True"),
+        ({"workspace": "lots"}, r"does not take 'lots'.*a size: 512M, 2G.*Give -O workspace=512M"),
+        ({"refit": "maybe"}, r"does not take 'maybe'.*nothing, true or false.*Give -O refit,"),
+        ({"tiling": True}, r"does not take True.*none, fast, moderate, full"),
+        ({"tactic-sources": 3}, r"does not take 3.*edge-mask-convolutions"),
+        (["l2=1M", "l2=2M"], r"-O l2 is given twice"),
+        ({"strip-plan": True, "strip_plan": False}, r"given twice"),
+    ],
+)
+def test_options_that_cannot_be_read_are_explained(options: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=f"(?s){says}"):
+        BuildOptions.of(options)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +104,12 @@ def test_options_of_a_manifest_are_read_strictly(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "flag"),
     [
-        ({"optimization_level": 6}, "level 6"),
-        ({"tiling": "hard"}, "--tiling"),
-        ({"hardware": "hopper"}, "--hardware-compatible"),
-        ({"tactic_sources": ("magic",)}, "--tactic-sources"),
-        ({"workspace_bytes": 0}, "--workspace"),
-        ({"l2_bytes": -1}, "--l2"),
+        ({"optimization_level": 6}, "-O optimization-level does not take 6"),
+        ({"tiling": "hard"}, "-O tiling"),
+        ({"hardware": "hopper"}, "-O hardware-compatible"),
+        ({"tactic_sources": ("magic",)}, "-O tactic-sources"),
+        ({"workspace_bytes": 0}, "-O workspace"),
+        ({"l2_bytes": -1}, "-O l2"),
     ],
 )
 def test_options_that_do_not_exist_are_named(options: dict[str, Any], flag: str) -> None:
@@ -99,6 +147,6 @@ def test_rtx_refuses_it_before_it_builds(make: Make, tmp_path: Path, options: di
     if gpus() and not {"version_compatible", "hardware"} & set(options):
         pytest.skip("with a GPU it can be built")
     sample = make("mlp", dtype="bf16")
-    with pytest.raises(CapabilityError, match="cannot do --"):
+    with pytest.raises(CapabilityError, match="cannot do -O "):
         build_engine(sample.path, sample.spec, tmp_path / "x.engine", options=BuildOptions(**options))
     assert not (tmp_path / "x.engine").exists()
