@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..engines.products import FACTORS
+from ..engines.targets import TARGETS, TENSORRT_ONLY
+from ..engines.tensorrt.library import BUILDERS
 from ..errors import CapabilityError
 from .cache import app as cache
 from .estimate import asked_model
@@ -84,24 +88,7 @@ def _print(found: Diagnosis) -> None:
             for extra in found.extras
         ],
     )
-    print_table(
-        "Backends",
-        ("backend", "installed", "runs here", "otherwise"),
-        [
-            (
-                here.backend,
-                here.release,
-                f"no: {here.blocked}" if here.blocked else here.note or "yes",
-                here.install if here.release is None else None,
-            )
-            for here in found.backends
-        ],
-    )
-    print_table(
-        "What can be done here",
-        ("backend", "precision", "build", "run"),
-        [(a.backend, a.precision, _build(a), _run(a)) for a in found.abilities],
-    )
+    _print_backends(found)
     if found.needs is not None:
         needs = found.needs
         free = None if needs.free_memory is None else human_bytes(needs.free_memory)
@@ -121,13 +108,50 @@ def _print(found: Diagnosis) -> None:
         typer.echo("No problems found.")
 
 
-def _run(ability: Ability) -> str:
-    if ability.run:
-        return f"no: {ability.run}"
-    return f"yes, {ability.note}" if ability.note else "yes"
+def _print_backends(found: Diagnosis) -> None:
+    """One line a backend, and below the table what stands in its way."""
+    pairs = list(zip(found.backends, found.abilities, strict=True))
+    print_table(
+        "Backends",
+        ("backend", "installed", "builds", "runs here", "8-bit products of recipes", "others in"),
+        [
+            (
+                here.backend,
+                here.release or "no",
+                "no" if ability.build else _count(ability.targets) or "yes",
+                "no" if here.blocked else "yes",
+                "all" if ability.backend in BUILDERS else list(ability.products) or "none",
+                ability.rest,
+            )
+            for here, ability in pairs
+        ],
+    )
+    for here, ability in pairs:
+        targets = _targets(ability.targets)
+        notes = [
+            f"builds for {', '.join(targets)}" if targets else "",
+            f"does not build: {ability.build}" if ability.build else "",
+            f"does not run: {here.blocked}" if here.blocked and here.blocked != ability.build else here.note,
+            here.install if here.release is None else "",
+            *(f"{name} as {kind.replace('x', ' x ')}" for name, kind in _replaced(ability)),
+        ]
+        typer.echo(f"{here.backend}: {'; '.join(filter(None, notes))}")
+    others = ", ".join(f"{sm} ({gpus})" for sm, gpus in TENSORRT_ONLY.items())
+    typer.echo(f"On {others}: build --backend tensorrt on that GPU; TensorRT-RTX does not support it.")
 
 
-def _build(ability: Ability) -> str:
-    if ability.build:
-        return f"no: {ability.build}"
-    return f"yes, for {', '.join(ability.targets)}" if ability.targets else "yes"
+def _targets(targets: Mapping[str, Sequence[str]]) -> list[str]:
+    names = {name for of_recipe in targets.values() for name in of_recipe}
+    return sorted(names, key=list(TARGETS).index)
+
+
+def _count(targets: Mapping[str, Sequence[str]]) -> str:
+    return f"{len(_targets(targets))} GPU types" if targets else ""
+
+
+def _replaced(ability: Ability) -> Iterator[tuple[str, str]]:
+    """Recipes whose products run with other factors than the recipe's name says."""
+    for name, kinds in ability.products.items():
+        own = FACTORS.get(name)
+        if own is not None and "x".join(own) not in kinds:
+            yield name, ", ".join(kinds)

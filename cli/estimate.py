@@ -31,7 +31,8 @@ def estimate(
         Path | None,
         typer.Option(
             help="A bundle, a checkpoint's folder (its config.json is read), or a chat model of the paper: "
-            "InternVL-Chat-ViT-6B-Vicuna-7B, -13B, InternVL-Chat-QLLaMA-Vicuna-7B, -13B. Else InternVL-14B."
+            "InternVL-Chat-ViT-6B-Vicuna-7B, -13B, InternVL-Chat-QLLaMA-Vicuna-7B, -13B; or nano, nano-chat. "
+            "Else InternVL-14B."
         ),
     ] = None,
     image_size: Annotated[
@@ -76,7 +77,7 @@ def asked_model(model: Path | None, precision: str | None) -> tuple[ModelConfig,
     """Sizes and recipe of what ``--model`` and ``--precision`` name.
 
     Raises:
-        CheckpointError, IntegrityError: the folder holds neither checkpoint nor bundle.
+        CheckpointError, IntegrityError: there is no checkpoint and no bundle.
         CapabilityError: an InternViT alone.
         UsageError: no such recipe.
     """
@@ -84,19 +85,22 @@ def asked_model(model: Path | None, precision: str | None) -> tuple[ModelConfig,
     from ..bundle.manifest import MANIFEST
     from ..models.config import InternVLConfig
     from ..models.registry import CHAT, CONTRASTIVE, config_from_published, family_of, load_config
-    from ..models.shipped import checkpoint_path
+    from ..models.shipped import checkpoint_path, no_checkpoint
     from ..profiles.cost.chat_estimate import FULL_SIZE
     from ..quantization.recipe import Recipe, load_recipe
 
     if model is None or (model.name == str(model) in FULL_SIZE and not model.exists()):
         return FULL_SIZE[str(model)] if model else InternVLConfig(), load_recipe(precision or "fp8")
+    path = checkpoint_path(model)
+    if not path.exists():
+        raise no_checkpoint(path, *FULL_SIZE)
     if (model / MANIFEST).is_file():
         manifest = Bundle.open(model).manifest
         config = config_from_published(dict(manifest.model.config), str(model))
         own = Recipe.from_json(manifest.recipe, str(model)) if precision is None and manifest.recipe else None
         recipe = own or load_recipe(precision or manifest.precision)
     else:
-        config, recipe = load_config(checkpoint_path(model) / "config.json"), load_recipe(precision or "fp8")
+        config, recipe = load_config(path / "config.json"), load_recipe(precision or "fp8")
     if family_of(config).form not in (CONTRASTIVE, CHAT):
         raise CapabilityError(
             f"{model} is {family_of(config).title}.",

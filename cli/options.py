@@ -10,7 +10,7 @@ import typer
 ModelOpt = Annotated[
     Path | None,
     typer.Option(
-        help="Checkpoint: a folder of a published layout, or an older .pth file; or nano-chat; else nano."
+        help="Checkpoint: a folder of a published layout, an older .pth file, nano or nano-chat; else nano."
     ),
 ]
 CalibOpt = Annotated[

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,110 @@ def print_json(data: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on stdout; columns that hold only numbers and sizes stand right."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    """A table on stdout, as wide as the terminal; 120 columns where there is none, in files and logs."""
+    from shutil import get_terminal_size
 
+    import typer
+
+    width = get_terminal_size((120, 24)).columns
+    head, body = layout(title, columns, rows, width)
+    for line in head:
+        typer.secho(line, bold=True)
+    for line in (*body, ""):
+        typer.echo(line)
+
+
+def layout(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], width: int
+) -> tuple[list[str], list[str]]:
+    """Lines of the title and of the table. Lines break between words only, never in one: paths can be copied.
+
+    Columns that hold only numbers and sizes are aligned right. A table that does not fit into ``width`` even
+    with every cell wrapped becomes a list of records: a line for each cell. Only a single word that is wider
+    than ``width`` makes a line longer than it.
+    """
     cells = [list(row) for row in rows]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
-    for i, column in enumerate(columns):
-        numbers = bool(cells) and all(_is_number(row[i]) for row in cells)
-        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
-    for row in cells:
-        table.add_row(*(Text(show(cell)) for cell in row))
-    # Piped output is read in files and logs, where rich would fold tables at 80 columns.
-    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
-    console = Console(width=wide)
-    # Apart and unwrapped: a table's own title wraps at its width, and titles hold paths.
-    console.print(Text(show(title), style="bold"), soft_wrap=True)
-    console.print(table)
+    texts = [[show(cell) for cell in row] for row in cells]
+    head = _wrap(show(title), width) if title else []
+    table = [list(columns), *texts] if any(columns) else texts
+    natural = [max((_width(row[i]) for row in table), default=0) for i in range(len(columns))]
+    least = [max((_longest(row[i]) for row in table), default=0) for i in range(len(columns))]
+    room = width - len(_GAP) * (len(columns) - 1)
+    if sum(least) > room:
+        return head, _records(columns, texts, width)
+    widths = _shrink(natural, least, room)
+    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
+    lines = [line for row in texts for line in _row(row, widths, right)]
+    if any(columns):
+        lines = [*_row(columns, widths, right), "─" * (sum(widths) + width - room), *lines]
+    return head, lines
+
+
+_GAP = "  "
+_EAST = r"\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef"
+_WORD = re.compile(rf"[{_EAST}]|[^\s{_EAST}]+|\s+")
+"""What stays on one line: a word between spaces, or one character of a script that writes without them."""
+
+
+def _width(text: str) -> int:
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _longest(text: str) -> int:
+    return max((_width(word) for word in _WORD.findall(text) if not word.isspace()), default=0)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """``text`` in lines of at most ``width`` columns, where its words allow that."""
+    lines, line = [], ""
+    for word in _WORD.findall(text):
+        if _width(line) + _width(word) > width and line.strip():
+            lines.append(line.rstrip())
+            line = ""
+        if line or not word.isspace():
+            line += word
+    return [*lines, line.rstrip()]
+
+
+def _shrink(natural: Sequence[int], least: Sequence[int], room: int) -> list[int]:
+    """Widths with a sum of at most ``room``: the widest columns shrink first, down to their longest word."""
+    widths = list(natural)
+    while sum(widths) > room:
+        i = max((i for i in range(len(widths)) if widths[i] > least[i]), key=lambda i: widths[i])
+        widths[i] -= 1
+    return widths
+
+
+def _row(texts: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> list[str]:
+    wrapped = [_wrap(text, width) for text, width in zip(texts, widths, strict=True)]
+    lines = []
+    for i in range(max(map(len, wrapped), default=0)):
+        parts = []
+        for lines_of_cell, width, aligned_right in zip(wrapped, widths, right, strict=True):
+            part = lines_of_cell[i] if i < len(lines_of_cell) else ""
+            space = " " * (width - _width(part))
+            parts.append(space + part if aligned_right else part + space)
+        lines.append(_GAP.join(parts).rstrip())
+    return lines
+
+
+def _records(columns: Sequence[str], texts: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Each row as lines ``column  cell``; a cell whose words do not fit there on lines of its own."""
+    label = min(max(map(_width, columns), default=0), width // 3)
+    lines: list[str] = []
+    for row in texts:
+        if lines and len(columns) > 1:
+            lines.append("")
+        for column, text in zip(columns, row, strict=True):
+            names, room = _wrap(column, label) if column else [], width - label - len(_GAP)
+            if _longest(text) <= room and _longest(column) <= label:
+                lines += _row((" ".join(names), text), (label, room), (False, False)) if text else []
+            elif text:
+                lines += [*_wrap(column, width)] if column else []
+                lines += [_GAP + line for line in _wrap(text, width - len(_GAP))]
+    return lines
 
 
 def show(value: object) -> str:

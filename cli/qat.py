@@ -12,7 +12,8 @@ from .output import print_json, print_table
 
 def qat(
     model: Annotated[
-        Path | None, typer.Option(help="Checkpoint to start from, in the published layout; else nano.")
+        Path | None,
+        typer.Option(help="Checkpoint to start from: a published layout's folder; else nano."),
     ] = None,
     recipe: Annotated[
         str, typer.Option("--recipe", "--precision", help="The recipe to train for ('build --list-recipes').")
@@ -72,6 +73,7 @@ def qat(
     """
     import torch
 
+    from ..models.shipped import shipped_name
     from ..pipeline.config import QatConfig
     from ..pipeline.qat import plan_qat, run
     from ..training.distributed import known_strategy
@@ -79,7 +81,7 @@ def qat(
 
     if threads:
         torch.set_num_threads(threads)
-    name = "internvl-nano" if model is None else model.resolve().name
+    name = shipped_name(model) or (model or Path()).resolve().name
     chosen: Literal[1, 2] = 1 if stage == 1 else 2
     config = QatConfig(
         out=out or Path("runs") / f"{name}-{Path(recipe).stem}-qat",

@@ -39,13 +39,12 @@ def list_recipes(as_json: bool) -> None:
     rows = [(recipe.name, recipe.summary, _targets(recipe)) for recipe in recipes]
     print_table("Precision recipes", ("recipe", "what it does", "TensorRT-RTX targets"), rows)
     layers = [
-        (rule.pattern, *(_scheme(recipe, rule.pattern) for recipe in recipes if recipe.rules))
-        for rule in {rule.pattern: rule for recipe in recipes for rule in recipe.rules}.values()
+        (recipe.name, scheme, [rule.pattern for rule in recipe.rules if rule.scheme == scheme])
+        for recipe in recipes
+        for scheme in dict.fromkeys(rule.scheme for rule in recipe.rules)
     ]
     print_table(
-        "Layers; the last pattern that matches one counts",
-        ("pattern", *(recipe.name for recipe in recipes if recipe.rules)),
-        layers,
+        "Layers; the last pattern of a recipe that matches one counts", ("recipe", "scheme", "layers"), layers
     )
     typer.echo("mixed: searched for the model by build --precision mixed --budget 0.3 (points of accuracy).")
     typer.echo("All of them also run in ONNX Runtime on a CPU, where only INT8 products are faster.")
@@ -57,7 +56,3 @@ def _targets(recipe: Recipe) -> list[str]:
     from ..engines.targets import TARGETS
 
     return [target.name for target in TARGETS.values() if not recipe.element_types & target.missing]
-
-
-def _scheme(recipe: Recipe, pattern: str) -> str | None:
-    return next((rule.scheme for rule in reversed(recipe.rules) if rule.pattern == pattern), None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import CapabilityError
-from .options import ComponentsOpt
+from .options import ComponentsOpt, ModelOpt
 from .output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -19,10 +19,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def sensitivity(
-    model: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint: a folder of the published layout, or an older .pth file; else nano."),
-    ] = None,
+    model: ModelOpt = None,
     out: Annotated[
         Path, typer.Option(help="Folder for sensitivity.json and the heat map sensitivity.png.")
     ] = Path("sensitivity"),

@@ -46,7 +46,8 @@ def train(
         int | None, typer.Option(help="3: fine-tune the chat checkpoint --model through its decoder.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Stage 3: the InternVL-Chat to start from (LLaVA layout).")
+        Path | None,
+        typer.Option(help="Stage 3: the InternVL-Chat to start from: its folder, or nano-chat."),
     ] = None,
     data: Annotated[
         Path | None,
@@ -95,10 +96,12 @@ def train(
                 "A checkpoint is fine-tuned by stage 3.",
                 "Give --stage 3 --model CHAT.",
             )
+        from ..models.shipped import shipped_name
         from ..training.lora import Lora
         from .train_chat import Asked, fine_tune_chat
 
-        asked = Asked(out or Path("runs") / model.resolve().name, work_dir, steps, batch, as_json)
+        folder = out or Path("runs") / (shipped_name(model) or model.resolve().name)
+        asked = Asked(folder, work_dir, steps, batch, as_json)
         lora = Lora(lora_rank, lora_alpha or 2.0 * lora_rank) if lora_rank else None
         fine_tune_chat(asked, model, data, images, trains, lora, adapters, lr or (2e-4 if lora else 2e-5))
         return

@@ -13,13 +13,12 @@ from typing import NoReturn
 from ..bundle.manifest import EngineFile, Manifest
 from ..bundle.spec import FEATURES, terms
 from ..errors import CapabilityError, UsageError
+from ..models.shipped import SHIPPED
 from .gpu import Gpu, gpus
 from .targets import TARGETS
 from .tensorrt import library as trt
 from .tensorrt.options import BuildOptions
 from .tensorrt.shapes import narrowed
-
-SHIPPED = " (shipped)"
 
 
 def check_loadable(engine: EngineFile, rebuild: str, device: int = 0, any_gpu: bool = False) -> Gpu:

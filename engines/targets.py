@@ -29,15 +29,32 @@ TARGETS: dict[str, Target] = {
 }
 """The generations TensorRT-RTX 1.7 compiles for, with GPUs of each."""
 
+TENSORRT_ONLY: dict[str, str] = {
+    "sm90": "H100, H200, GH200",
+    "sm100": "B200, GB200",
+}
+"""Generations TensorRT-RTX does not compile for, with GPUs of each: TensorRT does, on the GPU itself."""
+
+ON_THE_GPU = "Build on that GPU: ivl-export build --backend tensorrt (pip install 'ivl-export[gpu,quant]')."
+"""What owners of a GPU of :data:`TENSORRT_ONLY` do."""
+
 
 def parse_targets(text: str) -> tuple[Target, ...]:
     """Targets of ``"sm89"``, ``"sm89,sm120"`` or ``"sm89+sm120"``, in that order and without repeats.
 
     Raises:
-        UsageError: a name that is not in :data:`TARGETS`; the known ones are listed with their GPUs.
+        UsageError: a name that is not in :data:`TARGETS`; the known ones are listed with their GPUs, and for
+            one of :data:`TENSORRT_ONLY` the command that builds on it.
     """
     names = [name.strip().lower() for name in text.replace("+", ",").split(",")]
     unknown = [name for name in names if name not in TARGETS]
+    for name in unknown:
+        if name in TENSORRT_ONLY:
+            raise UsageError(
+                f"TensorRT-RTX does not build for {name} ({TENSORRT_ONLY[name]}).",
+                f"It compiles for {', '.join(TARGETS)}. TensorRT builds on the GPU that runs the engine.",
+                ON_THE_GPU,
+            )
     if unknown:
         known = "; ".join(f"{t.name} ({t.gpus})" for t in TARGETS.values())
         raise UsageError(

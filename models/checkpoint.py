@@ -20,6 +20,7 @@ from .registry import (
     family_of,
     load_config,
 )
+from .shipped import no_checkpoint
 from .storage import ITEM_BYTES, TensorRef, named, open_reader
 from .weight_files import read_file, read_folder
 
@@ -145,11 +146,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_file():
         return _open_older(path)
     if not path.is_dir():
-        raise CheckpointError(
-            f"No checkpoint at {path}.",
-            "There is no such file or folder.",
-            "Check the path given as --model.",
-        )
+        raise no_checkpoint(path)
     config = load_config(path / "config.json")
     readers: dict[Path, Reader] = {}
     source, stored = read_folder(path, readers)

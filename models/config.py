@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import CapabilityError, CheckpointError
 from .config_reading import check_chat, read_internvl, read_llama, read_vision
 from .section import Section
+from .shipped import no_checkpoint
 
 
 @dataclass(frozen=True)
@@ -185,11 +186,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         if not path.parent.is_dir():
-            raise CheckpointError(
-                f"No checkpoint at {path.parent}.",
-                "There is no such folder.",
-                "Check the path given as --model.",
-            ) from error
+            raise no_checkpoint(path.parent) from error
         raise CheckpointError(
             f"No {path.name} in {path.parent}.", "The model's sizes are read from it.", f"Add {path}."
         ) from error

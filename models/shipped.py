@@ -1,32 +1,56 @@
-"""The checkpoints that ship with the package."""
+"""The checkpoints that ship with the package, by name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import CheckpointError
+
+FOLDERS = {"internvl-nano": "nano", "internvl-nano-chat": "nano_chat"}
+"""Name of a shipped model -> its folder next to this file."""
+SHORT = {"nano": "internvl-nano", "nano-chat": "internvl-nano-chat"}
+"""Short name -> name."""
+SHIPPED = " (shipped)"
+"""What follows a shipped model's name where a manifest says what a bundle was built from."""
 NANO_CHAT = Path("nano-chat")
-"""Stands for the shipped internvl-nano-chat, unless there is something of that name."""
+
+
+def shipped_folder(name: str) -> Path:
+    """The folder of the shipped model ``name``: one of :data:`FOLDERS` or :data:`SHORT`."""
+    return Path(__file__).parent / FOLDERS[SHORT.get(name, name)]
 
 
 def nano_folder() -> Path:
     """The shipped internvl-nano."""
-    return Path(__file__).parent / "nano"
+    return shipped_folder("nano")
 
 
 def nano_chat_folder() -> Path:
     """The shipped internvl-nano-chat."""
-    return nano_folder().with_name("nano_chat")
+    return shipped_folder("nano-chat")
 
 
-def shipped_name(model: Path | None) -> str | None:
-    """The name of the shipped model that ``model`` stands for; None for a checkpoint of the user's own."""
+def shipped_name(model: Path | str | None) -> str | None:
+    """The name of the shipped model that ``model`` stands for: None is internvl-nano.
+
+    None for a checkpoint of the user's own: a file or folder of such a name comes first.
+    """
     if model is None:
         return "internvl-nano"
-    return "internvl-nano-chat" if model == NANO_CHAT and not model.exists() else None
+    name = SHORT.get(str(model), str(model))
+    return name if name in FOLDERS and not Path(model).exists() else None
 
 
-def checkpoint_path(model: Path | None) -> Path:
-    """Where the checkpoint lies that ``model`` stands for: None is internvl-nano."""
-    if model is None:
-        return nano_folder()
-    return nano_chat_folder() if shipped_name(model) else model
+def checkpoint_path(model: Path | str | None) -> Path:
+    """The checkpoint that ``model`` stands for: a path, a shipped model's name, or None for internvl-nano."""
+    name = shipped_name(model)
+    return Path(str(model)) if name is None else shipped_folder(name)
+
+
+def no_checkpoint(path: Path, *others: str) -> CheckpointError:
+    """The error for a ``path`` that does not exist; ``others`` are names that would have done as well."""
+    return CheckpointError(
+        f"No checkpoint at {path}.",
+        "There is no such file or folder.",
+        f"Check the path given as --model, or name a shipped model: {', '.join((*SHORT, *others))}.",
+    )

@@ -10,7 +10,7 @@ from ..calibration.dataset import SMALL
 from ..engines.tensorrt.library import BUILDERS
 from ..models.checkpoint import Checkpoint
 from ..models.registry import component_spec
-from ..models.shipped import shipped_name
+from ..models.shipped import SHIPPED, shipped_name
 from .config import ORT
 from .environment import tool_versions
 from .graph_steps import graph_path
@@ -41,7 +41,7 @@ def manifest_of(plan: BuildPlan, records: Mapping[str, Record], receipts: Sequen
     return Manifest(
         model=Model(
             name=plan.folder.resolve().name,
-            source=f"{name} (shipped)" if name else str(plan.config.model),
+            source=f"{name}{SHIPPED}" if name else str(plan.config.model),
             revision={"checkpoint": checkpoint.revision},
             config=checkpoint.model.to_published(),
             logit_scale=_logit_scale(checkpoint),

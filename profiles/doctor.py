@@ -1,4 +1,4 @@
-"""What this machine can build and run, and what is missing: facts, then what was asked against them.
+"""What this machine can build and run, and what is missing.
 
 Nothing heavy is imported; packages are looked up by their metadata.
 """
@@ -9,16 +9,19 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..engines.gpu import gpus
 from ..engines.memory import Load, available_memory, check_memory
-from ..engines.targets import TARGETS
+from ..engines.products import FACTORS, factors
+from ..engines.targets import ON_THE_GPU, TARGETS, TENSORRT_ONLY
+from ..engines.tensorrt.library import installed_release
 from ..errors import BuildError
 from ..models.registry import ModelConfig, component_names
 from ..quantization.recipe import LayerPlan, Recipe, load_recipe, shipped_recipes
+from ..quantization.schemes import SCHEMES, promise
+from ..verify.expectations import CPU_KERNELS
 from .backends import Here, backends_here
 from .cost.gpus import of_driver
 from .cost.sizes import weights
@@ -42,18 +45,22 @@ class Problem:
 
 @dataclass(frozen=True)
 class Ability:
-    """What can be done with one backend at one precision.
+    """What a backend can do with the shipped recipes.
 
-    ``build`` and ``run`` are empty for a yes, else they say why not; ``note`` is how it runs, ``targets`` the
-    generations that can be built for.
+    Args:
+        backend: its name in :data:`~ivl_export.engines.base.BACKENDS`.
+        build: why bundles for it cannot be built here; empty if they can.
+        products: recipe -> types of both factors of products that it runs in 8 bits or less; a recipe that is
+            missing runs wholly in ``rest``.
+        rest: type of all other products.
+        targets: recipe -> GPU generations that engines can be built for; empty where none is named.
     """
 
     backend: str
-    precision: str
     build: str
-    run: str
-    note: str = ""
-    targets: tuple[str, ...] = ()
+    products: dict[str, tuple[str, ...]]
+    rest: str
+    targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,11 +111,8 @@ def diagnose(asked: Asked | None = None, where: Path = Path()) -> Diagnosis:
     here = machine()
     extras = tuple(extra_here(name, purpose) for purpose, name in NEEDED.items())
     installed = {e.name: e.installed for e in extras}
-    abilities = tuple(
-        ability
-        for recipe in map(load_recipe, shipped_recipes())
-        for ability in (_onnxruntime(recipe, installed), _rtx(recipe, installed))
-    )
+    backends = backends_here()
+    abilities = tuple(_ability(backend, installed) for backend in backends)
     needs, load = None, None
     if asked is not None and asked.config is not None:
         needs, load = needs_of(asked.config, asked.recipe, asked.layers, where, installed["rtx"])
@@ -119,9 +123,7 @@ def diagnose(asked: Asked | None = None, where: Path = Path()) -> Diagnosis:
     ]
     if needs is not None:
         problems += _room(needs, load)
-    return Diagnosis(
-        platform.python_version(), here, extras, backends_here(), abilities, needs, tuple(problems)
-    )
+    return Diagnosis(platform.python_version(), here, extras, backends, abilities, needs, tuple(problems))
 
 
 def needs_of(
@@ -162,19 +164,37 @@ def _version_problems(extras: Iterable[Extra]) -> list[Problem]:
     ]
 
 
-def _onnxruntime(recipe: Recipe, installed: Mapping[str, bool]) -> Ability:
-    runtime = "" if installed["cpu"] or installed["gpu"] else "onnxruntime is not installed"
-    build = "" if installed["quant"] else "the packages of the extra 'quant' are not all installed"
-    # Its CPU kernels multiply INT8; everything else is computed in fp32 from the same stored bytes.
-    return Ability("onnxruntime", recipe.name, build, runtime, "" if recipe.name == "int8" else "in fp32")
+def _ability(here: Here, installed: Mapping[str, bool]) -> Ability:
+    recipes = [load_recipe(name) for name in shipped_recipes()]
+    products = {recipe.name: low_products(here.backend, recipe) for recipe in recipes}
+    products = {name: kinds for name, kinds in products.items() if kinds}
+    missing = "" if installed["quant"] else "the packages of the extra 'quant' are not all installed"
+    if here.backend in CPU_KERNELS:
+        return Ability(here.backend, missing, products, "fp32")
+    if here.backend == "tensorrt-rtx":
+        targets = {
+            recipe.name: tuple(t.name for t in TARGETS.values() if not recipe.element_types & t.missing)
+            for recipe in recipes
+        }
+        return Ability(here.backend, missing or _uninstalled(here), products, "16 bits", targets)
+    return Ability(here.backend, missing or here.blocked, products, "16 bits")
 
 
-def _rtx(recipe: Recipe, installed: Mapping[str, bool]) -> Ability:
-    missing = [name for name in ("quant", "rtx") if not installed[name]]
-    build = f"the packages of {' and '.join(missing)} are not all installed" if missing else ""
-    run = "" if gpus() else "there is no GPU, or no driver for it"
-    targets = tuple(name for name, target in TARGETS.items() if not recipe.element_types & target.missing)
-    return Ability("tensorrt-rtx", recipe.name, build, run, targets=targets)
+def _uninstalled(here: Here) -> str:
+    return here.blocked if here.release is None else ""
+
+
+def low_products(backend: str, recipe: Recipe) -> tuple[str, ...]:
+    """Types of both factors of the products of ``recipe`` that ``backend`` runs in 8 bits or less.
+
+    Of ONNX Runtime and torch on a CPU, as in the receipts; engines of TensorRT run what is promised, or the
+    build fails.
+    """
+    promised = {promise(rule.scheme) for rule in recipe.rules if rule.scheme in SCHEMES} & set(FACTORS)
+    if backend == "torch-tensorrt":  # no engine of it was read yet
+        return ()
+    kernels = CPU_KERNELS.get(backend, {scheme: scheme for scheme in FACTORS})
+    return tuple(sorted({factors(kernels[scheme]) for scheme in promised if scheme in kernels}))
 
 
 def _python_problems() -> list[Problem]:
@@ -202,12 +222,21 @@ def asked_problems(asked: Asked, extras: tuple[Extra, ...], gpus: tuple[Gpu, ...
     for gpu in gpus:
         sm = gpu.sm or (peaks.sm if (peaks := of_driver(gpu.name)) else None)
         target = TARGETS.get(sm or "")
-        if target is None:
+        if sm in TENSORRT_ONLY:
+            if installed_release("tensorrt") is None:
+                found.append(
+                    Problem(
+                        f"TensorRT-RTX does not build for {gpu.name} ({sm}).",
+                        "TensorRT does, on this GPU, but it is not installed.",
+                        ON_THE_GPU,
+                    )
+                )
+        elif target is None:
             known = ", ".join(TARGETS)
             found.append(
                 Problem(
                     f"No engines can be built for {gpu.name} ({sm or 'unknown generation'}).",
-                    f"TensorRT-RTX 1.7 builds for {known}.",
+                    f"TensorRT-RTX 1.7 builds for {known}; TensorRT for {', '.join(TENSORRT_ONLY)} too.",
                     "Run bundles with --backend onnxruntime.",
                 )
             )

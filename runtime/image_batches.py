@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..host import cores
 from ..inputs.images import ImageInput
 from ..inputs.preprocess import ImageSettings, preprocess_images
 from .timings import Timings
@@ -61,7 +61,7 @@ def pixel_batches(
         raise InputError("One image was given.", "A sequence of images is needed.", "Use [image].")
 
     how = reading or Reading()
-    threads = how.threads or os.cpu_count() or 1
+    threads = how.threads or cores()
 
     def opened(image: ImageInput) -> ImageInput:
         return fetch(str(image), how.urls) if is_url(image) else image

@@ -12,6 +12,13 @@ SCHEMES = (*FACTORS, "bf16", "fp16", "fp32", "int8-weight", "int4-weight")
 """What can be promised of a matrix product: the types of its factors, or that of its stored weight, which is
 dequantised for a product in 16 bits."""
 
+CPU_KERNELS: dict[str, dict[str, str]] = {
+    "onnxruntime": {"int8": "int8"},
+    "torch": {"int8": "int8", "w4a8": "w4a8", "w4a4": "w4a8"},
+}
+"""Library -> promised scheme -> the scheme whose kernel it runs on a CPU. Products of other schemes run in 16
+or 32 bits there, on the rounded values."""
+
 _BASES = frozenset({"bf16", "fp16"})
 _LISTED = 6
 

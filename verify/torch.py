@@ -31,6 +31,7 @@ from ..engines.torch.module import component_of, scheme_of
 from ..engines.torch.trace import Op, Operand, named_ranges, traced
 from ..quantization.recipe import Recipe
 from ..quantization.schemes import promise
+from .expectations import CPU_KERNELS
 from .report import VerificationReport, VerifiedAttention, VerifiedProduct
 
 R = TypeVar("R")
@@ -116,7 +117,7 @@ def enforceable(promised: Mapping[str, str], device: str, dtype: str | None = No
     stored weights of 16-bit products. Torch has no attention of FP8.
     """
     place = device_of(device)
-    native = {"int8": "int8", "w4a8": "w4a8", "w4a4": "w4a8"}
+    native = dict(CPU_KERNELS["torch"])
     if place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 9):
         native["fp8"] = "fp8"
     if (dtype or ("fp32" if place.type == "cpu" else "")) != "fp32":

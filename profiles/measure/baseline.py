@@ -18,6 +18,7 @@ from ...bundle.spec import ComponentSpec
 from ...errors import IvlError, UsageError
 from ...models.config import InternVLConfig
 from ...models.registry import Component, component_of
+from ...models.shipped import FOLDERS, SHIPPED, checkpoint_path, shipped_folder
 from .cases import GRAPHS, Case, Progress, Task
 from .cuda import captured, event_timer, has_gpu
 from .inputs import random_inputs
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 BACKEND, PRECISION = "PyTorch", "bf16"
 GRAPH_BACKEND = f"{BACKEND}{GRAPHS}"
-NANO = Path(__file__).parents[2] / "models" / "nano"
-SHIPPED = "internvl-nano (shipped)"
 
 
 def run_baseline(
@@ -79,7 +78,10 @@ def find_checkpoint(model: Model, given: Path | None) -> tuple[Checkpoint | None
         return None, "No PyTorch baseline: torch is not installed."
     from ...models.checkpoint import open_checkpoint
 
-    path = given or (NANO if model.source == SHIPPED else Path(model.source))
+    source = model.source
+    name = source.removesuffix(SHIPPED)
+    found = shipped_folder(name) if source.endswith(SHIPPED) and name in FOLDERS else Path(source)
+    path = checkpoint_path(given) if given is not None else found
     try:
         checkpoint = open_checkpoint(path)
         same = checkpoint.revision == model.revision.get("checkpoint")

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from ...host import cores
 from ..cost.flops import ComponentCost
 from .cases import Call, Case, Floor
 from .cuda import event_timer, has_gpu
-from .machine import usable_cores
 from .timing import StopRule, measure
 
 SIDE = 1024
@@ -126,7 +126,7 @@ def _best_seconds(
 
 
 def _copies(threads: int | None, rule: StopRule) -> list[Copy]:
-    count = threads or usable_cores()
+    count = threads or cores()
     found = []
     with ThreadPoolExecutor(count) as pool:
         for nbytes in COPY_BYTES:

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ... import __version__
+from ...host import cores
 
 PACKAGES = (
     "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch", "nvidia-modelopt",
@@ -58,7 +59,7 @@ def machine() -> Machine:
         cpu=names[0] if names else platform.processor() or "unknown",
         cpu_features=tuple(f for f in _CPU_FEATURES if f in flags),
         architecture=platform.machine(),
-        cores=usable_cores(),
+        cores=cores(),
         memory_bytes=_memory(),
         os=platform.platform(),
         gpus=_gpus(),
@@ -95,13 +96,6 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    with suppress(AttributeError, OSError):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory() -> int | None:

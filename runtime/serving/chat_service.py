@@ -8,13 +8,13 @@ is prefilled on a pool of threads, and its answer is decoded together with those
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ...host import cores
 from ...inputs.chat_template import SYSTEM, Turn
 from ...inputs.tokenizer import Pieces
 from ...sampling import Ids, Sampling, StopCriteria
@@ -38,7 +38,7 @@ class ChatService:
         self.model, self.limits = model, limits or ServiceLimits()
         self._admission = Admission(self.limits, self.model.components.release_memory)
         self.counts = self._admission.counts
-        self._readers = ThreadPoolExecutor(os.cpu_count() or 1, "ivl-reader")
+        self._readers = ThreadPoolExecutor(cores(), "ivl-reader")
 
     async def chat(
         self,

@@ -7,7 +7,6 @@ its kind (:mod:`.batching`); captions then join the batch that is decoded step b
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ...host import cores
 from ...inputs.images import ImageInput
 from ...inputs.preprocess import ResizeMode
 from ...inputs.tokenizer import CAPTION_PROMPT, Pieces
@@ -44,7 +44,7 @@ class Service:
         self.model, self.limits = model, limits or ServiceLimits()
         self._admission = Admission(self.limits, self.model.components.release_memory)
         self.counts = self._admission.counts
-        self._readers = ThreadPoolExecutor(os.cpu_count() or 1, "ivl-reader")
+        self._readers = ThreadPoolExecutor(cores(), "ivl-reader")
         self._images = self._batcher(self._run_images)
         self._texts = self._batcher(self._run_texts)
         self._pairs = self._batcher(self._run_pairs)

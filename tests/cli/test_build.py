@@ -89,6 +89,7 @@ def test_a_bundle_is_named_after_model_and_precision(
         (["--precision", "fp4"], 2, "UsageError"),
         (["--precision", "missing.yaml"], 2, "UsageError"),
         (["--targets", "sm99"], 2, "UsageError"),
+        (["--targets", "sm89,sm90"], 2, "UsageError"),
         (["--backend", "openvino"], 2, "UsageError"),
         (["--components", "decoder"], 2, "UsageError"),
         (["--calib-samples", "0"], 2, "UsageError"),

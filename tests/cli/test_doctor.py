@@ -20,7 +20,7 @@ from ivl_export.engines.tensorrt import library as trt
 from ivl_export.errors import CapabilityError
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.shipped import nano_folder
-from ivl_export.profiles import extras
+from ivl_export.profiles import doctor, extras
 from ivl_export.profiles.backends import backends_here
 from ivl_export.profiles.cost.sizes import plan_of
 from ivl_export.profiles.doctor import Asked, asked_problems, diagnose
@@ -55,12 +55,28 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["ok"] is True
     build = next(e for e in found["extras"] if e["name"] == "quant")
     assert build["packages"]["torch"] == version("torch")
-    assert {a["backend"] for a in found["abilities"]} == {"onnxruntime", "tensorrt-rtx"}
-    fp8 = next(a for a in found["abilities"] if (a["backend"], a["precision"]) == ("tensorrt-rtx", "fp8"))
-    assert "sm89" in fp8["targets"]
-    assert "sm80" not in fp8["targets"]
+    abilities = {ability["backend"]: ability for ability in found["abilities"]}
+    assert list(abilities) == list(BACKENDS)
+    assert abilities["tensorrt-rtx"]["targets"]["fp8"] == ["sm89", "sm120", "sm121"]
+    assert "sm80" in abilities["tensorrt-rtx"]["targets"]["int8"]
+    assert abilities["onnxruntime"]["products"] == {"int8": ["int8xint8"], "int8-smoothquant": ["int8xint8"]}
+    assert abilities["torch"]["products"]["w4a8"] == ["int8xint4"]
+    assert "fp8" not in abilities["torch"]["products"]
+
+
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_a_backend_is_a_line(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
     assert cli.main(["doctor"]) == 0
-    assert "No problems found." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "No problems found." in out
+    table = out.split("\nBackends\n")[1].split("\n\n")[0].splitlines()
+    rows = [line for line in table if line.split()[0] in BACKENDS]
+    assert len(rows) == len(BACKENDS)
+    assert len(table) <= (len(rows) + 2 if columns == "100" else 12)
+    assert "On sm90 (H100, H200, GH200)" in out
 
 
 def test_it_loads_the_backends_libraries_but_not_torch() -> None:
@@ -162,7 +178,7 @@ def test_bindings_without_their_libraries_are_told_from_what_is_not_installed(
     assert here["tensorrt-rtx"].blocked == "it is not installed"
 
 
-def test_gpus_of_other_machines() -> None:
+def test_gpus_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = parse_gpus("NVIDIA L40S, 46068, 570.86, 8.9\nTesla T4, 15360, 470.1\nnonsense\n")
     assert gpus == (Gpu("NVIDIA L40S", 46068, "570.86", "sm89"), Gpu("Tesla T4", 15360, "470.1"))
     extras = diagnose().extras
@@ -172,6 +188,12 @@ def test_gpus_of_other_machines() -> None:
     assert lacking.why == "It has no bf16, fp8."
     assert "fp16" in lacking.fix
     assert "fp8" not in lacking.fix
+    hopper = (Gpu("NVIDIA H200", 143771, "580.1", "sm90"),)
+    monkeypatch.setattr(doctor, "installed_release", lambda name: None)
+    (without,) = asked_problems(asked("fp8"), extras, hopper)
+    assert "--backend tensorrt" in without.fix
+    monkeypatch.setattr(doctor, "installed_release", lambda name: "10.16")
+    assert asked_problems(asked("fp8"), extras, hopper) == []
     (unknown,) = asked_problems(asked("fp16"), extras, (Gpu("NVIDIA X", 1, "1", "sm50"),))
     assert "No engines can be built for NVIDIA X (sm50)" in unknown.what
 

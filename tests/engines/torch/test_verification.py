@@ -16,12 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ivl_export import cli
 from ivl_export.bundle import Bundle
+from ivl_export.engines.products import FACTORS, factors
 from ivl_export.engines.torch.linears import best_product, quantised_linear
 from ivl_export.engines.torch.trace import Op, named_ranges, traced
 from ivl_export.errors import BuildError
 from ivl_export.models.registry import component_module, config_from_published
+from ivl_export.profiles.doctor import low_products
 from ivl_export.profiles.measure.inputs import random_inputs
 from ivl_export.quantization.quantize import pack, quantise
+from ivl_export.quantization.recipe import load_recipe
 from ivl_export.quantization.schemes import SCHEMES
 from ivl_export.verify.expectations import check_expectations
 from ivl_export.verify.report import VerificationReport
@@ -248,3 +251,20 @@ def test_the_verb(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main([*line, "--dtype", "fp4"]) == 2
     if not torch.cuda.is_available():
         assert cli.main([*line, "--device", "cuda"]) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "int8-smoothquant", "w4a8", "w4a4", "int4-weight", "fp8"])
+def test_doctor_says_what_the_receipts_show(
+    precision: str, nano_fp8: Path, nano_int8: Path, nano_weights: Callable[[str], Path]
+) -> None:
+    path = {"fp8": nano_fp8, "int8": nano_int8}.get(precision) or nano_weights(precision)
+    report, _ = proof(path, "vision")
+    receipt = VerificationReport.from_json(
+        Bundle.open(path).receipt("verification")["onnxruntime-cpu"]["vision"]
+    )
+    low = {factors(scheme) for scheme in FACTORS}
+    recipe = load_recipe(precision)
+    assert low & set(receipt.precisions) == set(low_products("onnxruntime", recipe))
+    # A processor with FP8 kernels may do more than is said of CPUs in general.
+    assert low & set(report.precisions) - {"fp8xfp8"} == set(low_products("torch", recipe))
