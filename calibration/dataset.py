@@ -168,6 +168,7 @@ class CalibrationSet:
         skipped: files that could not be used.
         synthetic: drawn scenes, no photographs.
         asked: how many samples were wanted.
+        held_out: samples of the same source that another set has, to measure accuracy on.
         cache: keeps decoded images.
     """
 
@@ -176,6 +177,7 @@ class CalibrationSet:
     skipped: tuple[Skipped, ...] = ()
     synthetic: bool = False
     asked: int = 0
+    held_out: int = 0
     cache: TensorCache | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -196,8 +198,10 @@ class CalibrationSet:
     def notices(self) -> tuple[str, ...]:
         """What a user must be told about this set."""
         found = [*set_notices(len(self), self.synthetic, self.without_caption)]
-        if len(self) + len(self.skipped) < self.asked:
-            found.append(f"{self.asked} samples were asked for, the set has {len(self) + len(self.skipped)}.")
+        usable = len(self) + len(self.skipped)
+        if usable < self.asked:
+            parts = f": {len(self)} to calibrate on, {self.held_out} held out" if self.held_out else ""
+            found.append(f"{self.asked} samples were asked for, the set has {usable + self.held_out}{parts}.")
         if self.skipped:
             found.append(
                 f"{len(self.skipped)} files were skipped, the first: {self.skipped[0].name} "
@@ -213,7 +217,8 @@ class CalibrationSet:
         if len(self) == 1:
             return self, self
         count = max(1, min(held_out, len(self) // 4))
-        first = replace(self, samples=self.samples[:-count], asked=max(0, self.asked - count))
+        asked = max(0, self.asked - count)
+        first = replace(self, samples=self.samples[:-count], asked=asked, held_out=count)
         return first, replace(self, samples=self.samples[-count:], asked=count, skipped=())
 
     def steps(self, batch_size: int = 8) -> int:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from ..inputs.preprocess import Array, ReadImages
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-PIECE = 64  # decoded images held at a time
+PIECE = 64  # images held at a time, as the model takes them
 
 
 def names(text: str | None) -> tuple[str, ...]:
@@ -73,27 +74,28 @@ class ImageFiles:
             raise InputError("No images were named.", "", "Name image files or folders.")
         return cls(files, frozenset(p for p in paths if not p.is_dir()))
 
-    def read(self) -> Iterator[tuple[list[Path], list[Image]]]:
-        """Files and their images, up to 64 at a time; InputError if not one could be read."""
+    def read(self, read: ReadImages) -> Iterator[tuple[list[Path], Array]]:
+        """Files and their ``pixel_values``, up to 64 files at a time.
+
+        Args:
+            read: reads them for a model: its ``read_images``.
+
+        Raises:
+            InputError: not one could be read.
+        """
         anything = False
         for start in _track(range(0, len(self.files), PIECE)):
-            read = [(file, self._read(file)) for file in self.files[start : start + PIECE]]
-            good = [(file, image) for file, image in read if image is not None]
-            if good:
+            piece = self.files[start : start + PIECE]
+            pixels = read(piece, on_error=partial(self._skip, piece))
+            if len(pixels.values):
                 anything = True
-                yield [file for file, _ in good], [image for _, image in good]
+                yield [file for file, tiles in zip(piece, pixels.tiles, strict=True) if tiles], pixels.values
         if not anything:
             raise InputError(
                 "No image could be read.", f"{len(self.skipped)} were tried.", "Check the files."
             )
 
-    def _read(self, file: Path) -> Image | None:
-        from ..inputs.images import load_image
-
-        try:
-            return load_image(file)
-        except InputError as error:
-            if file in self.named:
-                raise
-            self.skipped.append({"file": str(file), "why": f"{error.what} {error.why}"})
-            return None
+    def _skip(self, piece: Sequence[Path], index: int, error: InputError) -> None:
+        if piece[index] in self.named:
+            raise error
+        self.skipped.append({"file": str(piece[index]), "why": f"{error.what} {error.why}"})

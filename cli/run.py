@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,8 +69,8 @@ def embed(
         rows, names = [], []
         if images:
             files = ImageFiles.find(images)
-            for found, pictures in files.read():
-                rows.append(model.encode_image(pictures, mode.mode))
+            for found, pixels in files.read(model.read_images):
+                rows.append(model.encode_image(pixels, mode.mode))
                 names += [{"file": str(f)} for f in found]
             report["skipped"] = files.skipped
         if video:
@@ -132,8 +133,8 @@ def classify(
     with session(bundle, backend, target, device, threads, as_json) as (model, report):
         classes = model.class_embeddings(names, texts)
         items = []
-        for found, pictures in files.read():
-            for file, row in zip(found, model.classify(pictures, classes, mode=mode.mode), strict=True):
+        for found, pixels in files.read(partial(model.read_images, resize="center_crop")):
+            for file, row in zip(found, model.classify(pixels, classes, mode=mode.mode), strict=True):
                 best = row.argsort()[::-1][:top]
                 pairs = [{"label": names[i], "probability": float(row[i])} for i in best]
                 items.append({"file": str(file), "label": names[best[0]], "top": pairs})
@@ -182,9 +183,9 @@ def retrieve(
 
     with session(bundle, backend, target, device, threads, as_json) as (model, report):
         names, rows = [], []
-        for found, pictures in files.read():
+        for found, pixels in files.read(partial(model.read_images, resize="square")):
             names += [str(f) for f in found]
-            rows.append(model.encode_image(pictures, mode.mode, resize="square"))
+            rows.append(model.encode_image(pixels, mode.mode))
         ranking = Ranking(*rank(model.encode_text(query), np.concatenate(rows), rerank or top))
         if rerank:
             ranking = model.rerank(query, names, ranking)
@@ -239,8 +240,8 @@ def caption(
     files, prompt = ImageFiles.find(images), CAPTION_PROMPT["en"] if prompt is None else prompt
     with session(bundle, backend, target, device, threads, as_json) as (model, report):
         items = []
-        for found, pictures in files.read():
-            texts = model.caption(pictures, prompt, beams, max_new_tokens, min_new_tokens, sampling=sampling)
+        for found, pixels in files.read(partial(model.read_images, resize="square")):
+            texts = model.caption(pixels, prompt, beams, max_new_tokens, min_new_tokens, sampling=sampling)
             items += [{"file": str(f), "caption": t} for f, t in zip(found, texts, strict=True)]
         report.update(prompt=prompt, beams=beams, items=items, skipped=files.skipped)
         report["table"] = ("Captions", ("image", "caption"), [(i["file"], i["caption"]) for i in items])

@@ -59,8 +59,8 @@ def features(
 
     with session(bundle, backend, target, device, threads, as_json) as (model, report):
         parts, names = [], []
-        for found, pictures in files.read():
-            parts.append(model.features(pictures, wanted))
+        for found, pixels in files.read(model.read_images):
+            parts.append(model.features(pixels, wanted))
             names += [str(file) for file in found]
         arrays = {feature_name(k): np.concatenate([part[k] for part in parts]) for k in parts[0]}
         if out.suffix == ".npy":

@@ -28,7 +28,8 @@ from .scores import Measure, share
 from .tasks import QUESTIONS, Result
 
 if TYPE_CHECKING:
-    from ..inputs.images import ImageInput
+    from ..inputs.preprocess import PixelValues
+    from ..inputs.sources import ImageInput
     from ..runtime import InternVLChat
 
 MODE = "InternVL-Chat"
@@ -42,14 +43,17 @@ class EngineChat:
     def __init__(self, model: InternVLChat, max_new_tokens: int = chat_tasks.LONGEST_ANSWER) -> None:
         self.model, self.max_new_tokens = model, max_new_tokens
 
-    def __call__(self, images: Iterable[ImageInput], conversations: Sequence[Sequence[Turn]]) -> list[str]:
+    def __call__(
+        self, images: Iterable[ImageInput | PixelValues], conversations: Sequence[Sequence[Turn]]
+    ) -> list[str]:
         """Greedy answers to the last turn of each conversation, each about one image."""
         with ThreadPoolExecutor(1) as apart:  # the caller may have an event loop of its own
             return apart.submit(asyncio.run, self._answers(images, conversations)).result()
 
     async def _answers(
-        self, images: Iterable[ImageInput], conversations: Sequence[Sequence[Turn]]
+        self, images: Iterable[ImageInput | PixelValues], conversations: Sequence[Sequence[Turn]]
     ) -> list[str]:
+        from ..inputs.preprocess import PixelValues
         from ..runtime.serving.admission import ServiceLimits
         from ..runtime.serving.chat_service import ChatService
 
@@ -58,10 +62,10 @@ class EngineChat:
         places = asyncio.Semaphore(together)
         service = ChatService(self.model, ServiceLimits(max_running=together, timeout=float("inf")))
 
-        async def answer(image: ImageInput, turns: Sequence[Turn]) -> str:
+        async def answer(image: ImageInput | PixelValues, turns: Sequence[Turn]) -> str:
             *history, last = turns
             async with places:
-                chat = await service.chat([image], history)
+                chat = await service.chat(image if isinstance(image, PixelValues) else [image], history)
                 return (await service.ask(chat, last.question, self.max_new_tokens)).value
 
         try:
@@ -145,10 +149,10 @@ def _questions(
     reader = Reader(len(items))
     kept, said = [], []
     with stage(progress, "questions", len(items)) as advanced:
-        for piece, images in reader.pieces(items, PIECE):
-            turns = [[Turn(prompt.replace(PLAIN, item.question), None, 1)] for item in piece]
-            said += answer([image for (image,) in images], turns)
-            kept += piece
+        for piece in reader.pieces(items, PIECE, answer.model.read_images):
+            turns = [[Turn(prompt.replace(PLAIN, item.question), None, 1)] for item in piece.items]
+            said += answer([piece.pixels[[number]] for number in range(len(piece.items))], turns)
+            kept += piece.items
             advanced(len(kept) + len(reader.skipped))
     pairs = list(zip(said, kept, strict=True))
     same = [normalised(text) in map(normalised, item.answers) for text, item in pairs]

@@ -7,12 +7,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from ..inputs.preprocess import PixelValues, ReadImages
 
 MAX_BYTES = 1 << 30  # the largest published split file, COCO's, has 144 MB
 MAX_SKIPPED = 0.1
@@ -88,43 +88,60 @@ def fingerprint(questions: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Piece(Generic[T]):
+    """Items that could be read.
+
+    ``pixels``: their images; ``counts``: how many images each item has.
+    """
+
+    items: list[T]
+    pixels: PixelValues
+    counts: list[int]
+
+
 @dataclass
 class Reader:
-    """Decodes items in pieces; ``skipped`` fills with what cannot be read, and why."""
+    """Reads items in pieces; ``skipped`` fills with what cannot be read, and why."""
 
     total: int
     skipped: list[dict[str, str]] = field(default_factory=list)
 
-    def pieces(self, items: Sequence[T], size: int) -> Iterator[tuple[list[T], list[list[Image]]]]:
+    def pieces(self, items: Sequence[T], size: int, read: ReadImages) -> Iterator[Piece[T]]:
         """Items with their images, about ``size`` images in memory at a time.
 
         InputError as soon as more than a tenth of all items cannot be read.
         """
-        kept: list[T] = []
-        images: list[list[Image]] = []
-        held = 0
+        waiting: list[T] = []
         for item in items:
-            read = self._read(item)
-            if read is None:
-                continue
-            kept.append(item)
-            images.append(read)
-            held += len(read)
-            if held >= size:
-                yield kept, images
-                kept, images, held = [], [], 0
-        if kept:
-            yield kept, images
-
-    def _read(self, item: Item) -> list[Image] | None:
-        from ..inputs.images import load_image
-
-        try:
             if not item.files:
-                raise InputError(f"{item.name} has no image.")
-            return [load_image(file) for file in item.files]
-        except InputError as error:
-            self.skipped.append({"file": item.name, "why": f"{error.what} {error.why}".strip()})
+                self._skip(item, InputError(f"{item.name} has no image."))
+                continue
+            waiting.append(item)
+            if sum(len(other.files) for other in waiting) >= size:
+                yield from self._read(waiting, read)
+                waiting = []
+        yield from self._read(waiting, read)
+
+    def _read(self, items: list[T], read: ReadImages) -> Iterator[Piece[T]]:
+        owners = [number for number, item in enumerate(items) for _ in item.files]
+        errors: dict[int, InputError] = {}
+        files = [file for item in items for file in item.files]
+
+        def failed(index: int, error: InputError) -> None:
+            errors.setdefault(owners[index], error)
+
+        pixels = read(files, on_error=failed)
+        for number, error in sorted(errors.items()):
+            self._skip(items[number], error)
+        kept = [item for number, item in enumerate(items) if number not in errors]
+        if errors:
+            pixels = pixels[[index for index, owner in enumerate(owners) if owner not in errors]]
+        if kept:
+            yield Piece(kept, pixels, [len(item.files) for item in kept])
+
+    def _skip(self, item: Item, error: InputError) -> None:
+        self.skipped.append({"file": item.name, "why": f"{error.what} {error.why}".strip()})
         if len(self.skipped) > MAX_SKIPPED * self.total:
             listed = "; ".join(s["why"] for s in self.skipped[:5])
             raise InputError(
@@ -132,7 +149,6 @@ class Reader:
                 listed + (" ..." if len(self.skipped) > 5 else ""),
                 "Repair or download them again; check that the images lie where the data set puts them.",
             )
-        return None
 
 
 def _plain(text: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,11 +56,10 @@ def matched(
     wanted = np.unique(np.concatenate([p.ravel() for p in pairs]))
     odds, (shown, said), first = np.empty(len(wanted)), np.divmod(wanted, len(texts)), 0
     reader = Reader(len(items))
-    for _, images in reader.pieces(items, piece):
-        here = (shown >= first) & (shown < first + len(images))
-        flat = [image for group in images for image in group]
-        odds[here] = log_odds(model, flat, texts, shown[here] - first, said[here])
-        first += len(images)
+    for found in reader.pieces(items, piece, partial(model.read_images, resize="square")):
+        here = (shown >= first) & (shown < first + len(found.items))
+        odds[here] = log_odds(model, found.pixels.values, texts, shown[here] - first, said[here])
+        first += len(found.items)
         advanced(first)
     if reader.skipped:
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
@@ -95,12 +96,11 @@ class Runner:
         kept: list[Captioned] = []
         said: list[str] = []
         with stage(self.progress, "captions", len(items)) as advanced:
-            for piece, images in reader.pieces(items, PIECE):
-                flat = [image for group in images for image in group]
+            for piece in reader.pieces(items, PIECE, partial(self.model.read_images, resize="square")):
                 said += self.model.caption(
-                    flat, num_beams=BEAMS, max_new_tokens=MAX_TOKENS, min_new_tokens=MIN_TOKENS
+                    piece.pixels, num_beams=BEAMS, max_new_tokens=MAX_TOKENS, min_new_tokens=MIN_TOKENS
                 )
-                kept += piece
+                kept += piece.items
                 advanced(len(kept) + len(reader.skipped))
         return kept, [mean("CIDEr", cider(said, [item.captions for item in kept]))]
 
@@ -118,12 +118,11 @@ class Runner:
         kept: list[T] = []
         parts = []
         with stage(self.progress, "images", len(items)) as advanced:
-            for piece, images in reader.pieces(items, PIECE):
-                flat = [image for group in images for image in group]
-                embeds = l2(self.model.encode_image(flat, self.mode, resize))
-                starts = np.cumsum([0, *(len(group) for group in images[:-1])])
+            for piece in reader.pieces(items, PIECE, partial(self.model.read_images, resize=resize)):
+                embeds = l2(self.model.encode_image(piece.pixels, self.mode))
+                starts = np.cumsum([0, *piece.counts[:-1]])
                 parts.append(l2(np.add.reduceat(embeds, starts, axis=0)))
-                kept += piece
+                kept += piece.items
                 advanced(len(kept) + len(reader.skipped))
         return kept, np.concatenate(parts)
 

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, TypeAlias
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from ..errors import CapabilityError, InputError, IvlError, UsageError
-from .images import MAX_PIXELS, Array, ImageInput, load_image
+from .images import MAX_PIXELS, frame_of, load_image
+from .sources import Array, ImageInput, data_of, image_sequence, kind_of, name_of, not_readable
 
 Video: TypeAlias = "str | os.PathLike[str] | bytes | Array | Sequence[ImageInput]"
 """A file, its content, or frames in order: a sequence of images, or an array [frames, H, W, 3]."""
@@ -41,7 +42,8 @@ def frames_of(video: Video, count: int = FRAMES, name: str | None = None) -> lis
     """``count`` frames: those in the middle of so many equal parts; all of them where there are fewer.
 
     Args:
-        video: a path, the bytes of a file, or frames in order, which come back as they are.
+        video: a path, the bytes of a file, a ``data:`` URL, or frames in order, which come back as they are;
+            ``list(ImageSequence.Iterator(image))`` has the frames of ``image``.
         count: 1 takes the one in the middle.
         name: of the video in errors.
 
@@ -53,16 +55,55 @@ def frames_of(video: Video, count: int = FRAMES, name: str | None = None) -> lis
     if count < 1:
         raise UsageError(f"{count} frames of a video cannot be read.", fix="Ask for 1 or more.")
     if isinstance(video, (str, os.PathLike)):
-        path, label = Path(video), name or str(video)
-        if not path.is_file():
+        label, kind = name or name_of(video), kind_of(video)
+        if kind == "data":
+            data = data_of(os.fsdecode(video), label, "video")
+            return list(_decoded(io.BytesIO(data), len(data), count, label))
+        if kind != "path":
+            raise not_readable(video, label, "video")
+        path = Path(video)
+        if not _is_file(path):
             raise InputError(f"Cannot read the video {label}.", "There is no such file.", "Check the path.")
         with path.open("rb") as file:
             return list(_decoded(file, path.stat().st_size, count, label))
     if isinstance(video, (bytes, bytearray, memoryview)):
         return list(_decoded(io.BytesIO(video), len(video), count, name or "video bytes"))
-    if not len(video):
+    frames = image_sequence(video)
+    if not len(frames):
         raise InputError(f"{name or 'The video'} has no frames.", "", "Give one at least.")
-    return [video[i] for i in spread(len(video), count)]
+    places = spread(len(frames), count)
+    if animation := _repeated(frames):
+        total = getattr(animation, "n_frames", 1)
+        if len(frames) != total:
+            raise InputError(
+                f"One animated image stands {len(frames)} times in {name or 'the video'}.",
+                f"It has {total} frames and shows one at a time: all of them would be the same.",
+                "Give copies, [frame.copy() for frame in ImageSequence.Iterator(image)], or the file.",
+            )
+        _check(animation.width * animation.height, places[-1] + 1, len(places), name or "of the list")
+        return [frame_of(animation, f"{name or 'of the video'}, frame {i}", i) for i in places]
+    return [frames[i] for i in places]
+
+
+def _repeated(frames: Sequence[ImageInput]) -> Image.Image | None:
+    """An animated image that is among ``frames`` more than once, as ``list(ImageSequence.Iterator(image))``.
+
+    That list holds the image itself once for each of its frames.
+    """
+    seen: set[int] = set()
+    for frame in frames:
+        if isinstance(frame, Image.Image) and getattr(frame, "n_frames", 1) > 1:
+            if id(frame) in seen:
+                return frame
+            seen.add(id(frame))
+    return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -12,7 +12,7 @@ or by the files that declare families: specs, sizes and costs are wanted where t
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
@@ -375,7 +375,7 @@ class Family(Generic[C]):
 
     def image_settings(self, config: C, settings: ImageSettings) -> ImageSettings:
         """``settings`` of a checkpoint's preprocessor, with what its ``config.json`` says of images too."""
-        return replace(settings, size=config.image_size)
+        return settings.at(config.image_size)
 
     def resized(self, config: C, image_size: int) -> C:
         """``config`` for images of ``image_size`` pixels a side."""

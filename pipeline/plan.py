@@ -190,6 +190,8 @@ def plan_build(
         check_types(f"Precision {recipe.name}", types, targets)
     tokenizer = _tokenizer(folder, checkpoint)
     settings = ImageSettings.load(_required_file(folder, "preprocessor_config.json"))
+    if settings.unknown:
+        notices += (f"preprocessor_config.json: no effect here: {', '.join(settings.unknown)}.",)
     evaluation = _evaluation(folder)
     algorithm = algorithm_name(config.algorithm or "max")
     ranges_file = _ranges_file(config, recipe, layers, checkpoint, components, linears)

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from ..bundle.spec import ComponentSpec
 from ..engines.device import to_host
 from ..errors import InputError, UsageError
-from ..inputs.images import ImageInput
 from ..inputs.preprocess import ResizeMode
+from ..inputs.sources import ImageInput, text_sequence
 from ..sampling import Ids, Sampling, Scores, StepFunction, StopCriteria, check_search, decode, stream
-from .image_batches import Floats, Images
+from .image_batches import Floats, Images, as_images
 from .kv_cache import KVCache
 from .loaded import Loaded
 from .serving.scheduler import Scheduler, Started
@@ -52,7 +52,8 @@ def caption(
     resize: ResizeMode | None = None,
 ) -> list[str]:
     """See :meth:`.model.InternVL.caption`."""
-    prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
+    images = as_images(images)
+    prompts = [prompt] * len(images) if isinstance(prompt, str) else text_sequence(prompt, "prompt")
     if len(prompts) != len(images):
         raise UsageError(f"{len(prompts)} prompts for {len(images)} images.", "", "Give one for each.")
     captions: list[str] = []

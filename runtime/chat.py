@@ -28,7 +28,7 @@ from ..inputs.preprocess import Array
 from ..sampling import Ids, Sampling, StopCriteria, check_search
 from .components import Components, visual_embeds, visual_shape
 from .conversation_cache import ConversationCache
-from .image_batches import Floats, Images, Reading
+from .image_batches import Floats, Images, Reading, as_images
 from .kv_cache import PREFIX_BYTES, PrefixCache
 from .loaded import Loaded, is_chat
 from .serving.chat_service import ChatService
@@ -224,8 +224,7 @@ class Chat:
     """One conversation, which answers one question at a time; made by :meth:`InternVLChat.chat`."""
 
     def __init__(self, model: InternVLChat, images: Images, history: Sequence[Turn], system: str) -> None:
-        if isinstance(images, str | bytes | Path):
-            raise InputError("One image was given.", "A sequence of images is needed.", "Use [image].")
+        images = as_images(images)
         shown = sum(turn.images for turn in history)
         if history and shown != len(images):
             raise InputError(f"The history shows {shown} images.", f"{len(images)} were given.")

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import PathLike
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..host import cores
-from ..inputs.images import ImageInput
-from ..inputs.preprocess import ImageSettings, preprocess_images
+from ..inputs.preprocess import ImageSettings, PixelValues, read_images
+from ..inputs.sources import ImageInput, image_sequence, name_of
 from .timings import Timings
 from .urls import UrlPolicy, fetch, is_url
 
 Floats: TypeAlias = NDArray[np.float32]
-Images: TypeAlias = "Sequence[ImageInput] | Floats"
+Images: TypeAlias = "Sequence[ImageInput] | Floats | PixelValues"
 _FETCHES = 8
 """Images fetched at a time."""
 
@@ -30,7 +29,7 @@ class Reading:
 
     Args:
         threads: images decoded and resized at a time; None: as many as there are cores.
-        fast: decode large JPEGs smaller; see :func:`~ivl_export.inputs.preprocess.preprocess_images`.
+        fast: decode large JPEGs smaller; see :func:`~ivl_export.inputs.preprocess.read_images`.
         urls: what may be fetched; None: nothing, text is a path.
     """
 
@@ -44,42 +43,63 @@ def pixel_batches(
 ) -> Iterator[Floats]:
     """``pixel_values`` float32 [<= size, 3, S, S] of ``images``, in order.
 
-    An array is taken as ready ``pixel_values``. Reading is timed as ``preprocess``. Raises InputError for
-    what is no sequence of images, and as :func:`~ivl_export.inputs.preprocess.load_image`.
+    Arrays and :class:`~ivl_export.inputs.preprocess.PixelValues` are taken as ready. Reading is timed as
+    ``preprocess``. Raises InputError for what is no sequence of images, and as
+    :func:`~ivl_export.inputs.images.load_image`.
     """
-    if isinstance(images, np.ndarray):
-        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.float32:
+    given = as_images(images)
+    ready = given.values if isinstance(given, PixelValues) else given
+    if isinstance(ready, np.ndarray):
+        if ready.ndim != 4 or ready.shape[1] != 3 or ready.dtype != np.float32:
             raise InputError(
                 "This array is not pixel_values.",
-                f"It is {images.dtype} {list(images.shape)}; float32 [B, 3, S, S] is needed.",
+                f"It is {ready.dtype} {list(ready.shape)}; float32 [B, 3, S, S] is needed.",
                 "Give pictures as a list of [H, W, 3] arrays.",
             )
-        for start in range(0, len(images), size):
-            yield images[start : start + size]
+        for start in range(0, len(ready), size):
+            yield ready[start : start + size]
         return
-    if isinstance(images, str | bytes | PathLike):
-        raise InputError("One image was given.", "A sequence of images is needed.", "Use [image].")
-
-    how = reading or Reading()
-    threads = how.threads or cores()
-
-    def opened(image: ImageInput) -> ImageInput:
-        return fetch(str(image), how.urls) if is_url(image) else image
+    total = len(ready)
+    names = [name_of(image, index, total) for index, image in enumerate(ready)]
 
     def read(start: int) -> Floats:
-        batch = images[start : start + size]
-        if any(map(is_url, batch)):
-            with timings.measure("fetch"), ThreadPoolExecutor(min(len(batch), _FETCHES)) as pool:
-                batch = list(pool.map(opened, batch))
-        with timings.measure("preprocess"):
-            return cast(Floats, preprocess_images(batch, settings, threads, how.fast))
+        part = slice(start, start + size)
+        return read_batch(ready[part], settings, timings, reading, names[part]).values
 
-    if len(images) <= size:
-        yield from [read(0)] if len(images) else []
+    if total <= size:
+        yield from [read(0)] if total else []
         return
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read, 0)
-        for start in range(size, len(images), size):
+        for start in range(size, total, size):
             pixels, ahead = ahead.result(), reader.submit(read, start)
             yield pixels
         yield ahead.result()
+
+
+def as_images(images: Images) -> Images:
+    """``images`` with a length and an order: a sequence, or ready ``pixel_values``; else InputError."""
+    return images if isinstance(images, (PixelValues, np.ndarray)) else image_sequence(images)
+
+
+def read_batch(
+    images: Sequence[ImageInput],
+    settings: ImageSettings,
+    timings: Timings,
+    reading: Reading | None = None,
+    names: Sequence[str] | None = None,
+    on_error: Callable[[int, InputError], None] | None = None,
+) -> PixelValues:
+    """Images fetched, where ``reading`` allows it, decoded and preprocessed together.
+
+    ``names`` and ``on_error`` as of :func:`~ivl_export.inputs.preprocess.read_images`; what cannot be fetched
+    is always an error.
+    """
+    how = reading or Reading()
+    names = names or [name_of(image, index, len(images)) for index, image in enumerate(images)]
+    if any(map(is_url, images)):
+        with timings.measure("fetch"), ThreadPoolExecutor(min(len(images), _FETCHES)) as pool:
+            images = list(pool.map(lambda i: fetch(i, how.urls) if is_url(i) else i, images))
+    threads = how.threads or cores()
+    with timings.measure("preprocess"):
+        return read_images(images, settings, threads, how.fast, names, on_error=on_error)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -12,10 +11,12 @@ import numpy as np
 
 from ..bundle import Bundle, Verify
 from ..engines.base import known_backend
-from ..inputs.preprocess import ImageSettings, ResizeMode
+from ..errors import InputError
+from ..inputs.preprocess import ImageSettings, PixelValues, ResizeMode
+from ..inputs.sources import ImageInput, image_sequence
 from ..inputs.tokenizer import SentencePieceTokenizer
 from .components import Components, fixed
-from .image_batches import Floats, Images, Reading, pixel_batches
+from .image_batches import Floats, Images, Reading, pixel_batches, read_batch
 from .timings import Timing
 
 L = TypeVar("L", bound="Loaded")
@@ -124,7 +125,7 @@ class Loaded:
     def image_settings(self) -> ImageSettings:
         """The checkpoint's image settings, with the size that the engines were built for."""
         settings = ImageSettings.load(self.bundle.path("preprocess/preprocessor_config.json"))
-        return replace(settings, size=fixed(self.components.spec(self.VISION).inputs[0].shape[2]))
+        return settings.at(fixed(self.components.spec(self.VISION).inputs[0].shape[2]))
 
     def pixel_values(self, images: Images, resize: ResizeMode | None = None) -> Floats:
         """``images`` as the vision engine takes them, float32 [B, 3, S, S]."""
@@ -133,5 +134,18 @@ class Loaded:
 
     def pixel_batches(self, images: Images, resize: ResizeMode | None = None) -> Iterator[Floats]:
         """``pixel_values`` of ``images`` in batches of the vision engine."""
-        settings = self.image_settings if resize is None else replace(self.image_settings, mode=resize)
+        settings = self.image_settings.resized(resize)
         return pixel_batches(images, settings, self.components.batch, self.components.timings, self.reading)
+
+    def read_images(
+        self,
+        images: Sequence[ImageInput],
+        resize: ResizeMode | None = None,
+        on_error: Callable[[int, InputError], None] | None = None,
+    ) -> PixelValues:
+        """Images read once, as every method that takes images also takes them.
+
+        ``on_error``: called with the number of an image that cannot be read, and why; None: raised.
+        """
+        settings, timings = self.image_settings.resized(resize), self.components.timings
+        return read_batch(image_sequence(images), settings, timings, self.reading, on_error=on_error)

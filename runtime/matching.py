@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CapabilityError, InputError, UsageError
-from ..inputs.preprocess import ResizeMode
+from ..inputs.preprocess import PixelValues, ResizeMode
+from ..inputs.sources import text_sequence
 from ..inputs.tokenizer import buckets_of
-from .image_batches import Floats, Images
+from .image_batches import Floats, Images, as_images
 from .loaded import Loaded
 
 COMPONENT = "qllama_itm"
@@ -42,6 +43,7 @@ def match(
         InputError: another number of texts than of images, or an image cannot be read.
         CapabilityError: the bundle has no ``qllama_itm``.
     """
+    images, texts = as_images(images), text_sequence(texts)
     if len(images) != len(texts):
         raise InputError(f"{len(texts)} texts for {len(images)} images.", "", "Give one for each.")
     pairs = np.arange(len(texts))
@@ -71,6 +73,7 @@ def rerank(
         UsageError: ``ranking`` is not of these queries and images.
         InputError, CapabilityError: as :func:`match`.
     """
+    images, queries = as_images(images), text_sequence(queries, "query")
     order = checked(ranking, len(queries), len(images))
     rows, columns = np.nonzero(order >= 0)
     matched = log_odds(model, images, queries, order[rows, columns], rows, resize)
@@ -116,6 +119,8 @@ def check_matching(model: Loaded) -> None:
 
 def chosen(images: Images, places: NDArray[Any]) -> Images:
     """``images`` at ``places``, in that order."""
+    if isinstance(images, PixelValues):
+        return images[places.tolist()]
     return images[places] if isinstance(images, np.ndarray) else [images[i] for i in places]
 
 

@@ -15,8 +15,8 @@ from ..bundle.spec import FEATURES, ComponentSpec, block_number, feature_name
 from ..engines.compatibility import build_line
 from ..engines.device import to_host
 from ..errors import CapabilityError, InputError, UsageError
-from ..inputs.images import ImageInput
 from ..inputs.preprocess import ResizeMode
+from ..inputs.sources import ImageInput, sequence_of, text_sequence
 from ..inputs.tokenizer import CAPTION_PROMPT, buckets_of
 from ..inputs.video import FRAMES, Video, frames_of
 from ..sampling import Ids, Sampling
@@ -37,8 +37,9 @@ _VISION_OUTPUTS = {"InternVL-C": ["image_embed"], "InternVL-G": ["image_embed", 
 class InternVL(Loaded):
     """A loaded bundle. All methods may be called from several threads at once.
 
-    Wherever images are taken: a sequence of any number of paths, file contents, PIL images, [H, W, 3] arrays,
-    tensors, or (where ``reading`` allows it) URLs; or ready ``pixel_values``, a float32 array [B, 3, S, S].
+    Wherever images are taken: a sequence of any number of paths, file contents, ``data:`` URLs, PIL images,
+    [H, W, 3] arrays, tensors, or (where ``reading`` allows it) addresses; or ready ``pixel_values``, a
+    float32 array [B, 3, S, S].
     ``resize`` says how an image is made square (``square``, ``center_crop``, ``pad``; None: as the
     checkpoint's preprocessor says). InputError names an image that cannot be read.
     """
@@ -101,7 +102,7 @@ class InternVL(Loaded):
         :func:`~ivl_export.inputs.video.frames_of`.
         """
         rows = [self.encode_image([], mode)]
-        for video in videos:
+        for video in sequence_of(videos, "video"):
             images = frames_of(video, frames)
             rows.append(zero_shot.l2(self.encode_image(images, mode, resize)).mean(0, keepdims=True))
         return np.concatenate(rows).astype(np.float32, copy=False)
@@ -112,6 +113,7 @@ class InternVL(Loaded):
         Texts are cut to what the engine takes (80 tokens). Short ones run in shorter batches: padding on the
         right never changes an embedding.
         """
+        texts = text_sequence(texts)
         with self.components.timings.measure("tokenize"):
             buckets = self._text_buckets
             ids, lengths = self.tokenizer.encode_contrastive(texts, buckets[-1], buckets)
@@ -249,6 +251,7 @@ class InternVL(Loaded):
 
         Published lists have names: :func:`~ivl_export.runtime.templates.templates`.
         """
+        labels, templates = text_sequence(labels, "label"), text_sequence(templates, "template")
         if not labels or not templates:
             raise UsageError("Zero-shot classification needs labels and templates.", "One list is empty.")
         texts = [zero_shot.fill(template, label) for label in labels for template in templates]
@@ -282,6 +285,7 @@ class InternVL(Loaded):
 
         To ask often, keep :meth:`encode_image`'s result and use :func:`~ivl_export.runtime.zero_shot.rank`.
         """
+        queries = text_sequence(queries, "query")
         images_embedded = self.encode_image(images, mode, resize)
         return Ranking(*zero_shot.rank(self.encode_text(queries), images_embedded, top))
 

@@ -7,12 +7,14 @@ import ipaddress
 import socket
 import ssl
 import time
+import zlib
 from dataclasses import dataclass
-from urllib.parse import urljoin, urlsplit
+from typing import TypeGuard
+from urllib.parse import quote, urljoin, urlsplit
 
 from ..errors import InputError
+from ..inputs.sources import kind_of, not_readable, shown
 
-SCHEMES = ("http://", "https://")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PIECE = 1 << 16
 
@@ -40,9 +42,9 @@ class UrlPolicy:
     private: bool = False
 
 
-def is_url(image: object) -> bool:
+def is_url(image: object) -> TypeGuard[str]:
     """Whether ``image`` is text that begins like a URL."""
-    return isinstance(image, str) and image.lower().startswith(SCHEMES)
+    return kind_of(image) == "url"
 
 
 def fetch(url: str, policy: UrlPolicy | None) -> bytes:
@@ -53,35 +55,31 @@ def fetch(url: str, policy: UrlPolicy | None) -> bytes:
             time, or the file is too large.
     """
     if policy is None:
-        raise InputError(
-            f"The image {url} is not fetched.",
-            "This model was loaded without leave to fetch URLs.",
-            "Fetch it and give its bytes, or load the model with urls=UrlPolicy(...).",
-        )
+        raise not_readable(url, shown(url))
     deadline = time.monotonic() + policy.timeout
     for _ in range(policy.redirects + 1):
         try:
-            status, location, body = _get(url, policy, deadline)
+            status, location, packed, body = _get(url, policy, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _failed(url, str(error) or type(error).__name__) from error
         if status == 200:
-            return body
+            return _unpacked(url, body, policy) if packed else body
         if status not in _REDIRECTS or not location:
             raise _failed(url, f"The server answered with status {status}.")
         url = urljoin(url, location)
     raise _failed(url, f"It was redirected more than {policy.redirects} times.")
 
 
-def _get(url: str, policy: UrlPolicy, deadline: float) -> tuple[int, str, bytes]:
-    """(status, where it says to go instead, body)."""
+def _get(url: str, policy: UrlPolicy, deadline: float) -> tuple[int, str, bool, bytes]:
+    """(status, where it says to go instead, whether the body is packed by gzip, body)."""
     parts = urlsplit(url)
-    host = (parts.hostname or "").rstrip(".").lower()
+    host = _ascii_host((parts.hostname or "").rstrip(".").lower())
     allowed = not policy.hosts or any(
         host == name or (name.startswith(".") and host.endswith(name)) for name in policy.hosts
     )
     if parts.scheme not in policy.schemes or not host or not allowed or parts.username is not None:
         raise InputError(
-            f"The image {url} is not fetched.",
+            f"The image {shown(url)} is not fetched.",
             f"Allowed: {' and '.join(policy.schemes)} from {', '.join(policy.hosts) or 'public hosts'}.",
             "Fetch it yourself and give its bytes.",
         )
@@ -93,8 +91,9 @@ def _get(url: str, policy: UrlPolicy, deadline: float) -> tuple[int, str, bytes]
         tls = ssl.create_default_context() if secure else None
         stream = tls.wrap_socket(plain, server_hostname=host) if tls else plain
         connection.sock = stream
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "ivl-export"})
+        path = _quoted(parts.path or "/") + (f"?{_quoted(parts.query)}" if parts.query else "")
+        headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "ivl-export"}
+        connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
         length = answer.getheader("Content-Length", "")
         if length.isdecimal() and int(length) > policy.max_bytes:
@@ -105,7 +104,8 @@ def _get(url: str, policy: UrlPolicy, deadline: float) -> tuple[int, str, bytes]
             if len(body) > policy.max_bytes:
                 raise _too_large(url, policy)
             stream.settimeout(_left(deadline))
-        return answer.status, answer.getheader("Location", ""), bytes(body)
+        packed = answer.getheader("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip")
+        return answer.status, answer.getheader("Location", ""), packed, bytes(body)
     finally:
         connection.close()
         plain.close()  # what TLS took over is closed by then
@@ -117,7 +117,7 @@ def _connected(url: str, host: str, port: int, policy: UrlPolicy, deadline: floa
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         if not policy.private and not ipaddress.ip_address(address[0]).is_global:
             raise InputError(
-                f"The image {url} is not fetched.", f"{host} is {address[0]}, no public address."
+                f"The image {shown(url)} is not fetched.", f"{host} is {address[0]}, no public address."
             )
         connection = socket.socket(family, kind, protocol)
         try:
@@ -130,6 +130,27 @@ def _connected(url: str, host: str, port: int, policy: UrlPolicy, deadline: floa
     raise failure or OSError(f"{host} has no address")
 
 
+def _quoted(text: str) -> str:
+    """Percent-encoded as browsers do: letters that an address may not hold; what is encoded stays."""
+    return quote(text, safe="/%:@!$&'()*+,;=?~-._[]")
+
+
+def _ascii_host(host: str) -> str:
+    return host if host.isascii() else host.encode("idna").decode("ascii")
+
+
+def _unpacked(url: str, body: bytes, policy: UrlPolicy) -> bytes:
+    """What a server packed by gzip although it was not asked to, up to the same limit."""
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        data = unpacker.decompress(body, policy.max_bytes + 1)
+    except zlib.error as error:
+        raise _failed(url, f"Its gzip is damaged: {error}.") from error
+    if len(data) > policy.max_bytes:
+        raise _too_large(url, policy)
+    return data
+
+
 def _left(deadline: float) -> float:
     seconds = deadline - time.monotonic()
     if seconds <= 0:
@@ -138,10 +159,10 @@ def _left(deadline: float) -> float:
 
 
 def _failed(url: str, why: str) -> InputError:
-    return InputError(f"The image {url} cannot be fetched.", why, "Fetch it yourself and give its bytes.")
+    what = f"The image {shown(url)} cannot be fetched."
+    return InputError(what, why, "Fetch it yourself and give its bytes.")
 
 
 def _too_large(url: str, policy: UrlPolicy) -> InputError:
-    return InputError(
-        f"The image {url} is too large.", f"The limit is {policy.max_bytes} bytes.", "Make it smaller first."
-    )
+    why = f"The limit is {policy.max_bytes} bytes."
+    return InputError(f"The image {shown(url)} is too large.", why, "Make it smaller first.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..inputs.preprocess import Array
+from ..inputs.preprocess import Array, ImageSettings, normalised
 from ..inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer
 from ..synthetic.batches import make_batch
 from ..synthetic.captions import LANGUAGES, caption
@@ -103,7 +103,6 @@ def _text(ids: Array, lengths: Array) -> Text:
     return Text(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)))
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [B, S, S, 3] -> float32 [B, 3, S, S], normalised per channel."""
-    x = images.permute(0, 3, 1, 2).float() / 255
-    return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+def pixel_values(images: Tensor, settings: ImageSettings) -> Tensor:
+    """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] on the same device, normalised per channel."""
+    return torch.from_numpy(normalised(images.cpu().numpy(), settings)).to(images.device)

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from ..errors import InputError
 from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, Encoded, Turn, encode
-from ..inputs.images import ImageInput
 from ..inputs.preprocess import Array, ImageSettings, preprocess_images
+from ..inputs.sources import ImageInput
 from ..inputs.tokenizer import SentencePieceTokenizer
 from ..synthetic.dialogues import conversation, dialogue
 from ..synthetic.render import render

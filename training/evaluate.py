@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from ..inputs.preprocess import Array, ImageSettings
+from ..inputs.preprocess import Array, ImageSettings, normalised
 from ..inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer
 from ..models.internvl import InternVLModel
 from ..synthetic.captions import Language
 from ..synthetic.render import Image8
 from ..synthetic.tasks import BothHeads
-from .collate import BUCKETS, normalise
+from .collate import BUCKETS
 
 
 class TorchModel(BothHeads):
@@ -46,7 +46,7 @@ class TorchModel(BothHeads):
         return [self.tokenizer.decode(row) for row in ids.tolist()]
 
     def _pixels(self, images: Image8) -> torch.Tensor:
-        return normalise(torch.from_numpy(images), self.settings.mean, self.settings.std)
+        return torch.from_numpy(normalised(images, self.settings))
 
 
 def _numpy(x: torch.Tensor) -> Array:

@@ -20,7 +20,7 @@ from ..inputs.preprocess import ImageSettings
 from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.internvl import InternVLModel
 from . import distributed as dist
-from .collate import SceneBatches, collate, normalise
+from .collate import SceneBatches, collate, pixel_values
 from .distill import answers, distillation_losses
 from .fake_quant import keep_in_bounds
 from .losses import IGNORE, Stage2Batch
@@ -104,7 +104,7 @@ class SceneSamples(Dataset[Stage2Batch]):
     def __getitem__(self, index: int) -> Stage2Batch:
         drawn = self.scenes[index]
         batch = drawn.stage2(torch.zeros(len(drawn.images), 0))
-        pixels = normalise(drawn.images[self.rows], self.settings.mean, self.settings.std)
+        pixels = pixel_values(drawn.images[self.rows], self.settings)
         return replace(dist.taken(batch, self.rows), pixel_values=pixels)
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 from ..inputs.preprocess import ImageSettings
 from ..models.internvl import InternVLModel
 from . import distributed as dist
-from .collate import Drawn, SceneBatches, normalise
+from .collate import Drawn, SceneBatches, pixel_values
 from .initial import initialised
 from .losses import (
     IGNORE,
@@ -189,7 +189,7 @@ def _step(
             group["lr"] = peak * schedule(stage, step)
     model.train()
     settings = ImageSettings()
-    pixels = normalise(drawn.images, settings.mean, settings.std)
+    pixels = pixel_values(drawn.images, settings)
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
         parts: dict[str, Tensor] = objective(_batch(stage, drawn, pixels), stage)
     loss = torch.stack(list(parts.values())).sum()

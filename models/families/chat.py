@@ -469,7 +469,7 @@ class Chat(Family[ChatConfig]):
 
     def image_settings(self, config: ChatConfig, settings: ImageSettings) -> ImageSettings:
         pad = config.image_aspect_ratio == "pad"
-        return replace(settings, size=config.image_size, mode="pad" if pad else settings.mode)
+        return settings.at(config.image_size).resized("pad" if pad else None)
 
     def resized(self, config: ChatConfig, image_size: int) -> ChatConfig:
         return replace(config, image_size=image_size)

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...host import cores
-from ...inputs.images import ImageInput
 from ...inputs.preprocess import ResizeMode
+from ...inputs.sources import ImageInput
 from ...inputs.tokenizer import CAPTION_PROMPT, Pieces
 from ...sampling import Sampling, StopCriteria, check_search
 from .. import captions, matching

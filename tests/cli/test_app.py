@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ivl_export.cli import app as app_module
 from ivl_export.cli import document, inputs, output
 from ivl_export.cli.app import GROUPS, MOVED, VERBS
 from ivl_export.errors import InputError, IvlError
+from ivl_export.inputs.preprocess import ImageSettings, read_images
 
 HEAVY = (
     "torch",
@@ -29,6 +31,8 @@ HEAVY = (
     "modelopt",
     "matplotlib",
 )
+
+READ = partial(read_images, settings=ImageSettings(16))
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -215,7 +219,7 @@ def test_folders_are_searched_and_broken_files_skipped(tmp_path: Path) -> None:
     (tmp_path / "c.png").write_bytes(b"not a picture")
     (tmp_path / "notes.txt").write_text("x")
     files = inputs.ImageFiles.find([tmp_path])
-    found = [file for piece, images in files.read() for file, _ in zip(piece, images, strict=True)]
+    found = [file for piece, images in files.read(READ) for file, _ in zip(piece, images, strict=True)]
     assert found == good
     assert [Path(s["file"]).name for s in files.skipped] == ["c.png"]
 
@@ -223,9 +227,9 @@ def test_folders_are_searched_and_broken_files_skipped(tmp_path: Path) -> None:
 def test_broken_files_that_were_named_are_errors(tmp_path: Path) -> None:
     (tmp_path / "c.png").write_bytes(b"not a picture")
     with pytest.raises(InputError, match=r"c\.png"):
-        list(inputs.ImageFiles.find([tmp_path / "c.png"]).read())
+        list(inputs.ImageFiles.find([tmp_path / "c.png"]).read(READ))
     with pytest.raises(InputError, match="No image could be read"):
-        list(inputs.ImageFiles.find([tmp_path]).read())
+        list(inputs.ImageFiles.find([tmp_path]).read(READ))
     (tmp_path / "empty").mkdir()
     for paths in ([tmp_path / "empty"], [tmp_path / "missing.png"], []):
         with pytest.raises(InputError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from PIL import Image
 from ivl_export.errors import InputError
 from ivl_export.evaluation import datasets
 from ivl_export.evaluation.files import Reader, choose, fingerprint
+from ivl_export.inputs.preprocess import ImageSettings, preprocess_images, read_images
+
+SETTINGS = ImageSettings(16)
+READ = partial(read_images, settings=SETTINGS)
 
 
 def picture(path: Path, seed: int = 0) -> None:
@@ -144,12 +149,14 @@ def test_broken_images_are_skipped_up_to_a_tenth(tmp_path: Path) -> None:
     for i in (3, 8):
         (tmp_path / f"{i:02}.png").write_bytes(b"\x89PNG no")
     reader = Reader(len(items))
-    pieces = list(reader.pieces(items, 8))
-    assert [len(kept) for kept, _ in pieces] == [8, 8, 2]
-    assert [item.name for kept, _ in pieces for item in kept] == [
-        str(i) for i in range(20) if i not in (3, 8)
-    ]
+    pieces = list(reader.pieces(items, 8, READ))
+    assert [len(piece.items) for piece in pieces] == [7, 7, 4]
+    names = [item.name for piece in pieces for item in piece.items]
+    assert names == [str(i) for i in range(20) if i not in (3, 8)]
+    for piece in pieces:
+        files = [item.files[0] for item in piece.items]
+        assert np.array_equal(piece.pixels.values, preprocess_images(files, SETTINGS))
     assert [s["file"] for s in reader.skipped] == ["3", "8"]
     (tmp_path / "15.png").unlink()
     with pytest.raises(InputError, match="3 of 20 samples cannot be read"):
-        list(Reader(len(items)).pieces(items, 8))
+        list(Reader(len(items)).pieces(items, 8, READ))

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ivl_export.errors import InputError
-from ivl_export.inputs.images import Array, load_image
+from ivl_export.inputs.images import load_image
+from ivl_export.inputs.sources import Array
 
 
 def photo(width: int = 60, height: int = 40) -> Image.Image:

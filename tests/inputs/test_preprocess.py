@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
-from ivl_export.errors import CheckpointError, InputError
+from ivl_export.errors import CheckpointError, InputError, UsageError
 from ivl_export.inputs import preprocess
 from ivl_export.inputs.images import load_image
 from ivl_export.inputs.preprocess import (
@@ -23,8 +23,13 @@ from ivl_export.inputs.preprocess import (
     ImageSettings,
     ResizeMode,
     preprocess_images,
+    read_images,
     resize,
 )
+from ivl_export.inputs.sources import ImageInput
+from ivl_export.inputs.tiles import Tiling
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "family"
 
 pytestmark = pytest.mark.numeric
 
@@ -34,6 +39,17 @@ def photo(width: int = 60, height: int = 40) -> Image.Image:
     return Image.fromarray(
         np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], -1).astype(np.uint8)
     )
+
+
+def formula(name: str) -> Image.Image:
+    """The pictures of the goldens."""
+    width, height = {"A": (100, 60), "B": (45, 150)}[name]
+    y, x = np.mgrid[:height, :width]
+    channels = {
+        "A": (7 * x + 13 * y, x * x + 3 * y, x * y + 17),
+        "B": (x * x * y + 5, 11 * x + y * y, 255 - ((3 * x + 2 * y) % 256)),
+    }[name]
+    return Image.fromarray(np.stack([c % 256 for c in channels], -1).astype(np.uint8))
 
 
 # --- pixel values ---
@@ -155,6 +171,23 @@ def test_published_settings_are_read(extra: dict[str, Any], size: int, mode: Res
         {"size": 224, "image_std": [0.5, 0.5, 0.0]},
         {"size": 224, "image_std": [0.5, 0.5, float("nan")]},
         {"size": 224, "image_mean": None},
+        {"size": 224, "do_resize": False},
+        {"size": 224, "do_rescale": False},
+        {"size": 224, "do_convert_rgb": False},
+        {"size": 224, "do_normalize": "yes"},
+        {"size": 224, "do_pad": True},
+        {"size": 224, "pad_size": {"height": 9, "width": 9}},
+        {"size": 224, "image_grid_pinpoints": [[336, 672]]},
+        {"size": {"shortest_edge": 224}},
+        {"size": {"shortest_edge": 224, "longest_edge": 300}, "do_center_crop": True},
+        {"size": {"height": 224, "width": 448}},
+        {"size": {"height": 256, "width": 256}, "crop_size": 224, "do_center_crop": True},
+        {"size": {"shortest_edge": 112}, "crop_size": 224, "do_center_crop": True},
+        {"size": 224, "crop_size": {"height": 224, "width": 112}, "do_center_crop": True},
+        {"size": 448, "crop_to_patches": True, "max_patches": 0},
+        {"size": 448, "crop_to_patches": True, "max_patches": 41},
+        {"size": 448, "crop_to_patches": True, "min_patches": 20},
+        {"size": 448, "crop_to_patches": 1},
     ],
 )
 def test_settings_that_cannot_be_followed_are_checkpoint_errors(tmp_path: Path, data: Any) -> None:
@@ -162,6 +195,123 @@ def test_settings_that_cannot_be_followed_are_checkpoint_errors(tmp_path: Path, 
     file.write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
         ImageSettings.load(file)
+
+
+def test_the_key_that_cannot_be_followed_is_named() -> None:
+    for key, value in (("do_rescale", False), ("resample", 0), ("do_pad", True), ("crop_to_patches", "x")):
+        with pytest.raises(CheckpointError, match=f"{key} is {value!r}"):
+            ImageSettings.from_json({"size": 224, key: value})
+
+
+def test_without_normalisation_values_are_0_to_1() -> None:
+    config = ImageSettings.from_json({"size": 16, "do_normalize": False, "image_mean": [0.5] * 3})
+    white = np.full((16, 16, 3), 255, np.uint8)
+    assert np.array_equal(preprocess_images([white], config), np.ones((1, 3, 16, 16), np.float32))
+
+
+def test_resizing_to_more_than_is_cropped() -> None:
+    config = ImageSettings.from_json(
+        {"size": {"shortest_edge": 128}, "crop_size": {"height": 112, "width": 112}, "do_center_crop": True}
+    )
+    assert config == ImageSettings(112, mode="center_crop", shortest_edge=128)
+    image = photo(400, 300)
+    small = image.resize((170, 128), Image.Resampling.BICUBIC).crop((29, 8, 141, 120))
+    assert np.array_equal(np.asarray(resize(image, config)), np.asarray(small))
+    assert ImageSettings.from_json(config.to_json()) == config
+    assert config.at(224).shortest_edge == 256
+
+
+NATIVE = {
+    "crop_size": None,
+    "crop_to_patches": False,
+    "data_format": "channels_first",
+    "default_to_square": True,
+    "device": None,
+    "disable_grouping": None,
+    "do_center_crop": None,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_pad": None,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_processor_type": "GotOcr2ImageProcessorFast",
+    "image_std": [0.229, 0.224, 0.225],
+    "input_data_format": None,
+    "max_patches": 12,
+    "min_patches": 1,
+    "processor_class": "InternVLProcessor",
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+    "return_tensors": None,
+    "size": {"height": 448, "width": 448},
+}
+
+
+def test_the_processor_of_native_checkpoints_tiles_whatever_its_file_says() -> None:
+    assert ImageSettings.from_json(NATIVE) == ImageSettings(448, tiling=Tiling(12))
+    assert ImageSettings.from_json({**NATIVE, "processor_class": "LlavaProcessor"}) == ImageSettings(448)
+    cropped = {**NATIVE, "processor_class": None, "crop_to_patches": True, "max_patches": 6}
+    assert ImageSettings.from_json(cropped) == ImageSettings(448, tiling=Tiling(6))
+    assert ImageSettings.from_json(NATIVE).unknown == ()
+
+
+def test_unknown_keys_are_collected() -> None:
+    config = ImageSettings.from_json({**NATIVE, "do_sharpen": True, "b": 1})
+    assert config.unknown == ("b", "do_sharpen")
+    assert config == ImageSettings.from_json(NATIVE)
+
+
+# --- tiles ---
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_pixel_values_of_tiles_equal_the_published_ones(number: int) -> None:
+    published = json.loads((GOLDENS / "preprocess.json").read_text())
+    image, picture = published["images"][number], formula(published["images"][number]["name"])
+    for case in image["cases"]:
+        config = ImageSettings(case["tile_size"], tiling=Tiling(case["max_tiles"]))
+        pixels = read_images([picture], config)
+        assert pixels.tiles == (case["tiles_with_thumbnail"],)
+        for v in case["values"]:
+            got = pixels.values[v["tile"], v["channel"], v["row"], v["col"]]
+            assert got == np.float32(v["value"])
+        assert pixels.values.sum(dtype=np.float64) == pytest.approx(case["pixel_sum"], rel=1e-12)
+
+
+def test_each_image_has_its_own_limit_of_tiles() -> None:
+    config = ImageSettings(16, tiling=Tiling(12))
+    pictures = [photo(90, 30), photo(30, 90), photo(40, 40)]
+    free = read_images(pictures, config, threads=3)
+    assert free.tiles == (13, 13, 10)
+    assert read_images(pictures, config, max_tiles=1).tiles == (1, 1, 1)
+    some = read_images(pictures, config, max_tiles=[12, 1, 4])
+    assert some.tiles == (13, 1, 5)
+    assert np.array_equal(some[[0]].values, free.values[:13])
+    assert np.array_equal(free[[2, 0]].values, np.concatenate([free.values[26:], free.values[:13]]))
+    for limit in (0, 41, [1, 2]):
+        with pytest.raises(UsageError, match="max_tiles"):
+            read_images(pictures, config, max_tiles=limit)
+
+
+@pytest.mark.parametrize("tiling", [None, Tiling(4)])
+def test_images_that_cannot_be_read_are_left_out_where_that_is_wanted(tiling: Tiling | None) -> None:
+    config, errors = ImageSettings(16, tiling=tiling), dict[int, InputError]()
+    images: list[ImageInput] = [photo(), b"nothing", photo(20, 60), b""]
+    pixels = read_images(images, config, threads=2, on_error=errors.__setitem__)
+    assert [*errors] == [1, 3]
+    assert [bool(tiles) for tiles in pixels.tiles] == [True, False, True, False]
+    assert np.array_equal(pixels.values, preprocess_images([images[0], images[2]], config))
+
+
+def test_tiles_are_stretched_only() -> None:
+    with pytest.raises(ValueError, match="pad"):
+        ImageSettings(16, mode="pad", tiling=Tiling())
+
+
+def test_settings_with_tiles_round_trip() -> None:
+    config = ImageSettings(448, tiling=Tiling(6, 2, False))
+    assert ImageSettings.from_json(config.to_json()) == config
 
 
 def test_unreadable_settings_are_checkpoint_errors(tmp_path: Path) -> None:
