@@ -11,16 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
 from ..errors import InputError, UsageError
-
-DTYPES: dict[str, type[np.generic]] = {
-    "float32": np.float32,
-    "int64": np.int64,
-    "int32": np.int32,
-    "bool": np.bool_,
-}
 
 
 class Shaped(Protocol):

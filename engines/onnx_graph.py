@@ -15,27 +15,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from ..dtypes import find_dtype
 from ..errors import IntegrityError
 from .protobuf import fields, messages, packed
 
-ELEMENT_TYPES = {
-    1: "fp32",
-    2: "uint8",
-    3: "int8",
-    6: "int32",
-    7: "int64",
-    9: "bool",
-    10: "fp16",
-    11: "fp64",
-    16: "bf16",
-    17: "fp8",
-    19: "fp8_e5m2",
-    21: "uint4",
-    22: "int4",
-}
-"""TensorProto.DataType -> the short names used in this package (fp8 is E4M3FN)."""
-
-_BITS = {"fp64": 64, "int64": 64, "fp32": 32, "int32": 32, "fp16": 16, "bf16": 16, "int4": 4, "uint4": 4}
 _TENSOR_DATA = frozenset({4, 5, 6, 10, 11})
 """TensorProto's payload fields that are skipped unread."""
 _MAX_INTEGERS = 8
@@ -56,8 +39,8 @@ class Node:
 class Graph:
     """Nodes in file order; initializers, inputs and outputs by name with element type and sizes.
 
-    Dynamic sizes are 0. Element types are :data:`ELEMENT_TYPES`, ``?`` for any other. ``integers`` are the
-    values of short int64 constants: shapes, axes, ranges.
+    Dynamic sizes are 0. Element types have the names of :mod:`..dtypes`, ``?`` for any other. ``integers``
+    are the values of short int64 constants: shapes, axes, ranges.
     """
 
     nodes: tuple[Node, ...]
@@ -69,7 +52,7 @@ class Graph:
     @property
     def element_types(self) -> frozenset[str]:
         """Every element type among weights, constants, inputs and Cast results."""
-        casts = {ELEMENT_TYPES.get(n.ints.get("to", 0), "?") for n in self.nodes if n.op == "Cast"}
+        casts = {_kind(n.ints.get("to", 0)) for n in self.nodes if n.op == "Cast"}
         named = {kind for kind, _ in (*self.initializers.values(), *self.inputs.values())}
         return frozenset(named | casts)
 
@@ -80,7 +63,14 @@ class Graph:
 
 def stored_bytes(kind: str, shape: Iterable[int]) -> int:
     """Bytes of a tensor of element type ``kind``; two 4-bit values share one."""
-    return (math.prod(shape) * _BITS.get(kind, 8) + 7) // 8
+    dtype = find_dtype(kind)
+    return dtype.nbytes(math.prod(shape)) if dtype else math.prod(shape)
+
+
+def _kind(number: int) -> str:
+    """The name of TensorProto.DataType ``number``."""
+    dtype = find_dtype(number)
+    return dtype.name if dtype else "?"
 
 
 def read_graph(path: Path) -> Graph:
@@ -177,7 +167,7 @@ def _tensor(data: memoryview) -> _Tensor:
         if number == 1:
             dims += [value] if isinstance(value, int) else list(packed(value))
         elif number == 2 and isinstance(value, int):
-            kind = ELEMENT_TYPES.get(value, "?")
+            kind = _kind(value)
         elif number == 7 and len(values) <= _MAX_INTEGERS:
             values += [value] if isinstance(value, int) else islice(packed(value), _MAX_INTEGERS + 1)
         elif number == 8 and not isinstance(value, int):
@@ -209,7 +199,7 @@ def _value_info(data: memoryview) -> tuple[str, str, tuple[int, ...]]:
             for _, tensor in messages(value, 1):
                 for key, part in fields(tensor):
                     if key == 1 and isinstance(part, int):
-                        kind = ELEMENT_TYPES.get(part, "?")
+                        kind = _kind(part)
                     elif key == 2 and not isinstance(part, int):
                         dims = [_dim(size) for _, size in messages(part, 1)]
     return name, kind, tuple(dims)

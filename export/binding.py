@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..dtypes import COMPUTE, dtype_of, find_dtype
 from ..errors import BuildError
 from ..files.write import atomic
 from .weight_store import Store, cannot_write
@@ -16,15 +17,7 @@ from .weight_store import Store, cannot_write
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_ONNX = {
-    "float32": "FLOAT",
-    "bfloat16": "BFLOAT16",
-    "float16": "FLOAT16",
-    "F8_E4M3": "FLOAT8E4M3FN",
-    "I8": "INT8",
-    "U8": "UINT8",
-}
-_FLOATS = ("FLOAT", "BFLOAT16", "FLOAT16")
+_FLOATS = {dtype_of(name).onnx for name in COMPUTE}
 
 
 def unbound(model: ir.Model) -> list[str]:
@@ -61,11 +54,12 @@ def bind(model: ir.Model, store: Store, folder: Path) -> None:
                 "Copy the weights with write_store.",
             )
         shape = ir.Shape(ref.shape)
-        onnx_type = _ONNX.get(ref.dtype, ref.dtype)
+        known = find_dtype(ref.dtype)
+        onnx_type = known.onnx if known else ref.dtype
         wanted = value.dtype.name if value.dtype is not None else "an unknown type"
-        if wanted == "INT4" and ref.dtype == "U8" and shape:  # safetensors has no type of two values a byte
+        if wanted == "INT4" and ref.dtype == "uint8" and shape:  # safetensors has no 4-bit types
             shape, onnx_type = ir.Shape([*ref.shape[:-1], 2 * ref.shape[-1]]), wanted
-        if value.shape != shape or (wanted != onnx_type and not {wanted, onnx_type} <= set(_FLOATS)):
+        if value.shape != shape or (wanted != onnx_type and not {wanted, onnx_type} <= _FLOATS):
             raise BuildError(
                 f"Graph {model.graph.name} and the weights store differ in {name}.",
                 f"The graph has {wanted} {value.shape}, the store {onnx_type} {shape}.",

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..bundle.spec import ComponentSpec
+from ..dtypes import COMPUTE, dtype_of
 from ..errors import BuildError
 from ..models.checkpoint import Checkpoint
 from ..models.registry import ModelConfig, component_module, component_of, component_spec
@@ -28,12 +29,11 @@ if TYPE_CHECKING:
     import torch
 
 OPSET = 24  # the first with 16-bit Attention
-COMPUTE_DTYPES = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "float16": "FLOAT16"}
-_TRACED = "bfloat16"
+_TRACED = dtype_of("bf16")
 _NOISY_LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnx_ir", "onnxscript")
 
 
-def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bfloat16") -> ir.Model:
+def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bf16") -> ir.Model:
     """The graph of component ``name``, initializers unbound.
 
     Inputs, outputs and symbolic dimensions are named as in the component's spec. Every linear layer is
@@ -43,7 +43,7 @@ def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bf
     Args:
         name: a component that ``checkpoint`` has.
         checkpoint: gives the sizes; no weights are read.
-        compute_dtype: ``float32``, ``bfloat16`` or ``float16``.
+        compute_dtype: ``fp32``, ``bf16`` or ``fp16``.
 
     Raises:
         UsageError, CapabilityError: no such component, or not in this checkpoint.
@@ -52,11 +52,11 @@ def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bf
     from .binding import unbound
     from .graph import finish, retype
 
-    if compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype {compute_dtype!r} is none of {sorted(COMPUTE_DTYPES)}")
+    if compute_dtype not in COMPUTE:
+        raise ValueError(f"compute_dtype {compute_dtype!r} is none of {', '.join(COMPUTE)}")
     spec = component_spec(name, checkpoint.model)
     model = _trace(name, checkpoint.model).clone()
-    retype(model, COMPUTE_DTYPES[_TRACED], COMPUTE_DTYPES[compute_dtype])
+    retype(model, _TRACED.onnx, dtype_of(compute_dtype).onnx)
     with _quiet():
         finish(model, spec)
     strangers = [key for key in unbound(model) if key not in checkpoint.tensors]
@@ -84,7 +84,7 @@ def _trace_all(name: str, config: ModelConfig) -> ir.Model:
 
     spec = component_spec(name, config)
     with torch.device("meta"):
-        module = component_module(name, config).to(getattr(torch, _TRACED))
+        module = component_module(name, config).to(_TRACED.torch)
         args, shapes = example_inputs(spec)
     with _quiet(), torch.no_grad():
         program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
@@ -113,7 +113,7 @@ def example_inputs(spec: ComponentSpec) -> tuple[tuple[torch.Tensor, ...], list[
         dims["total"] = torch.export.Dim.DYNAMIC
     args, shapes = [], []
     for tensor in spec.inputs:
-        dtype = getattr(torch, _TRACED if tensor.dtype == "float" else tensor.dtype)
+        dtype = (_TRACED if tensor.dtype == "float" else dtype_of(tensor.dtype)).torch
         args.append(torch.zeros([d if isinstance(d, int) else sizes[d] for d in tensor.shape], dtype=dtype))
         shapes.append({i: dims[d] for i, d in enumerate(tensor.shape) if isinstance(d, str)})
     flat = sum(not t.name.startswith("past_") for t in spec.inputs)  # what follows is the variadic past

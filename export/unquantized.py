@@ -25,7 +25,7 @@ from .weights import stored_as, write_store
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+DTYPES = ("bf16", "fp32")
 STORE = Path("weights") / "weights.safetensors"
 GRAPH_BYTES = 64 << 20
 """Room for the graphs themselves; the largest takes a few MB."""
@@ -96,7 +96,7 @@ def export_plain(
         graphs = _saved(models, dtype, out)
         return Exported(graphs, None, _sizes(graphs.values()), used)
 
-    stored = None if dtype == "fp32" else DTYPES[dtype]
+    stored = None if dtype == "fp32" else dtype
     layout = stored_as(checkpoint, keys, stored)
     total, tell = sum(t.nbytes for t in layout), _one_at_a_time(progress)
     with _staged(out) as staging:
@@ -190,7 +190,7 @@ def _bound(
     for name in names:
         sound()
         progress(name, 0, 1)
-        models[name] = export_component(name, checkpoint, DTYPES[dtype])
+        models[name] = export_component(name, checkpoint, dtype)
         if dtype == "fp32":
             separate_past(models[name])
         bind(models[name], store, folder)

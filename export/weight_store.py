@@ -16,10 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ..dtypes import dtype_of
 from ..errors import BuildError
 from ..files.write import temporary_path
 from ..models.finite import FiniteCheck, NonFinite
-from ..models.storage import SAFETENSORS_DTYPES, TensorRef, read_header
+from ..models.storage import TensorRef, read_header
 from .copying import copy_bytes, reserve, write_all
 
 if TYPE_CHECKING:
@@ -27,15 +28,6 @@ if TYPE_CHECKING:
 
 
 ALIGNMENT = 4096  # a page: what memory maps and direct reads like
-_SAFETENSORS = {
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "float8_e4m3fn": "F8_E4M3",
-    "int8": "I8",
-    "uint8": "U8",
-}
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
 
 Store = dict[str, TensorRef]
 """Stored name to its place, over all files of a store."""
@@ -52,7 +44,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Bytes it takes."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return dtype_of(self.dtype).nbytes(math.prod(self.shape))
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ def plan_store(path: Path, tensors: Iterable[StoredTensor]) -> StoreLayout:
         begins.append(end)
         end += t.nbytes
         header[t.name] = {
-            "dtype": _SAFETENSORS[t.dtype],
+            "dtype": dtype_of(t.dtype).safetensors,
             "shape": list(t.shape),
             "data_offsets": [begins[-1], end],
         }
@@ -94,7 +86,7 @@ def plan_store(path: Path, tensors: Iterable[StoredTensor]) -> StoreLayout:
     raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
     data = 8 + len(raw)
     refs = {
-        t.name: TensorRef(path, t.name, _header_dtype(t.dtype), t.shape, data + begin, t.nbytes)
+        t.name: TensorRef(path, t.name, t.dtype, t.shape, data + begin, t.nbytes)
         for t, begin in zip(ordered, begins, strict=True)
     }
     return StoreLayout(path, len(raw).to_bytes(8, "little") + raw, refs, data + end)
@@ -223,11 +215,6 @@ def open_store(*paths: Path) -> Store:
             )
         store.update(refs)
     return store
-
-
-def _header_dtype(dtype: str) -> str:
-    """``dtype`` as :func:`..models.storage.read_header` names it."""
-    return SAFETENSORS_DTYPES.get(_SAFETENSORS[dtype], _SAFETENSORS[dtype])
 
 
 def _power_of_two(nbytes: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..dtypes import dtype_of
 from ..errors import CheckpointError
 from ..models.checkpoint import Checkpoint
 from ..models.finite import FiniteCheck, NonFinite, not_finite
@@ -31,7 +32,8 @@ def stored_as(checkpoint: Checkpoint, keys: Iterable[str], dtype: str | None) ->
     if absent:
         raise CheckpointError(f"{checkpoint.path} lacks {len(absent)} tensors.", ", ".join(absent[:5]))
     listed.sort(key=lambda key: (refs[key].file, refs[key].offset or 0))  # from front to back
-    return [StoredTensor(k, dtype or refs[k].dtype, refs[k].shape) for k in listed]
+    stored = dtype_of(dtype).array if dtype else None
+    return [StoredTensor(k, stored or refs[k].dtype, refs[k].shape) for k in listed]
 
 
 def write_store(
@@ -47,7 +49,7 @@ def write_store(
         checkpoint: where they come from.
         keys: published keys; a key given twice is stored once.
         path: the file to write, ``<graph folder>/weights/<name>.safetensors``.
-        dtype: what they are stored as: ``float32``, ``bfloat16`` or ``float16``; None: as they are.
+        dtype: what they are stored as: ``fp32``, ``bf16`` or ``fp16``; None: as they are.
         progress: hears how many bytes of the store are written.
 
     Raises:
@@ -82,7 +84,7 @@ def write_store(
             if as_it_is(tensor):
                 continue
             values, begin = checkpoint.load(tensor.name), 0
-            wanted: torch.dtype = getattr(torch, tensor.dtype)
+            wanted: torch.dtype = dtype_of(tensor.dtype).torch
             check = FiniteCheck(tensor.name, tensor.dtype, tensor.shape)
             for rows in _row_blocks(values):
                 stored = rows.to(wanted).contiguous()
@@ -104,7 +106,7 @@ def _too_large(report: NonFinite, value: float, dtype: str) -> CheckpointError:
 
     return CheckpointError(
         f"{report.name} holds values too large for {dtype}.",
-        f"{list(report.index)} is {value:.6g}, {dtype} ends at {torch.finfo(getattr(torch, dtype)).max:.6g}.",
+        f"{list(report.index)} is {value:.6g}, {dtype} ends at {torch.finfo(dtype_of(dtype).torch).max:.6g}.",
         "Use --precision bf16, or fp8 / int8, which build on bf16."
         if dtype == "float16"
         else "Check the checkpoint: no trained model has such weights.",

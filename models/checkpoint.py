@@ -21,7 +21,7 @@ from .registry import (
     load_config,
 )
 from .shipped import no_checkpoint
-from .storage import ITEM_BYTES, TensorRef, named, open_reader
+from .storage import FLOATS, TensorRef, named, open_reader
 from .weight_files import read_file, read_folder
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _check(source: Path, tensors: dict[str, TensorRef], want: dict[str, tuple[in
     add("unexpected", (k for k in tensors if k not in want))
     both: list[tuple[str, TensorRef, Any]] = [(k, tensors[k], s) for k, s in want.items() if k in tensors]
     add("wrong shape", (f"{k} {list(r.shape)} instead of {list(s)}" for k, r, s in both if r.shape != s))
-    add("unsupported type", (f"{k} {r.dtype}" for k, r, _ in both if r.dtype not in ITEM_BYTES))
+    add("unsupported type", (f"{k} {r.dtype}" for k, r, _ in both if r.dtype not in FLOATS))
     if problems:
         raise CheckpointError(
             f"{source} does not fit its config.",

@@ -29,8 +29,8 @@ _BITS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "float32": (np.uint32, 0x7F80_0000),
     "float16": (np.uint16, 0x7C00),
     "bfloat16": (np.uint16, 0x7F80),
-    "F8_E5M2": (np.uint8, 0x7C),
-    "F8_E4M3": (np.uint8, 0x7F),  # no infinity, and NaN is all ones
+    "float8_e5m2": (np.uint8, 0x7C),
+    "float8_e4m3fn": (np.uint8, 0x7F),  # no infinity, and NaN is all ones
 }
 """Type to the integers of its size, and the bits that are all set in a value that is not finite."""
 
@@ -104,7 +104,7 @@ class FiniteCheck:
     def _shown(self, word: int) -> str:
         bits = 8 * np.dtype(self._words).itemsize
         magnitude = word & ((1 << (bits - 1)) - 1)
-        if magnitude != self._mask or self._dtype == "F8_E4M3":
+        if magnitude != self._mask or self._dtype == "float8_e4m3fn":
             return "NaN"
         return "-inf" if word >> (bits - 1) else "inf"
 

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..dtypes import find_dtype
 from ..errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+FLOATS = ("float32", "float16", "bfloat16")
+"""Types that weights of a checkpoint may have."""
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _INDEX_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
@@ -50,7 +51,7 @@ class TensorRef:
 def read_header(path: Path) -> dict[str, TensorRef]:
     """Tensors of a safetensors file, from its header only; CheckpointError when it is not whole.
 
-    Types other than float32, float16 and bfloat16 keep their safetensors name (``F8_E4M3``, ``I8``).
+    Types that :mod:`..dtypes` does not know keep their safetensors name.
     """
     size = _size(path)
     with path.open("rb") as file:
@@ -85,8 +86,9 @@ def _ref(path: Path, name: str, entry: Any, data: int) -> TensorRef:
         raise _damaged(path, f"its header entry of {name} is incomplete") from error
     if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise _damaged(path, f"its header entry of {name} is not a dtype, a shape and two offsets")
-    dtype = SAFETENSORS_DTYPES.get(dtype, dtype)
-    if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+    known = find_dtype(dtype)
+    dtype = known.array if known else dtype
+    if known and end - begin != known.nbytes(math.prod(shape)):
         raise _damaged(path, f"tensor {name} {list(shape)} {dtype} has {end - begin} bytes")
     return TensorRef(path, name, dtype, shape, data + begin, end - begin)
 

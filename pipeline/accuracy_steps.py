@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from ..calibration.calibrate import calibration_units
 from ..calibration.component_chain import Step as ChainStep
 from ..calibration.dataset import Batch
 from ..calibration.recording import Recording, recorded_bytes
+from ..dtypes import dtype_of
 from ..engines.base import open_engine
 from ..engines.memory import available_memory
 from ..export.unquantized import weight_keys
@@ -27,7 +29,6 @@ from ..files.write import atomic
 from ..inputs.preprocess import Array, preprocess_images
 from ..inputs.tokenizer import CAPTION_PROMPT
 from ..models.registry import CHAT, component_spec, family_of
-from ..models.storage import ITEM_BYTES
 from ..quantization.algorithms import depends_on_type
 from ..quantization.recipe import load_recipe, plan_layers
 from ..quantization.schemes import folded_layers
@@ -37,7 +38,6 @@ from .config import ORT
 from .environment import code_digest, tool_versions
 from .graph_steps import (
     BASE_STORE,
-    DTYPES,
     LOW_STORE,
     GraphSource,
     component_weights,
@@ -91,13 +91,13 @@ def tasks_step(plan: BuildPlan, preprocess: Step, before: list[Step]) -> Step:
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         model, source = {**plan.identity, **after([preprocess])}, graph_source(plan, space.staging_dir)
         torch_scores = partial(evaluate_torch, plan)
-        scores = {"fp32": cached([model, "fp32"], partial(torch_scores, "float32"))}
+        scores = {"fp32": cached([model, "fp32"], partial(torch_scores, "fp32"))}
         advanced(1)
-        scores["bf16"] = cached([model, "bf16"], partial(torch_scores, "bfloat16"))
+        scores["bf16"] = cached([model, "bf16"], partial(torch_scores, "bf16"))
         if not plan.recipe.quantises:
             # ONNX Runtime computes these graphs in fp32: torch shows what 16-bit arithmetic costs.
             base = plan.recipe.base
-            run_base = partial(torch_scores, DTYPES[base])
+            run_base = partial(torch_scores, base)
             scores[plan.recipe.name] = cached([model, base], run_base)
         for done, other in enumerate(_compared(plan, source), 2):
             advanced(done)
@@ -237,7 +237,7 @@ def session_bytes(checkpoint: Checkpoint, components: Iterable[str]) -> int:
     """Memory that ONNX Runtime takes for the weights of ``components``: each has its own, in fp32."""
     tensors = checkpoint.tensors
     keys = (key for component in components for key in weight_keys(checkpoint, [component]))
-    return sum(4 * tensors[key].nbytes // ITEM_BYTES[tensors[key].dtype] for key in keys)
+    return sum(4 * math.prod(tensors[key].shape) for key in keys)
 
 
 def no_session(checkpoint: Checkpoint, components: Iterable[str]) -> str:
@@ -281,8 +281,7 @@ class EngineModel(BothHeads):
 
 
 def evaluate_torch(plan: BuildPlan, dtype: str) -> dict[str, Any]:
-    """Task scores of the PyTorch model in ``dtype`` (``float32``, ``bfloat16``)."""
-    import torch
+    """Task scores of the PyTorch model in ``dtype`` (``fp32``, ``bf16``, ``fp16``)."""
 
     from ..models.load import load_chat, load_model
     from ..synthetic import chat_tasks, tasks
@@ -290,10 +289,10 @@ def evaluate_torch(plan: BuildPlan, dtype: str) -> dict[str, Any]:
     from ..training.evaluate import TorchModel
 
     if family_of(plan.checkpoint.model).form == CHAT:
-        chat = load_chat(plan.checkpoint, getattr(torch, dtype))
+        chat = load_chat(plan.checkpoint, dtype_of(dtype).torch)
         answer = TorchChat(chat, plan.tokenizer, plan.settings)
         return chat_tasks.evaluate(answer, CHAT_QUESTIONS["scenes"])
-    model = load_model(plan.checkpoint, getattr(torch, dtype))
+    model = load_model(plan.checkpoint, dtype_of(dtype).torch)
     return tasks.evaluate(TorchModel(model, plan.tokenizer, plan.settings), **cast(Any, QUESTIONS))
 
 

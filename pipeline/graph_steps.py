@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle.spec import ComponentSpec
+from ..dtypes import dtype_of
 from ..engines.memory import Load
 from ..export.binding import bind, save_graph
 from ..export.cached_attention import separate_past
@@ -18,7 +20,6 @@ from ..export.weight_store import StoreWriter, open_store
 from ..export.weights import write_store
 from ..models.checkpoint import Checkpoint
 from ..models.registry import component_module, component_of, component_spec
-from ..models.storage import ITEM_BYTES
 from ..quantization.qdq import write_qdq
 from ..quantization.qdq_nodes import Style
 from ..quantization.quantize import quantise_layer, stored_tensors
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 GRAPHS = Path("onnx")
 BASE_STORE = GRAPHS / "weights" / "base.safetensors"
 LOW_STORE = GRAPHS / "weights" / "quantised.safetensors"
@@ -93,7 +93,7 @@ def write_base_store(
     ``progress`` is called with the bytes written so far.
     """
     (root / BASE_STORE).parent.mkdir(parents=True, exist_ok=True)
-    write_store(source.checkpoint, keys, root / BASE_STORE, DTYPES[source.recipe.base], progress)
+    write_store(source.checkpoint, keys, root / BASE_STORE, source.recipe.base, progress)
     return [BASE_STORE.as_posix()]
 
 
@@ -156,14 +156,14 @@ def write_split_graph(
 def _quantised(
     source: GraphSource, component: str, compute: str, style: Style
 ) -> tuple[ir.Model, dict[str, str]]:
-    model = export_component(component, source.checkpoint, DTYPES[compute])
+    model = export_component(component, source.checkpoint, compute)
     promised: dict[str, str] = {}
     if source.layers.quantised:
         promised = write_qdq(
             model,
             source.layers.quantised,
             source.scales.amax[component] if source.scales else {},
-            compute=DTYPES[compute],
+            compute=compute,
             base=source.recipe.base,
             style=style,
             attentions=source.layers.attention.get(component, ()),
@@ -211,8 +211,7 @@ def _stored(source: GraphSource, components: Iterable[str]) -> tuple[dict[str, i
     """Bytes of each tensor of ``components``: (kept in the base type, quantised), under its published key."""
     keys, layers = component_weights(source, list(components))
     tensors, base = source.checkpoint.tensors, source.recipe.base
-    width = ITEM_BYTES[DTYPES[base]]
-    kept = {key: tensors[key].nbytes // ITEM_BYTES[tensors[key].dtype] * width for key in keys}
+    kept = {key: dtype_of(base).nbytes(math.prod(tensors[key].shape)) for key in keys}
     low = {}
     for name in layers:
         rows, columns = tensors[f"{name}.weight"].shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from ..bundle.manifest import Built, Calibration, Component, EngineFile, Manifest, Model
@@ -45,7 +46,7 @@ def manifest_of(plan: BuildPlan, records: Mapping[str, Record], receipts: Sequen
             revision={"checkpoint": checkpoint.revision},
             config=checkpoint.model.to_published(),
             logit_scale=_logit_scale(checkpoint),
-            parameters=sum(ref.nbytes // _item(ref.dtype) for ref in checkpoint.tensors.values()),
+            parameters=sum(math.prod(ref.shape) for ref in checkpoint.tensors.values()),
         ),
         precision=plan.recipe.name,
         compute_dtype=plan.recipe.base,
@@ -90,9 +91,3 @@ def part_specs(records: Mapping[str, Record], component: str) -> list[ComponentS
 
 def _logit_scale(checkpoint: Checkpoint) -> float:
     return float(checkpoint.load("logit_scale").float()) if "logit_scale" in checkpoint.tensors else 0.0
-
-
-def _item(dtype: str) -> int:
-    from ..models.storage import ITEM_BYTES
-
-    return ITEM_BYTES[dtype]

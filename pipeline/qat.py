@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..calibration.dataset import CalibrationSet
 from ..calibration.sources import open_calibration
+from ..dtypes import dtype_of
 from ..errors import CapabilityError, InputError, UsageError
 from ..files.hashing import sha256_json
 from ..files.write import atomic
@@ -336,14 +337,12 @@ def write_checkpoint(plan: BuildPlan, student: InternVLModel, scales: Scales, fo
 
     Quantised weights are in fp32, which holds integer times scale exactly; the rest is in the base type.
     """
-    import torch
     from safetensors.torch import save_file
 
-    from ..quantization.quantize import BASE_DTYPES
     from ..training.fake_quant import trained_ranges, trained_weights
 
     folder.mkdir(parents=True)
-    base = getattr(torch, BASE_DTYPES[plan.recipe.base])
+    base = dtype_of(plan.recipe.base).torch
     exact = {f"{layer}.weight" for layer in plan.layers.quantised}
     state = {k: (v if k in exact else v.to(base)).contiguous() for k, v in trained_weights(student).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -153,7 +153,7 @@ def _group(
 def _task_loss(plan: BuildPlan, made: GraphSource, space: Workspace, preprocess: Step) -> float:
     """The most percentage points lost on a task, on the questions that the build is held to."""
     model = {**plan.identity, **after([preprocess])}
-    torch_scores = partial(evaluate_torch, plan, "float32")
+    torch_scores = partial(evaluate_torch, plan, "fp32")
     full = headlines(cached([model, "fp32"], torch_scores))
     got = headlines(scores_of(plan, made, space, preprocess))
     return max(round(100 * (full[task] - got[task]), 6) for task in full)

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING
 from ..errors import BuildError
 from ..export.nodes import constant
 from .qdq_attention import quantised_attentions, write_attention
-from .qdq_nodes import COMPUTE, STORED, Form, Style, dequantised, drop_unused, initializer, pair
-from .quantize import BASE_DTYPES, activation_scale, scale_shape, stored_names
+from .qdq_nodes import Form, Style, dequantised, drop_unused, initializer, pair
+from .quantize import activation_scale, scale_shape, stored_names
 from .schemes import PROMISES, SCHEMES, promise
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def write_qdq(
         model: a component's graph; its initializers may be unbound.
         schemes: the plan of the whole model; layers whose weights are not in this graph are left alone.
         amax: largest input magnitude of the layers that ran in this component.
-        compute: the type the graph computes in: ``float32``, ``bfloat16`` or ``float16``.
+        compute: the type the graph computes in: ``fp32``, ``bf16`` or ``fp16``.
         base: the recipe's base; scales are rounded to it, whatever ``compute`` is.
         style: the runtime that reads the graph.
         attentions: those of the whole model that run in FP8 (:mod:`.attention`).
@@ -171,18 +171,18 @@ def _stored_weight(graph: ir.Graph, layer: str, scheme: str, form: Form) -> tupl
 
     old = graph.initializers[f"{layer}.weight"]
     values_name, *scale_names = stored_names(layer, scheme, form.base)
-    scale_name = scale_names[1] if form.compute == "float32" else scale_names[0]
-    if form.compute not in ("float32", BASE_DTYPES[form.base]):
+    scale_name = scale_names[1] if form.compute == "fp32" else scale_names[0]
+    if form.compute not in ("fp32", form.base):
         raise BuildError(
             f"Graph {graph.name} computes in {form.compute}, the recipe's base is {form.base}.",
-            "Scales are stored in the base type and in float32.",
+            "Scales are stored in the base type and in fp32.",
         )
     if old.shape is None or len(old.shape) != 2 or not old.shape.is_static():
         raise BuildError(f"Layer {layer} has no [out, in] weight.", f"Its shape is {old.shape}.")
     out_features, in_features = old.shape.numpy()
     scales = ir.Shape(scale_shape(scheme, (out_features, in_features)))
-    values = initializer(graph, values_name, old.shape, STORED[SCHEMES[scheme].weight])
-    scale = initializer(graph, scale_name, scales, COMPUTE[form.compute])
+    values = initializer(graph, values_name, old.shape, SCHEMES[scheme].weight)
+    scale = initializer(graph, scale_name, scales, form.compute)
     return values, scale
 
 

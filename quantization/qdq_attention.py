@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _CAUSAL = "attention.causal"
-_LOWEST = {"float32": -3.4e38, "bfloat16": -3.3e38, "float16": -65504.0}
+_LOWEST = {"fp32": -3.4e38, "bf16": -3.3e38, "fp16": -65504.0}
 
 
 def write_attention(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ..dtypes import dtype_of, find_dtype
 from ..errors import BuildError
 from ..export.nodes import constant
 
@@ -13,8 +14,7 @@ if TYPE_CHECKING:
 
 Style = Literal["tensorrt", "onnxruntime"]
 
-COMPUTE = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "float16": "FLOAT16"}
-STORED = {"fp8": "FLOAT8E4M3FN", "int8": "INT8", "int4": "INT4"}
+_QUANTISED = ("fp8", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Form:
         """The compute type."""
         import onnx_ir as ir
 
-        return ir.DataType[COMPUTE[self.compute]]
+        return ir.DataType[dtype_of(self.compute).onnx]
 
 
 def pair(graph: ir.Graph, x: ir.Value, name: str, kind: str, scale: float, form: Form) -> ir.Value:
@@ -46,7 +46,7 @@ def pair(graph: ir.Graph, x: ir.Value, name: str, kind: str, scale: float, form:
     """
     import onnx_ir as ir
 
-    stored = ir.DataType[STORED[kind]]
+    stored = ir.DataType[dtype_of(kind).onnx]
     if x.dtype not in (None, form.dtype):
         raise BuildError(
             f"{name} cannot be quantised.",
@@ -90,7 +90,8 @@ def initializer(graph: ir.Graph, name: str, shape: ir.Shape, dtype: str) -> ir.V
     import onnx_ir as ir
 
     if name not in graph.initializers:
-        graph.initializers.add(ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType[dtype])))
+        kind = ir.TensorType(ir.DataType[dtype_of(dtype).onnx])
+        graph.initializers.add(ir.Value(name=name, shape=shape, type=kind))
     return graph.initializers[name]
 
 
@@ -102,4 +103,5 @@ def dequantised(value: ir.Value | None) -> str:
     if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
         return ""
     dtype = node.inputs[0].dtype
-    return next((s for s, d in STORED.items() if dtype is not None and dtype.name == d), "")
+    stored = None if dtype is None else find_dtype(dtype.name)
+    return stored.name if stored and stored.name in _QUANTISED else ""

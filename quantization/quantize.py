@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from ..dtypes import dtype_of
 from ..errors import CheckpointError
 from ..export.weight_store import StoredTensor
 from .schemes import SCHEMES, block_size
@@ -23,29 +24,32 @@ LIMITS = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
 LOWEST = {"fp8": -448.0, "int8": -128.0, "int4": -8.0}
 """Where QuantizeLinear saturates below: activations do use -128 and -8."""
 
-STORED = {"fp8": "float8_e4m3fn", "int8": "int8", "int4": "uint8"}
-"""What the weights store holds a type as; two INT4 values a byte, the first in the low bits, as in ONNX."""
-
-BASE_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
-
 CHUNK_VALUES = 1 << 22
 """Weights quantised at a time: 16 MiB in fp32, whatever the size of the tensor."""
 
 
 def stored_names(layer: str, scheme: str, base: str) -> tuple[str, str, str]:
     """Names in the weights store: the values, the scale in the base type, the same scale in float32."""
-    base_dtype = BASE_DTYPES[base]
     weight = f"{layer}.weight"
-    return f"{weight}.{SCHEMES[scheme].weight}", f"{weight}.scale.{base_dtype}", f"{weight}.scale.float32"
+    scale, scale32 = (f"{weight}.scale.{dtype_of(name).array}" for name in (base, "fp32"))
+    return f"{weight}.{SCHEMES[scheme].weight}", scale, scale32
 
 
 def stored_tensors(layer: str, scheme: str, base: str, shape: tuple[int, int]) -> tuple[StoredTensor, ...]:
-    """What quantising ``layer`` (weight [out, in]) puts into the store."""
+    """What quantising ``layer`` (weight [out, in]) puts into the store.
+
+    Two INT4 values share a byte, the first in the low bits, as in ONNX.
+    """
     values, scale, scale32 = stored_names(layer, scheme, base)
     kind, scales = SCHEMES[scheme].weight, scale_shape(scheme, shape)
+    packed = kind == "int4"
     return (
-        StoredTensor(values, STORED[kind], (shape[0], shape[1] // 2) if kind == "int4" else shape),
-        StoredTensor(scale, BASE_DTYPES[base], scales),
+        StoredTensor(
+            values,
+            "uint8" if packed else dtype_of(kind).array,
+            (shape[0], shape[1] // 2) if packed else shape,
+        ),
+        StoredTensor(scale, dtype_of(base).array, scales),
         StoredTensor(scale32, "float32", scales),
     )
 
@@ -66,7 +70,7 @@ def round_scale(amax: torch.Tensor, kind: str, base: str) -> torch.Tensor:
     """
     import torch
 
-    dtype = getattr(torch, BASE_DTYPES[base])
+    dtype = dtype_of(base).torch
     scale = (amax.float() / LIMITS[kind]).clamp_min(torch.finfo(dtype).tiny)
     scale = torch.where(amax > 0, scale, torch.ones_like(scale))
     return scale.to(dtype).float()
@@ -191,7 +195,6 @@ def quantise_layer(
 
     Blocks arrive in row order, values before scales of the same tensor; the two scale tensors arrive whole.
     """
-    import torch
 
     values_name, scale_name, scale32_name = stored_names(layer, scheme, base)
     scales = []
@@ -200,5 +203,5 @@ def quantise_layer(
         write(values_name, pack(values) if SCHEMES[scheme].weight == "int4" else values)
         scales.append(scale)
     whole = _scales(scales, scheme)
-    write(scale_name, whole.to(getattr(torch, BASE_DTYPES[base])))
+    write(scale_name, whole.to(dtype_of(base).torch))
     write(scale32_name, whole)

@@ -153,10 +153,10 @@ def build_tiny_bundle(out: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     checkpoint = with_features(open_checkpoint(TINY), (1, 2))
     names = (*checkpoint.components, *OPTIONAL)
-    graphs = {name: export_component(name, checkpoint, "float32") for name in names}
+    graphs = {name: export_component(name, checkpoint, "fp32") for name in names}
     separate_past(graphs["qllama_step"])
     store = staging / "onnx" / "weights" / "model.safetensors"
-    write_store(checkpoint, (key for graph in graphs.values() for key in unbound(graph)), store, "float32")
+    write_store(checkpoint, (key for graph in graphs.values() for key in unbound(graph)), store, "fp32")
     for name, graph in graphs.items():
         bind(graph, open_store(store), staging / "onnx")
         save_graph(graph, staging / "onnx" / f"{name}.fp32.onnx")

@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 from ..bundle import Bundle
+from ..dtypes import COMPUTE, name_of_torch
 from ..engines.products import FACTORS, Product, factors, why_not_8_bits
 from ..engines.torch.attention import Fp8Attention
 from ..engines.torch.compiled import compile_blocks
-from ..engines.torch.engine import DTYPES, compute_type, device_of
+from ..engines.torch.engine import compute_type, device_of
 from ..engines.torch.linears import Product as Way
 from ..engines.torch.linears import QuantisedLinear
 from ..engines.torch.module import component_of, scheme_of
@@ -43,9 +44,7 @@ _PRODUCTS = _AFTER_BIAS | {
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _ATTENTION, _KERNELS = "scaled_dot_product_attention", "_scaled_dot_product_"
 _ONE_BY_ONE = "_scaled_dot_product_attention_math"
-_TYPES = {dtype: name for name, dtype in DTYPES.items()}
-_TYPES |= {torch.float8_e4m3fn: "fp8", torch.int8: "int8", torch.uint8: "uint8", torch.float64: "fp64"}
-_FLOATS = frozenset({*DTYPES, "fp64"})
+_FLOATS = frozenset({*COMPUTE, "fp64"})
 _NOWHERE = "no operator of the compiled call is it: it is part of another kernel"
 
 
@@ -160,7 +159,7 @@ def _product(name: str, own: Sequence[LayerRun], module: nn.Module, scheme: str)
 
 def _precision(run: LayerRun, product: Product) -> str:
     """Types of both factors; of a weight that is restored or unpacked for the product, the stored type."""
-    first, second = (_TYPES.get(factor.dtype, str(factor.dtype)) for factor in run.factors)
+    first, second = (name_of_torch(factor.dtype) for factor in run.factors)
     as_stored = product.stored and (not product.activation or product.stored == "int4")
     return f"{first}x{product.stored if as_stored else second}"
 
@@ -181,7 +180,7 @@ def _attention(name: str, own: Sequence[LayerRun], spelled_out: bool) -> Verifie
     operands = [operand for run in own for operand in run.factors]
     if spelled_out:
         operands[2:] = operands[3:]  # q, k; softmax, v
-    types = tuple(_TYPES.get(operand.dtype, str(operand.dtype)) for operand in operands[:3])
+    types = tuple(name_of_torch(operand.dtype) for operand in operands[:3])
     fused = bool(own) and not spelled_out and own[0].fused
     cause = "torch runs its products one by one"
     if spelled_out:
@@ -193,7 +192,7 @@ def _attention(name: str, own: Sequence[LayerRun], spelled_out: bool) -> Verifie
 
 def _cast(target: Operand, source: Operand) -> str | None:
     """How a copy converts between float types; None if it does not, or converts one number."""
-    types = [_TYPES.get(operand.dtype, "") for operand in (source, target)]
+    types = [name_of_torch(operand.dtype) for operand in (source, target)]
     converts = len(set(types)) == 2 and _FLOATS.issuperset(types) and target.shape
     return "->".join(types) if converts else None
 

@@ -6,6 +6,7 @@ sizes follow from the contract. On a GPU nothing passes through host memory.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...bundle.spec import ComponentSpec
+from ...dtypes import find_dtype
 from ...errors import BuildError, IntegrityError, IvlError, UsageError
 from ..device import HOST, Array, Buffer, as_tensor, deliver, in_place, on_stream, require_torch
 from ..onnx_graph import Graph, read_graph
@@ -27,19 +29,10 @@ from .weights import SharedWeights
 if TYPE_CHECKING:
     import torch
 
-_FLOAT_INPUTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
-_ELEMENTS = {
-    "tensor(float)": ("float32", 1),
-    "tensor(float16)": ("float16", 10),
-    "tensor(bfloat16)": ("bfloat16", 16),
-    "tensor(double)": ("float64", 11),
-    "tensor(int64)": ("int64", 7),
-    "tensor(int32)": ("int32", 6),
-    "tensor(bool)": ("bool", 9),
-}
-"""Types that a session's inputs and outputs have: torch's name and ONNX' number."""
-
-
+_TENSOR = re.compile(r"tensor\((.+)\)")
+"""How a session names the types of its inputs and outputs: ``tensor(bfloat16)``."""
+_HOST_FLOATS = ("fp32", "fp16", "fp64")
+"""Types of float inputs that numpy's arrays are cast to."""
 _NARROW = (np.float16, np.float64)
 _PLANS = 64
 """Kept at a time by an engine: sizes of batches, texts and caches that come again and again are few."""
@@ -67,7 +60,9 @@ class OnnxRuntimeEngine:
         self.spec = spec
         self._session = session
         self._where = where
-        self._types = {i.name: i.type for i in (*session.get_inputs(), *session.get_outputs())}
+        values = (*session.get_inputs(), *session.get_outputs())
+        types = {value.name: find_dtype(_TENSOR.sub(r"\1", value.type).upper()) for value in values}
+        self._types = {name: dtype for name, dtype in types.items() if dtype}
         self._plans: dict[Any, _Plan] = {}
 
     @property
@@ -96,9 +91,9 @@ class OnnxRuntimeEngine:
         """What has to be done for inputs of these shapes and types: found once, kept for further calls."""
         self.spec.check(inputs)
         names = self.spec.select(asked[0])
-        floats = {key: _FLOAT_INPUTS.get(self._types[key]) for key in inputs}
-        cast = {key: kind for key, kind in floats.items() if kind and inputs[key].dtype != kind}
-        widen = any(self._types[name] in ("tensor(float16)", "tensor(double)") for name in names)
+        floats = {key: t.numpy for key in inputs if (t := self._types[key]).name in _HOST_FLOATS}
+        cast = {key: kind for key, kind in floats.items() if inputs[key].dtype != kind}
+        widen = any(self._types[name].numpy in _NARROW for name in names)
         if len(self._plans) >= _PLANS:
             self._plans.clear()
         plan = self._plans[asked] = _Plan(names, cast, widen)
@@ -148,14 +143,12 @@ class OnnxRuntimeEngine:
             return deliver(made, given)
 
     def _dtype(self, name: str) -> torch.dtype:
-        import torch
 
-        dtype: torch.dtype = getattr(torch, _ELEMENTS[self._types[name]][0])
-        return dtype
+        return self._types[name].torch
 
     def _bind(self, bind: Any, name: str, tensor: torch.Tensor) -> None:
         kind, index = tensor.device.type, tensor.device.index or 0
-        bind(name, kind, index, _ELEMENTS[self._types[name]][1], list(tensor.shape), tensor.data_ptr())
+        bind(name, kind, index, self._types[name].onnx_number, list(tensor.shape), tensor.data_ptr())
 
     def _fits(self, name: str, target: torch.Tensor, shape: list[int]) -> bool:
         """Whether the session can write output ``name`` into ``target`` itself."""

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ...bundle.spec import ComponentSpec
+from ...dtypes import dtype_of
 from ...errors import BuildError, InputError, UsageError
 from ..cuda_graphs import Call, CudaGraphs
 from ..device import (
@@ -37,8 +38,6 @@ from .shapes import Profile, choose_profile
 if TYPE_CHECKING:
     import torch
 
-_TORCH = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int32": "int32", "int64": "int64"}
-_TORCH |= {"bool": "bool"}
 MAX_GRAPHS = 8
 """CUDA graphs kept of one engine: each has a context of its own."""
 
@@ -238,10 +237,7 @@ class TensorRTEngine:
         return same and tuple(target.shape) == shape and target.is_contiguous()
 
     def _dtype(self, name: str) -> torch.dtype:
-        import torch
-
-        dtype: torch.dtype = getattr(torch, _TORCH[self._kinds[name]])
-        return dtype
+        return dtype_of(self._kinds[name]).torch
 
     def _done(self, worked: bool, what: str) -> None:
         if not worked:

@@ -11,15 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ...dtypes import find_dtype
 from ...errors import BuildError
 from .library import Library, make_logger, reasons
 
 _MAX_REASONS = 8
-TYPES = {
-    "FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "FP8": "fp8", "INT8": "int8", "UINT8": "uint8",
-    "INT32": "int32", "INT64": "int64", "BOOL": "bool",
-}  # fmt: skip
-"""The library's DataType -> the short names used in this package."""
 
 
 @dataclass
@@ -122,7 +118,13 @@ def write_engine(parsed: Network, config: Any, out: BinaryIO) -> int:
 
 
 def _types(tensors: Any) -> dict[str, str]:
-    return {tensor.name: TYPES.get(tensor.dtype.name, tensor.dtype.name.lower()) for tensor in tensors}
+    return {tensor.name: element_type(tensor.dtype) for tensor in tensors}
+
+
+def element_type(dtype: Any) -> str:
+    """The library's DataType by its name in :mod:`...dtypes`; its own where that has none."""
+    known = find_dtype(dtype.name)
+    return known.name if known else str(dtype.name).lower()
 
 
 def _let_attention_decompose(trt: Any, network: Any) -> None:

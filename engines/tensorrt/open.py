@@ -14,7 +14,7 @@ from ..compatibility import check_loadable, gpu_number
 from ..device import require_torch
 from . import library as trt
 from .backend import TensorRTEngine
-from .network import TYPES
+from .network import element_type
 from .options import BuildOptions
 from .shapes import narrowed
 
@@ -79,7 +79,7 @@ def open_tensorrt(
         if options.weight_streaming and weight_budget is not None:
             engine.weight_streaming_budget_v2 = weight_budget
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    kinds = {name: TYPES.get(engine.get_tensor_dtype(name).name, "?") for name in names}
+    kinds = {name: element_type(engine.get_tensor_dtype(name)) for name in names}
     _check_tensors(spec, path, kinds, record.built.dtype)
     profiles = record.built.profiles
     spec, device = narrowed(spec, profiles), f"cuda:{number}"

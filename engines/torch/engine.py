@@ -11,14 +11,13 @@ from torch import Tensor
 
 from ...bundle import Bundle
 from ...bundle.spec import ComponentSpec
+from ...dtypes import COMPUTE, dtype_of
 from ...errors import BuildError, CapabilityError, UsageError
 from ..cuda_graphs import Call, CudaGraphs
 from ..device import Array, Buffer, as_tensor, deliver, on_stream, run_from_host
 from .compiled import compile_blocks
 from .linears import Product
 from .module import component_of
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchEngine:
@@ -142,9 +141,9 @@ def open_torch(
 def compute_type(bundle: Bundle, device: torch.device, dtype: str | None = None) -> torch.dtype:
     """What everything unquantised computes in, see :func:`open_torch`; UsageError if ``dtype`` is unknown."""
     chosen = dtype or ("fp32" if device.type == "cpu" else bundle.manifest.compute_dtype)
-    if chosen not in DTYPES:
-        raise UsageError(f"Unknown dtype {chosen!r}.", "", f"Choose from {', '.join(DTYPES)}.")
-    return DTYPES[chosen]
+    if chosen not in COMPUTE:
+        raise UsageError(f"Unknown dtype {chosen!r}.", "", f"Choose from {', '.join(COMPUTE)}.")
+    return dtype_of(chosen).torch
 
 
 def device_of(name: str) -> torch.device:

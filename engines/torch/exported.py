@@ -13,9 +13,10 @@ import torch
 
 from ...bundle import Bundle
 from ...bundle.spec import ComponentSpec
+from ...dtypes import dtype_of
 from ...errors import BuildError, CapabilityError
 from ...export.trace import example_inputs
-from .engine import DTYPES, TorchEngine, device_of
+from .engine import TorchEngine, device_of
 from .module import component_of
 
 if TYPE_CHECKING:
@@ -52,12 +53,12 @@ def open_torch_tensorrt(
         raise CapabilityError(
             "torch-tensorrt needs a GPU.", f"The device is {place}.", "Use --backend torch."
         )
-    chosen = DTYPES[dtype or bundle.manifest.compute_dtype]
+    chosen = dtype_of(dtype or bundle.manifest.compute_dtype).torch
     program = exported(spec, bundle, chosen, place)
     inputs = [
         torch_tensorrt.Input(
             **{f"{which}_shape": spec.shape(tensor, which) for which in ("min", "opt", "max")},
-            dtype=chosen if tensor.dtype == "float" else getattr(torch, tensor.dtype),
+            dtype=chosen if tensor.dtype == "float" else dtype_of(tensor.dtype).torch,
         )
         for tensor in spec.inputs
     ]

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...dtypes import dtype_of
 from ...models.config import VICUNA_13B, ChatConfig, InternVLConfig, QLlamaConfig
 from ...models.families.chat import NEW_TOKENS, TEXT_TOKENS
 from ...models.registry import component_names, component_spec, components_of
@@ -18,7 +19,7 @@ from ...quantization.recipe import LayerPlan, Recipe
 from .estimate import RECEIPTS, Efficiencies, known
 from .evidence import Check
 from .gpus import GpuPeaks
-from .roofline import ITEM_BITS, Arithmetic, ComponentTime, component_cost, component_time
+from .roofline import Arithmetic, ComponentTime, component_cost, component_time
 from .sizes import weights
 
 SCHEMA = "ivl-export.chat-estimate/1"
@@ -87,7 +88,7 @@ class ChatEstimate:
 
 def cache_bytes(llama: QLlamaConfig, base: str, positions: int) -> int:
     """Keys and values of ``positions`` in all layers of a decoder, in the type ``base``."""
-    return 2 * llama.num_hidden_layers * llama.hidden_size * positions * ITEM_BITS[base] // 8
+    return 2 * llama.num_hidden_layers * llama.hidden_size * positions * dtype_of(base).bits // 8
 
 
 def estimate(

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle.spec import ComponentSpec, terms
+from ...dtypes import COMPUTE, dtype_of, find_dtype
 from ...errors import BuildError, CapabilityError, IntegrityError
 
 Shape = tuple[int, ...]
 Typed = tuple[int, Shape]
 """Element type (TensorProto.DataType) and shape of a value."""
 
-_BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 16: 16, 17: 8, 19: 8, 21: 4, 22: 4}
-_KINDS = {1: "fp32", 2: "int8", 3: "int8", 10: "fp16", 16: "bf16", 17: "fp8", 19: "fp8"}
+_MULTIPLIED_AS = {kind: kind for kind in (*COMPUTE, "fp8", "int8")} | {"fp8_e5m2": "fp8", "uint8": "int8"}
 _THROUGH = frozenset({"Transpose", "Cast", "DequantizeLinear", "Identity"})
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 _REPEAT = re.compile(r"(/\w+)\.\d+$")
@@ -224,7 +224,8 @@ class _Values:
     def kind(self, node: Any) -> str:
         """The type that an operator multiplies in: that of its first input as an engine passes it."""
         element, _ = self._stored(node.input[0])
-        return _KINDS.get(element, "")
+        dtype = find_dtype(element)
+        return _MULTIPLIED_AS.get(dtype.name, "") if dtype else ""
 
     def weights_read(self) -> int:
         """Bytes of all weights one call reads; of a looked-up table its rows, at most all of them."""
@@ -292,4 +293,4 @@ def _attention(node: Any, values: _Values) -> int:
 
 def _nbytes(typed: Typed) -> int:
     kind, shape = typed
-    return -(-math.prod(shape) * _BITS.get(kind, 32) // 8)
+    return (find_dtype(kind) or dtype_of("fp32")).nbytes(math.prod(shape))

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ...dtypes import dtype_of
 from ...errors import CapabilityError
 from ...models.registry import ModelConfig, component_of, component_spec
 from ...quantization.attention import FP8_ATTENTION
@@ -22,7 +23,6 @@ from .flops import ComponentCost, LayerCost, layer_type
 from .gpus import GpuPeaks
 from .sizes import component_shapes
 
-ITEM_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4, "int64": 64}
 LOW = ("fp8", "int8", "int4")
 """Types whose share of the peak is not that of 16-bit arithmetic."""
 
@@ -145,7 +145,7 @@ def component_cost(
         sizes: its dynamic axes, as :func:`.analytic.component_macs` takes them.
         arithmetic: types of weights and products.
     """
-    base_bits = ITEM_BITS[arithmetic.base]
+    base_bits = dtype_of(arithmetic.base).bits
     sizes = {"batch": 1, **sizes}
     shapes = component_shapes(name, config)
     types = {key: layer_type(key.removesuffix(".weight")) for key in shapes}
@@ -163,8 +163,8 @@ def component_cost(
         out, *inner = matrices[layer]
         count, weight = counts[layer], out * math.prod(inner)
         rows = macs // (weight * count)
-        moved = rows * (math.prod(inner) * ITEM_BITS[arithmetic.product(layer)] + out * base_bits) // 8
-        nbytes = weight * ITEM_BITS[arithmetic.weight(layer)] // 8
+        moved = rows * (math.prod(inner) * dtype_of(arithmetic.product(layer)).bits + out * base_bits) // 8
+        nbytes = weight * dtype_of(arithmetic.weight(layer)).bits // 8
         kind = arithmetic.product(layer)
         layers.append(LayerCost(layer, "MatMul", count, macs, count * nbytes, count * moved, kind))
     total = 0
@@ -172,13 +172,13 @@ def component_cost(
         values = math.prod(shape)
         if key.endswith("embed_tokens.weight"):
             values = min(values, sizes["batch"] * sizes["text"] * shape[1])
-        total += values * ITEM_BITS[arithmetic.weight(types[key])] // 8
+        total += values * dtype_of(arithmetic.weight(types[key])).bits // 8
     spec = component_spec(name, config)
     axes = {"total": sizes.get("past", 0) + sizes.get("text", 0), **sizes}
     way = [
         sum(
             math.prod(axes[d] if isinstance(d, str) else d for d in t.shape)
-            * ITEM_BITS[arithmetic.base if t.dtype == "float" else t.dtype]
+            * dtype_of(arithmetic.base if t.dtype == "float" else t.dtype).bits
             // 8
             for t in tensors
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ...dtypes import COMPUTE, dtype_of
 from ...host import cores
 from ..cost.flops import ComponentCost
 from .cases import Call, Case, Floor
@@ -232,7 +233,7 @@ def _gpu_products() -> dict[str, Callable[[Any, str], Callable[[], object]]]:
     """Type to what makes its product; the second matrix is column-major, as the 8-bit kernels want it."""
 
     def plain(name: str, torch: Any, device: str) -> Callable[[], object]:
-        left = torch.ones(GPU_SIDE, GPU_SIDE, dtype=getattr(torch, name), device=device)
+        left = torch.ones(GPU_SIDE, GPU_SIDE, dtype=dtype_of(name).torch, device=device)
         return partial(torch.mm, left, left.t())
 
     def fp8(torch: Any, device: str) -> Callable[[], object]:
@@ -247,9 +248,7 @@ def _gpu_products() -> dict[str, Callable[[Any, str], Callable[[], object]]]:
         return partial(torch._int_mm, left, left.t())
 
     return {
-        "fp32": partial(plain, "float32"),
-        "fp16": partial(plain, "float16"),
-        "bf16": partial(plain, "bfloat16"),
+        **{name: partial(plain, name) for name in COMPUTE},
         "fp8": fp8,
         "int8": int8,
     }

@@ -128,8 +128,8 @@ def test_the_graph_equals_the_simulation(
     tokenizer: SentencePieceTokenizer,
 ) -> None:
     names, amax = everything(shallow)[component], scales.amax[component]
-    model = export_component(component, shallow, "float32")
-    promised = write_qdq(model, {}, amax, compute="float32", style="onnxruntime", attentions=names)
+    model = export_component(component, shallow, "fp32")
+    promised = write_qdq(model, {}, amax, compute="fp32", style="onnxruntime", attentions=names)
     assert promised == {f"{name}/softmax": "fp8" for name in names} == quantised_attentions(model)
     assert quantised_gemms(model) == {}
     assert not [node for node in model.graph if node.op_type == "Attention"], "one would unfuse the others"
@@ -164,9 +164,9 @@ def quantise_attention(module: torch.nn.Module, names: tuple[str, ...], amax: Ma
 def test_unmeasured_attention(shallow: Checkpoint, scales: Scales) -> None:
     name = "vision_model.encoder.layers.0.attn"
     lacking = {k: v for k, v in scales.amax["vision"].items() if k != f"{name}.k"}
-    model = export_component("vision", shallow, "bfloat16")
+    model = export_component("vision", shallow, "bf16")
     with pytest.raises(BuildError, match=r"attn\.k"):
-        write_qdq(model, {}, lacking, compute="bfloat16", style="tensorrt", attentions=[name])
+        write_qdq(model, {}, lacking, compute="bf16", style="tensorrt", attentions=[name])
 
 
 def test_which_attentions_fit() -> None:
@@ -217,9 +217,9 @@ def test_tensorrt_rtx_fuses_it(tmp_path: Path) -> None:
         amax = dict.fromkeys((o for name in names for o in operand_names(name)), 8.0)
         root, spec = tmp_path / component, component_spec(component, config)
         root.mkdir()
-        model = export_component(component, checkpoint, "bfloat16")
-        promised = write_qdq(model, {}, amax, compute="bfloat16", style="tensorrt", attentions=names)
-        write_store(checkpoint, unbound(model), root / "weights.safetensors", "bfloat16")
+        model = export_component(component, checkpoint, "bf16")
+        promised = write_qdq(model, {}, amax, compute="bf16", style="tensorrt", attentions=names)
+        write_store(checkpoint, unbound(model), root / "weights.safetensors", "bf16")
         bind(model, open_store(root / "weights.safetensors"), root)
         save_graph(model, root / "graph.onnx")
         build_engine(root / "graph.onnx", spec, root / "e.engine", target="sm89")

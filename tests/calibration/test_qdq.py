@@ -135,8 +135,8 @@ def test_onnxruntime_equals_modelopts_fake_quantisation(
     batch = next(scenes[1].batches(settings, tokenizer, 4))
     steps = list(run_chain(reference_runners(shallow, COMPONENTS), batch, shallow.model))
     for component in COMPONENTS:
-        model = export_component(component, shallow, "float32")
-        promised = write_qdq(model, planned, scales.amax[component], compute="float32", style="onnxruntime")
+        model = export_component(component, shallow, "fp32")
+        promised = write_qdq(model, planned, scales.amax[component], compute="fp32", style="onnxruntime")
         assert len(promised) == COUNTS[component]
         proto = bound(model, shallow, planned)
         onnx.checker.check_model(proto, full_check=True)
@@ -160,9 +160,9 @@ def test_int8_fuses_to_integer_gemms_in_onnxruntime(
     schemes: Callable[[str], dict[str, str]],
     tmp_path: Any,
 ) -> None:
-    model = export_component(component, shallow, "float32")
+    model = export_component(component, shallow, "fp32")
     planned = schemes("int8")
-    promised = write_qdq(model, planned, scales.amax[component], compute="float32", style="onnxruntime")
+    promised = write_qdq(model, planned, scales.amax[component], compute="fp32", style="onnxruntime")
     path = str(tmp_path / "optimised.onnx")
     runner(bound(model, shallow, planned), False, path)
     kinds = [node.op_type for node in onnx.load(path).graph.node]
@@ -179,9 +179,9 @@ def test_tensorrt_style(
     scales: Scales,
     schemes: Callable[[str], dict[str, str]],
 ) -> None:
-    model = export_component(component, shallow, "bfloat16")
+    model = export_component(component, shallow, "bf16")
     planned = schemes(scheme)
-    promised = write_qdq(model, planned, scales.amax[component], compute="bfloat16", style="tensorrt")
+    promised = write_qdq(model, planned, scales.amax[component], compute="bf16", style="tensorrt")
     assert promised == {n: scheme for n in scales.amax[component] if planned.get(n) == scheme}
     onnx.checker.check_model(bound(model, shallow, planned), full_check=True)
     nodes = {node.name: node for node in model.graph}
@@ -205,10 +205,10 @@ def test_tensorrt_style(
 def test_a_layer_can_be_left_out_and_mixed(
     shallow: Checkpoint, scales: Scales, schemes: Callable[[str], dict[str, str]]
 ) -> None:
-    model = export_component("qllama_step", shallow, "bfloat16")
+    model = export_component("qllama_step", shallow, "bf16")
     layer = "qllama.model.layers.0.self_attn."
     planned = {**schemes("fp8"), f"{layer}k_proj": "bf16", f"{layer}v_proj": "int8"}
-    promised = write_qdq(model, planned, scales.amax["qllama_step"], compute="bfloat16", style="tensorrt")
+    promised = write_qdq(model, planned, scales.amax["qllama_step"], compute="bf16", style="tensorrt")
     assert len(promised) == 6
     assert promised[f"{layer}v_proj"] == "int8"
     assert f"{layer}k_proj" not in promised
@@ -219,9 +219,9 @@ def test_a_layer_can_be_left_out_and_mixed(
 
 @pytest.mark.parametrize("style", ["tensorrt", "onnxruntime"])
 def test_no_scheme_leaves_the_graph_as_it_was(style: Style, shallow: Checkpoint) -> None:
-    model = export_component("vision", shallow, "float32")
+    model = export_component("vision", shallow, "fp32")
     before = ir.to_proto(model).SerializeToString()
-    assert write_qdq(model, {}, {}, compute="float32", style=style) == {}
+    assert write_qdq(model, {}, {}, compute="fp32", style=style) == {}
     assert ir.to_proto(model).SerializeToString() == before
 
 
@@ -232,8 +232,8 @@ def test_graph_and_calibration_must_agree(
     some = {n: v for n, v in amax.items() if not n.endswith("0.attn.qkv")}
     planned = schemes("fp8")
 
-    def write(planned: dict[str, str], amax: dict[str, float], compute: str = "bfloat16") -> None:
-        model = export_component("vision", shallow, "bfloat16")
+    def write(planned: dict[str, str], amax: dict[str, float], compute: str = "bf16") -> None:
+        model = export_component("vision", shallow, "bf16")
         write_qdq(model, planned, amax, compute=compute, style="tensorrt")
 
     with pytest.raises(BuildError, match=r"1 layers of graph vision have no activation scale.*0\.attn\.qkv"):
@@ -241,17 +241,17 @@ def test_graph_and_calibration_must_agree(
     extra = "vision_model.encoder.layers.7.mlp.fc1"
     with pytest.raises(BuildError, match=r"lacks 1 layers that calibration saw in it.*layers\.7\.mlp\.fc1"):
         write({**planned, extra: "fp8"}, {**amax, extra: 1.0})
-    with pytest.raises(BuildError, match="It is BFLOAT16, the graph is said to compute in float32"):
-        write(planned, amax, "float32")
-    with pytest.raises(BuildError, match="computes in float16, the recipe's base is bf16"):
-        write(planned, amax, "float16")
+    with pytest.raises(BuildError, match="It is BFLOAT16, the graph is said to compute in fp32"):
+        write(planned, amax, "fp32")
+    with pytest.raises(BuildError, match="computes in fp16, the recipe's base is bf16"):
+        write(planned, amax, "fp16")
 
 
 def test_a_weight_that_no_gemm_multiplies_by(shallow: Checkpoint) -> None:
-    model = export_component("qllama_step", shallow, "bfloat16")
+    model = export_component("qllama_step", shallow, "bf16")
     name = "qllama.model.embed_tokens"
     with pytest.raises(BuildError, match="its weight is input 0 of Gather"):
-        write_qdq(model, {name: "fp8"}, {name: 1.0}, compute="bfloat16", style="tensorrt")
+        write_qdq(model, {name: "fp8"}, {name: 1.0}, compute="bf16", style="tensorrt")
 
 
 def test_stored_weights_are_what_both_variants_read(shallow: Checkpoint) -> None:

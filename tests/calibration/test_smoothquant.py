@@ -97,7 +97,7 @@ def test_the_folded_model_computes_the_same(
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     # What is stored in 16 bits is the folded weights, exactly.
     norm = f"{VIT}norm1.weight"
-    write_store(folded, [norm], tmp_path / "base.safetensors", "bfloat16")
+    write_store(folded, [norm], tmp_path / "base.safetensors", "bf16")
     from safetensors.torch import load_file
 
     stored = load_file(tmp_path / "base.safetensors")[norm]

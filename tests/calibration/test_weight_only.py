@@ -58,7 +58,7 @@ def written(
     promised = write_qdq(model, layers, dict.fromkeys(layers, amax), compute=compute, style=style)
     low = {f"{layer}.weight" for layer in layers}
     folder.mkdir()
-    write_store(checkpoint, [k for k in kept if k not in low], folder / "base.safetensors", "bfloat16")
+    write_store(checkpoint, [k for k in kept if k not in low], folder / "base.safetensors", "bf16")
     layout = [t for n in layers for t in stored_tensors(n, scheme, "bf16", shapes[n])]
     with StoreWriter(folder / "low.safetensors", layout) as store:
         for layer in layers:
@@ -72,7 +72,7 @@ def written(
 def test_onnxruntime_multiplies_by_the_dequantised_weights(
     scheme: str, shallow: Checkpoint, tmp_path: Path
 ) -> None:
-    graph, promised, layers = written(shallow, tmp_path / "cpu", scheme, "float32", "onnxruntime")
+    graph, promised, layers = written(shallow, tmp_path / "cpu", scheme, "fp32", "onnxruntime")
     assert promised == layers
     assert len(layers) == 4
     precisions = read_onnxruntime(graph).precisions
@@ -97,7 +97,7 @@ def test_onnxruntime_multiplies_by_the_dequantised_weights(
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_engine_keeps_the_weights_small(scheme: str, shallow: Checkpoint, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    graph, promised, layers = written(shallow, tmp_path / "gpu", scheme, "bfloat16", "tensorrt")
+    graph, promised, layers = written(shallow, tmp_path / "gpu", scheme, "bf16", "tensorrt")
     kind = scheme.removesuffix("-weight")
     stored = {i.name: i for i in onnx.load(graph, load_external_data=False).graph.initializer}
     for layer in layers:

@@ -81,12 +81,12 @@ def test_quantised_exports_keep_their_promise(checkpoint: Checkpoint, tmp_path: 
 
     spec = component_spec("vision", checkpoint.config)
     names = {"vision_model.encoder.layers.0.attn.qkv", "vision_model.encoder.layers.0.mlp.fc1"}
-    graph, promised = export(checkpoint, tmp_path / "gpu", "fp8", "bfloat16", "tensorrt")
+    graph, promised = export(checkpoint, tmp_path / "gpu", "fp8", "bf16", "tensorrt")
     assert set(promised) == names
     build_engine(graph, spec, tmp_path / "vision.engine")
     report = read_rtx(tmp_path / "vision.engine", graph)
     check_expectations(report, promised)
     assert report.precisions["fp8xfp8"] == 2
     assert len(report.attention) == 2  # the block's and the pooling head's
-    graph, promised = export(checkpoint, tmp_path / "cpu", "int8", "float32", "onnxruntime")
+    graph, promised = export(checkpoint, tmp_path / "cpu", "int8", "fp32", "onnxruntime")
     check_expectations(read_onnxruntime(graph), promised)

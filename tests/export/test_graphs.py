@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ivl_export.bundle.spec import ComponentSpec, TensorSpec
+from ivl_export.dtypes import COMPUTE, dtype_of
 from ivl_export.errors import BuildError, CapabilityError, UsageError
 from ivl_export.export import trace
 from ivl_export.export.binding import bind, save_graph, unbound
 from ivl_export.export.blocks import SCOPES, repeat_blocks
 from ivl_export.export.graph import finish, retype
-from ivl_export.export.trace import COMPUTE_DTYPES, export_component
+from ivl_export.export.trace import export_component
 from ivl_export.export.weight_store import open_store
 from ivl_export.export.weights import write_store
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
@@ -62,7 +63,7 @@ class Built:
     stored: str
     sessions: dict[str, onnxruntime.InferenceSession] = field(default_factory=dict)
 
-    def path(self, name: str, dtype: str = "float32") -> Path:
+    def path(self, name: str, dtype: str = "fp32") -> Path:
         path = self.root / "onnx" / f"{name}.{dtype}.onnx"
         if not path.exists():
             model = export_component(name, self.checkpoint, dtype)
@@ -112,12 +113,12 @@ def random_checkpoint(config: InternVLConfig, folder: Path, dtype: torch.dtype, 
 def small(tmp_path_factory: pytest.TempPathFactory) -> Built:
     root = tmp_path_factory.mktemp("small")
     checkpoint = open_checkpoint(random_checkpoint(SMALL, root / "checkpoint", torch.bfloat16))
-    return Built(root, checkpoint, "bfloat16")
+    return Built(root, checkpoint, "bf16")
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return Built(tmp_path_factory.mktemp("tiny"), open_checkpoint(GOLDENS), "float32")
+    return Built(tmp_path_factory.mktemp("tiny"), open_checkpoint(GOLDENS), "fp32")
 
 
 def reference(built: Built, name: str) -> Callable[[dict[str, Array]], dict[str, Array]]:
@@ -184,7 +185,7 @@ def test_graph_equals_module_at_any_size(small: Built, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("dtype", sorted(COMPUTE_DTYPES))
+@pytest.mark.parametrize("dtype", sorted(COMPUTE))
 def test_graph_is_valid_small_and_named(small: Built, name: str, dtype: str) -> None:
     path = small.path(name, dtype)
     onnx.checker.check_model(str(path), full_check=True)
@@ -193,7 +194,7 @@ def test_graph_is_valid_small_and_named(small: Built, name: str, dtype: str) -> 
     assert b"/" + b"models/component_modules.py" not in raw, "source paths of the machine that traced it"
     model = ir.load(path)
     spec, graph = small.spec(name), model.graph
-    kind = COMPUTE_DTYPES[dtype]
+    kind = dtype_of(dtype).onnx
     for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
         for value, tensor in zip(values, tensors, strict=True):
             assert value.name == tensor.name
@@ -298,16 +299,16 @@ def test_compute_types_share_one_structure(small: Built) -> None:
         graph = export_component("qllama_text", small.checkpoint, dtype).graph
         return sorted(str(n.name) for n in graph if n.op_type != "Cast")
 
-    assert nodes("float32") == nodes("bfloat16") == nodes("float16")
-    for dtype in ("float32", "bfloat16"):  # one trace serves both: neither may change it
+    assert nodes("fp32") == nodes("bf16") == nodes("fp16")
+    for dtype in ("fp32", "bf16"):  # one trace serves both: neither may change it
         graph = export_component("qllama_text", small.checkpoint, dtype).graph
         assert {
             str(graph.initializers[k].dtype) for k in small.checkpoint.tensors if k in graph.initializers
-        } == {COMPUTE_DTYPES[dtype]}
+        } == {dtype_of(dtype).onnx}
 
 
 def test_bf16_graphs_compute_rotary_tables_in_fp32(small: Built) -> None:
-    graph = export_component("qllama_step", small.checkpoint, "bfloat16").graph
+    graph = export_component("qllama_step", small.checkpoint, "bf16").graph
     trigonometric = [node for node in graph if node.op_type in ("Sin", "Cos")]
     assert len(trigonometric) == 2
     assert {str(node.outputs[0].dtype) for node in trigonometric} == {"FLOAT"}
@@ -319,16 +320,14 @@ def test_fp32_graphs_cast_16_bit_weights_once(small: Built) -> None:
     weights = [v for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
     assert {v.dtype for v in weights} == {ir.DataType.BFLOAT16}
     assert {n.inputs[0].name for n in casts if n.inputs[0] in weights} == {v.name for v in weights}
-    bf16 = ir.load(small.path("qllama_text", "bfloat16")).graph
+    bf16 = ir.load(small.path("qllama_text", "bf16")).graph
     assert not any(n.op_type == "Cast" and n.inputs[0] in bf16.initializers.values() for n in bf16)
 
 
 def test_fp16_graphs_run(small: Built) -> None:
     spec = small.spec("vision")
     pixels = random_inputs(spec, SMALL, {"batch": 2}, 0)["pixel_values"]
-    session = onnxruntime.InferenceSession(
-        small.path("vision", "float16"), providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(small.path("vision", "fp16"), providers=["CPUExecutionProvider"])
     got = session.run(None, {"pixel_values": pixels.astype(np.float16)})[1].astype(np.float32)
     want = reference(small, "vision")({"pixel_values": pixels})["image_embed"]
     assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
@@ -414,7 +413,7 @@ def test_older_checkpoints_have_two_components(tmp_path: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "internvl_c.pth")
     older = open_checkpoint(folder / "internvl_c.pth")
     assert older.components == ("vision", "qllama_text")
-    built = Built(tmp_path, older, "float32")
+    built = Built(tmp_path, older, "fp32")
     inputs = random_inputs(built.spec("qllama_text"), config, {"batch": 2, "text": 4}, 0)
     close(built.run("qllama_text", inputs), reference(built, "qllama_text")(inputs))
     with pytest.raises(CapabilityError, match="qllama_step cannot be made"):
@@ -424,7 +423,7 @@ def test_older_checkpoints_have_two_components(tmp_path: Path) -> None:
 def test_graphs_can_use_the_checkpoint_itself(tmp_path: Path) -> None:
     config = replace(SMALL, qllama=replace(SMALL.qllama, num_hidden_layers=1))
     checkpoint = open_checkpoint(random_checkpoint(config, tmp_path, torch.bfloat16))
-    model = export_component("qllama_text", checkpoint, "float32")
+    model = export_component("qllama_text", checkpoint, "fp32")
     bind(model, checkpoint.tensors, tmp_path)
     save_graph(model, tmp_path / "qllama_text.onnx")
     built = Built(tmp_path, checkpoint, "")
@@ -450,7 +449,7 @@ def test_no_qk_norm(tmp_path: Path) -> None:
     config = InternVLConfig(
         VisionConfig(48, 2, 3, 20, 28, 14, qk_normalization=False), QLlamaConfig(16, 2, 2, 24, 30), 12, 2, 3
     )
-    built = Built(tmp_path, open_checkpoint(random_checkpoint(config, tmp_path, torch.float32)), "float32")
+    built = Built(tmp_path, open_checkpoint(random_checkpoint(config, tmp_path, torch.float32)), "fp32")
     inputs = random_inputs(built.spec("vision"), config, {"batch": 3}, 0)
     close(built.run("vision", inputs), reference(built, "vision")(inputs))
 

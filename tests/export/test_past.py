@@ -36,9 +36,9 @@ class Both:
         checkpoint, name = open_checkpoint(GOLDENS / which), STEPS[which]
         self.spec: ComponentSpec = component_spec(name, checkpoint.model)
         self.vocab = self.spec.outputs[0].shape[1]
-        self.whole, self.pieces = (export_component(name, checkpoint, "float32") for _ in range(2))
+        self.whole, self.pieces = (export_component(name, checkpoint, "fp32") for _ in range(2))
         self.count = separate_past(self.pieces)
-        write_store(checkpoint, unbound(self.whole), folder / "store.safetensors", "float32")
+        write_store(checkpoint, unbound(self.whole), folder / "store.safetensors", "fp32")
         self.sessions = []
         for kind, model in (("whole", self.whole), ("pieces", self.pieces)):
             bind(model, open_store(folder / "store.safetensors"), folder)
@@ -103,7 +103,7 @@ def test_parts_read_their_own_inputs(both: Both) -> None:
 
 
 def test_a_component_without_a_cache_stays(tmp_path: Path) -> None:
-    model = export_component("qllama_text", open_checkpoint(GOLDENS / "tiny"), "float32")
+    model = export_component("qllama_text", open_checkpoint(GOLDENS / "tiny"), "fp32")
     before = [node.name for node in model.graph]
     assert separate_past(model) == 0
     assert [node.name for node in model.graph] == before

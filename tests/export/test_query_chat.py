@@ -138,7 +138,7 @@ def test_parts_one_after_another_are_the_component(
     want = session(exported.graphs[name]).run(None, values)
     holders = []
     place = component_of(name, checkpoint.model).place(checkpoint.model)
-    for model, part in split_graph(export_component(name, checkpoint, "float32"), spec, place, count):
+    for model, part in split_graph(export_component(name, checkpoint, "fp32"), spec, place, count):
         bind(model, open_store(folder / "weights" / store.name), folder)
         save_graph(model, folder / f"{part.name}.onnx")
         weights = onnx.load(folder / f"{part.name}.onnx", load_external_data=False).graph.initializer

@@ -212,7 +212,7 @@ def test_more_parts_than_blocks_are_refused(tmp_path: Path) -> None:
         plan_build(BuildConfig(tmp_path / "out", split=6, components=("vision",), calib_samples=4))
     assert caught.value.fix == "Give --split a number from 1 to 5."
     checkpoint = plan_build(BuildConfig(tmp_path / "out", calib_samples=4)).checkpoint
-    model = export_component("vision", checkpoint, "float32")
+    model = export_component("vision", checkpoint, "fp32")
     for count in (0, 6):
         with pytest.raises(UsageError, match="It has 5 blocks"):
             split_graph(model, component_spec("vision", checkpoint.config), BLOCKS, count)
@@ -221,7 +221,7 @@ def test_more_parts_than_blocks_are_refused(tmp_path: Path) -> None:
 def test_a_second_stream_between_blocks_is_refused(tmp_path: Path) -> None:
     """A block that reads an inner value of the one before cannot be cut off from it."""
     checkpoint = plan_build(BuildConfig(tmp_path / "out", calib_samples=4)).checkpoint
-    model = export_component("vision", checkpoint, "float32")
+    model = export_component("vision", checkpoint, "fp32")
     norms = [n for n in model.graph if n.op_type == "RMSNormalization"]
     inner = next(n for n in norms if n.inputs[1].name == "vision_model.encoder.layers.0.norm2.weight")  # type: ignore[union-attr]
     later = next(n for n in norms if n.inputs[1].name == "vision_model.encoder.layers.4.norm1.weight")  # type: ignore[union-attr]

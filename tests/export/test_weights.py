@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from ivl_export.dtypes import COMPUTE, dtype_of
 from ivl_export.errors import BuildError, CheckpointError
 from ivl_export.export import copying
 from ivl_export.export.binding import bind, save_graph, unbound
@@ -140,10 +141,10 @@ def test_full_disk(tmp_path: Path) -> None:
 def test_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BuildError, match="cannot be written"):
-        write_store(open_checkpoint(TINY), ["logit_scale"], tmp_path / "file" / "s.safetensors", "float32")
+        write_store(open_checkpoint(TINY), ["logit_scale"], tmp_path / "file" / "s.safetensors", "fp32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", COMPUTE)
 def test_checkpoint_tensors_are_stored_once_in_the_asked_type(dtype: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(TINY)
     keys = [
@@ -156,7 +157,7 @@ def test_checkpoint_tensors_are_stored_once_in_the_asked_type(dtype: str, tmp_pa
     back = load_file(tmp_path / "s.safetensors")
     assert set(back) == set(keys)
     for key, tensor in back.items():
-        assert same(tensor, checkpoint.load(key, getattr(torch, dtype)))
+        assert same(tensor, checkpoint.load(key, dtype_of(dtype).torch))
 
 
 def test_absent_and_overflowing_tensors(tmp_path: Path) -> None:
@@ -166,9 +167,9 @@ def test_absent_and_overflowing_tensors(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((TINY / "config.json").read_bytes())
     checkpoint, path = open_checkpoint(tmp_path), tmp_path / "s.safetensors"
     with pytest.raises(CheckpointError, match=r"logit_scale holds values too large for float16\. .*1e\+06"):
-        write_store(checkpoint, ["logit_scale"], path, "float16")
+        write_store(checkpoint, ["logit_scale"], path, "fp16")
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors\. nothing"):
-        write_store(checkpoint, ["nothing"], path, "float32")
+        write_store(checkpoint, ["nothing"], path, "fp32")
     assert not path.exists()
 
 

@@ -256,7 +256,7 @@ def test_missing_unexpected_and_wrong_shapes_are_named_together(tiny: Tensors, t
     assert "and 2 more" in error.why
     assert "unexpected: 1 tensor: vision_model.extra." in error.why
     assert "wrong shape: 1 tensor: itm_head.bias [3] instead of [2]." in error.why
-    assert "unsupported type: 1 tensor: query_tokens F64." in error.why
+    assert "unsupported type: 1 tensor: query_tokens float64." in error.why
     assert error.exit_code == 4
 
 

@@ -27,8 +27,8 @@ HELD = """
 import sys
 from pathlib import Path
 from ivl_export.benchmarks.runtime.soak import resident
-from ivl_export.engines.ort_memory import hand_back
-from ivl_export.tests.engines.test_ort_memory import opened, x
+from ivl_export.engines.onnxruntime.memory import hand_back
+from ivl_export.tests.engines.onnxruntime.test_memory import opened, x
 {before}
 with opened(Path(sys.argv[1])) as engine:
     engine.run({{"x": x(1)}})

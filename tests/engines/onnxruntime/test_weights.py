@@ -161,9 +161,9 @@ import sys
 from pathlib import Path
 import numpy as np
 import onnxruntime
-from ivl_export.engines.onnxruntime_backend import open_onnxruntime
-from ivl_export.engines.ort_weights import SharedWeights
-from ivl_export.specs import Axis, ComponentSpec, TensorSpec
+from ivl_export.engines.onnxruntime.backend import open_onnxruntime
+from ivl_export.engines.onnxruntime.weights import SharedWeights
+from ivl_export.bundle.spec import Axis, ComponentSpec, TensorSpec
 
 def held():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

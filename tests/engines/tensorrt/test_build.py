@@ -155,9 +155,9 @@ def test_a_killed_build_leaves_no_engine(make: Make, tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
-from ivl_export.engines import trt_network
-from ivl_export.engines.build import build_engine
-from ivl_export.specs import ComponentSpec
+from ivl_export.engines.tensorrt import network as trt_network
+from ivl_export.engines.tensorrt.build import build_engine
+from ivl_export.bundle.spec import ComponentSpec
 write = trt_network.write_engine
 def half(parsed, config, out):
     out.write(b"half"); out.flush(); os.kill(os.getpid(), signal.SIGKILL)

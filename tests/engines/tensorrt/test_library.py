@@ -341,9 +341,12 @@ def test_an_unknown_builder_is_a_usage_error() -> None:
 
 
 def test_only_one_module_imports_tensorrt() -> None:
-    root = Path(trt.__file__).parent.parent
-    sources = [p for folder in root.iterdir() if folder.is_dir() for p in folder.glob("*.py")]
-    found = [p.name for p in sources if "tests" not in p.parts and "tensorrt_rtx" in _imported(p)]
+    root = Path(trt.__file__).parents[2]
+    folders = [
+        p for p in root.iterdir() if p.is_dir() and p.name not in ("tests", "build") and p.name[0] != "."
+    ]
+    sources = [file for folder in folders for file in folder.rglob("*.py")]
+    found = [p.name for p in sources if "tensorrt_rtx" in _imported(p)]
     assert found == []
     by_name = [p.name for p in sources if "import_module(_MODULES" in p.read_text(encoding="utf-8")]
     assert by_name == ["library.py"]
