@@ -83,6 +83,7 @@ def _leftovers(out: Path) -> list[Path]:
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of ``folder``, if it can be opened: a bundle may be read where nothing may be locked."""
     with ExitStack() as stack:
-        with suppress(OSError):
-            stack.enter_context(locked(folder))
+        if folder.is_dir():  # a missing one would be made, as a file
+            with suppress(OSError):
+                stack.enter_context(locked(folder))
         yield
