@@ -35,6 +35,7 @@ def test_threads():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # two minutes on two idle cores
 def test_numeric_tests_pass_as_on_other_processors(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["--settings", "threads,sse,ulp", *SELECTION])
     assert code == 0, capsys.readouterr().out
