@@ -1,20 +1,28 @@
-"""Conversations in the format of InternVL-Chat: LLaVA 1.5's prompt for Vicuna v1.5. No torch.
+"""Chat prompts: the published formats, and turns to token ids in them. No torch.
 
-    SYSTEM USER: <image>
-    what is this? ASSISTANT: a ring</s>USER: and its color? ASSISTANT: red</s>
+    internvl2_5  <|im_start|>system\nSYSTEM<|im_end|>\n<|im_start|>user\n<image>\nwhat is this?<|im_end|>\n
+                 <|im_start|>assistant\na ring<|im_end|>\n...
+    vicuna       SYSTEM USER: <image>\nwhat is this? ASSISTANT: a ring</s>USER: and its color? ASSISTANT:
 
-Texts stand between special tokens and are encoded apart, as the published code does, so that nothing a user
-writes becomes a special token.
+What a format writes is trusted: its special tokens become ids. What users and models write is text, whatever
+it spells (:meth:`.tokenizer.Tokenizer.encode`). Images are ids too: one placeholder (LLaVA's layout), or
+``<img>``, one ``<IMG_CONTEXT>`` for each visual embedding of each tile, and ``</img>``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import ast
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
-from ..errors import InputError
-from .tokenizer import SentencePieceTokenizer
+from ..errors import CapabilityError, CheckpointError, InputError
+from .tokenizer import Tokenizer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -24,6 +32,19 @@ IMAGE_TOKEN = -200
 """Stands in a prompt's ids where an image goes; no id of the tokenizer."""
 IGNORE = -100
 """The label of a token that is not learnt."""
+CONTEXT, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
+_OWN, _JINJA = "conversation.py", "chat_template.jinja"
+_MAX_BYTES = 1 << 20
+
+
+class Slot(Enum):
+    """Where an image stands in a question."""
+
+    IMAGE = "<image>"
+
+
+IMAGE = Slot.IMAGE
+Question: TypeAlias = "str | tuple[str | Slot, ...]"
 
 
 @dataclass(frozen=True)
@@ -31,54 +52,493 @@ class Turn:
     """A question and its answer.
 
     Args:
-        question: what the user says, without placeholders.
-        answer: what the assistant says; None: that is to be found out, and nothing may follow.
-        images: how many images the user shows, before the text.
+        question: what the user says; in a tuple :data:`IMAGE` says where images stand.
+        answer: what the assistant says; None: the model is to answer, and nothing may follow.
+        images: how many images the user shows; before the text, unless ``question`` says where.
     """
 
-    question: str
+    question: Question
     answer: str | None = None
     images: int = 0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.question, tuple) and self.question.count(IMAGE) != self.images:
+            raise InputError(
+                f"A question has places for {self.question.count(IMAGE)} images.",
+                f"It shows {self.images}.",
+                "Put chat_template.IMAGE where each image stands.",
+            )
+
 
 class Encoded(NamedTuple):
-    """Token ids, :data:`IMAGE_TOKEN` where images go, and their labels: answers and the eos behind each."""
+    """Token ids, and their labels: of answers and of the token that ends each; else :data:`IGNORE`."""
 
     ids: list[int]
     labels: list[int]
 
 
-def encode(turns: Sequence[Turn], tokenizer: SentencePieceTokenizer, system: str = SYSTEM) -> Encoded:
-    """The ids of a conversation.
+class ImageTokens(NamedTuple):
+    """The ids of an image: ``start``, ``per_tile`` times ``context`` for each of its tiles, ``end``."""
 
-    Raises:
-        InputError: no turn, an open turn before the last, or an answer that cannot be told from its prompt.
+    context: int = IMAGE_TOKEN
+    per_tile: int = 1
+    start: int | None = None
+    end: int | None = None
+
+    def ids(self, tiles: int) -> list[int]:
+        """Of an image of ``tiles`` tiles."""
+        frame = ([] if i is None else [i] for i in (self.start, self.end))
+        return [*next(frame), *[self.context] * (self.per_tile * tiles), *next(frame)]
+
+
+ONE_PLACEHOLDER = ImageTokens()
+
+
+def image_tokens(tokenizer: Tokenizer, per_tile: int) -> ImageTokens:
+    """The ids of images in the InternVL family; CheckpointError: the tokenizer is of another model."""
+    start, context, end = (tokenizer.special(text) for text in (START, CONTEXT, END))
+    return ImageTokens(context, per_tile, start, end)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """What stands around the texts of a conversation.
+
+    Args:
+        name: as the checkpoint calls it.
+        system: the message at the beginning; None: there is none, nor what is around it.
+        system_before, system_after: around it.
+        user_before, user_after: around a question.
+        answer_before: what a model goes on from.
+        answer_gap: between that and an answer that is given.
+        answer_after: after an answer.
+        stop: the special token that ends an answer.
+        image_after: after each image that is shown before a question.
+        image_label: before each of several images, ``{}`` for its number.
+        image_shown: what stands for an image where the prompt is shown as text.
     """
+
+    name: str
+    system: str | None
+    system_before: str
+    system_after: str
+    user_before: str
+    user_after: str
+    answer_before: str
+    answer_gap: str
+    answer_after: str
+    stop: str
+    image_after: str = "\n"
+    image_label: str = "Image-{}: "
+    image_shown: str = "<image>"
+
+    def with_system(self, system: str | None) -> ChatTemplate:
+        """The same with another system message; None: none at all."""
+        return replace(self, system=system)
+
+    def check(self, tokenizer: Tokenizer) -> int:
+        """The id of ``stop``; CheckpointError: the tokenizer lacks a special token that prompts need."""
+        for text in asdict(self).values():
+            for mark in re.findall(r"<\|[^|<>]+\|>", text or ""):
+                tokenizer.special(mark)
+        return tokenizer.special(self.stop)
+
+    def to_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: object, source: str) -> ChatTemplate:
+        """Read what :meth:`to_json` gave; CheckpointError if it is not that."""
+        names = {field.name for field in fields(cls)}
+        if isinstance(data, dict) and data.keys() == names:
+            texts = {key: value for key, value in data.items() if key != "system"}
+            if all(isinstance(v, str) for v in texts.values()) and isinstance(data["system"], str | None):
+                return cls(**data)
+        raise CheckpointError(f"{source} is not a chat template.", fix="Build the bundle again.")
+
+
+VICUNA = ChatTemplate(
+    "vicuna", SYSTEM, "", " ", "USER: ", " ", "ASSISTANT:", " ", "</s>", "</s>", image_label=""
+)
+"""LLaVA 1.5's prompt for Vicuna v1.5."""
+NATIVE = ChatTemplate(
+    "native",
+    None,
+    "<|im_start|>system\n",
+    "<|im_end|>\n",
+    "<|im_start|>user\n",
+    "<|im_end|>\n",
+    "<|im_start|>assistant\n",
+    "",
+    "<|im_end|>\n",
+    "<|im_end|>",
+    image_label="",
+    image_shown=CONTEXT,
+)
+"""Of transformers-native checkpoints: no system message of its own."""
+
+
+# --- turns to ids ---
+
+
+class _Markup(str):
+    """Text of a format, whose special tokens are ids."""
+
+
+class _Answer(str):
+    """An answer."""
+
+
+_Part: TypeAlias = "str | Slot"
+
+
+def numbered(question: str, images: int) -> Turn:
+    """``Image-1: <image>\\nImage-2: <image>\\n`` and the question: several images, as published."""
+    return Turn(_labelled("Image-{}: ", images, question), None, images)
+
+
+def framed(question: str, frames: int) -> Turn:
+    """``Frame1: <image>\\nFrame2: <image>\\n`` and the question: a video, one tile a frame."""
+    return Turn(_labelled("Frame{}: ", frames, question), None, frames)
+
+
+def _labelled(label: str, images: int, question: str) -> tuple[str | Slot, ...]:
+    rows = [part for n in range(1, images + 1) for part in (label.format(n), IMAGE, "\n")]
+    return (*rows, question)
+
+
+def _parts(template: ChatTemplate, turns: Sequence[Turn]) -> Iterator[_Part]:
     if not turns or any(turn.answer is None for turn in turns[:-1]):
         raise InputError(
             "This is no conversation.", "It needs a question, and an answer to each but the last."
         )
-    ids, labels = [tokenizer.bos], [IGNORE]
+    if template.system is not None:
+        yield from (_Markup(template.system_before), template.system, _Markup(template.system_after))
+    for turn in turns:
+        yield _Markup(template.user_before)
+        if isinstance(turn.question, tuple):
+            yield from turn.question
+        else:
+            label = template.image_label if turn.images > 1 else ""
+            for number in range(turn.images):
+                yield from (label.format(number + 1), IMAGE, _Markup(template.image_after))
+            yield turn.question
+        yield from (_Markup(template.user_after), _Markup(template.answer_before))
+        if turn.answer is not None:
+            yield from (_Answer(template.answer_gap + turn.answer), _Markup(template.answer_after))
 
-    def say(tokens: Sequence[int], learnt: bool = False) -> None:
-        ids.extend(tokens)
-        labels.extend(tokens if learnt else [IGNORE] * len(tokens))
 
-    for number, turn in enumerate(turns):
-        text = f"{system} USER: " if number == 0 else "USER: "
-        for _ in range(turn.images):
-            say([*tokenizer.encode(text), IMAGE_TOKEN])
-            text = "\n"
-        prompt = f"{text}{turn.question} ASSISTANT:"
-        asked = tokenizer.encode(prompt)
-        say(asked)
-        if turn.answer is None:
-            continue
-        whole = tokenizer.encode(f"{prompt} {turn.answer}")
-        if whole[: len(asked)] != asked:
+def encode(
+    turns: Sequence[Turn],
+    tokenizer: Tokenizer,
+    template: ChatTemplate = VICUNA,
+    images: ImageTokens = ONE_PLACEHOLDER,
+    tiles: Sequence[int] | None = None,
+) -> Encoded:
+    """The ids of a conversation.
+
+    Args:
+        turns: what was said; the last may be open.
+        tokenizer: of the checkpoint.
+        template: of the checkpoint.
+        images: what an image is in ids.
+        tiles: of each image, in the order in which they are shown; None: one each.
+
+    Raises:
+        InputError: no turn, an open turn before the last, another number of ``tiles`` than of images, or an
+            answer that cannot be told from its prompt.
+        CheckpointError: the tokenizer has no such end token.
+    """
+    stop, total = tokenizer.special(template.stop), sum(turn.images for turn in turns)
+    if tiles is not None and len(tiles) != total:
+        raise InputError(f"The prompt shows {total} images.", f"Tiles of {len(tiles)} were given.")
+    shown = iter(tiles or [1] * total)
+    ids, labels = list(tokenizer.prefix), [IGNORE] * len(tokenizer.prefix)
+    run, learnt, left, ends = "", -1, None, False
+
+    def flush(right: int | None) -> None:
+        """Encode the text between two special tokens; it is learnt from ``learnt`` on."""
+        nonlocal run, learnt
+        whole = _between(tokenizer, left, run, right)
+        head = _between(tokenizer, left, run[:learnt], right) if learnt > 0 else []
+        if learnt >= 0 and whole[: len(head)] != head:
             raise InputError(
-                f"The answer {turn.answer!r} cannot be told from its prompt.",
+                f"The answer {run[learnt:].strip()!r} cannot be told from its prompt.",
                 "Its first letters merge with the prompt's last ones into one token.",
             )
-        say([*whole[len(asked) :], tokenizer.eos], learnt=True)
+        ids.extend(whole)
+        labels.extend([IGNORE] * len(whole) if learnt < 0 else [IGNORE] * len(head) + whole[len(head) :])
+        run, learnt = "", -1
+
+    for part in _parts(template, turns):
+        if isinstance(part, Slot):
+            tokens = images.ids(next(shown))
+            flush(tokens[0])
+            ids.extend(tokens)
+            labels.extend([IGNORE] * len(tokens))
+            left = tokens[-1]
+            continue
+        if isinstance(part, _Answer):
+            learnt, ends = len(run), True
+        for piece in tokenizer.markup(part) if isinstance(part, _Markup) else [part]:
+            if isinstance(piece, str):
+                run += piece
+                continue
+            flush(piece)
+            ids.append(piece)
+            labels.append(piece if ends and piece == stop else IGNORE)
+            left, ends = piece, False
+    flush(None)
     return Encoded(ids, labels)
+
+
+def _between(tokenizer: Tokenizer, left: int | None, text: str, right: int | None) -> list[int]:
+    """The ids of ``text`` between two special tokens, which may take its white space."""
+    if not text:
+        return []
+    ids = tokenizer.encode_parts([part for part in (left, text, right) if part is not None])
+    return ids[left is not None : len(ids) - (right is not None)]
+
+
+def prompt_text(
+    template: ChatTemplate, turns: Sequence[Turn], per_tile: int = 0, tiles: Sequence[int] | None = None
+) -> str:
+    """The prompt as text, to be looked at; images as the template shows them, or as their tokens."""
+    shown = iter(tiles or [1] * sum(turn.images for turn in turns))
+
+    def text(part: _Part) -> str:
+        if not isinstance(part, Slot):
+            return part
+        return START + CONTEXT * per_tile * next(shown) + END if per_tile else template.image_shown
+
+    return "".join(map(text, _parts(template, turns)))
+
+
+# --- templates of checkpoints ---
+
+
+def template_of(config: Mapping[str, Any], folder: Path | None = None) -> ChatTemplate:
+    """The template of a checkpoint, from its own files.
+
+    OpenGVLab's layout names it in ``config.json`` (``template``); it is read, never run, from the
+    ``conversation.py`` beside it, else it is one of the published ones. ``system_message`` there is another
+    system message, null is none. Transformers-native checkpoints have a ``chat_template`` in Jinja, which is
+    asked a few conversations and becomes a template of the same kind. LLaVA's layout has Vicuna's.
+
+    Raises:
+        CheckpointError: an unknown template, or one that does not have the form of a :class:`ChatTemplate`.
+        CapabilityError: a Jinja template, and jinja2 is not installed.
+    """
+    name = config.get("template")
+    if str(config.get("model_type", "")).startswith("llava"):
+        return VICUNA
+    if name is None and config.get("model_type") != "internvl_chat":
+        jinja = jinja_source(folder) if folder is not None else None
+        return NATIVE if jinja is None else from_jinja(jinja)
+    own = None if folder is None else _from_file(folder / _OWN, name)
+    template = own or _published(name, config, folder)
+    if "system_message" in config:
+        message = config["system_message"]
+        if message is not None and not isinstance(message, str):
+            raise CheckpointError("system_message in config.json cannot be used.", f"It is {message!r}.")
+        template = template.with_system(message)
+    return template
+
+
+@cache
+def _known() -> dict[str, Any]:
+    text = Path(__file__).with_name("chat_templates.json").read_text(encoding="utf-8")
+    data: dict[str, Any] = json.loads(text)
+    return data
+
+
+def _published(name: object, config: Mapping[str, Any], folder: Path | None) -> ChatTemplate:
+    templates, earlier = _known()["templates"], _known()["system_messages_of_1.2_and_1.5"]
+    if not isinstance(name, str) or name not in templates:
+        raise CheckpointError(
+            f"The chat template {name!r} of config.json is not known.",
+            f"Known are {', '.join(templates)}.",
+            f"Put the published {_OWN} beside config.json.",
+        )
+    template = _from_fields(name, **templates[name])
+    # Versions 1.2 and 1.5 had other messages under the same names; their configs hardly differ from 2's.
+    old = "ps_version" not in config or "V1-5" in f"{config.get('_name_or_path')} {folder and folder.name}"
+    return template.with_system(earlier[name]) if old and name in earlier else template
+
+
+def _from_fields(
+    name: str,
+    style: str,
+    system_template: str,
+    system_message: str,
+    roles: Sequence[str],
+    sep: str,
+    sep2: str | None,
+) -> ChatTemplate:
+    """From the fields of the published ``Conversation``."""
+    before, place, after = system_template.partition("{system_message}")
+    user, assistant = roles
+    if not place:
+        raise ValueError(f"{system_template!r} has no place for the system message")
+    if style == "MPT":
+        stop = (sep2 or sep).strip()
+        return ChatTemplate(name, system_message, before, after + sep, user, sep, assistant, "", sep, stop)
+    if style == "INTERNVL_ZH":
+        first, second = (sep, sep2 or "") if not sep.strip() else (sep2 or "", sep)
+        return ChatTemplate(
+            name,
+            system_message,
+            before,
+            after + first,
+            f"{user}: ",
+            first,
+            f"{assistant}:",
+            " ",
+            second,
+            second,
+        )
+    raise ValueError(f"its style, {style}, is not known here")
+
+
+def _from_file(path: Path, name: object) -> ChatTemplate | None:
+    """The template ``name`` in a published conversation.py; None: it is not there."""
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
+        tree = ast.parse(path.read_text(encoding="utf-8-sig"))
+        for call in ast.walk(tree):
+            if not isinstance(call, ast.Call) or getattr(call.func, "id", "") != "Conversation":
+                continue
+            values = {word.arg: word.value for word in call.keywords}
+            if ast.literal_eval(values.get("name", ast.Constant(None))) != name:
+                continue
+            style = getattr(values.pop("sep_style"), "attr", "")
+            plain = {key: ast.literal_eval(values[key]) for key in ("roles", "sep") if key in values}
+            system = ast.literal_eval(values.get("system_message", ast.Constant("")))
+            form = ast.literal_eval(values.get("system_template", ast.Constant("{system_message}")))
+            sep2 = ast.literal_eval(values.get("sep2", ast.Constant(None)))
+            return _from_fields(str(name), style, form, system, plain["roles"], plain["sep"], sep2)
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError) as error:
+        raise CheckpointError(
+            f"The chat template {name!r} in {path} cannot be read.", f"{error}.", "Download it again."
+        ) from error
+    return None
+
+
+def jinja_source(folder: Path) -> str | None:
+    """The ``chat_template`` of a checkpoint, from whichever of its files has it; None: none."""
+    try:
+        if (folder / _JINJA).is_file():
+            return (folder / _JINJA).read_text(encoding="utf-8-sig")
+        for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                source = json.loads((folder / name).read_text(encoding="utf-8-sig")).get("chat_template")
+                if isinstance(source, str):
+                    return source
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"The chat template in {folder} cannot be read.", f"{error}.") from error
+    return None
+
+
+_QUESTIONS, _ANSWERS, _SYSTEM = ("\ue000aB\ue001", "\ue000bB\ue001"), ("\ue000cB\ue001",), "\ue000sB\ue001"
+"""Texts that a template is asked with: no template has them of its own."""
+
+
+def from_jinja(source: str) -> ChatTemplate:
+    """A Jinja ``chat_template`` as a :class:`ChatTemplate`, from what it makes of a few conversations.
+
+    Raises:
+        CheckpointError: it fails, or does more than to put texts around what was said.
+        CapabilityError: jinja2 is not installed.
+    """
+    if len(source) > _MAX_BYTES:
+        raise CheckpointError("The chat template is refused.", f"It is larger than {_MAX_BYTES} bytes.")
+    render = _renderer(source)
+    try:
+        return _probed(render)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a template may raise anything
+        raise CheckpointError(
+            "The chat template of this checkpoint cannot be followed.",
+            f"{type(error).__name__}: {error}."[:300],
+            "Put the chat_template.jinja of the published checkpoint beside config.json.",
+        ) from error
+
+
+def _renderer(source: str) -> Any:
+    try:
+        from jinja2.exceptions import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise CapabilityError(
+            "The chat template of this checkpoint cannot be read here.",
+            "It is written in Jinja, and jinja2 is not installed.",
+            "pip install jinja2",
+        ) from error
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = refuse
+
+    def render(*turns: Turn, system: str | None = None) -> str:
+        messages: list[dict[str, Any]] = []
+        if system is not None:
+            messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
+        for turn in turns:
+            content: list[dict[str, str]] = [{"type": "image"}] * turn.images
+            content = [*content, {"type": "text", "text": str(turn.question)}]
+            messages.append({"role": "user", "content": content})
+            if turn.answer is not None:
+                answer = [{"type": "text", "text": turn.answer}]
+                messages.append({"role": "assistant", "content": answer})
+        made = environment.from_string(source).render(
+            messages=messages, add_generation_prompt=True, bos_token="", eos_token=""
+        )
+        return str(made)
+
+    return render
+
+
+def _probed(render: Any) -> ChatTemplate:
+    (one, two), (answer,) = _QUESTIONS, _ANSWERS
+    before, opened = render(Turn(one)).split(one)
+    _, asked, closed, _ = re.split(f"{one}|{answer}|{two}", render(Turn(one, answer), Turn(two)), maxsplit=3)
+    mark = re.match(r"\s*(<[^<>\s]+>)\s*", closed)
+    if mark is None:
+        raise ValueError(f"no special token ends an answer: {closed!r}")
+    answer_after, user_before = mark[0], closed[mark.end() :]
+    if not before.endswith(user_before) or not asked.startswith(opened):
+        raise ValueError("what stands before a question or an answer changes")
+    default = before[: len(before) - len(user_before)]
+    system_before, rest = render(Turn(one), system=_SYSTEM).split(one)[0].split(_SYSTEM)
+    system_after = rest[: len(rest) - len(user_before)]
+    system = None
+    if default:
+        if not (default.startswith(system_before) and default.endswith(system_after)):
+            raise ValueError(f"it begins with {default!r}, which is no system message")
+        system = default[len(system_before) : len(default) - len(system_after)]
+    shown = render(Turn(one, None, 1)).split(one)[0].removeprefix(before)
+    image = re.match(r"<[^<>\s]+>", shown)
+    if image is None:
+        raise ValueError(f"it shows an image as {shown!r}")
+    end = re.match(r"\s*(<[^<>\s]+>)?\s*", opened)
+    user_after = end[0] if end and end[1] else ""
+    template = ChatTemplate(
+        "chat_template", system, system_before, system_after, user_before, user_after,
+        opened[len(user_after) :], asked[len(opened) :], answer_after, mark[1],
+        shown[image.end() :], "", image[0],
+    )  # fmt: skip
+    turns = (Turn(one, answer, 2), Turn(two, _SYSTEM), Turn(one))
+    for chosen in (system, _SYSTEM):
+        own = prompt_text(template.with_system(chosen), turns)
+        if own != render(*turns, system=None if chosen == system else chosen):
+            raise ValueError("it does more than to put texts around what was said")
+    return template

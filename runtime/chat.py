@@ -23,7 +23,7 @@ import numpy as np
 from ..bundle import Bundle, Verify
 from ..engines.device import to_host
 from ..errors import CapabilityError, InputError, UsageError
-from ..inputs.chat_template import IMAGE_TOKEN, SYSTEM, Turn, encode
+from ..inputs.chat_template import IMAGE_TOKEN, SYSTEM, VICUNA, Question, Turn, encode
 from ..inputs.preprocess import Array
 from ..sampling import Ids, Sampling, StopCriteria, check_search
 from .components import Components, visual_embeds, visual_shape
@@ -245,7 +245,7 @@ class Chat:
 
     def ask(
         self,
-        question: str,
+        question: Question,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         min_new_tokens: int = 0,
@@ -255,7 +255,7 @@ class Chat:
 
     def stream(
         self,
-        question: str,
+        question: Question,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         min_new_tokens: int = 0,
@@ -289,12 +289,14 @@ class Chat:
                 if answered:
                     self.said(turn, text)
 
-    async def aask(self, question: str, max_new_tokens: int = 256, sampling: Sampling | None = None) -> str:
+    async def aask(
+        self, question: Question, max_new_tokens: int = 256, sampling: Sampling | None = None
+    ) -> str:
         """As :meth:`ask`, for asyncio: decoded together with the answers of other conversations."""
         return (await self.model.requests.ask(self, question, max_new_tokens, sampling)).value
 
     def astream(
-        self, question: str, max_new_tokens: int = 256, sampling: Sampling | None = None
+        self, question: Question, max_new_tokens: int = 256, sampling: Sampling | None = None
     ) -> AsyncGenerator[str, None]:
         """As :meth:`stream`, for asyncio: ``async for piece in chat.astream(question)``."""
         return self.model.requests.stream(self, question, max_new_tokens, sampling)
@@ -303,10 +305,10 @@ class Chat:
         """When one answer ends; UsageError if the numbers cannot be right."""
         return self.model.stop_criteria(max_new_tokens, min_new_tokens)
 
-    def prompt(self, question: str) -> tuple[Turn, list[int]]:
+    def prompt(self, question: Question) -> tuple[Turn, list[int]]:
         """The turn that ``question`` opens, and the ids of the conversation up to its answer."""
         turn = Turn(question, None, 0 if self._turns else len(self.cache.digests))
-        return turn, encode([*self._turns, turn], self.model.tokenizer, self.system).ids
+        return turn, encode([*self._turns, turn], self.model.tokenizer, VICUNA.with_system(self.system)).ids
 
     def said(self, turn: Turn, answer: str) -> None:
         """``turn`` was answered."""

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ...host import cores
-from ...inputs.chat_template import SYSTEM, Turn
+from ...inputs.chat_template import SYSTEM, Question, Turn
 from ...inputs.tokenizer import Pieces
 from ...sampling import Ids, Sampling, StopCriteria
 from ..image_batches import Images
@@ -64,7 +64,7 @@ class ChatService:
     async def ask(
         self,
         chat: Chat,
-        question: str,
+        question: Question,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         min_new_tokens: int = 0,
@@ -88,7 +88,7 @@ class ChatService:
     async def stream(
         self,
         chat: Chat,
-        question: str,
+        question: Question,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         min_new_tokens: int = 0,
