@@ -1,4 +1,4 @@
-"""What every backend is: an engine that maps named arrays to named arrays, and a registry of loaders."""
+"""The protocol of engines (named arrays in and out), and the registry of backends that open them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..bundle.spec import ComponentSpec
 from ..errors import CapabilityError, UsageError
-from .device import Array, Buffer
+from .device import Array, Buffer, as_tensor, to_host
 from .tensorrt.library import BUILDERS
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ BACKENDS: dict[str, Backend] = {
             reads_bundle=True,
         ),
         *(
-            Backend(name, f"pip install {name}", ".tensorrt.open:open_tensorrt", reads_record=True)
+            Backend(name, f"pip install {name}", ".tensorrt.backend:open_tensorrt", reads_record=True)
             for name in BUILDERS
         ),
     )
@@ -175,3 +175,11 @@ def open_engine(backend: str, spec: ComponentSpec, path: Path, **options: Any) -
     if strange := sorted(set(options) - set(inspect.signature(loader).parameters)):
         raise UsageError(f"Engines of {backend} have no option {strange[0]!r}.", "", "Leave it out.")
     return loader(spec, path, **options)
+
+
+def run_from_host(
+    engine: Engine, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
+) -> dict[str, Array]:
+    """``run`` of an engine on a GPU: host arrays are copied there once, and the outputs back once."""
+    tensors = {name: as_tensor(array, engine.device) for name, array in inputs.items()}
+    return {name: to_host(tensor) for name, tensor in engine.run_tensors(tensors, outputs).items()}

@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
 from ..bundle.spec import ComponentSpec
-from .base import Engine
-from .device import HOST, Array, B, Buffer, deliver, run_from_host
+from .base import Engine, run_from_host
+from .device import HOST, Array, B, Buffer, deliver
 
 if TYPE_CHECKING:
     import torch

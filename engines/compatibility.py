@@ -1,4 +1,4 @@
-"""Whether an engine file can be loaded here, from what its bundle says: before the library sees it.
+"""Whether an engine file can be loaded on this machine, by its record in the manifest.
 
 Engines are tied to the exact release that built them, and to the GPU generations they were built for. The
 library would refuse another one late and in its own words, or take it and be wrong.
@@ -18,7 +18,7 @@ from .gpu import Gpu, gpus
 from .targets import TARGETS
 from .tensorrt import library as trt
 from .tensorrt.options import BuildOptions
-from .tensorrt.shapes import narrowed
+from .tensorrt.shapes import restrict_axes
 
 
 def check_loadable(engine: EngineFile, rebuild: str, device: int = 0, any_gpu: bool = False) -> Gpu:
@@ -89,7 +89,7 @@ def rebuild_line(manifest: Manifest, engine: EngineFile, device: int = 0) -> str
     for other in manifest.engines:
         if (other.backend, other.target, other.part) == (engine.backend, engine.target, 0) and other.built:
             spec = manifest.components[other.component].spec
-            for axis, before in zip(narrowed(spec, other.built.profiles).axes, spec.axes, strict=True):
+            for axis, before in zip(restrict_axes(spec, other.built.profiles).axes, spec.axes, strict=True):
                 if axis != before and not terms(axis.name):
                     sizes = f"{axis.min}:{axis.opt}:{axis.max}"
                     words += ["--shapes", f"{other.component}.{axis.name}={sizes}"]

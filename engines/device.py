@@ -19,8 +19,6 @@ from ..errors import CapabilityError, InputError
 if TYPE_CHECKING:
     import torch
 
-    from .base import Engine
-
 Array = np.ndarray[Any, Any]
 HOST = "cpu"
 
@@ -142,14 +140,6 @@ def on_stream(device: str, stream: int | None) -> Iterator[int]:
             return
         with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device)):  # type: ignore[no-untyped-call]
             yield stream
-
-
-def run_from_host(
-    engine: Engine, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
-) -> dict[str, Array]:
-    """What an engine on a GPU does with host arrays: up once, through its tensors, down once."""
-    tensors = {name: as_tensor(array, engine.device) for name, array in inputs.items()}
-    return {name: to_host(made) for name, made in engine.run_tensors(tensors, outputs).items()}
 
 
 def concatenate(parts: Sequence[Buffer], axis: int = 0) -> Any:

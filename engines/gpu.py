@@ -1,4 +1,4 @@
-"""The GPU of this process, asked of the driver itself: no package, and no library of TensorRT's."""
+"""The GPUs of this process, read from the driver itself: needs no package, and no library of TensorRT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When each layer of an engine ran and for how long: what every backend's own profiler is read into."""
+"""Times of an engine's layers in one call, in the form that every backend's own profiler is read into."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Call:
+class TimedCall:
     """One call: its length in microseconds, and its layers in the order they ran."""
 
     us: float
     events: tuple[Event, ...]
 
 
-def in_a_row(parts: Sequence[Call]) -> Call:
+def concatenate_calls(parts: Sequence[TimedCall]) -> TimedCall:
     """Calls of the parts of a component, one after another, as one."""
     events: list[Event] = []
     begin = 0.0
     for part in parts:
         events += [replace(event, start_us=event.start_us + begin) for event in part.events]
         begin += part.us
-    return Call(begin, tuple(events))
+    return TimedCall(begin, tuple(events))

@@ -1,4 +1,4 @@
-"""Memory that building an engine takes, known before it starts.
+"""Predicts the memory that building an engine takes.
 
 Measured with TensorRT-RTX 1.7 on the CPU (anonymous memory; the graph's weights stay in the page cache),
 streaming the engine to its file: InternViT-6B and the three QLLaMA passes at full width in FP8, two of them

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..bundle.spec import ComponentSpec
 from ..engines.tensorrt import library as trt
+from ..engines.tensorrt.backend import open_tensorrt
 from ..engines.tensorrt.build import build_engine
 from ..engines.tensorrt.engine_cache import EngineKey, keep_engine, take_engine
-from ..engines.tensorrt.open import open_tensorrt
 from ..engines.tensorrt.shapes import Profile
 from ..files.hashing import sha256_file_once
 from ..models.registry import component_spec

@@ -20,7 +20,7 @@ from ..engines.device import HOST, Array, Buffer, as_tensor, concatenate, to_hos
 from ..engines.onnxruntime.memory import hand_back
 from ..engines.onnxruntime.weights import SharedWeights, shared_weights
 from ..engines.tensorrt.library import BUILDERS
-from ..engines.tensorrt.shapes import narrowed
+from ..engines.tensorrt.shapes import restrict_axes
 from ..errors import InputError
 from .timings import Timings
 
@@ -65,7 +65,7 @@ class Components:
             spec = self.bundle.spec(name)
             if self.backend in BUILDERS:
                 built = self.bundle.engines(name, self.backend, self.target)[0].built
-                spec = narrowed(spec, built.profiles) if built is not None else spec
+                spec = restrict_axes(spec, built.profiles) if built is not None else spec
             self._specs[name] = spec
         return self._specs[name]
 

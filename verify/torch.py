@@ -23,12 +23,10 @@ from torch import nn
 from ..bundle import Bundle
 from ..dtypes import COMPUTE, name_of_torch
 from ..engines.products import FACTORS, Product, factors, why_not_8_bits
-from ..engines.torch.attention import Fp8Attention
-from ..engines.torch.compiled import compile_blocks
 from ..engines.torch.engine import compute_type, device_of
 from ..engines.torch.linears import Product as Way
 from ..engines.torch.linears import QuantisedLinear
-from ..engines.torch.module import component_of, scheme_of
+from ..engines.torch.module import Fp8Attention, compile_blocks, component_of, scheme_of
 from ..engines.torch.trace import Op, Operand, named_ranges, traced
 from ..quantization.recipe import Recipe
 from ..quantization.schemes import promise

@@ -31,7 +31,7 @@ from ivl_export.benchmarks.gpu.shared import (
     release,
     to_fp8,
 )
-from ivl_export.engines.torch.compiled import compile_blocks
+from ivl_export.engines.torch.module import compile_blocks
 from ivl_export.models.config import InternVLConfig
 from ivl_export.profiles.cost.analytic import component_macs
 from ivl_export.profiles.cost.table19 import PAPER, SOURCE

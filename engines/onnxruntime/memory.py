@@ -1,4 +1,4 @@
-"""What ONNX Runtime's sessions on the CPU compute in: one arena for all of a process, handed back when idle.
+"""The memory arena of ONNX Runtime's sessions on the CPU: one for a process, handed back when idle.
 
 Left alone, each session has an arena that doubles whenever it is full, and keeps what it ever took.
 Components run one after another: in one arena, extended by what is needed, a bundle holds less

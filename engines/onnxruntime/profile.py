@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...bundle.spec import ComponentSpec
 from ..device import Array
-from ..layer_times import Call, Event
+from ..layer_times import Event, TimedCall
 from ..onnx_graph import read_graph
 from .backend import OnnxRuntimeEngine
 from .providers import placement
@@ -27,7 +27,7 @@ def profiled_calls(
     *,
     threads: int | None = None,
     warmup: int = 2,
-) -> tuple[tuple[Call, ...], dict[str, Array]]:
+) -> tuple[tuple[TimedCall, ...], dict[str, Array]]:
     """Run the graph ``path`` on the CPU ``calls`` times after ``warmup`` calls, each node timed.
 
     Returns:
@@ -47,7 +47,7 @@ def profiled_calls(
             for _ in range(warmup + calls):
                 outputs = engine.run(inputs)
         records = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    found: list[Call] = []
+    found: list[TimedCall] = []
     events: list[Event] = []
     for record in sorted(records, key=lambda r: float(r.get("ts", 0)) + float(r.get("dur", 0))):
         name, length = str(record.get("name", "")), float(record.get("dur", 0))
@@ -56,6 +56,6 @@ def profiled_calls(
             events.append(Event(name.removesuffix(_NODE), op, float(record["ts"]), length))
         elif name == _CALL:  # ends after its nodes
             begin = float(record["ts"])
-            found.append(Call(length, tuple(replace(e, start_us=e.start_us - begin) for e in events)))
+            found.append(TimedCall(length, tuple(replace(e, start_us=e.start_us - begin) for e in events)))
             events = []
     return tuple(found[warmup:]), outputs

@@ -1,4 +1,4 @@
-"""ONNX Runtime's execution providers: which one an engine runs on, and how it is told.
+"""ONNX Runtime's execution providers: which one an engine runs on, and its options.
 
 Option names and values are those of ONNX Runtime's documentation of the CUDA and the TensorRT execution
 provider; all values go over as text.

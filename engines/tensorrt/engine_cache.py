@@ -1,4 +1,4 @@
-"""Built engines, kept for later builds of anything that asks for the same one.
+"""The cache of built engines, reused by later builds with the same inputs.
 
 An engine follows from its graph, its weights, the recipe they were made by, the shapes and options it is
 built with, the library's release, its target or GPU, and our own building code: together they are its key.

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..device import Array
-from ..layer_times import Call, Event
+from ..layer_times import Event, TimedCall
 from .backend import TensorRTEngine
 from .layer_names import layer_names
 
 
 def profiled_calls(
     engine: TensorRTEngine, inputs: Mapping[str, Array], calls: int
-) -> tuple[tuple[Call, ...], dict[str, Array]]:
+) -> tuple[tuple[TimedCall, ...], dict[str, Array]]:
     """``calls`` calls of an engine by TensorRT's profiler, and its outputs.
 
     A layer is named by the ONNX node that it computes, the plainest of them where it computes several
@@ -31,7 +31,7 @@ def profiled_calls(
 
 def _call(
     length: float, layers: Sequence[tuple[str, float]], told: Mapping[str, tuple[str, tuple[str, ...]]]
-) -> Call:
+) -> TimedCall:
     events: list[Event] = []
     begin = 0.0
     for name, ms in layers:
@@ -39,4 +39,4 @@ def _call(
         plainest = min(nodes, key=lambda node: node.count("/"))
         events.append(Event(plainest, op, begin * 1e3, ms * 1e3))
         begin += ms
-    return Call(length * 1e3, tuple(events))
+    return TimedCall(length * 1e3, tuple(events))

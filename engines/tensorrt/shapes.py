@@ -67,7 +67,7 @@ def ranges_of(spec: ComponentSpec) -> Profile:
     return {axis.name: (axis.min, axis.opt, axis.max) for axis in spec.axes}
 
 
-def narrowed(spec: ComponentSpec, profiles: tuple[Profile, ...]) -> ComponentSpec:
+def restrict_axes(spec: ComponentSpec, profiles: tuple[Profile, ...]) -> ComponentSpec:
     """``spec`` with the ranges that ``profiles`` cover together; as it is where there are none."""
     if not profiles:
         return spec

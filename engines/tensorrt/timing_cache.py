@@ -1,4 +1,4 @@
-"""TensorRT's timing cache: what its builder measured of kernels, kept from build to build.
+"""TensorRT's timing cache: kernel times that its builder measured, reused by later builds.
 
 One file a release and GPU, for the times hold for these only. TensorRT-RTX measures nothing: there the calls
 do nothing, and would ask for a GPU (its documentation, "Timing Cache Migration"), so they are left out.

@@ -13,11 +13,11 @@ from ...bundle import Bundle
 from ...bundle.spec import ComponentSpec
 from ...dtypes import COMPUTE, dtype_of
 from ...errors import BuildError, CapabilityError, UsageError
+from ..base import run_from_host
 from ..cuda_graphs import Call, CudaGraphs
-from ..device import Array, Buffer, as_tensor, deliver, on_stream, run_from_host
-from .compiled import compile_blocks
+from ..device import Array, Buffer, as_tensor, deliver, on_stream
 from .linears import Product
-from .module import component_of
+from .module import compile_blocks, component_of
 
 
 class TorchEngine:

@@ -1,4 +1,4 @@
-"""A component's module, filled from a bundle: stored weights, stored 8-bit values, ``scales.json``.
+"""Modules of a bundle's components: stored weights, stored 8-bit values, ``scales.json``; FP8 attention.
 
 A weight that several components read is one tensor in the process, as it is one in the store.
 """
@@ -18,15 +18,42 @@ from torch import Tensor, nn
 from ...bundle import Bundle
 from ...errors import CapabilityError, CheckpointError, IntegrityError
 from ...export.weight_store import Store, open_store
+from ...models.qllama import DecoderLayer
 from ...models.registry import ModelConfig, component_module, config_from_published
 from ...models.storage import open_reader
-from ...quantization.attention import attention_scales, attentions
+from ...models.vit import Block
+from ...quantization.attention import attention_scales, attentions, fake_attention
 from ...quantization.quantize import activation_scale, stored_names
 from ...quantization.ranges import Scales
 from ...quantization.recipe import Recipe
 from ...quantization.schemes import SCHEMES
-from .attention import Fp8Attention
 from .linears import Product, quantised_linear
+
+
+class Fp8Attention(nn.Module):
+    """FP8 attention, in place of a :class:`~ivl_export.models.layers.CoreAttention`; slow: torch has no fused
+    kernel.
+
+    Both products run on values rounded to FP8 and restored, in fp32, as ONNX Runtime runs the graph.
+
+    Args:
+        scales: of q, k and v.
+        base: the recipe's base type, which the softmax's scale is rounded to.
+    """
+
+    def __init__(self, scales: tuple[float, float, float], base: str) -> None:
+        super().__init__()
+        self.scales, self.base = scales, base
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """As :func:`ivl_export.models.layers.attention`."""
+        out = fake_attention(
+            q.float(), k.float(), v.float(), mask, causal, scales=self.scales, base=self.base
+        )
+        return out.to(q.dtype)
+
 
 STORES = "onnx/weights/"
 
@@ -173,3 +200,23 @@ def _input_scale(scheme: str, amax: float | None, base: str, layer: str) -> floa
     if amax is None:
         raise IntegrityError(f"The bundle's scales lack layer {layer}.", "", "Rebuild the bundle.")
     return activation_scale(amax, kind, base)
+
+
+def compile_blocks(module: nn.Module, mode: str | None = None, *, dynamic: bool | None = None) -> int:
+    """Compile the blocks of ``module`` in place; they run through the compiled code from the first call on.
+
+    All blocks of a tower have the same code; compiled by themselves they share one compilation, which takes
+    seconds where the whole tower at once takes minutes.
+
+    Args:
+        module: a component.
+        mode: ``torch.compile``'s (``max-autotune``, ...).
+        dynamic: as ``torch.compile``'s: None compiles again, for all sizes, when a size changes.
+
+    Returns:
+        How many blocks there are.
+    """
+    blocks = [part for part in module.modules() if isinstance(part, Block | DecoderLayer)]
+    for block in blocks:
+        block.compile(fullgraph=True, mode=mode, dynamic=dynamic)
+    return len(blocks)

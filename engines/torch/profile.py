@@ -10,14 +10,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from ...bundle import Bundle
 from ..device import Array
-from ..layer_times import Call, Event
+from ..layer_times import Event, TimedCall
 from .module import component_of
 from .trace import MODULE, named_ranges
 
 
 def profiled_calls(
     bundle: Bundle, component: str, inputs: dict[str, Array], calls: int, threads: int | None
-) -> tuple[Call, ...]:
+) -> tuple[TimedCall, ...]:
     """Calls of a component on the CPU after one more: each operator's own time, named by its module."""
     if threads is not None:
         torch.set_num_threads(threads)
@@ -34,7 +34,7 @@ def profiled_calls(
     return tuple(found)
 
 
-def _call(events: Sequence[Any]) -> Call:
+def _call(events: Sequence[Any]) -> TimedCall:
     whole = [event.time_range for event in events if event.name == MODULE]  # the component itself
     begin = min((span.start for span in whole), default=0.0)
     found = []
@@ -48,4 +48,4 @@ def _call(events: Sequence[Any]) -> Call:
             name = parent.name.removeprefix(MODULE)
             start = event.time_range.start - begin
             found.append(Event(name, event.name, start, event.self_cpu_time_total))
-    return Call(sum(span.elapsed_us() for span in whole), tuple(found))
+    return TimedCall(sum(span.elapsed_us() for span in whole), tuple(found))

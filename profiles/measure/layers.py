@@ -15,7 +15,7 @@ from typing import Any
 from ...bundle import Bundle
 from ...bundle.spec import ComponentSpec
 from ...engines.chain import ChainedEngine
-from ...engines.layer_times import Call, in_a_row
+from ...engines.layer_times import TimedCall, concatenate_calls
 from ...engines.onnxruntime import profile as ort_profile
 from ...engines.tensorrt import profile as trt_profile
 from ...engines.tensorrt.library import BUILDERS
@@ -29,7 +29,7 @@ from .receipt import write
 
 SCHEMA = "ivl-export.layers/1"
 BACKENDS = ("onnxruntime", "torch", *BUILDERS)
-Timed = tuple[tuple[Call, ...], dict[str, Array]]
+Timed = tuple[tuple[TimedCall, ...], dict[str, Array]]
 """Calls, and the outputs of the last one."""
 
 
@@ -101,7 +101,7 @@ def profile_layers(
 
 def _onnxruntime_calls(
     bundle: Bundle, component: str, inputs: dict[str, Array], calls: int, threads: int | None
-) -> tuple[Call, ...]:
+) -> tuple[TimedCall, ...]:
     files, whole = bundle.engines(component, "onnxruntime"), bundle.manifest.components[component]
     specs = [part.spec for part in whole.parts] or [whole.spec]
 
@@ -120,7 +120,7 @@ def _tensorrt_calls(
     calls: int,
     target: str | None,
     device: str | None,
-) -> tuple[Call, ...]:
+) -> tuple[TimedCall, ...]:
     options: dict[str, Any] = {"device": device} if device else {}
     components = Components(bundle, backend, target, None, **options)
     try:
@@ -140,14 +140,14 @@ def _chained(
     specs: Sequence[ComponentSpec],
     inputs: dict[str, Array],
     run: Callable[[ComponentSpec, dict[str, Array]], Timed],
-) -> tuple[Call, ...]:
+) -> tuple[TimedCall, ...]:
     """The calls of a component's parts, each fed with what those before it made, joined call by call."""
     values, timed = dict(inputs), []
     for spec in specs:
         calls, made = run(spec, {tensor.name: values[tensor.name] for tensor in spec.inputs})
         values |= made
         timed.append(calls)
-    return tuple(in_a_row(parts) for parts in zip(*timed, strict=True))
+    return tuple(concatenate_calls(parts) for parts in zip(*timed, strict=True))
 
 
 def chrome_trace(profiles: Iterable[LayerProfile]) -> dict[str, Any]:

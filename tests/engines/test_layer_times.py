@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl_export.engines.layer_times import Call, Event, in_a_row
+from ivl_export.engines.layer_times import Event, TimedCall, concatenate_calls
 from ivl_export.engines.tensorrt.layer_names import layer_names
 from ivl_export.engines.tensorrt.profile import profiled_calls
 
@@ -21,8 +21,8 @@ TIMES = st.floats(0, 1e6, allow_nan=False)
 
 @given(st.lists(st.tuples(TIMES, st.lists(st.tuples(TIMES, TIMES), max_size=4)), max_size=4))
 def test_parts_stand_one_after_another(parts: list[tuple[float, list[tuple[float, float]]]]) -> None:
-    calls = [Call(us, tuple(Event("x", "y", start, length) for start, length in ev)) for us, ev in parts]
-    whole = in_a_row(calls)
+    calls = [TimedCall(us, tuple(Event("x", "y", start, length) for start, length in ev)) for us, ev in parts]
+    whole = concatenate_calls(calls)
     assert whole.us == sum(call.us for call in calls)
     assert [e.us for e in whole.events] == [e.us for call in calls for e in call.events]
     begin = 0.0

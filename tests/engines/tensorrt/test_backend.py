@@ -23,8 +23,7 @@ from ivl_export.engines.base import open_engine
 from ivl_export.engines.compatibility import check_loadable, fitting_target, rebuild_line
 from ivl_export.engines.gpu import Gpu, gpus
 from ivl_export.engines.tensorrt import library as trt
-from ivl_export.engines.tensorrt.backend import MAX_GRAPHS, TensorRTEngine
-from ivl_export.engines.tensorrt.open import open_tensorrt
+from ivl_export.engines.tensorrt.backend import MAX_GRAPHS, TensorRTEngine, open_tensorrt
 from ivl_export.engines.tensorrt.shapes import profiles_of
 from ivl_export.errors import BuildError, CapabilityError, InputError, IntegrityError, UsageError
 

@@ -16,10 +16,10 @@ from ivl_export.engines.tensorrt.shapes import (
     PRESETS,
     check_shape_names,
     choose_profile,
-    narrowed,
     parse_shapes,
     profiles_of,
     ranges_of,
+    restrict_axes,
 )
 from ivl_export.errors import UsageError
 from ivl_export.verify.program import read_programs
@@ -97,11 +97,11 @@ def test_every_size_of_the_spec_has_a_profile_and_decoding_has_its_own(
 def test_sizes_outside_every_profile_have_none() -> None:
     profiles = profiles_of(STEP, "latency")
     assert choose_profile(profiles, {"batch": 9, "text": 1, "past": 96, "total": 97}) is None
-    spec = narrowed(STEP, profiles)
+    spec = restrict_axes(STEP, profiles)
     assert spec.axis("batch") == Axis("batch", 1, 1, 8)
     assert spec.axis("text") == Axis("text", 1, 1, 32)
     assert spec.axis("total") == Axis("total", 97, 133, 256)
-    assert narrowed(STEP, ()) is STEP
+    assert restrict_axes(STEP, ()) is STEP
     assert ranges_of(spec)["batch"] == (1, 1, 8)
 
 

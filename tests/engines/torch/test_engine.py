@@ -17,10 +17,9 @@ import torch
 
 from ivl_export.bundle import Bundle, seal
 from ivl_export.engines.base import open_engine
-from ivl_export.engines.torch.attention import Fp8Attention
 from ivl_export.engines.torch.exported import exported
 from ivl_export.engines.torch.linears import Fp8Linear, Int8Linear
-from ivl_export.engines.torch.module import component_of
+from ivl_export.engines.torch.module import Fp8Attention, component_of
 from ivl_export.errors import CapabilityError, IntegrityError, UsageError
 from ivl_export.profiles.measure.inputs import random_inputs
 from ivl_export.runtime import InternVL
