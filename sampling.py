@@ -65,15 +65,17 @@ class StepFunction(Protocol):
 
 @dataclass(frozen=True)
 class StopCriteria:
-    """When a sequence ends: at the token ``eos`` or at ``max_new_tokens``.
+    """When a sequence ends: at the token ``eos`` or one of ``more``, or at ``max_new_tokens``.
 
-    Before ``min_new_tokens`` tokens EOS is suppressed; ``pad`` fills rows that ended before others.
+    Before ``min_new_tokens`` tokens EOS is suppressed; ``pad`` fills rows that ended before others. Beam
+    search does not know ``more``.
     """
 
     eos: int
     pad: int = 0
     max_new_tokens: int = 30
     min_new_tokens: int = 0
+    more: tuple[int, ...] = ()
 
 
 def decode(
@@ -145,7 +147,8 @@ class TokenSampler:
         suppressed = self.stop.eos if self._count < self.stop.min_new_tokens else None
         token = sample_token(logits, self.sampling, self._rng, suppressed)
         self._count += 1
-        self.done = token == self.stop.eos or self._count == self.stop.max_new_tokens
+        ended = token == self.stop.eos or token in self.stop.more
+        self.done = ended or self._count == self.stop.max_new_tokens
         return token
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from .config import InternVLConfig
@@ -21,7 +20,7 @@ from .registry import (
     load_config,
 )
 from .shipped import no_checkpoint
-from .storage import FLOATS, TensorRef, named, open_reader
+from .storage import TensorRef, check_tensors, open_reader
 from .weight_files import read_file, read_folder
 
 if TYPE_CHECKING:
@@ -85,11 +84,7 @@ class Checkpoint:
         Without a change of dtype or device the result is a view of the mapped file (private: writing to it
         never reaches the file).
         """
-        ref = self._ref(key)
-        reader = self._readers.get(ref.file)
-        if reader is None:
-            reader = self._readers[ref.file] = open_reader(ref.file)
-        return reader(ref.name).to(device=device, dtype=dtype)
+        return self._read(self._ref(key)).to(device=device, dtype=dtype)
 
     def file_bytes(self, key: str) -> memoryview:
         """The stored bytes of a tensor, contiguous; a view of the mapped file where it is stored so."""
@@ -120,6 +115,14 @@ class Checkpoint:
             for start in (0, (ref.nbytes - SAMPLE_BYTES) // 2, ref.nbytes - SAMPLE_BYTES):
                 digest.update(data[start : start + SAMPLE_BYTES])
         return digest.hexdigest()
+
+    def _read(self, ref: TensorRef) -> torch.Tensor:
+        if ref.view is not None:
+            return ref.view.read(ref.shape, self._read)
+        reader = self._readers.get(ref.file)
+        if reader is None:
+            reader = self._readers[ref.file] = open_reader(ref.file)
+        return reader(ref.name)
 
     def _ref(self, key: str) -> TensorRef:
         try:
@@ -152,7 +155,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     source, stored = read_folder(path, readers)
     named_tensors = {name: ref for name, ref in stored.items() if not is_ignored(name)}
     tensors = family_of(config).locate(config, named_tensors, path, readers)
-    _check(source, tensors, expected_shapes(config))
+    check_tensors(source, tensors, expected_shapes(config))
     return Checkpoint(path, config, tensors, _readers=readers)
 
 
@@ -162,7 +165,7 @@ def load_state(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Give every parameter and persistent buffer of ``model`` its tensor, one at a time.
+    """Give every parameter and persistent buffer of ``model`` its tensor, one at a time; tied ones share it.
 
     Args:
         model: any module whose state-dict names are published keys (a part of the model may be given: what
@@ -176,16 +179,19 @@ def load_state(
     """
     import torch
 
+    shared: dict[TensorRef, torch.Tensor] = {}
     for key, old in model.state_dict(keep_vars=True).items():
-        tensor = checkpoint.load(key, dtype, device)
+        tensor = shared.get(checkpoint.tensors[key]) if key in checkpoint.tensors else None
+        tensor = checkpoint.load(key, dtype, device) if tensor is None else tensor
         if tensor.shape != old.shape:
             raise CheckpointError(
                 f"{checkpoint.path}: {key} has the wrong shape.",
                 f"It is {list(tensor.shape)}, the model needs {list(old.shape)}.",
             )
         owner, _, leaf = key.rpartition(".")
-        if isinstance(old, torch.nn.Parameter):
+        if isinstance(old, torch.nn.Parameter) and not isinstance(tensor, torch.nn.Parameter):
             tensor = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
+        shared[checkpoint.tensors[key]] = tensor
         setattr(model.get_submodule(owner), leaf, tensor)
 
 
@@ -208,26 +214,5 @@ def _open_older(path: Path) -> Checkpoint:
     else:
         config = infer_config({k: r.shape for k, r in tensors.items()}, str(path))
     config = replace(config, contrastive_only=True)
-    _check(path, tensors, expected_shapes(config))
+    check_tensors(path, tensors, expected_shapes(config))
     return Checkpoint(path, config, tensors, _readers=readers)
-
-
-def _check(source: Path, tensors: dict[str, TensorRef], want: dict[str, tuple[int, ...]]) -> None:
-    """Compare names, shapes and types with what the config asks for; report all kinds of trouble at once."""
-    problems: list[str] = []
-
-    def add(kind: str, names: Iterable[str]) -> None:
-        if listed := list(names):
-            problems.append(f"{kind}: {named(listed)}")
-
-    add("missing", (k for k in want if k not in tensors))
-    add("unexpected", (k for k in tensors if k not in want))
-    both: list[tuple[str, TensorRef, Any]] = [(k, tensors[k], s) for k, s in want.items() if k in tensors]
-    add("wrong shape", (f"{k} {list(r.shape)} instead of {list(s)}" for k, r, s in both if r.shape != s))
-    add("unsupported type", (f"{k} {r.dtype}" for k, r, _ in both if r.dtype not in FLOATS))
-    if problems:
-        raise CheckpointError(
-            f"{source} does not fit its config.",
-            " ".join(problems),
-            "Use the config.json of this very checkpoint, or download it again.",
-        )

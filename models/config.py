@@ -21,10 +21,15 @@ from .config_reading import check_chat, read_internvl, read_llama, read_vision
 from .section import Section
 from .shipped import no_checkpoint
 
+NORM_TYPES = ("rms_norm", "layer_norm")
+
 
 @dataclass(frozen=True)
 class VisionConfig:
     """InternViT (paper section 3.2). ``image_size`` is the pixel grid of the stored position embedding.
+
+    ``norm_type`` is ``rms_norm`` or ``layer_norm``. Norms of queries and keys are RMSNorms over all heads
+    together; ``qk_norm_eps`` is theirs where it is not ``layer_norm_eps``.
 
     ``feature_blocks`` are no part of the published model: the numbers, from 1, of the blocks before the last
     whose outputs the component ``vision`` gives out too (:mod:`..export.features`).
@@ -40,6 +45,8 @@ class VisionConfig:
     qk_normalization: bool = True
     layer_norm_eps: float = 1e-6
     feature_blocks: tuple[int, ...] = ()
+    norm_type: str = "rms_norm"
+    qk_norm_eps: float = 0.0
 
     def __post_init__(self) -> None:
         _divides("vision_config", self.hidden_size, self.num_attention_heads)
@@ -50,6 +57,11 @@ class VisionConfig:
                 f"Needed are rising numbers from 1 to {self.num_hidden_layers - 1}.",
             )
         object.__setattr__(self, "feature_blocks", blocks)
+        object.__setattr__(self, "qk_norm_eps", self.qk_norm_eps or self.layer_norm_eps)
+        if self.norm_type not in NORM_TYPES:
+            raise CapabilityError(
+                f"vision_config.norm_type is {self.norm_type!r}.", f"Implemented: {', '.join(NORM_TYPES)}."
+            )
 
     @property
     def head_dim(self) -> int:
@@ -62,9 +74,10 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2 + 1
 
     def to_published(self) -> dict[str, Any]:
-        """The ``vision_config`` of a ``config.json``; ``feature_blocks`` only where there are some."""
-        kept = {"feature_blocks": list(self.feature_blocks)} if self.feature_blocks else {}
-        return {**{k: v for k, v in asdict(self).items() if k != "feature_blocks"}, **kept}
+        """The ``vision_config`` of a ``config.json``; what came later only where it differs."""
+        later = {"feature_blocks": (), "norm_type": "rms_norm", "qk_norm_eps": self.layer_norm_eps}
+        data = {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,9 @@ LLAMA_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Keys of a LLaMA's section, the values that mean this decoder, and why no other is taken."""
 
-_VIT = "InternViT-6B is a pre-norm ViT with RMSNorm, exact GELU and learned positions."
+_VIT = "InternViT is a pre-norm ViT with exact GELU and learned positions."
 VISION_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("gelu",), _VIT),
-    "norm_type": (("rms_norm", "rmsnorm"), _VIT),
     "num_channels": ((3,), "Images have three channels."),
     "use_moe": ((False,), _VIT),
     "mlp_bias": ((True,), _VIT),
@@ -254,11 +253,13 @@ def read_vision(s: Section, cls: type) -> dict[str, Any]:
         found["feature_blocks"] = tuple(blocks)
     if s.get("force_image_size"):
         found["image_size"] = s.integer("force_image_size")
+    if norm := s.text("norm_type"):
+        found["norm_type"] = "rms_norm" if norm == "rmsnorm" else norm
     sizes = cls(**found)
     _fixed(s, VISION_FIXED)
     _same(s, ("attention_bias",), "qkv_bias", sizes.qkv_bias)
     _same(s, ("use_qk_norm", "qk_norm"), "qk_normalization", sizes.qk_normalization)
-    _same(s, (*_EPS_NAMES, "rms_norm_eps", "qk_norm_eps"), "layer_norm_eps", sizes.layer_norm_eps)
+    _same(s, (*_EPS_NAMES, "rms_norm_eps"), "layer_norm_eps", sizes.layer_norm_eps)
     _same(s, ("head_dim",), "hidden_size / num_attention_heads", sizes.head_dim)
     s.ignore(VISION_HARMLESS)
     return found

@@ -1,4 +1,4 @@
-"""The building blocks that InternViT and QLLaMA share: RMSNorm and attention."""
+"""The building blocks that towers and decoders share: RMSNorm, attention, the gated feed-forward."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, ca
     """softmax(q k^T / sqrt(d)) v with heads merged again.
 
     Args:
-        q, k, v: [B, heads, T, d], [B, heads, S, d], [B, heads, S, d].
+        q, k, v: [B, heads, T, d], [B, kv_heads, S, d], [B, kv_heads, S, d]; each key head serves equally many
+            query heads.
         mask: bool, broadcastable to [B, heads, T, S]; True = visible. A row that sees nothing stays finite.
+            Or what is added to the logits.
         causal: each row sees itself and what stands before it (needs T == S and no ``mask``).
 
     Returns:
         [B, T, heads * d].
     """
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -53,3 +56,18 @@ class CoreAttention(nn.Module):
     ) -> Tensor:
         """As :func:`attention`."""
         return attention(q, k, v, mask=mask, causal=causal)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=bias)
+        self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out

@@ -21,9 +21,7 @@ PUBLISHED_HEAD_DIM = 128
 PUBLISHED_POOL_HEADS = 16
 
 # Old transformers releases stored the rotary frequencies as a buffer; they follow from the config.
-_ROTARY = re.compile(
-    rf"(({re.escape(CHAT_TOWER)})?qllama\.model|transformer|model)\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-)
+_ROTARY = re.compile(r"(\w+\.)*layers\.\d+\.(self_attn|attention)\.rotary_emb\.inv_freq")
 
 
 def is_ignored(name: str) -> bool:
@@ -53,6 +51,8 @@ def vit_shapes(v: VisionConfig, prefix: str, blocks: int | None = None) -> dict[
         shapes[layer + "mlp.fc2.weight"] = (width, mlp)
         for name in ("attn.proj.bias", "mlp.fc2.bias", "norm1.weight", "norm2.weight", "ls1", "ls2"):
             shapes[layer + name] = (width,)
+        if v.norm_type == "layer_norm":
+            shapes[layer + "norm1.bias"] = shapes[layer + "norm2.bias"] = (width,)
     return shapes
 
 

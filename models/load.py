@@ -44,9 +44,10 @@ def load_chat(
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
 ) -> InternVLChatModel:
-    """The chat model of a checkpoint in the LLaVA layout; arguments as :func:`load_model`.
+    """The chat model of a checkpoint in any published layout; arguments as :func:`load_model`.
 
-    Blocks of the vision tower after the one that is read are left out.
+    One of InternVL 1.1 to 3.5 is a :class:`.tiles_chat.TilesChatModel`, with the same methods. Blocks of the
+    vision tower after the one that is read are left out.
 
     Raises:
         CheckpointError: the checkpoint is not whole or no chat model.

@@ -9,6 +9,7 @@ elementwise work.
 from __future__ import annotations
 
 from .config import InternVLConfig, QLlamaConfig, VisionConfig
+from .decoder_config import DecoderConfig
 from .registry import Macs
 
 
@@ -34,6 +35,27 @@ def llama(q: QLlamaConfig, new: int, total: int, stack: str) -> Macs:
     per_layer["self_attn/Attention"] = 2 * new * total * q.hidden_size
     per_layer |= {f"mlp.{p}_proj": mlp for p in ("gate", "up", "down")}
     return {layer + key: q.num_hidden_layers * count for key, count in per_layer.items()}
+
+
+def decoder(c: DecoderConfig, new: int, total: int, stack: str) -> Macs:
+    """As :func:`llama`, of a decoder of any kind. In a graph every expert sees every position."""
+    layer, hidden, layers = f"{stack}layers.*.", c.hidden_size, c.num_hidden_layers
+    per_layer = {
+        "self_attn.q_proj": new * hidden * c.query_width,
+        "self_attn.k_proj": new * hidden * c.key_width,
+        "self_attn.v_proj": new * hidden * c.key_width,
+        "self_attn.o_proj": new * hidden * c.query_width,
+        "self_attn/Attention": 2 * new * total * c.query_width,
+    }
+    counts = {layer + key: layers * count for key, count in per_layer.items()}
+    sparse = sum(c.sparse(i) for i in range(layers))
+    if dense := (layers - sparse) * new * hidden * c.intermediate_size:
+        counts |= {f"{layer}mlp.{p}_proj": dense for p in ("gate", "up", "down")}
+    if c.moe is not None and sparse:
+        counts[f"{layer}mlp.gate"] = sparse * new * hidden * c.moe.experts
+        experts = sparse * new * hidden * c.moe.width * c.moe.experts
+        counts |= {f"{layer}mlp.experts.*.{p}_proj": experts for p in ("gate", "up", "down")}
+    return counts
 
 
 def cross_attention(config: InternVLConfig, tokens: int, stack: str) -> Macs:

@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .config import InternVLConfig, QLlamaConfig
-from .layers import CoreAttention, RMSNorm, split_heads
+from .layers import CoreAttention, GatedMLP, RMSNorm, split_heads
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys (rotated) and values of one layer, each [B, heads, S, d]."""
@@ -195,21 +194,6 @@ class CrossAttention(nn.Module):
         vision = self.norm2(vision)
         parts = (self.q_proj(self.norm1(queries)), self.k_proj(vision), self.v_proj(vision))
         out: Tensor = self.o_proj(self.core(*(split_heads(t, self.heads) for t in parts)))
-        return out
-
-
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., H] -> [..., H]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 

@@ -38,7 +38,7 @@ CONTRASTIVE, CHAT, FEATURES = "contrastive", "chat", "features"
 """Forms of model: embeddings and captions; conversations; the features of a tower alone."""
 PIXELS = "pixel_values"
 """The input that images are given as, float32 [B, 3, S, S]."""
-MODULES = ("internvl", "internvit", "chat")
+MODULES = ("internvl", "internvit", "chat", "tiles")
 """Files of ``models/families`` that register the families this release ships."""
 
 

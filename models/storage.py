@@ -10,7 +10,7 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +36,10 @@ class TensorRef:
         name: its name in that file (differs from the published key in the older layout).
         dtype: ``float32``, ``float16`` or ``bfloat16`` (other types are refused when a checkpoint is opened).
         shape: its shape.
-        offset: first byte in ``file``, None where the format does not say (torch files).
+        offset: first byte in ``file``, None where the format does not say (torch files), or where its bytes
+            do not lie together.
         nbytes: its size, contiguous.
+        view: how it is made of stored tensors; None: it is stored itself.
     """
 
     file: Path
@@ -46,6 +48,62 @@ class TensorRef:
     shape: tuple[int, ...]
     offset: int | None
     nbytes: int
+    view: View | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a stored tensor: runs of (first, count), one after another.
+
+    A row is the last axis, and all axes before it count as one; a vector's rows are single values.
+    """
+
+    ref: TensorRef
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor made of rows of stored ones: put one after another, then columns taken, then transposed.
+
+    Args:
+        rows: which rows of what, in order.
+        columns: the first, and the step from each to the next.
+        transposed: columns become rows.
+    """
+
+    rows: tuple[Rows, ...]
+    columns: tuple[int, int] = (0, 1)
+    transposed: bool = False
+
+    def ref(self, shape: tuple[int, ...]) -> TensorRef:
+        """A reference to this view, of ``shape``; with an offset where it is one run of whole rows."""
+        first = self.rows[0].ref
+        if any(rows.ref.dtype != first.dtype for rows in self.rows):
+            raise CheckpointError(
+                f"{first.file} holds parts of one tensor in different types.",
+                named([f"{rows.ref.name} {rows.ref.dtype}" for rows in self.rows]),
+            )
+        known = find_dtype(first.dtype)
+        nbytes = known.nbytes(math.prod(shape)) if known else math.prod(shape)
+        offset = None
+        if len(self.rows) == len(self.rows[0].runs) == 1 and self.columns == (0, 1) and not self.transposed:
+            row, height = self.rows[0].runs[0][0], math.prod(first.shape[:-1] or first.shape)
+            offset = None if first.offset is None else first.offset + row * (first.nbytes // max(height, 1))
+        return TensorRef(first.file, first.name, first.dtype, shape, offset, nbytes, self)
+
+    def read(self, shape: tuple[int, ...], load: Callable[[TensorRef], torch.Tensor]) -> torch.Tensor:
+        """The tensor; itself a view of what ``load`` gives where that is possible."""
+        import torch
+
+        blocks = []
+        for rows in self.rows:
+            stored = load(rows.ref)
+            matrix = stored.reshape(-1, stored.shape[-1]) if stored.dim() > 1 else stored.reshape(-1, 1)
+            blocks += [matrix[first : first + count] for first, count in rows.runs]
+        matrix = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        matrix = matrix[:, self.columns[0] :: self.columns[1]]
+        return (matrix.T if self.transposed else matrix).reshape(shape)
 
 
 def read_header(path: Path) -> dict[str, TensorRef]:
@@ -174,6 +232,31 @@ def read_index(path: Path) -> dict[str, str]:
                 "Do not use this checkpoint: a sound index names files beside it.",
             )
     return pairs
+
+
+def check_tensors(source: Path, tensors: dict[str, TensorRef], want: dict[str, tuple[int, ...]]) -> None:
+    """Compare names, shapes and types with what a config asks for; report all kinds of trouble at once.
+
+    Raises:
+        CheckpointError: tensors missing, surplus, of another shape, or of a type that is not computed with.
+    """
+    problems: list[str] = []
+
+    def add(kind: str, names: Iterable[str]) -> None:
+        if listed := list(names):
+            problems.append(f"{kind}: {named(listed)}")
+
+    add("missing", (k for k in want if k not in tensors))
+    add("unexpected", (k for k in tensors if k not in want))
+    both: list[tuple[str, TensorRef, Any]] = [(k, tensors[k], s) for k, s in want.items() if k in tensors]
+    add("wrong shape", (f"{k} {list(r.shape)} instead of {list(s)}" for k, r, s in both if r.shape != s))
+    add("unsupported type", (f"{k} {r.dtype}" for k, r, _ in both if r.dtype not in FLOATS))
+    if problems:
+        raise CheckpointError(
+            f"{source} does not fit its config.",
+            " ".join(problems),
+            "Use the config.json of this very checkpoint, or download it again.",
+        )
 
 
 def named(names: list[str], limit: int = 5) -> str:

@@ -1,4 +1,7 @@
-"""InternViT (InternVL paper section 3.2): a plain pre-norm ViT with RMSNorm, QK-norm and LayerScale."""
+"""InternViT (InternVL paper section 3.2): a plain pre-norm ViT with LayerScale, in two published forms.
+
+The 6B has RMSNorms and norms of queries and keys, the 300M LayerNorms and biases of q, k and v.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class InternViT(nn.Module):
         self.encoder = Encoder(config, config.num_hidden_layers if blocks is None else blocks)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[B, 3, S, S] normalised pixels -> [B, 1 + (S / patch)^2, D], class token first."""
+        """[B, 3, H, W] normalised pixels -> [B, 1 + (H / patch) (W / patch), D], class token first."""
         x: Tensor = self.embeddings(pixel_values)
         for block in self.encoder.layers:
             x = block(x)
@@ -60,7 +63,7 @@ class PatchEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(torch.randn(1, config.num_tokens, width))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, N, D]."""
+        """[B, 3, H, W] -> [B, N, D]."""
         patches = self.patch_embedding(pixel_values)
         grid = (patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)
@@ -98,8 +101,9 @@ class Block(nn.Module):
         width = config.hidden_size
         self.attn = Attention(config)
         self.mlp = MLP(width, config.intermediate_size)
-        self.norm1 = RMSNorm(width, config.layer_norm_eps)
-        self.norm2 = RMSNorm(width, config.layer_norm_eps)
+        norm = RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+        self.norm1 = norm(width, eps=config.layer_norm_eps)
+        self.norm2 = norm(width, eps=config.layer_norm_eps)
         self.ls1 = nn.Parameter(torch.full((width,), 0.1))
         self.ls2 = nn.Parameter(torch.full((width,), 0.1))
 
@@ -120,9 +124,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.proj = nn.Linear(width, width)
         self.core = CoreAttention()
-        norm = config.qk_normalization
-        self.q_norm = RMSNorm(width, config.layer_norm_eps) if norm else nn.Identity()
-        self.k_norm = RMSNorm(width, config.layer_norm_eps) if norm else nn.Identity()
+        norm, eps = config.qk_normalization, config.qk_norm_eps
+        self.q_norm = RMSNorm(width, eps) if norm else nn.Identity()
+        self.k_norm = RMSNorm(width, eps) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""

@@ -354,7 +354,7 @@ def vision_tokens(config: ChatConfig) -> TensorSpec:
     return TensorSpec("tokens", "float", ("batch", config.num_tokens, config.vision.hidden_size))
 
 
-def input_embeds(config: ChatConfig) -> TensorSpec:
+def input_embeds(config: Any) -> TensorSpec:
     """Embeddings of new positions [B, T, H]."""
     return TensorSpec("input_embeds", "float", ("batch", "text", config.decoder.hidden_size))
 
@@ -373,6 +373,38 @@ def projector_shapes(name: str, width: int, out: int) -> dict[str, Shape]:
     """Tensors of the two-layer projector under the prefix ``name``."""
     shapes: dict[str, Shape] = {f"{name}0.weight": (out, width), f"{name}2.weight": (out, out)}
     return shapes | {f"{name}0.bias": (out,), f"{name}2.bias": (out,)}
+
+
+def chat_calls(
+    config: Any, own: Sequence[Component[Any]], components: Sequence[str], batch: SampleBatch
+) -> Iterator[Call]:
+    """Images first, then each group's prompts with an empty past, and its answers after their cache.
+
+    Args:
+        config: of any model whose last two components are embeddings and decoder.
+        own: all components of its family, in the order they run.
+        components: names of those that are called.
+        batch: the samples.
+    """
+    for component in own[:-2]:
+        if component.name in components:
+            yield from component.calls(config, batch)
+    decoding = [c.name for c in own[-2:] if c.name in components]
+    width, past = config.decoder.hidden_size, 0
+    for run in runs(batch.dialogues) if decoding else ():
+        rows, length = len(run.rows), run.length(config.num_visual)
+        past = past if run.cut is None else 0
+        embed, decoder = own[-2:]
+        if embed.name in decoding:
+            yield Call(embed.name, batch.number, run.rows, {"input_ids": run.ids}, (rows, 0, width))
+        if decoder.name in decoding:
+            inputs = {"input_ids": run.ids, **step_inputs(rows, length, past)}
+            prompt = run.cut is not None
+            yield Call(
+                decoder.name, batch.number, run.rows, inputs, (rows, length, width), run.cut, prompt,
+                None if prompt else list(range(rows)),
+            )  # fmt: skip
+        past = length
 
 
 def _queries(config: ChatConfig) -> InternVLConfig:
@@ -446,26 +478,7 @@ class Chat(Family[ChatConfig]):
         return InternVLChatModel(config)
 
     def calls(self, config: ChatConfig, components: Sequence[str], batch: SampleBatch) -> Iterator[Call]:
-        """Images first, then each group's prompts with an empty past, and its answers after their cache."""
-        for component in self.components[:2]:
-            if component.name in components:
-                yield from component.calls(config, batch)
-        decoding = [c.name for c in self.components[2:] if c.name in components]
-        width, past = config.decoder.hidden_size, 0
-        for run in runs(batch.dialogues) if decoding else ():
-            rows, length = len(run.rows), run.length(config.num_visual)
-            past = past if run.cut is None else 0
-            embed, decoder = self.components[2:]
-            if embed.name in decoding:
-                yield Call(embed.name, batch.number, run.rows, {"input_ids": run.ids}, (rows, 0, width))
-            if decoder.name in decoding:
-                inputs = {"input_ids": run.ids, **step_inputs(rows, length, past)}
-                prompt = run.cut is not None
-                yield Call(
-                    decoder.name, batch.number, run.rows, inputs, (rows, length, width), run.cut, prompt,
-                    None if prompt else list(range(rows)),
-                )  # fmt: skip
-            past = length
+        return chat_calls(config, self.components, components, batch)
 
     def image_settings(self, config: ChatConfig, settings: ImageSettings) -> ImageSettings:
         pad = config.image_aspect_ratio == "pad"

@@ -14,6 +14,7 @@ from ...inputs.tokenizer import MAX_LENGTH
 from .. import macs
 from ..calls import LONGEST_STEP, Call, SampleBatch, groups, step_inputs
 from ..config import InternVLConfig, QLlamaConfig
+from ..decoder_config import DecoderConfig
 from ..layout import llama_layer_shapes, pool_shapes
 from ..registry import (
     CONTRASTIVE,
@@ -370,7 +371,9 @@ def text_axes(ranges: Ranges) -> tuple[Axis, Axis]:
     return Axis("batch", *ranges.batch), Axis("text", *ranges.text)
 
 
-def step_spec(name: str, first: TensorSpec, llama: QLlamaConfig, axes: tuple[Axis, ...]) -> ComponentSpec:
+def step_spec(
+    name: str, first: TensorSpec, llama: QLlamaConfig | DecoderConfig, axes: tuple[Axis, ...]
+) -> ComponentSpec:
     """A LLaMA over a cache: ``first`` holds the new positions, [B, T] or [B, T, H]."""
     positions = TensorSpec("positions", "int64", ("batch", "text"))
     mask = TensorSpec("attention_mask", "int64", ("batch", "total"))
@@ -385,9 +388,10 @@ def step_axes(text: Range, past: tuple[int, ...]) -> tuple[Axis, Axis, Axis]:
     return Axis("text", *text), Axis("past", *past), Axis("total", *total)
 
 
-def key_values(llama: QLlamaConfig, prefix: str, length: int | str) -> list[TensorSpec]:
+def key_values(llama: QLlamaConfig | DecoderConfig, prefix: str, length: int | str) -> list[TensorSpec]:
     """Keys and values [B, heads, length, d] of every layer."""
-    shape = ("batch", llama.num_attention_heads, length, llama.head_dim)
+    heads = llama.num_key_value_heads if isinstance(llama, DecoderConfig) else llama.num_attention_heads
+    shape = ("batch", heads, length, llama.head_dim)
     return [
         TensorSpec(f"{prefix}{kind}.{i}", "float", shape)
         for i in range(llama.num_hidden_layers)

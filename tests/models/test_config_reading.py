@@ -168,13 +168,12 @@ LLAMA_OTHERS: dict[str, Any] = {
 }
 VISION_OTHERS: dict[str, Any] = {
     "hidden_act": "quick_gelu",
-    "norm_type": "layer_norm",
+    "norm_type": "batch_norm",
     "num_channels": 4,
     "use_moe": True,
     "attention_bias": True,
     "use_qk_norm": False,
     "rms_norm_eps": 1e-3,
-    "qk_norm_eps": 1e-3,
     "head_dim": 64,
     "num_register_tokens": 4,
     "use_rope": True,

@@ -1,0 +1,191 @@
+"""InternVL 1.1 to 3.5 in PyTorch: tiles to visual embeddings, and the decoder that reads them in a prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..sampling import StopCriteria
+from .generate import search
+from .pixel_shuffle import pixel_shuffle, tile_projector
+from .qllama import KeyValue
+from .tiles_config import TilesConfig
+from .tiles_modules import LanguageModel
+from .vit import InternViT
+
+
+class TilesChatModel(nn.Module):
+    """A chat model of the family; keys of its ``state_dict`` are those of :mod:`.tiles_layout`.
+
+    The tower holds only the blocks that are run: what lies after the selected layer is not read.
+    """
+
+    def __init__(self, config: TilesConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_model = InternViT(config.vision, config.vision_blocks)
+        self.mlp1 = tile_projector(config.projector_width, config.decoder.hidden_size)
+        self.language_model = LanguageModel(config.decoder)
+
+    def vision(self, pixel_values: Tensor) -> Tensor:
+        """[I, 3, S, S] normalised tiles -> the state that the projector reads [I, N, D], class token first.
+
+        Raises:
+            InputError: no images, or their sides are no multiples of the patches'.
+        """
+        check_pixels(pixel_values, self.config.vision.patch_size)
+        weight = self.vision_model.embeddings.class_embedding
+        out: Tensor = self.vision_model(pixel_values.to(weight.dtype))
+        return out
+
+    def visual_embeds(self, pixel_values: Tensor) -> Tensor:
+        """[I, 3, S, S] -> [I, V, H]: the embeddings that stand for each tile in a prompt.
+
+        Raises:
+            InputError: tiles that do not split into tokens.
+        """
+        features = self.vision(pixel_values)[:, 1:]
+        out: Tensor = self.mlp1(pixel_shuffle(features, self.config.factor, self.config.shuffle))
+        return out
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        attention_mask: Tensor | None = None,
+        image_token_id: int | None = None,
+    ) -> Tensor:
+        """Prompts with the visual embeddings of all tiles, in order, at their image tokens.
+
+        Args:
+            input_ids: [B, T]; V image tokens a tile.
+            pixel_values: [I, 3, S, S]: the tiles of all images, row after row; None: no images.
+            attention_mask: [B, T], nonzero where a position is used; None: everywhere.
+            image_token_id: None: the config's.
+
+        Returns:
+            [B, T, H].
+
+        Raises:
+            InputError: the image token is unknown, an id is not the decoder's, tiles and tokens do not fit.
+        """
+        vocab = self.config.decoder.vocab_size
+        least, most = (int(end) for end in input_ids.aminmax()) if input_ids.numel() else (0, 0)
+        if least < 0 or most >= vocab:
+            raise InputError(
+                "The prompt holds a token that the decoder does not have.",
+                f"Its ids go from {least} to {most}, the decoder's from 0 to {vocab - 1}.",
+                "Use the tokenizer that was published with these weights.",
+            )
+        x: Tensor = self.language_model.model.embed_tokens(input_ids)
+        count = 0 if pixel_values is None else len(pixel_values)
+        token = self._image_token(image_token_id, needed=count > 0)
+        places = torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
+        if attention_mask is not None:
+            places = places & attention_mask.bool()
+        found, each = int(places.sum()), self.config.num_visual
+        visual = None if pixel_values is None or not count else self.visual_embeds(pixel_values)
+        if found != (0 if visual is None else visual.shape[0] * visual.shape[1]):
+            raise InputError(
+                f"The prompts have {found} image tokens (id {token}).",
+                f"{count} tiles were given, each takes {each if visual is None else visual.shape[1]}.",
+                "Write as many image tokens for an image as its tiles take.",
+            )
+        return x if visual is None else x.masked_scatter(places[..., None], visual.flatten(0, 1).to(x.dtype))
+
+    def _image_token(self, given: int | None, needed: bool) -> int | None:
+        token = self.config.image_token_id if given is None else given
+        if token is None and needed:
+            raise InputError(
+                "The image token is not known.",
+                "Neither the config nor a tokenizer beside it names <IMG_CONTEXT>.",
+                "Give image_token_id, or put the tokenizer's files beside the weights.",
+            )
+        if token is not None and not 0 <= token < self.config.decoder.vocab_size:
+            raise InputError(
+                f"The image token cannot be {token}.",
+                f"The decoder has the tokens 0 to {self.config.decoder.vocab_size - 1}.",
+            )
+        return token
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        past: list[KeyValue] | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Run the decoder on T new positions after P past ones, as :meth:`.CausalDecoder.forward`."""
+        out: tuple[Tensor, list[KeyValue]] = self.language_model.model(inputs_embeds, positions, mask, past)
+        return out
+
+    def step(
+        self, inputs_embeds: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValue] | None = None
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """As :meth:`forward`, with the logits of the last position [B, vocab] for the hidden states."""
+        hidden, new = self(inputs_embeds, positions, mask, past)
+        return self.language_model.lm_head(hidden[:, -1]), new
+
+    def logits(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_token_id: int | None = None
+    ) -> Tensor:
+        """Logits of every position [B, T, vocab] of prompts without padding; arguments as :meth:`embed`."""
+        x = self.embed(input_ids, pixel_values, image_token_id=image_token_id)
+        mask = torch.ones_like(input_ids)
+        hidden, _ = self(x, mask.cumsum(1) - 1, mask)
+        out: Tensor = self.language_model.lm_head(hidden)
+        return out
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 12,
+        image_token_id: int | None = None,
+    ) -> Tensor:
+        """The likeliest new ids [B, <= max_new_tokens], never the image token; pad ids after a row's end.
+
+        Args:
+            pixel_values, input_ids, image_token_id: as :meth:`embed`.
+            attention_mask: [B, T]; prompts of different lengths are padded on the left.
+            max_new_tokens: how many at most.
+
+        Raises:
+            InputError: see :meth:`embed`; padding on the right.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.int64)
+        if not bool(mask[:, -1].all()):
+            raise InputError(
+                "A prompt is padded on the right.", fix="Pad on the left: answers follow the last token."
+            )
+        decoder, barred = self.config.decoder, self._image_token(image_token_id, needed=False)
+        x = self.embed(input_ids, pixel_values, mask, image_token_id)
+
+        def bar(logits: Tensor) -> Tensor:
+            if barred is not None:
+                logits[:, barred] = -torch.inf
+            return logits
+
+        def step(
+            ids: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValue]
+        ) -> tuple[Tensor, list[KeyValue]]:
+            logits, new = self.step(self.language_model.model.embed_tokens(ids), positions, mask, past)
+            return bar(logits), new
+
+        first, past = self.step(x, (mask.cumsum(1) - 1).clamp(min=0), mask)
+        ids = decoder.eos_token_ids
+        stop = StopCriteria(decoder.eos_token_id, decoder.pad_token_id, max_new_tokens, more=ids[1:])
+        return search(step, bar(first), past, mask, stop, 1)
+
+
+def check_pixels(pixel_values: Tensor, patch: int) -> None:
+    """InputError where ``pixel_values`` are not images [I, 3, H, W] that split into patches."""
+    shape = tuple(pixel_values.shape)
+    if len(shape) != 4 or shape[1] != 3 or shape[2] % patch or shape[3] % patch:
+        raise InputError(
+            f"Pixels of shape {list(shape)} are not images for this model.",
+            f"Needed are [images, 3, height, width], sides in multiples of {patch}.",
+        )
