@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ivl_export.files.strict_json import read_json
+from ivl_export.files.json import read_json
 from ivl_export.profiles.measure.baseline import BACKEND
 from ivl_export.profiles.measure.cases import Case
 from ivl_export.profiles.measure.chat_latency import ANSWER, FIRST, NEXT, OTHER, token_ms

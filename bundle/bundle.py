@@ -18,10 +18,9 @@ from typing import Any, Literal, NoReturn
 
 from ..errors import BuildError, CapabilityError, IntegrityError
 from ..files.hashing import sha256_file
-from ..files.strict_json import read_json
+from ..files.json import read_json
 from ..files.write import flush
-from .manifest import MANIFEST, EngineFile, FileEntry, Manifest
-from .manifest_reading import manifest_from_json, read_manifest
+from .manifest import MANIFEST, EngineFile, FileEntry, Manifest, manifest_from_json, read_manifest
 from .replace import restore, swap
 from .spec import ComponentSpec
 

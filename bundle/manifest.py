@@ -1,14 +1,19 @@
-"""The bundle's manifest: what ``manifest.json`` may say. Schema changes raise ``SCHEMA``.
+"""The bundle's manifest: its schema, and strict reading of a ``manifest.json`` of unknown origin.
 
-:mod:`.manifest_reading` reads one that came from elsewhere.
+:func:`read_manifest` accepts exactly what :meth:`Manifest.dumps` writes. Unknown or missing entries, wrong
+types, paths that leave the bundle, and references to files or components that are not listed raise
+:class:`~ivl_export.errors.IntegrityError` naming the entry. A change of the schema raises :data:`SCHEMA`.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+from ..errors import IntegrityError
+from ..files.json import Count, Name, RelativePath, Sha256, decode, read_json
 from .spec import ComponentSpec
 
 SCHEMA = 2
@@ -26,10 +31,10 @@ class Model:
 
     name: str
     source: str
-    revision: dict[str, str]
+    revision: dict[str, Sha256]
     config: dict[str, Any]
     logit_scale: float
-    parameters: int
+    parameters: Count
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,11 @@ class Calibration:
     ``algorithm`` picked the ranges (empty where no input is rounded).
     """
 
-    sha256: str
-    samples: int
-    skipped: int
+    sha256: Sha256
+    samples: Count
+    skipped: Count
     synthetic: bool
-    without_caption: int = 0
+    without_caption: Count = 0
     small: bool = False
     algorithm: str = "max"
 
@@ -58,7 +63,7 @@ class Component:
     """
 
     spec: ComponentSpec
-    graphs: dict[str, str]
+    graphs: dict[str, RelativePath]
     parts: tuple[Component, ...] = ()
 
 
@@ -71,11 +76,16 @@ class Built:
     library's own, ``gpu`` and ``sm`` the GPU it is tied to (empty: it is tied to its target only).
     """
 
-    dtype: str
-    profiles: tuple[dict[str, tuple[int, int, int]], ...]
+    dtype: Name
+    profiles: tuple[dict[str, tuple[Count, Count, Count]], ...]
     options: dict[str, Any]
     gpu: str = ""
     sm: str = ""
+
+    def __post_init__(self) -> None:
+        for axis, sizes in ((axis, sizes) for profile in self.profiles for axis, sizes in profile.items()):
+            if list(sizes) != sorted(sizes):
+                raise ValueError(f"the sizes of {axis} are no smallest, tuned-for and largest one: {sizes}")
 
 
 @dataclass(frozen=True)
@@ -85,12 +95,12 @@ class EngineFile:
     ``part`` says which part of a split component it is; ``built`` is None for what no builder made.
     """
 
-    component: str
-    backend: str
-    target: str
-    file: str
+    component: Name
+    backend: Name
+    target: Name
+    file: RelativePath
     release: str
-    part: int = 0
+    part: Count = 0
     built: Built | None = None
 
 
@@ -98,8 +108,8 @@ class EngineFile:
 class FileEntry:
     """Content hash and size in bytes of one file."""
 
-    sha256: str
-    size: int
+    sha256: Sha256
+    size: Count
 
 
 @dataclass(frozen=True)
@@ -113,17 +123,17 @@ class Manifest:
     """
 
     model: Model
-    precision: str
-    compute_dtype: str
+    precision: Name
+    compute_dtype: Name
     recipe: dict[str, Any]
     calibration: Calibration | None
     components: dict[str, Component]
     engines: tuple[EngineFile, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
-    receipts: tuple[str, ...] = ()
+    receipts: tuple[Name, ...] = ()
     steps: dict[str, str] = field(default_factory=dict)
-    files: dict[str, FileEntry] = field(default_factory=dict)
-    schema: int = SCHEMA
+    files: dict[RelativePath, FileEntry] = field(default_factory=dict)
+    schema: Count = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, the exact content of ``manifest.json``."""
@@ -145,3 +155,119 @@ class Manifest:
     def with_files(self, files: dict[str, FileEntry]) -> Manifest:
         """A copy that lists ``files``."""
         return replace(self, files=dict(files))
+
+
+FIX = "Copy the bundle again from where it was built, or rebuild it."
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a ``manifest.json`` of unknown origin; IntegrityError if it is missing or not of the schema."""
+    try:
+        data = read_json(path, fix=FIX)
+    except OSError as error:
+        raise IntegrityError(
+            f"{path.parent} is not a bundle.",
+            f"Its {MANIFEST} cannot be read: {error.strerror or error}.",
+            "Point to a folder that 'ivl-export build' wrote.",
+        ) from error
+    return manifest_from_json(data)
+
+
+def manifest_from_json(data: Any) -> Manifest:
+    """Read plain data; IntegrityError names the first entry that is not as the schema says."""
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if type(schema) is int and schema != SCHEMA:
+        raise IntegrityError(
+            f"This bundle's manifest has schema {schema}.",
+            f"This version of ivl-export reads schema {SCHEMA}.",
+            "Rebuild the bundle, or use the ivl-export release that wrote it.",
+        )
+    manifest = decode(Manifest, data, what="The bundle's manifest", fix=FIX)
+    _check_references(manifest)
+    if place := _first_difference(data, manifest.to_json(), ""):
+        _refuse(place, "is missing, or is there where 'ivl-export build' writes no such entry")
+    return manifest
+
+
+def _check_references(manifest: Manifest) -> None:
+    """IntegrityError when a graph, engine or receipt is not in ``files``, or names clash."""
+    if MANIFEST in manifest.files:
+        _refuse("files", f"lists {MANIFEST} itself")
+    references: list[tuple[str, str]] = []
+    for name, component in manifest.components.items():
+        _check_spec(f"components.{name}.spec", component.spec, name)
+        _check_parts(f"components.{name}.parts", component)
+        for piece in (component, *component.parts):
+            where = f"components.{piece.spec.name}.graphs"
+            references += [(f"{where}.{k}", path) for k, path in piece.graphs.items()]
+    parts: dict[tuple[str, str, str], set[int]] = {}
+    for i, engine in enumerate(manifest.engines):
+        key = (engine.component, engine.backend, engine.target)
+        if engine.component not in manifest.components:
+            _refuse(f"engines[{i}].component", f"names unknown component {engine.component!r}")
+        if engine.part in parts.setdefault(key, set()):
+            _refuse(f"engines[{i}]", f"repeats {'/'.join(key)}")
+        parts[key].add(engine.part)
+        references.append((f"engines[{i}].file", engine.file))
+    for key, numbers in parts.items():
+        if numbers != set(range(len(manifest.components[key[0]].parts) or 1)):
+            _refuse("engines", f"has other parts of {'/'.join(key)} than the component: {sorted(numbers)}")
+    if len(set(manifest.receipts)) != len(manifest.receipts):
+        _refuse("receipts", "repeats a name")
+    references += [(f"receipts: {name}", f"receipts/{name}.json") for name in manifest.receipts]
+    for where, path in references:
+        if path not in manifest.files:
+            _refuse(where, f"refers to {path!r}, which is not under 'files'")
+
+
+def _check_spec(where: str, spec: ComponentSpec, name: str) -> None:
+    """A contract has the name it is listed under, and its shapes name axes that it has."""
+    if spec.name != name:
+        _refuse(f"{where}.name", f"is {spec.name!r}")
+    axes = {axis.name for axis in spec.axes}
+    for kind, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs)):
+        for i, tensor in enumerate(tensors):
+            for k, size in enumerate(tensor.shape):
+                if isinstance(size, str) and size not in axes:
+                    _refuse(f"{where}.{kind}[{i}].shape[{k}]", f"names unknown axis {size!r}")
+
+
+def _check_parts(where: str, component: Component) -> None:
+    """Each part takes what the component takes and earlier parts give; together they give its outputs."""
+    if len(component.parts) == 1:
+        _refuse(where, "has fewer than 2 parts")
+    known, given = {t.name for t in component.spec.inputs}, set()
+    for k, part in enumerate(component.parts):
+        spec = part.spec
+        _check_spec(f"{where}[{k}].spec", spec, f"{component.spec.name}.{k}")
+        if part.parts:
+            _refuse(f"{where}[{k}].parts", "is a part of a part")
+        if strange := sorted({t.name for t in spec.inputs} - known):
+            _refuse(f"{where}[{k}].spec.inputs", f"has {strange[0]!r}, which nothing before gives")
+        outputs = {t.name for t in spec.outputs}
+        if again := sorted(outputs & known):
+            _refuse(f"{where}[{k}].spec.outputs", f"has {again[0]!r}, which is there already")
+        known |= outputs
+        given |= outputs
+    if component.parts and (lost := sorted({t.name for t in component.spec.outputs} - given)):
+        _refuse(where, f"do not give {lost[0]!r}")
+
+
+def _first_difference(left: Any, right: Any, place: str) -> str:
+    """Where two trees of plain data differ first; empty if nowhere."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in [*left, *right]:
+            if key not in left or key not in right:
+                return f"{place}.{key}"
+            if left[key] != right[key]:
+                return _first_difference(left[key], right[key], f"{place}.{key}")
+    elif isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        for i, pair in enumerate(zip(left, right, strict=True)):
+            if pair[0] != pair[1]:
+                return _first_difference(*pair, f"{place}[{i}]")
+    return place if left != right else ""
+
+
+def _refuse(where: str, why: str) -> NoReturn:
+    """Raise IntegrityError for the entry ``where``; ``why`` continues a sentence that starts with It."""
+    raise IntegrityError(f"The bundle's manifest is not valid at {where.lstrip('.')}.", f"It {why}.", FIX)

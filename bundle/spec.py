@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from ..errors import InputError, UsageError
+from ..files.json import Count, Name
 
 
 class Shaped(Protocol):
@@ -69,10 +70,10 @@ def part_starts(blocks: int, count: int) -> list[int]:
 class Axis:
     """A dynamic axis and the range an engine is built for (``opt`` is what it is tuned for)."""
 
-    name: str
-    min: int
-    opt: int
-    max: int
+    name: Name
+    min: Count
+    opt: Count
+    max: Count
 
     def __post_init__(self) -> None:
         if not 0 <= self.min <= self.opt <= self.max:
@@ -87,16 +88,16 @@ class TensorSpec:
     or a numpy name for the rest.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    name: Name
+    dtype: Name
+    shape: tuple[Count | str, ...]
 
 
 @dataclass(frozen=True)
 class ComponentSpec:
     """A component's name, inputs, outputs and dynamic axes."""
 
-    name: str
+    name: Name
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     axes: tuple[Axis, ...]
@@ -167,13 +168,3 @@ class ComponentSpec:
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> ComponentSpec:
-        """Inverse of :meth:`to_json` (lists become tuples)."""
-
-        def tensors(key: str) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in data[key])
-
-        axes = tuple(Axis(**a) for a in data["axes"])
-        return cls(data["name"], tensors("inputs"), tensors("outputs"), axes)

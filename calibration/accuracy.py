@@ -85,17 +85,6 @@ class Receipt:
                 metrics["sqnr_db"] = None
         return data
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Receipt:
-        """Inverse of :meth:`to_json`."""
-
-        def read(table: Mapping[str, Mapping[str, Any]]) -> Table:
-            return {c: {o: _metrics(m) for o, m in outputs.items()} for c, outputs in table.items()}
-
-        modes = {mode: read(data[mode]) for mode in ("teacher_forced", "chained")}
-        blocks = {c: [_metrics(m) for m in found] for c, found in data.get("blocks", {}).items()}
-        return cls(**{**data, **modes, "blocks": blocks})
-
     def save(self, path: Path) -> None:
         """Write ``path``."""
         path.write_text(json.dumps(self.to_json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UsageError
+from ..files.json import decode
 from ..files.write import atomic
 from ..inputs.preprocess import ImageSettings
 from ..inputs.tokenizer import SentencePieceTokenizer
@@ -78,8 +79,9 @@ class Sensitivity:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sensitivity:
         """Inverse of :meth:`to_json`."""
-        findings = (Finding(**{**f, "channels": tuple(f["channels"])}) for f in data["findings"])
-        return cls(tuple(Loss(**loss) for loss in data["losses"]), tuple(findings))
+        return decode(
+            cls, data, what="The sensitivity receipt", fix="Measure it again: ivl-export sensitivity."
+        )
 
     def worst(self) -> dict[tuple[str, str], Loss]:
         """(layer, scheme) -> the loss of the component that suffers most from it."""
@@ -179,8 +181,9 @@ def _resumed(state: Path, asked: list[Any]) -> tuple[list[Loss], list[Finding], 
         return [], [], 0  # not begun, or cut off while it was written
     if data.get("asked") != json.loads(json.dumps(asked)):
         return [], [], 0
-    found = Sensitivity.from_json(data)
-    return list(found.losses), list(found.findings), data["done"]
+    done = data.pop("done")
+    found = Sensitivity.from_json({key: data[key] for key in ("losses", "findings")})
+    return list(found.losses), list(found.findings), done
 
 
 class _Variants:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ..errors import InputError
+from ..files.json import parse_json
 
 if TYPE_CHECKING:
     from ..inputs.preprocess import PixelValues, ReadImages
@@ -51,8 +51,8 @@ def read_text(path: Path, what: str) -> str:
 def read_json(path: Path, what: str) -> Any:
     """The JSON value in ``path``; errors as :func:`read_text`."""
     try:
-        return json.loads(read_text(path, what))
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_text(path, what))
+    except ValueError as error:
         raise InputError(f"{path} is not valid JSON.", f"{error}.", "Download it again.") from error
 
 

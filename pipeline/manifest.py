@@ -9,6 +9,7 @@ from ..bundle.manifest import Built, Calibration, Component, EngineFile, Manifes
 from ..bundle.spec import ComponentSpec
 from ..calibration.dataset import SMALL
 from ..engines.tensorrt.library import BUILDERS
+from ..files.json import decode
 from ..models.checkpoint import Checkpoint
 from ..models.registry import component_spec
 from ..models.shipped import SHIPPED, shipped_name
@@ -86,7 +87,8 @@ def _calibration(plan: BuildPlan) -> Calibration | None:
 def part_specs(records: Mapping[str, Record], component: str) -> list[ComponentSpec]:
     """Contracts of the parts of ``component``, as its graph step recorded them; empty if it is not split."""
     record = records.get(f"graph-{component}")
-    return [ComponentSpec.from_json(part) for part in record.data.get("parts", ())] if record else []
+    parts = record.data.get("parts", []) if record else []
+    return list(decode(tuple[ComponentSpec, ...], parts, what="The step's record"))
 
 
 def _logit_scale(checkpoint: Checkpoint) -> float:

@@ -13,7 +13,7 @@ from ..bundle.manifest import Manifest
 from ..calibration.accuracy import BUDGETS, check_budget
 from ..engines.memory import check_memory
 from ..errors import AccuracyError, BuildError, UsageError
-from ..files.strict_json import read_json
+from ..files.json import read_json
 from ..progress import Progress
 from ..quantization.ranges import Scales
 from ..quantization.schemes import folded_layers

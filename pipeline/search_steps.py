@@ -14,7 +14,7 @@ from ..calibration.search import Group, Option, as_recipe, search
 from ..calibration.sensitivity import Loss, Sensitivity
 from ..engines.targets import parse_targets
 from ..errors import CapabilityError, UsageError
-from ..files.strict_json import read_json
+from ..files.json import read_json
 from ..progress import Progress
 from ..quantization.ranges import Scales
 from ..quantization.recipe import Recipe, plan_layers

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.calibrate import calibration_units, spilled_bytes
 from ..calibration.sensitivity import Loss, Sensitivity, check_schemes, measure
 from ..calibration.simulate import attention_hook, rounding_hook
-from ..files.strict_json import read_json
+from ..files.json import read_json
 from ..files.write import write_text
 from ..models.registry import CHAT, family_of
 from ..progress import Progress

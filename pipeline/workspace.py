@@ -22,8 +22,8 @@ from ..bundle.replace import refuse_foreign
 from ..engines.memory import Load
 from ..errors import BuildError, IntegrityError
 from ..files.hashing import copy_with_sha256, sha256_json
+from ..files.json import Count, RelativePath, Sha256, decode
 from ..files.locks import locked
-from ..files.strict_json import Node, read_json
 from ..files.write import atomic
 from ..progress import Progress
 
@@ -35,17 +35,10 @@ Data = dict[str, Any]
 class Record:
     """A finished step: its hash, its files (relative path to size), its seconds, and what it found out."""
 
-    digest: str
-    files: dict[str, int]
+    digest: Sha256
+    files: dict[RelativePath, Count]
     seconds: float
     data: Data = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, data: Any) -> Record:
-        """Read what ``asdict`` gave; IntegrityError if it is something else, or names files elsewhere."""
-        node = Node("", data).keys({"digest", "files", "seconds", "data"})
-        files = node["files"].map(Node.integer, Node.path)
-        return cls(node["digest"].sha256(), files, node["seconds"].number(), node["data"].object().data)
 
 
 StepResult = tuple[list[str], Data]
@@ -255,14 +248,14 @@ def _sealed(out: Path) -> tuple[Bundle | None, dict[str, Record]]:
     """The bundle in ``out`` and the records of its steps; nothing if there is none, or a damaged one."""
     try:
         bundle = Bundle.open(out)
-        return bundle, Node("", bundle.receipt(RECEIPT)).map(lambda node: Record.from_json(node.data))
+        return bundle, decode(dict[str, Record], bundle.receipt(RECEIPT), what="The receipt of a build")
     except (IntegrityError, OSError):
         return None, {}
 
 
 def _read_record(path: Path) -> Record | None:
     try:
-        return Record.from_json(read_json(path))
+        return decode(Record, path, what="The record of a step")
     except (IntegrityError, OSError):
         return None
 

@@ -6,15 +6,19 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from ..errors import InputError, IntegrityError
-from ..files.strict_json import read_json
+from ..files.json import Count, decode, read_json
 from ..files.write import atomic
 from .algorithms import depends_on_type
 from .attention import operand_names
 
 VERSION = 2
+Positive = Annotated[float, Meta(gt=0, title="a finite number over 0")]
+Shape = Annotated[list[Annotated[int, Meta(gt=0)]], Meta(min_length=2, max_length=2)]
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,16 @@ class Scales:
             beside this file); empty if none were.
     """
 
-    amax: dict[str, dict[str, float]]
+    amax: dict[str, dict[str, Positive]]
     algorithm: str
-    samples: int
+    samples: Count
     set_hash: str
     synthetic: bool
-    without_caption: int
+    without_caption: Count
     model: str
-    skipped: int = 0
+    skipped: Count = 0
     kinds: dict[str, str] = field(default_factory=dict)
-    shapes: dict[str, list[int]] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)
     folded: str = ""
 
     def save(self, path: Path) -> None:
@@ -75,40 +79,10 @@ class Scales:
     @classmethod
     def from_json(cls, data: Any, source: str = "scales.json") -> Scales:
         """Inverse of :meth:`save`, from parsed JSON."""
-        kinds = {
-            "amax": dict,
-            "algorithm": str,
-            "samples": int,
-            "set_hash": str,
-            "synthetic": bool,
-            "without_caption": int,
-            "model": str,
-            "skipped": int,
-            "kinds": dict,
-            "shapes": dict,
-            "folded": str,
-        }
         if not isinstance(data, dict) or data.get("version") != VERSION:
             raise InputError(f"{source} holds no scales of version {VERSION}.", fix="Calibrate again.")
-        wrong = [k for k, kind in kinds.items() if type(data.get(k)) is not kind]
-        wrong += sorted(set(data) - set(kinds) - {"version"})
-        if not wrong:
-            wrong = [f"kinds: {layer}" for layer, kind in data["kinds"].items() if type(kind) is not str]
-            wrong += [f"shapes: {layer}" for layer, shape in data["shapes"].items() if not _is_shape(shape)]
-        if wrong:
-            raise InputError(f"{source} is no scales file.", f"Entries {wrong[:5]}.", "Calibrate again.")
-        for component, layers in data["amax"].items():
-            if not isinstance(layers, dict):
-                raise InputError(f"{source}: {component} is no table of layers.", fix="Calibrate again.")
-            for layer, value in layers.items():
-                if type(value) not in (int, float) or not 0 < value < float("inf"):
-                    raise InputError(
-                        f"{source}: {component}, {layer} has no usable range.",
-                        f"It is {value!r}, not a finite number over 0.",
-                        "Calibrate again.",
-                    )
-        amax = {c: {n: float(v) for n, v in layers.items()} for c, layers in data["amax"].items()}
-        return cls(**{**{k: data[k] for k in kinds}, "amax": amax})
+        entries = {key: value for key, value in data.items() if key != "version"}
+        return decode(cls, entries, what=source, fix="Calibrate again.", error=InputError)
 
     def check(
         self, shapes: Mapping[str, Iterable[int]], wanted: Mapping[str, Mapping[str, str]], model: str
@@ -171,7 +145,3 @@ class Scales:
                     f"What {self.algorithm} picks depends on the type.",
                     "Calibrate with the --precision you build with, or with --algorithm max.",
                 )
-
-
-def _is_shape(data: Any) -> bool:
-    return isinstance(data, list) and len(data) == 2 and all(type(n) is int and n > 0 for n in data)

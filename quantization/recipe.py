@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError
+from ..files.json import decode
 from .attention import FP8_ATTENTION, Attentions, operand_names
 from .schemes import BASES, SCHEMES, element_types, excluded, rounded_inputs
 
@@ -101,22 +102,8 @@ class Recipe:
                 "It needs a mapping with 'name' and a list 'rules'.",
                 "Start from a shipped one: ivl-export build --show-recipe fp8.",
             )
-        _known_keys(data, {"name", "summary", "rules", "attention", "base"}, source)
-        rules = []
-        for i, rule in enumerate(data.get("rules", [])):
-            where = f"{source}, rule {i + 1}"
-            if not isinstance(rule, dict):
-                raise UsageError(f"{where} is no mapping.", f"It is {rule!r}.", "Write pattern and scheme.")
-            _known_keys(rule, {"pattern", "scheme", "optional"}, where)
-            pattern, scheme, optional = rule.get("pattern"), rule.get("scheme"), rule.get("optional", False)
-            if not (isinstance(pattern, str) and isinstance(scheme, str) and isinstance(optional, bool)):
-                raise UsageError(f"{where} is incomplete.", f"{rule!r}.", "It needs a pattern and a scheme.")
-            rules.append(Rule(pattern, scheme, optional))
-        texts = {k: v for k, v in data.items() if k != "rules"}
-        for key, value in texts.items():
-            if not isinstance(value, str):
-                raise UsageError(f"{source}: {key} is no text.", f"It is {value!r}.", "Write it in quotes.")
-        return cls(rules=tuple(rules), **{"name": "", **texts})
+        fix = "Start from a shipped one: ivl-export build --show-recipe fp8."
+        return decode(cls, {"name": "", **data}, what=source, fix=fix, error=UsageError)
 
     def to_yaml(self) -> str:
         """The recipe as an editable file."""
@@ -271,14 +258,4 @@ def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UsageError(
             f"{where} is {value!r}.", f"Supported: {', '.join(allowed)}.", "Write one of these there."
-        )
-
-
-def _known_keys(data: dict[Any, Any], known: set[str], where: str) -> None:
-    unknown = sorted(str(key) for key in data if key not in known)
-    if unknown:
-        raise UsageError(
-            f"{where} has unknown keys: {', '.join(unknown)}.",
-            f"Known: {', '.join(sorted(known))}.",
-            "Remove or rename them.",
         )

@@ -36,8 +36,7 @@ def tiny_bundle(request: pytest.FixtureRequest) -> Path:
     pytest.importorskip("onnxscript")
     digest = hashlib.sha256()
     sources = [
-        ROOT / name
-        for name in ("bundle/spec.py", "bundle/bundle.py", "bundle/manifest.py", "bundle/manifest_reading.py")
+        ROOT / name for name in ("bundle/spec.py", "bundle/bundle.py", "bundle/manifest.py", "files/json.py")
     ]
     sources += [*(ROOT / "models").rglob("*.py"), *(ROOT / "export").glob("*.py")]
     for path in [*sorted(sources), Path(__file__), TINY / "config.json", TINY / "model.safetensors"]:

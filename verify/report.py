@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..engines.onnx_graph import Graph
@@ -24,6 +24,7 @@ from ..engines.products import (
     find_products,
     node_name,
 )
+from ..files.json import decode
 
 _PLUMBING = frozenset(
     {"Cast", "DequantizeLinear", "Expand", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Slice"}
@@ -148,23 +149,7 @@ class VerificationReport:
         Raises:
             KeyError, TypeError: it is no such data.
         """
-        own = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        casts = own["casts"]
-        return cls(
-            **{
-                **own,
-                "gemms": _records(VerifiedProduct, own["gemms"]),
-                "convolutions": _records(VerifiedProduct, own.get("convolutions", ())),
-                "attention": _records(VerifiedAttention, own["attention"]),
-                "casts": ("?",) * casts if isinstance(casts, int) else tuple(casts),
-            }
-        )
-
-
-def _records(kind: type[Any], rows: Iterable[Mapping[str, Any]]) -> tuple[Any, ...]:
-    return tuple(
-        kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}) for row in rows
-    )
+        return decode(cls, data, what="The verification report", fix="Build it again.", ignore_unknown=True)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ivl_export.files.json import decode
 from ivl_export.files.write import write_text
 from ivl_export.profiles.measure.machine import commit, machine, versions
 
@@ -102,7 +103,7 @@ class Comparison:
     case: str
     timed: tuple[Timed, ...]
     goals: tuple[Goal, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def ratio(self, goal: Goal) -> float:
@@ -129,13 +130,7 @@ class Comparison:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Comparison:
         """The reverse of :meth:`to_json`."""
-        return cls(
-            data["case"],
-            tuple(Timed(t["name"], t["precision"], t["items"], tuple(t["seconds"])) for t in data["timed"]),
-            tuple(Goal(g["of"], g["over"], g["kind"], g["bound"]) for g in data["goals"]),
-            data["facts"],
-            tuple(data["notes"]),
-        )
+        return decode(cls, data, what="The comparison", fix="Measure it again.", ignore_unknown=True)
 
 
 def side_by_side(

@@ -18,7 +18,7 @@ from typing import Any
 from ...errors import IntegrityError
 from ...files.cache_dir import cache_folder, cache_limit, prune, remove, touch
 from ...files.hashing import copy_with_sha256, sha256_json, sha256_sources
-from ...files.strict_json import Node, read_json
+from ...files.json import Sha256, decode
 from ...files.write import temporary_path
 
 _CODE = ("build.py", "config.py", "network.py")
@@ -53,15 +53,22 @@ class EngineKey:
         return sha256_json(asdict(self))
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """``entry.json``: the engine's hash, and what its build noted."""
+
+    sha256: Sha256
+    record: dict[str, Any]
+
+
 def take_engine(key: EngineKey, out: Path) -> dict[str, Any] | None:
     """Copy the engine of ``key`` to ``out``: what was noted of it, or None if it is not there or damaged."""
     folder = cache_folder() / "engines" / key.digest
     staging = temporary_path(out, exclusive=True)
     try:
-        entry = Node("", read_json(folder / _ENTRY)).keys({"sha256", "record"})
-        wanted, record = entry["sha256"].sha256(), entry["record"].object().data
+        entry = decode(_Entry, folder / _ENTRY, what="The cache's entry")
         out.parent.mkdir(parents=True, exist_ok=True)
-        if copy_with_sha256(folder / _ENGINE, staging) != wanted:
+        if copy_with_sha256(folder / _ENGINE, staging) != entry.sha256:
             raise IntegrityError(f"{folder} is damaged.")
         staging.replace(out)
     except FileNotFoundError:
@@ -74,7 +81,7 @@ def take_engine(key: EngineKey, out: Path) -> dict[str, Any] | None:
     finally:
         staging.unlink(missing_ok=True)
     touch(folder)
-    return dict(record)
+    return entry.record
 
 
 def keep_engine(key: EngineKey, engine: Path, record: Mapping[str, Any], limit: int | None = None) -> bool:

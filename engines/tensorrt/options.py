@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
 from ...errors import IntegrityError, UsageError
 from ...files.cache_dir import parse_size
+from ...files.json import decode
 
 TILINGS = ("none", "fast", "moderate", "full")
 HARDWARE = ("none", "ampere+", "same-cc")
@@ -103,16 +104,14 @@ class BuildOptions:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BuildOptions:
         """Inverse of :meth:`to_json`; IntegrityError if ``data`` is something else."""
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        what, fix = "The builder options of an engine", "Rebuild the bundle."
         try:
-            made = replace(cls(), **values)
-        except (TypeError, UsageError) as error:
-            raise IntegrityError(
-                "The builder options of an engine cannot be read.", str(error), "Rebuild the bundle."
-            ) from error
-        if made.to_json() != dict(data):
-            raise IntegrityError("The builder options of an engine cannot be read.", f"{dict(data)}")
-        return made
+            options = decode(cls, dict(data), what=what, fix=fix)
+        except UsageError as error:
+            raise IntegrityError(f"{what} cannot be read.", str(error), fix) from error
+        if options.to_json() != dict(data):
+            raise IntegrityError(f"{what} cannot be read.", f"{dict(data)}", fix)
+        return options
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...engines.device import HOST
 from ...errors import InputError, IntegrityError
-from ...files.strict_json import read_json
+from ...files.json import decode, read_json
 from ...files.write import write_text
 from ..cost.flops import ComponentCost
 from ..cost.table19 import Table19
@@ -17,11 +17,11 @@ from .cases import Case
 from .ceilings import Ceilings
 from .layer_profile import LayerProfile
 from .machine import Machine
-from .plain import decode
 from .sensors import Clocks
 from .timing import StopRule
 
 SCHEMA = "ivl-export.profile/2"
+FIX = "Write it again with this release: ivl-export profile BUNDLE --out RECEIPT."
 _KEYS = {"bundle": "subject"}
 """Entries of the receipt that have another name than the field they fill."""
 
@@ -142,9 +142,10 @@ class Profile:
             raise InputError(
                 "This is no profile that this release reads.",
                 f"Its schema is {found!r}, not {SCHEMA!r}.",
-                "Write it again with this release: ivl-export profile BUNDLE --out RECEIPT.",
+                FIX,
             )
-        return decode(cls, {_KEYS.get(key, key): value for key, value in data.items()})
+        entries = {_KEYS.get(key, key): value for key, value in data.items()}
+        return decode(cls, entries, what="The receipt", fix=FIX, error=InputError, ignore_unknown=True)
 
 
 def read(path: Path) -> Profile:

@@ -234,15 +234,15 @@ def test_scales_round_trip_and_are_checked(scales: Scales, checkpoint: Checkpoin
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"amax": {"vision": {"a": 0}}}, "vision, a has no usable range"),
-        ({"amax": {"vision": {"a": True}}}, "no usable range"),
-        ({"amax": {"vision": {"a": 1e999}}}, "not valid JSON|no usable range"),
-        ({"amax": {"vision": [1]}}, "no table of layers"),
+        ({"amax": {"vision": {"a": 0}}}, r"amax\.vision\.a.*over 0"),
+        ({"amax": {"vision": {"a": True}}}, r"amax\.vision\.a"),
+        ({"amax": {"vision": {"a": 1e999}}}, "not valid JSON"),
+        ({"amax": {"vision": [1]}}, r"amax\.vision.*not an object"),
         ({"version": 1}, "no scales of version 2"),
-        ({"kinds": {"a": 3}}, r"Entries \['kinds: a'\]"),
-        ({"shapes": {"a": [3, 0]}}, r"Entries \['shapes: a'\]"),
-        ({"samples": "3"}, r"Entries \['samples'\]"),
-        ({"extra": 1}, r"Entries \['extra'\]"),
+        ({"kinds": {"a": 3}}, r"kinds\.a"),
+        ({"shapes": {"a": [3, 0]}}, r"shapes\.a\[1\]"),
+        ({"samples": "3"}, "samples"),
+        ({"extra": 1}, "unknown entry 'extra'"),
     ],
 )
 def test_bad_scales_files(change: dict[str, object], message: str, scales: Scales, tmp_path: Path) -> None:

@@ -129,17 +129,17 @@ def test_widths_that_fp8_cannot_run_are_stated() -> None:
     [
         (["rules"], "is no recipe"),
         ({"name": "x", "rules": {}}, "is no recipe"),
-        ({"name": "x", "ruls": []}, "unknown keys: ruls"),
-        ({"name": "x", "rules": [3]}, "rule 1 is no mapping"),
-        ({"name": "x", "rules": [{"pattern": "a"}]}, "rule 1 is incomplete"),
-        ({"name": "x", "rules": [{"pattern": "a", "scheme": "fp8", "kind": 1}]}, "unknown keys: kind"),
+        ({"name": "x", "ruls": []}, "unknown entry 'ruls'"),
+        ({"name": "x", "rules": [3]}, r"rules\[0\]. It is not an object"),
+        ({"name": "x", "rules": [{"pattern": "a"}]}, r"rules\[0\]. It has no 'scheme'"),
+        ({"name": "x", "rules": [{"pattern": "a", "scheme": "fp8", "kind": 1}]}, "unknown entry 'kind'"),
         ({"name": "x", "rules": [{"pattern": "a", "scheme": "int4"}]}, "scheme of 'a' is 'int4'"),
         ({"name": "x", "base": "fp8"}, "base is 'fp8'"),
         ({"name": "x", "attention": "int8"}, "attention is 'int8'"),
-        ({"name": "x", "base": 16}, "base is no text"),
+        ({"name": "x", "base": 16}, "at base. It is not a text"),
         ({"name": "../x"}, "unusable name"),
         ({"rules": []}, "unusable name"),
-        ({"name": "x", "summary": ["no"]}, "summary is no text"),
+        ({"name": "x", "summary": ["no"]}, "at summary. It is not a text"),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(data: object, message: str, tmp_path: Path) -> None:

@@ -81,7 +81,6 @@ def test_the_simulation_agrees_with_onnxruntime(precision: str, tmp_path: Path) 
         assert statistics.median(differences) < 0.3
     for component, found in simulated.blocks.items():
         assert all(5 < metrics.sqnr_db < 60 for metrics in found), component
-    assert Receipt.from_json(simulated.to_json()) == simulated
 
 
 @pytest.mark.slow

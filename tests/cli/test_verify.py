@@ -9,8 +9,7 @@ import pytest
 
 from ivl_export import cli
 from ivl_export.bundle import Bundle, seal
-from ivl_export.bundle.manifest import Calibration, Component, EngineFile, Manifest, Model
-from ivl_export.bundle.manifest_reading import manifest_from_json
+from ivl_export.bundle.manifest import Calibration, Component, EngineFile, Manifest, Model, manifest_from_json
 from ivl_export.bundle.spec import Axis, ComponentSpec, TensorSpec
 
 

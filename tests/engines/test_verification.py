@@ -189,19 +189,6 @@ def test_a_convolution_is_a_product_whose_channels_are_padded_to_four(prove: Pro
         check_expectations(report, {**sample.promised, "patch": "fp8"})
 
 
-def test_older_receipts_are_read(prove: Prove) -> None:
-    _, report = prove("mlp", dtype="bf16", scheme="fp8")
-    data = report.to_json()
-    for name in ("convolutions", "constant_bytes", "file_bytes"):
-        del data[name]
-    data["casts"] = 2
-    data["gemms"] = [
-        {k: g[k] for k in ("node", "weight", "scheme", "precision", "kernel")} for g in data["gemms"]
-    ]
-    old = VerificationReport.from_json(data)
-    assert (old.precisions, old.casts, old.weight_bytes) == (report.precisions, ("?", "?"), 0)
-
-
 def test_profiles_are_reported_together(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample, engine = make("mlp", dtype="bf16", scheme="int8"), tmp_path / "part.engine"

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from ivl_export.bundle import Bundle, seal
-from ivl_export.bundle.manifest import Manifest
-from ivl_export.bundle.manifest_reading import manifest_from_json
+from ivl_export.bundle.manifest import Manifest, manifest_from_json
 from ivl_export.bundle.spec import ComponentSpec, TensorSpec
 from ivl_export.engines.tensorrt.build import build_engine
 from ivl_export.errors import BuildError, InputError, IntegrityError, UsageError

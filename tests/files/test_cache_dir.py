@@ -157,10 +157,10 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("command", [["cache", "ls", "--json"], ["cache", "prune", "--all", "--json"]])
+@pytest.mark.parametrize("command", [["ls", "--json"], ["prune", "--all", "--json"]])
 def test_without_a_home_the_cache_is_below_the_temporary_folder(command: list[str], tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", HOMELESS, *command],
+        [sys.executable, "-c", HOMELESS, "doctor", "cache", *command],
         capture_output=True,
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},

@@ -13,6 +13,7 @@ import pytest
 
 from ivl_export.bundle.manifest import Built
 from ivl_export.bundle.spec import ComponentSpec
+from ivl_export.files.json import decode
 from ivl_export.pipeline import engine_steps
 from ivl_export.pipeline.manifest import engine_file
 from ivl_export.pipeline.workspace import Record
@@ -24,7 +25,7 @@ RECORD = Record("0" * 64, {"engines/tensorrt-native/vision.engine": 5}, 1.0, DAT
 
 
 def test_a_record_says_the_same_before_and_after_it_was_json() -> None:
-    again = Record.from_json(json.loads(json.dumps(asdict(RECORD))))
+    again = decode(Record, json.loads(json.dumps(asdict(RECORD))), what="The record")
     assert engine_file(RECORD) == engine_file(again)
     assert engine_file(again).built == BUILT
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ivl_export.bundle import Bundle, seal
 from ivl_export.bundle.manifest import Manifest, Model
 from ivl_export.errors import BuildError, IntegrityError
+from ivl_export.files.json import decode
 from ivl_export.pipeline.workspace import RECEIPT, Record, Workspace, step_digest
 
 
@@ -318,7 +319,7 @@ def test_digests_follow_tools_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(deadline=None)
 def test_records_are_read_strictly(data: Any) -> None:
     with pytest.raises(IntegrityError):
-        Record.from_json(data)
+        decode(Record, data, what="The record")
 
 
 HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -328,7 +329,7 @@ HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
 @settings(deadline=None)
 def test_records_round_trip(digest: str, files: dict[str, int], seconds: float) -> None:
     record = Record(digest, files, seconds, {"any": ["thing"]})
-    assert Record.from_json(json.loads(json.dumps(asdict(record)))) == record
+    assert decode(Record, json.loads(json.dumps(asdict(record))), what="The record") == record
 
 
 @given(st.data())

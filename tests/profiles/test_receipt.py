@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ivl_export.errors import BuildError, InputError
-from ivl_export.profiles.measure.plain import decode
 from ivl_export.profiles.measure.receipt import Profile, read, write
 from ivl_export.profiles.measure.sensors import Clocks, GpuClocks, Range, cpu_mhz, watch
 from ivl_export.tests.made_profiles import made_case, made_cost, made_profile
@@ -78,28 +77,6 @@ def test_a_receipt_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(BuildError, match="Cannot write"):
         write({"schema": "x"}, folder)
     assert [p.name for p in tmp_path.rglob("*")] == ["receipt.json"]
-
-
-@dataclass(frozen=True)
-class Sample:
-    one: int
-    maybe: float | None
-    kind: Literal["a", "b"]
-    many: tuple[str, ...] = ()
-
-
-def test_plain_data_is_checked_entry_by_entry() -> None:
-    assert decode(Sample, {"one": 1, "maybe": None, "kind": "a", "more": [1]}) == Sample(1, None, "a")
-    assert decode(Sample, {"one": 1, "maybe": 2, "kind": "b", "many": ["x"]}) == Sample(1, 2.0, "b", ("x",))
-    with pytest.raises(InputError, match=r"many\[0\]"):
-        decode(Sample, {"one": 1, "maybe": 2, "kind": "b", "many": [1]})
-    with pytest.raises(TypeError, match="union"):
-        decode(Ambiguous, {"value": 1})
-
-
-@dataclass(frozen=True)
-class Ambiguous:
-    value: int | str
 
 
 def test_sensors_are_read_while_the_block_runs() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import resource
 import signal
 import subprocess
@@ -153,16 +154,17 @@ def test_a_killed_build_leaves_no_engine(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sample = make("mlp", dtype="bf16")
     code = f"""
-import os, signal
+import json, os, signal
 from pathlib import Path
 from ivl_export.engines.tensorrt import network as trt_network
 from ivl_export.engines.tensorrt.build import build_engine
 from ivl_export.bundle.spec import ComponentSpec
+from ivl_export.files.json import decode
 write = trt_network.write_engine
 def half(parsed, config, out):
     out.write(b"half"); out.flush(); os.kill(os.getpid(), signal.SIGKILL)
 trt_network.write_engine = half
-spec = ComponentSpec.from_json({sample.spec.to_json()!r})
+spec = decode(ComponentSpec, json.loads({json.dumps(sample.spec.to_json())!r}), what="spec")
 build_engine(Path({str(sample.path)!r}), spec, Path({str(tmp_path / "x.engine")!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
