@@ -14,6 +14,18 @@ INTERRUPTED = 130
 RESUMED = frozenset({"build", "calibrate", "sensitivity", "train"})
 """Verbs that continue where they were stopped; of train all but 'train scenes'."""
 
+_QUANT = (
+    "It traces the model with torch and computes ONNX graphs and weights; running a bundle needs neither."
+)
+NEEDS = {
+    "build": _QUANT,
+    "calibrate": "Ranges are measured on the model in torch; running a bundle does not need it.",
+    "export": _QUANT,
+    "sensitivity": _QUANT,
+    "train": "Training runs in torch; running a bundle does not need it.",
+}
+"""Verb -> why it cannot do without the packages of its extra."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
@@ -39,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except BrokenPipeError:  # what read the output has ended: 'ivl-export ... | head'
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: wrong usage, named with the command's usage line
             return _usage(error, as_json)
@@ -78,7 +93,7 @@ def report(error: object, as_json: bool) -> None:
 
 
 def _lacking(error: ModuleNotFoundError, verb: Sequence[str]) -> IvlError | None:
-    """What to say where a package of an extra is not installed; None if no extra has it.
+    """The error where a package of an extra is not installed; None if no extra has it.
 
     Of several extras that have it the verb's own is named, or the first.
     """
@@ -91,7 +106,9 @@ def _lacking(error: ModuleNotFoundError, verb: Sequence[str]) -> IvlError | None
         return None
     named = next((name for name in verb if name in extras), extras[0])
     return CapabilityError(
-        f"{module} is not installed.", "This needs it.", f"pip install 'ivl-export[{named}]'"
+        f"'ivl-export {' '.join(verb)}' needs {module}, which is not installed.",
+        NEEDS.get("".join(verb), f"It is a package of the extra {named!r}."),
+        f"pip install 'ivl-export[{named}]'",
     )
 
 

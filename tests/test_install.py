@@ -1,0 +1,148 @@
+"""What is installed is what is imported: pyproject's extras against the library's own imports."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OUTSIDE = ("tests", "benchmarks", "examples", "build", ".venv")
+OPTIONAL = {"opentelemetry-sdk", "torch-tensorrt"}
+"""Used where they are there, and named with their own line where they are asked for: no extra has them."""
+IMPORTS = {
+    "onnxruntime-gpu": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx",
+    "torch-tensorrt": "torch_tensorrt", "nvidia-ml-py": "pynvml", "opentelemetry-sdk": "opentelemetry",
+    "faiss-cpu": "faiss", "pyyaml": "yaml", "pillow": "PIL",
+}  # fmt: skip
+"""Package -> module, where a package may be missing or several have one module."""
+
+
+def project() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads pyproject.toml")
+    data: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return data
+
+
+def packages(requirements: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(text).name) for text in requirements}
+
+
+def modules_of(package: str) -> set[str]:
+    if package in IMPORTS:
+        return {IMPORTS[package]}
+    return {m for m, names in packages_distributions().items() if package in map(canonicalize_name, names)}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Modules from elsewhere: of import statements, ``import_module("x")``, and tables of such names."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
+        elif isinstance(node, ast.Constant) and node.value in ("pynvml", "tensorrt", "tensorrt_rtx"):
+            yield node.value  # loaded by name
+
+
+def imported(*folders: str) -> set[str]:
+    """Modules that the library imports, in ``folders`` only if any are named."""
+    files = [f for f in ROOT.rglob("*.py") if f.relative_to(ROOT).parts[0] not in OUTSIDE]
+    files = [f for f in files if not folders or f.relative_to(ROOT).parts[0] in folders]
+    return {name for file in files for name in imports(file)} - sys.stdlib_module_names - {"ivl_export"}
+
+
+def test_every_package_of_an_extra_is_imported_by_the_library() -> None:
+    data, modules = project(), imported()
+    extras = data["optional-dependencies"]
+    for extra, requirements in {"": data["dependencies"], **extras}.items():
+        if extra != "dev":
+            unused = {package for package in packages(requirements) if not modules_of(package) & modules}
+            assert not unused, f"extra {extra!r}: only tests need {unused}"
+
+
+def test_every_import_of_the_library_is_installed_by_an_extra() -> None:
+    data = project()
+    extras = {k: v for k, v in data["optional-dependencies"].items() if k != "dev"}
+    declared = packages([*data["dependencies"], *(text for extra in extras.values() for text in extra)])
+    known = {module for package in declared | OPTIONAL for module in modules_of(package)}
+    assert imported() - known == set()
+
+
+def test_quant_is_what_building_imports() -> None:
+    building = imported("models", "export", "quantization", "calibration", "pipeline")
+    quant = {m for p in packages(project()["optional-dependencies"]["quant"]) for m in modules_of(p)}
+    assert {"torch", "onnx", "onnx_ir", "onnxscript"} <= quant & building
+    assert not {"modelopt", "huggingface_hub", "requests", "ml_dtypes"} & imported()
+
+
+def test_the_readme_names_every_extra() -> None:
+    named = {extra for found in re.findall(r"ivl-export\[([\w,]+)\]", README) for extra in found.split(",")}
+    extras = set(project()["optional-dependencies"]) - {"dev"}
+    assert extras == named | {"rtx"}
+
+
+def test_every_package_has_its_exact_version() -> None:
+    pinned = packages([
+        line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
+    ])  # fmt: skip
+    data = project()
+    extras = data["optional-dependencies"]
+    installed = [*data["dependencies"], *(t for name, e in extras.items() if name != "gpu" for t in e)]
+    assert packages(installed) - pinned == set()
+
+
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnx", "onnx_ir", "onnxscript"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+from ivl_export.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def without_quant(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", BLOCKED, *line.split()]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "extra"),
+    [("build", "quant"), ("build --dry-run", "quant"), ("calibrate", "quant"), ("export", "quant"),
+     ("sensitivity", "quant"), ("train", "train"), ("train qat", "train")],
+)  # fmt: skip
+def test_commands_that_need_an_extra_say_which_and_why(line: str, extra: str, tmp_path: Path) -> None:
+    done = without_quant(line, tmp_path)
+    assert done.returncode == 5, done.stderr
+    what, why, fix = done.stderr.strip().splitlines()[-3:]
+    assert what == f"error: 'ivl-export {line.split()[0]}' needs torch, which is not installed."
+    assert re.search(r"torch.*; running a bundle", why)
+    assert fix == f"  fix: pip install 'ivl-export[{extra}]'"
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["--help", "doctor", "estimate --gpu l40s", "build --list-recipes", "verify BUNDLE",
+     "compare BUNDLE BUNDLE",
+     "profile BUNDLE --seconds 0.01 --layers --no-latency --calls 1 --component vision",
+     "train scenes scenes --count 1"],
+)  # fmt: skip
+def test_the_others_work_without_quant(line: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "BUNDLE").symlink_to(tiny_bundle)
+    done = without_quant(line, tmp_path)
+    assert done.returncode == 0, done.stderr
