@@ -44,12 +44,21 @@ def estimate(
         float | None,
         typer.Option(min=0.0, help="The GPU's price, for the cost of a million images or questions."),
     ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Floor and time of each layer type too.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Floor and time of each call and layer type too.")
+    ] = False,
+    evidence: Annotated[
+        bool,
+        typer.Option(
+            "--evidence", help="The shares' sources, the assumptions, and predictions held to times."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON.")] = False,
 ) -> None:
-    """Predict a model on a GPU you do not have: the roofline at stated shares, all assumptions named.
+    """Predict latency, throughput, memory and cost on a GPU you do not have.
 
-    Of a chat model: the time to the first token, tokens per second, and memory with keys and values.
+    The roofline model, at stated shares of the GPU's published peaks. Of a chat model: the time to the first
+    token, tokens per second, and memory with keys and values.
     """
     from ..models.registry import CHAT, family_of
     from ..profiles.cost import chat_estimate
@@ -67,10 +76,10 @@ def estimate(
     if form == CHAT:
         given = (recipe, plan, found, batches, cost_per_hour, text_tokens, new_tokens)
         chat = chat_estimate.estimate(config, *given)
-        print_json(chat.to_json()) if as_json else print_chat(chat, name, layers)
+        print_json(chat.to_json()) if as_json else print_chat(chat, name, layers, evidence)
         return
     result = run(config, recipe, plan, found, batches, cost_per_hour)
-    print_json(result.to_json()) if as_json else print_embeddings(result, name, layers)
+    print_json(result.to_json()) if as_json else print_embeddings(result, name, layers, evidence)
 
 
 def asked_model(model: Path | None, precision: str | None) -> tuple[ModelConfig, Recipe]:

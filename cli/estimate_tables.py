@@ -1,8 +1,8 @@
-"""What ``ivl-export estimate`` prints for people."""
+"""The tables of ``ivl-export estimate``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,55 +11,57 @@ from .output import human_bytes, print_table
 
 if TYPE_CHECKING:
     from ..profiles.cost.chat_estimate import ChatEstimate
-    from ..profiles.cost.estimate import Estimate
+    from ..profiles.cost.estimate import Estimate, Share
     from ..profiles.cost.roofline import ComponentTime
 
 
-def print_embeddings(result: Estimate, model: str, with_layers: bool) -> None:
-    """Images and texts of an InternVL."""
+def print_embeddings(result: Estimate, model: str, with_layers: bool, evidence: bool) -> None:
+    """Latency, throughput, memory and cost of an InternVL's images and texts, a column a batch size."""
     _head(result, model)
-    _calls((point.batch, time) for point in result.points for time in point.components)
-    priced = result.points[0].cost_c is not None
-    print_table(
-        f"Images (C: InternViT; G: and QLLaMA's queries) and texts of {result.text_tokens} tokens",
-        (
-            "batch", "C ms", "G ms", "text ms", "C images/s", "G images/s", "texts/s", "GPU memory", "fits",
-            *(("cost of 1M, C", "cost of 1M, G") if priced else ()),
-        ),
-        [
-            (
-                p.batch, p.image_c_ms, p.image_g_ms, p.text_ms, p.images_c_per_s, p.images_g_per_s,
-                p.texts_per_s, human_bytes(p.memory_bytes), p.fits,
-                *((round(p.cost_c or 0, 2), round(p.cost_g or 0, 2)) if priced else ()),
-            )
-            for p in result.points
-        ],
-    )  # fmt: skip
-    _tail(result, with_layers)
+    points = result.points
+    rows: list[tuple[str, list[object]]] = [
+        ("ms, images of InternVL-C", [p.image_c_ms for p in points]),
+        ("ms, images of InternVL-G", [p.image_g_ms for p in points]),
+        (f"ms, texts of {result.text_tokens} tokens", [p.text_ms for p in points]),
+        ("images/s, InternVL-C", [p.images_c_per_s for p in points]),
+        ("images/s, InternVL-G", [p.images_g_per_s for p in points]),
+        ("texts/s", [p.texts_per_s for p in points]),
+        *_memory([(p.memory_bytes, p.fits) for p in points]),
+    ]
+    if points[0].cost_c is not None:
+        rows.append(("cost of 1M images, InternVL-C", [round(p.cost_c or 0, 2) for p in points]))
+        rows.append(("cost of 1M images, InternVL-G", [round(p.cost_g or 0, 2) for p in points]))
+    _by_batch(rows, [p.batch for p in points])
+    _tail(result, with_layers, evidence)
 
 
-def print_chat(result: ChatEstimate, model: str, with_layers: bool) -> None:
-    """Conversations with a chat model."""
+def print_chat(result: ChatEstimate, model: str, with_layers: bool, evidence: bool) -> None:
+    """Latency, throughput, memory and cost of conversations, a column a batch size."""
     _head(result, model)
-    _calls((point.batch, time) for point in result.points for time in point.components)
-    priced = result.points[0].cost is not None
-    print_table(
-        f"Conversations: prompts of {result.prompt_tokens} positions, answers of {result.new_tokens} tokens",
-        (
-            "batch", "images ms", "prompt ms", "first token ms", "token ms", "tokens/s", "questions/s",
-            "keys and values", "GPU memory", "fits", *(("cost of 1M questions",) if priced else ()),
-        ),
-        [
-            (
-                p.batch, p.image_ms, p.prompt_ms, p.first_token_ms, p.token_ms,
-                p.tokens_per_s, p.questions_per_s,
-                human_bytes(p.cache_bytes), human_bytes(p.memory_bytes), p.fits,
-                *((round(p.cost or 0, 2),) if priced else ()),
-            )
-            for p in result.points
-        ],
-    )  # fmt: skip
-    _tail(result, with_layers)
+    points = result.points
+    rows: list[tuple[str, list[object]]] = [
+        ("ms, image", [p.image_ms for p in points]),
+        (f"ms, prompt of {result.prompt_tokens} positions", [p.prompt_ms for p in points]),
+        ("ms to the first token", [p.first_token_ms for p in points]),
+        ("ms, each further token", [p.token_ms for p in points]),
+        ("tokens/s", [p.tokens_per_s for p in points]),
+        (f"questions/s, answers of {result.new_tokens} tokens", [p.questions_per_s for p in points]),
+        ("memory, keys and values", [human_bytes(p.cache_bytes) for p in points]),
+        *_memory([(p.memory_bytes, p.fits) for p in points]),
+    ]
+    if points[0].cost is not None:
+        rows.append(("cost of 1M questions", [round(p.cost or 0, 2) for p in points]))
+    _by_batch(rows, [p.batch for p in points])
+    _tail(result, with_layers, evidence)
+
+
+def _memory(points: list[tuple[int, bool]]) -> list[tuple[str, list[object]]]:
+    sizes: list[object] = [human_bytes(size) for size, _ in points]
+    return [("GPU memory", sizes), ("fits", [fits for _, fits in points])]
+
+
+def _by_batch(rows: list[tuple[str, list[object]]], batches: list[int]) -> None:
+    print_table("", ("", *(f"batch {n}" for n in batches)), [(name, *values) for name, values in rows])
 
 
 def _head(result: Estimate | ChatEstimate, model: str) -> None:
@@ -88,39 +90,52 @@ def _calls(rows: Iterable[tuple[int, ComponentTime]]) -> None:
     )
 
 
-def _tail(result: Estimate | ChatEstimate, with_layers: bool) -> None:
-    gpu = result.gpu
+def _tail(result: Estimate | ChatEstimate, with_layers: bool, evidence: bool) -> None:
+    shares = [("16-bit", result.efficiencies.wide), ("8-bit", result.efficiencies.low)]
+    shares.append(("memory", result.efficiencies.memory))
     if with_layers:
-        last = result.points[-1]
-        print_table(
-            f"Layers at batch {last.batch}, ms of all layers of a type",
-            ("layer", "multiplies", "GMAC", "floor", "expected", "bound by"),
-            [
-                (x.layer, x.kind, x.gmacs, x.floor_ms, x.expected_ms, x.bound)
-                for t in last.components
-                for x in t.layers
-            ],
-        )
-    shares = (("16-bit", result.efficiencies.wide), ("8-bit", result.efficiencies.low))
+        _layers(result)
+    if evidence:
+        _evidence(result, shares)
+        return
+    values = ", ".join(f"{name} {share.value:.0%} ({share.known})" for name, share in shares)
+    typer.echo(f"Shares of the GPU's published peaks: {values}.")
+    typer.echo("Where they come from, what is assumed, and how far predictions were off: --evidence.")
+
+
+def _layers(result: Estimate | ChatEstimate) -> None:
+    _calls((point.batch, time) for point in result.points for time in point.components)
+    last = result.points[-1]
+    print_table(
+        f"Layers at batch {last.batch}, ms of all layers of a type",
+        ("layer", "multiplies", "GMAC", "floor", "expected", "bound by"),
+        [
+            (x.layer, x.kind, x.gmacs, x.floor_ms, x.expected_ms, x.bound)
+            for t in last.components
+            for x in t.layers
+        ],
+    )
+
+
+def _evidence(result: Estimate | ChatEstimate, shares: Sequence[tuple[str, Share]]) -> None:
     print_table(
         "Shares of the published peaks",
         ("", "share", "known from", "source"),
-        [
-            (name, f"{share.value:.0%}", share.known, share.source)
-            for name, share in (*shares, ("memory", result.efficiencies.memory))
-        ],
+        [(name, f"{share.value:.0%}", share.known, share.source) for name, share in shares],
     )
     typer.echo("Assumptions:")
     for line in result.assumptions:
         typer.echo(f"- {line}")
-    typer.echo(f"- Peaks of {gpu.title}: {gpu.source}")
+    typer.echo(f"- Peaks of {result.gpu.title}: {result.gpu.source}")
     print_table(
         "Checked against measurements",
         ("measured", "GPU", "ms", "predicted", "error"),
         [(c.name, c.gpu, c.measured_ms, c.predicted_ms, f"{c.error:+.1%}") for c in result.checks],
     )
     if not all(c.published for c in result.checks):
-        typer.echo("its ceilings: without a GPU of the table, a receipt is held to those measured with it.")
+        typer.echo(
+            "its ceilings: without a GPU of the table, a receipt is compared at those measured with it."
+        )
     if not any(c.receipt and c.published for c in result.checks):
         typer.echo(
             "No receipt of this repository has a latency on a GPU yet: Table 19's lines are the paper's, "

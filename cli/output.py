@@ -127,13 +127,15 @@ def _records(columns: Sequence[str], texts: Sequence[Sequence[str]], width: int)
 
 
 def show(value: object) -> str:
-    """A cell: floats with four significant digits, nothing as a dash, lists joined."""
+    """A cell: floats with four significant digits, or whole; None as a dash; lists joined."""
     if value is None or value == []:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else str(value)
+        if not math.isfinite(value):
+            return str(value)
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(show(v) for v in value)
     return "".join(c if c.isprintable() else "\ufffd" for c in str(value))  # no terminal escapes

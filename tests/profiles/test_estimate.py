@@ -305,10 +305,21 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(capsys.readouterr().out)
     assert data["schema"] == "ivl-export.estimate/1"
     assert [p["batch"] for p in data["points"]] == [1, 8]
-    assert cli.main([*line, "--image-size", "448", "--layers"]) == 0
+    assert cli.main([*line, "--image-size", "448"]) == 0
     out = capsys.readouterr().out
-    said = ("predicted, not measured", "assumption", "No receipt of this repository", "448 px", "of 1M")
-    for text in (*said, "its ceilings"):
+    for text in ("predicted, not measured", "assumption", "448 px", "cost of 1M", "images/s", "GPU memory"):
+        assert text in out
+    assert len(out.splitlines()) < 20
+    assert "vision at batch" not in out
+    assert cli.main([*line, "--layers", "--evidence"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "Assumptions:",
+        "No receipt of this repository",
+        "its ceilings",
+        "vision at batch",
+        "bound by",
+    ):
         assert text in out
     (tmp_path / "config.json").write_text(json.dumps(InternVLConfig().to_published()))
     assert cli.main([*line, "--model", str(tmp_path), "--json"]) == 0
