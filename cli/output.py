@@ -39,24 +39,64 @@ def layout(
     """Lines of the title and of the table. Lines break between words only, never in one: paths can be copied.
 
     Columns that hold only numbers and sizes are aligned right. A table that does not fit into ``width`` even
-    with every cell wrapped becomes a list of records: a line for each cell. Only a single word that is wider
-    than ``width`` makes a line longer than it.
+    with every cell wrapped is cut into tables of some of its columns each, below each other; where a single
+    column does not fit, into records: a line for each cell. Only a single word that is wider than ``width``
+    makes a line longer than it.
     """
     cells = [list(row) for row in rows]
     texts = [[show(cell) for cell in row] for row in cells]
+    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
     head = _wrap(show(title), width) if title else []
     table = [list(columns), *texts] if any(columns) else texts
+    least = [max((_longest(row[i]) for row in table), default=0) for i in range(len(columns))]
+    groups = _groups(texts, least, width)
+    if not groups:
+        return head, _records(columns, texts, width)
+    lines: list[str] = []
+    for group in groups:
+        lines += [""] if lines else []
+        lines += _table(
+            [columns[i] for i in group],
+            [[row[i] for i in group] for row in texts],
+            [right[i] for i in group],
+            width,
+        )
+    return head, lines
+
+
+def _groups(texts: Sequence[Sequence[str]], least: Sequence[int], width: int) -> list[list[int]]:
+    """Columns of each table, the first of all being those that tell rows apart; empty: they do not fit."""
+    count = len(least)
+    keys = next((k for k in range(1, count) if len({tuple(row[:k]) for row in texts}) == len(texts)), 1)
+    groups = [list(range(count))] if _fits(least, range(count), width) else []
+    if groups or count <= keys or len(texts) < 2:
+        return groups
+    for i in range(keys, count):
+        if groups and _fits(least, [*groups[-1], i], width):
+            groups[-1].append(i)
+        elif _fits(least, [*range(keys), i], width):
+            groups.append([*range(keys), i])
+        else:
+            return []
+    return groups
+
+
+def _fits(least: Sequence[int], group: Sequence[int], width: int) -> bool:
+    return sum(least[i] for i in group) + len(_GAP) * (len(group) - 1) <= width
+
+
+def _table(
+    columns: Sequence[str], texts: Sequence[Sequence[str]], right: Sequence[bool], width: int
+) -> list[str]:
+    table = [columns, *texts] if any(columns) else texts
     natural = [max((_width(row[i]) for row in table), default=0) for i in range(len(columns))]
     least = [max((_longest(row[i]) for row in table), default=0) for i in range(len(columns))]
-    room = width - len(_GAP) * (len(columns) - 1)
-    if sum(least) > room:
-        return head, _records(columns, texts, width)
-    widths = _shrink(natural, least, room)
-    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
+    gaps = len(_GAP) * (len(columns) - 1)
+    widths = _shrink(natural, least, width - gaps)
     lines = [line for row in texts for line in _row(row, widths, right)]
     if any(columns):
-        lines = [*_row(columns, widths, right), "─" * (sum(widths) + width - room), *lines]
-    return head, lines
+        lines = [*_row(columns, widths, right), "─" * (sum(widths) + gaps), *lines]
+    return lines
 
 
 _GAP = "  "

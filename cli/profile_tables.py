@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..profiles.measure.cases import Case
     from ..profiles.measure.receipt import Profile
 
-_TIMES = ("batch", "tokens", "p50", "p90", "p95", "p99", "per second", "calls", "steady", "floor", "of it")
+_TIMES = ("batch", "tokens", "p50", "p90", "p95", "p99", "items/s", "calls", "steady", "floor", "of it")
 _TITLES = {
     "component": "Components alone, times in ms",
     "chained": "Chained, times in ms",
@@ -89,6 +89,7 @@ def _cases(result: Profile, kind: str) -> None:
     print_table(_TITLES[kind], (first, *_TIMES, *(("parts", "rest") if chained else ())), rows)
     if chained:
         typer.echo("parts: in the components, mean of all calls; rest: the chain's own time beside them")
+    typer.echo(f"items: {', '.join(dict.fromkeys(case.unit for case in cases))}")
     if any("prompt" in case.sizes for case in cases):
         typer.echo("tokens of a caption or an answer: its prompt + new ones")
     if any("past" in case.sizes for case in cases):
@@ -100,12 +101,12 @@ def _cases(result: Profile, kind: str) -> None:
 
 def _times(case: Case) -> tuple[object, ...]:
     s = case.measurement.summary
-    rate = f"{case.per_second:.4g} {case.unit}"
     floor = case.floor.ms if case.floor else None
     share = None if case.of_floor is None else f"{case.of_floor:.0%}"
     times = (s.p50_ms, s.p90_ms, s.p95_ms, s.p99_ms)
     return (
-        case.batch, tokens(case.sizes), *times, rate, s.samples, case.measurement.stable, floor, share,
+        case.batch, tokens(case.sizes), *times, case.per_second,
+        s.samples, case.measurement.stable, floor, share,
     )  # fmt: skip
 
 

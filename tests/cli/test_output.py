@@ -65,3 +65,20 @@ def test_texts_without_spaces_break_at_characters(width: int) -> None:
     _, body = layout("", ("", ""), [("a.png", caption)], width)
     assert "".join(line[7:] for line in body) == caption
     assert all(cell_len(line) <= width for line in body)
+
+
+def test_columns_that_do_not_fit_go_below_with_what_tells_the_rows_apart() -> None:
+    columns = ("call", "batch", *(f"p{n}" for n in (50, 90, 95, 99)))
+    rows = [("vision", 1, 10.25, 11.25, 12.25, 13.25), ("vision", 8, 20.25, 21.25, 22.25, 23.25)]
+    _, body = layout("", columns, rows, 28)
+    assert body == [
+        "call    batch    p50    p90",
+        "─" * 27,
+        "vision      1  10.25  11.25",
+        "vision      8  20.25  21.25",
+        "",
+        "call    batch    p95    p99",
+        "─" * 27,
+        "vision      1  12.25  13.25",
+        "vision      8  22.25  23.25",
+    ]
