@@ -35,13 +35,17 @@ def project() -> dict[str, Any]:
 
 
 def packages(requirements: list[str]) -> set[str]:
-    return {canonicalize_name(Requirement(text).name) for text in requirements}
+    return {str(canonicalize_name(Requirement(text).name)) for text in requirements}
 
 
 def modules_of(package: str) -> set[str]:
     if package in IMPORTS:
         return {IMPORTS[package]}
-    return {m for m, names in packages_distributions().items() if package in map(canonicalize_name, names)}
+    return {
+        m
+        for m, names in packages_distributions().items()
+        if package in {str(canonicalize_name(name)) for name in names}
+    }
 
 
 def imports(file: Path) -> Iterator[str]:
