@@ -1,0 +1,215 @@
+"""The functions of ``import ivl_export``: a checkpoint to a bundle, and a model's ranges to a file.
+
+They take the command line's options as keywords, print nothing, and raise
+:class:`~ivl_export.errors.IvlError`. What the command line prints as notes goes to the logger ``ivl_export``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .pipeline.plan import BuildPlan
+    from .quantization.ranges import Scales
+
+LOG = logging.getLogger("ivl_export")
+LOG.addHandler(logging.NullHandler())
+
+Names = str | Iterable[str]
+"""Names as they are, or joined by commas."""
+
+
+def build(
+    model: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    precision: str | Path = "fp8",
+    budget: float | None = None,
+    calib: str | Path | None = None,
+    calib_samples: int = 256,
+    calib_columns: Names | None = None,
+    calib_seed: int = 0,
+    algorithm: str | None = None,
+    scales: str | Path | None = None,
+    targets: Names = "sm89",
+    backend: Names | None = None,
+    components: Names | None = None,
+    itm: bool = False,
+    features: int | Iterable[int] | None = None,
+    split: int = 1,
+    preset: str | None = None,
+    shapes: str | Iterable[str] | None = None,
+    engine_options: Mapping[str, object] | None = None,
+    no_cache: bool = False,
+    cache_size: str | int | None = None,
+    allow_accuracy_loss: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Convert a checkpoint into a bundle: graphs, weights and engines, with proof of accuracy and precision.
+
+    A build that was stopped goes on where it was; one that is there already is not made again. The bundle
+    appears whole or not at all.
+
+    Example::
+
+        bundle = ivl_export.build("InternVL-14B-224px", out="bundle", precision="fp8", calib="photos/")
+        print(bundle.manifest.precision, bundle.receipt("accuracy"))
+
+    Args:
+        model: a checkpoint: a folder of a published layout, or an older ``.pth`` file; or ``"nano-chat"``,
+            the chat model that ships with the package; None: internvl-nano, which ships too.
+        out: the bundle's folder; None: ``bundles/MODEL-PRECISION``.
+        precision: a recipe that ships (``"fp8"``, ``"int8"``, ...), a recipe file, or ``"mixed"``: the
+            fastest one within ``budget`` is searched.
+        budget: percentage points that a task may lose; None: the recipe's.
+        calib: images and captions to measure activation ranges on: a folder, a JSONL, WebDataset shards or a
+            Hugging Face folder. None: what the checkpoint brings, or drawn scenes for the shipped models.
+        calib_samples: number of samples taken from ``calib``.
+        calib_columns: names of the image and the caption column, where they are unusual.
+        calib_seed: chooses the samples.
+        algorithm: how ranges are picked: ``"max"``, ``"percentile"``, ``"percentile-99.99"``, ``"entropy"``
+            or ``"mse"``; None: ``"max"``.
+        scales: a file that :func:`calibrate` wrote, instead of measuring ranges.
+        targets: GPU generations that TensorRT-RTX engines are built for: ``"sm89,sm120"``.
+        backend: engines to build, of ``"onnxruntime"``, ``"tensorrt-rtx"`` and ``"tensorrt"``; None: all that
+            can be built here.
+        components: only these; None: all that the checkpoint has.
+        itm: build ``qllama_itm`` too, which re-ranks retrieval.
+        features: vision blocks whose outputs are given too: ``[12, 24, -1]`` (-1 is the last).
+        split: number of parts that each component is built in, which run as one: less memory.
+        preset: shapes that engines are tuned for: ``"latency"``, ``"throughput"`` or ``"edge"``.
+        shapes: sizes of axes, smallest:tuned for:largest: ``["batch=1:8:32", "qllama_step.text=1:8:32"]``.
+        engine_options: settings of the engine builder: ``{"optimization_level": 5, "workspace": "2G"}``. An
+            unknown key is answered with the list of all.
+        no_cache: take no engine or kernel time of an earlier build.
+        cache_size: the most disk for engines kept for later builds: ``"20G"``, or bytes; None:
+            ``$IVL_EXPORT_CACHE_SIZE``, or 20 GiB.
+        allow_accuracy_loss: log a loss over the budget instead of failing.
+        progress: receives the steps; None: nothing is shown.
+
+    Returns:
+        The bundle, which :func:`load` runs.
+
+    Raises:
+        UsageError: an argument that cannot be right.
+        InputError: no usable calibration data.
+        CheckpointError: the checkpoint is damaged, or not one of an InternVL.
+        CapabilityError: this machine or a target cannot do it, or a package is not installed.
+        BuildError: a step failed, an engine does not run what the recipe promises, or the disk is too small.
+        AccuracyError: more is lost than the budget allows.
+    """
+    from .engines.tensorrt.options import BuildOptions
+    from .files.cache_dir import parse_size
+    from .pipeline import run
+    from .pipeline.config import BuildConfig, default_out
+
+    checkpoint = _path(model)
+    config = BuildConfig(
+        out=_path(out) or default_out(checkpoint, str(precision)),
+        model=checkpoint,
+        precision=str(precision),
+        budget=budget,
+        calib=_path(calib),
+        calib_samples=calib_samples,
+        calib_columns=_names(calib_columns),
+        calib_seed=calib_seed,
+        algorithm=algorithm,
+        scales=_path(scales),
+        targets=",".join(_names(targets)),
+        backend=_names(backend),
+        components=_names(components),
+        itm=itm,
+        features=(features,) if isinstance(features, int) else tuple(features or ()),
+        split=split,
+        preset=preset,
+        shapes=(shapes,) if isinstance(shapes, str) else tuple(shapes or ()),
+        engine_options=BuildOptions.of(engine_options or {}),
+        no_cache=no_cache,
+        cache_size=parse_size(cache_size, "cache_size") if isinstance(cache_size, str) else cache_size,
+        allow_accuracy_loss=allow_accuracy_loss,
+    )
+    progress = progress or Silent()
+    plan = run.open_plan(config, progress)
+    _log_notices(plan)
+    result = run.build(plan, progress)
+    if result.over_budget:
+        LOG.warning("%s (allowed)", result.over_budget)
+    return result.bundle
+
+
+def calibrate(
+    model: str | Path | None = None,
+    out: str | Path = "scales.json",
+    *,
+    calib: str | Path | None = None,
+    calib_samples: int = 256,
+    calib_columns: Names | None = None,
+    calib_seed: int = 0,
+    algorithm: str = "max",
+    precision: str | Path = "fp8",
+    components: Names | None = None,
+    progress: Progress | None = None,
+) -> Scales:
+    """Measure the input range of every layer once, for builds that take ``scales=out``.
+
+    A recipe that folds factors into the weights also gets ``smoothing.safetensors`` next to the file: keep
+    the two together. A run that was stopped goes on where it was.
+
+    Args:
+        model: a checkpoint, as :func:`build` takes it.
+        out: file that the ranges are written to.
+        calib, calib_samples, calib_columns, calib_seed: images and captions, as :func:`build` takes them.
+        algorithm: how ranges are picked, as in :func:`build`.
+        precision: the recipe that will be built: ``"entropy"`` and ``"mse"`` pick ranges for its types.
+        components: only these; None: all that the checkpoint has.
+        progress: receives the steps; None: nothing is shown.
+
+    Returns:
+        What was written: ``amax[component][layer]`` is the largest magnitude of a layer's input that its type
+        stands for, and the other fields say what it was measured on.
+
+    Raises:
+        UsageError: an argument that cannot be right, or a recipe that rounds no inputs.
+        InputError: no usable calibration data.
+        CheckpointError: the checkpoint is damaged, or not one of an InternVL.
+        BuildError: NaN, infinity, or nothing but zeros at a layer's input; too little disk.
+    """
+    from .pipeline import run
+    from .pipeline.config import ORT, BuildConfig
+
+    config = BuildConfig(
+        out=Path(out),
+        model=_path(model),
+        precision=str(precision),
+        calib=_path(calib),
+        calib_samples=calib_samples,
+        calib_columns=_names(calib_columns),
+        calib_seed=calib_seed,
+        algorithm=algorithm,
+        backend=(ORT,),
+        components=_names(components),
+    )
+    progress = progress or Silent()
+    plan = run.open_plan(config, progress)
+    _log_notices(plan)
+    return run.calibrate(plan, progress)
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _names(value: Names | None) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value or ()
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def _log_notices(plan: BuildPlan) -> None:
+    for notice in plan.notices:
+        LOG.warning("%s", notice)
