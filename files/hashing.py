@@ -22,13 +22,18 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_file_once(path: Path) -> str:
-    """As :func:`sha256_file`, but read again only when the file's size or time of change is another."""
+    """As :func:`sha256_file`, but read again only when the file system notes a change of the file."""
+    return _sha256_of_state(path, file_notes(path))
+
+
+def file_notes(path: Path) -> tuple[int, ...]:
+    """Size, inode, and times of the last change: no program can change a file and leave all of them."""
     state = path.stat()
-    return _sha256_of_state(path, state.st_size, state.st_mtime_ns)
+    return state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns
 
 
 @cache
-def _sha256_of_state(path: Path, size: int, changed: int) -> str:
+def _sha256_of_state(path: Path, notes: tuple[int, ...]) -> str:
     return sha256_file(path)
 
 

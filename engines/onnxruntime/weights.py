@@ -25,8 +25,9 @@ from pathlib import Path
 from ...bundle import Bundle
 from ...errors import CapabilityError, IvlError
 from ...files.cache_dir import cache_folder, cache_limit, prune, remove, touch
-from ...files.hashing import sha256_json, sha256_sources
+from ...files.hashing import sha256_file, sha256_file_once, sha256_json, sha256_sources
 from ...files.locks import locked
+from ...files.seals import damaged, write_seal
 from ...files.write import atomic, flush
 from ..onnx_graph import Graph, read_graph
 from ..protobuf import delimited, fields, messages, rewritten
@@ -63,12 +64,16 @@ class SharedWeights:
         None if it cannot be kept; CapabilityError then if sharing is ``required``.
         """
         made = self.folder / path.name
+        seal = made.with_suffix(".seal")
         try:
-            if not made.is_file():
+            if damaged(seal) != frozenset():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with locked(self.folder.with_suffix(".lock")):
-                    if not made.is_file():
-                        _make(made, save)
+                    wrong = damaged(seal)
+                    if wrong != frozenset():
+                        for name in (*(wrong or ()), made.name):
+                            (self.folder / name).unlink(missing_ok=True)
+                        write_seal(seal, _make(made, save))
                 own = sum(file.stat().st_size for file in self.folder.iterdir())
                 prune(limit=max(own, cache_limit()), kinds=(KIND,))
         except (OSError, LookupError, ValueError, IvlError) as error:  # or ONNX Runtime writes other files
@@ -119,8 +124,9 @@ def _large(graph: Graph) -> Iterator[tuple[str, int]]:
             yield f"{name} {kind} {shape}", size
 
 
-def _make(made: Path, save: Save) -> None:
-    """Write graph ``made``, and the files of weights that are not there yet."""
+def _make(made: Path, save: Save) -> dict[str, str]:
+    """Write graph ``made``, and the files of weights that are not there yet; the hashes of all of them."""
+    digests: dict[str, str] = {}
     with _scratch(made.parent) as folder:
         model, weights = folder / made.name, folder / "weights"
         save(model, {"session.optimized_model_external_initializers_file_name": weights.name, **_SETTINGS})
@@ -129,12 +135,14 @@ def _make(made: Path, save: Save) -> None:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
             def change(tensor: memoryview) -> bytes:
-                return _relocated(tensor, data, made.parent)
+                return _relocated(tensor, data, made.parent, digests)
 
             graph = memoryview(model.read_bytes())
             model.write_bytes(rewritten(graph, (_GRAPH, _INITIALIZER), change))
         flush(model)
+        digests[made.name] = sha256_file(model)
         model.replace(made)
+    return digests
 
 
 @contextmanager
@@ -148,10 +156,11 @@ def _scratch(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _relocated(tensor: memoryview, data: memoryview, folder: Path) -> bytes:
+def _relocated(tensor: memoryview, data: memoryview, folder: Path, digests: dict[str, str]) -> bytes:
     """A TensorProto whose bytes, folded and packed, are a file in ``folder`` instead of parts of ``data``.
 
-    Its ``external_data`` has entries ``location``, ``offset``, ``length``, and ``prepacked_0`` and so on:
+    The file's name and hash are added to ``digests``. Its ``external_data`` has entries ``location``,
+    ``offset``, ``length``, and ``prepacked_0`` and so on:
     ``key|offset;length;checksum|...``.
     """
     entries = dict(map(_entry, (part for _, part in messages(tensor, _EXTERNAL))))
@@ -173,7 +182,8 @@ def _relocated(tensor: memoryview, data: memoryview, folder: Path) -> bytes:
             key, *blobs = value.split("|")
             placed = (blob.split(";") for blob in blobs)
             entries[name] = "|".join([key, *(";".join([moved(*p[:2]), *p[1:]]) for p in placed)])
-    entries["location"] = _kept(parts, folder)
+    entries["location"], digest = _kept(parts, folder)
+    digests[entries["location"]] = digest
 
     def again(entry: memoryview) -> bytes:
         name, _ = _entry(entry)
@@ -188,16 +198,17 @@ def _entry(data: memoryview) -> tuple[str, str]:
     return found.get(1, ""), found.get(2, "")
 
 
-def _kept(parts: list[memoryview], folder: Path) -> str:
-    """The name of the file of ``parts``, named by their content; written unless it is there."""
-    digest = hashlib.sha256()
+def _kept(parts: list[memoryview], folder: Path) -> tuple[str, str]:
+    """Name and hash of the file of ``parts``, named by content; written unless it is there, undamaged."""
+    hasher = hashlib.sha256()
     for part in parts:
-        digest.update(part)
-    file = folder / f"{digest.hexdigest()[:32]}.bin"
-    if not file.is_file():
+        hasher.update(part)
+    digest = hasher.hexdigest()
+    file = folder / f"{digest[:32]}.bin"
+    if not file.is_file() or sha256_file_once(file) != digest:
         with atomic(file, durable=True, exclusive=True) as partial, partial.open("wb") as out:
             out.writelines(parts)
-    return file.name
+    return file.name, digest
 
 
 def _free() -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +62,19 @@ def test_shared_weights_give_the_same_bits_and_are_written_once(tiny_bundle: Pat
     assert not list(cache.glob("weights/*/.making"))
 
 
-def test_equal_weights_are_one_file(tiny_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small weights are shared too."""
     monkeypatch.setattr(ort_weights, "_LEAST_TENSOR", 1024)
     monkeypatch.setattr(
         ort_weights,
         "_SETTINGS",
         {**ort_weights._SETTINGS, "session.optimized_model_external_initializers_min_size_in_bytes": "1024"},
     )
+
+
+@pytest.mark.usefixtures("small")
+def test_equal_weights_are_one_file(tiny_bundle: Path, cache: Path) -> None:
     answers(tiny_bundle, True)
     used: dict[str, set[str]] = {}
     for path in cache.glob("weights/*/*.onnx"):
@@ -95,15 +104,64 @@ def test_sharing_unasked_needs_something_to_save_and_room(
     assert shared_weights(bundle, True) is not None
 
 
-@pytest.mark.parametrize("damage", ["*.bin", "*.onnx"])
-def test_damaged_files_are_done_without(tiny_bundle: Path, cache: Path, damage: str) -> None:
-    alone = answers(tiny_bundle, True)
-    files = sorted(cache.glob(f"weights/*/{damage}"))
-    assert files
-    for path in files:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    again = answers(tiny_bundle, True)
-    assert all(np.array_equal(a, b) for a, b in zip(alone, again, strict=True))
+def halved(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def zeros(data: bytes) -> bytes:
+    return bytes(len(data))
+
+
+def flipped(data: bytes) -> bytes:
+    at = 2 * len(data) // 3
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("files", ["*.bin", "*.onnx", "*.seal", "*"])
+@pytest.mark.parametrize("damage", [halved, zeros, flipped, None])
+@pytest.mark.parametrize("times", ["kept", "new"])
+def test_damaged_files_are_made_anew(
+    tiny_bundle: Path, cache: Path, files: str, damage: Callable[[bytes], bytes] | None, times: str
+) -> None:
+    """Zeros of the right length are what a power cut leaves: a session would take them for weights."""
+    before = texts(tiny_bundle)
+    sound = {p.name: p.read_bytes() for p in cache.glob("weights/*/*") if p.suffix != ".seal"}
+    paths = sorted(cache.glob(f"weights/*/{files}"))
+    assert paths
+    for path in paths:
+        state = path.stat()
+        if damage is None:
+            path.unlink()
+            continue
+        path.write_bytes(damage(path.read_bytes()))
+        if times == "kept":  # as a copy or a backup leaves them
+            os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert np.array_equal(before, texts(tiny_bundle))
+    assert {p.name: p.read_bytes() for p in cache.glob("weights/*/*") if p.suffix != ".seal"} == sound
+
+
+@pytest.mark.usefixtures("small")
+def test_a_copied_cache_is_read_once_and_not_made_anew(
+    tiny_bundle: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = texts(tiny_bundle)
+    shutil.copytree(cache, tmp_path / "copy")
+    monkeypatch.setenv("IVL_EXPORT_CACHE", str(tmp_path / "copy"))
+    content = {p: p.stat().st_ino for p in (tmp_path / "copy").glob("weights/*/*") if p.suffix != ".seal"}
+    (seal,) = (tmp_path / "copy").glob("weights/*/*.seal")
+    copied = seal.read_bytes()
+    assert np.array_equal(before, texts(tiny_bundle))
+    renewed = seal.read_bytes()
+    assert renewed != copied
+    assert np.array_equal(before, texts(tiny_bundle))
+    assert seal.read_bytes() == renewed
+    assert {p: p.stat().st_ino for p in content} == content
+
+
+def texts(bundle: Path) -> Any:
+    with InternVL.load(bundle, threads=1, share_weights=True) as model:
+        return model.encode_text(["a ring", "two blue stars"])
 
 
 def test_where_nothing_can_be_written(
