@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
+from ..forks import fork_safe_lock
 from .sources import Array, ImageInput, Pixels, data_of, kind_of, name_of, not_readable
 
 MAX_PIXELS = 64 * 1024 * 1024
@@ -81,7 +82,9 @@ def frame_of(image: Image.Image, name: str, frame: int | None = None) -> Image.I
 
 
 _users: dict[int, tuple[threading.RLock, int]] = {}
-_guard = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_users.clear)  # the parent's threads are not there
+_guard = fork_safe_lock()
 
 
 @contextmanager

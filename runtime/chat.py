@@ -10,7 +10,6 @@ that begins as another one did, with the same image, starts from the blocks that
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +22,7 @@ import numpy as np
 from ..bundle import Bundle, Verify
 from ..engines.device import to_host
 from ..errors import CapabilityError, InputError, UsageError
+from ..forks import fork_safe_lock
 from ..inputs.chat_template import IMAGE_TOKEN, SYSTEM, VICUNA, Question, Turn, encode
 from ..inputs.preprocess import Array
 from ..sampling import Ids, Sampling, StopCriteria, check_search
@@ -231,7 +231,7 @@ class Chat:
         self.model, self.system = model, system
         self._turns = list(history)
         self.cache = ConversationCache(model.components, model.prefixes, *model.encode_images(images))
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
 
     @property
     def history(self) -> tuple[Turn, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -21,7 +20,8 @@ from ..engines.onnxruntime.memory import hand_back
 from ..engines.onnxruntime.weights import SharedWeights, shared_weights
 from ..engines.tensorrt.library import BUILDERS
 from ..engines.tensorrt.shapes import restrict_axes
-from ..errors import InputError
+from ..errors import InputError, UsageError
+from ..forks import fork_safe_lock, renew_after_fork
 from .timings import Timings
 
 
@@ -56,8 +56,21 @@ class Components:
         self.timings = Timings()
         self._engines: dict[str, Engine] = {}
         self._specs: dict[str, ComponentSpec] = {}
-        self._locks = {name: threading.Lock() for name in bundle.manifest.components}
-        self._closed = False
+        self._locks = {name: fork_safe_lock() for name in bundle.manifest.components}
+        self._closed = self._lost = False
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """In a forked child: ONNX Runtime's engines are opened again when they are used, if they had threads.
+
+        A GPU's memory, and what other libraries keep, cannot be had again in this process.
+        """
+        if self.backend != "onnxruntime" or not self.on_cpu:
+            self._lost = bool(self._engines)
+        elif self.options.get("threads") != 1:
+            for engine in self._engines.values():
+                _never_destroy(engine)
+            self._engines.clear()
 
     def spec(self, name: str) -> ComponentSpec:
         """The contract of component ``name``, with the ranges that its engine was built for."""
@@ -89,6 +102,7 @@ class Components:
         with self._locks[name]:
             if self._closed:
                 raise InputError("The model was closed.", fix="Load it again.")
+            self._check_fork()
             if name not in self._engines:
                 with self.timings.measure(f"open {name}"):
                     self._engines[name] = self._opened(name, spec)
@@ -141,6 +155,7 @@ class Components:
 
         From an engine on the CPU they are arrays if ``inputs`` are, from one on a GPU tensors there.
         """
+        self._check_fork()
         engine, limit = self._engines.get(name) or self.open(name), self.spec(name).axis("batch").max
         on_host = engine.device == HOST and all(type(buffer) is np.ndarray for buffer in inputs.values())
         run: Any = engine.run if on_host else engine.run_tensors
@@ -159,6 +174,15 @@ class Components:
                 per_batch.append(run(rows_of, outputs))
         return {key: concatenate([some[key] for some in per_batch]) for key in per_batch[0]}
 
+    def _check_fork(self) -> None:
+        if self._lost:
+            raise UsageError(
+                "This model was used before the process was forked.",
+                f"Engines of {self.backend} do not survive os.fork().",
+                "Load the model in each process, or fork before it is first used; with multiprocessing, "
+                "take the start method 'spawn'.",
+            )
+
     def release_memory(self) -> None:
         """Hand free memory back to the system; the next call takes it again."""
         if self.backend == "onnxruntime":
@@ -172,6 +196,13 @@ class Components:
                 if name in self._engines:
                     self._engines.pop(name).close()
         self.release_memory()
+
+
+def _never_destroy(engine: Engine) -> None:
+    """Keep an engine of the parent: destroying a session waits for threads that are not in this process."""
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
 
 
 def fixed(size: int | str) -> int:

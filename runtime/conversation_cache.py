@@ -6,7 +6,6 @@ that another conversation left in the :class:`~.kv_cache.PrefixCache`, are not c
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..forks import fork_safe_lock
 from ..inputs.chat_template import IMAGE_TOKEN
 from ..inputs.preprocess import Array
 from ..sampling import Sampling, StopCriteria, TokenSampler
@@ -54,7 +54,7 @@ class ConversationCache:
         self._shared = 0  # blocks of these that others can have
         self._readings = 0
         self._decoded: _Decoded | None = None
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
 
     @property
     def length(self) -> int:

@@ -9,7 +9,6 @@ The first two are one array with spare capacity, see :func:`next_capacity`.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from ..bundle.spec import Axis, ComponentSpec
 from ..engines.device import Buffer, copied, zeros
 from ..errors import UsageError
+from ..forks import fork_safe_lock
 from ..inputs.preprocess import Array
 
 GRAIN = 32
@@ -269,7 +269,7 @@ class PrefixCache:
         self._nbytes = 0
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()  # the least recently used first
         self._numbers = count()
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
 
     @property
     def nbytes(self) -> int:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from ..forks import fork_safe_lock
+
 _LOOK_SECONDS = 1.0
 
 
@@ -24,7 +26,7 @@ class Timings:
     """A thread-safe sum of stage times. A stage is a component's name, ``preprocess`` or ``tokenize``."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
         self._stages: dict[str, list[float]] = {}  # calls, seconds
 
     def measure(self, stage: str) -> _Stage:

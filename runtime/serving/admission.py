@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from ...errors import BusyError, UsageError
+from ...forks import renew_after_fork
 from .batching import BatchResult
 
 R = TypeVar("R")
@@ -90,9 +91,15 @@ class Admission:
 
     def __init__(self, limits: ServiceLimits, release_memory: Callable[[], None]) -> None:
         self.limits, self.counts, self._release_memory = limits, Counts(), release_memory
+        self._closed = False
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """No request is in the service, and no event loop is known."""
+        self.counts.running = self.counts.waiting = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._closed = False
 
     def close(self) -> None:
         """Admit nothing any more."""

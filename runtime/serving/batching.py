@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from ...errors import UsageError
+from ...forks import renew_after_fork
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,10 +58,16 @@ class Batcher(Generic[T, R]):
     ) -> None:
         if max_batch < 1 or max_delay < 0:
             raise UsageError("These batching settings cannot be right.", f"{max_batch=}, {max_delay=}.")
-        self._run, self._max_batch, self._max_delay, self._coming = run, max_batch, max_delay, 0
+        self._run, self._max_batch, self._max_delay = run, max_batch, max_delay
+        self._closed = False
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """An empty queue without a worker: what waited is the parent's to answer."""
+        self._coming = 0
         self._queue: deque[_Request[T, R]] = deque()
         self._changed = threading.Condition()
-        self._closed = False
         self._worker: threading.Thread | None = None
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ...forks import renew_after_fork
 from ...host import cores
 from ...inputs.chat_template import SYSTEM, Question, Turn
 from ...inputs.tokenizer import Pieces
@@ -38,6 +39,11 @@ class ChatService:
         self.model, self.limits = model, limits or ServiceLimits()
         self._admission = Admission(self.limits, self.model.components.release_memory)
         self.counts = self._admission.counts
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Readers of its own: those of the parent's pool are not in this process."""
         self._readers = ThreadPoolExecutor(cores(), "ivl-reader")
 
     async def chat(

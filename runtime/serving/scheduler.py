@@ -25,6 +25,7 @@ import numpy as np
 
 from ...bundle.spec import ComponentSpec
 from ...errors import InputError, UsageError
+from ...forks import renew_after_fork
 from ...sampling import Ids, Sampling, StopCriteria, TokenSampler
 from ..kv_cache import BatchedKVCache
 from .batching import BatchResult
@@ -84,11 +85,16 @@ class Scheduler:
                 f"{slots} sequences cannot be decoded at once.", f"The engine takes 1 to {rows}."
             )
         self._run, self._spec, self._inputs = run, spec, inputs or (lambda ids: {"input_ids": ids})
-        self._cache = BatchedKVCache(spec, slots)
+        self._slots, self._closed = slots, False
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Nothing runs or waits: what did is the parent's to answer."""
+        self._cache = BatchedKVCache(self._spec, self._slots)
         self._waiting: deque[tuple[_Sequence, Started]] = deque()
         self._running: dict[int, _Sequence] = {}  # by slot; the thread's own
         self._changed = threading.Condition()
-        self._closed = False
         self._worker: threading.Thread | None = None
 
     def __len__(self) -> int:

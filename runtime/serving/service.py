@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ...forks import renew_after_fork
 from ...host import cores
 from ...inputs.preprocess import ResizeMode
 from ...inputs.sources import ImageInput
@@ -44,12 +45,17 @@ class Service:
         self.model, self.limits = model, limits or ServiceLimits()
         self._admission = Admission(self.limits, self.model.components.release_memory)
         self.counts = self._admission.counts
-        self._readers = ThreadPoolExecutor(cores(), "ivl-reader")
+        self.after_fork()
+        renew_after_fork(self)
         self._images = self._batcher(self._run_images)
         self._texts = self._batcher(self._run_texts)
         self._pairs = self._batcher(self._run_pairs)
         self._beams = self._batcher(self._run_beams)
         self._starts = self._batcher(partial(captions.start, model))
+
+    def after_fork(self) -> None:
+        """Readers of its own: those of the parent's pool are not in this process."""
+        self._readers = ThreadPoolExecutor(cores(), "ivl-reader")
 
     async def encode_image(
         self,
