@@ -15,14 +15,19 @@ from pathlib import Path
 
 from ..errors import IntegrityError
 from .hashing import file_notes, sha256_file
-from .strict_json import Node, read_json
+from .json import Count, RelativePath, Sha256, decode
 from .write import atomic
 
 
 @dataclass(frozen=True)
 class _Sealed:
-    sha256: str
-    notes: tuple[int, ...]
+    sha256: Sha256
+    notes: tuple[Count, ...]
+
+
+@dataclass(frozen=True)
+class _Seal:
+    files: dict[RelativePath, _Sealed]
 
 
 def write_seal(seal: Path, digests: Mapping[str, str]) -> None:
@@ -40,7 +45,7 @@ def write_seal(seal: Path, digests: Mapping[str, str]) -> None:
         for name, digest in digests.items()
     }
     with atomic(seal, durable=True) as partial:
-        partial.write_text(json.dumps(entries), encoding="utf-8")
+        partial.write_text(json.dumps({"files": entries}), encoding="utf-8")
 
 
 def damaged(seal: Path) -> frozenset[str] | None:
@@ -70,12 +75,6 @@ def damaged(seal: Path) -> frozenset[str] | None:
 
 def _read(seal: Path) -> dict[str, _Sealed] | None:
     try:
-        node = Node("", read_json(seal))
-        return node.map(
-            lambda entry: _Sealed(
-                entry.keys({"sha256", "notes"})["sha256"].sha256(), tuple(entry["notes"].list(Node.integer))
-            ),
-            Node.path,
-        )
+        return decode(_Seal, seal, what=f"The seal {seal.name}").files
     except (OSError, IntegrityError):
         return None
