@@ -26,7 +26,7 @@ from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.registry import Ranges, component_of
 from ..quantization.algorithms import algorithm_name, depends_on_type
 from ..quantization.attention import core_attentions, operand_names
-from ..quantization.ranges import Scales
+from ..quantization.ranges import ActivationRanges
 from .dataset import CalibrationSet
 from .observers import observers
 
@@ -133,7 +133,7 @@ def calibrate(
     key: str = "",
     progress: Callable[[int], None] = lambda done: None,
     timed: Callable[[SegmentTime], None] = lambda part: None,
-) -> Scales:
+) -> ActivationRanges:
     """Activation amax of every linear, for each component it runs in.
 
     Components that ``components`` need inputs from are run too, and measured.
@@ -197,7 +197,7 @@ def calibrate(
         shutil.rmtree(state.folder, ignore_errors=True)
     measured = sorted({layer for layers in amax.values() for layer in layers})
     weights = {layer: checkpoint.tensors.get(f"{layer}.weight") for layer in measured}  # attentions have none
-    return Scales(
+    return ActivationRanges(
         amax=amax,
         algorithm=recorded,
         samples=len(chosen),

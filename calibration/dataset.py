@@ -252,7 +252,7 @@ class CalibrationSet:
             yield self.samples[start : start + batch_size]
 
     def to_json(self) -> dict[str, Any]:
-        """What the manifest and ``scales.json`` keep of the set (no paths of this machine)."""
+        """What the manifest and ``ranges.json`` keep of the set (no paths of this machine)."""
         return {
             "hash": self.hash,
             "samples": len(self),

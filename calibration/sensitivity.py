@@ -26,7 +26,7 @@ from ..inputs.tokenizer import SentencePieceTokenizer
 from ..models.calls import Call
 from ..quantization.attention import FP8_ATTENTION, core_attentions, operand_names
 from ..quantization.quantize import dequantise, quantise
-from ..quantization.ranges import Scales
+from ..quantization.ranges import ActivationRanges
 from ..quantization.schemes import SCHEMES, excluded
 from .accuracy import Comparison
 from .block_stream import Flow, visit
@@ -109,7 +109,7 @@ def measure(
     checkpoint: Checkpoint,
     components: Sequence[str],
     schemes: Sequence[str],
-    scales: Scales,
+    ranges: ActivationRanges,
     chosen: CalibrationSet,
     settings: ImageSettings,
     tokenizer: SentencePieceTokenizer,
@@ -125,8 +125,8 @@ def measure(
         checkpoint: the fp32 weights.
         components: those whose layers are of interest; what they take inputs from is run too.
         schemes: of :data:`..quantization.schemes.SCHEMES` without a fold, and
-        :data:`..quantization.attention.FP8_ATTENTION`. scales: input ranges of the layers.
-        chosen: samples, best ones that ``scales`` were not measured on.
+        :data:`..quantization.attention.FP8_ATTENTION`. ranges: input ranges of the layers.
+        chosen: samples, best ones that ``ranges`` were not measured on.
         settings, tokenizer: of the model.
         folder: for activations and for what is known so far; the caller removes it.
         base: type that scales are rounded to.
@@ -148,7 +148,7 @@ def measure(
         chosen.hash,
         list(components),
         list(schemes),
-        asdict(scales),
+        asdict(ranges),
         base,
         batch_size,
     ]
@@ -159,7 +159,7 @@ def measure(
     try:
         for number, segment in enumerate(plan[done:], done):
             channels = Channels(modules)
-            variants = _Variants(modules, segment, schemes, scales, base, components)
+            variants = _Variants(modules, segment, schemes, ranges, base, components)
             with channels.hooks():
                 for call, _ in visit(segment, samples, [flow], progress, number * samples.count):
                     with channels.paused():
@@ -194,11 +194,11 @@ class _Variants:
         modules: Modules,
         segment: Segment,
         schemes: Sequence[str],
-        scales: Scales,
+        ranges: ActivationRanges,
         base: str,
         components: Sequence[str],
     ) -> None:
-        self.modules, self.scales, self.base = modules, scales, base
+        self.modules, self.ranges, self.base = modules, ranges, base
         self.weights: dict[tuple[str, str], torch.Tensor] = {}
         self.tried: dict[str, list[tuple[str, str]]] = {}
         self.compared: dict[tuple[str, str, str], Comparison] = {}
@@ -211,7 +211,7 @@ class _Variants:
                     fit = [s for s in schemes if s in SCHEMES and not excluded(s, *size)]
                     self.tried.setdefault(component, []).extend((name, s) for s in fit)
             if FP8_ATTENTION in schemes:
-                measured = set(scales.amax[component])  # none by scales that say nothing about attentions
+                measured = set(ranges.amax[component])  # none by ranges that say nothing about attentions
                 cores = (n for n in core_attentions(module) if n.startswith(prefix))
                 own = [(n, FP8_ATTENTION) for n in cores if measured.issuperset(operand_names(n))]
                 self.tried.setdefault(component, []).extend(own)
@@ -240,7 +240,7 @@ class _Variants:
 
     @contextmanager
     def _quantised(self, component: str, layer: str, scheme: str) -> Iterator[None]:
-        module, amax = self.modules.by_name[component], self.scales.amax[component]
+        module, amax = self.modules.by_name[component], self.ranges.amax[component]
         with ExitStack() as stack:
             if scheme == FP8_ATTENTION:
                 hook = attention_hook(layer, amax, self.base)

@@ -22,7 +22,7 @@ from ..models.registry import component_spec
 from ..models.storage import open_reader
 from ..quantization.attention import attention_scales, core_attentions, fake_attention
 from ..quantization.quantize import LOWEST, activation_scale, dequantise, quantise_values, stored_names
-from ..quantization.ranges import Scales
+from ..quantization.ranges import ActivationRanges
 from ..quantization.schemes import SCHEMES
 from .accuracy import Comparison, Metrics, Table
 from .block_stream import Flow, visit
@@ -44,14 +44,14 @@ class Quantised:
         stores: files with the 8-bit values and scales, and with the weights that stay in the base type.
         schemes: quantised layer -> one of :data:`..quantization.schemes.SCHEMES`.
         base: ``bf16`` or ``fp16``.
-        scales: ranges of the layers' inputs; None where ``schemes`` is empty.
+        ranges: ranges of the layers' inputs; None where ``schemes`` is empty.
         attention: component -> its attentions that run in FP8.
     """
 
     stores: Sequence[Path]
     schemes: Mapping[str, str]
     base: str
-    scales: Scales | None
+    ranges: ActivationRanges | None
     attention: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
@@ -170,7 +170,7 @@ def _stored(quantised: Quantised) -> Load:
 @contextmanager
 def _fake_quantised(modules: Modules, quantised: Quantised) -> Iterator[None]:
     """Inputs of the quantised layers and attentions go through Q and DQ inside the ``with`` block."""
-    amax = quantised.scales.amax if quantised.scales else {}
+    amax = quantised.ranges.amax if quantised.ranges else {}
     with ExitStack() as stack:
         for component, module in modules.by_name.items():
             for name, layer in module.named_modules():

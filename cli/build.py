@@ -53,7 +53,7 @@ def build(
         str | None,
         typer.Option(help="How input ranges are picked: max, percentile[-99.99], entropy or mse; else max."),
     ] = None,
-    scales: Annotated[
+    ranges: Annotated[
         Path | None, typer.Option(help="Input ranges that 'calibrate' wrote, instead of measuring them.")
     ] = None,
     targets: Annotated[str, typer.Option(help="GPU generations for TensorRT-RTX: sm89,sm120.")] = "sm89",
@@ -141,7 +141,7 @@ def build(
         calib_columns=names(calib_columns),
         calib_seed=calib_seed,
         algorithm=algorithm,
-        scales=scales,
+        ranges=ranges,
         targets=targets,
         backend=names(backend),
         components=names(components),

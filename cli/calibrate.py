@@ -11,7 +11,7 @@ from .options import CalibColumnsOpt, CalibOpt, CalibSamplesOpt, CalibSeedOpt, C
 from .output import print_json, print_table
 
 if TYPE_CHECKING:
-    from ..quantization.ranges import Scales
+    from ..quantization.ranges import ActivationRanges
 
 app = typer.Typer(add_completion=False)
 
@@ -19,7 +19,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def calibrate(
     model: ModelOpt = None,
-    out: Annotated[Path, typer.Option(help="Where the ranges are written.")] = Path("scales.json"),
+    out: Annotated[Path, typer.Option(help="Where the ranges are written.")] = Path("ranges.json"),
     calib: CalibOpt = None,
     calib_samples: CalibSamplesOpt = 256,
     calib_columns: CalibColumnsOpt = None,
@@ -33,7 +33,7 @@ def calibrate(
     components: ComponentsOpt = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
-    """Measure the input range of every linear layer, for 'build --scales'.
+    """Measure the input range of every linear layer, for 'build --ranges'.
 
     A recipe that folds factors into the weights also gets smoothing.safetensors beside the file: keep the two
     together. A run that was stopped goes on where it was.
@@ -59,23 +59,23 @@ def calibrate(
         plan = run.open_plan(config, bars)
         for notice in plan.calibration.notices:
             typer.secho(f"warning: {notice}", fg="yellow", err=True)
-        scales = run.calibrate(plan, bars)
+        ranges = run.calibrate(plan, bars)
     if as_json:
-        print_json({"scales": str(out), "notices": list(plan.notices), **_summary(scales)})
+        print_json({"ranges": str(out), "notices": list(plan.notices), **_summary(ranges)})
         return
-    rows = _summary(scales)
-    rows["layers"] = [f"{component}: {len(layers)}" for component, layers in scales.amax.items()]
+    rows = _summary(ranges)
+    rows["layers"] = [f"{component}: {len(layers)}" for component, layers in ranges.amax.items()]
     print_table(f"Input ranges in {out}", ("", ""), list(rows.items()))
 
 
-def _summary(scales: Scales) -> dict[str, object]:
+def _summary(ranges: ActivationRanges) -> dict[str, object]:
     return {
-        "algorithm": scales.algorithm,
-        "samples": scales.samples,
-        "skipped": scales.skipped,
-        "without_caption": scales.without_caption,
-        "synthetic": scales.synthetic,
-        "set_hash": scales.set_hash,
-        "model": scales.model,
-        "layers": {component: len(layers) for component, layers in scales.amax.items()},
+        "algorithm": ranges.algorithm,
+        "samples": ranges.samples,
+        "skipped": ranges.skipped,
+        "without_caption": ranges.without_caption,
+        "synthetic": ranges.synthetic,
+        "set_hash": ranges.set_hash,
+        "model": ranges.model,
+        "layers": {component: len(layers) for component, layers in ranges.amax.items()},
     }

@@ -34,8 +34,8 @@ def qat(
     calib: Annotated[
         Path | None, typer.Option(help="Images and captions to calibrate on first; else those of --data.")
     ] = None,
-    scales: Annotated[
-        Path | None, typer.Option(help="Start from the ranges in this scales.json instead of measuring.")
+    ranges: Annotated[
+        Path | None, typer.Option(help="Start from the ranges in this ranges.json instead of measuring.")
     ] = None,
     algorithm: Annotated[
         str | None, typer.Option(help="How ranges are picked: max, percentile[-99.99], entropy or mse.")
@@ -67,7 +67,7 @@ def qat(
 ) -> None:
     """Fine-tune a model whose layers compute as a recipe will quantise them.
 
-    The result is a checkpoint with its recipe.yaml and scales.json, for 'build', which stores the very
+    The result is a checkpoint with its recipe.yaml and ranges.json, for 'build', which stores the very
     integers and scales that training simulated. A run that was stopped goes on, and ends with the same
     weights.
     """
@@ -91,7 +91,7 @@ def qat(
         teacher=teacher,
         data=data,
         calib=calib,
-        scales=scales,
+        ranges=ranges,
         algorithm=algorithm,
         steps=steps,
         batch=batch,

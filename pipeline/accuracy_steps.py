@@ -111,7 +111,7 @@ def scores_of(plan: BuildPlan, source: GraphSource, space: Workspace, preprocess
     """Task scores of the graphs of ``source``, computed once for all builds."""
     rules = {k: v for k, v in source.recipe.to_json().items() if k != "summary"}
     model = {**plan.identity, **after([preprocess])}
-    key = [model, rules, asdict(source.scales) if source.scales else None]
+    key = [model, rules, asdict(source.ranges) if source.ranges else None]
     return cached(key, partial(_graph_scores, plan, source, space))
 
 
@@ -130,12 +130,12 @@ def graph_manifest(plan: BuildPlan, manifest: Manifest, root: Path) -> Manifest:
 
 
 def _compared(plan: BuildPlan, source: GraphSource) -> list[GraphSource]:
-    """What is built, if it is quantised, and the other quantised recipes on the same scales."""
+    """What is built, if it is quantised, and the other quantised recipes on the same ranges."""
     if not plan.recipe.quantises:
         return []
     if folded_layers(plan.layers.schemes):
         return [source]  # the others would run on folded weights too
-    if source.scales is None or depends_on_type(source.scales.algorithm):
+    if source.ranges is None or depends_on_type(source.ranges.algorithm):
         return [source]  # the others need ranges that were not measured
     recipes = [load_recipe(n) for n in COMPARED if n != plan.recipe.name]
     return [source, *(replace(source, recipe=r, layers=plan_layers(r, plan.linear_shapes)) for r in recipes)]
@@ -203,7 +203,7 @@ def _simulated(
 
     stores = [p for rel in (BASE_STORE, LOW_STORE) if (p := space.staging_dir / rel).is_file()]
     quantised = Quantised(
-        stores, source.layers.quantised, source.recipe.base, source.scales, source.layers.attention
+        stores, source.layers.quantised, source.recipe.base, source.ranges, source.layers.attention
     )
     inputs = (plan.checkpoint, plan.components, quantised, plan.held_out, plan.settings, plan.tokenizer)
     return simulated_accuracy(*inputs, folder, progress=progress)

@@ -18,9 +18,9 @@ from ..calibration.calibrate import (
 from ..export.unquantized import weight_keys
 from ..models.finite import check_finite
 from ..quantization.algorithms import depends_on_type
-from ..quantization.ranges import Scales
+from ..quantization.ranges import ActivationRanges
 from ..quantization.schemes import folded_layers
-from .graph_steps import SCALES, folded_checkpoint
+from .graph_steps import RANGES, folded_checkpoint
 from .plan import SMOOTHING, BuildPlan
 from .workspace import Step, StepResult, Workspace, after, step_digest
 
@@ -140,7 +140,7 @@ def _given_factors(factors: bytes) -> Step:
 def calibrate_step(plan: BuildPlan, before: list[Step]) -> Step:
     """Activation ranges of every layer that the recipe quantises."""
     if plan.ranges_file is not None:
-        return _given_scales(plan.ranges_file.scales, before)
+        return _given_ranges(plan.ranges_file.ranges, before)
     kinds = plan.layers.rounded if depends_on_type(plan.algorithm) else {}
     inputs = {
         **plan.identity,
@@ -153,7 +153,7 @@ def calibrate_step(plan: BuildPlan, before: list[Step]) -> Step:
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         times: list[SegmentTime] = []
-        scales = calibrate(
+        ranges = calibrate(
             folded_checkpoint(plan, space.staging_dir),
             plan.components,
             plan.calibration,
@@ -169,12 +169,12 @@ def calibrate_step(plan: BuildPlan, before: list[Step]) -> Step:
         )
         if folded_layers(plan.layers.schemes):
             factors = (space.staging_dir / SMOOTHING).read_bytes()
-            scales = replace(scales, folded=hashlib.sha256(factors).hexdigest())
-        scales.save(space.staging_dir / SCALES)
-        layers = sum(len(v) for v in scales.amax.values())
+            ranges = replace(ranges, folded=hashlib.sha256(factors).hexdigest())
+        ranges.save(space.staging_dir / RANGES)
+        layers = sum(len(v) for v in ranges.amax.values())
         seconds = seconds_per_block(times)
-        return [SCALES], {
-            "samples": scales.samples,
+        return [RANGES], {
+            "samples": ranges.samples,
             "layers": layers,
             "seconds_per_sample_and_block": seconds,
         }
@@ -190,9 +190,9 @@ def calibrate_step(plan: BuildPlan, before: list[Step]) -> Step:
     )
 
 
-def _given_scales(scales: Scales, before: list[Step]) -> Step:
+def _given_ranges(ranges: ActivationRanges, before: list[Step]) -> Step:
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
-        scales.save(space.staging_dir / SCALES)
-        return [SCALES], {"given": True}
+        ranges.save(space.staging_dir / RANGES)
+        return [RANGES], {"given": True}
 
-    return Step("calibrate", {"given": asdict(scales), **after(before)}, run)
+    return Step("calibrate", {"given": asdict(ranges), **after(before)}, run)

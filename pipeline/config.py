@@ -43,7 +43,7 @@ class BuildConfig:
         calib_columns: names of the image and caption columns, where they cannot be guessed
             (:func:`..calibration.sources.open_calibration`).
         calib_seed: chooses the samples.
-        scales: a ``scales.json`` that was measured before; None: measure.
+        ranges: a ``ranges.json`` that was measured before; None: measure.
         algorithm: how ranges are picked (:mod:`..calibration.observers`); None: ``max``.
         targets: GPU generations, ``sm89,sm120``.
         backend: engines to build; empty: ONNX Runtime, and TensorRT-RTX if it is installed.
@@ -68,7 +68,7 @@ class BuildConfig:
     calib_samples: int = 256
     calib_columns: tuple[str, ...] = ()
     calib_seed: int = 0
-    scales: Path | None = None
+    ranges: Path | None = None
     algorithm: str | None = None
     targets: str = "sm89"
     backend: tuple[str, ...] = ()
@@ -95,7 +95,7 @@ class QatConfig:
         stage: whose losses, and whose data: 1 (contrastive) or 2.
         teacher: learn the answers of the model before quantisation instead (QAD).
         data: images and captions to train on; None: drawn scenes, for a model trained on them.
-        calib, scales, algorithm: as in :class:`BuildConfig`.
+        calib, ranges, algorithm: as in :class:`BuildConfig`.
         steps: optimiser steps.
         batch: images a step.
         lr, scale_lr: peak learning rates, of the weights and of the scales (as a share of their ranges).
@@ -114,7 +114,7 @@ class QatConfig:
     teacher: bool = False
     data: Path | None = None
     calib: Path | None = None
-    scales: Path | None = None
+    ranges: Path | None = None
     algorithm: str | None = None
     steps: int = 300
     batch: int = 32

@@ -23,7 +23,7 @@ from ..models.registry import component_module, component_of, component_spec
 from ..quantization.qdq import write_qdq
 from ..quantization.qdq_nodes import Style
 from ..quantization.quantize import quantise_layer, stored_tensors
-from ..quantization.ranges import Scales
+from ..quantization.ranges import ActivationRanges
 from ..quantization.recipe import LayerPlan, Recipe
 from ..quantization.schemes import folded_layers
 from .plan import SMOOTHING, BuildPlan
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 GRAPHS = Path("onnx")
 BASE_STORE = GRAPHS / "weights" / "base.safetensors"
 LOW_STORE = GRAPHS / "weights" / "quantised.safetensors"
-SCALES = "scales.json"
+RANGES = "ranges.json"
 
 MEGABYTE = 10**6
 STORES = ("weights", "quantise")
@@ -53,13 +53,13 @@ class GraphSource:
         checkpoint: the weights.
         recipe: gives the base type.
         layers: scheme of every linear layer.
-        scales: activation ranges; None where no input is rounded.
+        ranges: activation ranges; None where no input is rounded.
     """
 
     checkpoint: Checkpoint
     recipe: Recipe
     layers: LayerPlan
-    scales: Scales | None
+    ranges: ActivationRanges | None
 
     def variants(self) -> tuple[tuple[str, Style], ...]:
         """Compute type and runtime of the graphs of a component."""
@@ -162,7 +162,7 @@ def _quantised(
         promised = write_qdq(
             model,
             source.layers.quantised,
-            source.scales.amax[component] if source.scales else {},
+            source.ranges.amax[component] if source.ranges else {},
             compute=compute,
             base=source.recipe.base,
             style=style,
@@ -186,8 +186,8 @@ def _shape(tensors: dict[str, Any], layer: str) -> tuple[int, int]:
 
 def graph_source(plan: BuildPlan, root: Path) -> GraphSource:
     """What the graphs of ``plan`` are made from, once calibration is done."""
-    scales = Scales.load(root / SCALES) if plan.layers.rounded else None
-    return GraphSource(folded_checkpoint(plan, root), plan.recipe, plan.layers, scales)
+    ranges = ActivationRanges.load(root / RANGES) if plan.layers.rounded else None
+    return GraphSource(folded_checkpoint(plan, root), plan.recipe, plan.layers, ranges)
 
 
 def folded_checkpoint(plan: BuildPlan, root: Path) -> Checkpoint:

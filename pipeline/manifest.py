@@ -73,7 +73,7 @@ def engine_file(record: Record) -> EngineFile:
 def _calibration(plan: BuildPlan) -> Calibration | None:
     """What the ranges were measured on; None where nothing was."""
     if plan.ranges_file is not None:
-        made = plan.ranges_file.scales
+        made = plan.ranges_file.ranges
         found = (made.set_hash, made.samples, made.skipped, made.synthetic, made.without_caption)
         return Calibration(*found, made.samples < SMALL, made.algorithm)
     if not plan.measures:

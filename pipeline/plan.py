@@ -29,7 +29,7 @@ from ..models.registry import component_module, component_of, component_spec, fa
 from ..models.shipped import checkpoint_path
 from ..quantization.algorithms import algorithm_name
 from ..quantization.attention import attentions, operand_names
-from ..quantization.ranges import Scales
+from ..quantization.ranges import ActivationRanges
 from ..quantization.recipe import LayerPlan, Recipe, load_recipe, plan_layers
 from ..quantization.schemes import element_types, folded_layers
 from .config import BACKENDS, ORT, RTX, TENSORRT, BuildConfig
@@ -48,7 +48,7 @@ OWN_CALIBRATION = ("calibration.jsonl", "calibration")
 HELD_OUT = 32
 """Calibration samples kept back to measure accuracy on."""
 SMOOTHING = "smoothing.safetensors"
-"""What norms and layers were divided by, next to ``scales.json``, where the recipe folds."""
+"""What norms and layers were divided by, next to ``ranges.json``, where the recipe folds."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class RangesFile:
     """Ranges that were measured before.
 
     Args:
-        scales: as read and checked.
+        ranges: as read and checked.
         factors: content of :data:`SMOOTHING` next to them; None where the recipe folds nothing.
     """
 
-    scales: Scales
+    ranges: ActivationRanges
     factors: bytes | None
 
 
@@ -197,7 +197,7 @@ def plan_build(
     ranges_file = _ranges_file(config, recipe, layers, checkpoint, components, linears)
     calibration, held_out = _calibration_sets(config, recipe, layers, folder, evaluation, progress)
     if ranges_file is not None:
-        measured = ranges_file.scales
+        measured = ranges_file.ranges
         notices += set_notices(measured.samples, measured.synthetic, measured.without_caption)
     elif _measures(config, layers):
         notices += calibration.notices
@@ -382,7 +382,7 @@ def _evaluation(folder: Path) -> str | None:
 
 
 def _measures(config: BuildConfig, layers: LayerPlan) -> bool:
-    return config.scales is None and bool(layers.rounded or folded_layers(layers.quantised))
+    return config.ranges is None and bool(layers.rounded or folded_layers(layers.quantised))
 
 
 def _calibration_sets(
@@ -403,7 +403,7 @@ def _calibration_sets(
     source = config.calib or own
     if source is not None:
         # Otherwise only accuracy is measured; ranges from a file may come from this set, cut in the same way.
-        needed = count if measured or config.scales else min(count, 4 * HELD_OUT)
+        needed = count if measured or config.ranges else min(count, 4 * HELD_OUT)
         columns = config.calib_columns
         samples = open_calibration(source, needed, config.calib_seed, progress, columns)
         samples = replace(samples, cache=TensorCache(cache_folder() / "images"))
@@ -432,43 +432,43 @@ def _ranges_file(
     components: tuple[str, ...],
     linears: dict[str, tuple[int, int]],
 ) -> RangesFile | None:
-    """The ranges of ``config.scales``, checked against model and recipe.
+    """The ranges of ``config.ranges``, checked against model and recipe.
 
     Raises:
         UsageError: an algorithm was named too; the recipe measures nothing.
         InputError: the file is broken, of another model, or does not cover what the recipe quantises.
     """
-    path = config.scales
+    path = config.ranges
     if path is None:
         return None
     kinds, folds = layers.rounded, bool(folded_layers(layers.quantised))
     if config.algorithm is not None:
         raise UsageError(
-            "--algorithm and --scales were both given.",
-            "The scales have been measured already.",
+            "--algorithm and --ranges were both given.",
+            "The ranges have been measured already.",
             "Give one of them.",
         )
     if not kinds and not folds:
         raise UsageError(
-            f"Precision {recipe.name} takes no scales.", "It measures nothing.", "Leave --scales out."
+            f"Precision {recipe.name} takes no ranges.", "It measures nothing.", "Leave --ranges out."
         )
-    scales = Scales.load(path)
+    ranges = ActivationRanges.load(path)
     fused = {c: [o for n in names for o in operand_names(n)] for c, names in layers.attention.items()}
     rounded = {
         component: {name: kinds[name] for name in (*names, *fused.get(component, ())) if name in kinds}
         for component, names in _component_linears(checkpoint, components).items()
     }
-    scales.check(linears, rounded, checkpoint.revision)
-    return RangesFile(scales, _factors(recipe, path, scales, folds) if folds or scales.folded else None)
+    ranges.check(linears, rounded, checkpoint.revision)
+    return RangesFile(ranges, _factors(recipe, path, ranges, folds) if folds or ranges.folded else None)
 
 
-def _factors(recipe: Recipe, path: Path, scales: Scales, folds: bool) -> bytes:
+def _factors(recipe: Recipe, path: Path, ranges: ActivationRanges, folds: bool) -> bytes:
     """The factors next to ``path`` that the ranges were measured with."""
-    if not folds or not scales.folded:
-        without = "without" if scales.folded else "with"
+    if not folds or not ranges.folded:
+        without = "without" if ranges.folded else "with"
         raise InputError(
-            f"The scales are not those of precision {recipe.name}.",
-            f"They were measured on weights {'with' if scales.folded else 'without'} folded factors; "
+            f"The ranges are not those of precision {recipe.name}.",
+            f"They were measured on weights {'with' if ranges.folded else 'without'} folded factors; "
             f"this recipe is {without} them.",
             f"ivl-export calibrate --precision {recipe.name}",
         )
@@ -478,10 +478,10 @@ def _factors(recipe: Recipe, path: Path, scales: Scales, folds: bool) -> bytes:
     except OSError as error:
         raise InputError(
             f"{file} cannot be read.",
-            f"{error.strerror or error}. The scales were measured with the factors in it.",
+            f"{error.strerror or error}. The ranges were measured with the factors in it.",
             "Keep both files together.",
         ) from error
-    if hashlib.sha256(data).hexdigest() != scales.folded:
+    if hashlib.sha256(data).hexdigest() != ranges.folded:
         raise InputError(
             f"{file} does not belong to {path.name}.", "Its hash is another.", "Calibrate again."
         )

@@ -1,7 +1,7 @@
-"""Quantisation-aware training: a checkpoint and a recipe in, a checkpoint and its scales out.
+"""Quantisation-aware training: a checkpoint and a recipe in, a checkpoint and its ranges out.
 
 What is written is the published layout: quantised weights hold the very values that the graph will
-dequantise, so ``build --model OUT --precision OUT/recipe.yaml --scales OUT/scales.json`` stores the integers
+dequantise, so ``build --model OUT --precision OUT/recipe.yaml --ranges OUT/ranges.json`` stores the integers
 and scales that training simulated, bit for bit.
 """
 
@@ -26,9 +26,9 @@ from ..files.hashing import sha256_json
 from ..files.write import atomic
 from ..models.registry import CHAT, family_of
 from ..progress import Progress
-from ..quantization.ranges import Scales
+from ..quantization.ranges import ActivationRanges
 from .config import ORT, BuildConfig, QatConfig
-from .graph_steps import SCALES
+from .graph_steps import RANGES
 from .plan import EVALUATION, BuildPlan, plan_build
 from .run import calibrate
 
@@ -128,7 +128,7 @@ def plan_qat(config: QatConfig, progress: Callable[[int, int], None] | None = No
             config.model,
             config.recipe,
             calib=config.calib or config.data,
-            scales=config.scales,
+            ranges=config.ranges,
             algorithm=config.algorithm,
             backend=(ORT,),
         ),
@@ -205,33 +205,33 @@ class Outcome:
     @property
     def build_command(self) -> str:
         """What makes a bundle of it."""
-        scales = f" --scales {self.out / SCALES}" if self.rounded else ""
-        return f"ivl-export build --model {self.out} --precision {self.out / RECIPE}{scales}"
+        ranges = f" --ranges {self.out / RANGES}" if self.rounded else ""
+        return f"ivl-export build --model {self.out} --precision {self.out / RECIPE}{ranges}"
 
 
-def measured_scales(plan: BuildPlan, work: Path, progress: Progress) -> Scales:
+def measured_ranges(plan: BuildPlan, work: Path, progress: Progress) -> ActivationRanges:
     """The ranges that training starts from: a file's, those measured before in ``work``, or new ones."""
     if plan.ranges_file is not None:
-        return plan.ranges_file.scales
+        return plan.ranges_file.ranges
     if not plan.layers.rounded:
         nothing: dict[str, dict[str, float]] = {component: {} for component in plan.components}
-        return Scales(nothing, "none", 0, "", False, 0, plan.checkpoint.revision)
+        return ActivationRanges(nothing, "none", 0, "", False, 0, plan.checkpoint.revision)
     parts = [plan.checkpoint.revision, plan.calibration.hash, plan.algorithm, plan.recipe.to_json()]
     key = sha256_json(parts)[:16]
-    path = work / f"scales-{key}.json"
+    path = work / f"ranges-{key}.json"
     if path.is_file():
-        return Scales.load(path)
+        return ActivationRanges.load(path)
     work.mkdir(parents=True, exist_ok=True)
     return calibrate(replace(plan, config=replace(plan.config, out=path)), progress)
 
 
-def student_of(plan: BuildPlan, scales: Scales, learn: bool) -> InternVLModel:
+def student_of(plan: BuildPlan, ranges: ActivationRanges, learn: bool) -> InternVLModel:
     """The model of ``plan`` that computes as its graphs will."""
     from ..models.load import load_model
     from ..training.fake_quant import fake_quantised
 
     return fake_quantised(
-        load_model(plan.checkpoint), plan.layers.quantised, plan.recipe.base, scales.amax, learn=learn
+        load_model(plan.checkpoint), plan.layers.quantised, plan.recipe.base, ranges.amax, learn=learn
     )
 
 
@@ -248,7 +248,7 @@ def task_scores(plan: BuildPlan, model: InternVLModel) -> dict[str, Any] | None:
 
 def train_rank(
     config: QatConfig,
-    scales: Scales,
+    ranges: ActivationRanges,
     report: Callable[[TrainingProgress], None] = lambda progress: None,
     inspect: Callable[[int, InternVLModel], None] = lambda step, model: None,
 ) -> tuple[History, dict[str, Any]]:
@@ -260,7 +260,7 @@ def train_rank(
 
     qat = plan_qat(config)
     plan, tuning, rows = qat.build, qat.tuning, dist.own_rows(config.batch)
-    student = student_of(plan, scales, config.learn_scales)
+    student = student_of(plan, ranges, config.learn_scales)
     teacher = load_model(plan.checkpoint) if config.teacher else None
     data: Dataset[Stage2Batch]
     if qat.data is None:
@@ -270,7 +270,7 @@ def train_rank(
     identity = {
         "model": plan.checkpoint.revision,
         "recipe": json.dumps(plan.recipe.to_json(), sort_keys=True),
-        "scales": json.dumps(scales.amax, sort_keys=True),
+        "ranges": json.dumps(ranges.amax, sort_keys=True),
         "data": qat.data_hash,
         "learn": config.learn_scales,
     }
@@ -292,7 +292,7 @@ def run(
     from ..training.launch import together
 
     config, plan = qat.config, qat.build
-    scales = measured_scales(plan, config.work, progress)
+    ranges = measured_ranges(plan, config.work, progress)
     curve: list[dict[str, Any]] = []
 
     def inspect(step: int, model: InternVLModel) -> None:
@@ -301,26 +301,26 @@ def run(
 
     cpu = _cpu_seconds()
     progress.started("train", config.steps)
-    result = together(processes, train_rank, (config, scales), report=report, inspect=inspect)
+    result = together(processes, train_rank, (config, ranges), report=report, inspect=inspect)
     if result is None:
         return None
     history, state = result
     cpu = _cpu_seconds() - cpu
     progress.finished("train", history.seconds, False)
     started = time.perf_counter()
-    student = student_of(plan, scales, config.learn_scales)
+    student = student_of(plan, ranges, config.learn_scales)
     student.load_state_dict(state)
     progress.started("measure", None)
     before = {
         "fp32": task_scores(plan, load_model(plan.checkpoint)),
-        "ptq": task_scores(plan, student_of(plan, scales, False)),
+        "ptq": task_scores(plan, student_of(plan, ranges, False)),
     }
     with tempfile.TemporaryDirectory(
         dir=config.out.absolute().parent, prefix=f".{config.out.name}."
     ) as folder:
         staging = Path(folder) / config.out.name
-        new = write_checkpoint(plan, student, scales, staging)
-        after = task_scores(new, student_of(new, Scales.load(staging / SCALES), False))
+        new = write_checkpoint(plan, student, ranges, staging)
+        after = task_scores(new, student_of(new, ActivationRanges.load(staging / RANGES), False))
         receipt = _receipt(qat, history, cpu, processes, {**before, "qat": after}, curve)
         (staging / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
         if find_spec("matplotlib") is not None:
@@ -332,8 +332,10 @@ def run(
     return Outcome(config.out, receipt, bool(plan.layers.rounded))
 
 
-def write_checkpoint(plan: BuildPlan, student: InternVLModel, scales: Scales, folder: Path) -> BuildPlan:
-    """Write ``student`` in the published layout with recipe and scales; the plan of it.
+def write_checkpoint(
+    plan: BuildPlan, student: InternVLModel, ranges: ActivationRanges, folder: Path
+) -> BuildPlan:
+    """Write ``student`` in the published layout with recipe and ranges; the plan of it.
 
     Quantised weights are in fp32, which holds integer times scale exactly; the rest is in the base type.
     """
@@ -354,9 +356,9 @@ def write_checkpoint(plan: BuildPlan, student: InternVLModel, scales: Scales, fo
     if plan.evaluation:
         (folder / EVALUATION).write_text(json.dumps({"tasks": plan.evaluation}) + "\n", encoding="utf-8")
     recipe = str(folder / RECIPE)
-    new = plan_build(replace(plan.config, model=folder, precision=recipe, scales=None, algorithm=None))
-    ranges = trained_ranges(student, scales.amax)
-    replace(scales, amax=ranges, model=new.checkpoint.revision).save(folder / SCALES)
+    new = plan_build(replace(plan.config, model=folder, precision=recipe, ranges=None, algorithm=None))
+    amax = trained_ranges(student, ranges.amax)
+    replace(ranges, amax=amax, model=new.checkpoint.revision).save(folder / RANGES)
     return new
 
 
@@ -441,7 +443,7 @@ def _receipt(
     return {
         "recipe": plan.recipe.name,
         "model": plan.checkpoint.revision,
-        "algorithm": plan.algorithm if plan.ranges_file is None else plan.ranges_file.scales.algorithm,
+        "algorithm": plan.algorithm if plan.ranges_file is None else plan.ranges_file.ranges.algorithm,
         "data": qat.data_hash,
         "settings": settings,
         "seconds": history.seconds,

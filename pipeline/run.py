@@ -15,13 +15,13 @@ from ..engines.memory import check_memory
 from ..errors import AccuracyError, BuildError, UsageError
 from ..files.json import read_json
 from ..progress import Progress
-from ..quantization.ranges import Scales
+from ..quantization.ranges import ActivationRanges
 from ..quantization.schemes import folded_layers
 from .accuracy_steps import accuracy_step, headlines, tasks_step
 from .calibration_steps import calibrate_step, finite_step, fold_steps, preprocess_step
 from .config import MIXED, BuildConfig
 from .engine_steps import engine_step, verification_step
-from .graph_steps import SCALES, graph_step, store_steps
+from .graph_steps import RANGES, graph_step, store_steps
 from .manifest import manifest_of
 from .plan import SMOOTHING, BuildPlan, plan_build
 from .search_steps import plan_mixed, search_steps
@@ -29,7 +29,7 @@ from .workspace import RECEIPT, Record, Step, Workspace, run_step
 
 DEFAULT_BUDGET = 1.0
 HEADROOM = 256 << 20
-"""Disk for what is small: graphs, receipts, scales."""
+"""Disk for what is small: graphs, receipts, ranges."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def build(plan: BuildPlan, progress: Progress) -> Result:
         return result
 
 
-def calibrate(plan: BuildPlan, progress: Progress) -> Scales:
+def calibrate(plan: BuildPlan, progress: Progress) -> ActivationRanges:
     """Measure the ranges of ``plan`` and write them to ``plan.config.out``, whole or not at all.
 
     A recipe that folds factors into the weights gets them next to it, as :data:`.plan.SMOOTHING`. A run that
@@ -179,11 +179,11 @@ def calibrate(plan: BuildPlan, progress: Progress) -> Scales:
         check_disk(out, steps)
         for step in steps:
             run_step(space, step)
-        for name, place in ((SMOOTHING, out.parent / SMOOTHING), (SCALES, out)):
+        for name, place in ((SMOOTHING, out.parent / SMOOTHING), (RANGES, out)):
             if (space.staging_dir / name).is_file():
                 (space.staging_dir / name).replace(place)
         space.discard()
-    return Scales.load(out)
+    return ActivationRanges.load(out)
 
 
 def check_disk(out: Path, steps: Sequence[Step]) -> None:

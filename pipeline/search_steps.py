@@ -16,14 +16,14 @@ from ..engines.targets import parse_targets
 from ..errors import CapabilityError, UsageError
 from ..files.json import read_json
 from ..progress import Progress
-from ..quantization.ranges import Scales
+from ..quantization.ranges import ActivationRanges
 from ..quantization.recipe import Recipe, plan_layers
 from ..quantization.schemes import element_types
 from .accuracy_steps import cached, evaluate_torch, headlines, question_counts, scores_of
 from .calibration_steps import calibrate_step, finite_step, preprocess_step
 from .config import MIXED, BuildConfig
 from .graph_steps import (
-    SCALES,
+    RANGES,
     GraphSource,
     component_weights,
     write_base_store,
@@ -46,11 +46,11 @@ def plan_mixed(config: BuildConfig, progress: Progress) -> BuildPlan:
         UsageError: an option that a search cannot take.
         CapabilityError: no published peaks for the target's GPU.
     """
-    if config.scales is not None or config.algorithm not in (None, "max"):
+    if config.ranges is not None or config.algorithm not in (None, "max"):
         raise UsageError(
             f"--precision {MIXED} measures ranges itself, with max.",
             "Its recipe is not known when they are measured.",
-            "Leave --scales and --algorithm out.",
+            "Leave --ranges and --algorithm out.",
         )
     first = plan_build(replace(config, precision="int8"), progress.advanced)  # a recipe that all targets run
     with Workspace(config.out, progress) as space:
@@ -88,14 +88,14 @@ def _search_step(plan: BuildPlan, preprocess: Step, before: list[Step]) -> Step:
     budget = BUDGETS[MIXED] if plan.config.budget is None else plan.config.budget
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
-        scales = Scales.load(space.staging_dir / SCALES)
+        ranges = ActivationRanges.load(space.staging_dir / RANGES)
         found = Sensitivity.from_json(read_json(space.staging_dir / RECEIPT))
         measured = 0
 
         def lost(schemes: dict[str, str]) -> float:
             nonlocal measured
             recipe = as_recipe(MIXED, schemes, list(plan.linear_shapes), plan.recipe.base, "")
-            made = GraphSource(plan.checkpoint, recipe, plan_layers(recipe, plan.linear_shapes), scales)
+            made = GraphSource(plan.checkpoint, recipe, plan_layers(recipe, plan.linear_shapes), ranges)
             loss = (_task_loss if tasks else _cosine_loss)(plan, made, space, preprocess)
             measured += 1
             advanced(measured)
@@ -168,7 +168,7 @@ def _cosine_loss(plan: BuildPlan, made: GraphSource, space: Workspace, _: Step) 
         keys, layers = component_weights(made, plan.components)
         stores = [root / p for p in write_base_store(made, keys, root)]
         stores += [root / p for p in write_quantised_store(made, layers, root)]
-        quantised = Quantised(stores, made.layers.quantised, made.recipe.base, made.scales)
+        quantised = Quantised(stores, made.layers.quantised, made.recipe.base, made.ranges)
         found = simulated_accuracy(
             plan.checkpoint, plan.components, quantised, plan.held_out, plan.settings, plan.tokenizer, root
         )

@@ -19,11 +19,11 @@ from ..models.registry import CHAT, family_of
 from ..progress import Progress
 from ..quantization.attention import FP8_ATTENTION, core_attentions, operand_names
 from ..quantization.quantize import dequantise, quantise
-from ..quantization.ranges import Scales
+from ..quantization.ranges import ActivationRanges
 from ..quantization.schemes import SCHEMES
 from .accuracy_steps import headlines
 from .calibration_steps import calibrate_step, finite_step, preprocess_step
-from .graph_steps import SCALES
+from .graph_steps import RANGES
 from .plan import BuildPlan
 from .workspace import Step, StepResult, Workspace, after, run_step, write_receipt
 
@@ -52,7 +52,7 @@ def sensitivity_step(plan: BuildPlan, schemes: Sequence[str], before: list[Step]
             plan.checkpoint,
             plan.components,
             schemes,
-            Scales.load(space.staging_dir / SCALES),
+            ActivationRanges.load(space.staging_dir / RANGES),
             plan.held_out,
             plan.settings,
             plan.tokenizer,
@@ -87,7 +87,9 @@ def tasks_step(plan: BuildPlan, questions: int, before: Step, variants: int) -> 
         with known.open("a", encoding="utf-8") as lines:
             for done, key in enumerate(asked, 1):
                 if key not in lost:
-                    tasks = tasks or LayerTasks(plan, Scales.load(space.staging_dir / SCALES), questions)
+                    tasks = tasks or LayerTasks(
+                        plan, ActivationRanges.load(space.staging_dir / RANGES), questions
+                    )
                     lost[key] = tasks.lost(*key)
                     lines.write(json.dumps([before.digest, *key, lost[key]]) + "\n")
                     lines.flush()
@@ -184,14 +186,14 @@ class LayerTasks:
 
     Args:
         plan: names the model and its questions.
-        scales: input ranges; each pass through QLLaMA has its own.
+        ranges: input ranges; each pass through QLLaMA has its own.
         questions: of each task; of a chat model scenes, which get one or two.
     """
 
     model: nn.Module
 
-    def __init__(self, plan: BuildPlan, scales: Scales, questions: int = QUESTIONS) -> None:
-        self.plan, self.scales = plan, scales
+    def __init__(self, plan: BuildPlan, ranges: ActivationRanges, questions: int = QUESTIONS) -> None:
+        self.plan, self.ranges = plan, ranges
         self.chat = family_of(plan.checkpoint.model).form == CHAT
         self.model, self._answers = (_chat if self.chat else _internvl)(plan, questions)
         self._pass = "vision"
@@ -210,7 +212,7 @@ class LayerTasks:
     def _quantised(self, layer: str, scheme: str) -> Iterator[None]:
         import torch
 
-        base, ranges = self.plan.recipe.base, self.scales.amax
+        base, ranges = self.plan.recipe.base, self.ranges.amax
         hooks: Mapping[str, Callable[..., Any]]
         with ExitStack() as stack:
             if not self.chat:

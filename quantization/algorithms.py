@@ -15,7 +15,7 @@ BY_TYPE = ("entropy", "mse")
 
 
 def algorithm_name(algorithm: str) -> str:
-    """``algorithm`` as recorded in ``scales.json``: ``percentile`` alone is ``percentile-99.99``.
+    """``algorithm`` as recorded in ``ranges.json``: ``percentile`` alone is ``percentile-99.99``.
 
     Raises:
         UsageError: no such algorithm, or a percentile that is none.

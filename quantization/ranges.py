@@ -1,4 +1,4 @@
-"""``scales.json``: measured input ranges of linear layers and attentions, for each component. No torch."""
+"""``ranges.json``: measured input ranges of linear layers and attentions, for each component. No torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Shape = Annotated[list[Annotated[int, Meta(gt=0)]], Meta(min_length=2, max_lengt
 
 
 @dataclass(frozen=True)
-class Scales:
+class ActivationRanges:
     """Input magnitudes that a type's largest value stands for, and what they were measured on.
 
     Args:
@@ -56,19 +56,19 @@ class Scales:
     folded: str = ""
 
     def save(self, path: Path) -> None:
-        """Write ``path`` (a ``scales.json``), whole or not at all."""
+        """Write ``path`` (a ``ranges.json``), whole or not at all."""
         text = json.dumps({"version": VERSION, **asdict(self)}, indent=1, sort_keys=True, ensure_ascii=False)
         with atomic(path) as partial:
             partial.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> Scales:
+    def load(cls, path: Path) -> ActivationRanges:
         """Read ``path``; InputError names what does not fit."""
         try:
             data = read_json(path)
         except OSError as error:
             raise InputError(
-                f"Scales {path} cannot be read.",
+                f"Activation ranges {path} cannot be read.",
                 error.strerror or str(error),
                 "Check the path, or measure them: ivl-export calibrate.",
             ) from error
@@ -77,17 +77,17 @@ class Scales:
         return cls.from_json(data, str(path))
 
     @classmethod
-    def from_json(cls, data: Any, source: str = "scales.json") -> Scales:
+    def from_json(cls, data: Any, source: str = "ranges.json") -> ActivationRanges:
         """Inverse of :meth:`save`, from parsed JSON."""
         if not isinstance(data, dict) or data.get("version") != VERSION:
-            raise InputError(f"{source} holds no scales of version {VERSION}.", fix="Calibrate again.")
+            raise InputError(f"{source} holds no ranges of version {VERSION}.", fix="Calibrate again.")
         entries = {key: value for key, value in data.items() if key != "version"}
         return decode(cls, entries, what=source, fix="Calibrate again.", error=InputError)
 
     def check(
         self, shapes: Mapping[str, Iterable[int]], wanted: Mapping[str, Mapping[str, str]], model: str
     ) -> None:
-        """Refuse scales of another model, and such as do not cover what is quantised.
+        """Refuse ranges of another model, and such as do not cover what is quantised.
 
         Args:
             shapes: every linear layer of the model -> [out, in].
@@ -103,27 +103,27 @@ class Scales:
         surplus = sorted(measured - set(shapes))
         if surplus:
             raise InputError(
-                "The scales do not belong to this model.",
+                "The ranges do not belong to this model.",
                 f"They name {len(surplus)} layers it does not have, for example {surplus[0]}.",
-                "Calibrate this model, or give the scales that were measured on it.",
+                "Calibrate this model, or give the ranges that were measured on it.",
             )
         for layer in sorted(measured):
             if self.shapes.get(layer) != list(shapes[layer]):
                 raise InputError(
-                    "The scales do not belong to this model.",
+                    "The ranges do not belong to this model.",
                     f"They give {layer} the shape {self.shapes.get(layer)}, it is {list(shapes[layer])}.",
-                    "Calibrate this model, or give the scales that were measured on it.",
+                    "Calibrate this model, or give the ranges that were measured on it.",
                 )
         if self.model != model:
             raise InputError(
-                "The scales were measured on other weights.",
+                "The ranges were measured on other weights.",
                 f"They name revision {self.model[:12]}, the checkpoint is {model[:12]}.",
                 "Calibrate this checkpoint.",
             )
         absent = sorted(set(wanted) - set(self.amax))
         if absent:
             raise InputError(
-                f"The scales say nothing about {', '.join(absent)}.", fix="Calibrate with these components."
+                f"The ranges say nothing about {', '.join(absent)}.", fix="Calibrate with these components."
             )
         for component, layers in wanted.items():
             self._check_layers(component, layers)
@@ -132,7 +132,7 @@ class Scales:
         lacking = sorted(set(layers) - set(self.amax[component]))
         if lacking:
             raise InputError(
-                f"The scales have no range for {len(lacking)} layers of {component} that are quantised.",
+                f"{len(lacking)} layers of {component} that are quantised have no range.",
                 f"For example {lacking[0]}.",
                 "Calibrate again.",
             )
@@ -141,7 +141,7 @@ class Scales:
         for layer, kind in layers.items():
             if (picked := self.kinds.get(layer, "int8")) != kind:
                 raise InputError(
-                    f"The scales were picked for other types: {layer} for {picked}, not {kind}.",
+                    f"The ranges were picked for other types: {layer} for {picked}, not {kind}.",
                     f"What {self.algorithm} picks depends on the type.",
                     "Calibrate with the --precision you build with, or with --algorithm max.",
                 )

@@ -188,7 +188,7 @@ def fake_quantised(
         model: in fp32. All ways through it are simulated: embeddings, generation, the stages' losses.
         schemes: quantised layer -> one of :data:`..quantization.schemes.SCHEMES`.
         base: the recipe's base.
-        amax: component -> layer -> range, as in ``scales.json``.
+        amax: component -> layer -> range, as in ``ranges.json``.
         learn: whether scales are learned with the weights.
 
     Raises:

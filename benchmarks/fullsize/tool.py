@@ -25,7 +25,7 @@ from ivl_export.pipeline.graph_steps import (
     write_quantised_store,
 )
 
-SCALES = "scales.json"
+RANGES = "ranges.json"
 SAMPLES = 4
 SET, DEVICES = 512, 20
 """What the time of a whole calibration is estimated for: samples, and devices as fast as this one."""
@@ -34,7 +34,7 @@ RECIPE = "fp8"
 
 
 def source(model: Path, name: str = RECIPE) -> GraphSource:
-    """The checkpoint and what the recipe ``name`` makes of it, without scales."""
+    """The checkpoint and what the recipe ``name`` makes of it, without ranges."""
     from torch import nn
 
     from ivl_export.models.checkpoint import open_checkpoint
@@ -101,7 +101,7 @@ def calibrate(model: Path, out: Path, components: Sequence[str]) -> dict[str, An
     tokenizer = SentencePieceTokenizer(model / "tokenizer.model")
     times: list[SegmentTime] = []
     chosen = scenes_calibration(SAMPLES)
-    scales = measure(
+    ranges = measure(
         open_checkpoint(model),
         components,
         chosen,
@@ -111,7 +111,7 @@ def calibrate(model: Path, out: Path, components: Sequence[str]) -> dict[str, An
         folder=out / "calibration",
         timed=times.append,
     )
-    scales.save(out / SCALES)
+    ranges.save(out / RANGES)
     per_block = seconds_per_block(times)
     full = calibration_seconds(InternVLConfig(), per_block, SET, DEVICES)
     return {
@@ -122,10 +122,10 @@ def calibrate(model: Path, out: Path, components: Sequence[str]) -> dict[str, An
 
 
 def graphs(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
-    """The stores, and the FP8 graphs with the scales that :func:`calibrate` left in ``out``."""
-    from ivl_export.quantization.ranges import Scales
+    """The stores, and the FP8 graphs with the ranges that :func:`calibrate` left in ``out``."""
+    from ivl_export.quantization.ranges import ActivationRanges
 
-    made = replace(source(model), scales=Scales.load(out / SCALES))
+    made = replace(source(model), ranges=ActivationRanges.load(out / RANGES))
     quantise(model, out, components)
     promised = {c: len(write_graph(made, c, out, made.recipe.base, "tensorrt")) for c in components}
     return {"promised": promised}

@@ -109,7 +109,7 @@ def open_torch(
 
     Args:
         spec: the component's contract.
-        path: the bundle; its stored weights and ``scales.json`` are read, graphs and engines are not.
+        path: the bundle; its stored weights and ``ranges.json`` are read, graphs and engines are not.
         device: ``cpu``, ``cuda``, ``cuda:N``.
         dtype: what everything unquantised computes in: ``fp32``, ``bf16``, ``fp16``; None: fp32 on the CPU,
             else the base type of the bundle's recipe.

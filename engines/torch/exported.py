@@ -32,7 +32,7 @@ def open_torch_tensorrt(
 
     Args:
         spec: the component's contract; its axes give the range of shapes.
-        path: the bundle; its stored weights and ``scales.json`` are read.
+        path: the bundle; its stored weights and ``ranges.json`` are read.
         device: ``cuda`` or ``cuda:N``.
         dtype: as for :func:`.engine.open_torch`.
         settings: further arguments of ``torch_tensorrt.dynamo.compile`` (``optimization_level``,

@@ -1,4 +1,4 @@
-"""Modules of a bundle's components: stored weights, stored 8-bit values, ``scales.json``; FP8 attention.
+"""Modules of a bundle's components: stored weights, stored 8-bit values, ``ranges.json``; FP8 attention.
 
 A weight that several components read is one tensor in the process, as it is one in the store.
 """
@@ -24,7 +24,7 @@ from ...models.storage import open_reader
 from ...models.vit import Block
 from ...quantization.attention import attention_scales, attentions, fake_attention
 from ...quantization.quantize import activation_scale, stored_names
-from ...quantization.ranges import Scales
+from ...quantization.ranges import ActivationRanges
 from ...quantization.recipe import Recipe
 from ...quantization.schemes import SCHEMES
 from .linears import Product, quantised_linear
@@ -185,12 +185,12 @@ def _attentions_in_fp8(component: str, config: ModelConfig) -> list[str]:
 
 
 def _ranges(bundle: Bundle, component: str) -> Mapping[str, float]:
-    scales = Scales.load(bundle.path("scales.json"))
-    if component not in scales.amax:
+    ranges = ActivationRanges.load(bundle.path("ranges.json"))
+    if component not in ranges.amax:
         raise CapabilityError(
-            f"The bundle's scales say nothing about {component}.", "", "Rebuild the bundle with it."
+            f"The bundle has no activation ranges of {component}.", "", "Rebuild the bundle with it."
         )
-    return scales.amax[component]
+    return ranges.amax[component]
 
 
 def _input_scale(scheme: str, amax: float | None, base: str, layer: str) -> float | None:
@@ -198,7 +198,9 @@ def _input_scale(scheme: str, amax: float | None, base: str, layer: str) -> floa
     if not kind:
         return None
     if amax is None:
-        raise IntegrityError(f"The bundle's scales lack layer {layer}.", "", "Rebuild the bundle.")
+        raise IntegrityError(
+            f"The bundle has no activation range of layer {layer}.", "", "Rebuild the bundle."
+        )
     return activation_scale(amax, kind, base)
 
 

@@ -36,7 +36,7 @@ from ivl_export.quantization.attention import (
 from ivl_export.quantization.qdq import quantised_gemms, write_qdq
 from ivl_export.quantization.qdq_attention import quantised_attentions
 from ivl_export.quantization.quantize import activation_scale
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan_layers
 from ivl_export.tests.calibration.reference import reference_modules, reference_runners, torch_runner
 from ivl_export.tests.calibration.test_qdq import bound, runner
@@ -49,9 +49,9 @@ Sets = tuple[CalibrationSet, CalibrationSet]
 
 
 @pytest.fixture(scope="module")
-def scales(
+def ranges(
     shallow: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
-) -> Scales:
+) -> ActivationRanges:
     return calibrate(shallow, EVERY, scenes[0], settings, tokenizer, batch_size=4)
 
 
@@ -101,33 +101,33 @@ def test_a_causal_row_sees_what_stands_before_it() -> None:
         assert torch.allclose(part, whole[:, :n], atol=1e-6)
 
 
-def test_calibration_sees_the_scaled_query(shallow: Checkpoint, scales: Scales) -> None:
+def test_calibration_sees_the_scaled_query(shallow: Checkpoint, ranges: ActivationRanges) -> None:
     for component, names in everything(shallow).items():
         operands = {name for attention in names for name in operand_names(attention)}
-        assert operands <= set(scales.amax[component])
+        assert operands <= set(ranges.amax[component])
     shapes = {k.removesuffix(".weight"): r.shape for k, r in shallow.tensors.items() if len(r.shape) == 2}
     names = operand_names("vision_model.encoder.layers.0.attn")
     wanted = {"vision": dict.fromkeys(names, "fp8")}
-    scales.check(shapes, wanted, shallow.revision)
-    amax = {"vision": {k: v for k, v in scales.amax["vision"].items() if k != names[1]}}
+    ranges.check(shapes, wanted, shallow.revision)
+    amax = {"vision": {k: v for k, v in ranges.amax["vision"].items() if k != names[1]}}
     with pytest.raises(InputError, match=r"no range.*attn\.k"):
-        replace(scales, amax=amax).check(shapes, wanted, shallow.revision)
+        replace(ranges, amax=amax).check(shapes, wanted, shallow.revision)
     with pytest.raises(InputError, match="do not belong"):
-        replace(scales, amax={"vision": {"elsewhere.attn.q": 1.0}}).check(shapes, {}, shallow.revision)
+        replace(ranges, amax={"vision": {"elsewhere.attn.q": 1.0}}).check(shapes, {}, shallow.revision)
     # QK-norm holds every row of q to a mean square of 1, so the scaled amax is at most 1.
-    assert scales.amax["vision"]["vision_model.encoder.layers.0.attn.q"] < 64**0.5 / 4
+    assert ranges.amax["vision"]["vision_model.encoder.layers.0.attn.q"] < 64**0.5 / 4
 
 
 @pytest.mark.parametrize("component", EVERY)
 def test_the_graph_equals_the_simulation(
     component: str,
     shallow: Checkpoint,
-    scales: Scales,
+    ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
     tokenizer: SentencePieceTokenizer,
 ) -> None:
-    names, amax = everything(shallow)[component], scales.amax[component]
+    names, amax = everything(shallow)[component], ranges.amax[component]
     model = export_component(component, shallow, "fp32")
     promised = write_qdq(model, {}, amax, compute="fp32", style="onnxruntime", attentions=names)
     assert promised == {f"{name}/softmax": "fp8" for name in names} == quantised_attentions(model)
@@ -161,9 +161,9 @@ def quantise_attention(module: torch.nn.Module, names: tuple[str, ...], amax: Ma
         cores[name].register_forward_hook(lambda m, a, o, own=own: hook(m, a, o, own))
 
 
-def test_unmeasured_attention(shallow: Checkpoint, scales: Scales) -> None:
+def test_unmeasured_attention(shallow: Checkpoint, ranges: ActivationRanges) -> None:
     name = "vision_model.encoder.layers.0.attn"
-    lacking = {k: v for k, v in scales.amax["vision"].items() if k != f"{name}.k"}
+    lacking = {k: v for k, v in ranges.amax["vision"].items() if k != f"{name}.k"}
     model = export_component("vision", shallow, "bf16")
     with pytest.raises(BuildError, match=r"attn\.k"):
         write_qdq(model, {}, lacking, compute="bf16", style="tensorrt", attentions=[name])

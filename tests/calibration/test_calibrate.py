@@ -1,4 +1,4 @@
-"""Calibration block by block: the same scales as whole modules, also after it was killed."""
+"""Calibration block by block: the same ranges as whole modules, also after it was killed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.shipped import nano_folder
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.tests.calibration.reference import whole_amax
 
 Sets = tuple[CalibrationSet, CalibrationSet]
@@ -143,7 +143,7 @@ def test_another_set_or_lost_activations_start_afresh(
         if done > 3 * 16:
             raise Stopped
 
-    def run(chosen: CalibrationSet, stopped: bool = False) -> tuple[Scales | None, int]:
+    def run(chosen: CalibrationSet, stopped: bool = False) -> tuple[ActivationRanges | None, int]:
         ran: list[SegmentTime] = []
         try:
             found = calibrate(

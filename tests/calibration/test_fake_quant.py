@@ -25,7 +25,7 @@ from ivl_export.quantization.quantize import (
     quantise,
     quantise_values,
 )
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.quantization.recipe import load_recipe, plan_layers
 from ivl_export.quantization.schemes import SCHEMES
 from ivl_export.training.distill import answers, distillation_losses
@@ -120,20 +120,20 @@ def test_gradients_are_straight_through_and_lsqs(kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def scales(
+def ranges(
     checkpoint: Checkpoint,
     scenes: tuple[CalibrationSet, CalibrationSet],
     settings: ImageSettings,
     tokenizer: SentencePieceTokenizer,
-) -> Scales:
+) -> ActivationRanges:
     return calibrate(checkpoint, COMPONENTS, scenes[0], settings, tokenizer, batch_size=4)
 
 
 @pytest.fixture
-def student(checkpoint: Checkpoint, scales: Scales) -> InternVLModel:
+def student(checkpoint: Checkpoint, ranges: ActivationRanges) -> InternVLModel:
     shapes = {n: (m.out_features, m.in_features) for n, m in linears(load_model(checkpoint)).items()}
     layers = plan_layers(load_recipe("int8"), shapes).quantised
-    return fake_quantised(load_model(checkpoint), layers, "bf16", scales.amax, learn=True)
+    return fake_quantised(load_model(checkpoint), layers, "bf16", ranges.amax, learn=True)
 
 
 @pytest.fixture
@@ -162,29 +162,29 @@ def seen_scales(student: InternVLModel) -> dict[str, list[Tensor]]:
 
 
 def test_every_pass_takes_its_components_ranges(
-    student: InternVLModel, batch: Stage2Batch, scales: Scales
+    student: InternVLModel, batch: Stage2Batch, ranges: ActivationRanges
 ) -> None:
     name = "qllama.model.layers.1.mlp.up_proj"
-    ranges = {c: activation_scale(scales.amax[c][name], "int8", "bf16") for c in COMPONENTS[1:]}
-    assert len(set(ranges.values())) == 3
+    scales = {c: activation_scale(ranges.amax[c][name], "int8", "bf16") for c in COMPONENTS[1:]}
+    assert len(set(scales.values())) == 3
     seen = seen_scales(student)
     with torch.no_grad():
         student.encode_text(batch.summarize.input_ids)
         student.query_pass(student.vision(batch.pixel_values))
         answers(student, batch, True)
     order = ("text", "query", "text", "query", "step")
-    assert [float(s) for s in seen[name]] == [ranges[f"qllama_{c}"] for c in order]
+    assert [float(s) for s in seen[name]] == [scales[f"qllama_{c}"] for c in order]
     assert {float(s) for s in seen["vision_model.encoder.layers.0.mlp.fc1"]} == {
-        activation_scale(scales.amax["vision"]["vision_model.encoder.layers.0.mlp.fc1"], "int8", "bf16")
+        activation_scale(ranges.amax["vision"]["vision_model.encoder.layers.0.mlp.fc1"], "int8", "bf16")
     }
     seen[name].clear()
     with torch.no_grad():
         stage2_losses(student, batch)
     (stacked,), rows, queries = seen[name], len(batch.labels), student.config.num_query_token
     assert stacked.shape == (3 * rows, queries + batch.labels.shape[1], 1)
-    assert (stacked[:, :queries] == ranges["qllama_query"]).all()
-    assert (stacked[: 2 * rows, queries:] == ranges["qllama_text"]).all()
-    assert (stacked[2 * rows :, queries:] == ranges["qllama_step"]).all()
+    assert (stacked[:, :queries] == scales["qllama_query"]).all()
+    assert (stacked[: 2 * rows, queries:] == scales["qllama_text"]).all()
+    assert (stacked[2 * rows :, queries:] == scales["qllama_step"]).all()
 
 
 def test_layers_of_one_input_share_its_scale(student: InternVLModel) -> None:
@@ -228,16 +228,16 @@ def test_distillation_compares_with_the_teacher(
 
 
 def test_state_and_ranges_are_published_ones(
-    student: InternVLModel, checkpoint: Checkpoint, scales: Scales
+    student: InternVLModel, checkpoint: Checkpoint, ranges: ActivationRanges
 ) -> None:
     state = trained_weights(student)
     assert set(state) == set(checkpoint.tensors)
-    assert trained_ranges(student, scales.amax).keys() == scales.amax.keys()
-    for component, layers in trained_ranges(student, scales.amax).items():
+    assert trained_ranges(student, ranges.amax).keys() == ranges.amax.keys()
+    for component, layers in trained_ranges(student, ranges.amax).items():
         for name, value in layers.items():
-            same = activation_scale(scales.amax[component][name], "int8", "bf16")
+            same = activation_scale(ranges.amax[component][name], "int8", "bf16")
             assert activation_scale(value, "int8", "bf16") == same
-            assert value == pytest.approx(scales.amax[component][name], rel=2**-8)
+            assert value == pytest.approx(ranges.amax[component][name], rel=2**-8)
     assert np.isfinite([float(v.abs().max()) for v in state.values()]).all()
 
 

@@ -23,7 +23,7 @@ from ivl_export.models.load import load_model
 from ivl_export.models.registry import component_spec
 from ivl_export.quantization.algorithms import algorithm_name
 from ivl_export.quantization.attention import core_attentions, operand_names
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.tests.calibration.reference import reference_runners
 
 pytestmark = pytest.mark.numeric
@@ -33,31 +33,31 @@ ALL = ("vision", "qllama_query", "qllama_text", "qllama_step")
 
 
 @pytest.fixture(scope="module")
-def scales(
+def ranges(
     checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
-) -> Scales:
+) -> ActivationRanges:
     return calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, batch_size=4)
 
 
-def test_every_linear_of_the_graphs_has_a_range_of_its_own(scales: Scales) -> None:
-    parts = {c: {n.split(".")[-1] for n in layers} for c, layers in scales.amax.items()}
+def test_every_linear_of_the_graphs_has_a_range_of_its_own(ranges: ActivationRanges) -> None:
+    parts = {c: {n.split(".")[-1] for n in layers} for c, layers in ranges.amax.items()}
     llama = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     operands = {"q", "k", "v"}  # of attentions, and of the vision head's linears
     assert parts["vision"] == {"qkv", "proj", "fc1", "fc2"} | operands
     assert parts["qllama_query"] == llama | {"proj"} | operands
     assert parts["qllama_text"] == llama | operands
     assert parts["qllama_step"] == llama | {"lm_head"} | operands
-    cross = {n for n in scales.amax["qllama_query"] if n.endswith("_proj") and "cross_attn" in n}
+    cross = {n for n in ranges.amax["qllama_query"] if n.endswith("_proj") and "cross_attn" in n}
     assert cross == {f"qllama.model.layers.0.cross_attn.{p}_proj" for p in "qkvo"}
     name = "qllama.model.layers.0.mlp.down_proj"
-    assert len({scales.amax[c][name] for c in ALL[1:]}) == 3
-    q, k, v = (scales.amax["qllama_text"][f"qllama.model.layers.1.self_attn.{p}_proj"] for p in "qkv")
+    assert len({ranges.amax[c][name] for c in ALL[1:]}) == 3
+    q, k, v = (ranges.amax["qllama_text"][f"qllama.model.layers.1.self_attn.{p}_proj"] for p in "qkv")
     assert q == k == v
 
 
 def test_ranges_equal_hooks_on_the_whole_model(
     checkpoint: Checkpoint,
-    scales: Scales,
+    ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
     tokenizer: SentencePieceTokenizer,
@@ -105,12 +105,12 @@ def test_ranges_equal_hooks_on_the_whole_model(
             seen.clear()
             seen.update(seen_before)
     for component, layers in found.items():
-        assert set(layers) == set(scales.amax[component])
+        assert set(layers) == set(ranges.amax[component])
         for layer, value in layers.items():
             if layer == "qllama.lm_head":  # teacher forcing shows it the last position only
-                assert scales.amax[component][layer] <= value * (1 + 1e-4)
+                assert ranges.amax[component][layer] <= value * (1 + 1e-4)
                 continue
-            assert scales.amax[component][layer] == pytest.approx(value, rel=1e-4), (component, layer)
+            assert ranges.amax[component][layer] == pytest.approx(value, rel=1e-4), (component, layer)
 
 
 def test_only_what_is_asked_and_what_it_needs(
@@ -150,7 +150,7 @@ def test_chain_equals_the_models_own_methods(
 
 def test_percentile_cuts_outliers(
     checkpoint: Checkpoint,
-    scales: Scales,
+    ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
     tokenizer: SentencePieceTokenizer,
@@ -158,7 +158,7 @@ def test_percentile_cuts_outliers(
     found = calibrate(checkpoint, ["vision"], scenes[0], settings, tokenizer, algorithm="percentile-99")
     assert found.algorithm == "percentile-99"
     for layer, value in found.amax["vision"].items():
-        assert 0 < value < scales.amax["vision"][layer]
+        assert 0 < value < ranges.amax["vision"][layer]
 
 
 @pytest.mark.parametrize(
@@ -206,26 +206,28 @@ def test_algorithms_by_name() -> None:
             observers(bad)
 
 
-def test_scales_round_trip_and_are_checked(scales: Scales, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    path = tmp_path / "scales.json"
-    scales.save(path)
-    assert Scales.load(path) == scales
-    assert [p.name for p in tmp_path.iterdir()] == ["scales.json"]
+def test_ranges_round_trip_and_are_checked(
+    ranges: ActivationRanges, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    path = tmp_path / "ranges.json"
+    ranges.save(path)
+    assert ActivationRanges.load(path) == ranges
+    assert [p.name for p in tmp_path.iterdir()] == ["ranges.json"]
     shapes = {n.removesuffix(".weight"): r.shape for n, r in checkpoint.tensors.items() if len(r.shape) == 2}
-    wanted = {component: dict.fromkeys(layers, "int8") for component, layers in scales.amax.items()}
+    wanted = {component: dict.fromkeys(layers, "int8") for component, layers in ranges.amax.items()}
     revision, qkv = checkpoint.revision, "vision_model.encoder.layers.0.attn.qkv"
-    scales.check(shapes, wanted, revision)
+    ranges.check(shapes, wanted, revision)
     with pytest.raises(InputError, match=r"1 layers it does not have, .*0\.attn\.qkv"):
-        scales.check({n: s for n, s in shapes.items() if n != qkv}, wanted, revision)
+        ranges.check({n: s for n, s in shapes.items() if n != qkv}, wanted, revision)
     with pytest.raises(InputError, match=r"0\.attn\.qkv the shape \[192, 64\], it is \[64, 64\]"):
-        scales.check({**shapes, qkv: (64, 64)}, wanted, revision)
+        ranges.check({**shapes, qkv: (64, 64)}, wanted, revision)
     with pytest.raises(InputError, match="nothing about vision_chat"):
-        scales.check(shapes, {"vision_chat": {}}, revision)
-    with pytest.raises(InputError, match="no range for 1 layers of qllama_text"):
-        scales.check(shapes, {"qllama_text": {qkv: "int8"}}, revision)
+        ranges.check(shapes, {"vision_chat": {}}, revision)
+    with pytest.raises(InputError, match=r"1 layers of qllama_text .* have no range"):
+        ranges.check(shapes, {"qllama_text": {qkv: "int8"}}, revision)
     with pytest.raises(InputError, match="other weights"):
-        scales.check(shapes, wanted, "0" * 64)
-    by_type = replace(scales, algorithm="mse", kinds={qkv: "fp8"})
+        ranges.check(shapes, wanted, "0" * 64)
+    by_type = replace(ranges, algorithm="mse", kinds={qkv: "fp8"})
     by_type.check(shapes, {"vision": {qkv: "fp8"}}, revision)
     with pytest.raises(InputError, match="qkv for fp8, not int8"):
         by_type.check(shapes, wanted, revision)
@@ -238,21 +240,23 @@ def test_scales_round_trip_and_are_checked(scales: Scales, checkpoint: Checkpoin
         ({"amax": {"vision": {"a": True}}}, r"amax\.vision\.a"),
         ({"amax": {"vision": {"a": 1e999}}}, "not valid JSON"),
         ({"amax": {"vision": [1]}}, r"amax\.vision.*not an object"),
-        ({"version": 1}, "no scales of version 2"),
+        ({"version": 1}, "no ranges of version 2"),
         ({"kinds": {"a": 3}}, r"kinds\.a"),
         ({"shapes": {"a": [3, 0]}}, r"shapes\.a\[1\]"),
         ({"samples": "3"}, "samples"),
         ({"extra": 1}, "unknown entry 'extra'"),
     ],
 )
-def test_bad_scales_files(change: dict[str, object], message: str, scales: Scales, tmp_path: Path) -> None:
-    path = tmp_path / "scales.json"
-    scales.save(path)
+def test_bad_ranges_files(
+    change: dict[str, object], message: str, ranges: ActivationRanges, tmp_path: Path
+) -> None:
+    path = tmp_path / "ranges.json"
+    ranges.save(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(InputError, match=message):
-        Scales.load(path)
+        ActivationRanges.load(path)
 
 
-def test_missing_scales_file(tmp_path: Path) -> None:
+def test_missing_ranges_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
-        Scales.load(tmp_path / "none.json")
+        ActivationRanges.load(tmp_path / "none.json")

@@ -33,7 +33,7 @@ from ivl_export.pipeline.run import build_steps
 from ivl_export.pipeline.workspace import Step, StepResult, Workspace
 from ivl_export.progress import Silent
 from ivl_export.quantization.quantize import dequantise, quantise, stored_names
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.synthetic.captions import caption
 from ivl_export.training.fake_quant import quantised_layers
 from ivl_export.training.finetune import SampleBatches, SceneSamples, Tuning
@@ -107,13 +107,13 @@ def test_the_built_graph_is_what_was_trained(asked: QatConfig, tmp_path: Path) -
         "preprocessor_config.json",
         "qat.json",
         "recipe.yaml",
-        "scales.json",
+        "ranges.json",
         "tokenizer.model",
     }
     # What training simulated last: its state, before anything was written in another form.
     before = plan_qat(asked).build
-    scales = qat.measured_scales(before, asked.work, Silent())
-    trained = qat.student_of(before, scales, True)
+    ranges = qat.measured_ranges(before, asked.work, Silent())
+    trained = qat.student_of(before, ranges, True)
     trained.load_state_dict(torch.load(asked.work / "state.pt", weights_only=True)["model"])
     layers = dict(quantised_layers(trained))
     clips = [layer.clip.detach() for layer in layers.values() if layer.clip is not None]
@@ -126,7 +126,7 @@ def test_the_built_graph_is_what_was_trained(asked: QatConfig, tmp_path: Path) -
             asked.out,
             str(asked.out / "recipe.yaml"),
             calib=asked.data,
-            scales=asked.out / "scales.json",
+            ranges=asked.out / "ranges.json",
             components=("vision",),
             backend=(ORT,),
         )
@@ -157,7 +157,7 @@ def test_the_built_graph_is_what_was_trained(asked: QatConfig, tmp_path: Path) -
             got = engine.run({"pixel_values": pixels})
         finally:
             engine.close()
-    found = Scales.load(asked.out / "scales.json")
+    found = ActivationRanges.load(asked.out / "ranges.json")
     for name, layer in layers.items():
         for component, wanted in zip(layer.components, layer.input_scales().tolist(), strict=True):
             assert found.amax[component][name] == 127 * wanted

@@ -23,7 +23,7 @@ from ivl_export.models.registry import component_spec
 from ivl_export.quantization.qdq import quantised_gemms, write_qdq
 from ivl_export.quantization.qdq_nodes import Style
 from ivl_export.quantization.quantize import LIMITS, activation_scale, dequantise, quantise, stored_names
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.quantization.recipe import load_recipe, plan_layers
 from ivl_export.tests.calibration.reference import reference_modules, reference_runners, torch_runner
 
@@ -36,9 +36,9 @@ SCHEMES = ("fp8", "int8")
 
 
 @pytest.fixture(scope="module")
-def scales(
+def ranges(
     shallow: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
-) -> Scales:
+) -> ActivationRanges:
     return calibrate(shallow, COMPONENTS, scenes[0], settings, tokenizer, batch_size=4)
 
 
@@ -123,7 +123,7 @@ def modelopt_fake_quantised(
 def test_onnxruntime_equals_modelopts_fake_quantisation(
     scheme: str,
     shallow: Checkpoint,
-    scales: Scales,
+    ranges: ActivationRanges,
     schemes: Callable[[str], dict[str, str]],
     scenes: Sets,
     settings: ImageSettings,
@@ -136,11 +136,11 @@ def test_onnxruntime_equals_modelopts_fake_quantisation(
     steps = list(run_chain(reference_runners(shallow, COMPONENTS), batch, shallow.model))
     for component in COMPONENTS:
         model = export_component(component, shallow, "fp32")
-        promised = write_qdq(model, planned, scales.amax[component], compute="fp32", style="onnxruntime")
+        promised = write_qdq(model, planned, ranges.amax[component], compute="fp32", style="onnxruntime")
         assert len(promised) == COUNTS[component]
         proto = bound(model, shallow, planned)
         onnx.checker.check_model(proto, full_check=True)
-        modelopt_fake_quantised(fakes[component], shallow, planned, scales.amax[component])
+        modelopt_fake_quantised(fakes[component], shallow, planned, ranges.amax[component])
         graph, fake = runner(proto, scheme == "fp8"), torch_runner(fakes[component], specs[component])
         step = next(s for s in steps if s.component == component)
         got, oracle = graph(step.inputs), fake(step.inputs)
@@ -156,13 +156,13 @@ def test_onnxruntime_equals_modelopts_fake_quantisation(
 def test_int8_fuses_to_integer_gemms_in_onnxruntime(
     component: str,
     shallow: Checkpoint,
-    scales: Scales,
+    ranges: ActivationRanges,
     schemes: Callable[[str], dict[str, str]],
     tmp_path: Any,
 ) -> None:
     model = export_component(component, shallow, "fp32")
     planned = schemes("int8")
-    promised = write_qdq(model, planned, scales.amax[component], compute="fp32", style="onnxruntime")
+    promised = write_qdq(model, planned, ranges.amax[component], compute="fp32", style="onnxruntime")
     path = str(tmp_path / "optimised.onnx")
     runner(bound(model, shallow, planned), False, path)
     kinds = [node.op_type for node in onnx.load(path).graph.node]
@@ -176,13 +176,13 @@ def test_tensorrt_style(
     component: str,
     scheme: str,
     shallow: Checkpoint,
-    scales: Scales,
+    ranges: ActivationRanges,
     schemes: Callable[[str], dict[str, str]],
 ) -> None:
     model = export_component(component, shallow, "bf16")
     planned = schemes(scheme)
-    promised = write_qdq(model, planned, scales.amax[component], compute="bf16", style="tensorrt")
-    assert promised == {n: scheme for n in scales.amax[component] if planned.get(n) == scheme}
+    promised = write_qdq(model, planned, ranges.amax[component], compute="bf16", style="tensorrt")
+    assert promised == {n: scheme for n in ranges.amax[component] if planned.get(n) == scheme}
     onnx.checker.check_model(bound(model, shallow, planned), full_check=True)
     nodes = {node.name: node for node in model.graph}
     for name in promised:  # DQ directly beside the GEMM, stored weights, nothing folded
@@ -203,12 +203,12 @@ def test_tensorrt_style(
 
 
 def test_a_layer_can_be_left_out_and_mixed(
-    shallow: Checkpoint, scales: Scales, schemes: Callable[[str], dict[str, str]]
+    shallow: Checkpoint, ranges: ActivationRanges, schemes: Callable[[str], dict[str, str]]
 ) -> None:
     model = export_component("qllama_step", shallow, "bf16")
     layer = "qllama.model.layers.0.self_attn."
     planned = {**schemes("fp8"), f"{layer}k_proj": "bf16", f"{layer}v_proj": "int8"}
-    promised = write_qdq(model, planned, scales.amax["qllama_step"], compute="bf16", style="tensorrt")
+    promised = write_qdq(model, planned, ranges.amax["qllama_step"], compute="bf16", style="tensorrt")
     assert len(promised) == 6
     assert promised[f"{layer}v_proj"] == "int8"
     assert f"{layer}k_proj" not in promised
@@ -226,9 +226,9 @@ def test_no_scheme_leaves_the_graph_as_it_was(style: Style, shallow: Checkpoint)
 
 
 def test_graph_and_calibration_must_agree(
-    shallow: Checkpoint, scales: Scales, schemes: Callable[[str], dict[str, str]]
+    shallow: Checkpoint, ranges: ActivationRanges, schemes: Callable[[str], dict[str, str]]
 ) -> None:
-    amax = scales.amax["vision"]
+    amax = ranges.amax["vision"]
     some = {n: v for n, v in amax.items() if not n.endswith("0.attn.qkv")}
     planned = schemes("fp8")
 

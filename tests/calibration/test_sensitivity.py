@@ -17,7 +17,7 @@ from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.quantization.attention import FP8_ATTENTION
 from ivl_export.quantization.quantize import activation_scale, dequantise, quantise, quantise_values
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.tests.calibration.reference import reference_modules
 
 pytestmark = pytest.mark.numeric
@@ -29,29 +29,29 @@ FC1 = "vision_model.encoder.layers.1.mlp.fc1"
 
 
 @pytest.fixture(scope="module")
-def scales(
+def ranges(
     checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
-) -> Scales:
+) -> ActivationRanges:
     return calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, batch_size=4)
 
 
 @pytest.fixture(scope="module")
 def found(
     checkpoint: Checkpoint,
-    scales: Scales,
+    ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
     tokenizer: SentencePieceTokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Sensitivity:
     folder = tmp_path_factory.mktemp("losses")
-    return measure(checkpoint, ALL, SCHEMES, scales, scenes[1], settings, tokenizer, folder, batch_size=2)
+    return measure(checkpoint, ALL, SCHEMES, ranges, scenes[1], settings, tokenizer, folder, batch_size=2)
 
 
 def test_it_equals_a_block_that_is_quantised_by_hand(
     found: Sensitivity,
     checkpoint: Checkpoint,
-    scales: Scales,
+    ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
     tokenizer: SentencePieceTokenizer,
@@ -63,7 +63,7 @@ def test_it_equals_a_block_that_is_quantised_by_hand(
         block, linear = vision.encoder.layers[1], vision.get_submodule("encoder.layers.1.mlp.fc1")
         want = block(x) - x
         linear.weight = torch.nn.Parameter(dequantise(*quantise(linear.weight, "int8")))
-        scale = torch.tensor(activation_scale(scales.amax["vision"][FC1], "int8", "bf16"))
+        scale = torch.tensor(activation_scale(ranges.amax["vision"][FC1], "int8", "bf16"))
         linear.register_forward_pre_hook(lambda _, a: (quantise_values(a[0], scale, "int8").float() * scale,))
         expected = compare(want.numpy(), (block(x) - x).numpy())
     (loss,) = [x for x in found.losses if (x.layer, x.scheme) == (FC1, "int8")]
@@ -96,7 +96,7 @@ def test_every_layer_of_the_blocks_in_every_scheme(found: Sensitivity, checkpoin
 def test_a_stopped_run_goes_on(
     found: Sensitivity,
     checkpoint: Checkpoint,
-    scales: Scales,
+    ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
     tokenizer: SentencePieceTokenizer,
@@ -109,7 +109,7 @@ def test_a_stopped_run_goes_on(
         if done > 4 * 5:  # in the second part of QLLaMA
             raise KeyboardInterrupt
 
-    inputs = (checkpoint, ALL, SCHEMES, scales, scenes[1], settings, tokenizer, tmp_path)
+    inputs = (checkpoint, ALL, SCHEMES, ranges, scenes[1], settings, tokenizer, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         measure(*inputs, batch_size=2, progress=stop)
     first = len(heard)
@@ -131,14 +131,14 @@ def test_odd_channels_are_named(
     value: float,
     kind: str,
     checkpoint: Checkpoint,
-    scales: Scales,
+    ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
     tokenizer: SentencePieceTokenizer,
     tmp_path: Path,
 ) -> None:
     strange = odd(checkpoint, tmp_path, "vision_model.encoder.layers.0.norm2.weight", 5, value)
-    inputs = (["vision"], ["int8-weight"], scales, scenes[1], settings, tokenizer, tmp_path / "spill")
+    inputs = (["vision"], ["int8-weight"], ranges, scenes[1], settings, tokenizer, tmp_path / "spill")
     found = measure(strange, *inputs)
     (finding,) = [f for f in found.findings if f.layer == "vision_model.encoder.layers.0.mlp.fc1"]
     assert (finding.kind, finding.channels, finding.count) == (kind, (5,), 1)
@@ -146,14 +146,14 @@ def test_odd_channels_are_named(
 
 def test_nan_is_refused_by_name(
     checkpoint: Checkpoint,
-    scales: Scales,
+    ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
     tokenizer: SentencePieceTokenizer,
     tmp_path: Path,
 ) -> None:
     strange = odd(checkpoint, tmp_path, "vision_model.encoder.layers.0.norm2.weight", 7, float("nan"))
-    inputs = (["vision"], ["int8-weight"], scales, scenes[1], settings, tokenizer, tmp_path / "spill")
+    inputs = (["vision"], ["int8-weight"], ranges, scenes[1], settings, tokenizer, tmp_path / "spill")
     with pytest.raises(BuildError, match=r"layers\.0\.mlp\.fc1 holds NaN.*channel 7 of 64"):
         measure(strange, *inputs)
     with pytest.raises(UsageError, match="int8-smooth"):

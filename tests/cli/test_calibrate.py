@@ -1,4 +1,4 @@
-"""``ivl-export calibrate``, and builds that take its scales."""
+"""``ivl-export calibrate``, and builds that take its ranges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ivl_export.errors import InputError, UsageError
 from ivl_export.pipeline.config import ORT, BuildConfig
 from ivl_export.pipeline.plan import BuildPlan, plan_build
 from ivl_export.pipeline.run import build_steps
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 
 
 def run(*args: object) -> int:
@@ -39,44 +39,44 @@ def options(model: Path, photos: Path, *more: object) -> tuple[object, ...]:
 def test_measured_once_and_built_from(
     tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, bundle = tmp_path / "scales.json", tmp_path / "bundle"
+    out, bundle = tmp_path / "ranges.json", tmp_path / "bundle"
     measure = options(tiny_model, photos, "--precision", "int8", "--algorithm", "mse", "--out", out)
     assert run("calibrate", *measure, "--json") == 0
     printed = capsys.readouterr()
     summary = json.loads(printed.out)
     assert (summary["algorithm"], summary["samples"], summary["synthetic"]) == ("mse", 9, False)
     assert "warning: The calibration set is small: 9 samples" in printed.err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["scales.json"], "nothing else is left"
-    scales = Scales.load(out)
-    operands = set(scales.kinds) - set(scales.shapes)
-    assert {kind for name, kind in scales.kinds.items() if name not in operands} == {"int8"}
-    assert {scales.kinds[name] for name in operands} == {"fp8"}, "attention is quantised to nothing else"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ranges.json"], "nothing else is left"
+    ranges = ActivationRanges.load(out)
+    operands = set(ranges.kinds) - set(ranges.shapes)
+    assert {kind for name, kind in ranges.kinds.items() if name not in operands} == {"int8"}
+    assert {ranges.kinds[name] for name in operands} == {"fp8"}, "attention is quantised to nothing else"
 
     build = options(tiny_model, photos, "--precision", "int8", "--backend", ORT, "--out", bundle)
-    assert run("build", *build, "--scales", out, "--json") == 0
+    assert run("build", *build, "--ranges", out, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert any("small: 9 samples" in notice for notice in report["notices"])
     built = Bundle.open(bundle)
-    assert (bundle / "scales.json").read_bytes() == out.read_bytes()
+    assert (bundle / "ranges.json").read_bytes() == out.read_bytes()
     recorded = built.manifest.calibration
     assert recorded is not None
-    assert (recorded.sha256, recorded.algorithm, recorded.small) == (scales.set_hash, "mse", True)
+    assert (recorded.sha256, recorded.algorithm, recorded.small) == (ranges.set_hash, "mse", True)
     # The same set, cut in the same way: what accuracy is measured on was not calibrated on.
     assert built.receipt("accuracy")["held_out"]
-    # A bundle's own scales do as well, and are the same build.
-    assert run("build", *build, "--scales", bundle / "scales.json", "--json") == 0
+    # A bundle's own ranges do as well, and are the same build.
+    assert run("build", *build, "--ranges", bundle / "ranges.json", "--json") == 0
     assert all(step["reused"] for step in json.loads(capsys.readouterr().out)["steps"])
 
 
 def test_smoothing_travels_with_the_scales(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "scales.json"
+    out = tmp_path / "ranges.json"
     measure = options(tiny_model, photos, "--precision", "int8-smoothquant", "--out", out)
     assert run("calibrate", *measure) == 0
     factors = tmp_path / "smoothing.safetensors"
-    assert Scales.load(out).folded
+    assert ActivationRanges.load(out).folded
 
     def opened(precision: str) -> BuildPlan:
-        asked = {"components": ("qllama_text",), "backend": (ORT,), "scales": out}
+        asked = {"components": ("qllama_text",), "backend": (ORT,), "ranges": out}
         return plan_build(BuildConfig(tmp_path / "b", tiny_model, precision, calib=photos, **asked))  # type: ignore[arg-type]
 
     given = opened("int8-smoothquant").ranges_file
@@ -85,7 +85,7 @@ def test_smoothing_travels_with_the_scales(tiny_model: Path, photos: Path, tmp_p
     with pytest.raises(InputError, match="measured on weights with folded factors"):
         opened("int8")
     factors.write_bytes(factors.read_bytes() + b" ")
-    with pytest.raises(InputError, match=r"does not belong to scales\.json"):
+    with pytest.raises(InputError, match=r"does not belong to ranges\.json"):
         opened("int8-smoothquant")
     factors.unlink()
     with pytest.raises(InputError, match="factors in it"):
@@ -93,18 +93,18 @@ def test_smoothing_travels_with_the_scales(tiny_model: Path, photos: Path, tmp_p
 
 
 def test_scales_are_checked_before_anything_runs(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "scales.json"
+    out = tmp_path / "ranges.json"
     measure = options(tiny_model, photos, "--precision", "fp8", "--algorithm", "entropy", "--out", out)
     assert run("calibrate", *measure) == 0
 
     def opened(**asked: object) -> BuildPlan:
-        kept = {"components": ("qllama_text",), "backend": (ORT,), "scales": out, "calib": photos}
+        kept = {"components": ("qllama_text",), "backend": (ORT,), "ranges": out, "calib": photos}
         return plan_build(BuildConfig(tmp_path / "b", tiny_model, **{**kept, **asked}))  # type: ignore[arg-type]
 
-    assert [s.name for s in build_steps(opened(precision="int8-weight", scales=None))].count("calibrate") == 0
+    assert [s.name for s in build_steps(opened(precision="int8-weight", ranges=None))].count("calibrate") == 0
     with pytest.raises(UsageError, match="both given"):
         opened(algorithm="max")
-    with pytest.raises(UsageError, match="int8-weight takes no scales"):
+    with pytest.raises(UsageError, match="int8-weight takes no ranges"):
         opened(precision="int8-weight")
     with pytest.raises(InputError, match="nothing about qllama_query"):
         opened(components=())
@@ -120,12 +120,12 @@ def test_scales_are_checked_before_anything_runs(tiny_model: Path, photos: Path,
             opened()
     for broken in ("{", "[]", json.dumps({**data, "extra": 1})):
         out.write_text(broken)
-        assert run("build", *options(tiny_model, photos, "--scales", out, "--out", tmp_path / "b")) == 3
+        assert run("build", *options(tiny_model, photos, "--ranges", out, "--out", tmp_path / "b")) == 3
     assert not (tmp_path / "b").exists()
 
 
 def test_nothing_to_measure(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "scales.json"
+    out = tmp_path / "ranges.json"
     assert run("calibrate", *options(tiny_model, photos, "--precision", "int4-weight", "--out", out)) == 2
     assert run("calibrate", *options(tiny_model, photos, "--algorithm", "best", "--out", out)) == 2
     assert not out.exists()

@@ -25,7 +25,7 @@ from ivl_export.pipeline.workspace import Workspace
 from ivl_export.profiles.cost.gpus import find_gpu
 from ivl_export.profiles.cost.layer_costs import gpu_of, layer_times
 from ivl_export.quantization.quantize import dequantise, quantise
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.quantization.recipe import Recipe
 from ivl_export.synthetic import chat_tasks
 from ivl_export.tests.calibration.reference import reference_modules
@@ -99,8 +99,10 @@ def test_each_pass_has_its_own_ranges(tmp_path: Path) -> None:
     plan = plan_build(BuildConfig(tmp_path, precision="int8", calib_samples=8, backend=(ORT,)))
     amax = {"vision": 9.0, "qllama_query": 0.5, "qllama_text": 4.0, "qllama_step": 0.25}
     layer = "qllama.model.layers.1.mlp.gate_proj"
-    scales = Scales({c: {layer: top} for c, top in amax.items()}, "max", 8, "", True, 0, "", 0, {}, {})
-    tasks = LayerTasks(plan, scales, questions=2)
+    ranges = ActivationRanges(
+        {c: {layer: top} for c, top in amax.items()}, "max", 8, "", True, 0, "", 0, {}, {}
+    )
+    tasks = LayerTasks(plan, ranges, questions=2)
     model: Any = tasks.model
     ids = torch.tensor([plan.tokenizer.encode_contrastive(["a red circle"])[0][0].tolist()])
     ids = ids[:, : int((ids > 0).sum())]
@@ -126,7 +128,7 @@ def test_a_layer_of_a_chat_model(tmp_path: Path) -> None:
         "decoder": "model.layers.1.mlp.gate_proj",
     }
     amax = {component: {layer: 3.0} for component, layer in layers.items()}
-    tasks = LayerTasks(plan, Scales(amax, "max", 8, "", True, 0, "", 0, {}, {}), questions=2)
+    tasks = LayerTasks(plan, ActivationRanges(amax, "max", 8, "", True, 0, "", 0, {}, {}), questions=2)
     assert tasks.reference.keys() == {"chat exact"}
 
     def logits(model: torch.nn.Module) -> list[torch.Tensor]:

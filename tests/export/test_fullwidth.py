@@ -36,7 +36,7 @@ from ivl_export.pipeline.graph_steps import (
     write_graph,
     write_quantised_store,
 )
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.quantization.recipe import load_recipe, plan_layers
 from ivl_export.tests.calibration.reference import torch_runner
 
@@ -79,10 +79,10 @@ RESIZED: Bound = (0.999999, 70.0)
 
 @dataclass(frozen=True)
 class Slice:
-    """The checkpoint, scales of a few scenes, and fp32 torch on scenes that were not calibrated on."""
+    """The checkpoint, ranges of a few scenes, and fp32 torch on scenes that were not calibrated on."""
 
     checkpoint: Checkpoint
-    scales: Scales
+    ranges: ActivationRanges
     steps: dict[str, Step]
 
 
@@ -116,14 +116,14 @@ def part(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slice]:
     checkpoint = open_checkpoint(folder)
     settings = ImageSettings.load(folder / "preprocessor_config.json")
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
-    scales = calibrate(checkpoint, COMPONENTS, scenes_calibration(4), settings, tokenizer, batch_size=2)
+    ranges = calibrate(checkpoint, COMPONENTS, scenes_calibration(4), settings, tokenizer, batch_size=2)
     runners = {name: torch_reference(name, checkpoint) for name in COMPONENTS}
     steps = {
         step.component: step
         for step in run_chain(runners, batch_of(checkpoint, settings.size), checkpoint.model)
     }
     assert set(steps) == set(COMPONENTS)
-    yield Slice(checkpoint, scales, steps)
+    yield Slice(checkpoint, ranges, steps)
     shutil.rmtree(folder)
 
 
@@ -137,7 +137,7 @@ def stores(part: Slice, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
 
     @cache
     def write(name: str) -> tuple[GraphSource, Path]:
-        made = source(part.checkpoint, name, part.scales)
+        made = source(part.checkpoint, name, part.ranges)
         keys, layers = component_weights(made, COMPONENTS)
         write_base_store(made, keys, home / name)
         if layers:
@@ -148,11 +148,11 @@ def stores(part: Slice, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
     shutil.rmtree(home)
 
 
-def source(checkpoint: Checkpoint, name: str, scales: Scales) -> GraphSource:
+def source(checkpoint: Checkpoint, name: str, ranges: ActivationRanges) -> GraphSource:
     recipe = load_recipe(name)
     linears = (m for m in meta_model(checkpoint).named_modules() if isinstance(m[1], torch.nn.Linear))
     shapes = {layer: (m.out_features, m.in_features) for layer, m in linears}
-    return GraphSource(checkpoint, recipe, plan_layers(recipe, shapes), scales if recipe.quantises else None)
+    return GraphSource(checkpoint, recipe, plan_layers(recipe, shapes), ranges if recipe.quantises else None)
 
 
 def compared(made: GraphSource, component: str, root: Path, step: Step) -> tuple[dict[str, Metrics], int]:
@@ -190,7 +190,7 @@ def test_other_sizes(part: Slice, tmp_path: Path, size: int, recipes: list[str])
     # torch resizes while it runs: the graph of the larger checkpoint must equal it
     (step,) = run_chain({"vision": torch_reference("vision", old)}, batch_of(old, size), old.model)
     for recipe in recipes:
-        made, root = source(larger, recipe, part.scales), tmp_path / recipe
+        made, root = source(larger, recipe, part.ranges), tmp_path / recipe
         keys, layers = component_weights(made, ["vision"])
         write_base_store(made, keys, root)
         if layers:

@@ -28,7 +28,7 @@ from ivl_export.pipeline.graph_steps import (
     write_graph,
     write_quantised_store,
 )
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.quantization.recipe import Recipe, Rule, plan_layers
 from ivl_export.tests.calibration.reference import torch_runner
 
@@ -158,8 +158,8 @@ def test_quantised_graph(part: Part, tmp_path: Path, scheme: str) -> None:
     planned = plan_layers(recipe, part.shapes)
     layers = list(planned.quantised)
     amax = {"decoder": {name: part.amax[name] for name in layers}}
-    scales = Scales(amax, "max", 4, "", True, 0, part.checkpoint.revision)
-    made = GraphSource(part.checkpoint, recipe, planned, scales)
+    ranges = ActivationRanges(amax, "max", 4, "", True, 0, part.checkpoint.revision)
+    made = GraphSource(part.checkpoint, recipe, planned, ranges)
     write_base_store(made, [key for key in part.keys if key.removesuffix(".weight") not in layers], tmp_path)
     write_quantised_store(made, layers, tmp_path)
     promised = write_graph(made, "decoder", tmp_path, "fp32", "onnxruntime")

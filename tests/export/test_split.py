@@ -25,7 +25,7 @@ from ivl_export.pipeline.manifest import manifest_of
 from ivl_export.pipeline.plan import plan_build
 from ivl_export.pipeline.workspace import Record
 from ivl_export.profiles.measure.layers import profile_layers
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.components import Components
 from ivl_export.runtime.model import MODES
@@ -69,7 +69,7 @@ def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     made = graph_steps.GraphSource(plan.checkpoint, plan.recipe, plan.layers, None)
     layers = {c: graph_steps.component_weights(made, [c])[1] for c in plan.components}
     amax = {c: dict.fromkeys(names, 8.0) for c, names in layers.items()}
-    made = replace(made, scales=Scales(amax, "max", 1, "0" * 64, True, 0, plan.checkpoint.revision))
+    made = replace(made, ranges=ActivationRanges(amax, "max", 1, "0" * 64, True, 0, plan.checkpoint.revision))
     staging = root / "staging"
     keys, low = graph_steps.component_weights(made, plan.components)
     graph_steps.write_base_store(made, keys, staging)

@@ -18,7 +18,7 @@ from ivl_export.pipeline.graph_steps import build_load, stored_bytes
 from ivl_export.pipeline.plan import plan_build
 from ivl_export.pipeline.run import HEADROOM, build_steps, check_disk
 from ivl_export.pipeline.workspace import Step
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -66,7 +66,7 @@ def test_memory_of_an_engine_is_known_before_its_graph(precision: str, tmp_path:
     layers = {c: graph_steps.component_weights(made, [c])[1] for c in plan.components}
     if plan.recipe.quantises:
         amax = {c: dict.fromkeys(names, 1.0) for c, names in layers.items()}
-        made = replace(made, scales=Scales(amax, "max", 1, "", True, 0, ""))
+        made = replace(made, ranges=ActivationRanges(amax, "max", 1, "", True, 0, ""))
     graph_steps.write_base_store(made, graph_steps.component_weights(made, plan.components)[0], tmp_path)
     graph_steps.write_quantised_store(made, graph_steps.component_weights(made, plan.components)[1], tmp_path)
     for component in ("vision", "qllama_query"):
