@@ -16,7 +16,7 @@ from .progress import Progress, Silent
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .pipeline.plan import BuildPlan
-    from .quantization.ranges import Scales
+    from .quantization.ranges import ActivationRanges
 
 LOG = logging.getLogger("ivl_export")
 LOG.addHandler(logging.NullHandler())
@@ -36,7 +36,7 @@ def build(
     calib_columns: Names | None = None,
     calib_seed: int = 0,
     algorithm: str | None = None,
-    scales: str | Path | None = None,
+    ranges: str | Path | None = None,
     targets: Names = "sm89",
     backend: Names | None = None,
     components: Names | None = None,
@@ -75,7 +75,7 @@ def build(
         calib_seed: chooses the samples.
         algorithm: how ranges are picked: ``"max"``, ``"percentile"``, ``"percentile-99.99"``, ``"entropy"``
             or ``"mse"``; None: ``"max"``.
-        scales: a file that :func:`calibrate` wrote, instead of measuring ranges.
+        ranges: a file that :func:`calibrate` wrote, instead of measuring ranges.
         targets: GPU generations that TensorRT-RTX engines are built for: ``"sm89,sm120"``.
         backend: engines to build, of ``"onnxruntime"``, ``"tensorrt-rtx"`` and ``"tensorrt"``; None: all that
             can be built here.
@@ -120,7 +120,7 @@ def build(
         calib_columns=_names(calib_columns),
         calib_seed=calib_seed,
         algorithm=algorithm,
-        scales=_path(scales),
+        ranges=_path(ranges),
         targets=",".join(_names(targets)),
         backend=_names(backend),
         components=_names(components),
@@ -145,7 +145,7 @@ def build(
 
 def calibrate(
     model: str | Path | None = None,
-    out: str | Path = "scales.json",
+    out: str | Path = "ranges.json",
     *,
     calib: str | Path | None = None,
     calib_samples: int = 256,
@@ -155,8 +155,8 @@ def calibrate(
     precision: str | Path = "fp8",
     components: Names | None = None,
     progress: Progress | None = None,
-) -> Scales:
-    """Measure the input range of every layer once, for builds that take ``scales=out``.
+) -> ActivationRanges:
+    """Measure the input range of every layer once, for builds that take ``ranges=out``.
 
     A recipe that folds factors into the weights also gets ``smoothing.safetensors`` next to the file: keep
     the two together. A run that was stopped goes on where it was.

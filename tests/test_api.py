@@ -19,7 +19,7 @@ from PIL import Image
 
 import ivl_export
 from ivl_export import build, calibrate, errors, load
-from ivl_export.quantization.ranges import Scales
+from ivl_export.quantization.ranges import ActivationRanges
 
 LIGHT = """
 import sys
@@ -130,11 +130,11 @@ def test_ranges_measured_once(
     call: dict[str, Any] = {"precision": "int8", "calib": photos, "components": "qllama_text"}
     out = tmp_path / "ranges.json"
     ranges = ivl_export.calibrate(tiny_model, out, algorithm="mse", **call)
-    assert ranges == Scales.load(out)
+    assert ranges == ActivationRanges.load(out)
     assert (ranges.algorithm, ranges.samples, {*ranges.amax}) == ("mse", 9, {"qllama_text"})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ranges.json"]
-    bundle = ivl_export.build(tiny_model, tmp_path / "B", **call, scales=out, backend=["onnxruntime"])
-    assert (bundle.root / "scales.json").read_bytes() == out.read_bytes()
+    bundle = ivl_export.build(tiny_model, tmp_path / "B", **call, ranges=out, backend=["onnxruntime"])
+    assert (bundle.root / "ranges.json").read_bytes() == out.read_bytes()
     assert capfd.readouterr() == ("", "")
 
 
