@@ -107,8 +107,8 @@ def _build_words(manifest: Manifest, features: Sequence[int] | None = None) -> l
     if source != f"internvl-nano{SHIPPED}":
         words += ["--model", source.removesuffix(SHIPPED)]
     words += ["--precision", manifest.precision]
-    if features is None and "vision" in manifest.components:
-        names = [tensor.name for tensor in manifest.components["vision"].spec.outputs]
+    if features is None:
+        names = [t.name for component in manifest.components.values() for t in component.spec.outputs]
         features = [int(name.removeprefix(FEATURES)) for name in names if name.startswith(FEATURES)]
     return [*words, *(["--features", ",".join(map(str, features))] if features else [])]
 

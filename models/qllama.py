@@ -6,8 +6,8 @@ vision tokens, ungated. Text alone skips that: the same weights are then a plain
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,22 @@ class QLlama(nn.Module):
             Hidden states after the final norm [B, T, H], and the keys and values of the T new positions.
         """
         return run_layers(self.model, inputs_embeds, positions, visible, vision, num_queries, past)
+
+
+def component_running(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, int]:
+    """Which component a call of :meth:`QLlama.forward` belongs to, by its arguments, and how many queries
+    lead.
+
+    The name is empty for a pass of stage 2 of the training, which stacks several.
+    """
+    names = ("inputs_embeds", "positions", "visible", "vision", "num_queries", "past")
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    queries = int(call.get("num_queries", 0))
+    if call.get("past") is not None:
+        return "qllama_step", queries
+    if call.get("vision") is None:
+        return "qllama_text", queries
+    return "qllama_query" if queries == call["inputs_embeds"].shape[1] else "", queries
 
 
 def query_pass(qllama: QLlama, query_tokens: Tensor, tokens: Tensor) -> tuple[Tensor, list[KeyValue]]:

@@ -351,6 +351,22 @@ class Family(Generic[C]):
         """Published key -> tensor, from the names in the files of ``folder``."""
         return tensors
 
+    def stored_name(self, config: C, key: str) -> str:
+        """The name in a checkpoint's files of the tensor that :meth:`locate` gives ``key``."""
+        return key
+
+    def companions(self, config: C) -> dict[str, dict[str, Any]]:
+        """Further JSON files of a checkpoint, beside ``config.json``: name -> content."""
+        return {}
+
+    def depths(self, config: C) -> tuple[int, int]:
+        """Blocks of the vision tower that are run, and of the language model (0: there is none)."""
+        raise NotImplementedError
+
+    def sliced(self, config: C, vision: int, text: int) -> C:
+        """``config`` with other depths, as :meth:`depths` counts them."""
+        raise NotImplementedError
+
     def model(self, config: C) -> nn.Module:
         """The whole torch model, uninitialised; call it under ``torch.device("meta")``."""
         raise CapabilityError(f"There is no whole torch model of {self.title}.")
@@ -512,6 +528,12 @@ def component_module(name: str, config: ModelConfig) -> nn.Module:
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Published key -> shape of every tensor of a checkpoint of ``config``."""
     return family_of(config).shapes(config)
+
+
+def sliced(config: C, vision: int, text: int) -> C:
+    """``config`` with other depths (:meth:`Family.sliced`)."""
+    shallow: C = family_of(config).sliced(config, vision, text)
+    return shallow
 
 
 def is_cache(name: str) -> bool:

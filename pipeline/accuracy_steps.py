@@ -299,7 +299,7 @@ def evaluate_torch(plan: BuildPlan, dtype: str) -> dict[str, Any]:
 def evaluate_engines(root: Path, manifest: Manifest) -> dict[str, Any]:
     """Task scores of the graphs below ``root``, through the runtime and ONNX Runtime."""
     from ..evaluation.chat import EngineChat
-    from ..runtime import InternVLChat
+    from ..runtime import InternVL, InternVLChat
     from ..runtime.components import Components
     from ..runtime.load import model_on
     from ..synthetic import chat_tasks, tasks
@@ -308,7 +308,7 @@ def evaluate_engines(root: Path, manifest: Manifest) -> dict[str, Any]:
     with model_on(bundle, Components(bundle, ORT)) as model:
         if isinstance(model, InternVLChat):
             return chat_tasks.evaluate(EngineChat(model), CHAT_QUESTIONS["scenes"])
-        return tasks.evaluate(EngineModel(model), **cast(Any, QUESTIONS))
+        return tasks.evaluate(EngineModel(cast(InternVL, model)), **cast(Any, QUESTIONS))
 
 
 def question_counts(plan: BuildPlan) -> dict[str, int]:

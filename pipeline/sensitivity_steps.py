@@ -253,14 +253,9 @@ class LayerTasks:
 
     def _follow(self, _: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note which component a pass through QLLaMA belongs to, by the arguments it is called with."""
-        given = dict(
-            zip(("embeds", "positions", "visible", "vision", "num_queries", "past"), args, strict=False)
-        )
-        given.update(kwargs)
-        if given.get("vision") is not None:
-            self._pass = "qllama_query"
-        else:
-            self._pass = "qllama_step" if given.get("past") else "qllama_text"
+        from ..models.qllama import component_running
+
+        self._pass = component_running(args, kwargs)[0]
 
 
 def _internvl(plan: BuildPlan, questions: int) -> tuple[nn.Module, Callable[[], dict[str, Any]]]:

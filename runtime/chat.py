@@ -45,8 +45,6 @@ class InternVLChat(Loaded):
             positions, in the memory of the engine's device; 0: nothing is shared.
     """
 
-    VISION = "vision_chat"
-
     def __init__(
         self,
         bundle: Bundle,

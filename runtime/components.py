@@ -22,6 +22,7 @@ from ..engines.tensorrt.library import BUILDERS
 from ..engines.tensorrt.shapes import restrict_axes
 from ..errors import InputError, UsageError
 from ..forks import fork_safe_lock, renew_after_fork
+from ..models.registry import PIXELS
 from .timings import Timings
 
 
@@ -89,10 +90,20 @@ class Components:
         return known is not None and known.on_cpu and self.options.get("device", HOST) == HOST
 
     @cached_property
+    def image_component(self) -> str:
+        """The component that takes images; empty in a bundle without one."""
+        parts = self.bundle.manifest.components.items()
+        return next((n for n, c in parts if any(t.name == PIXELS for t in c.spec.inputs)), "")
+
+    def gives(self, output: str) -> str:
+        """The component that has ``output``; empty if none has."""
+        parts = self.bundle.manifest.components.items()
+        return next((n for n, c in parts if any(t.name == output for t in c.spec.outputs)), "")
+
+    @cached_property
     def batch(self) -> int:
         """Images run at once."""
-        chat = "vision_chat" in self.bundle.manifest.components
-        axis = self.spec("vision_chat" if chat else "vision").axis("batch")
+        axis = self.spec(self.image_component or next(iter(self._locks))).axis("batch")
         usual = axis.opt if self.on_cpu else axis.max
         return min(self._batch or usual, axis.max)
 
@@ -212,24 +223,24 @@ def fixed(size: int | str) -> int:
     return size
 
 
-VISUAL_OUTPUTS = {"query_chat": "query_embeds", "vision_chat": "visual_embeds"}
-"""Components with their outputs for the decoder, in its order; only models with queries have the first."""
+VISUAL_OUTPUTS = ("query_embeds", "visual_embeds")
+"""What the decoder of a chat sees of an image, in its order; only models with queries have the first."""
 
 
 def visual_shape(components: Components) -> tuple[int, int]:
     """Rows of one image in :func:`visual_embeds`, and their width."""
-    there = components.bundle.manifest.components
-    specs = [components.spec(name) for name in VISUAL_OUTPUTS if name in there]
-    shapes = [t.shape for spec in specs for t in spec.outputs if t.name in VISUAL_OUTPUTS.values()]
+    parts = components.bundle.manifest.components
+    shapes = [t.shape for c in parts for t in components.spec(c).outputs if t.name in VISUAL_OUTPUTS]
     return sum(fixed(shape[1]) for shape in shapes), fixed(shapes[0][2])
 
 
 def visual_embeds(components: Components, pixel_values: Buffer) -> Buffer:
     """Visual embeddings of a chat model: [I, 3, S, S] -> [I, V, H], on the engines' device."""
-    queries = "query_chat" in components.bundle.manifest.components
-    outputs = ["visual_embeds", *(["tokens"] if queries else [])]
-    buffers = components.run_device("vision_chat", {"pixel_values": pixel_values}, outputs)
-    if queries:
-        buffers |= components.run_device("query_chat", {"tokens": buffers["tokens"]})
-    embeds: Buffer = concatenate([buffers[name] for name in VISUAL_OUTPUTS.values() if name in buffers], 1)
+    buffers = components.run_device(components.image_component, {PIXELS: pixel_values})
+    for output in VISUAL_OUTPUTS:
+        maker = components.gives(output)
+        if maker and output not in buffers:
+            feeds = {tensor.name: buffers[tensor.name] for tensor in components.spec(maker).inputs}
+            buffers |= components.run_device(maker, feeds)
+    embeds: Buffer = concatenate([buffers[name] for name in VISUAL_OUTPUTS if name in buffers], 1)
     return embeds

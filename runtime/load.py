@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ from .chat import InternVLChat
 from .components import Components
 from .image_batches import Reading
 from .kv_cache import PREFIX_BYTES
-from .loaded import is_chat
-from .model import InternVL
+from .loaded import Loaded, family_of_bundle
 
 
 def load(
@@ -32,8 +32,8 @@ def load(
     cuda_graphs: bool | None = None,
     backend_options: Mapping[str, Any] | None = None,
     kept_bytes: int = PREFIX_BYTES,
-) -> InternVL | InternVLChat:
-    """Open a bundle: an :class:`InternVL`, or an :class:`InternVLChat` if it is of a chat model.
+) -> Any:
+    """Open a bundle: an :class:`.InternVL`, an :class:`.InternVLChat`, or what runs another family.
 
     Use the model as a context manager, or call ``close()``, to free its engines.
 
@@ -83,11 +83,19 @@ def load(
         "cuda_graphs": cuda_graphs,
         "backend_options": backend_options,
     }
-    if is_chat(Bundle.open(root, None)):
-        return InternVLChat.load(root, **arguments, kept_bytes=kept_bytes)
-    return InternVL.load(root, **arguments)
+    model = model_class(Bundle.open(root, None))
+    if issubclass(model, InternVLChat):
+        arguments["kept_bytes"] = kept_bytes
+    return model.load(root, **arguments)
 
 
-def model_on(bundle: Bundle, components: Components) -> InternVL | InternVLChat:
+def model_on(bundle: Bundle, components: Components) -> Loaded:
     """The model of an opened bundle on engines that are opened elsewhere."""
-    return InternVLChat(bundle, components) if is_chat(bundle) else InternVL(bundle, components)
+    return model_class(bundle)(bundle, components)
+
+
+def model_class(bundle: Bundle) -> type[Loaded]:
+    """The class that runs a bundle's family; CheckpointError for a family that is not known here."""
+    module, _, name = family_of_bundle(bundle).runtime.partition(":")
+    cls: type[Loaded] = getattr(import_module(f".{module}", __package__), name)
+    return cls

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..bundle import Bundle, Verify
+from ..bundle.manifest import MANIFEST
 from ..engines.base import known_backend
 from ..errors import InputError
 from ..inputs.preprocess import ImageSettings, PixelValues, ResizeMode
 from ..inputs.sources import ImageInput, image_sequence
 from ..inputs.tokenizer import SentencePieceTokenizer
+from ..models.registry import CHAT, Family, family_claiming
 from .components import Components, fixed
 from .image_batches import Floats, Images, Reading, pixel_batches, read_batch
 from .timings import Timing
@@ -24,14 +26,16 @@ L = TypeVar("L", bound="Loaded")
 
 def is_chat(bundle: Bundle) -> bool:
     """Whether ``bundle`` is of a chat model."""
-    return "decoder" in bundle.manifest.components
+    return family_of_bundle(bundle).form == CHAT
+
+
+def family_of_bundle(bundle: Bundle) -> Family[Any]:
+    """The model family of a bundle; CheckpointError for one that is not known here."""
+    return family_claiming(bundle.manifest.model.config, f"{bundle.root / MANIFEST}")
 
 
 class Loaded:
     """A bundle and its engines; see :class:`.model.InternVL` and :class:`.chat.InternVLChat`."""
-
-    VISION: ClassVar[str] = "vision"
-    """The component that takes images."""
 
     def __init__(self, bundle: Bundle, components: Components, reading: Reading | None = None) -> None:
         self.bundle, self.components, self.reading = bundle, components, reading
@@ -125,7 +129,7 @@ class Loaded:
     def image_settings(self) -> ImageSettings:
         """The checkpoint's image settings, with the size that the engines were built for."""
         settings = ImageSettings.load(self.bundle.path("preprocess/preprocessor_config.json"))
-        return settings.at(fixed(self.components.spec(self.VISION).inputs[0].shape[2]))
+        return settings.at(fixed(self.components.spec(self.components.image_component).inputs[0].shape[2]))
 
     def pixel_values(self, images: Images, resize: ResizeMode | None = None) -> Floats:
         """``images`` as the vision engine takes them, float32 [B, 3, S, S]."""

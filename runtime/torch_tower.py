@@ -17,7 +17,7 @@ from ..errors import CapabilityError, UsageError
 from .components import Components, visual_embeds, visual_shape
 from .model import outputs_of
 
-OUTPUTS = {"vision": "tokens", "vision_chat": "visual_embeds"}
+OUTPUTS = ("visual_embeds", "tokens")
 """A bundle's vision component, and its output with a row for each patch."""
 
 
@@ -36,24 +36,25 @@ class VisionTower(nn.Module):
 
     def __init__(self, components: Components, select: str = "all", block: int = -1) -> None:
         super().__init__()
-        here = [name for name in OUTPUTS if name in components.bundle.manifest.components]
-        if not here:
+        self.component = components.image_component
+        if not self.component:
             raise CapabilityError(
                 "This bundle has no vision tower.",
                 f"It has {', '.join(components.bundle.manifest.components)}.",
                 "Rebuild it with --components including vision.",
             )
-        if select not in ("all", "patches") or (select == "patches" and here[0] == "vision_chat"):
+        spec = components.spec(self.component)
+        self.output = next(name for name in OUTPUTS if any(t.name == name for t in spec.outputs))
+        self.projected = self.output == OUTPUTS[0]
+        if select not in ("all", "patches") or (select == "patches" and self.projected):
             raise UsageError(
                 f"The tower cannot select {select!r}.",
-                f"The output of {here[0]} is {OUTPUTS[here[0]]}.",
-                "Use 'all'" + (" or 'patches'." if here[0] == "vision" else "."),
+                f"The output of {self.component} is {self.output}.",
+                "Use 'all'" + ("." if self.projected else " or 'patches'."),
             )
-        self.component = here[0]
         self.components, self.first = components, int(select == "patches")
-        spec, self.output = components.spec(self.component), OUTPUTS[self.component]
         self.image_size = int(spec.inputs[0].shape[2])
-        if block != -1 and self.component == "vision_chat":
+        if block != -1 and self.projected:
             raise CapabilityError(
                 "The tower of a chat bundle gives no single block.",
                 "It ends in the projector to the decoder.",
@@ -61,7 +62,7 @@ class VisionTower(nn.Module):
             )
         if block != -1:
             (self.output,) = outputs_of(components.bundle.manifest, spec, [block]).values()
-        if self.component == "vision_chat":
+        if self.projected:
             self.num_tokens, self.hidden_size = visual_shape(components)
             return
         shape = next(t.shape for t in spec.outputs if t.name == self.output)
@@ -102,7 +103,7 @@ class VisionTower(nn.Module):
         Raises:
             InputError: images of another size.
         """
-        if self.component == "vision_chat":
+        if self.projected:
             outputs = visual_embeds(self.components, pixel_values)
         else:
             feeds = {"pixel_values": pixel_values}

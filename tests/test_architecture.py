@@ -7,6 +7,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from ivl_export.models.registry import families
+
 ROOT = Path(__file__).parent.parent
 OUTSIDE = ("tests", "benchmarks", "build")  # the last is pip's
 MODULES = sorted(
@@ -103,3 +105,38 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_circles_are_seen() -> None:
     imports = {"a": {"b", "d"}, "b": {"c"}, "c": {"a"}, "d": {"e"}, "e": set[str]()}
     assert list(strongly_connected(imports)) == [["a", "b", "c"]]
+
+
+def test_nothing_outside_models_knows_components_by_name() -> None:
+    """Folders ask the registry: no comparison with a component's name, no ``isinstance`` of a config."""
+    components = {component.name for family in families() for component in family.components}
+    configs = {family.config_type.__name__ for family in families()} | {"VisionConfig", "QLlamaConfig"}
+    places = [
+        f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        for file in (*MODULES, *(ROOT / "benchmarks").rglob("*.py"))
+        if file.relative_to(ROOT).parts[0] != "models"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if compared(node) & components or checked_types(node) & configs
+    ]
+    assert places == []
+
+
+def compared(node: ast.AST) -> set[str]:
+    """The texts that a comparison, a ``match`` or a ``startswith`` compares with."""
+    if isinstance(node, ast.Compare):
+        parts: list[ast.AST] = [node.left, *node.comparators]
+    elif isinstance(node, ast.match_case):
+        parts = [node.pattern]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        parts = list(node.args) if node.func.attr in ("startswith", "endswith") else []
+    else:
+        return set()
+    inner = (child for part in parts for child in ast.walk(part))
+    return {str(child.value) for child in inner if isinstance(child, ast.Constant)}
+
+
+def checked_types(node: ast.AST) -> set[str]:
+    """The names of the types that an ``isinstance`` asks for."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"):
+        return set()
+    return {child.id for child in ast.walk(node.args[1]) if isinstance(child, ast.Name)}

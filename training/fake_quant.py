@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..errors import UsageError
 from ..models.internvl import InternVLModel
+from ..models.qllama import component_running
 from ..quantization.quantize import LIMITS, LOWEST, quantise_values, round_scale
 from ..quantization.schemes import SCHEMES, block_size, folded_layers
 
@@ -88,16 +89,7 @@ class Place:
 
     def enter(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         """Forward pre-hook of :class:`..models.qllama.QLlama`: see by its arguments which pass this is."""
-        names = ("inputs_embeds", "positions", "visible", "vision", "num_queries", "past")
-        call = {**dict(zip(names, args, strict=False)), **given}
-        self.queries = call.get("num_queries", 0)
-        if call.get("past") is not None:
-            self.component = "qllama_step"
-        elif call.get("vision") is None:
-            self.component = "qllama_text"
-        else:
-            whole = self.queries == call["inputs_embeds"].shape[1]
-            self.component = "qllama_query" if whole else ""
+        self.component, self.queries = component_running(args, given)
 
 
 class FakeQuantLinear(nn.Linear):

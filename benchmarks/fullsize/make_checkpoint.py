@@ -20,7 +20,6 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,15 +29,13 @@ from ivl_export.cli.scenes import draw
 from ivl_export.files.write import atomic, write_text
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.models.config import (
-    TOWER_CONFIG,
     VICUNA_7B,
     VICUNA_13B,
     ChatConfig,
     InternViTConfig,
     InternVLConfig,
 )
-from ivl_export.models.layout import VISION
-from ivl_export.models.registry import ModelConfig, Shape, expected_shapes, load_config
+from ivl_export.models.registry import ModelConfig, Shape, expected_shapes, family_of, load_config
 from ivl_export.training.tokenizer import train_tokenizer
 
 BLOCK_VALUES = 1 << 22
@@ -62,37 +59,6 @@ C = TypeVar("C", bound=Any)
 # Projections back into the residual stream.
 _RESIDUAL = (".attn.proj.weight", ".mlp.fc2.weight", "attn.o_proj.weight", ".mlp.down_proj.weight")
 _EMBEDDINGS = ("class_embedding", "position_embedding", "embed_tokens.weight", "query_tokens")
-
-
-def depths(config: Any) -> tuple[int, int]:
-    """Blocks of InternViT that are run, and of QLLaMA or the chat decoder (0: the model has none)."""
-    if isinstance(config, ChatConfig):
-        return config.vision_blocks, config.decoder.num_hidden_layers
-    text = config.qllama.num_hidden_layers if isinstance(config, InternVLConfig) else 0
-    return config.vision.num_hidden_layers, text
-
-
-def sliced(config: C, vision: int, text: int) -> C:
-    """``config`` with other depths, ``text`` of QLLaMA (at most its own) and of a chat decoder.
-
-    A chat model reads the features as far from the end of its tower, and keeps the blocks that are never run.
-    """
-    if isinstance(config, ChatConfig):
-        behind = config.vision.num_hidden_layers - config.read_blocks
-        unread = config.vision.num_hidden_layers - config.vision_blocks
-        tower = config.queries or InternViTConfig(config.vision)
-        layers = min(text, config.queries.qllama.num_hidden_layers) if config.queries else 0
-        made = sliced(tower, vision + unread, layers)
-        parts: dict[str, Any] = {
-            "tower": made.vision if isinstance(made, InternViTConfig) else made,
-            "decoder": replace(config.decoder, num_hidden_layers=text),
-            "select_layer": -(min(behind, vision + unread - 1) + 1),
-        }
-        return replace(config, **parts)
-    parts = {"vision": replace(config.vision, num_hidden_layers=vision)}
-    if isinstance(config, InternVLConfig):
-        parts["qllama"] = replace(config.qllama, num_hidden_layers=text)
-    return replace(config, **parts)
 
 
 def make_checkpoint(
@@ -120,7 +86,7 @@ def make_checkpoint(
     Returns:
         The shards.
     """
-    shapes = expected_shapes(config)
+    family, shapes = family_of(config), expected_shapes(config)
     shards = list(_shards(shapes, shard_bytes))
     total, done = sum(_nbytes(s) for s in shapes.values()), 0
     out.mkdir(parents=True, exist_ok=True)
@@ -132,7 +98,7 @@ def make_checkpoint(
     for i, keys in enumerate(shards, 1):
         path = out / f"model-{i:05}-of-{len(shards):05}.safetensors"
         with atomic(path, exclusive=True) as partial, partial.open("wb") as file:
-            file.write(_header({_stored(key, config): shapes[key] for key in keys}))
+            file.write(_header({family.stored_name(config, key): shapes[key] for key in keys}))
             if holes:
                 file.truncate(file.tell() + sum(_nbytes(shapes[key]) for key in keys))
             for key in () if holes else keys:
@@ -140,16 +106,16 @@ def make_checkpoint(
                     file.write(rows.view(torch.uint8).numpy().data)
                     done += rows.numel() * ITEM_BYTES
                     progress(done, total)
-        index.update({_stored(key, config): path.name for key in keys})
+        index.update({family.stored_name(config, key): path.name for key in keys})
         paths.append(path)
     _json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     _json(out / "config.json", {**config.to_published(), "torch_dtype": "bfloat16"})
     settings = ImageSettings(config.image_size)
-    if isinstance(config, ChatConfig):
-        _json(out / TOWER_CONFIG, (config.queries or InternViTConfig(config.vision)).to_published())
-        settings = ImageSettings(config.image_size, mode="pad")
+    for name, content in family.companions(config).items():
+        _json(out / name, content)
+    settings = family.image_settings(config, settings)
     settings.save(out / "preprocessor_config.json")
-    if not isinstance(config, InternViTConfig):
+    if family.vocabulary(config):
         (out / "tokenizer.model").write_bytes(train_tokenizer())
         draw(out / "calibration", SCENES, seed, "train", "en", force=True)
     return paths
@@ -233,11 +199,6 @@ def _header(shapes: dict[str, Shape]) -> bytes:
     return len(raw).to_bytes(8, "little") + raw
 
 
-def _stored(key: str, config: ModelConfig) -> str:
-    """The name in the file: an InternViT alone has no prefix."""
-    return key.removeprefix(VISION) if isinstance(config, InternViTConfig) else key
-
-
 def _nbytes(shape: Shape) -> int:
     return math.prod(shape) * ITEM_BYTES
 
@@ -259,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest shard, in GB")
     args = parser.parse_args(argv)
     config = load_config(args.config) if args.config else LAYOUTS[args.layout]
-    full = depths(config)
+    family = family_of(config)
+    full = family.depths(config)
     vision: int = args.vision_blocks or args.blocks or full[0]
     text: int = (args.qllama_blocks or args.blocks or full[1]) if full[1] else 0
 
@@ -272,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         task = bar.add_task("", total=None)
         paths = make_checkpoint(
             args.out,
-            sliced(config, vision, text),
+            family.sliced(config, vision, text),
             max(full),
             args.seed,
             int(args.shard_gb * 1e9),

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from ivl_export.benchmarks.fullsize.document import notes
-from ivl_export.benchmarks.fullsize.make_checkpoint import ITEM_BYTES, sliced
+from ivl_export.benchmarks.fullsize.make_checkpoint import ITEM_BYTES
 from ivl_export.benchmarks.fullsize.measured import Run, StepFailed, run
 from ivl_export.files.write import write_text
 from ivl_export.models.config import InternVLConfig
-from ivl_export.models.registry import expected_shapes
+from ivl_export.models.registry import expected_shapes, sliced
 from ivl_export.profiles.measure.machine import commit, machine, versions
 
 HERE = "ivl_export.benchmarks.fullsize"
@@ -216,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     if any(args.work.iterdir()):
         parser.error(f"{args.work} is not empty")
-    config = sliced(InternVLConfig.load(args.config) if args.config else InternVLConfig(), *blocks)
+    whole = InternVLConfig.load(args.config) if args.config else InternVLConfig()
+    config = sliced(whole, *blocks)
     needed, free = (
         (0 if args.holes else _needed(config, steps, args.components.split(","))) + FREE_AFTER,
         shutil.disk_usage(args.work).free,

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ivl_export.bundle.spec import TensorSpec
 from ivl_export.engines.torch.linears import Fp8Linear, Product
 from ivl_export.engines.torch.module import scheme_of
 from ivl_export.files.write import write_text
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
-from ivl_export.models.registry import component_module
+from ivl_export.models.registry import component_module, component_spec
 from ivl_export.profiles.measure.machine import commit, machine, versions
 from ivl_export.quantization.quantize import quantise, round_scale
 from ivl_export.quantization.recipe import load_recipe
@@ -162,18 +163,19 @@ def random_component(name: str, config: InternVLConfig, device: str, dtype: torc
 
 
 def random_inputs(name: str, config: InternVLConfig, batch: int, device: str, dtype: torch.dtype) -> Inputs:
-    """Inputs of component ``name``: drawn pixels, vision tokens, or texts of 80 tokens."""
-    v, generator = config.vision, torch.Generator(device).manual_seed(1)
-    if name == "vision":
-        shape: tuple[int, ...] = (batch, 3, v.image_size, v.image_size)
-    elif name == "qllama_query":
-        shape = (batch, v.num_tokens, v.hidden_size)
-    else:
-        ids = torch.randint(
-            3, config.qllama.vocab_size, (batch, TEXT_TOKENS), device=device, generator=generator
-        )
-        return ids, torch.full((batch,), TEXT_TOKENS, device=device)
-    return (torch.randn(shape, device=device, generator=generator).to(dtype),)
+    """Inputs of component ``name``: drawn pixels and vision tokens, texts of 80 tokens."""
+    generator = torch.Generator(device).manual_seed(1)
+    sizes = {"batch": batch, "text": TEXT_TOKENS}
+
+    def drawn(tensor: TensorSpec) -> torch.Tensor:
+        shape = [size if isinstance(size, int) else sizes[size] for size in tensor.shape]
+        if tensor.dtype == "float":
+            return torch.randn(shape, device=device, generator=generator).to(dtype)
+        if len(shape) == 1:
+            return torch.full(shape, TEXT_TOKENS, device=device)
+        return torch.randint(3, config.qllama.vocab_size, shape, device=device, generator=generator)
+
+    return tuple(map(drawn, component_spec(name, config).inputs))
 
 
 def to_fp8(module: nn.Module, inputs: Inputs, product: Product | None = None, fast: bool = True) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint, sliced
+from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
 from ivl_export.calibration.accuracy import compare
 from ivl_export.calibration.folding import fold
 from ivl_export.calibration.observers import observers
@@ -26,6 +26,7 @@ from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.config import InternVLConfig
+from ivl_export.models.registry import sliced
 from ivl_export.models.vit import Block, PatchEmbeddings
 from ivl_export.quantization.quantize import dequantise, quantise
 from ivl_export.quantization.schemes import SCHEMES

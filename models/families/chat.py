@@ -20,7 +20,15 @@ from ...errors import CheckpointError
 from ...inputs.preprocess import ImageSettings
 from .. import macs
 from ..calls import LONGEST_PROMPT, LONGEST_STEP, Arrays, Call, SampleBatch, runs, splice, step_inputs
-from ..config import ChatConfig, InternVLConfig, read_json, tower_configs, tower_from_published
+from ..config import (
+    TOWER_CONFIG,
+    ChatConfig,
+    InternViTConfig,
+    InternVLConfig,
+    read_json,
+    tower_configs,
+    tower_from_published,
+)
 from ..layout import CHAT_TOWER, HEADS, VISION, is_ignored, llama_layer_shapes, vit_shapes
 from ..registry import CHAT, AttentionSize, Component, Context, Family, Link, Macs, Ranges, Shape, register
 from . import internvit, internvl
@@ -471,6 +479,30 @@ class Chat(Family[ChatConfig]):
         stored = read_folder(tower, readers)[1]
         own = {n: ref for n, ref in stored.items() if not (is_ignored(n) or n.startswith(HEADS))}
         return tensors | {CHAT_TOWER + name: ref for name, ref in own.items()}
+
+    def companions(self, config: ChatConfig) -> dict[str, dict[str, Any]]:
+        return {TOWER_CONFIG: (config.queries or InternViTConfig(config.vision)).to_published()}
+
+    def depths(self, config: ChatConfig) -> tuple[int, int]:
+        return config.vision_blocks, config.decoder.num_hidden_layers
+
+    def sliced(self, config: ChatConfig, vision: int, text: int) -> ChatConfig:
+        """Features are read as far from the end of the tower, blocks that are never run are kept, and
+        QLLaMA has at most its own depth.
+        """
+        depth = config.vision.num_hidden_layers
+        behind, unread = depth - config.read_blocks, depth - config.vision_blocks
+        tower = replace(config.vision, num_hidden_layers=vision + unread)
+        sizes: Any = tower
+        if config.queries is not None:
+            layers = min(text, config.queries.qllama.num_hidden_layers)
+            sizes = replace(internvl.with_layers(config.queries, layers), vision=tower)
+        return replace(
+            config,
+            tower=sizes,
+            decoder=replace(config.decoder, num_hidden_layers=text),
+            select_layer=-(min(behind, vision + unread - 1) + 1),
+        )
 
     def model(self, config: ChatConfig) -> nn.Module:
         from ..chat import InternVLChatModel

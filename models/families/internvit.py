@@ -105,6 +105,7 @@ class InternViT(Family[InternViTConfig]):
     title = "an InternViT alone"
     config_type = InternViTConfig
     components = (Vision(),)
+    runtime = "model:InternVL"
 
     def claims(self, data: Mapping[str, Any]) -> bool:
         return str(data.get("model_type", "")).startswith("intern_vit")
@@ -116,6 +117,15 @@ class InternViT(Family[InternViTConfig]):
         self, config: InternViTConfig, tensors: dict[str, TensorRef], folder: Path, readers: dict[Path, Any]
     ) -> dict[str, TensorRef]:
         return {VISION + name: ref for name, ref in tensors.items()}
+
+    def stored_name(self, config: InternViTConfig, key: str) -> str:
+        return key.removeprefix(VISION)
+
+    def depths(self, config: InternViTConfig) -> tuple[int, int]:
+        return config.vision.num_hidden_layers, 0
+
+    def sliced(self, config: InternViTConfig, vision: int, text: int) -> InternViTConfig:
+        return replace(config, vision=replace(config.vision, num_hidden_layers=vision))
 
     def model(self, config: InternViTConfig) -> nn.Module:
         from ..internvl import InternViTModel

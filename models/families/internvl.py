@@ -456,6 +456,13 @@ class InternVL(Family[InternVLConfig]):
     def shapes(self, config: InternVLConfig) -> dict[str, Shape]:
         return {"logit_scale": (), **super().shapes(config)}
 
+    def depths(self, config: InternVLConfig) -> tuple[int, int]:
+        return config.vision.num_hidden_layers, config.qllama.num_hidden_layers
+
+    def sliced(self, config: InternVLConfig, vision: int, text: int) -> InternVLConfig:
+        tower = replace(config.vision, num_hidden_layers=vision)
+        return replace(with_layers(config, text), vision=tower)
+
     def model(self, config: InternVLConfig) -> nn.Module:
         from ..internvl import InternVLModel
 

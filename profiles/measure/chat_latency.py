@@ -84,7 +84,7 @@ def token_ms(cases: Iterable[Case]) -> float | None:
 
 
 def _prefill(spec: ComponentSpec, batch: int, prompt: int) -> list[dict[str, int]]:
-    if spec.name != "decoder":
+    if not any(axis.name == "past" for axis in spec.axes):
         return []
     text, past = min(prompt, spec.axis("text").max), spec.axis("past").min
     return [{"batch": batch, "text": text, "past": past, "total": text + past}]

@@ -15,7 +15,6 @@ from functools import partial
 from ...bundle.spec import ComponentSpec
 from ...errors import UsageError
 from ...inputs.tokenizer import CAPTION_PROMPT
-from ...models.config import InternVLConfig
 from ...models.registry import ModelConfig, component_names, component_of, family_of
 from ...runtime import InternVL, Mode
 from ...runtime.loaded import Loaded
@@ -30,8 +29,8 @@ LABELS = 1000
 
 
 def plan(
-    model: InternVL,
-    config: InternVLConfig,
+    model: Loaded,
+    config: ModelConfig,
     batches: Sequence[int] | None = None,
     lengths: Sequence[int] = (),
 ) -> list[Task]:
@@ -56,10 +55,11 @@ def plan(
         for sizes in sizes_of(spec, batch, lengths, config)
         for task in component(model, spec, config, sizes)
     ]
-    for batch in chosen:
-        tasks += _chained(model, specs, batch)
-    for batch in chosen:
-        tasks += _host(model, specs, batch)
+    if isinstance(model, InternVL):
+        for batch in chosen:
+            tasks += _chained(model, specs, batch)
+        for batch in chosen:
+            tasks += _host(model, specs, batch)
     return named(model, tasks)
 
 
@@ -169,10 +169,12 @@ def component(model: Loaded, spec: ComponentSpec, config: ModelConfig, sizes: di
 def _chained(model: InternVL, specs: dict[str, ComponentSpec], batch: int) -> list[Task]:
     """The chained calls that the bundle's components allow."""
     tasks: list[Task] = []
-    if "vision" in specs:
-        vision = specs["vision"]
+    vision, caption = specs.get(model.components.gives("image_embed")), specs.get("qllama_step")
+    if vision is not None:
         shape = (batch, *vision.shape(vision.inputs[0], "opt")[1:])
-        modes: tuple[Mode, ...] = ("InternVL-C", "InternVL-G") if "qllama_query" in specs else ("InternVL-C",)
+        modes: tuple[Mode, ...] = (
+            ("InternVL-C", "InternVL-G") if specs.get("qllama_query") else ("InternVL-C",)
+        )
         boundary = "pixel_values in, embeddings out; reading and resizing images is not in it"
         for mode in modes:
             prepare = partial(_encode_image, model, shape, mode)
@@ -187,9 +189,9 @@ def _chained(model: InternVL, specs: dict[str, ComponentSpec], batch: int) -> li
         tasks.append(
             Task("classify", "chained", batch, {"labels": LABELS}, batch, "images", boundary, prepare)
         )
-        if {"qllama_query", "qllama_step"} <= specs.keys():
+        if caption is not None and specs.get("qllama_query"):
             tasks += _caption(model, specs, shape)
-    if "qllama_text" in specs:
+    if specs.get("qllama_text"):
         _, lengths = model.tokenizer.encode_contrastive([TEXT])
         boundary = "strings in, embeddings out: tokenizing is in it"
         call = partial(model.encode_text, [TEXT] * batch)
@@ -214,7 +216,7 @@ def _caption(model: InternVL, specs: dict[str, ComponentSpec], shape: tuple[int,
 def _host(model: InternVL, specs: dict[str, ComponentSpec], batch: int) -> list[Task]:
     """What the host does before and after the engines, apart from them."""
     tasks = []
-    if "vision" in specs:
+    if specs.get(model.components.gives("image_embed")):
         width, height = JPEG_SIZE
         boundary = f"JPEG files of {width} x {height} in memory in, pixels out: decode, resize, normalise"
         prepare = partial(preprocessing, model, batch)
@@ -222,12 +224,12 @@ def _host(model: InternVL, specs: dict[str, ComponentSpec], batch: int) -> list[
         boundary = f"embeddings in, probabilities of {LABELS:,} labels out: normalise, product, softmax"
         prepare = partial(_probabilities, model, batch)
         tasks.append(Task("postprocess classify", "host", batch, {}, batch, "images", boundary, prepare))
-    if "qllama_text" in specs:
+    if specs.get("qllama_text"):
         call = partial(model.tokenizer.encode_contrastive, [TEXT] * batch)
         tasks.append(
             Task("tokenize", "host", batch, {}, batch, "texts", "strings in, token ids out", lambda: call)
         )
-    if "qllama_step" in specs:
+    if specs.get("qllama_step"):
         boundary = f"{CAPTION_TOKENS} token ids an image in, strings out"
         prepare = partial(detokenizing, model, batch)
         tasks.append(Task("postprocess caption", "host", batch, {}, batch, "texts", boundary, prepare))

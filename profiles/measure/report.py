@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...bundle import Bundle
 from ...bundle.manifest import MANIFEST, Model
@@ -16,7 +16,7 @@ from ...engines.device import HOST
 from ...errors import BuildError, CapabilityError, UsageError
 from ...files.hashing import sha256_file
 from ...models.config import ChatConfig, InternVLConfig
-from ...models.registry import ModelConfig, component_names, config_from_published, family_of
+from ...models.registry import CONTRASTIVE, ModelConfig, component_names, config_from_published, family_of
 from ...runtime import InternVL, InternVLChat
 from ...runtime.load import model_on
 from ...runtime.loaded import Loaded
@@ -151,37 +151,43 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
 
 def _of_paper(about: Model, config: ModelConfig, options: Options) -> InternVLConfig | None:
     """The model's sizes where the paper's tables are wanted of it; UsageError where there are none."""
-    if isinstance(config, InternVLConfig):
-        return config if options.table19 or different_model(about, config) is None else None
+    family = family_of(config)
+    if family.form == CONTRASTIVE:
+        sizes = cast(InternVLConfig, config)
+        return sizes if options.table19 or different_model(about, sizes) is None else None
     if options.table19:
         raise UsageError(
-            "A chat model has no place in Table 19.", "It is about InternVL-C and -G.", "Drop --table19."
+            f"{family.title[0].upper()}{family.title[1:]} has no place in Table 19.",
+            "It is about InternVL-C and -G.",
+            "Drop --table19.",
         )
     return None
 
 
 def _plan(
-    model: InternVL | InternVLChat, config: ModelConfig, batches: Sequence[int] | None, lengths: Sequence[int]
+    model: Loaded, config: ModelConfig, batches: Sequence[int] | None, lengths: Sequence[int]
 ) -> list[Task]:
-    if isinstance(model, InternVLChat) and isinstance(config, ChatConfig):
-        return chat_latency.plan(model, config, batches, lengths)
-    if isinstance(model, InternVL) and isinstance(config, InternVLConfig):
-        return latency.plan(model, config, batches, lengths)
-    raise CapabilityError(f"{model.bundle.root} cannot be profiled.", "Its components are not its model's.")
+    if isinstance(model, InternVLChat):
+        return chat_latency.plan(model, cast(ChatConfig, config), batches, lengths)
+    return latency.plan(model, config, batches, lengths)
 
 
-def _first_request(model: InternVL | InternVLChat, started: float) -> tuple[float, str]:
+def _first_request(model: Loaded, started: float) -> tuple[float, str]:
     """Milliseconds since ``started`` once the first request is answered, and what that was."""
     opened = "opening that engine, one call"
     if isinstance(model, InternVLChat):
         model.chat([jpeg()]).ask(TEXT, max_new_tokens=1)
         asked, opened = "the first token about one JPEG", "opening all engines, one call of each"
-    elif "vision" in model.bundle.manifest.components:
+    elif isinstance(model, InternVL) and model.components.gives("image_embed"):
         model.encode_image([jpeg()])
         asked = "one JPEG's InternVL-C embedding"
-    else:
+    elif isinstance(model, InternVL) and model.components.gives("text_embed"):
         model.encode_text([TEXT])
         asked = "one text's embedding"
+    else:
+        name = next(iter(model.bundle.manifest.components))
+        model.components.open(name)
+        asked = f"the engine of {name}"
     boundary = f"from the opened manifest to {asked}: {opened}; imports done before"
     return (time.perf_counter() - started) * 1e3, boundary
 

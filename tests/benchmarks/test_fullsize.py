@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ivl_export.benchmarks.fullsize import document, report, tool
-from ivl_export.benchmarks.fullsize.make_checkpoint import MASSIVE, SCENES, main, make_checkpoint, sliced
+from ivl_export.benchmarks.fullsize.make_checkpoint import MASSIVE, SCENES, main, make_checkpoint
 from ivl_export.benchmarks.fullsize.measured import StepFailed, run
 from ivl_export.export.unquantized import weight_keys
 from ivl_export.inputs.preprocess import ImageSettings
@@ -22,7 +22,7 @@ from ivl_export.inputs.tokenizer import SentencePieceTokenizer
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig, load_model
 from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.qllama import Visible
-from ivl_export.models.registry import expected_shapes
+from ivl_export.models.registry import expected_shapes, sliced
 from ivl_export.pipeline.config import ORT, BuildConfig
 from ivl_export.pipeline.graph_steps import BASE_STORE, LOW_STORE
 from ivl_export.pipeline.plan import plan_build

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ivl_export.benchmarks.fullsize.make_checkpoint import LAYOUTS, depths, main, make_checkpoint, sliced
+from ivl_export.benchmarks.fullsize.make_checkpoint import LAYOUTS, main, make_checkpoint
 from ivl_export.inputs.chat_template import IMAGE_TOKEN
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.models import ChatConfig, QLlamaConfig, VisionConfig, load_chat
 from ivl_export.models.checkpoint import open_checkpoint
+from ivl_export.models.registry import family_of, sliced
 
 NARROW = ChatConfig(VisionConfig(320, 6, 5, 640, 56, 14), QLlamaConfig(256, 4, 4, 384, 1500), image_size=84)
 TOWER = 5_902_793_600 + 6_680_883_200 + 956_418_048 + 204_611_584 + 393_216
@@ -34,7 +35,7 @@ def test_full_sizes(tmp_path: Path, layout: str, parameters: int, blocks: tuple[
     assert main([str(tmp_path), "--layout", layout, "--holes"]) == 0
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.model == LAYOUTS[layout]
-    assert depths(checkpoint.model) == blocks
+    assert family_of(checkpoint.model).depths(checkpoint.model) == blocks
     assert sum(ref.nbytes for ref in checkpoint.tensors.values()) == 2 * parameters
     assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) > 2 * parameters
 
@@ -43,7 +44,7 @@ def test_full_sizes(tmp_path: Path, layout: str, parameters: int, blocks: tuple[
 def test_any_number_of_blocks(tmp_path: Path, layout: str) -> None:
     assert main([str(tmp_path), "--layout", layout, "--holes", "--blocks", "2"]) == 0
     model = open_checkpoint(tmp_path).model
-    assert depths(model) == (2, 0 if layout == "internvit-6b" else 2)
+    assert family_of(model).depths(model) == (2, 0 if layout == "internvit-6b" else 2)
     if isinstance(model, ChatConfig):
         assert (model.vision.num_hidden_layers, model.select_layer) == ((2, -2) if model.queries else (5, -4))
 

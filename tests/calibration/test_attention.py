@@ -200,12 +200,13 @@ def test_the_recipe_with_attention_alone() -> None:
 def test_tensorrt_rtx_fuses_it(tmp_path: Path) -> None:
     """One block at InternVL-14B's widths: every promised attention is one kernel on fp8, fp8, fp8."""
     pytest.importorskip("tensorrt_rtx")
-    from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint, sliced
+    from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
     from ivl_export.engines.tensorrt.build import build_engine
     from ivl_export.export.binding import bind, save_graph, unbound
     from ivl_export.export.weight_store import open_store
     from ivl_export.export.weights import write_store
     from ivl_export.models.checkpoint import open_checkpoint
+    from ivl_export.models.registry import sliced
     from ivl_export.verify.expectations import check_expectations
     from ivl_export.verify.rtx import read_rtx
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint, sliced
+from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
 from ivl_export.calibration.accuracy import Metrics, compare
 from ivl_export.calibration.calibrate import calibrate
 from ivl_export.calibration.component_chain import Runner, Step, run_chain
@@ -25,7 +25,7 @@ from ivl_export.models.calls import Arrays
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.load import meta_model
-from ivl_export.models.registry import component_module, component_spec
+from ivl_export.models.registry import component_module, component_spec, sliced
 from ivl_export.models.storage import read_header
 from ivl_export.models.vit import resize_positions
 from ivl_export.pipeline.graph_steps import (
