@@ -18,12 +18,12 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OUTSIDE = ("tests", "benchmarks", "examples", "build", ".venv")
-OPTIONAL = {"opentelemetry-sdk", "torch-tensorrt"}
+OPTIONAL = {"jinja2", "opentelemetry-sdk", "torch-tensorrt"}
 """Used where they are there, and named with their own line where they are asked for: no extra has them."""
 IMPORTS = {
     "onnxruntime-gpu": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx",
     "torch-tensorrt": "torch_tensorrt", "nvidia-ml-py": "pynvml", "opentelemetry-sdk": "opentelemetry",
-    "faiss-cpu": "faiss", "pyyaml": "yaml", "pillow": "PIL",
+    "faiss-cpu": "faiss", "pyyaml": "yaml", "pillow": "PIL", "jinja2": "jinja2",
 }  # fmt: skip
 """Package -> module, where a package may be missing or several have one module."""
 
@@ -87,7 +87,7 @@ def test_quant_is_what_building_imports() -> None:
     building = imported("models", "export", "quantization", "calibration", "pipeline")
     quant = {m for p in packages(project()["optional-dependencies"]["quant"]) for m in modules_of(p)}
     assert {"torch", "onnx", "onnx_ir", "onnxscript"} <= quant & building
-    assert not {"modelopt", "huggingface_hub", "requests", "ml_dtypes"} & imported()
+    assert not {"modelopt", "huggingface_hub", "requests"} & imported()
 
 
 def test_the_readme_names_every_extra() -> None:
