@@ -51,9 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except BrokenPipeError:  # what read the output has ended: 'ivl-export ... | head'
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: wrong usage, named with the command's usage line
             return _usage(error, as_json)

@@ -171,6 +171,20 @@ def test_unexpected_errors_are_one_line(
         cli.main(["--debug", "verify", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    "args", [["build", "--list-recipes"], ["build", "--list-recipes", "--json"], ["--help"]]
+)
+def test_a_closed_pipe_ends_a_command_quietly(args: list[str]) -> None:
+    code = f"import sys; from ivl_export.cli import main; sys.stdin.read(1); sys.exit(main({args!r}))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()  # as head does, before anything was written
+    assert process.communicate(b"x", timeout=60)[1] == b""
+    assert process.returncode == 1
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_exits_130(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "manifest.json")  # opening it waits for a writer that never comes
@@ -249,7 +263,8 @@ def test_a_package_of_an_extra_that_is_not_installed(
     monkeypatch.setattr(app_module, "load", lacking)
     assert cli.main([verb, "--json"]) == 5
     told = json.loads(capsys.readouterr().err)
-    assert told["what"] == f"{absent.partition('.')[0]} is not installed."
+    module = absent.partition(".")[0]
+    assert told["what"] == f"'ivl-export {verb}' needs {module}, which is not installed."
     assert told["fix"] == f"pip install 'ivl-export[{extra}]'"
 
 
