@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.tokenizer import Tokenizer
 from ..models.checkpoint import Checkpoint
 from ..quantization.quantize import dequantise, quantise
 from ..quantization.schemes import folded_layers
@@ -77,7 +77,7 @@ def awq_factors(
     schemes: Mapping[str, str],
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     folder: Path,
     *,
     base: str = "bf16",

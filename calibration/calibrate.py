@@ -6,7 +6,6 @@ After every part its ranges are kept, so that a run that was killed goes on ther
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -22,7 +21,7 @@ from ..errors import BuildError
 from ..files.hashing import sha256_json
 from ..files.write import atomic
 from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.tokenizer import Tokenizer
 from ..models.registry import Ranges, component_of
 from ..quantization.algorithms import algorithm_name, depends_on_type
 from ..quantization.attention import core_attentions, operand_names
@@ -123,7 +122,7 @@ def calibrate(
     components: Sequence[str],
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     *,
     batch_size: int = 8,
     algorithm: str = "max",
@@ -176,7 +175,7 @@ def calibrate(
     watch = Watch(modules.by_name, observers(recorded, chosen_for))
     identity = _identity(
         [checkpoint.revision, chosen.hash, recorded, chosen_for, order, batch_size, device, key],
-        [settings.to_json(), hashlib.sha256(tokenizer.model).hexdigest()],
+        [settings.to_json(), tokenizer.digest],
     )
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory(prefix="ivl-calibrate-") as name:
         state = _State(Path(name), identity, order)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from ..errors import InputError
 from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, Turn, encode
 from ..inputs.preprocess import Array, ImageSettings, preprocess_images
-from ..inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer
+from ..inputs.tokenizer import CAPTION_PROMPT, Tokenizer
 from ..models.calls import LONGEST_PROMPT, LONGEST_STEP, Dialogue, Texts
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Samples:
 
     number: int
     samples: tuple[Sample, ...]
-    tokenizer: SentencePieceTokenizer
+    tokenizer: Tokenizer
 
     @property
     def size(self) -> int:
@@ -225,7 +225,7 @@ class CalibrationSet:
         """How many batches :meth:`batches` yields."""
         return -(-len(self) // batch_size)
 
-    def sample_batches(self, tokenizer: SentencePieceTokenizer, batch_size: int = 8) -> Iterator[Samples]:
+    def sample_batches(self, tokenizer: Tokenizer, batch_size: int = 8) -> Iterator[Samples]:
         """The samples of each batch; no image is read, and no text that nobody asks for."""
         for number, samples in enumerate(self._parts(batch_size)):
             yield Samples(number, samples, tokenizer)
@@ -239,9 +239,7 @@ class CalibrationSet:
         if self.cache is not None:
             self.cache.trim()
 
-    def batches(
-        self, settings: ImageSettings, tokenizer: SentencePieceTokenizer, batch_size: int = 8
-    ) -> Iterator[Batch]:
+    def batches(self, settings: ImageSettings, tokenizer: Tokenizer, batch_size: int = 8) -> Iterator[Batch]:
         """Preprocessed batches, one in memory at a time."""
         pixels = self.pixels(settings, batch_size)
         for batch, images in zip(self.sample_batches(tokenizer, batch_size), pixels, strict=True):
@@ -303,7 +301,7 @@ def read_bytes(image: Path | Stored) -> bytes:
         ) from error
 
 
-def dialogue_of(sample: Sample, tokenizer: SentencePieceTokenizer) -> Dialogue:
+def dialogue_of(sample: Sample, tokenizer: Tokenizer) -> Dialogue:
     """A conversation about ``sample``, always the same: of its scene, or its caption as an answer."""
     turns = [Turn(QUESTION, sample.text, 1)]
     if not isinstance(sample.image, Path):

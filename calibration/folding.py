@@ -20,7 +20,7 @@ import torch
 
 from ..errors import InputError, UsageError
 from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.tokenizer import Tokenizer
 from ..models.checkpoint import Checkpoint
 from ..quantization.schemes import folded_layers
 from .block_stream import Flow, visit
@@ -161,7 +161,7 @@ def watch_inputs(
     components: Sequence[str],
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     folder: Path,
     *,
     batch_size: int = 8,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..inputs.preprocess import Array, ImageSettings
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.tokenizer import Tokenizer
 from ..models.calls import Call
 from ..models.registry import ModelConfig, component_of, family_of
 from .dataset import CalibrationSet
@@ -38,7 +38,7 @@ class Samples:
 def samples_of(
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     config: ModelConfig,
     components: Sequence[str],
     batch_size: int,

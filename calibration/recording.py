@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.tokenizer import Tokenizer
 from ..models.calls import Arrays, Call
 from ..models.registry import ModelConfig, component_of, component_spec
 from .calibrate import spilled_bytes
@@ -48,7 +48,7 @@ class Recording:
         components: Sequence[str],
         chosen: CalibrationSet,
         settings: ImageSettings,
-        tokenizer: SentencePieceTokenizer,
+        tokenizer: Tokenizer,
         folder: Path,
         *,
         batch_size: int = 8,

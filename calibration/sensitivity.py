@@ -22,7 +22,7 @@ from ..errors import UsageError
 from ..files.json import decode
 from ..files.write import atomic
 from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.tokenizer import Tokenizer
 from ..models.calls import Call
 from ..quantization.attention import FP8_ATTENTION, core_attentions, operand_names
 from ..quantization.quantize import dequantise, quantise
@@ -112,7 +112,7 @@ def measure(
     ranges: ActivationRanges,
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     folder: Path,
     *,
     base: str = "bf16",

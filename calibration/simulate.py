@@ -17,7 +17,7 @@ import torch
 
 from ..export.weight_store import open_store
 from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.tokenizer import Tokenizer
 from ..models.registry import component_spec
 from ..models.storage import open_reader
 from ..quantization.attention import attention_scales, core_attentions, fake_attention
@@ -77,7 +77,7 @@ def simulated_accuracy(
     quantised: Quantised,
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     folder: Path,
     *,
     batch_size: int = 8,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.tokenizer import Tokenizer
 from ..models.checkpoint import Checkpoint
 from .dataset import CalibrationSet
 from .folding import groups, watch_inputs
@@ -31,7 +31,7 @@ def channel_ranges(
     layers: Iterable[str],
     chosen: CalibrationSet,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     folder: Path,
     *,
     batch_size: int = 8,

@@ -12,6 +12,7 @@ spells. Special tokens come from prompts alone, as ids (:meth:`Tokenizer.markup`
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 import re
@@ -66,10 +67,12 @@ class Tokenizer(ABC):
         prefix: ids that every sequence begins with: bos, or nothing.
         specials: ids of the special tokens by their texts.
         plain: ids of added tokens that are not special; they are found in texts.
+        files: names and contents from which :func:`load_tokenizer` makes the same one.
     """
 
     eos: int
     prefix: tuple[int, ...]
+    files: Mapping[str, bytes]
 
     def __init__(self, name: str, added: Iterable[AddedToken]) -> None:
         self.name = name
@@ -77,6 +80,7 @@ class Tokenizer(ABC):
         self.specials = {token.content: token.id for token in tokens if token.special}
         self.plain = {token.content: token.id for token in tokens if not token.special}
         self._special_ids = frozenset(self.specials.values())
+        self._never_text = self._special_ids
         self._lstrips: set[str | int] = {token.id for token in tokens if token.lstrip}
         self._rstrips: set[str | int] = {token.id for token in tokens if token.rstrip}
         self._marks = _alternatives(self.specials)
@@ -92,6 +96,12 @@ class Tokenizer(ABC):
     @abstractmethod
     def _ids(self, text: str, first: bool) -> list[int]:
         """Ids of valid ``text``, in which plain added tokens are found; ``first``: nothing is before it."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 over its files, 64 hex digits."""
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
+        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
     @property
     def leading_space(self) -> bool:
@@ -156,11 +166,11 @@ class Tokenizer(ABC):
         except UnicodeEncodeError as error:
             raise InputError(f"Cannot encode the text {text!r}.", str(error), "Use valid Unicode.") from error
         ids = self._ids(text, first)
-        if self._special_ids.isdisjoint(ids):
+        if self._never_text.isdisjoint(ids):
             return ids
         # A trained piece bears the id of a special token, and the text spells it: broken after each letter.
         broken = [token for at, letter in enumerate(text) for token in self._ids(letter, first and at == 0)]
-        if self._special_ids.isdisjoint(broken):
+        if self._never_text.isdisjoint(broken):
             return broken
         raise InputError(f"Cannot encode the text {text[:80]!r}.", "A letter of it is a special token.")
 
@@ -180,6 +190,51 @@ class Tokenizer(ABC):
         """Text of ``ids`` in pieces, as they come: no character is given out before it is whole."""
         pieces = Pieces(self)
         return (piece for token in ids if (piece := pieces.add(token)))
+
+    # --- InternVL-C and G ---
+
+    def encode_contrastive(
+        self,
+        texts: Sequence[str],
+        max_length: int = MAX_LENGTH,
+        buckets: Sequence[int] = BUCKETS,
+        prefix: str = CONTRASTIVE_PREFIX,
+    ) -> tuple[Array, Array]:
+        """Ids of ``prefix + text`` with bos and eos: (input_ids int64 [B, T], lengths int64 [B]).
+
+        Padded on the right with 0 to the smallest bucket that holds the longest text. Text pieces are cut
+        to leave room before bos and eos are put around them, as transformers' LlamaTokenizer does:
+        eos, where the embedding is read, is always there.
+        """
+        room = max_length - len(self.prefix) - 1
+        rows = [[*self.prefix, *self.encode(prefix + text)[:room], self.eos] for text in texts]
+        return pad_ids(rows, [b for b in buckets if b < max_length] + [max_length])
+
+    def encode_captions(
+        self, prompts: Sequence[str], texts: Sequence[str], buckets: Sequence[int] = BUCKETS
+    ) -> tuple[Array, Array, Array]:
+        """Prompt, caption and eos, for training: (input_ids int64 [B, T], lengths, prompt lengths int64 [B]).
+
+        The first ``prompt length`` ids of a row are :meth:`encode_prompt` of its prompt; ids from there to
+        ``length`` (eos is the last) are what the decoder learns to say.
+        """
+        heads = [self.encode_prompt(prompt) for prompt in prompts]
+        rows = [
+            [*self.encode_prompt(prompt + text), self.eos]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        for head, row, text in zip(heads, rows, texts, strict=True):
+            if row[: len(head)] != head:
+                raise InputError(
+                    f"The caption {text!r} cannot be trained on.",
+                    "Its first letters merge with the prompt's last ones into one token.",
+                )
+        ids, lengths = pad_ids(rows, buckets)
+        return ids, lengths, np.array([len(head) for head in heads], np.int64)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a caption prompt, ``English caption:``: bos, no eos."""
+        return [*self.prefix, *self.encode(text)]
 
 
 class Pieces:
@@ -242,8 +297,9 @@ class SentencePieceTokenizer(Tokenizer):
             if self._sp.is_control(token) and token not in tokens:
                 tokens[token] = AddedToken(token, str(self._sp.id_to_piece(token)))
         super().__init__(name, tokens.values())
-        self.prefix = (self.bos,) if add_bos else ()
+        self.prefix, self.files = (self.bos,) if add_bos else (), {MODEL: self.model}
         self._size = max([len(pieces), *(token + 1 for token in tokens)])
+        self._never_text -= {self._sp.unk_id()}  # what texts become where the model lacks their letters
         self._added = {t.id: t.content for t in tokens.values()}
         self._plain = _alternatives(self.plain)
         self._space: bool = self._sp.encode("a", out_type=str)[:1] != ["a"]
@@ -286,50 +342,6 @@ class SentencePieceTokenizer(Tokenizer):
         head, ids = self._sp.encode("\0"), self._sp.encode("\0" + text)
         return list(ids[len(head) :] if ids[: len(head)] == head else self._sp.encode(text))
 
-    # --- InternVL-C and G ---
-
-    def encode_contrastive(
-        self,
-        texts: Sequence[str],
-        max_length: int = MAX_LENGTH,
-        buckets: Sequence[int] = BUCKETS,
-        prefix: str = CONTRASTIVE_PREFIX,
-    ) -> tuple[Array, Array]:
-        """Ids of ``prefix + text`` with bos and eos: (input_ids int64 [B, T], lengths int64 [B]).
-
-        Padded on the right with 0 to the smallest bucket that holds the longest text. Text pieces are cut
-        to ``max_length - 2`` before bos and eos are put around them, as transformers' LlamaTokenizer does:
-        eos, where the embedding is read, is always there.
-        """
-        rows = [[self.bos, *self.encode(prefix + text)[: max_length - 2], self.eos] for text in texts]
-        return pad_ids(rows, [b for b in buckets if b < max_length] + [max_length])
-
-    def encode_captions(
-        self, prompts: Sequence[str], texts: Sequence[str], buckets: Sequence[int] = BUCKETS
-    ) -> tuple[Array, Array, Array]:
-        """Prompt, caption and eos, for training: (input_ids int64 [B, T], lengths, prompt lengths int64 [B]).
-
-        The first ``prompt length`` ids of a row are :meth:`encode_prompt` of its prompt; ids from there to
-        ``length`` (eos is the last) are what the decoder learns to say.
-        """
-        heads = [self.encode_prompt(prompt) for prompt in prompts]
-        rows = [
-            [*self.encode_prompt(prompt + text), self.eos]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        for head, row, text in zip(heads, rows, texts, strict=True):
-            if row[: len(head)] != head:
-                raise InputError(
-                    f"The caption {text!r} cannot be trained on.",
-                    "Its first letters merge with the prompt's last ones into one token.",
-                )
-        ids, lengths = pad_ids(rows, buckets)
-        return ids, lengths, np.array([len(head) for head in heads], np.int64)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a caption prompt, ``English caption:``: bos, no eos."""
-        return [self.bos, *self.encode(text)]
-
 
 class FastTokenizer(Tokenizer):
     """A tokenizer of the ``tokenizers`` library, from ``tokenizer.json`` or built as Qwen's."""
@@ -346,6 +358,7 @@ class FastTokenizer(Tokenizer):
             CheckpointError: not such a file, of a kind that is not known here, or without end token.
         """
         data = _object(text, name)
+        self.files = {JSON: text.encode()}
         self._tokenizer = _parsed(text, name)
         later = _without_first_space(data)
         self._later = self._tokenizer if later is None else _parsed(later, name)
@@ -424,18 +437,21 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
             f"Looked for {MODEL}, {JSON}, and {VOCAB} with {MERGES}.",
             "Copy the tokenizer's files of the published checkpoint there.",
         )
+    tokenizer = _loaded(folder, files[0])
+    try:
+        tokenizer.files = {name: _bytes(folder / name) for name in files}
+    except OSError as error:
+        raise CheckpointError(f"Cannot read the tokenizer in {folder}.", f"{error}.") from error
+    return tokenizer
+
+
+def _loaded(folder: Path, file: str) -> Tokenizer:
     config = _settings(folder)
-    added = _added_tokens(folder, config)
-    eos = _content(config.get("eos_token"))
-    if files[0] == MODEL:
-        return SentencePieceTokenizer(
-            folder / MODEL,
-            added,
-            eos,
-            add_bos=_flag(config, "add_bos_token", True, folder),
-            legacy=_flag(config, "legacy", True, folder),
-        )
-    if files[0] == JSON:
+    added, eos = _added_tokens(folder, config), _content(config.get("eos_token"))
+    if file == MODEL:
+        add_bos, legacy = (_flag(config, key, True, folder) for key in ("add_bos_token", "legacy"))
+        return SentencePieceTokenizer(folder / MODEL, added, eos, add_bos, legacy)
+    if file == JSON:
         return FastTokenizer(_text_of(folder / JSON), str(folder / JSON), eos)
     kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
     if kind not in _SPLITS:

@@ -30,16 +30,17 @@ MEGABYTE = 10**6
 
 def preprocess_step(plan: BuildPlan) -> Step:
     """Tokenizer and image settings, so that nothing is fetched at run time."""
-    settings, model = plan.settings.to_json(), plan.tokenizer.model
+    settings, tokenizer = plan.settings.to_json(), plan.tokenizer
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         folder = space.staging_dir / "preprocess"
         folder.mkdir(exist_ok=True)
         plan.settings.save(folder / "preprocessor_config.json")
-        (folder / "tokenizer.model").write_bytes(model)
-        return ["preprocess/preprocessor_config.json", "preprocess/tokenizer.model"], {}
+        for name, data in tokenizer.files.items():
+            (folder / name).write_bytes(data)
+        return [f"preprocess/{name}" for name in ("preprocessor_config.json", *tokenizer.files)], {}
 
-    return Step("preprocess", {"settings": settings, "tokenizer": hashlib.sha256(model).hexdigest()}, run)
+    return Step("preprocess", {"settings": settings, "tokenizer": tokenizer.digest}, run)
 
 
 def finite_step(plan: BuildPlan) -> Step:

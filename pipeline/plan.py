@@ -23,7 +23,7 @@ from ..export.features import with_features
 from ..export.split import check_split
 from ..files.cache_dir import cache_folder
 from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.tokenizer import SentencePieceTokenizer, Tokenizer
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.registry import component_module, component_of, component_spec, family_of
 from ..models.shipped import checkpoint_path
@@ -102,7 +102,7 @@ class BuildPlan:
     targets: tuple[str, ...]
     backends: tuple[str, ...]
     shapes: dict[str, Range]
-    tokenizer: SentencePieceTokenizer
+    tokenizer: Tokenizer
     settings: ImageSettings
     evaluation: str | None
     algorithm: str
@@ -288,7 +288,7 @@ def _part_count(checkpoint: Checkpoint, component: str, split: int) -> int:
     return split
 
 
-def _tokenizer(folder: Path, checkpoint: Checkpoint) -> SentencePieceTokenizer:
+def _tokenizer(folder: Path, checkpoint: Checkpoint) -> Tokenizer:
     tokenizer = SentencePieceTokenizer(_required_file(folder, "tokenizer.model"))
     vocabulary = family_of(checkpoint.model).vocabulary(checkpoint.model)
     if len(tokenizer) > vocabulary > 0:

@@ -264,9 +264,9 @@ def train_rank(
     teacher = load_model(plan.checkpoint) if config.teacher else None
     data: Dataset[Stage2Batch]
     if qat.data is None:
-        data = SceneSamples(tuning, plan.settings, plan.tokenizer.model, rows)
+        data = SceneSamples(tuning, plan.settings, plan.tokenizer.files["tokenizer.model"], rows)
     else:
-        data = SampleBatches(qat.data, tuning, plan.settings, plan.tokenizer.model, rows)
+        data = SampleBatches(qat.data, tuning, plan.settings, plan.tokenizer.files["tokenizer.model"], rows)
     identity = {
         "model": plan.checkpoint.revision,
         "recipe": json.dumps(plan.recipe.to_json(), sort_keys=True),
@@ -350,7 +350,7 @@ def write_checkpoint(
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     published = json.dumps(plan.checkpoint.model.to_published(), indent=1)
     (folder / "config.json").write_text(published + "\n", encoding="utf-8")
-    (folder / "tokenizer.model").write_bytes(plan.tokenizer.model)
+    (folder / "tokenizer.model").write_bytes(plan.tokenizer.files["tokenizer.model"])
     plan.settings.save(folder / "preprocessor_config.json")
     (folder / RECIPE).write_text(plan.recipe.to_yaml(), encoding="utf-8")
     if plan.evaluation:

@@ -15,7 +15,7 @@ from ..engines.base import known_backend
 from ..errors import InputError
 from ..inputs.preprocess import ImageSettings, PixelValues, ResizeMode
 from ..inputs.sources import ImageInput, image_sequence
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.tokenizer import Tokenizer, load_tokenizer
 from ..models.registry import CHAT, Family, family_claiming
 from .components import Components, fixed
 from .image_batches import Floats, Images, Reading, pixel_batches, read_batch
@@ -121,9 +121,9 @@ class Loaded:
         return self.components.timings.snapshot()
 
     @cached_property
-    def tokenizer(self) -> SentencePieceTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer."""
-        return SentencePieceTokenizer(self.bundle.path("preprocess/tokenizer.model"))
+        return load_tokenizer(self.bundle.root / "preprocess")
 
     @cached_property
     def image_settings(self) -> ImageSettings:

@@ -13,7 +13,7 @@ from torch import nn
 from ..files.write import atomic
 from ..inputs.chat_template import Turn, encode
 from ..inputs.preprocess import ImageSettings, preprocess_images
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.tokenizer import Tokenizer
 from ..models.chat import InternVLChatModel
 from ..models.checkpoint import Checkpoint
 from ..models.layout import CHAT_TOWER, VISION
@@ -44,9 +44,7 @@ def initialised(preset: ChatPreset, tower: Checkpoint) -> InternVLChatModel:
 class TorchChat:
     """Greedy answers of the PyTorch model, as :data:`..synthetic.chat_tasks.Answer`."""
 
-    def __init__(
-        self, model: InternVLChatModel, tokenizer: SentencePieceTokenizer, settings: ImageSettings
-    ) -> None:
+    def __init__(self, model: InternVLChatModel, tokenizer: Tokenizer, settings: ImageSettings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
 
     def __call__(self, images: Image8, conversations: Sequence[Sequence[Turn]]) -> list[str]:

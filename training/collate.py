@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..inputs.preprocess import Array, ImageSettings, normalised
-from ..inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer
+from ..inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer, Tokenizer
 from ..synthetic.batches import make_batch
 from ..synthetic.captions import LANGUAGES, caption
 from ..synthetic.scenes import RELATIONS, Obj, Scene
@@ -62,7 +62,7 @@ class SceneBatches(Dataset[Drawn]):
         return replace(whole, labels=focused(whole.labels, stage.focus, relation_ids(tokenizer), rng))
 
 
-def relation_ids(tokenizer: SentencePieceTokenizer) -> Array:
+def relation_ids(tokenizer: Tokenizer) -> Array:
     """Ids of the pieces that tell one relation from another, int64."""
     ring = Obj("ring", "red", "small")
     scene = Scene((ring, ring), RELATIONS[0], "noise", 0)
@@ -79,9 +79,7 @@ def focused(labels: Tensor, share: float, keep: Array, rng: np.random.Generator)
     return labels.masked_fill(hidden & ~torch.isin(labels, torch.from_numpy(keep)), IGNORE)
 
 
-def collate(
-    images: Array, captions: list[str], languages: list[str], tokenizer: SentencePieceTokenizer
-) -> Drawn:
+def collate(images: Array, captions: list[str], languages: list[str], tokenizer: Tokenizer) -> Drawn:
     """Token ids of all views of the captions. The wrong caption of a row is the next row's."""
     prompts = [CAPTION_PROMPT[lang] for lang in languages]
     ids, lengths, heads = tokenizer.encode_captions(prompts, captions, BUCKETS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..inputs.preprocess import Array, ImageSettings, normalised
-from ..inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer
+from ..inputs.tokenizer import CAPTION_PROMPT, Tokenizer
 from ..models.internvl import InternVLModel
 from ..synthetic.captions import Language
 from ..synthetic.render import Image8
@@ -18,9 +18,7 @@ from .collate import BUCKETS
 class TorchModel(BothHeads):
     """Adapts a model, its tokenizer and its image settings to :class:`..synthetic.tasks.Model`; any dtype."""
 
-    def __init__(
-        self, model: InternVLModel, tokenizer: SentencePieceTokenizer, settings: ImageSettings
-    ) -> None:
+    def __init__(self, model: InternVLModel, tokenizer: Tokenizer, settings: ImageSettings) -> None:
         super().__init__(self._both)
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
 

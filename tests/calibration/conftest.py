@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.inputs.preprocess import ImageSettings
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer, Tokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.models.internvl import InternVLModel
@@ -59,7 +59,7 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> SentencePieceTokenizer:
+def tokenizer() -> Tokenizer:
     return SentencePieceTokenizer(train_tokenizer())
 
 

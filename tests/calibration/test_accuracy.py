@@ -23,7 +23,7 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.recording import Recording
 from ivl_export.errors import AccuracyError, BuildError
 from ivl_export.inputs.preprocess import ImageSettings
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import Tokenizer
 from ivl_export.models.calls import Arrays
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.registry import component_spec
@@ -98,7 +98,7 @@ def test_a_recording_is_what_whole_modules_give(
     checkpoint: Checkpoint,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     tmp_path: Path,
 ) -> None:
     reference, count = reference_runners(checkpoint, ["qllama_step", "qllama_text"]), 0
@@ -118,7 +118,7 @@ def test_teacher_forced_and_chained(
     checkpoint: Checkpoint,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     tmp_path: Path,
 ) -> None:
     reference = reference_runners(checkpoint, ["qllama_step", "qllama_text"])

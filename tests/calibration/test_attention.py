@@ -18,7 +18,7 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.errors import BuildError, InputError
 from ivl_export.export.trace import export_component
 from ivl_export.inputs.preprocess import ImageSettings
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import Tokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.layers import attention
@@ -50,7 +50,7 @@ Sets = tuple[CalibrationSet, CalibrationSet]
 
 @pytest.fixture(scope="module")
 def ranges(
-    shallow: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
+    shallow: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
 ) -> ActivationRanges:
     return calibrate(shallow, EVERY, scenes[0], settings, tokenizer, batch_size=4)
 
@@ -125,7 +125,7 @@ def test_the_graph_equals_the_simulation(
     ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
 ) -> None:
     names, amax = everything(shallow)[component], ranges.amax[component]
     model = export_component(component, shallow, "fp32")

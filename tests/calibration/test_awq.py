@@ -16,7 +16,7 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.folding import fold, groups_apart
 from ivl_export.errors import InputError, UsageError
 from ivl_export.inputs.preprocess import ImageSettings
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import Tokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.load import load_model
 from ivl_export.pipeline.accuracy_steps import component_receipt
@@ -52,7 +52,7 @@ def test_every_source_is_found(
     planned: dict[str, str],
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     tmp_path: Path,
 ) -> None:
     run = (scenes[0], settings, tokenizer, tmp_path)

@@ -25,7 +25,7 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.errors import BuildError
 from ivl_export.inputs.preprocess import ImageSettings
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer, Tokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.shipped import nano_folder
@@ -77,7 +77,7 @@ def test_picked_ranges_equal_those_of_whole_modules(
     checkpoint: Checkpoint,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
 ) -> None:
     kinds = {f"vision_model.encoder.layers.{i}.attn.qkv": kind for i, kind in enumerate(("int8", "fp8"))}
     components = ("qllama_query",)
@@ -96,12 +96,12 @@ def test_a_killed_run_goes_on_at_its_block(
     checkpoint: Checkpoint,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     tmp_path: Path,
 ) -> None:
     """Within a block of InternViT, at the end of a part, and within a layer of QLLaMA."""
     model, folder = tmp_path / "tokenizer.model", tmp_path / "spill"
-    model.write_bytes(tokenizer.model)
+    model.write_bytes(tokenizer.files["tokenizer.model"])
     command = [sys.executable, "-c", KILLED, str(checkpoint.path), str(model), str(folder), str(at)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -131,7 +131,7 @@ def test_another_set_or_lost_activations_start_afresh(
     checkpoint: Checkpoint,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "spill"
@@ -176,7 +176,7 @@ def test_spilled_bytes_bound_what_lies_on_disk(
     checkpoint: Checkpoint,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     tmp_path: Path,
 ) -> None:
     folder, most = tmp_path / "spill", 0

@@ -21,7 +21,7 @@ from ivl_export.calibration.simulate import rounding_hook
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.inputs.chat_template import SYSTEM
 from ivl_export.inputs.preprocess import Array, ImageSettings
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer, Tokenizer
 from ivl_export.models import load_chat
 from ivl_export.models.calls import Dialogue, runs
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
@@ -253,7 +253,7 @@ def by_hand(
     component: str,
     layer: str,
     amax: float,
-    args: tuple[CalibrationSet, ImageSettings, SentencePieceTokenizer],
+    args: tuple[CalibrationSet, ImageSettings, Tokenizer],
 ) -> Metrics:
     """What the block of ``layer`` adds with that layer in INT8, compared with fp32, in the whole model."""
     runners = {n: torch_runner(m, component_spec(n, checkpoint.model)) for n, m in modules.items()}

@@ -12,7 +12,7 @@ from ivl_export.calibration.dataset import FALLBACK_CAPTIONS, CalibrationSet, pr
 from ivl_export.calibration.sources import open_calibration, scenes_calibration
 from ivl_export.errors import InputError
 from ivl_export.inputs.preprocess import ImageSettings, preprocess_images
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import Tokenizer
 from ivl_export.models.calls import LONGEST_STEP
 
 
@@ -54,9 +54,7 @@ def test_the_hash_is_of_the_content(photos: Path) -> None:
     assert len({before.hash, captioned.hash, changed.hash}) == 3
 
 
-def test_batches_are_the_models_inputs(
-    photos: Path, settings: ImageSettings, tokenizer: SentencePieceTokenizer
-) -> None:
+def test_batches_are_the_models_inputs(photos: Path, settings: ImageSettings, tokenizer: Tokenizer) -> None:
     chosen = open_calibration(photos)
     batches = list(chosen.batches(settings, tokenizer, 5))
     assert [len(b.pixel_values) for b in batches] == [5, 5, 2]
@@ -209,9 +207,7 @@ def test_progress(photos: Path) -> None:
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_scenes_are_seeded_and_say_that_they_are_drawn(
-    settings: ImageSettings, tokenizer: SentencePieceTokenizer
-) -> None:
+def test_scenes_are_seeded_and_say_that_they_are_drawn(settings: ImageSettings, tokenizer: Tokenizer) -> None:
     chosen = scenes_calibration(40)
     assert chosen.synthetic
     assert any("synthetic" in notice for notice in chosen.notices)

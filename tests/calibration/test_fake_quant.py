@@ -13,7 +13,7 @@ from ivl_export.calibration.calibrate import calibrate
 from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.errors import UsageError
 from ivl_export.inputs.preprocess import ImageSettings
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import Tokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.internvl import InternVLModel
 from ivl_export.models.load import load_model
@@ -124,7 +124,7 @@ def ranges(
     checkpoint: Checkpoint,
     scenes: tuple[CalibrationSet, CalibrationSet],
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
 ) -> ActivationRanges:
     return calibrate(checkpoint, COMPONENTS, scenes[0], settings, tokenizer, batch_size=4)
 
@@ -137,9 +137,9 @@ def student(checkpoint: Checkpoint, ranges: ActivationRanges) -> InternVLModel:
 
 
 @pytest.fixture
-def batch(settings: ImageSettings, tokenizer: SentencePieceTokenizer) -> Stage2Batch:
+def batch(settings: ImageSettings, tokenizer: Tokenizer) -> Stage2Batch:
     tuning = Tuning(Stage("stage2", "generative", 2, 4, 1e-3, 0.0, 1))
-    return SceneSamples(tuning, settings, tokenizer.model, slice(None))[0]
+    return SceneSamples(tuning, settings, tokenizer.files["tokenizer.model"], slice(None))[0]
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

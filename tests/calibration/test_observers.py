@@ -17,7 +17,7 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.observers import observers
 from ivl_export.errors import BuildError, InputError, UsageError
 from ivl_export.inputs.preprocess import ImageSettings
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import Tokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.load import load_model
 from ivl_export.models.registry import component_spec
@@ -34,7 +34,7 @@ ALL = ("vision", "qllama_query", "qllama_text", "qllama_step")
 
 @pytest.fixture(scope="module")
 def ranges(
-    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
 ) -> ActivationRanges:
     return calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, batch_size=4)
 
@@ -60,7 +60,7 @@ def test_ranges_equal_hooks_on_the_whole_model(
     ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
 ) -> None:
     """The model's own methods, one unpadded sample at a time, decoding one token at a time."""
     from ivl_export.models.generate import extend, text_step
@@ -114,7 +114,7 @@ def test_ranges_equal_hooks_on_the_whole_model(
 
 
 def test_only_what_is_asked_and_what_it_needs(
-    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
 ) -> None:
     done: list[int] = []
     one = replace(scenes[0], samples=scenes[0].samples[:3])
@@ -130,7 +130,7 @@ def test_only_what_is_asked_and_what_it_needs(
 
 
 def test_chain_equals_the_models_own_methods(
-    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
 ) -> None:
     runners = reference_runners(checkpoint, ALL)
     model = load_model(checkpoint)
@@ -153,7 +153,7 @@ def test_percentile_cuts_outliers(
     ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
 ) -> None:
     found = calibrate(checkpoint, ["vision"], scenes[0], settings, tokenizer, algorithm="percentile-99")
     assert found.algorithm == "percentile-99"
@@ -184,7 +184,7 @@ def test_dead_and_broken_inputs_are_named(
     checkpoint: Checkpoint,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     tmp_path: Path,
 ) -> None:
     weights = load_file(checkpoint.path / "model.safetensors")

@@ -20,7 +20,7 @@ from ivl_export.cli import main
 from ivl_export.engines.base import open_engine
 from ivl_export.export.weight_store import open_store
 from ivl_export.inputs.preprocess import ImageSettings
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import Tokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.registry import component_spec
 from ivl_export.models.storage import open_reader
@@ -44,14 +44,12 @@ pytestmark = pytest.mark.numeric
 
 
 @pytest.fixture(scope="module")
-def model(
-    checkpoint: Checkpoint, tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def model(checkpoint: Checkpoint, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint with what belongs beside it."""
     folder = tmp_path_factory.mktemp("model")
     save_file({k: checkpoint.load(k) for k in checkpoint.tensors}, folder / "model.safetensors")
     (folder / "config.json").write_text((checkpoint.path / "config.json").read_text())
-    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    (folder / "tokenizer.model").write_bytes(tokenizer.files["tokenizer.model"])
     ImageSettings(size=28).save(folder / "preprocessor_config.json")
     return folder
 
@@ -200,12 +198,10 @@ def test_two_processes_train_as_one_does(
     assert shared[1] == pytest.approx(alone[1], rel=2e-2)
 
 
-def test_data_is_a_function_of_the_seed(
-    data: Path, settings: ImageSettings, tokenizer: SentencePieceTokenizer
-) -> None:
+def test_data_is_a_function_of_the_seed(data: Path, settings: ImageSettings, tokenizer: Tokenizer) -> None:
     tuning = Tuning(Stage("stage2", "generative", 5, 4, 1e-3, 0.0, 1))
     chosen = open_calibration(data, 10)
-    batches = SampleBatches(chosen, tuning, settings, tokenizer.model, slice(None))
+    batches = SampleBatches(chosen, tuning, settings, tokenizer.files["tokenizer.model"], slice(None))
     seen = torch.cat([batches[i].pixel_values for i in range(5)])
     pixels = torch.cat([torch.from_numpy(s.pixels(settings)) for s in chosen.samples])
     order = [next(i for i, p in enumerate(pixels) if torch.equal(p, x)) for x in seen]
@@ -216,7 +212,7 @@ def test_data_is_a_function_of_the_seed(
         ids, texts = batches[i].ids, captions[4 * i : 4 * i + 4]
         assert ids is not None
         assert all((ids[a] == ids[b]) == (texts[a] == texts[b]) for a in range(4) for b in range(4))
-    for made in (batches, SceneSamples(tuning, settings, tokenizer.model, slice(None))):
+    for made in (batches, SceneSamples(tuning, settings, tokenizer.files["tokenizer.model"], slice(None))):
         whole = made[1]
         made.rows = slice(1, None, 2)
         part = made[1]

@@ -17,7 +17,7 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.errors import BuildError
 from ivl_export.export.trace import export_component
 from ivl_export.inputs.preprocess import ImageSettings
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import Tokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.registry import component_spec
 from ivl_export.quantization.qdq import quantised_gemms, write_qdq
@@ -37,7 +37,7 @@ SCHEMES = ("fp8", "int8")
 
 @pytest.fixture(scope="module")
 def ranges(
-    shallow: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
+    shallow: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
 ) -> ActivationRanges:
     return calibrate(shallow, COMPONENTS, scenes[0], settings, tokenizer, batch_size=4)
 
@@ -127,7 +127,7 @@ def test_onnxruntime_equals_modelopts_fake_quantisation(
     schemes: Callable[[str], dict[str, str]],
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
 ) -> None:
     fakes = reference_modules(shallow, COMPONENTS)
     specs = {c: component_spec(c, shallow.config) for c in COMPONENTS}

@@ -13,7 +13,7 @@ from ivl_export.calibration.dataset import CalibrationSet
 from ivl_export.calibration.sensitivity import Sensitivity, measure
 from ivl_export.errors import BuildError, CapabilityError, UsageError
 from ivl_export.inputs.preprocess import ImageSettings
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import Tokenizer
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.quantization.attention import FP8_ATTENTION
 from ivl_export.quantization.quantize import activation_scale, dequantise, quantise, quantise_values
@@ -30,7 +30,7 @@ FC1 = "vision_model.encoder.layers.1.mlp.fc1"
 
 @pytest.fixture(scope="module")
 def ranges(
-    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: SentencePieceTokenizer
+    checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
 ) -> ActivationRanges:
     return calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, batch_size=4)
 
@@ -41,7 +41,7 @@ def found(
     ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Sensitivity:
     folder = tmp_path_factory.mktemp("losses")
@@ -54,7 +54,7 @@ def test_it_equals_a_block_that_is_quantised_by_hand(
     ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
 ) -> None:
     vision: Any = reference_modules(checkpoint, ["vision"])["vision"].vision_model
     batch = next(scenes[1].batches(settings, tokenizer, 4))
@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on(
     ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     tmp_path: Path,
 ) -> None:
     heard: list[int] = []
@@ -134,7 +134,7 @@ def test_odd_channels_are_named(
     ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     tmp_path: Path,
 ) -> None:
     strange = odd(checkpoint, tmp_path, "vision_model.encoder.layers.0.norm2.weight", 5, value)
@@ -149,7 +149,7 @@ def test_nan_is_refused_by_name(
     ranges: ActivationRanges,
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     tmp_path: Path,
 ) -> None:
     strange = odd(checkpoint, tmp_path, "vision_model.encoder.layers.0.norm2.weight", 7, float("nan"))

@@ -19,7 +19,7 @@ from ivl_export.errors import UsageError
 from ivl_export.export.weight_store import open_store
 from ivl_export.export.weights import write_store
 from ivl_export.inputs.preprocess import ImageSettings
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import Tokenizer
 from ivl_export.models.checkpoint import Checkpoint
 from ivl_export.models.registry import component_spec
 from ivl_export.quantization.quantize import activation_scale, dequantise, quantise, quantise_values
@@ -46,7 +46,7 @@ def ranges(
     layers: list[str],
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("spill")
@@ -70,7 +70,7 @@ def test_channel_ranges_are_those_of_calibration(
     layers: list[str],
     scenes: Sets,
     settings: ImageSettings,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
 ) -> None:
     amax = calibrate(shallow, COMPONENTS, scenes[0], settings, tokenizer, batch_size=4).amax
     assert sorted(ranges) == sorted(layers)

@@ -76,7 +76,7 @@ def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     graph_steps.write_quantised_store(made, low, staging)
     (staging / "preprocess").mkdir()
     plan.settings.save(staging / "preprocess" / "preprocessor_config.json")
-    (staging / "preprocess" / "tokenizer.model").write_bytes(plan.tokenizer.model)
+    (staging / "preprocess" / "tokenizer.model").write_bytes(plan.tokenizer.files["tokenizer.model"])
     records, promised = {}, {}
     for c in plan.components:
         promised[c], specs = graph_steps.write_split_graph(

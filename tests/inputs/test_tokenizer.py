@@ -75,6 +75,24 @@ def test_special_tokens_have_the_ids_of_their_files() -> None:
         QWEN.special("<|return|>")
 
 
+@pytest.mark.parametrize("name", ["qwen2_mini", "internlm2_mini"])
+def test_a_tokenizer_carries_its_files(name: str, tmp_path: Path) -> None:
+    own = load_tokenizer(GOLDENS / name)
+    for file, content in own.files.items():
+        (tmp_path / file).write_bytes(content)
+    again = load_tokenizer(tmp_path)
+    assert again.digest == own.digest
+    assert again.specials == own.specials
+    assert again.encode("the red boat") == own.encode("the red boat")
+    assert own.digest != TOKENIZER.digest
+
+
+def test_letters_that_a_model_lacks_become_its_unknown_token() -> None:
+    unknown = AddedToken(0, "<unk>")
+    own = SentencePieceTokenizer(TOKENIZER.model, [unknown])
+    assert own.encode("a ring") == TOKENIZER.encode("a ring")
+
+
 # --- text is text ---
 
 SPELLED = st.lists(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ivl_export.inputs.tokenizer import SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import SentencePieceTokenizer, Tokenizer
 from ivl_export.training.collate import SceneBatches, focused, relation_ids
 from ivl_export.training.losses import IGNORE
 from ivl_export.training.presets import Stage
@@ -18,11 +18,11 @@ STAGE = Stage("one", "generative", steps=4, batch=24, lr=1e-3, matrix_lr=0.02, w
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> SentencePieceTokenizer:
+def tokenizer() -> Tokenizer:
     return SentencePieceTokenizer(train_tokenizer())
 
 
-def test_relation_ids_are_the_words_that_tell_relations_apart(tokenizer: SentencePieceTokenizer) -> None:
+def test_relation_ids_are_the_words_that_tell_relations_apart(tokenizer: Tokenizer) -> None:
     found = set(relation_ids(tokenizer).tolist())
     for text, other in (("a left of b", "a right of b"), ("a above b", "a below b"), ("左边", "右边")):
         ids, others = set(tokenizer.encode_prompt(text)), set(tokenizer.encode_prompt(other))
@@ -43,9 +43,9 @@ def test_focus_hides_a_share_of_the_other_labels() -> None:
         assert abs(float(hidden[~kept].float().mean()) - share) < 0.03
 
 
-def test_a_batch_is_a_function_of_seed_stage_and_index(tokenizer: SentencePieceTokenizer) -> None:
+def test_a_batch_is_a_function_of_seed_stage_and_index(tokenizer: Tokenizer) -> None:
     def batches(stage: Stage, seed: int = 0) -> SceneBatches:
-        return SceneBatches(seed, stage, 0.25, 28, tokenizer.model)
+        return SceneBatches(seed, stage, 0.25, 28, tokenizer.files["tokenizer.model"])
 
     whole, part = batches(STAGE)[2], batches(replace(STAGE, focus=0.9))[2]
     assert torch.equal(part.labels, batches(replace(STAGE, focus=0.9))[2].labels)

@@ -9,14 +9,14 @@ import sys
 import numpy as np
 import pytest
 
-from ivl_export.inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer
+from ivl_export.inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer, Tokenizer
 from ivl_export.synthetic.captions import LANGUAGES, Language, caption, words
 from ivl_export.synthetic.scenes import sample_scene
 from ivl_export.training.tokenizer import VOCAB_SIZE, train_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> SentencePieceTokenizer:
+def tokenizer() -> Tokenizer:
     return SentencePieceTokenizer(train_tokenizer())
 
 
@@ -35,15 +35,15 @@ def test_training_is_reproducible_in_another_process() -> None:
     assert other.stdout.strip() == hashlib.sha256(train_tokenizer()).hexdigest()
 
 
-def test_sizes_and_special_ids(tokenizer: SentencePieceTokenizer) -> None:
+def test_sizes_and_special_ids(tokenizer: Tokenizer) -> None:
     assert len(tokenizer) == VOCAB_SIZE
-    assert (tokenizer.bos, tokenizer.eos) == (1, 2)
+    assert (tokenizer.prefix, tokenizer.eos) == ((1,), 2)
     assert tokenizer.encode_prompt("") == [1]
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_a_caption_has_one_token_a_word_and_fits_the_first_bucket(
-    tokenizer: SentencePieceTokenizer, lang: Language
+    tokenizer: Tokenizer, lang: Language
 ) -> None:
     rng = np.random.default_rng(2)
     scenes = [sample_scene(rng, "heldout") for _ in range(400)]
@@ -55,7 +55,7 @@ def test_a_caption_has_one_token_a_word_and_fits_the_first_bucket(
     assert tokenizer.encode_contrastive(texts)[0].shape == (400, 16)
 
 
-def test_captions_train_with_the_prompt_that_inference_starts_from(tokenizer: SentencePieceTokenizer) -> None:
+def test_captions_train_with_the_prompt_that_inference_starts_from(tokenizer: Tokenizer) -> None:
     texts = ["a small red ring", "一个红色的小圆环"]
     ids, lengths, prompts = tokenizer.encode_captions(list(CAPTION_PROMPT.values()), texts)
     for row, length, prompt, start, text in zip(
