@@ -44,12 +44,12 @@ def doctor(
     the GPU that is here.
     """
     from ..profiles.cost.sizes import plan_of
-    from ..profiles.doctor import Asked, diagnose
+    from ..profiles.doctor import Request, diagnose
 
     asked = None
     if model is not None or precision is not None:
         config, recipe = asked_model(model, precision)
-        asked = Asked(recipe, plan_of(recipe, config), None if model is None else config)
+        asked = Request(recipe, plan_of(recipe, config), None if model is None else config)
     found = diagnose(asked)
     if as_json:
         print_json(found.to_json())

@@ -116,11 +116,11 @@ def profile(
             )
         _layers_alone(subject, where, layer_options, html, png, as_json)
         return
-    from ..profiles.measure import receipt, report
+    from ..profiles.measure import bundle_profile, receipt
     from ..profiles.measure.timing import StopRule
 
     others = [receipt.read(path) for path in beside or ()]
-    options = report.Options(
+    options = bundle_profile.Options(
         backend,
         target,
         threads,
@@ -135,7 +135,7 @@ def profile(
     )
     profiles: list[LayerProfile] = []
     with _progress() as progress:
-        result = report.profile(subject, options, progress)
+        result = bundle_profile.profile(subject, options, progress)
         if layers:
             where = (backend, result.settings.batches[0], threads, target, device)
             profiles = time_layers(Bundle.open(subject), where, layer_options, progress)
@@ -167,7 +167,7 @@ def _layers_alone(
     bundle: Path, where: Where, options: LayerOptions, html: Path | None, png: Path | None, as_json: bool
 ) -> None:
     """Time and show layers without whole calls."""
-    from ..profiles.measure.layers import SCHEMA
+    from ..profiles.measure.layer_timing import SCHEMA
 
     with _progress() as progress:
         profiles = time_layers(Bundle.open(bundle), where, options, progress)
@@ -204,9 +204,9 @@ def _export(
         result = replace(result, table19=merged(tables))
     written = []
     if csv is not None:
-        from ..profiles.report.sheet import sheet
+        from ..profiles.report.page import as_csv
 
-        write_text(sheet(result), csv)
+        write_text(as_csv(result), csv)
         written.append(csv)
     if html is not None:
         from ..profiles.report.page import page

@@ -34,9 +34,9 @@ def time_layers(
 ) -> list[LayerProfile]:
     """Time the layers of each component, or of the one that ``options`` name; write the trace.
 
-    Raises: as :func:`..profiles.measure.layers.profile_layers`.
+    Raises: as :func:`..profiles.measure.layer_timing.profile_layers`.
     """
-    from ..profiles.measure.layers import profile_layers, write_trace
+    from ..profiles.measure.layer_timing import profile_layers, write_trace
 
     backend, batch, threads, target, device = where
     names = [options.component] if options.component else list(bundle.manifest.components)
@@ -55,14 +55,14 @@ def write_layer_profiles(
 ) -> list[Path]:
     """Write the page and the treemap where they are wanted; the files written."""
     from ..files.write import write_text
-    from ..profiles.report.layer_page import layer_page
-    from ..profiles.report.treemap import layer_times
+    from ..profiles.report.page import layer_page
+    from ..profiles.report.treemap import layer_time_map
 
     written = []
     if html is not None:
         write_text(layer_page(title, profiles), html)
         written.append(html)
-    if png is not None and (drawing := layer_times(profiles)) is not None:
+    if png is not None and (drawing := layer_time_map(profiles)) is not None:
         from ..profiles.report.png import write_drawings
 
         written += write_drawings([drawing], png)

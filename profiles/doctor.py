@@ -98,7 +98,7 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """What is to be done: a precision, on a model or on any; None as config: no model was named."""
 
     recipe: Recipe
@@ -106,7 +106,7 @@ class Asked:
     config: ModelConfig | None = None
 
 
-def diagnose(asked: Asked | None = None, where: Path = Path()) -> Diagnosis:
+def diagnose(asked: Request | None = None, where: Path = Path()) -> Diagnosis:
     """Look at this machine, and check what was ``asked`` of it; ``where`` is the folder a bundle goes to."""
     here = machine()
     extras = tuple(extra_here(name, purpose) for purpose, name in NEEDED.items())
@@ -119,7 +119,7 @@ def diagnose(asked: Asked | None = None, where: Path = Path()) -> Diagnosis:
     problems = [
         *_python_problems(),
         *_version_problems(extras),
-        *(asked_problems(asked, extras, here.gpus) if asked else ()),
+        *(request_problems(asked, extras, here.gpus) if asked else ()),
     ]
     if needs is not None:
         problems += _room(needs, load)
@@ -210,7 +210,7 @@ def _python_problems() -> list[Problem]:
     ]
 
 
-def asked_problems(asked: Asked, extras: tuple[Extra, ...], gpus: tuple[Gpu, ...]) -> list[Problem]:
+def request_problems(asked: Request, extras: tuple[Extra, ...], gpus: tuple[Gpu, ...]) -> list[Problem]:
     """What keeps this installation from building, or these GPUs from running, what was asked."""
     found = []
     has_gpu_runtime = any(extra.installed for extra in extras if extra.name == "gpu")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..inputs.chat_template import Turn
-from .dialogues import KINDS, Asked, conversation, dialogue, two_turns
+from .dialogues import KINDS, QuestionAnswer, conversation, dialogue, two_turns
 from .render import Image8, render
 from .scenes import Scene
 from .tasks import Score, TaskScore, eval_scenes
@@ -34,7 +34,7 @@ def exact(said: str, answers: Sequence[str]) -> bool:
     return said.strip() in answers
 
 
-def held_out(scenes: int = SCENES, seed: int = 0) -> tuple[list[Scene], list[list[Asked]]]:
+def held_out(scenes: int = SCENES, seed: int = 0) -> tuple[list[Scene], list[list[QuestionAnswer]]]:
     """Scenes that no training shows, and what is asked about each."""
     shown = eval_scenes(_TASK, scenes, seed)
     rng = np.random.default_rng([_STREAM, seed])
@@ -55,7 +55,7 @@ def evaluate(
     ``progress`` hears the number of scenes that are done.
     """
     shown, asked = held_out(scenes, seed)
-    right: list[tuple[Asked, Scene, bool]] = []
+    right: list[tuple[QuestionAnswer, Scene, bool]] = []
     for start in range(0, scenes, batch):
         part = slice(start, start + batch)
         right += _ask(answer, shown[part], asked[part])
@@ -69,8 +69,8 @@ def evaluate(
 
 
 def _ask(
-    answer: Answer, scenes: Sequence[Scene], asked: Sequence[list[Asked]]
-) -> list[tuple[Asked, Scene, bool]]:
+    answer: Answer, scenes: Sequence[Scene], asked: Sequence[list[QuestionAnswer]]
+) -> list[tuple[QuestionAnswer, Scene, bool]]:
     images = np.stack([render(scene) for scene in scenes])
     history: list[list[Turn]] = [[] for _ in scenes]
     found = []
@@ -85,6 +85,6 @@ def _ask(
     return found
 
 
-def _score(right: Sequence[tuple[Asked, Scene, bool]]) -> TaskScore:
+def _score(right: Sequence[tuple[QuestionAnswer, Scene, bool]]) -> TaskScore:
     novel = [ok for _, scene, ok in right if scene.novel]
     return TaskScore(Score(sum(ok for *_, ok in right), len(right)), Score(sum(novel), len(novel)))

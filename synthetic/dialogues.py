@@ -26,7 +26,7 @@ _REFERS_BACK = 0.4
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuestionAnswer:
     """A question, its right answer, and what it is about.
 
     Args:
@@ -43,9 +43,9 @@ class Asked:
     attribute: Literal["color", "shape"] | None = None
 
 
-def dialogue(rng: np.random.Generator, scene: Scene, turns: int) -> list[Asked]:
+def dialogue(rng: np.random.Generator, scene: Scene, turns: int) -> list[QuestionAnswer]:
     """At most ``turns`` questions about ``scene``: none is asked twice, some refer to the one before."""
-    said: list[Asked] = []
+    said: list[QuestionAnswer] = []
     while len(said) < turns:
         later = _follow_ups(scene, said[-1]) if said and rng.random() < _REFERS_BACK else []
         before = {a.question for a in said if a.kind != "refers back"}
@@ -56,7 +56,7 @@ def dialogue(rng: np.random.Generator, scene: Scene, turns: int) -> list[Asked]:
     return said
 
 
-def two_turns(rng: np.random.Generator, scene: Scene) -> list[Asked]:
+def two_turns(rng: np.random.Generator, scene: Scene) -> list[QuestionAnswer]:
     """A question about an object, and one that only its history makes clear."""
     first = [a for a in _questions(rng, scene) if _follow_ups(scene, a)]
     one = first[int(rng.integers(len(first)))]
@@ -64,7 +64,7 @@ def two_turns(rng: np.random.Generator, scene: Scene) -> list[Asked]:
     return [one, later[int(rng.integers(len(later)))]]
 
 
-def conversation(asked: Sequence[Asked]) -> list[Turn]:
+def conversation(asked: Sequence[QuestionAnswer]) -> list[Turn]:
     """As turns; the image comes with the first."""
     return [Turn(a.question, a.answer, images=int(i == 0)) for i, a in enumerate(asked)]
 
@@ -94,36 +94,36 @@ def corpus() -> Iterator[list[str]]:
                         yield [" ASSISTANT", ":", " " + answer[0], *answer[1:]]
 
 
-def _questions(rng: np.random.Generator, scene: Scene) -> list[Asked]:
+def _questions(rng: np.random.Generator, scene: Scene) -> list[QuestionAnswer]:
     """One question of every kind that suits ``scene``."""
     total = sum(obj.count for obj in scene.objects)
     found = [
-        Asked("count", "How many shapes are there?", _COUNT[total]),
-        Asked("describe", "Describe the image.", caption(scene)),
+        QuestionAnswer("count", "How many shapes are there?", _COUNT[total]),
+        QuestionAnswer("describe", "Describe the image.", caption(scene)),
         _is_there(rng, scene),
     ]
     if scene.relation is None:
         obj = scene.objects[0]
         return [
             *found,
-            Asked("color", "What color do you see?", obj.color, 0, "color"),
-            Asked("shape", "What shape do you see?", obj.shape, 0, "shape"),
-            Asked("size", "Small or large?", obj.size),
+            QuestionAnswer("color", "What color do you see?", obj.color, 0, "color"),
+            QuestionAnswer("shape", "What shape do you see?", obj.shape, 0, "shape"),
+            QuestionAnswer("size", "Small or large?", obj.size),
         ]
     outer, middle = scene.objects
     found += [
-        Asked("color", "What color is the shape in the middle?", middle.color, 1, "color"),
-        Asked("shape", "What shape is in the middle?", middle.shape, 1, "shape"),
-        Asked("color", "What color is the outer shape?", outer.color, 0, "color"),
-        Asked("shape", "What is the outer shape?", outer.shape, 0, "shape"),
-        Asked("where", "Where is the outer shape?", f"{scene.relation} the middle"),
+        QuestionAnswer("color", "What color is the shape in the middle?", middle.color, 1, "color"),
+        QuestionAnswer("shape", "What shape is in the middle?", middle.shape, 1, "shape"),
+        QuestionAnswer("color", "What color is the outer shape?", outer.color, 0, "color"),
+        QuestionAnswer("shape", "What is the outer shape?", outer.shape, 0, "shape"),
+        QuestionAnswer("where", "Where is the outer shape?", f"{scene.relation} the middle"),
     ]
     if outer.shape != middle.shape:
         i = int(rng.integers(2))
         place = f"{scene.relation} the {middle.shape}" if i == 0 else "in the middle"
         found += [
-            Asked("where", f"Where is the {scene.objects[i].shape}?", place),
-            Asked(
+            QuestionAnswer("where", f"Where is the {scene.objects[i].shape}?", place),
+            QuestionAnswer(
                 "color", f"What color is the {scene.objects[i].shape}?", scene.objects[i].color, i, "color"
             ),
         ]
@@ -132,24 +132,24 @@ def _questions(rng: np.random.Generator, scene: Scene) -> list[Asked]:
     return found
 
 
-def _follow_ups(scene: Scene, last: Asked) -> list[Asked]:
+def _follow_ups(scene: Scene, last: QuestionAnswer) -> list[QuestionAnswer]:
     """Questions that only ``last`` makes clear."""
     if last.about is None:
         return []
     obj = scene.objects[last.about]
     found = [
-        Asked("refers back", "And what color is it?", obj.color, last.about, "color"),
-        Asked("refers back", "And what shape is it?", obj.shape, last.about, "shape"),
+        QuestionAnswer("refers back", "And what color is it?", obj.color, last.about, "color"),
+        QuestionAnswer("refers back", "And what shape is it?", obj.shape, last.about, "shape"),
     ]
     found = [a for a in found if a.attribute != last.attribute]
     if scene.relation is not None and last.attribute is not None:
         other = 1 - last.about
         value = getattr(scene.objects[other], last.attribute)
-        found.append(Asked("refers back", "And the other one?", value, other, last.attribute))
+        found.append(QuestionAnswer("refers back", "And the other one?", value, other, last.attribute))
     return found
 
 
-def _is_there(rng: np.random.Generator, scene: Scene) -> Asked:
+def _is_there(rng: np.random.Generator, scene: Scene) -> QuestionAnswer:
     obj = scene.objects[int(rng.integers(len(scene.objects)))]
     there = rng.random() < 0.5
     if not there:
@@ -161,17 +161,17 @@ def _is_there(rng: np.random.Generator, scene: Scene) -> Asked:
         some = [pair for pair in wrong if (pair[1] == obj.color) == (wanted is not None)]
         shape, color = some[int(rng.integers(len(some)))]
         obj = replace(obj, shape=shape, color=color)
-    return Asked("yes or no", f"Is there a {obj.color} {obj.shape}?", "yes" if there else "no")
+    return QuestionAnswer("yes or no", f"Is there a {obj.color} {obj.shape}?", "yes" if there else "no")
 
 
-def _is_related(rng: np.random.Generator, scene: Scene) -> Asked:
+def _is_related(rng: np.random.Generator, scene: Scene) -> QuestionAnswer:
     assert scene.relation is not None
     outer, middle = scene.objects
     right = rng.random() < 0.5
     others = [r for r in RELATIONS if r != scene.relation]
     relation = scene.relation if right else others[int(rng.integers(len(others)))]
     question = f"Is the {outer.color} {outer.shape} {relation} the {middle.color} {middle.shape}?"
-    return Asked("yes or no", question, "yes" if right else "no")
+    return QuestionAnswer("yes or no", question, "yes" if right else "no")
 
 
 def _words(text: str) -> list[str]:

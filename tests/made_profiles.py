@@ -7,8 +7,8 @@ from typing import Any
 
 from ivl_export.profiles.cost.flops import ComponentCost, LayerCost
 from ivl_export.profiles.cost.table19 import Table19
-from ivl_export.profiles.measure.cases import Call, Case, Floor, Kind
-from ivl_export.profiles.measure.ceilings import Ceilings, Copy, Product
+from ivl_export.profiles.measure.cases import Case, EngineCalls, Floor, Kind
+from ivl_export.profiles.measure.ceilings import Ceilings, CopySpeed, ProductSpeed
 from ivl_export.profiles.measure.layer_profile import LayerProfile, LayerTime
 from ivl_export.profiles.measure.machine import Gpu, Machine
 from ivl_export.profiles.measure.receipt import Profile, Settings, Startup, Subject
@@ -17,8 +17,12 @@ from ivl_export.profiles.measure.timing import Measurement, StopRule
 
 CEILINGS = Ceilings(
     "CPU",
-    (Product("fp32", 100.0, 1024, "x"), Product("int8", 400.0, 1024, "x"), Product("bf16", 200.0, 1024, "y")),
-    (Copy(1 << 20, 100.0), Copy(16 << 20, 50.0), Copy(256 << 20, 20.0)),
+    (
+        ProductSpeed("fp32", 100.0, 1024, "x"),
+        ProductSpeed("int8", 400.0, 1024, "x"),
+        ProductSpeed("bf16", 200.0, 1024, "y"),
+    ),
+    (CopySpeed(1 << 20, 100.0), CopySpeed(16 << 20, 50.0), CopySpeed(256 << 20, 20.0)),
 )
 
 
@@ -36,7 +40,7 @@ def made_case(
     all_sizes = {"batch": batch, **sizes}
     return Case(
         name, kind, batch, all_sizes, batch, "images", "from here to there", found, {}, "onnxruntime", "fp8",
-        calls=(Call(name, all_sizes, 1),), floor=Floor(0.5, "compute", 0.5, 0.1),
+        calls=(EngineCalls(name, all_sizes, 1),), floor=Floor(0.5, "compute", 0.5, 0.1),
     )  # fmt: skip
 
 

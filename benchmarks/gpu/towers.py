@@ -34,7 +34,7 @@ from ivl_export.benchmarks.gpu.shared import (
 from ivl_export.engines.torch.module import compile_blocks
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.registry import component_of
-from ivl_export.profiles.cost.analytic import component_macs
+from ivl_export.profiles.cost.roofline import component_macs
 from ivl_export.profiles.cost.table19 import PAPER, SOURCE
 
 WAYS = ("bf16", "bf16 compiled", "fp8 rowwise", "fp8 tensorwise")

@@ -1,4 +1,4 @@
-"""What is known of times: the paper's table and this repository's receipts; how an estimate fares on it."""
+"""Measured times that estimates are checked against: the paper's table and this repository's receipts."""
 
 from __future__ import annotations
 

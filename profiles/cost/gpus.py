@@ -1,4 +1,4 @@
-"""Published peaks of GPUs: what the vendor prints, none of it measured here.
+"""Published peaks of GPUs: the vendor's numbers, none of them measured here.
 
 Matrix throughput is dense (without structured sparsity) and accumulates 16-bit floats and FP8 in FP32, as
 engines do; a vendor's figure "with sparsity" is halved. None: the hardware lacks the type, or no vendor

@@ -1,4 +1,5 @@
-"""Modelled time of every linear layer in every scheme: what a search for a recipe weighs against accuracy."""
+"""Modelled time of every linear layer in every scheme, which the search for a recipe weighs against
+accuracy."""
 
 from __future__ import annotations
 

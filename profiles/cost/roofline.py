@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from ...dtypes import dtype_of
 from ...errors import CapabilityError
-from ...models.registry import ModelConfig, component_of, component_spec
+from ...models.config import InternVLConfig
+from ...models.registry import Macs, ModelConfig, component_of, component_spec
 from ...quantization.attention import FP8_ATTENTION
 from ...quantization.recipe import LayerPlan, Recipe
 from ...quantization.schemes import SCHEMES
-from .analytic import component_macs
 from .flops import ComponentCost, LayerCost, layer_type
 from .gpus import GpuPeaks
 from .sizes import component_shapes
@@ -142,7 +142,7 @@ def component_cost(
     Args:
         name: the component.
         config: the model's sizes.
-        sizes: its dynamic axes, as :func:`.analytic.component_macs` takes them.
+        sizes: its dynamic axes, as :func:`.roofline.component_macs` takes them.
         arithmetic: types of weights and products.
     """
     base_bits = dtype_of(arithmetic.base).bits
@@ -228,3 +228,33 @@ def _layer_time(layer: LayerCost, gpu: GpuPeaks, arithmetic: Arithmetic, efficie
 
 def _ms(nbytes: int, gpu: GpuPeaks) -> float:
     return 1e3 * nbytes / (1e9 * gpu.memory_gbps)
+
+
+@dataclass(frozen=True)
+class Towers:
+    """MACs of one sample as papers count them: without pooling heads, text projection and lm_head."""
+
+    vit: int
+    qllama_image: int
+    qllama_text: int
+
+
+def towers(config: InternVLConfig, text_tokens: int = 80) -> Towers:
+    """MACs of one image through InternViT and QLLaMA's queries, and of one text of ``text_tokens``."""
+    counts = (
+        component_macs("vision", config, {}),
+        component_macs("qllama_query", config, {}),
+        component_macs("qllama_text", config, {"text": text_tokens}),
+    )
+    prefixes = ("vision_model.", "qllama.model.")
+    return Towers(*(sum(n for key, n in macs.items() if key.startswith(prefixes)) for macs in counts))
+
+
+def component_macs(name: str, config: ModelConfig, sizes: Mapping[str, int]) -> Macs:
+    """Layer type to MACs of one call of component ``name``.
+
+    ``sizes`` are its dynamic axes: ``batch`` (1 if not given), ``text``, ``past``. UsageError for an unknown
+    component, KeyError for a size that is missing.
+    """
+    macs = component_of(name, config).macs(config, sizes)
+    return {key: count * sizes.get("batch", 1) for key, count in macs.items()}

@@ -1,4 +1,4 @@
-"""What a model's weights take at a precision, from its configuration: nothing is opened, no torch."""
+"""Bytes of a model's weights at a precision, from its configuration alone. No torch."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from ...models.config import InternVLConfig
 from ...models.registry import Component, component_of
 from ...models.shipped import FOLDERS, SHIPPED, checkpoint_path, shipped_folder
 from .cases import GRAPHS, Case, Progress, Task
-from .cuda import captured, event_timer, has_gpu
+from .device_timing import captured, event_timer, has_gpu
 from .inputs import random_inputs
 from .timing import StopRule
 

@@ -1,4 +1,4 @@
-"""What a profile times: tasks to be measured, and cases, which are measured tasks."""
+"""Tasks to be timed, and cases, which are timed tasks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Call:
+class EngineCalls:
     """``count`` calls of a component's engine at ``sizes`` inside one timed call."""
 
     component: str
@@ -75,7 +75,7 @@ class Case:
     backend: str = ""
     precision: str = ""
     clock: Clock = "host clock"
-    calls: tuple[Call, ...] = ()
+    calls: tuple[EngineCalls, ...] = ()
     floor: Floor | None = None
 
     @property
@@ -167,7 +167,7 @@ class Task:
         self,
         rule: StopRule,
         stages: Callable[[], dict[str, float]] | None = None,
-        record: Callable[[Callable[[], object]], tuple[Call, ...]] | None = None,
+        record: Callable[[Callable[[], object]], tuple[EngineCalls, ...]] | None = None,
     ) -> Case:
         """Measure it.
 
@@ -177,7 +177,7 @@ class Task:
             record: makes the call once and says which engine calls were in it; None: a component's is itself.
         """
         call = self.prepare()
-        own = () if self.kind in ("chained", "host") else (Call(self.name, self.sizes, 1),)
+        own = () if self.kind in ("chained", "host") else (EngineCalls(self.name, self.sizes, 1),)
         calls = own if record is None else record(call)
         before: dict[str, float] = {}
         remember = None if stages is None else lambda: before.update(stages())

@@ -1,4 +1,4 @@
-"""What this machine reaches at best: large matrix products per type, and copies through memory.
+"""Measured ceilings of this machine: large matrix products in each type, and copies through memory.
 
 The roof over every measured time. On the CPU the products are ONNX Runtime's own kernels (and torch's, for
 the PyTorch baseline), copies numpy's, both on as many threads as the engines had. On a GPU everything is
@@ -18,8 +18,8 @@ import numpy as np
 from ...dtypes import COMPUTE, dtype_of
 from ...host import cores
 from ..cost.flops import ComponentCost
-from .cases import Call, Case, Floor
-from .cuda import event_timer, has_gpu
+from .cases import Case, EngineCalls, Floor
+from .device_timing import event_timer, has_gpu
 from .timing import StopRule, measure
 
 SIDE = 1024
@@ -33,7 +33,7 @@ _TORCH_ON_CPU = {"fp16": "bf16", "fp8": "bf16", "int8": "bf16", "int4": "bf16"}
 
 
 @dataclass(frozen=True)
-class Product:
+class ProductSpeed:
     """10^9 operations per second of one product of two square matrices, ``side`` a side, in ``kind``."""
 
     kind: str
@@ -43,7 +43,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Copy:
+class CopySpeed:
     """10^9 bytes per second, read and written, of copying a buffer of ``nbytes``."""
 
     nbytes: int
@@ -55,8 +55,8 @@ class Ceilings:
     """What was measured on ``device``; ``notes`` say what could not be."""
 
     device: str
-    products: tuple[Product, ...]
-    copies: tuple[Copy, ...]
+    products: tuple[ProductSpeed, ...]
+    copies: tuple[CopySpeed, ...]
     notes: tuple[str, ...] = ()
 
     def gflops(self, backend: str, kind: str) -> float | None:
@@ -77,7 +77,7 @@ class Ceilings:
         smaller = [c for c in self.copies if c.nbytes <= nbytes] or list(self.copies[:1])
         return max(smaller, key=lambda c: c.nbytes).gbps if smaller else None
 
-    def floor(self, backend: str, work: Iterable[tuple[Call, ComponentCost]]) -> Floor | None:
+    def floor(self, backend: str, work: Iterable[tuple[EngineCalls, ComponentCost]]) -> Floor | None:
         """The floor of calls made one after another; None if a ceiling that it needs is missing."""
         compute_ms = memory_ms = total = 0.0
         for call, cost in work:
@@ -126,7 +126,7 @@ def _best_seconds(
     return measure(call, rule, sample=sample).summary.min_ms / 1e3
 
 
-def _copies(threads: int | None, rule: StopRule) -> list[Copy]:
+def _copies(threads: int | None, rule: StopRule) -> list[CopySpeed]:
     count = threads or cores()
     found = []
     with ThreadPoolExecutor(count) as pool:
@@ -134,7 +134,7 @@ def _copies(threads: int | None, rule: StopRule) -> list[Copy]:
             size = nbytes // count
             pieces = [(np.zeros(size, np.uint8), np.ones(size, np.uint8)) for _ in range(count)]
             seconds = _best_seconds(partial(_copy, pool, pieces), rule)
-            found.append(Copy(nbytes, 2 * nbytes / seconds / 1e9))
+            found.append(CopySpeed(nbytes, 2 * nbytes / seconds / 1e9))
     return found
 
 
@@ -146,7 +146,7 @@ def _copy(pool: ThreadPoolExecutor, pieces: list[tuple[Any, Any]]) -> None:
         list(pool.map(lambda piece: np.copyto(*piece), pieces))
 
 
-def _onnxruntime_products(threads: int | None, rule: StopRule, notes: list[str]) -> list[Product]:
+def _onnxruntime_products(threads: int | None, rule: StopRule, notes: list[str]) -> list[ProductSpeed]:
     """fp32 and INT8, each a graph of one operator."""
     try:
         import onnx
@@ -183,11 +183,13 @@ def _onnxruntime_products(threads: int | None, rule: StopRule, notes: list[str])
         except Exception as error:  # its exceptions share no base class but this
             notes.append(f"ONNX Runtime's {kind} ceiling was not measured: {str(error).splitlines()[0]}")
             continue
-        found.append(Product(kind, 2 * SIDE**3 / seconds / 1e9, SIDE, f"onnxruntime {op}, {values.__name__}"))
+        found.append(
+            ProductSpeed(kind, 2 * SIDE**3 / seconds / 1e9, SIDE, f"onnxruntime {op}, {values.__name__}")
+        )
     return found
 
 
-def _torch_products(threads: int | None, rule: StopRule, notes: list[str]) -> list[Product]:
+def _torch_products(threads: int | None, rule: StopRule, notes: list[str]) -> list[ProductSpeed]:
     """bf16, for the baseline."""
     from .baseline import torch_threads
 
@@ -199,7 +201,7 @@ def _torch_products(threads: int | None, rule: StopRule, notes: list[str]) -> li
     with torch_threads(threads), torch.inference_mode():
         left = torch.ones(SIDE, SIDE, dtype=torch.bfloat16)
         seconds = _best_seconds(partial(torch.mm, left, left), rule)
-    return [Product("bf16", 2 * SIDE**3 / seconds / 1e9, SIDE, "torch mm")]
+    return [ProductSpeed("bf16", 2 * SIDE**3 / seconds / 1e9, SIDE, "torch mm")]
 
 
 def _gpu_ceilings(rule: StopRule) -> Ceilings:
@@ -220,12 +222,12 @@ def _gpu_ceilings(rule: StopRule) -> Ceilings:
         ) as error:  # this GPU or torch lacks the type
             notes.append(f"The {kind} ceiling was not measured: {str(error).splitlines()[0]}")
             continue
-        products.append(Product(kind, 2 * GPU_SIDE**3 / seconds / 1e9, GPU_SIDE, "torch"))
+        products.append(ProductSpeed(kind, 2 * GPU_SIDE**3 / seconds / 1e9, GPU_SIDE, "torch"))
     copies = []
     for nbytes in COPY_BYTES:
         source = torch.ones(nbytes, dtype=torch.uint8, device=device)
         copy = partial(torch.empty_like(source).copy_, source)
-        copies.append(Copy(nbytes, 2 * nbytes / _best_seconds(copy, rule, event_timer(copy)) / 1e9))
+        copies.append(CopySpeed(nbytes, 2 * nbytes / _best_seconds(copy, rule, event_timer(copy)) / 1e9))
     return Ceilings(torch.cuda.get_device_name(), tuple(products), tuple(copies), tuple(notes))
 
 

@@ -1,4 +1,4 @@
-"""What is timed of a chat bundle: its components, the way to a first token, and an answer.
+"""Times a chat bundle: its components, the first token, and an answer.
 
 No question is asked twice, so that nothing of it is known before; what a case says of its image is so in
 every call.

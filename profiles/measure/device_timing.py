@@ -1,18 +1,62 @@
-"""Component calls within a GPU's own memory, by its own clock: as they are, and replayed from CUDA graphs."""
+"""Time on a GPU by its own clock: CUDA events around a call, component calls in GPU memory, CUDA graphs.
+
+Needs torch with CUDA, imported when it is used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import Any, cast
 
 from ...engines.base import Engine
 from ...engines.chain import ChainedEngine
+from ...engines.cuda_graphs import capture
 from ...engines.device import HOST, Array, as_tensor
 from ...runtime.components import Components
 from .cases import GRAPHS, Task
-from .cuda import event_timer, has_gpu
+
+
+def has_gpu() -> bool:
+    """Whether torch is installed and sees a CUDA device."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return bool(torch.cuda.is_available())
+
+
+def event_timer(call: Callable[[], object]) -> Callable[[], int]:
+    """``call``, which queues work on torch's current stream, as one that says the GPU's nanoseconds for it.
+
+    What the host does meanwhile is not counted unless the GPU waits for it.
+    """
+    torch = cast(Any, import_module("torch"))
+
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def sample() -> int:
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return round(float(begin.elapsed_time(end)) * 1e6)
+
+    return sample
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """``call`` as a CUDA graph that replays its kernels in one launch, on the same memory."""
+    graph, made = capture(call)
+
+    def replay() -> object:
+        graph.replay()
+        return made  # what it writes into lives as long as this
+
+    return replay
+
 
 _BOUNDARY = "one engine call: tensors in GPU memory in, all outputs in GPU memory out"
 
@@ -25,12 +69,12 @@ def resident_tasks(task: Task, components: Components, inputs: Callable[[], dict
     engine = components.open(task.name)
     if engine.device == HOST or not has_gpu():
         return []
-    found = [replace(task, boundary=_BOUNDARY, prepare=partial(_call, engine, inputs), timer=event_timer)]
+    tasks = [replace(task, boundary=_BOUNDARY, prepare=partial(_call, engine, inputs), timer=event_timer)]
     if (graphed := with_graphs(engine)) is not None:
         boundary = f"{_BOUNDARY}; replayed from a CUDA graph"
         prepare = partial(_call, graphed, inputs)
-        found.append(replace(found[0], boundary=boundary, prepare=prepare, backend=GRAPHS))
-    return found
+        tasks.append(replace(tasks[0], boundary=boundary, prepare=prepare, backend=GRAPHS))
+    return tasks
 
 
 def with_graphs(engine: Engine) -> Engine | None:

@@ -1,4 +1,4 @@
-"""What is timed of a bundle: each component alone, the chained calls, and the host's work beside them.
+"""Times a bundle: each component alone, the chained calls, and the host's work besides.
 
 What is chained in a chat is in :mod:`.chat_latency`.
 

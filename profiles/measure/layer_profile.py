@@ -1,4 +1,4 @@
-"""What was measured of a component's layers: the time of each, by layer type, by block."""
+"""Measured times of a component's layers: of each, by layer type, by block."""
 
 from __future__ import annotations
 

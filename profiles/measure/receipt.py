@@ -1,4 +1,4 @@
-"""A profile as one receipt: what was measured, of what, on what; written and read as JSON."""
+"""The receipt of a profile: measurements, their subject and the machine; written and read as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines that remember which calls a chained call made of them."""
+"""Records which engine calls one chained call makes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from ...runtime.components import Components
-from .cases import Call
+from .cases import EngineCalls
 
 Key = tuple[str, tuple[tuple[str, int], ...]]
 
 
 class RecordingComponents(Components):
-    """Components whose :meth:`calls` says what a call makes them do. Nothing is recorded while timing."""
+    """Components whose :meth:`calls` lists the engine calls of one call. Nothing is recorded while timing."""
 
     _log: Counter[Key] | None = None
 
@@ -23,7 +23,7 @@ class RecordingComponents(Components):
             self._log[name, tuple(self._sizes(name, inputs).items())] += 1
         return super().run_device(name, inputs, *rest, **options)
 
-    def calls(self, call: Callable[[], object]) -> tuple[Call, ...]:
+    def calls(self, call: Callable[[], object]) -> tuple[EngineCalls, ...]:
         """Make ``call`` once; the engine calls in it, equal ones together, in order of first use."""
         log: Counter[Key] = Counter()
         self._log = log
@@ -31,7 +31,7 @@ class RecordingComponents(Components):
             call()
         finally:
             self._log = None
-        return tuple(Call(name, dict(sizes), count) for (name, sizes), count in log.items())
+        return tuple(EngineCalls(name, dict(sizes), count) for (name, sizes), count in log.items())
 
     def _sizes(self, name: str, inputs: Any) -> dict[str, int]:
         """Every dynamic axis at the size that ``inputs`` have."""

@@ -1,4 +1,4 @@
-"""A picture as marks in pixels, y downwards: what charts lay out once, and SVG and PNG draw alike.
+"""Drawings: marks in pixels, y downwards, laid out once by the charts and drawn alike as SVG and PNG.
 
 Colours are roles with a light and a dark value, so that a page can follow the reader's preference.
 """

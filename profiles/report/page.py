@@ -1,15 +1,20 @@
-"""A profile as one page that needs nothing else: no scripts, no network, light or dark as preferred."""
+"""A profile as a self-contained HTML page (no scripts, no network) or as CSV, and a page of its layers."""
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Sequence
 from html import escape
 
 from ..cost.table19 import BATCH, SOURCE, SOURCE_11, Row, Table19
 from ..measure.cases import Case
+from ..measure.layer_profile import LayerProfile
 from ..measure.receipt import Profile
 from .charts import charts
 from .drawing import number
 from .html import Cell, document, figures, table
+from .treemap import layer_time_map
 
 _KINDS = {
     "component": "Components alone",
@@ -154,3 +159,64 @@ def _table19(costs: Table19) -> str:
         + table("Table 11: images per second of the vision component", rate_heads, rates)
         + f"<p>{escape(SOURCE_11)}</p>"
     )
+
+
+TOP = 20
+
+
+def layer_page(title: str, profiles: Sequence[LayerProfile]) -> str:
+    """The HTML document of ``profiles``, the slowest :data:`TOP` layers of each."""
+    drawing = layer_time_map(profiles)
+    charts = figures([drawing]) if drawing else ""
+    return document(title, charts + "".join(_component(of) for of in profiles))
+
+
+def _component(of: LayerProfile) -> str:
+    sizes = ", ".join(f"{axis} {size}" for axis, size in of.sizes.items())
+    call = f"{of.call_ms:.3g} ms a call, mean of the quicker half of {of.calls} calls"
+    head = f"<h2>{escape(of.component)} on {escape(of.backend)}</h2><p>{escape(sizes)}: {call}</p>"
+
+    def share(ms: float) -> str:
+        return f"{ms / of.call_ms:.1%}" if of.call_ms else ""
+
+    slowest = [(la.name, la.op, la.ms, share(la.ms)) for la in of.layers[:TOP]]
+    tables = [table("", ("slowest layers", "operator", "ms", "share of the call"), slowest)]
+    for name, sums in (
+        ("operator", of.by(lambda layer: layer.op)),
+        ("layer type", of.by(lambda layer: layer.type)),
+        ("block", of.by(lambda layer: layer.block)),
+    ):
+        shown = [(key, ms, share(ms)) for key, ms in list(sums.items())[:TOP]]
+        others = sum(list(sums.values())[TOP:])
+        shown += [(f"{len(sums) - TOP} others", others, share(others))] if len(sums) > TOP else []
+        shown.append(("in no layer", of.rest_ms, share(of.rest_ms)))
+        tables.append(table("", (f"by {name}", "ms", "share of the call"), shown))
+    return head + "".join(tables)
+
+
+COLUMNS = (
+    "bundle", "model", "kind", "name", "backend", "precision", "batch", "sizes", "unit", "p50_ms", "p90_ms",
+    "p95_ms", "p99_ms", "mean_ms", "min_ms", "max_ms", "items_per_s", "samples", "stable", "floor_ms",
+    "of_floor", "bound", "gmac", "weight_bytes", "clock", "boundary",
+)  # fmt: skip
+
+
+def as_csv(profile: Profile) -> str:
+    """A profile's cases as CSV, units in the heads. What does not apply or was not measured is empty."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for case in profile.cases:
+        s, floor, cost = case.measurement.summary, case.floor, profile.cost(case)
+        sizes = " ".join(f"{name}={size}" for name, size in case.sizes.items())
+        writer.writerow(
+            (
+                profile.subject.name, profile.subject.model, case.kind, case.name, case.backend,
+                case.precision, case.batch, sizes, case.unit, s.p50_ms, s.p90_ms, s.p95_ms, s.p99_ms,
+                s.mean_ms, s.min_ms, s.max_ms, case.per_second, s.samples, case.measurement.stable,
+                floor.ms if floor else None, case.of_floor, floor.bound if floor else None,
+                cost.macs / 1e9 if cost else None, cost.weight_bytes if cost else None, case.clock,
+                case.boundary,
+            )
+        )  # fmt: skip
+    return file.getvalue()

@@ -1,4 +1,4 @@
-"""Treemaps of layer types: what was counted of each, and what was measured."""
+"""Treemaps of layer types: counted work, and measured time."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def work_map(profile: Profile) -> Drawing | None:
 
 def time_map(profile: Profile) -> Drawing | None:
     """Where the time went: as :func:`work_map`, areas as the milliseconds that were measured."""
-    return layer_times(profile.layers)
+    return layer_time_map(profile.layers)
 
 
-def layer_times(found: Iterable[LayerProfile]) -> Drawing | None:
+def layer_time_map(found: Iterable[LayerProfile]) -> Drawing | None:
     """The map of the components' measured layers, None without any."""
     panels = []
     for of in found:

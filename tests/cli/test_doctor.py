@@ -23,7 +23,7 @@ from ivl_export.models.shipped import nano_folder
 from ivl_export.profiles import doctor, extras
 from ivl_export.profiles.backends import backends_here
 from ivl_export.profiles.cost.sizes import plan_of
-from ivl_export.profiles.doctor import Asked, asked_problems, diagnose
+from ivl_export.profiles.doctor import Request, diagnose, request_problems
 from ivl_export.profiles.extras import Extra, extra_packages
 from ivl_export.profiles.measure import machine
 from ivl_export.profiles.measure.machine import Gpu, parse_gpus
@@ -32,9 +32,9 @@ from ivl_export.quantization.recipe import load_recipe
 Usage = namedtuple("Usage", "total used free")
 
 
-def asked(precision: str, config: InternVLConfig | None = None) -> Asked:
+def asked(precision: str, config: InternVLConfig | None = None) -> Request:
     recipe = load_recipe(precision)
-    return Asked(recipe, plan_of(recipe, config or InternVLConfig()), config)
+    return Request(recipe, plan_of(recipe, config or InternVLConfig()), config)
 
 
 @pytest.fixture(autouse=True)
@@ -129,16 +129,16 @@ def test_room_is_checked(
 
 def test_missing_packages_are_named_with_the_line() -> None:
     extras = diagnose().extras
-    assert asked_problems(asked("fp8"), extras, ()) == []
+    assert request_problems(asked("fp8"), extras, ()) == []
     without = tuple(
         replace(e, packages={**e.packages, "onnx": None}) if e.name == "quant" else e for e in extras
     )
-    (problem,) = asked_problems(asked("fp8"), without, ())
+    (problem,) = request_problems(asked("fp8"), without, ())
     assert (problem.why, problem.fix) == ("Not installed: onnx.", "pip install 'ivl-export[quant]'")
     neither = (Extra("cpu", "", {"onnxruntime": None}), Extra("gpu", "", {"onnxruntime-gpu": None}))
-    assert [p.fix for p in asked_problems(asked("fp8"), neither, ())] == ["pip install 'ivl-export[cpu]'"]
+    assert [p.fix for p in request_problems(asked("fp8"), neither, ())] == ["pip install 'ivl-export[cpu]'"]
     unknown = tuple(replace(e, packages={}) for e in extras)  # a source tree that was never installed
-    assert [p.why for p in asked_problems(asked("fp8"), unknown, ())] == [
+    assert [p.why for p in request_problems(asked("fp8"), unknown, ())] == [
         "Not installed: ivl-export itself."
     ] * 2
     assert list(extra_packages("rtx")) == ["tensorrt-rtx"]
@@ -182,19 +182,19 @@ def test_gpus_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = parse_gpus("NVIDIA L40S, 46068, 570.86, 8.9\nTesla T4, 15360, 470.1\nnonsense\n")
     assert gpus == (Gpu("NVIDIA L40S", 46068, "570.86", "sm89"), Gpu("Tesla T4", 15360, "470.1"))
     extras = diagnose().extras
-    assert asked_problems(asked("fp8"), extras, gpus[:1]) == []
-    (lacking,) = asked_problems(asked("fp8"), extras, gpus[1:])  # its generation follows from its name
+    assert request_problems(asked("fp8"), extras, gpus[:1]) == []
+    (lacking,) = request_problems(asked("fp8"), extras, gpus[1:])  # its generation follows from its name
     assert "Tesla T4 (sm75) cannot run fp8" in lacking.what
     assert lacking.why == "It has no bf16, fp8."
     assert "fp16" in lacking.fix
     assert "fp8" not in lacking.fix
     hopper = (Gpu("NVIDIA H200", 143771, "580.1", "sm90"),)
     monkeypatch.setattr(doctor, "installed_release", lambda name: None)
-    (without,) = asked_problems(asked("fp8"), extras, hopper)
+    (without,) = request_problems(asked("fp8"), extras, hopper)
     assert "--backend tensorrt" in without.fix
     monkeypatch.setattr(doctor, "installed_release", lambda name: "10.16")
-    assert asked_problems(asked("fp8"), extras, hopper) == []
-    (unknown,) = asked_problems(asked("fp16"), extras, (Gpu("NVIDIA X", 1, "1", "sm50"),))
+    assert request_problems(asked("fp8"), extras, hopper) == []
+    (unknown,) = request_problems(asked("fp16"), extras, (Gpu("NVIDIA X", 1, "1", "sm50"),))
     assert "No engines can be built for NVIDIA X (sm50)" in unknown.what
 
 

@@ -27,8 +27,8 @@ from ivl_export.models import ChatConfig, InternViTConfig, QLlamaConfig, VisionC
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.layout import CHAT_TOWER, VISION
 from ivl_export.models.registry import Ranges, component_module, component_spec, expected_shapes
-from ivl_export.profiles.cost.analytic import component_macs
 from ivl_export.profiles.cost.flops import graph_cost
+from ivl_export.profiles.cost.roofline import component_macs
 from ivl_export.tests.components import CHAT_COMPONENTS
 
 pytestmark = pytest.mark.numeric

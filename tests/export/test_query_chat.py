@@ -26,8 +26,8 @@ from ivl_export.export.weight_store import open_store
 from ivl_export.models import ChatConfig, InternVLConfig, load_chat
 from ivl_export.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_export.models.registry import component_module, component_of, component_spec
-from ivl_export.profiles.cost.analytic import component_macs
 from ivl_export.profiles.cost.flops import graph_cost
+from ivl_export.profiles.cost.roofline import component_macs
 from ivl_export.tests.components import QUERY_CHAT_COMPONENTS
 
 from .test_chat import close, run_torch, session

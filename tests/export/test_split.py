@@ -24,7 +24,7 @@ from ivl_export.pipeline.graph_steps import graph_path
 from ivl_export.pipeline.manifest import manifest_of
 from ivl_export.pipeline.plan import plan_build
 from ivl_export.pipeline.workspace import Record
-from ivl_export.profiles.measure.layers import profile_layers
+from ivl_export.profiles.measure.layer_timing import profile_layers
 from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.components import Components

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ivl_export.profiles.measure.ceilings import CPU, Ceilings, floor_of, measure_ceilings
-from ivl_export.profiles.measure.cuda import has_gpu
+from ivl_export.profiles.measure.device_timing import has_gpu
 from ivl_export.profiles.measure.timing import StopRule
 from ivl_export.tests.made_profiles import CEILINGS, made_case, made_cost
 

@@ -31,9 +31,9 @@ from ivl_export.profiles.report.drawing import (
     text_width,
     ticks,
 )
+from ivl_export.profiles.report.html import style, svg
 from ivl_export.profiles.report.png import write_drawings
-from ivl_export.profiles.report.svg import style, svg
-from ivl_export.profiles.report.treemap import layer_times
+from ivl_export.profiles.report.treemap import layer_time_map
 from ivl_export.tests.made_profiles import made_case, made_cost, made_layers, made_profile
 
 NAMES = ["table19", "roofline", "histograms", "batches", "layers", "layer-times"]
@@ -130,7 +130,7 @@ def test_the_treemaps_colours_and_labels_say_what_they_are() -> None:
         LayerTime("norm", "Norm", 0.5),
         *(LayerTime(f"mm_projector.{i}", "MatMul", 0.05) for i in range(4)),
     )
-    drawing = layer_times([LayerProfile("decoder", "onnxruntime", {"batch": 1}, 10, 2.0, layers)])
+    drawing = layer_time_map([LayerProfile("decoder", "onnxruntime", {"batch": 1}, 10, 2.0, layers)])
     assert drawing is not None
     words = [mark.text for mark in drawing.marks if isinstance(mark, Text)]
     assert words[:2] == ["attention", "other"]

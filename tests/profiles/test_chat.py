@@ -8,10 +8,10 @@ import pytest
 
 from ivl_export.cli import main
 from ivl_export.errors import UsageError
+from ivl_export.profiles.measure.bundle_profile import Options, profile
 from ivl_export.profiles.measure.cases import Case
 from ivl_export.profiles.measure.chat_latency import ANSWER, FIRST, NEXT, OTHER, question, token_ms
 from ivl_export.profiles.measure.receipt import Profile, read, write
-from ivl_export.profiles.measure.report import Options, profile
 from ivl_export.profiles.measure.timing import StopRule
 from ivl_export.profiles.report.page import page
 

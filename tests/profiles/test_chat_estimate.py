@@ -14,11 +14,10 @@ from ivl_export.bundle import Bundle, seal
 from ivl_export.cli import main
 from ivl_export.models.config import ChatConfig, InternVLConfig
 from ivl_export.models.shipped import nano_chat_folder
-from ivl_export.profiles.cost.analytic import component_macs
 from ivl_export.profiles.cost.chat_estimate import FULL_SIZE, ChatEstimate, cache_bytes, estimate
 from ivl_export.profiles.cost.evidence import arithmetic_of
 from ivl_export.profiles.cost.gpus import find_gpu
-from ivl_export.profiles.cost.roofline import Arithmetic
+from ivl_export.profiles.cost.roofline import Arithmetic, component_macs
 from ivl_export.profiles.cost.sizes import component_shapes, plan_of, weights
 from ivl_export.quantization.recipe import load_recipe
 

@@ -14,8 +14,8 @@ from ivl_export.bundle.manifest import Model
 from ivl_export.bundle.spec import Axis, ComponentSpec, TensorSpec
 from ivl_export.errors import BuildError, IntegrityError
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
-from ivl_export.profiles.cost.analytic import component_macs, towers
 from ivl_export.profiles.cost.flops import graph_cost, layer_type
+from ivl_export.profiles.cost.roofline import component_macs, towers
 from ivl_export.profiles.cost.table19 import PAPER, Column, Row, Table19, merged
 from ivl_export.profiles.cost.table19 import table19 as table19_of
 from ivl_export.profiles.measure.cases import Case, Kind

@@ -26,11 +26,17 @@ from ivl_export.models.registry import (
 from ivl_export.pipeline import graph_steps
 from ivl_export.pipeline.config import BuildConfig
 from ivl_export.pipeline.plan import plan_build
-from ivl_export.profiles.cost.analytic import component_macs
 from ivl_export.profiles.cost.estimate import RECEIPTS, Estimate, estimate
 from ivl_export.profiles.cost.flops import graph_cost
 from ivl_export.profiles.cost.gpus import GPUS, find_gpu, of_driver
-from ivl_export.profiles.cost.roofline import Arithmetic, Efficiency, component_cost, component_time, peak
+from ivl_export.profiles.cost.roofline import (
+    Arithmetic,
+    Efficiency,
+    component_cost,
+    component_macs,
+    component_time,
+    peak,
+)
 from ivl_export.profiles.cost.sizes import linear_shapes, plan_of, weights
 from ivl_export.profiles.cost.table19 import PAPER
 from ivl_export.profiles.measure.machine import Gpu

@@ -12,7 +12,7 @@ from ivl_export.bundle import Bundle
 from ivl_export.engines.onnxruntime.backend import optimized_graph
 from ivl_export.engines.products import node_name
 from ivl_export.profiles.measure.layer_profile import OUTSIDE, LayerTime
-from ivl_export.profiles.measure.layers import chrome_trace, profile_layers
+from ivl_export.profiles.measure.layer_timing import chrome_trace, profile_layers
 from ivl_export.profiles.measure.receipt import read
 
 

@@ -15,8 +15,7 @@ import pytest
 from ivl_export import cli
 from ivl_export.cli.layers_page import page as layers_page
 from ivl_export.profiles.measure.receipt import read, write
-from ivl_export.profiles.report.layer_page import layer_page
-from ivl_export.profiles.report.page import page
+from ivl_export.profiles.report.page import layer_page, page
 from ivl_export.tests.made_profiles import made_case, made_layers, made_profile
 from ivl_export.tests.profiles.test_charts import NAMES, full
 
@@ -114,7 +113,7 @@ def test_the_page_loads_silently_and_alone(text: str, tmp_path: Path) -> None:
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_pages_of_layers_are_readable(dark: bool, tmp_path: Path) -> None:
-    """The times of layers, and what layers really are (``verify --layers``): one style sheet."""
+    """The times of layers, and what layers really are (``verify --layers``): one style as_csv."""
     option = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     text = layer_page("Layers", [made_layers(name) for name in ("vision", "qllama_text")])
     found = probed(text, tmp_path, option)

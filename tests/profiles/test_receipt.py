@@ -132,7 +132,7 @@ def test_a_gpu_is_read_through_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_device_memory_is_what_came_on_top() -> None:
-    from ivl_export.profiles.measure.report import _device_peak
+    from ivl_export.profiles.measure.bundle_profile import _device_peak
 
     gpu = GpuClocks("L4", None, None, None, None, 100, 350, ())
     assert _device_peak(Clocks(None, None, (gpu, replace(gpu, peak_used_bytes=None)))) == 250

@@ -18,12 +18,12 @@ from ivl_export.bundle import Bundle
 from ivl_export.bundle.spec import Axis, ComponentSpec, TensorSpec
 from ivl_export.errors import BuildError, UsageError
 from ivl_export.models.config import InternVLConfig
+from ivl_export.profiles.measure.bundle_profile import Options, profile
 from ivl_export.profiles.measure.inputs import random_inputs
 from ivl_export.profiles.measure.latency import plan
 from ivl_export.profiles.measure.machine import commit, machine, versions
 from ivl_export.profiles.measure.receipt import SCHEMA, Profile, read, write
 from ivl_export.profiles.measure.recording import RecordingComponents
-from ivl_export.profiles.measure.report import Options, profile
 from ivl_export.profiles.measure.timing import StopRule
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.components import Components
@@ -309,8 +309,8 @@ def test_the_verb_prints_tables_and_writes_a_receipt(
     monkeypatch.setenv("COLUMNS", "160")
     out = tmp_path / "receipt.json"
     args = ["profile", str(tiny_bundle), "--batch", "1", "--seconds", "0.02", "--threads", "1"]
-    sheet = tmp_path / "cases.csv"
-    assert cli.main([*args, "--table19", "--no-baseline", "--out", str(out), "--csv", str(sheet)]) == 0
+    as_csv = tmp_path / "cases.csv"
+    assert cli.main([*args, "--table19", "--no-baseline", "--out", str(out), "--csv", str(as_csv)]) == 0
     captured = capsys.readouterr()
     for text in (
         "Components alone, times in ms",
@@ -335,7 +335,7 @@ def test_the_verb_prints_tables_and_writes_a_receipt(
     assert all(not any(line["measured"]) for line in data["table19"]["lines"] if line["paper"])
     assert {c["sizes"]["text"] for c in data["cases"] if c["name"] == "qllama_text"} == {16, 80}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cases.csv", "receipt.json"]
-    rows = list(csv.DictReader(sheet.open(newline="")))
+    rows = list(csv.DictReader(as_csv.open(newline="")))
     assert len(rows) == len(data["cases"])
     for row, case in zip(rows, data["cases"], strict=True):
         assert (row["name"], float(row["p99_ms"])) == (case["name"], case["measurement"]["summary"]["p99_ms"])
@@ -393,7 +393,7 @@ def test_help_imports_nothing_heavy() -> None:
 import sys
 from ivl_export.cli import main
 assert main(["profile", "--help"]) == 0
-import ivl_export.profiles.measure.report
+import ivl_export.profiles.measure.bundle_profile
 heavy = sorted({"torch", "onnx", "onnxruntime", "tensorrt_rtx", "matplotlib"} & set(sys.modules))
 assert not heavy, heavy
 """

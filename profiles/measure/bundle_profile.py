@@ -1,4 +1,4 @@
-"""The profile of a bundle: opens it, times everything, counts the work, and puts it together."""
+"""Profiles a bundle: opens it, times its calls, counts their work, and makes the receipt."""
 
 from __future__ import annotations
 

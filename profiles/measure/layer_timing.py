@@ -1,4 +1,4 @@
-"""Where the time of one call goes: by layer, by layer type, by block.
+"""Times the layers of one call, by layer type and by block.
 
 ONNX Runtime's profile gives the time of each node, torch's profiler that of each operator inside each module,
 TensorRT's that of each layer of the engine. All slow a call down, small layers most: shares say where to
