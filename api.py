@@ -59,7 +59,7 @@ def build(
     Example::
 
         bundle = ivl_export.build("InternVL-14B-224px", out="bundle", precision="fp8", calib="photos/")
-        print(bundle.manifest.precision, bundle.receipt("accuracy"))
+        print(bundle.manifest.recipe, bundle.receipt("accuracy"))
 
     Args:
         model: a checkpoint: a folder of a published layout, or an older ``.pth`` file; or ``"nano-chat"``,

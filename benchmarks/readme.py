@@ -72,7 +72,7 @@ def table(profiles: Sequence[Profile]) -> Iterator[Sequence[str]]:
             share = None if first is None else first.of_floor
             yield (
                 profile.subject.name,
-                f"{profile.settings.backend} {profile.subject.precision}",
+                f"{profile.settings.backend} {profile.subject.recipe}",
                 str(batch),
                 *times,
                 "" if first is None else f"{first.per_second:,.0f}",
@@ -90,7 +90,7 @@ def chat_table(profiles: Sequence[Profile]) -> Iterator[Sequence[str]]:
         further, answer = token_ms(profile.cases), found.get(ANSWER)
         yield (
             profile.subject.name,
-            f"{profile.settings.backend} {profile.subject.precision}",
+            f"{profile.settings.backend} {profile.subject.recipe}",
             *(_ms(found.get(name)) for name in (FIRST, NEXT, OTHER)),
             "" if further is None else f"{further:.3g}",
             "" if answer is None else f"{answer.per_second:,.0f}",

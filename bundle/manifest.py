@@ -8,16 +8,19 @@ types, paths that leave the bundle, and references to files or components that a
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import IntegrityError
-from ..files.json import Count, Name, RelativePath, Sha256, decode, read_json
+from ..files.json import MAX_TEXT, Count, Name, RelativePath, Sha256, decode, read_json
 from .spec import ComponentSpec
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
+SHIPPED = " (shipped)"
+"""What the source of a checkpoint that ships ends with, after its name."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +119,16 @@ class FileEntry:
 class Manifest:
     """All a bundle says about itself.
 
+    ``recipe`` is the name of the recipe that was applied, ``rules`` all of it as plain data.
     ``compute_dtype`` is what engines compute in where nothing is quantised, by its name in
-    :attr:`Component.graphs`. ``recipe`` is the quantisation recipe as plain data, ``receipts`` the names of
-    ``receipts/<name>.json``, ``steps`` the build steps' content hashes, ``tools`` library versions.
-    ``files`` is filled by :func:`ivl_export.bundle.seal`.
+    :attr:`Component.graphs`. ``receipts`` are the names of ``receipts/<name>.json``, ``steps`` the content
+    hashes of the build's steps, ``tools`` library versions. :func:`ivl_export.bundle.seal` fills ``files``.
     """
 
     model: Model
-    precision: Name
+    recipe: Name
     compute_dtype: Name
-    recipe: dict[str, Any]
+    rules: dict[str, Any]
     calibration: Calibration | None
     components: dict[str, Component]
     engines: tuple[EngineFile, ...] = ()
@@ -170,23 +173,50 @@ def read_manifest(path: Path) -> Manifest:
             f"Its {MANIFEST} cannot be read: {error.strerror or error}.",
             "Point to a folder that 'ivl-export build' wrote.",
         ) from error
-    return manifest_from_json(data)
+    return manifest_from_json(data, path.parent)
 
 
-def manifest_from_json(data: Any) -> Manifest:
-    """Read plain data; IntegrityError names the first entry that is not as the schema says."""
+def manifest_from_json(data: Any, folder: Path | None = None) -> Manifest:
+    """Read plain data; IntegrityError names the first entry that is not as the schema says.
+
+    ``folder`` is the bundle's, for the command that builds a bundle of an older schema again.
+    """
     schema = data.get("schema") if isinstance(data, dict) else None
     if type(schema) is int and schema != SCHEMA:
         raise IntegrityError(
             f"This bundle's manifest has schema {schema}.",
             f"This version of ivl-export reads schema {SCHEMA}.",
-            "Rebuild the bundle, or use the ivl-export release that wrote it.",
+            f"Build it again: {_rebuild_line(data, folder)}"
+            if schema < SCHEMA
+            else "Use the release of ivl-export that wrote it, or a later one.",
         )
     manifest = decode(Manifest, data, what="The bundle's manifest", fix=FIX)
     _check_references(manifest)
     if place := _first_difference(data, manifest.to_json(), ""):
         _refuse(place, "is missing, or is there where 'ivl-export build' writes no such entry")
     return manifest
+
+
+def _rebuild_line(data: dict[str, Any], folder: Path | None) -> str:
+    """The command that builds a bundle of an older schema again, as far as its manifest tells."""
+
+    def entry(*keys: str) -> Any:
+        node: Any = data
+        for key in keys:
+            node = node.get(key) if isinstance(node, dict) else None
+        return node
+
+    words = ["ivl-export", "build"]
+    source = entry("model", "source")
+    for option, value in (
+        ("--model", source.removesuffix(SHIPPED) if isinstance(source, str) else None),
+        ("--precision", entry("precision")),
+        ("--calib", "IMAGES" if entry("calibration", "synthetic") is False else None),
+        ("--out", None if folder is None else str(folder)),
+    ):
+        if isinstance(value, str) and value and len(value) <= MAX_TEXT and value.isprintable():
+            words += [option, value]
+    return shlex.join(words)
 
 
 def _check_references(manifest: Manifest) -> None:

@@ -40,7 +40,7 @@ def print_report(report: dict[str, Any]) -> None:
         for output, m in _worst_of_layers(outputs).items()
     ]
     print_table(
-        f"{report['precision']} against fp32, chained, held-out inputs ({report['components_in']})",
+        f"{report['recipe']} against fp32, chained, held-out inputs ({report['components_in']})",
         ("component", "output", "cosine", "SQNR dB", "samples"),
         accuracy,
     )

@@ -106,8 +106,8 @@ def asked_model(model: Path | None, precision: str | None) -> tuple[ModelConfig,
     if (model / MANIFEST).is_file():
         manifest = Bundle.open(model).manifest
         config = config_from_published(dict(manifest.model.config), str(model))
-        own = Recipe.from_json(manifest.recipe, str(model)) if precision is None and manifest.recipe else None
-        recipe = own or load_recipe(precision or manifest.precision)
+        own = Recipe.from_json(manifest.rules, str(model)) if precision is None and manifest.rules else None
+        recipe = own or load_recipe(precision or manifest.recipe)
     else:
         config, recipe = load_config(path / "config.json"), load_recipe(precision or "fp8")
     if family_of(config).form not in (CONTRASTIVE, CHAT):

@@ -81,22 +81,22 @@ def evaluate(
     opened: dict[str, Any] = {"backend": backend, "threads": threads, "target": target, "batch": batch}
     if task.value == QUESTIONS:
         with InternVLChat.load(bundle, **opened) as talker, Bars() as bars:
-            precision = talker.bundle.manifest.precision
+            recipe = talker.bundle.manifest.recipe
             result = chat.evaluate(talker, data, limit, prompt, max_new_tokens, bars)
     elif data is None:
         raise UsageError(f"{task.value} needs a data set.", fix="Give --data FOLDER.")
     else:
         with InternVL.load(bundle, **opened) as model, Bars() as bars:
-            precision = model.bundle.manifest.precision
+            recipe = model.bundle.manifest.recipe
             result = run(model, task.value, data, mode.value, language, limit, frames, bars, rerank)
     seconds = time.perf_counter() - start
     if as_json:
-        about = {"bundle": str(bundle), "precision": precision, "backend": backend, "seconds": seconds}
+        about = {"bundle": str(bundle), "recipe": recipe, "backend": backend, "seconds": seconds}
         print_json({**about, **result.to_json()})
         return
     shown = f"{result.task} ({result.language})" if result.language else result.task
     print_table(
-        f"{shown}, {result.mode}, {precision} on {backend}",
+        f"{shown}, {result.mode}, {recipe} on {backend}",
         ("measure", "result", "95% interval", "questions", "paper"),
         [
             (m.name, f"{m.value:.1f}", f"{m.low:.1f} to {m.high:.1f}", m.samples, m.reference)

@@ -47,7 +47,7 @@ def _about(result: Profile) -> None:
         ("", ""),
         [
             ("model", f"{result.subject.model}, {result.subject.parameters:,} parameters"),
-            ("engines", f"{result.subject.precision} on {engines}{threads}"),
+            ("engines", f"{result.subject.recipe} on {engines}{threads}"),
             ("CPU", f"{machine.cpu}, {machine.cores} cores, {_bytes(machine.memory_bytes)} of memory"),
             ("CPU clock before and after", " and ".join(f"{value:.0f} MHz" for value in mhz) or None),
             *[("GPU", f"{gpu.name}, {gpu.memory_mib} MiB, driver {gpu.driver}") for gpu in machine.gpus],

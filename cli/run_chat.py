@@ -53,7 +53,7 @@ def chat(
                 {
                     "bundle": str(bundle),
                     "backend": engines["backend"],
-                    "precision": model.bundle.manifest.precision,
+                    "recipe": model.bundle.manifest.recipe,
                     "images": [str(image) for image in images],
                     "videos": [str(video) for video in videos],
                     "turns": [{"question": t.question, "answer": t.answer} for t in talk.history],

@@ -67,7 +67,7 @@ def session(
     report: dict[str, Any] = {"bundle": str(bundle), "backend": backend}
     options: dict[str, Any] = {} if device is None else {"device": device}
     with InternVL.load(bundle, backend, threads=threads, target=target, **options) as model:
-        report["precision"] = model.bundle.manifest.precision
+        report["recipe"] = model.bundle.manifest.recipe
         yield model, report
         report["seconds"] = time.perf_counter() - start
         report["timings"] = {k: {"calls": t.calls, "seconds": t.seconds} for k, t in model.timings.items()}
@@ -77,7 +77,7 @@ def session(
         return
     print_table(*table)
     stages = ", ".join(f"{name} {t['seconds']:.3f}" for name, t in report["timings"].items())
-    typer.echo(f"{report['precision']} on {backend}: {report['seconds']:.2f} s ({stages})")
+    typer.echo(f"{report['recipe']} on {backend}: {report['seconds']:.2f} s ({stages})")
     for skip in report.get("skipped", ()):
         typer.echo(f"skipped: {show(skip['why'])}", err=True)
 

@@ -75,7 +75,7 @@ def verify(
     if html is not None:
         from .layers_page import page
 
-        write_text(page(opened.manifest.model.name, opened.manifest.precision, reports), html)
+        write_text(page(opened.manifest.model.name, opened.manifest.recipe, reports), html)
     if as_json:
         print_json(json_layers(reports) if one else _json(opened, checked))
     else:
@@ -120,8 +120,7 @@ def _contents(bundle: Bundle) -> None:
 
 def _overview(bundle: Bundle, checked: str) -> None:
     m = bundle.manifest
-    same = m.precision == m.compute_dtype
-    precision = m.precision if same else f"{m.precision} ({m.compute_dtype} elsewhere)"
+    recipe = m.recipe if m.recipe == m.compute_dtype else f"{m.recipe} ({m.compute_dtype} elsewhere)"
     calibration: object = None
     if m.calibration is not None:
         kind = "synthetic" if m.calibration.synthetic else "real"
@@ -135,7 +134,7 @@ def _overview(bundle: Bundle, checked: str) -> None:
         [
             ("model", f"{m.model.name}, {m.model.parameters:,} parameters"),
             ("source", m.model.source),
-            ("precision", precision),
+            ("recipe", recipe),
             ("calibration", calibration),
             ("size", human_bytes(sum(f.size for f in m.files.values()))),
             ("checked", f"{checked}: intact"),

@@ -10,10 +10,9 @@ import shlex
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ..bundle.manifest import EngineFile, Manifest
+from ..bundle.manifest import SHIPPED, EngineFile, Manifest
 from ..bundle.spec import FEATURES, terms
 from ..errors import CapabilityError, UsageError
-from ..models.shipped import SHIPPED
 from .gpu import Gpu, gpus
 from .targets import TARGETS
 from .tensorrt import library as trt
@@ -102,11 +101,11 @@ def build_line(manifest: Manifest, features: Sequence[int]) -> str:
 
 
 def _build_words(manifest: Manifest, features: Sequence[int] | None = None) -> list[str]:
-    """How ``ivl-export build`` is told the model, the precision and the outputs of a bundle."""
+    """How ``ivl-export build`` is told the model, the recipe and the outputs of a bundle."""
     source, words = manifest.model.source, ["ivl-export", "build"]
     if source != f"internvl-nano{SHIPPED}":
         words += ["--model", source.removesuffix(SHIPPED)]
-    words += ["--precision", manifest.precision]
+    words += ["--precision", manifest.recipe]
     if features is None:
         names = [t.name for component in manifest.components.values() for t in component.spec.outputs]
         features = [int(name.removeprefix(FEATURES)) for name in names if name.startswith(FEATURES)]

@@ -70,9 +70,8 @@ def _overview(bundle: Bundle) -> Data:
     return {
         "path": str(bundle.root),
         "model": m.model.name,
-        "precision": m.precision,
         "compute_dtype": m.compute_dtype,
-        "recipe": m.recipe.get("name"),
+        "recipe": m.recipe,
         "calibration": None if m.calibration is None else m.calibration.samples,
         "synthetic_calibration": None if m.calibration is None else m.calibration.synthetic,
         "bytes": sum(f.size for f in m.files.values()),
@@ -106,8 +105,7 @@ def _components(receipt: Data) -> dict[str, Data]:
 
 
 def _scores(receipt: Data, bundle: Bundle) -> dict[str, Data]:
-    names = (bundle.manifest.recipe.get("name"), bundle.manifest.precision)
-    scores: Data = next((receipt["scores"][name] for name in names if name in receipt["scores"]), {})
+    scores: Data = receipt["scores"].get(bundle.manifest.recipe, {})
     keys = ("accuracy", "low", "high")
     return {
         name: {**{key: float(score[key]) for key in keys}, "total": int(score["total"])}

@@ -10,8 +10,6 @@ FOLDERS = {"internvl-nano": "nano", "internvl-nano-chat": "nano_chat"}
 """Name of a shipped model -> its folder next to this file."""
 SHORT = {"nano": "internvl-nano", "nano-chat": "internvl-nano-chat"}
 """Short name -> name."""
-SHIPPED = " (shipped)"
-"""What follows a shipped model's name where a manifest says what a bundle was built from."""
 NANO_CHAT = Path("nano-chat")
 
 

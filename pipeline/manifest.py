@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from ..bundle.manifest import Built, Calibration, Component, EngineFile, Manifest, Model
+from ..bundle.manifest import SHIPPED, Built, Calibration, Component, EngineFile, Manifest, Model
 from ..bundle.spec import ComponentSpec
 from ..calibration.dataset import SMALL
 from ..engines.tensorrt.library import BUILDERS
 from ..files.json import decode
 from ..models.checkpoint import Checkpoint
 from ..models.registry import component_spec
-from ..models.shipped import SHIPPED, shipped_name
+from ..models.shipped import shipped_name
 from .config import ORT
 from .environment import tool_versions
 from .graph_steps import graph_path
@@ -49,9 +49,9 @@ def manifest_of(plan: BuildPlan, records: Mapping[str, Record], receipts: Sequen
             logit_scale=_logit_scale(checkpoint),
             parameters=sum(math.prod(ref.shape) for ref in checkpoint.tensors.values()),
         ),
-        precision=plan.recipe.name,
+        recipe=plan.recipe.name,
         compute_dtype=plan.recipe.base,
-        recipe=plan.recipe.to_json(),
+        rules=plan.recipe.to_json(),
         calibration=_calibration(plan),
         components=components,
         engines=tuple(engines),

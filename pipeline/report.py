@@ -20,7 +20,7 @@ def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
         tasks = {precision: headlines(scores[precision]) for precision in order}
     return {
         "bundle": str(bundle.root),
-        "precision": manifest.precision,
+        "recipe": manifest.recipe,
         "bytes": sum(f.size for f in manifest.files.values()),
         "files": len(manifest.files),
         "notices": [*notices, *_unread(result)],

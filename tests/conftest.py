@@ -93,9 +93,9 @@ def chat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=Model(
             "chat", "goldens", {"checkpoint": checkpoint.revision}, checkpoint.model.to_published(), 0.0, 1
         ),
-        precision="fp32",
+        recipe="fp32",
         compute_dtype="fp32",
-        recipe={},
+        rules={},
         calibration=None,
         components={n: Component(component_spec(n, checkpoint.model), {"fp32": p}) for n, p in paths.items()},
         engines=tuple(EngineFile(n, "onnxruntime", "cpu", p, "", 0) for n, p in paths.items()),
@@ -173,9 +173,9 @@ def build_tiny_bundle(out: Path) -> None:
             float(checkpoint.load("logit_scale")),
             sum(ref.nbytes for ref in checkpoint.tensors.values()) // 4,
         ),
-        precision="fp32",
+        recipe="fp32",
         compute_dtype="fp32",
-        recipe={},
+        rules={},
         calibration=None,
         components={
             name: Component(component_spec(name, checkpoint.config), {"fp32": f"onnx/{name}.fp32.onnx"})

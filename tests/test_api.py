@@ -110,7 +110,7 @@ def test_built_and_run_from_python(
         bundle = ivl_export.build(str(tiny_model), out=str(tmp_path / "B"), **call, progress=steps)
     assert "The calibration set is small" in caplog.text
     assert isinstance(bundle, ivl_export.Bundle)
-    assert bundle.manifest.precision == "int8"
+    assert bundle.manifest.recipe == "int8"
     assert bundle.root == tmp_path / "B"
     assert steps.ended["calibrate"]
     assert steps.ended["accuracy"]

@@ -154,7 +154,7 @@ def test_accuracy_stays_within_budget(built: Built) -> None:
 
 def test_the_bundle_tells_what_it_is(built: Built) -> None:
     manifest = built.bundle.manifest
-    assert (manifest.precision, manifest.compute_dtype, manifest.model.name) == ("fp8", "bf16", "nano")
+    assert (manifest.recipe, manifest.compute_dtype, manifest.model.name) == ("fp8", "bf16", "nano")
     assert all(manifest.compute_dtype in part.graphs for part in manifest.components.values())
     assert manifest.calibration is not None
     assert (manifest.calibration.samples, manifest.calibration.synthetic) == (256, True)
@@ -271,7 +271,7 @@ def test_caption(built: Built, photographs: Path, scenes: tuple[Path, list[Scene
 
 def test_verify_and_profile(built: Built) -> None:
     out = use("verify", built.root)
-    assert out["manifest"]["precision"] == "fp8"
+    assert out["manifest"]["recipe"] == "fp8"
     assert set(out["receipts"]) == set(built.bundle.manifest.receipts)
     said = StringIO()
     with redirect_stdout(said):

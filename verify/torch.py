@@ -123,9 +123,9 @@ def enforceable(promised: Mapping[str, str], device: str, dtype: str | None = No
 
 
 def _promised(bundle: Bundle, module: nn.Module) -> dict[str, str]:
-    if not bundle.manifest.recipe:
+    if not bundle.manifest.rules:
         return {}
-    recipe = Recipe.from_json(bundle.manifest.recipe, "manifest.json")
+    recipe = Recipe.from_json(bundle.manifest.rules, "manifest.json")
     parts = dict(module.named_modules())
     layers = {n: promise(scheme_of(recipe, n)) for n, p in parts.items() if isinstance(p, QuantisedLinear)}
     attention = {n.removesuffix(".core"): "fp8" for n, p in parts.items() if isinstance(p, Fp8Attention)}

@@ -88,7 +88,7 @@ def component_of(
     except CheckpointError as error:
         raise IntegrityError(error.what, error.why, "Rebuild the bundle.") from error
     weights = _Weights(bundle, dtype, device)
-    recipe = Recipe.from_json(bundle.manifest.recipe, "manifest.json") if bundle.manifest.recipe else None
+    recipe = Recipe.from_json(bundle.manifest.rules, "manifest.json") if bundle.manifest.rules else None
     if recipe is not None and recipe.quantises:
         rounds = recipe.attention == "fp8" or any(
             SCHEMES[rule.scheme].activation for rule in recipe.rules if rule.scheme in SCHEMES

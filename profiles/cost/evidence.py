@@ -111,7 +111,7 @@ def read_receipts(folder: Path) -> list[Timed]:
         profile = read(path)
         published = None if profile.settings.on_cpu else _gpu(profile)
         peaks = published or _measured(profile)
-        arithmetic = arithmetic_of(profile.subject.precision)
+        arithmetic = arithmetic_of(profile.subject.recipe)
         for case in profile.of_kind("component"):
             cost = profile.cost(case)
             if peaks is not None and cost is not None and cost.layers:

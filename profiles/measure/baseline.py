@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...bundle.manifest import Model
+from ...bundle.manifest import SHIPPED, Model
 from ...bundle.spec import ComponentSpec
 from ...errors import IvlError, UsageError
 from ...models.config import InternVLConfig
 from ...models.registry import Component, component_of
-from ...models.shipped import FOLDERS, SHIPPED, checkpoint_path, shipped_folder
+from ...models.shipped import FOLDERS, checkpoint_path, shipped_folder
 from .cases import GRAPHS, Case, Progress, Task
 from .device_timing import captured, event_timer, has_gpu
 from .inputs import random_inputs

@@ -237,7 +237,7 @@ def _subject(bundle: Bundle, config: ModelConfig) -> Subject:
         sha256_file(bundle.root / MANIFEST),
         manifest.model.name,
         manifest.model.parameters,
-        manifest.precision,
+        manifest.recipe,
         manifest.compute_dtype,
         config.image_size,
     )

@@ -72,7 +72,7 @@ def specs_of(model: Loaded, config: ModelConfig) -> dict[str, ComponentSpec]:
 
 def named(model: Loaded, tasks: Iterable[Task]) -> list[Task]:
     """``tasks`` with what computes them."""
-    backend, precision = model.components.backend, model.bundle.manifest.precision
+    backend, precision = model.components.backend, model.bundle.manifest.recipe
     return [
         task.of("host", "") if task.kind == "host" else task.of(backend + task.backend, precision)
         for task in tasks

@@ -20,7 +20,7 @@ from .machine import Machine
 from .sensors import Clocks
 from .timing import StopRule
 
-SCHEMA = "ivl-export.profile/2"
+SCHEMA = "ivl-export.profile/3"
 FIX = "Write it again with this release: ivl-export profile BUNDLE --out RECEIPT."
 _KEYS = {"bundle": "subject"}
 """Entries of the receipt that have another name than the field they fill."""
@@ -34,7 +34,7 @@ class Subject:
     manifest_sha256: str
     model: str
     parameters: int
-    precision: str
+    recipe: str
     compute_dtype: str
     image_size: int | None = None
 

@@ -161,7 +161,7 @@ def _differences(old: Profile, new: Profile) -> list[str]:
     """What else changed, in words."""
     pairs = (
         ("bundle", old.subject.manifest_sha256[:12], new.subject.manifest_sha256[:12]),
-        ("precision", old.subject.precision, new.subject.precision),
+        ("recipe", old.subject.recipe, new.subject.recipe),
         ("backend", old.settings.backend, new.settings.backend),
         ("threads", old.settings.threads, new.settings.threads),
         ("CPU", old.machine.cpu, new.machine.cpu),

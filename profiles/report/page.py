@@ -43,7 +43,7 @@ def _subtitle(profile: Profile) -> str:
     subject, settings = profile.subject, profile.settings
     pixels = f" at {subject.image_size} pixels" if subject.image_size else ""
     return (
-        f"{subject.model}, {subject.parameters:,} parameters{pixels}, {subject.precision} on "
+        f"{subject.model}, {subject.parameters:,} parameters{pixels}, {subject.recipe} on "
         f"{settings.backend}{f' ({settings.target})' if settings.target else ''}; measured {profile.created}"
     )
 

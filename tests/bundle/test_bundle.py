@@ -41,9 +41,9 @@ GRAPH = "onnx/vision.fp32.onnx"
 def make_manifest(**changes: Any) -> Manifest:
     base: dict[str, Any] = {
         "model": Model("m", "folder", {"model.safetensors": "0" * 64}, {"vision_config": {}}, 2.5, 12),
-        "precision": "fp8",
+        "recipe": "fp8",
         "compute_dtype": "bf16",
-        "recipe": {"linear": "fp8"},
+        "rules": {"linear": "fp8"},
         "calibration": Calibration("a" * 64, 8, 1, True),
         "components": {"vision": Component(SPEC, {"fp32": GRAPH})},
         "engines": (EngineFile("vision", "tensorrt-rtx", "sm89", "engines/x/vision.engine", "1.7.1.116"),),
@@ -109,7 +109,7 @@ JSON = st.recursive(
 
 @given(
     config=st.dictionaries(st.text(), JSON, max_size=4),
-    recipe=st.dictionaries(st.text(), JSON, max_size=4),
+    rules=st.dictionaries(st.text(), JSON, max_size=4),
     texts=st.dictionaries(TEXT, TEXT, max_size=3),
     digest=HEX,
     scale=st.floats(-1e6, 1e6),
@@ -118,11 +118,11 @@ JSON = st.recursive(
 )
 @settings(max_examples=60, deadline=None)
 def test_manifest_round_trip(
-    config: Any, recipe: Any, texts: Any, digest: str, scale: float, count: int, calibrated: bool
+    config: Any, rules: Any, texts: Any, digest: str, scale: float, count: int, calibrated: bool
 ) -> None:
     manifest = make_manifest(
         model=Model("n", "s", dict.fromkeys(texts, digest), config, scale, count),
-        recipe=recipe,
+        rules=rules,
         calibration=Calibration(digest, count, 0, False) if calibrated else None,
         tools=texts,
         steps=texts,
@@ -165,11 +165,11 @@ def test_hostile_paths_are_refused(bundle: Bundle, path: str) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda d: d.update(schema=3), "schema 3"),
+        (lambda d: d.update(schema=4), "schema 4.*later"),
         (lambda d: d.update(schema=True), "schema"),
         (lambda d: d.pop("schema"), "schema"),
         (lambda d: d.update(extra=1), "extra"),
-        (lambda d: d.pop("recipe"), "recipe"),
+        (lambda d: d.pop("rules"), "rules"),
         (lambda d: d.update(files=[]), "files"),
         (lambda d: d["files"][GRAPH].update(size=-1), "size"),
         (lambda d: d["files"][GRAPH].update(size=1.0), "size"),
@@ -195,6 +195,33 @@ def test_wrong_manifests_name_the_entry(bundle: Bundle, change: Any, named: str)
     rewrite(bundle, change)
     with pytest.raises(IntegrityError, match=named):
         Bundle.open(bundle.root)
+
+
+@pytest.mark.parametrize(
+    ("change", "command"),
+    [
+        ({}, "ivl-export build --model folder --precision fp8 --calib IMAGES --out {out}"),
+        ({"model": {"source": "internvl-nano (shipped)"}, "calibration": None},
+         "ivl-export build --model internvl-nano --precision fp8 --out {out}"),
+        ({"model": {"source": "it's; rm -rf /"}}, """ --model 'it'"'"'s; rm -rf /' """),
+        ({"model": {"source": "\x1b[2J"}}, "ivl-export build --precision fp8"),
+        ({"model": 3, "precision": ["x"], "calibration": "?"}, "ivl-export build --out {out}"),
+    ],
+)  # fmt: skip
+def test_an_older_bundle_is_refused_with_the_line_that_rebuilds_it(
+    bundle: Bundle, change: dict[str, Any], command: str
+) -> None:
+    old = {
+        "schema": 2,
+        "precision": "fp8",
+        "model": {"source": "folder"},
+        "calibration": {"synthetic": False},
+    }
+    (bundle.root / "manifest.json").write_text(json.dumps({**old, **change}))
+    with pytest.raises(IntegrityError, match=r"schema 2.*reads schema 3") as caught:
+        Bundle.open(bundle.root)
+    assert command.format(out=bundle.root) in caught.value.fix
+    assert caught.value.fix.isprintable()
 
 
 @pytest.mark.parametrize(
@@ -288,7 +315,7 @@ def test_seal_refuses_missing_files_and_odd_recipes(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="accuracy"):
         seal(staging, make_manifest(), tmp_path / "out")
     with pytest.raises(BuildError, match="manifest"):
-        seal(stage(tmp_path / "t"), make_manifest(recipe={"x": float("nan")}), tmp_path / "out")
+        seal(stage(tmp_path / "t"), make_manifest(rules={"x": float("nan")}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -41,7 +41,7 @@ def bundle(tiny: Path, out: Path, data: dict[str, Any], precision: str) -> Path:
     for name, receipt in data.items():
         (staging / "receipts" / f"{name}.json").write_text(json.dumps(receipt))
     manifest = Bundle.open(tiny).manifest
-    manifest = replace(manifest, precision=precision, recipe={"name": precision}, receipts=tuple(data))
+    manifest = replace(manifest, recipe=precision, rules={"name": precision}, receipts=tuple(data))
     seal(staging, manifest, out)
     return out
 
@@ -56,7 +56,7 @@ def test_side_by_side(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureF
     near = bundle(tiny_bundle, tmp_path / "near", receipts(478, "int8"), "int8")
     far = bundle(tiny_bundle, tmp_path / "far", receipts(430, "int4"), "int4")
     found = compare(capsys, a, near)
-    assert [x["precision"] for x in found["bundles"]] == ["fp8", "int8"]
+    assert [x["recipe"] for x in found["bundles"]] == ["fp8", "int8"]
     assert found["bundles"][0]["weights_bytes"] > 0
     (component,) = found["components"]
     assert component["a"]["own_cosine"] == 0.99  # the worst output

@@ -94,8 +94,8 @@ def bundle(tmp_path: Path) -> Bundle:
     tensor = TensorSpec("x", "float", ("batch", 8))
     spec = ComponentSpec("vision", (tensor,), (tensor,), (Axis("batch", 1, 2, 4),))
     manifest = Manifest(
-        model=Model("nano & co", "models/nano", {}, {}, 2.5, 1234567), precision="fp8", compute_dtype="bf16",
-        recipe={}, calibration=None,
+        model=Model("nano & co", "models/nano", {}, {}, 2.5, 1234567), recipe="fp8", compute_dtype="bf16",
+        rules={}, calibration=None,
         components={"vision": Component(spec, {"bf16": "onnx/vision.bf16.onnx"})}, receipts=("verification",),
     )  # fmt: skip
     return seal(tmp_path / "staging", manifest, tmp_path / "bundle")

@@ -41,9 +41,9 @@ def bundle(tmp_path: Path) -> Bundle:
         path.write_text(text)
     manifest = Manifest(
         model=Model("nano", "models/nano", {}, {}, 2.5, 1234567),
-        precision="fp8",
+        recipe="fp8",
         compute_dtype="bf16",
-        recipe={},
+        rules={},
         calibration=Calibration("c" * 64, 512, 3, True),
         components={"qllama_query": Component(spec, {"fp32": "onnx/qllama_query.fp32.onnx"})},
         engines=(EngineFile("qllama_query", "tensorrt-rtx", "sm89", engine, "1.7.1.116"),),

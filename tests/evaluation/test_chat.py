@@ -94,7 +94,7 @@ def test_questions_of_a_file(
     assert found["exact, normalised"]["low"] < 200 / 3 < found["exact, normalised"]["high"]
     assert (out["task"], out["mode"], out["samples"], out["available"]) == ("questions", chat.MODE, 3, 3)
     assert out["settings"] == {"data": tmp_path.name, "prompt": "{}", "max_new_tokens": TOKENS}
-    assert out["precision"] == "fp32"
+    assert out["recipe"] == "fp32"
 
     part = chat.evaluate(model, file, 2, max_new_tokens=TOKENS)
     assert (part.samples, part.available, part.whole) == (2, 3, False)

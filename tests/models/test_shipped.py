@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ivl_export.bundle.manifest import SHIPPED
 from ivl_export.cli import main
-from ivl_export.models.shipped import FOLDERS, SHIPPED, SHORT, checkpoint_path, shipped_name
+from ivl_export.models.shipped import FOLDERS, SHORT, checkpoint_path, shipped_name
 
 NAMES: list[tuple[str | None, str]] = [
     (None, "internvl-nano"),

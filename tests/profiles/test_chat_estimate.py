@@ -122,6 +122,6 @@ def test_a_bundle_has_its_own_recipe(
     shutil.copytree(chat_bundle, tmp_path / "staging")
     (tmp_path / "staging" / "manifest.json").unlink()
     recipe = load_recipe("int8-weight").to_json()
-    seal(tmp_path / "staging", replace(Bundle.open(chat_bundle).manifest, recipe=recipe), tmp_path / "bundle")
+    seal(tmp_path / "staging", replace(Bundle.open(chat_bundle).manifest, rules=recipe), tmp_path / "bundle")
     assert main(["estimate", "--gpu", "l40s", "--model", str(tmp_path / "bundle"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["precision"] == "int8-weight"

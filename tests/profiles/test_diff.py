@@ -87,13 +87,13 @@ def test_what_else_changed_is_said() -> None:
     old = made_profile([made_case(), made_case("gone")])
     new = made_profile(
         [made_case(), made_case(batch=8)],
-        subject=replace(old.subject, manifest_sha256="1" * 64, precision="int8"),
+        subject=replace(old.subject, manifest_sha256="1" * 64, recipe="int8"),
         versions={"python": "3.12.0", "torch": "2"},
     )
     found = diff(old, new)
     assert found.only_old == ("component gone, batch 1",)
     assert found.only_new == ("component vision, batch 8",)
-    assert "precision: fp8 -> int8" in found.differences
+    assert "recipe: fp8 -> int8" in found.differences
     assert "python: 3.11.0 -> 3.12.0" in found.differences
     assert "torch: none -> 2" in found.differences
     with pytest.raises(InputError, match="no case in common"):

@@ -124,7 +124,7 @@ def test_the_receipt_says_what_when_where(profiled: Profile, tiny_bundle: Path) 
     assert data["schema"] == SCHEMA
     manifest = (tiny_bundle / "manifest.json").read_bytes()
     assert data["bundle"]["manifest_sha256"] == hashlib.sha256(manifest).hexdigest()
-    assert data["bundle"]["precision"] == "fp32"
+    assert data["bundle"]["recipe"] == "fp32"
     assert data["versions"]["ivl-export"] == __version__
     assert data["versions"]["onnxruntime"]
     assert data["machine"]["cores"] >= 1
