@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from ..pipeline.run import StepPreview
 
 
-def print_search(found: dict[str, Any]) -> None:
+def print_search(search: dict[str, Any]) -> None:
     """How a recipe was searched, and why each layer has its scheme."""
     print_table(
-        f"Recipes measured: at most {found['budget']:g} {found['unit']} may be lost",
-        (f"place of {found['places']}", "modelled us", "lost", "within"),
-        [(t["place"], round(1e3 * t["ms"], 2), t["lost"], t["within"]) for t in found["tried"]],
+        f"Recipes measured: at most {search['budget']:g} {search['unit']} may be lost",
+        (f"place of {search['places']}", "modelled us", "lost", "within"),
+        [(t["place"], round(1e3 * t["ms"], 2), t["lost"], t["within"]) for t in search["tried"]],
     )
     print_table(
-        f"What was chosen, {found['speedup']:.2f}x as fast as bf16 (modelled on {found['gpu']})",
+        f"What was chosen, {search['speedup']:.2f}x as fast as bf16 (modelled on {search['gpu']})",
         ("layers", "scheme", "why"),
-        [(", ".join(c["layers"]), c["scheme"], c["reason"]) for c in found["choices"]],
+        [(", ".join(c["layers"]), c["scheme"], c["reason"]) for c in search["choices"]],
     )
 
 
@@ -68,8 +68,8 @@ def print_kernels(kernels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Non
             f"{proof['fused_attention']} of {proof['attention']}",
             proof["fallbacks"] or "none",
         )
-        for engine, found in kernels.items()
-        for component, proof in found.items()
+        for engine, components in kernels.items()
+        for component, proof in components.items()
     ]
     print_table(
         "What really runs: matrix products by operand types, read from the engines",
@@ -80,14 +80,14 @@ def print_kernels(kernels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Non
 
 def _worst_of_layers(outputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Outputs of every layer (``key.0``, ``key.1``, ...) as one row, that of the worst layer."""
-    found: dict[str, dict[str, Any]] = {}
+    worst: dict[str, dict[str, Any]] = {}
     for name, metrics in outputs.items():
         stem, _, layer = name.partition(".")
         label = f"{stem}, worst layer" if layer else name
         # No SQNR means bit-equal.
-        if label not in found or (metrics["sqnr_db"] or 1e9) < (found[label]["sqnr_db"] or 1e9):
-            found[label] = metrics
-    return found
+        if label not in worst or (metrics["sqnr_db"] or 1e9) < (worst[label]["sqnr_db"] or 1e9):
+            worst[label] = metrics
+    return worst
 
 
 def print_dry_run(as_json: bool, previews: list[StepPreview], plan: BuildPlan) -> None:

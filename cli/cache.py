@@ -76,24 +76,24 @@ def _kinds(kind: str | None) -> tuple[str, ...]:
 
 
 def _duration(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", text.strip())
-    if not found:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", text.strip())
+    if not match:
         raise UsageError(
             f"--older-than cannot read {text!r}.", "", "Give hours, days or weeks: 12h, 30d, 8w."
         )
-    return float(found[1]) * _SECONDS[found[2]]
+    return float(match[1]) * _SECONDS[match[2]]
 
 
-def _print(what: str, key: str, found: list[Entry], folder: str, as_json: bool) -> None:
-    total = sum(entry.size for entry in found)
+def _print(what: str, key: str, entries: list[Entry], folder: str, as_json: bool) -> None:
+    total = sum(entry.size for entry in entries)
     if as_json:
         listed = [
             {"kind": e.kind, "name": e.name, "path": str(e.path), "bytes": e.size, "used": e.used}
-            for e in found
+            for e in entries
         ]
         print_json({"folder": folder, key: listed, "bytes": total})
         return
     now = time.time()
-    rows = [(e.kind, e.name[:48], human_bytes(e.size), f"{(now - e.used) / 86_400:.1f}") for e in found]
+    rows = [(e.kind, e.name[:48], human_bytes(e.size), f"{(now - e.used) / 86_400:.1f}") for e in entries]
     print_table(f"{what} {folder}", ("kind", "name", "size", "days since used"), rows)
-    typer.echo(f"{len(found)} entries, {human_bytes(total)}")
+    typer.echo(f"{len(entries)} entries, {human_bytes(total)}")

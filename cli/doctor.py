@@ -50,17 +50,17 @@ def doctor(
     if model is not None or precision is not None:
         config, recipe = asked_model(model, precision)
         asked = Request(recipe, plan_of(recipe, config), None if model is None else config)
-    found = diagnose(asked)
+    diagnosis = diagnose(asked)
     if as_json:
-        print_json(found.to_json())
+        print_json(diagnosis.to_json())
     else:
-        _print(found)
-    if found.problems:
+        _print(diagnosis)
+    if diagnosis.problems:
         raise typer.Exit(CapabilityError.exit_code)
 
 
-def _print(found: Diagnosis) -> None:
-    here = found.machine
+def _print(diagnosis: Diagnosis) -> None:
+    here = diagnosis.machine
     memory = None if here.memory_bytes is None else human_bytes(here.memory_bytes)
     gpus = [
         ("GPU", f"{g.name}, {g.sm or 'unknown generation'}, {g.memory_mib} MiB, driver {g.driver}")
@@ -70,7 +70,7 @@ def _print(found: Diagnosis) -> None:
         "This machine",
         ("", ""),
         [
-            ("Python", found.python),
+            ("Python", diagnosis.python),
             ("CPU", f"{here.cpu}, {here.cores} cores, {memory or 'unknown'} of memory"),
             *(gpus or [("GPU", "none: nvidia-smi is not there or found none")]),
         ],
@@ -85,12 +85,12 @@ def _print(found: Diagnosis) -> None:
                 [f"{package} {version or 'MISSING'}" for package, version in extra.packages.items()],
                 None if extra.installed else extra.install,
             )
-            for extra in found.extras
+            for extra in diagnosis.extras
         ],
     )
-    _print_backends(found)
-    if found.needs is not None:
-        needs = found.needs
+    _print_backends(diagnosis)
+    if diagnosis.needs is not None:
+        needs = diagnosis.needs
         free = None if needs.free_memory is None else human_bytes(needs.free_memory)
         print_table(
             "The model",
@@ -101,16 +101,16 @@ def _print(found: Diagnosis) -> None:
                 (f"memory, engine of {needs.largest or '-'}", human_bytes(needs.memory), free),
             ],
         )
-    for problem in found.problems:
+    for problem in diagnosis.problems:
         typer.secho(f"problem: {problem.what}", fg="red")
         typer.echo(f"  why: {problem.why}\n  fix: {problem.fix}")
-    if not found.problems:
+    if not diagnosis.problems:
         typer.echo("No problems found.")
 
 
-def _print_backends(found: Diagnosis) -> None:
+def _print_backends(diagnosis: Diagnosis) -> None:
     """One line a backend, and below the table what stands in its way."""
-    pairs = list(zip(found.backends, found.abilities, strict=True))
+    pairs = list(zip(diagnosis.backends, diagnosis.abilities, strict=True))
     print_table(
         "Backends",
         ("backend", "installed", "builds", "runs here", "8-bit products of recipes", "others in"),

@@ -67,18 +67,18 @@ def estimate(
     from ..profiles.cost.sizes import plan_of
 
     batches = parse_sizes("--batch", batch)
-    found = find_gpu(gpu)
+    peaks = find_gpu(gpu)
     whole, recipe = asked_model(model, precision)
     config: Any = sized(whole, image_size)  # of the family whose form is asked below
     plan = plan_of(recipe, config)
     name = "InternVL-14B" if model is None else model.resolve().name
     form = family_of(config).form
     if form == CHAT:
-        given = (recipe, plan, found, batches, cost_per_hour, text_tokens, new_tokens)
-        chat = chat_estimate.estimate(config, *given)
+        arguments = (recipe, plan, peaks, batches, cost_per_hour, text_tokens, new_tokens)
+        chat = chat_estimate.estimate(config, *arguments)
         print_json(chat.to_json()) if as_json else print_chat(chat, name, layers, evidence)
         return
-    result = run(config, recipe, plan, found, batches, cost_per_hour)
+    result = run(config, recipe, plan, peaks, batches, cost_per_hour)
     print_json(result.to_json()) if as_json else print_embeddings(result, name, layers, evidence)
 
 

@@ -95,9 +95,9 @@ def summary(report: VerificationReport) -> dict[str, str]:
     }
 
 
-def print_layers(found: Proofs) -> None:
+def print_layers(reports: Proofs) -> None:
     """A summary and a table for each engine and component."""
-    for engine, parts in found.items():
+    for engine, parts in reports.items():
         for component, proof in parts.items():
             about = summary(proof.report)
             print_table(f"{engine}, {component}", ("", ""), list(about.items()))
@@ -116,14 +116,14 @@ def print_layers(found: Proofs) -> None:
             )  # fmt: skip
 
 
-def _folded(found: Iterable[Layer]) -> dict[Layer, int]:
+def _folded(layers: Iterable[Layer]) -> dict[Layer, int]:
     """Layers that differ in their block only as one, ``layers.*``, with their number."""
-    return dict(Counter(replace(layer, name=_BLOCK.sub(".*", layer.name), kernel="") for layer in found))
+    return dict(Counter(replace(layer, name=_BLOCK.sub(".*", layer.name), kernel="") for layer in layers))
 
 
-def json_layers(found: Proofs) -> dict[str, Any]:
+def json_layers(reports: Proofs) -> dict[str, Any]:
     """Plain data: engine -> component -> the report with its promises."""
     return {
         engine: {part: {"promised": dict(p.promised), **p.report.to_json()} for part, p in parts.items()}
-        for engine, parts in found.items()
+        for engine, parts in reports.items()
     }

@@ -65,12 +65,12 @@ search.addEventListener("input",filter);picks.forEach(p=>p.addEventListener("cha
 """
 
 
-def page(model: str, precision: str, found: Proofs) -> str:
-    """The whole HTML document of ``found``."""
+def page(model: str, precision: str, reports: Proofs) -> str:
+    """The whole HTML document of ``reports``."""
     title = f"What really runs: {model} in {precision}"
     rows = "\n".join(
         _row(engine, component, layer)
-        for engine, parts in found.items()
+        for engine, parts in reports.items()
         for component, proof in parts.items()
         for layer in layers(proof)
     )
@@ -83,12 +83,12 @@ def page(model: str, precision: str, found: Proofs) -> str:
         f"""<p>Each matrix product, convolution and attention of the graphs, as the engines run it: types of
 both factors (input x weight), what is stored of the weight, and what one kernel does together.</p>
 <h2>Engines</h2>
-<div class="cards">{_cards(found)}</div>
+<div class="cards">{_cards(reports)}</div>
 <h2>Layers</h2>
 <div class="tools">
 <input id="search" type="search" placeholder="Search: layers.0 fp8" aria-label="Search layers">
-{_pick("engine", 0, list(found))}
-{_pick("component", 1, list(dict.fromkeys(c for parts in found.values() for c in parts)))}
+{_pick("engine", 0, list(reports))}
+{_pick("component", 1, list(dict.fromkeys(c for parts in reports.values() for c in parts)))}
 {_pick("kind", 2, ["product", "convolution", "attention", "cast"])}
 <span id="count" role="status"></span>
 </div>
@@ -100,12 +100,12 @@ both factors (input x weight), what is stored of the weight, and what one kernel
     )
 
 
-def _cards(found: Proofs) -> str:
+def _cards(reports: Proofs) -> str:
     return "\n".join(
         f'<div class="card"><h3>{escape(component)} on {escape(engine)}</h3><dl>'
         + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in summary(proof.report).items())
         + "</dl></div>"
-        for engine, parts in found.items()
+        for engine, parts in reports.items()
         for component, proof in parts.items()
     )
 

@@ -76,24 +76,24 @@ def print_layer_profiles(profiles: list[LayerProfile], top: int) -> None:
     typer.echo("shares are of a call that was timed layer by layer, which takes longer than one that is not")
 
 
-def _print(found: LayerProfile, top: int) -> None:
+def _print(profile: LayerProfile, top: int) -> None:
     def row(name: str, ms: float) -> tuple[object, ...]:
-        return name, ms, f"{ms / found.call_ms:.1%}" if found.call_ms else None
+        return name, ms, f"{ms / profile.call_ms:.1%}" if profile.call_ms else None
 
-    sizes = ", ".join(f"{axis} {size}" for axis, size in found.sizes.items())
-    call = f"{found.call_ms:.3g} ms a call, mean of the quicker half of {found.calls}"
+    sizes = ", ".join(f"{axis} {size}" for axis, size in profile.sizes.items())
+    call = f"{profile.call_ms:.3g} ms a call, mean of the quicker half of {profile.calls}"
     print_table(
-        f"{found.component} on {found.backend}, {sizes}: {call}",
+        f"{profile.component} on {profile.backend}, {sizes}: {call}",
         ("slowest layers", "operator", "ms", "share"),
-        [(layer.name, layer.op, *row("", layer.ms)[1:]) for layer in found.layers[:top]],
+        [(layer.name, layer.op, *row("", layer.ms)[1:]) for layer in profile.layers[:top]],
     )
     for title, sums in (
-        ("operator", found.by(lambda layer: layer.op)),
-        ("layer type", found.by(lambda layer: layer.type)),
-        ("block", found.by(lambda layer: layer.block)),
+        ("operator", profile.by(lambda layer: layer.op)),
+        ("layer type", profile.by(lambda layer: layer.type)),
+        ("block", profile.by(lambda layer: layer.block)),
     ):
         shown = list(sums.items())[:top]
         rest = sum(sums.values()) - sum(ms for _, ms in shown)
         rows = [row(name, ms) for name, ms in shown]
         rows += [row(f"{len(sums) - top} others", rest)] if len(sums) > top else []
-        print_table("", (f"by {title}", "ms", "share"), [*rows, row("in no layer", found.rest_ms)])
+        print_table("", (f"by {title}", "ms", "share"), [*rows, row("in no layer", profile.rest_ms)])

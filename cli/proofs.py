@@ -36,7 +36,7 @@ def proofs(bundle: Bundle, component: str | None, engine: str | None) -> Proofs:
         return _chosen({"onnxruntime-cpu": _read_here(bundle, component)}, component, engine)
     receipt = bundle.receipt("verification")
     try:
-        found = {
+        reports = {
             name: {
                 part: Proof(VerificationReport.from_json(proof), dict(proof["promised"]))
                 for part, proof in components.items()
@@ -47,7 +47,7 @@ def proofs(bundle: Bundle, component: str | None, engine: str | None) -> Proofs:
         raise IntegrityError(
             f"The receipt verification.json of {bundle.root} cannot be read.", repr(error), "Build it again."
         ) from error
-    return _chosen(found, component, engine)
+    return _chosen(reports, component, engine)
 
 
 def proof_of_file(bundle: Bundle, info: Path, component: str | None) -> Proofs:
@@ -115,11 +115,11 @@ def _run_torch(bundle: Bundle, component: str, here: Here) -> Proof:
     )
 
 
-def check_here(found: Proofs, here: Here) -> None:
+def check_here(reports: Proofs, here: Here) -> None:
     """Hold torch to what it has kernels for on this device; BuildError if it does something else."""
     from ..verify.torch import enforceable
 
-    for parts in found.values():
+    for parts in reports.values():
         for proof in parts.values():
             check_expectations(proof.report, enforceable(proof.promised, here.device, here.dtype))
 
@@ -137,16 +137,19 @@ def _read_here(bundle: Bundle, component: str | None) -> dict[str, Proof]:
     }
 
 
-def _chosen(found: Proofs, component: str | None, engine: str | None) -> Proofs:
-    components = list(dict.fromkeys(name for parts in found.values() for name in parts))
-    for wanted, known, option in ((engine, list(found), "--engine"), (component, components, "--component")):
-        if wanted is not None and wanted not in known:
+def _chosen(reports: Proofs, component: str | None, engine: str | None) -> Proofs:
+    components = list(dict.fromkeys(name for parts in reports.values() for name in parts))
+    for name, known, option in (
+        (engine, list(reports), "--engine"),
+        (component, components, "--component"),
+    ):
+        if name is not None and name not in known:
             raise UsageError(
-                f"There is no proof of {wanted}.", f"There are {', '.join(known) or 'none'}.",
+                f"There is no proof of {name}.", f"There are {', '.join(known) or 'none'}.",
                 f"Give {option} one of these.",
             )  # fmt: skip
     return {
         name: {part: p for part, p in parts.items() if component in (None, part)}
-        for name, parts in found.items()
+        for name, parts in reports.items()
         if engine in (None, name)
     }

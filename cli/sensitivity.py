@@ -66,44 +66,44 @@ def sensitivity(
     )
     with Bars() as bars:
         plan = plan_build(config, bars.advanced)
-        found = run(plan, names(schemes) or DEFAULT, out, bars, questions)
+        result = run(plan, names(schemes) or DEFAULT, out, bars, questions)
     plot = out / "sensitivity.png"
     try:
-        draw(found, plot)
+        draw(result, plot)
         drawn = f"{plot}: the heat map"
     except CapabilityError as error:
         drawn = f"no heat map: {error.what} {error.fix}"
     if as_json:
-        print_json(report(plan, found, questions))
+        print_json(report(plan, result, questions))
         return
     for notice in plan.notices:
         typer.echo(f"note: {notice}")
-    _print(found, top)
+    _print(result, top)
     if not plan.evaluation:
         typer.echo("No task accuracy: the model has no evaluation set.")
-    typer.echo(f"{out / 'sensitivity.json'}: all {len(found.losses)} losses")
+    typer.echo(f"{out / 'sensitivity.json'}: all {len(result.losses)} losses")
     typer.echo(drawn)
 
 
-def _print(found: Sensitivity, top: int) -> None:
+def _print(result: Sensitivity, top: int) -> None:
     from ..pipeline.sensitivity_steps import noisiest
 
-    worst = noisiest(found, top)
+    worst = noisiest(result, top)
     tasks = list(dict.fromkeys(task for loss in worst for task in loss.tasks))
     print_table(
-        f"The {len(worst)} most sensitive of {len(found.worst())}, one layer quantised at a time",
+        f"The {len(worst)} most sensitive of {len(result.worst())}, one layer quantised at a time",
         ("layer", "scheme", "worst in", "SQNR dB", "cosine", *(f"{task}, points lost" for task in tasks)),
         [
             (x.layer, x.scheme, x.component, x.sqnr_db, round(x.cosine, 6), *(x.tasks.get(t) for t in tasks))
             for x in worst
         ],
     )
-    if found.findings:
+    if result.findings:
         print_table(
             "Odd channels of layers' inputs",
             ("layer", "component", "kind", "how many", "channels", "largest / median"),
             [
                 (f.layer, f.component, f.kind, f.count, f.channels, round(f.ratio, 1))
-                for f in sorted(found.findings, key=lambda f: -f.ratio)[:top]
+                for f in sorted(result.findings, key=lambda f: -f.ratio)[:top]
             ],
         )
