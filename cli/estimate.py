@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CapabilityError, UsageError
-from .estimate_tables import print_chat, print_embeddings
+from ..errors import UsageError
+from .estimate_tables import print_chat, print_components, print_embeddings
 from .output import print_json
 from .profile import parse_sizes
 
@@ -60,9 +60,10 @@ def estimate(
     The roofline model, at stated shares of the GPU's published peaks. Of a chat model: the time to the first
     token, tokens per second, and memory with keys and values.
     """
-    from ..models.registry import CHAT, family_of
+    from ..models.registry import CHAT, CONTRASTIVE, family_of
     from ..profiles.cost import chat_estimate
     from ..profiles.cost.estimate import estimate as run
+    from ..profiles.cost.estimate import estimate_components
     from ..profiles.cost.gpus import find_gpu
     from ..profiles.cost.sizes import plan_of
 
@@ -78,6 +79,10 @@ def estimate(
         chat = chat_estimate.estimate(config, *arguments)
         print_json(chat.to_json()) if as_json else print_chat(chat, name, layers, evidence)
         return
+    if form != CONTRASTIVE:
+        parts = estimate_components(config, recipe, plan, peaks, batches, cost_per_hour)
+        print_json(parts.to_json()) if as_json else print_components(parts, name, layers, evidence)
+        return
     result = run(config, recipe, plan, peaks, batches, cost_per_hour)
     print_json(result.to_json()) if as_json else print_embeddings(result, name, layers, evidence)
 
@@ -87,13 +92,12 @@ def asked_model(model: Path | None, precision: str | None) -> tuple[ModelConfig,
 
     Raises:
         CheckpointError, IntegrityError: there is no checkpoint and no bundle.
-        CapabilityError: an InternViT alone.
         UsageError: no such recipe.
     """
     from ..bundle import Bundle
     from ..bundle.manifest import MANIFEST
     from ..models.config import InternVLConfig
-    from ..models.registry import CHAT, CONTRASTIVE, config_from_published, family_of, load_config
+    from ..models.registry import config_from_published, load_config
     from ..models.shipped import checkpoint_path, no_checkpoint
     from ..profiles.cost.chat_estimate import FULL_SIZE
     from ..quantization.recipe import Recipe, load_recipe
@@ -110,12 +114,6 @@ def asked_model(model: Path | None, precision: str | None) -> tuple[ModelConfig,
         recipe = own or load_recipe(precision or manifest.recipe)
     else:
         config, recipe = load_config(path / "config.json"), load_recipe(precision or "fp8")
-    if family_of(config).form not in (CONTRASTIVE, CHAT):
-        raise CapabilityError(
-            f"{model} is {family_of(config).title}.",
-            "Estimates are of embeddings and of chats.",
-            "Give the model that it is a part of.",
-        )
     return config, recipe
 
 

@@ -11,8 +11,10 @@ from .output import human_bytes, print_table
 
 if TYPE_CHECKING:
     from ..profiles.cost.chat_estimate import ChatEstimate
-    from ..profiles.cost.estimate import Estimate, Share
+    from ..profiles.cost.estimate import ComponentEstimate, Estimate, Share
     from ..profiles.cost.roofline import ComponentTime
+
+    AnyEstimate = Estimate | ChatEstimate | ComponentEstimate
 
 
 def print_embeddings(result: Estimate, model: str, with_layers: bool, evidence: bool) -> None:
@@ -55,6 +57,21 @@ def print_chat(result: ChatEstimate, model: str, with_layers: bool, evidence: bo
     _tail(result, with_layers, evidence)
 
 
+def print_components(result: ComponentEstimate, model: str, with_layers: bool, evidence: bool) -> None:
+    """Latency, throughput, memory and cost of another family's components, a column a batch size."""
+    _head(result, model)
+    points = result.points
+    rows: list[tuple[str, list[object]]] = [
+        (f"ms, {times[0].component}", [t.expected_ms for t in times])
+        for times in zip(*(p.components for p in points), strict=True)
+    ]
+    rows += [("rows/s", [p.per_s for p in points]), *_memory([(p.memory_bytes, p.fits) for p in points])]
+    if points[0].cost is not None:
+        rows.append(("cost of 1M rows", [round(p.cost or 0, 2) for p in points]))
+    _by_batch(rows, [p.batch for p in points])
+    _tail(result, with_layers, evidence)
+
+
 def _memory(points: list[tuple[int, bool]]) -> list[tuple[str, list[object]]]:
     sizes: list[object] = [human_bytes(size) for size, _ in points]
     return [("GPU memory", sizes), ("fits", [fits for _, fits in points])]
@@ -64,7 +81,7 @@ def _by_batch(rows: list[tuple[str, list[object]]], batches: list[int]) -> None:
     print_table("", ("", *(f"batch {n}" for n in batches)), [(name, *values) for name, values in rows])
 
 
-def _head(result: Estimate | ChatEstimate, model: str) -> None:
+def _head(result: AnyEstimate, model: str) -> None:
     gpu = result.gpu
     subject = f"{model} at {result.image_size} px, {result.precision}, on {gpu.title} ({gpu.sm})"
     typer.echo(f"{subject}: predicted, not measured")
@@ -90,7 +107,7 @@ def _calls(rows: Iterable[tuple[int, ComponentTime]]) -> None:
     )
 
 
-def _tail(result: Estimate | ChatEstimate, with_layers: bool, evidence: bool) -> None:
+def _tail(result: AnyEstimate, with_layers: bool, evidence: bool) -> None:
     shares = [("16-bit", result.efficiencies.wide), ("8-bit", result.efficiencies.low)]
     shares.append(("memory", result.efficiencies.memory))
     if with_layers:
@@ -103,7 +120,7 @@ def _tail(result: Estimate | ChatEstimate, with_layers: bool, evidence: bool) ->
     typer.echo("Where they come from, what is assumed, and how far predictions were off: --evidence.")
 
 
-def _layers(result: Estimate | ChatEstimate) -> None:
+def _layers(result: AnyEstimate) -> None:
     _calls((point.batch, time) for point in result.points for time in point.components)
     last = result.points[-1]
     print_table(
@@ -117,7 +134,7 @@ def _layers(result: Estimate | ChatEstimate) -> None:
     )
 
 
-def _evidence(result: Estimate | ChatEstimate, shares: Sequence[tuple[str, Share]]) -> None:
+def _evidence(result: AnyEstimate, shares: Sequence[tuple[str, Share]]) -> None:
     print_table(
         "Shares of the published peaks",
         ("", "share", "known from", "source"),

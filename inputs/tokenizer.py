@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ..errors import CheckpointError, InputError
+from ..errors import CapabilityError, CheckpointError, InputError
 
 Array: TypeAlias = np.ndarray[Any, Any]
 BUCKETS = (16, 32, 48, 80)
@@ -341,6 +341,32 @@ class SentencePieceTokenizer(Tokenizer):
         """Ids of ``text`` without the model's own space: those after a byte that merges with nothing."""
         head, ids = self._sp.encode("\0"), self._sp.encode("\0" + text)
         return list(ids[len(head) :] if ids[: len(head)] == head else self._sp.encode(text))
+
+
+class NoTokenizer(Tokenizer):
+    """In place of a tokenizer, for a model that reads no texts: it has no tokens and encodes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("no tokenizer", ())
+        self.files, self.prefix, self.eos = {}, (), 0
+
+    def __len__(self) -> int:
+        return 0
+
+    @property
+    def leading_space(self) -> bool:
+        """False: there are no texts."""
+        return False
+
+    def piece(self, token: int) -> bytes:
+        """CapabilityError, always."""
+        raise self._refused()
+
+    def _ids(self, text: str, first: bool) -> list[int]:
+        raise self._refused()
+
+    def _refused(self) -> CapabilityError:
+        return CapabilityError("This model reads no texts.", "It has no tokenizer.", "Give it images alone.")
 
 
 class FastTokenizer(Tokenizer):

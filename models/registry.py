@@ -314,7 +314,7 @@ class Family(Generic[C]):
     config_type: ClassVar[type[Any]]
     components: ClassVar[tuple[Component[Any], ...]]
     form: ClassVar[str] = FEATURES
-    runtime: ClassVar[str] = "model:Embedder"
+    runtime: ClassVar[str] = "loaded:Loaded"
 
     def claims(self, data: Mapping[str, Any]) -> bool:
         """Whether a published ``config.json`` is of this family."""
@@ -523,6 +523,11 @@ def component_module(name: str, config: ModelConfig) -> nn.Module:
         UsageError, CapabilityError: as :func:`component_of`.
     """
     return component_of(name, config).module(config).eval()
+
+
+def block_places(config: ModelConfig) -> tuple[str, ...]:
+    """Module paths of the stacks of blocks of all components."""
+    return tuple(dict.fromkeys(c.place(config) for c in components_of(config) if c.depth(config)))
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:

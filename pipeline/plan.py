@@ -23,14 +23,14 @@ from ..export.features import with_features
 from ..export.split import check_split
 from ..files.cache_dir import cache_folder
 from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import SentencePieceTokenizer, Tokenizer
+from ..inputs.tokenizer import NoTokenizer, SentencePieceTokenizer, Tokenizer
 from ..models.checkpoint import Checkpoint, open_checkpoint
-from ..models.registry import component_module, component_of, component_spec, family_of
+from ..models.registry import block_places, component_module, component_of, component_spec, family_of
 from ..models.shipped import checkpoint_path
 from ..quantization.algorithms import algorithm_name
 from ..quantization.attention import attentions, operand_names
 from ..quantization.ranges import ActivationRanges
-from ..quantization.recipe import LayerPlan, Recipe, load_recipe, plan_layers
+from ..quantization.recipe import LayerPlan, Recipe, for_blocks, load_recipe, plan_layers
 from ..quantization.schemes import element_types, folded_layers
 from .config import BACKENDS, ORT, RTX, TENSORRT, BuildConfig
 
@@ -182,6 +182,7 @@ def plan_build(
     parts = {name: _part_count(checkpoint, name, config.split) for name in components}
     shapes = parse_shapes(config.shapes)
     _check_engines(config, checkpoint, components, shapes, _engines_of(backends, target_names))
+    recipe = for_blocks(recipe, block_places(checkpoint.model))
     linears = _linear_shapes(checkpoint)
     layers = plan_layers(recipe, linears, attentions(checkpoint.model, components))
     if RTX in backends:
@@ -289,9 +290,11 @@ def _part_count(checkpoint: Checkpoint, component: str, split: int) -> int:
 
 
 def _tokenizer(folder: Path, checkpoint: Checkpoint) -> Tokenizer:
-    tokenizer = SentencePieceTokenizer(_required_file(folder, "tokenizer.model"))
     vocabulary = family_of(checkpoint.model).vocabulary(checkpoint.model)
-    if len(tokenizer) > vocabulary > 0:
+    if not vocabulary:
+        return NoTokenizer()
+    tokenizer = SentencePieceTokenizer(_required_file(folder, "tokenizer.model"))
+    if len(tokenizer) > vocabulary:
         raise CheckpointError(
             f"{folder / 'tokenizer.model'} is not of this model.",
             f"It has {len(tokenizer)} pieces, the model knows {vocabulary}.",

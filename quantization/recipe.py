@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from .schemes import BASES, SCHEMES, element_types, excluded, rounded_inputs
 ATTENTION = ("base", "fp8")
 """What the products of attention compute in: the base type, or FP8 where that is fused."""
 
+BLOCK = "{block}"
+"""Stands in a pattern for the module path of a component's stack of blocks."""
 FOLDER = Path(__file__).parent / "recipes"
 
 
@@ -182,6 +184,21 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             "Repair it, or start from a shipped one: ivl-export build --show-recipe fp8.",
         ) from error
     return Recipe.from_json(data, str(path))
+
+
+def for_blocks(recipe: Recipe, places: Iterable[str]) -> Recipe:
+    """``recipe`` with a rule for each of ``places`` where its pattern says ``{block}``.
+
+    Args:
+        recipe: as it was read.
+        places: module paths of the stacks of blocks of the model's components.
+    """
+    paths = list(dict.fromkeys(places))
+    rules: list[Rule] = []
+    for rule in recipe.rules:
+        patterns = [rule.pattern.replace(BLOCK, path) for path in paths] if BLOCK in rule.pattern else None
+        rules += [rule] if patterns is None else [replace(rule, pattern=pattern) for pattern in patterns]
+    return replace(recipe, rules=tuple(rules))
 
 
 def schemes(recipe: Recipe, linear_names: Iterable[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from ..engines.base import known_backend
 from ..errors import InputError
 from ..inputs.preprocess import ImageSettings, PixelValues, ResizeMode
 from ..inputs.sources import ImageInput, image_sequence
-from ..inputs.tokenizer import Tokenizer, load_tokenizer
+from ..inputs.tokenizer import NoTokenizer, Tokenizer, load_tokenizer, tokenizer_files
 from ..models.registry import CHAT, Family, family_claiming
 from .components import Components, fixed
 from .image_batches import Floats, Images, Reading, pixel_batches, read_batch
@@ -123,7 +123,8 @@ class Loaded:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer."""
-        return load_tokenizer(self.bundle.root / "preprocess")
+        folder = self.bundle.root / "preprocess"
+        return load_tokenizer(folder) if tokenizer_files(folder) else NoTokenizer()
 
     @cached_property
     def image_settings(self) -> ImageSettings:

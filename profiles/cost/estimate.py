@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any, Literal
 
 from ...models.config import InternVLConfig
+from ...models.registry import ModelConfig, components_of
 from ...quantization.recipe import LayerPlan, Recipe
 from .evidence import TIMED, Check, Timed, check, paper, read_receipts, sizes_at
 from .gpus import GpuPeaks
@@ -22,6 +23,7 @@ from .sizes import weights
 from .table19 import SOURCE, TEXT_TOKENS
 
 SCHEMA = "ivl-export.estimate/1"
+COMPONENTS_SCHEMA = "ivl-export.component-estimate/1"
 RECEIPTS = Path(__file__).parents[1] / "receipts"
 LOW_ASSUMED = 0.5
 """Share of the peak of FP8 and INT8 products: the glue between them does not shrink as they do."""
@@ -131,6 +133,82 @@ def estimate(
         found,
         (
             "Engines of vision, qllama_query and qllama_text are loaded together, each with its own weights.",
+            "Memory: these weights, and four times the widest layer's activations; no CUDA context.",
+            *assumptions,
+        ),
+        checks,
+    )
+
+
+@dataclass(frozen=True)
+class ComponentPoint:
+    """One batch size of a model that is neither an InternVL nor a chat: each component's call.
+
+    ``cost`` is for a million rows through all of them, in the currency of the price; None without one.
+    """
+
+    batch: int
+    ms: float
+    per_s: float
+    cost: float | None
+    memory_bytes: int
+    fits: bool
+    components: tuple[ComponentTime, ...]
+
+
+@dataclass(frozen=True)
+class ComponentEstimate:
+    """What :func:`estimate_components` predicts, and everything it assumed."""
+
+    gpu: GpuPeaks
+    precision: str
+    image_size: int
+    weight_bytes: int
+    points: tuple[ComponentPoint, ...]
+    efficiencies: Efficiencies
+    assumptions: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data with the schema's name."""
+        return {"schema": COMPONENTS_SCHEMA, **asdict(self)}
+
+
+def estimate_components(
+    config: ModelConfig,
+    recipe: Recipe,
+    layers: LayerPlan,
+    gpu: GpuPeaks,
+    batches: Sequence[int],
+    cost_per_hour: float | None = None,
+    receipts: Path = RECEIPTS,
+) -> ComponentEstimate:
+    """As :func:`estimate`, of any family: one call of each component, at what engines are tuned for."""
+    arithmetic = Arithmetic.of(recipe, layers)
+    shares, assumptions, checks = known(gpu, arithmetic, receipts)
+    components = [c for c in components_of(config) if not c.optional]
+    weight_bytes = sum(weights(config, recipe, layers, [c.name]).nbytes for c in components)
+
+    def point(batch: int) -> ComponentPoint:
+        calls = [(c.name, {**c.typical_calls(config)[0][0], "batch": batch}) for c in components]
+        costs = [component_cost(name, config, sizes, arithmetic) for name, sizes in calls]
+        times = tuple(component_time(cost, gpu, arithmetic, shares.values) for cost in costs)
+        ms = sum(time.expected_ms for time in times)
+        widest = max((la.activation_bytes // la.count for cost in costs for la in cost.layers), default=0)
+        memory = weight_bytes + 4 * widest
+        cost = None if cost_per_hour is None else cost_per_hour / 3600 * 1e3 * ms / batch
+        fits = memory <= gpu.memory_gb * 1e9
+        return ComponentPoint(batch, ms, 1e3 * batch / ms, cost, memory, fits, times)
+
+    return ComponentEstimate(
+        gpu,
+        recipe.name,
+        config.image_size,
+        weight_bytes,
+        tuple(map(point, batches)),
+        shares,
+        (
+            "One call of each component, one after another, each with its own weights.",
             "Memory: these weights, and four times the widest layer's activations; no CUDA context.",
             *assumptions,
         ),

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...engines.memory import Load
-from ...models.registry import ModelConfig, Shape, component_names, component_of, components_of
+from ...models.registry import ModelConfig, Shape, block_places, component_names, component_of, components_of
 from ...quantization.attention import attentions
 from ...quantization.quantize import stored_tensors
-from ...quantization.recipe import LayerPlan, Recipe, plan_layers
+from ...quantization.recipe import LayerPlan, Recipe, for_blocks, plan_layers
 
 _JOINED = re.compile(r"self_attn\.[qkv]_proj|cross_attn\.[kv]_proj|mlp\.(gate|up)_proj")
 """Layers that share their input: a builder joins their weights, and holds them twice."""
@@ -48,7 +48,8 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def plan_of(recipe: Recipe, config: ModelConfig) -> LayerPlan:
     """What ``recipe`` means for a model of ``config``; as :func:`...quantization.recipe.plan_layers`."""
-    return plan_layers(recipe, linear_shapes(config), attentions(config, component_names(config)))
+    named = for_blocks(recipe, block_places(config))
+    return plan_layers(named, linear_shapes(config), attentions(config, component_names(config)))
 
 
 def component_shapes(component: str, config: ModelConfig) -> dict[str, Shape]:
