@@ -93,7 +93,7 @@ class OnnxRuntimeEngine:
         names = self.spec.select(asked[0])
         floats = {key: t.numpy for key in inputs if (t := self._types[key]).name in _HOST_FLOATS}
         cast = {key: kind for key, kind in floats.items() if inputs[key].dtype != kind}
-        widen = any(self._types[name].numpy in _NARROW for name in names)
+        widen = any(self._types[name].name in ("fp16", "fp64") for name in names)
         if len(self._plans) >= _PLANS:
             self._plans.clear()
         plan = self._plans[asked] = _Plan(names, cast, widen)
