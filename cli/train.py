@@ -121,10 +121,9 @@ def train(
     from ..inputs.tokenizer import SentencePieceTokenizer
     from ..synthetic import tasks
     from ..training import trainer
-    from ..training.distributed import known_strategy
+    from ..training.distributed import known_strategy, run_processes
     from ..training.evaluate import TorchModel
-    from ..training.launch import together
-    from ..training.publish import Run, publish
+    from ..training.publish import TrainingRun, publish
     from ..training.tokenizer import train_tokenizer
 
     chosen = PRESETS[preset]
@@ -135,7 +134,7 @@ def train(
     )
     tokenizer = train_tokenizer()
     with step_bar(chosen.stages[0].name, sum(s.steps for s in chosen.stages)) as report:
-        result = together(processes, trainer.train, (chosen, tokenizer, options), report=report)
+        result = run_processes(processes, trainer.train, (chosen, tokenizer, options), report=report)
     if result is None:  # one of torchrun's other processes
         return
     trained, seconds = result
@@ -147,7 +146,7 @@ def train(
         small = {"n_classify": 50, "n_retrieve": 40, "n_galleries": 1, "n_caption": 20, "n_caption_zh": 10}
     with Console(stderr=True).status("evaluating"):
         accuracy = tasks.evaluate(TorchModel(trained, SentencePieceTokenizer(tokenizer), settings), **small)
-    publish(trained, chosen, tokenizer, Run(seconds / 60, torch.get_num_threads(), accuracy), out)
+    publish(trained, chosen, tokenizer, TrainingRun(seconds / 60, torch.get_num_threads(), accuracy), out)
     if as_json:
         print_json({"model": str(out), "minutes": seconds / 60, "accuracy": accuracy})
         return

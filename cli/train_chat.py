@@ -38,10 +38,9 @@ def train_nano_chat(asked: Asked) -> None:
     from ..synthetic import chat_tasks
     from ..synthetic.dialogues import corpus
     from ..training.chat_model import TorchChat, initialised, write
-    from ..training.chat_publish import write_card
     from ..training.conversations import ChatBatches, SceneDialogues
     from ..training.presets import NANO_CHAT
-    from ..training.publish import Run
+    from ..training.publish import TrainingRun, write_chat_card
     from ..training.stage3 import Stage3, fine_tune
     from ..training.tokenizer import train_tokenizer
     from ..training.trainer import shortened_stage
@@ -63,8 +62,8 @@ def train_nano_chat(asked: Asked) -> None:
         answer = TorchChat(model, SentencePieceTokenizer(tokenizer), settings)
         accuracy = chat_tasks.evaluate(answer, 40 if asked.steps else chat_tasks.SCENES)
     write(model, asked.out, tokenizer, settings, tower)
-    run = Run(seconds / 60, torch.get_num_threads(), accuracy)
-    write_card(preset, run, sum(p.numel() for p in model.parameters()), asked.out)
+    run = TrainingRun(seconds / 60, torch.get_num_threads(), accuracy)
+    write_chat_card(preset, run, sum(p.numel() for p in model.parameters()), asked.out)
     if asked.as_json:
         print_json({"model": str(asked.out), "minutes": seconds / 60, "accuracy": accuracy})
         return

@@ -1,4 +1,4 @@
-"""Questions about images, put to a chat bundle and scored by exact answers.
+"""Scores a chat bundle by exact answers to questions about images.
 
 Protocol: the likeliest token always, every question in a conversation of its own, several conversations
 decoded together. Without a data set the drawn scenes of :mod:`..synthetic.chat_tasks` are asked about,

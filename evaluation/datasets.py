@@ -1,4 +1,4 @@
-"""The data sets in their published layouts: which images there are, and what is asked about them.
+"""Data sets in their published layouts: images with labels, captions or questions.
 
 ========== =====================================================================================
 imagenet   ``val/<wnid>/*.JPEG``, ``<language>_classnames.json`` and

@@ -1,4 +1,4 @@
-"""Reading strangers' data sets: named errors, no path that leaves the folder, broken images skipped."""
+"""Reads data sets from outside: named errors, no path that leaves the folder, broken images skipped."""
 
 from __future__ import annotations
 

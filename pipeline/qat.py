@@ -289,7 +289,7 @@ def run(
         BuildError: gradients are not finite; another process failed.
     """
     from ..models.load import load_model
-    from ..training.launch import together
+    from ..training.distributed import run_processes
 
     config, plan = qat.config, qat.build
     ranges = measured_ranges(plan, config.work, progress)
@@ -301,7 +301,7 @@ def run(
 
     cpu = _cpu_seconds()
     progress.started("train", config.steps)
-    result = together(processes, train_rank, (config, ranges), report=report, inspect=inspect)
+    result = run_processes(processes, train_rank, (config, ranges), report=report, inspect=inspect)
     if result is None:
         return None
     history, state = result

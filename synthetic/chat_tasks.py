@@ -1,4 +1,4 @@
-"""What internvl-nano-chat is measured on: questions about scenes it has never seen, answered word for word.
+"""The task of internvl-nano-chat: questions about scenes that training never drew, answered word for word.
 
 The first half of the scenes gets one question, the second half two, of which the second refers back. History
 is what the model itself said.

@@ -1,4 +1,4 @@
-"""How a scene looks: where its shapes stand, and the picture of them.
+"""Draws a scene: the places of its shapes, and the image.
 
 The scene's seed decides positions, rotation, colour jitter and texture, so :func:`render` is a pure function
 of the scene.

@@ -1,4 +1,4 @@
-"""Seeded scenes of coloured shapes: what is in them.
+"""Seeded scenes of coloured shapes, as data.
 
 A :class:`Scene` says what a caption can say (objects, relation) plus a background kind and a seed, which
 alone decides how it looks (:mod:`.render`). Some (shape, colour) combinations never occur in the ``train``

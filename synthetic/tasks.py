@@ -1,4 +1,4 @@
-"""What internvl-nano is measured on: classification, retrieval and captions of scenes it has never seen.
+"""The tasks of internvl-nano: classification, retrieval and captions of scenes that training never drew.
 
 The tasks know a model only through :class:`Model`, so that the PyTorch model and every engine of every
 precision answer the same questions. All data follow from ``seed``, in random streams of their own.

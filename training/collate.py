@@ -1,4 +1,4 @@
-"""Scenes and captions to the tensors a stage is trained on."""
+"""Collates scenes and captions into the tensors of a training batch."""
 
 from __future__ import annotations
 

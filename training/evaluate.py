@@ -1,4 +1,4 @@
-"""The PyTorch model as the evaluation tasks know a model."""
+"""Adapts the PyTorch model to the evaluation tasks."""
 
 from __future__ import annotations
 

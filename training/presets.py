@@ -1,4 +1,4 @@
-"""What is trained, and how: the model's sizes and the schedule of every stage."""
+"""Presets of training runs: the model's sizes and the schedule of every stage."""
 
 from __future__ import annotations
 

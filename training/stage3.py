@@ -20,8 +20,7 @@ from . import lora as low_rank
 from .conversations import ChatBatch, ChatBatches
 from .lora import Lora
 from .presets import Stage
-from .state import read_state, save_state
-from .trainer import Options, TrainingProgress, optimizers, schedule
+from .trainer import Options, TrainingProgress, optimizers, read_state, save_state, schedule
 
 Trains = Literal["projector", "decoder", "all", "lora"]
 TRAINS: dict[Trains, tuple[str, ...]] = {

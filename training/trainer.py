@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 
+from ..errors import InputError
+from ..files.write import atomic
 from ..inputs.preprocess import ImageSettings
 from ..models.internvl import InternVLModel
 from . import distributed as dist
 from .collate import Drawn, SceneBatches, pixel_values
-from .initial import initialised
 from .losses import (
     IGNORE,
     Gather,
@@ -39,9 +40,9 @@ from .losses import (
     stage2_losses,
 )
 from .presets import Preset, Stage
-from .state import read_state, save_state
 
 MAX_LOGIT_SCALE = math.log(100)
+STATE = "state.pt"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def train(
 ) -> tuple[InternVLModel, float]:
     """Run all stages of ``preset``: the trained model (fp32, eval mode) and the seconds its steps took.
 
-    In a group (:func:`.launch.together`) every process calls it, and trains on its rows of each batch.
+    In a group (:func:`.distributed.together`) every process calls it, and trains on its rows of each batch.
 
     Raises:
         InputError: ``work_dir`` holds the state of a run with other settings.
@@ -241,3 +242,76 @@ def shortened_stage(stage: Stage, steps: int | None, batch: int | None) -> Stage
     """``stage`` with fewer steps or a smaller batch."""
     steps = steps or stage.steps
     return replace(stage, steps=steps, batch=batch or stage.batch, warmup=min(stage.warmup, steps // 2))
+
+
+def initialised(preset: Preset) -> InternVLModel:
+    """The untrained model: normal weights, residual outputs scaled down by depth (as GPT-2).
+
+    Positions start as sines and cosines about as large as the patches' content: from small random ones a
+    short run hardly learns where things stand.
+    """
+    torch.manual_seed(preset.seed)
+    model = InternVLModel(preset.model)
+    config = preset.model
+    depths = {"vision_model": config.vision.num_hidden_layers, "qllama": config.qllama.num_hidden_layers}
+    for name, parameter in model.named_parameters():
+        depth = next((n for part, n in depths.items() if name.startswith(part)), 1)
+        residual = name.endswith(("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight"))
+        if name.endswith((".ls1", ".ls2")):
+            nn.init.constant_(parameter, 1.0)  # so shallow a ViT needs no damping
+        elif name.endswith("position_embedding"):
+            grid = config.vision.image_size // config.vision.patch_size
+            parameter.data[:, 1:] = sine_positions(grid, config.vision.hidden_size)
+            nn.init.zeros_(parameter.data[:, :1])
+        elif parameter.dim() >= 2:
+            nn.init.trunc_normal_(parameter, std=0.04 / (2 * depth) ** 0.5 if residual else 0.04)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    nn.init.trunc_normal_(model.vision_model.embeddings.patch_embedding.weight, std=0.02)
+    return model
+
+
+def sine_positions(grid: int, width: int) -> Tensor:
+    """Fixed 2-D sines and cosines [grid * grid, width], half of the channels for each axis (as MAE)."""
+    quarter = width // 4
+    frequencies = 1.0 / 100.0 ** (torch.arange(quarter) / quarter)
+    angles = torch.arange(grid)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], 1)
+    rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
+    table = torch.cat([rows, columns], -1).flatten(0, 1)
+    return nn.functional.pad(table, (0, width - table.shape[1]))
+
+
+def read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The state that :func:`save_state` wrote into ``folder``; None if there is none.
+
+    Raises:
+        InputError: it is the state of a run of another ``identity``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / STATE).exists():
+        return None
+    state: dict[str, Any] = torch.load(folder / STATE, weights_only=True, map_location="cpu")
+    if state["identity"] != identity:
+        raise InputError(
+            f"{folder} holds another run.",
+            "Its model, data or settings differ from what is asked now.",
+            "Use another --work-dir, or delete that one.",
+        )
+    return state
+
+
+def save_state(
+    folder: Path, model: nn.Module, chosen: list[torch.optim.Optimizer], place: dict[str, Any]
+) -> None:
+    """Write the state of a run, in place of the last one; every process of a group calls it, the first
+    writes.
+
+    ``place`` identifies the run, and the step it has reached.
+    """
+    states = dist.whole([o.state_dict() for o in chosen])
+    state = {**place, "model": dist.whole(model.state_dict()), "optimizers": states}
+    if dist.rank() > 0:
+        return
+    with atomic(folder / STATE, exclusive=True) as partial:
+        torch.save(state, partial)

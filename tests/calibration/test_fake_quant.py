@@ -28,7 +28,6 @@ from ivl_export.quantization.quantize import (
 from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.quantization.recipe import load_recipe, plan_layers
 from ivl_export.quantization.schemes import SCHEMES
-from ivl_export.training.distill import answers, distillation_losses
 from ivl_export.training.fake_quant import (
     CLIP,
     STRETCH,
@@ -42,7 +41,7 @@ from ivl_export.training.fake_quant import (
     trained_ranges,
     trained_weights,
 )
-from ivl_export.training.finetune import SceneSamples, Tuning
+from ivl_export.training.finetune import SceneSamples, Tuning, answers, distillation_losses
 from ivl_export.training.losses import Stage2Batch, stage1_loss, stage2_losses
 from ivl_export.training.presets import Stage
 

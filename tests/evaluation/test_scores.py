@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from ivl_export.errors import CapabilityError
-from ivl_export.evaluation.cider import cider
-from ivl_export.evaluation.published import PUBLISHED
-from ivl_export.evaluation.scores import mean, ranks, share
+from ivl_export.evaluation.scores import cider, mean, ranks, share
+from ivl_export.evaluation.tasks import PUBLISHED
 from ivl_export.runtime.zero_shot import l2
 
 

@@ -20,11 +20,10 @@ from ivl_export.models.config import InternVLConfig
 from ivl_export.models.internvl import InternVLModel
 from ivl_export.tests.training.test_trainer import STAGES, TINY
 from ivl_export.training import distributed as dist
-from ivl_export.training.initial import initialised
-from ivl_export.training.launch import together
+from ivl_export.training.distributed import run_processes
 from ivl_export.training.losses import Stage2Batch, Text, across_ranks, stage2_losses
 from ivl_export.training.tokenizer import train_tokenizer
-from ivl_export.training.trainer import Options, TrainingProgress, train
+from ivl_export.training.trainer import Options, TrainingProgress, initialised, train
 
 pytestmark = pytest.mark.numeric
 
@@ -112,7 +111,7 @@ def trained(folder: Path, processes: int, strategy: dist.Strategy) -> tuple[list
     torch.set_num_threads(1)
     options = Options(folder, save_every=2, workers=0, bf16=False, strategy=strategy)
     try:
-        result = together(processes, train, (PRESET, train_tokenizer(), options), report=heard.append)
+        result = run_processes(processes, train, (PRESET, train_tokenizer(), options), report=heard.append)
     finally:
         torch.set_num_threads(threads)
     assert result is not None
@@ -156,4 +155,4 @@ def test_batches_that_cannot_be_shared_are_refused(monkeypatch: pytest.MonkeyPat
 
 
 if __name__ == "__main__":
-    together(1, golden_gradients, (sys.argv[1], sys.argv[2]))
+    run_processes(1, golden_gradients, (sys.argv[1], sys.argv[2]))

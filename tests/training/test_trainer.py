@@ -24,11 +24,19 @@ from ivl_export.models.internvl import InternVLModel
 from ivl_export.synthetic import tasks
 from ivl_export.synthetic.scenes import HELD_OUT, SHAPES
 from ivl_export.training.evaluate import TorchModel
-from ivl_export.training.initial import initialised, sine_positions
 from ivl_export.training.presets import NANO, PRESETS, Preset, Stage
-from ivl_export.training.publish import Run, publish
+from ivl_export.training.publish import TrainingRun, publish
 from ivl_export.training.tokenizer import VOCAB_SIZE, train_tokenizer
-from ivl_export.training.trainer import MAX_LOGIT_SCALE, Options, TrainingProgress, schedule, shortened, train
+from ivl_export.training.trainer import (
+    MAX_LOGIT_SCALE,
+    Options,
+    TrainingProgress,
+    initialised,
+    schedule,
+    shortened,
+    sine_positions,
+    train,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -274,7 +282,7 @@ def test_published_folder_loads_again(
     adapter._pixels = lambda images: torch.zeros(len(images), 3, 28, 28)  # type: ignore[method-assign]
     accuracy = tasks.evaluate(adapter, **sizes, n_caption_zh=0)
     folder = tmp_path / "model"
-    publish(model, TINY, tokenizer, Run(12.4, 2, accuracy), folder)
+    publish(model, TINY, tokenizer, TrainingRun(12.4, 2, accuracy), folder)
 
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md",
