@@ -10,10 +10,11 @@ from __future__ import annotations
 import io
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
@@ -23,6 +24,9 @@ from .sources import Array, ImageInput, data_of, image_sequence, kind_of, name_o
 
 Video: TypeAlias = "str | os.PathLike[str] | bytes | Array | Sequence[ImageInput]"
 """A file, its content, or frames in order: a sequence of images, or an array [frames, H, W, 3]."""
+
+Chosen: TypeAlias = "Callable[[int], list[int]]"
+"""The frames that are taken of so many."""
 
 FRAMES = 8
 MAX_BYTES = 1 << 32
@@ -38,7 +42,9 @@ _ANIMATED = ("GIF", "PNG", "WEBP")
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,ogg,flv,asf"
 
 
-def frames_of(video: Video, count: int = FRAMES, name: str | None = None) -> list[ImageInput]:
+def frames_of(
+    video: Video, count: int = FRAMES, name: str | None = None, places: Places | None = None
+) -> list[ImageInput]:
     """``count`` frames: those in the middle of so many equal parts; all of them where there are fewer.
 
     Args:
@@ -46,6 +52,7 @@ def frames_of(video: Video, count: int = FRAMES, name: str | None = None) -> lis
             ``list(ImageSequence.Iterator(image))`` has the frames of ``image``.
         count: 1 takes the one in the middle.
         name: of the video in errors.
+        places: which of so many frames are taken; None: :func:`spread`.
 
     Raises:
         UsageError: ``count`` is under 1.
@@ -54,24 +61,25 @@ def frames_of(video: Video, count: int = FRAMES, name: str | None = None) -> lis
     """
     if count < 1:
         raise UsageError(f"{count} frames of a video cannot be read.", fix="Ask for 1 or more.")
+    chosen = partial(places or spread, count=count)
     if isinstance(video, (str, os.PathLike)):
         label, kind = name or name_of(video), kind_of(video)
         if kind == "data":
             data = data_of(os.fsdecode(video), label, "video")
-            return list(_decoded(io.BytesIO(data), len(data), count, label))
+            return list(_decoded(io.BytesIO(data), len(data), chosen, label))
         if kind != "path":
             raise not_readable(video, label, "video")
         path = Path(video)
         if not _is_file(path):
             raise InputError(f"Cannot read the video {label}.", "There is no such file.", "Check the path.")
         with path.open("rb") as file:
-            return list(_decoded(file, path.stat().st_size, count, label))
+            return list(_decoded(file, path.stat().st_size, chosen, label))
     if isinstance(video, (bytes, bytearray, memoryview)):
-        return list(_decoded(io.BytesIO(video), len(video), count, name or "video bytes"))
+        return list(_decoded(io.BytesIO(video), len(video), chosen, name or "video bytes"))
     frames = image_sequence(video)
     if not len(frames):
         raise InputError(f"{name or 'The video'} has no frames.", "", "Give one at least.")
-    places = spread(len(frames), count)
+    taken = chosen(len(frames))
     if animation := _repeated(frames):
         total = getattr(animation, "n_frames", 1)
         if len(frames) != total:
@@ -80,9 +88,9 @@ def frames_of(video: Video, count: int = FRAMES, name: str | None = None) -> lis
                 f"It has {total} frames and shows one at a time: all of them would be the same.",
                 "Give copies, [frame.copy() for frame in ImageSequence.Iterator(image)], or the file.",
             )
-        _check(animation.width * animation.height, places[-1] + 1, len(places), name or "of the list")
-        return [frame_of(animation, f"{name or 'of the video'}, frame {i}", i) for i in places]
-    return [frames[i] for i in places]
+        _check(animation.width * animation.height, taken[-1] + 1, len(taken), name or "of the list")
+        return [frame_of(animation, f"{name or 'of the video'}, frame {i}", i) for i in taken]
+    return [frames[i] for i in taken]
 
 
 def _repeated(frames: Sequence[ImageInput]) -> Image.Image | None:
@@ -106,13 +114,32 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+class Places(Protocol):
+    """Which frames of a video are taken."""
+
+    def __call__(self, total: int, count: int) -> list[int]:
+        """At most ``count`` of ``total`` frames, rising."""
+        ...
+
+
+def chat_places(total: int, count: int) -> list[int]:
+    """The frames that InternVL's published chat code takes of ``total``; all of them where there are fewer.
+
+    With ``s = (total - 1) / count``: ``int(s / 2 + round(s * k))`` for k from 0 on. Half is rounded to even.
+    """
+    if total <= count:
+        return list(range(total))
+    segment = (total - 1) / count
+    return [int(segment / 2 + round(segment * k)) for k in range(count)]
+
+
 def spread(total: int, count: int) -> list[int]:
     """The frames of ``total`` in the middle of ``count`` equal parts, or all, rising."""
     count = min(total, count)
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
-def _decoded(file: BinaryIO, size: int, count: int, name: str) -> Iterator[Image.Image]:
+def _decoded(file: BinaryIO, size: int, chosen: Chosen, name: str) -> Iterator[Image.Image]:
     if size > MAX_BYTES:
         raise _too_large(name, f"It has {size / 1e9:.1f} GB, the limit is {MAX_BYTES / 1e9:.1f}.")
     with _named(name):
@@ -121,15 +148,15 @@ def _decoded(file: BinaryIO, size: int, count: int, name: str) -> Iterator[Image
                 if size > MAX_ANIMATION_BYTES:
                     limit = MAX_ANIMATION_BYTES / 1e6
                     raise _too_large(name, f"It has {size / 1e6:.0f} MB, the limit is {limit:.0f}.")
-                yield from _animation(image, count, name)
+                yield from _animation(image, chosen, name)
                 return
         except UnidentifiedImageError:
             file.seek(0)
-        yield from _film(file, count, name)
+        yield from _film(file, chosen, name)
 
 
-def _animation(image: Image.Image, count: int, name: str) -> Iterator[Image.Image]:
-    wanted = spread(getattr(image, "n_frames", 1), count)
+def _animation(image: Image.Image, chosen: Chosen, name: str) -> Iterator[Image.Image]:
+    wanted = chosen(getattr(image, "n_frames", 1))
     _check(image.width * image.height, wanted[-1] + 1, len(wanted), name)
     for number, frame in enumerate(ImageSequence.Iterator(image)):
         if number in wanted:
@@ -141,7 +168,7 @@ def _animation(image: Image.Image, count: int, name: str) -> Iterator[Image.Imag
     )
 
 
-def _film(file: BinaryIO, count: int, name: str) -> Iterator[Image.Image]:
+def _film(file: BinaryIO, chosen: Chosen, name: str) -> Iterator[Image.Image]:
     """Frames of a video file, each found from the last one before that stands for itself."""
     try:
         import av
@@ -157,7 +184,7 @@ def _film(file: BinaryIO, count: int, name: str) -> Iterator[Image.Image]:
             raise InputError(f"The video {name} has no pictures.", fix="Give a video that has pictures.")
         stream = container.streams.video[0]
         times, keys = _times(container, stream, name)
-        wanted = [times[i] for i in spread(len(times), count)]
+        wanted = [times[i] for i in chosen(len(times))]
         width, height = stream.codec_context.width, stream.codec_context.height
         _check(width * height, 0, len(wanted), name)
         for time in wanted:

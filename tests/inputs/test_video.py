@@ -17,7 +17,7 @@ from PIL import Image
 from ivl_export import cli
 from ivl_export.errors import CapabilityError, InputError, UsageError
 from ivl_export.inputs import video
-from ivl_export.inputs.video import spread
+from ivl_export.inputs.video import chat_places, spread
 from ivl_export.runtime import InternVL, InternVLChat, frames_of
 from ivl_export.runtime.zero_shot import l2
 
@@ -224,3 +224,20 @@ def test_a_chat_sees_a_video_frame_by_frame(
     assert cli.main([*line, "--question", "what is this?", "--max-new-tokens", "4"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["turns"][0]["answer"], said["videos"]) == (want, [str(path)])
+
+
+@given(st.integers(1, 3000), st.integers(1, 64))
+def test_the_frames_of_the_published_chat_code(total: int, count: int) -> None:
+    places = chat_places(total, count)
+    assert places == sorted(set(places))
+    assert len(places) == min(total, count)
+    assert 0 <= places[0] <= places[-1] < total
+    if total > count:  # as its get_index computes them, with numpy
+        start, segment = 0, float(total - 1) / count
+        assert places == [int(start + (segment / 2) + np.round(segment * k)) for k in range(count)]
+
+
+def test_frames_are_those_that_are_asked_for() -> None:
+    frames = [np.full((4, 4, 3), n, np.uint8) for n in range(30)]
+    taken = frames_of(frames, 8, places=chat_places)
+    assert [int(np.asarray(frame)[0, 0, 0]) for frame in taken] == chat_places(30, 8)
