@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"
+_NORMS = ("RMSNormalization", "LayerNormalization")
+"""What a block begins with."""
 
 
 def repeat_blocks(
@@ -50,7 +52,7 @@ def repeat_blocks(
     if not blocks:
         raise BuildError(f"Graph {graph.name} has no blocks under {prefix}.", "They cannot be repeated.")
     period = 1 + max(int(m[1]) for n in blocks for m in scoped.finditer(n.metadata_props[SCOPES]))
-    first = next(node for node in blocks if node.op_type == "RMSNormalization").inputs[0]
+    first = next(node for node in blocks if node.op_type in _NORMS).inputs[0]
     last = blocks[-1].outputs[0]
     own = {v for node in blocks for v in node.outputs}
     block_inputs = list(graph.inputs[len(graph.inputs) - inputs :])

@@ -4,7 +4,9 @@ softmax(q [K, k]^T) [V, v] is computed in two pieces, over the past K, V and the
 
     s = [q K^T, q k^T] / sqrt(d),  w = softmax(s),  w[:past] V + w[past:] v
 
-or zero, as torch has it, in a row that sees nothing.
+or zero, as torch has it, in a row that sees nothing. Where a key head serves g query heads, their rows are
+one block of g * new rows in the products, [B, heads, new, d] -> [B, kv_heads, g * new, d]: keys are not
+repeated.
 
 Only scores and weights are joined and cut: a number a pair of positions, not a key and a value. Scores
 are scaled once they are joined: ONNX Runtime would take a scale before them into the product, and then
@@ -42,8 +44,14 @@ def separate_past(model: ir.Model) -> int:
 
 
 def _joins(node: ir.Node) -> tuple[ir.Node, ...]:
-    """What joins past and new keys, and values, of an attention with a mask; empty if it is another kind."""
-    if node.op_type != "Attention" or len(node.inputs) != 4:
+    """What joins past and new keys, and values, of an attention with a mask; empty if it is another kind.
+
+    One whose mask is numbers (attention sinks) is left as it is.
+    """
+    import onnx_ir as ir
+
+    mask = node.inputs[3] if node.op_type == "Attention" and len(node.inputs) == 4 else None
+    if mask is None or mask.dtype != ir.DataType.BOOL:
         return ()
     makers = [value.producer() for value in node.inputs[1:3] if value is not None]
     return tuple(m for m in makers if m is not None and m.op_type == "Concat" and len(m.inputs) == 2)
@@ -61,14 +69,27 @@ def _separate(graph: ir.Graph, node: ir.Node, keys: ir.Node, values: ir.Node) ->
     name = str(node.name).removesuffix("/Attention")
     place, dtype, whole = Place(graph, node, name), ir.DataType.FLOAT, ir.DataType.INT64
     batch, heads, new, width = query.shape
-    past = past_key.shape[2]
+    key_heads, past = past_key.shape[1], past_key.shape[2]
     assert isinstance(width, int)
+    assert isinstance(heads, int)
+    assert isinstance(key_heads, int)
+    grouped = heads != key_heads
+
+    def grouped_rows(kind: str, rows: ir.Value, last: Any) -> ir.Value:
+        return _regroup(place, f"{kind}_grouped", rows, [batch, key_heads, None, last]) if grouped else rows
+
+    def single_rows(kind: str, rows: ir.Value, last: Any) -> ir.Value:
+        return _regroup(place, f"{kind}_single", rows, [batch, heads, new, last]) if grouped else rows
+
+    queries = grouped_rows("query", query, width)
 
     def scores(kind: str, key: ir.Value, count: Any) -> ir.Value:
         turned = place.add(
-            "Transpose", f"{kind}_turned", [key], [batch, heads, width, count], dtype, perm=[0, 1, 3, 2]
+            "Transpose", f"{kind}_turned", [key], [batch, key_heads, width, count], dtype, perm=[0, 1, 3, 2]
         )
-        return place.add("MatMul", f"{kind}_scores", [query, turned], [batch, heads, new, count], dtype)
+        shape = [batch, key_heads, None if grouped else new, count]
+        product = place.add("MatMul", f"{kind}_scores", [queries, turned], shape, dtype)
+        return single_rows(f"{kind}_scores", product, count)
 
     table = [batch, heads, new, None]
     both = [scores("past", past_key, past), scores("new", new_key, new)]
@@ -85,7 +106,10 @@ def _separate(graph: ir.Graph, node: ir.Node, keys: ir.Node, values: ir.Node) ->
     def mixed(kind: str, value: ir.Value, first: ir.Value, last: ir.Value, count: Any) -> ir.Value:
         ends = [first, last, axis]
         own = place.add("Slice", f"{kind}_weights", [weights, *ends], [batch, heads, new, count], dtype)
-        return place.add("MatMul", f"{kind}_mixed", [own, value], [batch, heads, new, width], dtype)
+        shape = [batch, key_heads, None if grouped else new, width]
+        rows = grouped_rows(f"{kind}_weights", own, count)
+        product = place.add("MatMul", f"{kind}_mixed", [rows, value], shape, dtype)
+        return single_rows(f"{kind}_mixed", product, width)
 
     outs = [mixed("past", past_value, start, cut, past), mixed("new", new_value, cut, end, new)]
     whole_rows = [batch, heads, new, width]
@@ -93,6 +117,15 @@ def _separate(graph: ir.Graph, node: ir.Node, keys: ir.Node, values: ir.Node) ->
     out = place.add("Mul", "seen", [out, _seeing(graph, node, mask)], whole_rows, dtype)
     node.outputs[0].replace_all_uses_with(out)
     graph.remove(node, safe=True)
+
+
+def _regroup(place: Place, name: str, rows: ir.Value, shape: list[Any]) -> ir.Value:
+    """[B, a, n, m] -> [B, b, n * a / b, m], ``shape`` being [B, b, ..., m]: numbers keep their order."""
+    import onnx_ir as ir
+
+    target = [0, shape[1], -1, 0]  # 0: as it is
+    sizes = constant(place.graph, f"past.heads.{shape[1]}", target, ir.DataType.INT64)
+    return place.add("Reshape", name, [rows, sizes], shape, ir.DataType.FLOAT)
 
 
 def _cut(graph: ir.Graph) -> ir.Value:

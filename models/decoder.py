@@ -18,7 +18,7 @@ from .generate import step_mask
 from .layers import CoreAttention, GatedMLP, RMSNorm, split_heads
 from .moe import SparseMLP
 from .qllama import KeyValue, rotate
-from .rope import rotary_tables
+from .rope import Rotary
 
 
 class Shared(NamedTuple):
@@ -37,6 +37,7 @@ class CausalDecoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config.rope, config.head_dim)
 
     def forward(
         self,
@@ -75,7 +76,7 @@ class CausalDecoder(nn.Module):
         masks: dict[int | None, Tensor] = {None: visible}
         if config.sliding_window is not None:
             masks[config.sliding_window] = visible & near(positions, attention_mask, config.sliding_window)
-        return Shared(rotary_tables(positions, config.rope, config.head_dim, x.dtype), masks)
+        return Shared(self.rotary(positions, x.dtype), masks)
 
     def _layer(self, index: int, x: Tensor, shared: Shared, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
         mask = shared.masks[self.config.window(index)]

@@ -1,4 +1,4 @@
-"""Rotary tables of :class:`.rope_config.RopeConfig`: cosines and sines of positions.
+"""Rotary embeddings of a :class:`.rope_config.RopeConfig`: cosines and sines of positions.
 
 ``angle[p, i] = p * frequency[i]``. Where the frequencies depend on the sequence's length (dynamic NTK,
 LongRoPE), the length is that of each row up to the last position of the call: a prompt is rotated by its own
@@ -9,38 +9,49 @@ published code. Unlike there, rows of one batch do not change each other.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .rope_config import RopeConfig
 
 
-def rotary_tables(
-    positions: Tensor, rope: RopeConfig, head_dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine tables [B, 1, T, head_dim] of integer positions [B, T], computed in fp32."""
-    device = positions.device
-    frequencies = _vector(fixed_frequencies(rope, head_dim), device)
-    if rope.scaling == "dynamic":
-        length = positions.amax(1, keepdim=True) + 1
-        raised = _dynamic(rope, head_dim, length, device)
-        frequencies = torch.where(length > rope.original, raised, frequencies)
-    elif rope.scaling == "longrope" and rope.long_factor != rope.short_factor:
-        length = positions.amax(1, keepdim=True) + 1
-        long = _vector(fixed_frequencies(rope, head_dim, long=True), device)
-        frequencies = torch.where(length > rope.original, long, frequencies)
-    frequencies = frequencies[:, None] if frequencies.dim() == 2 else frequencies
-    angles = positions[..., None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    cos, sin = angles.cos(), angles.sin()
-    if rope.attention_factor != 1:
-        cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
-    return cos.to(dtype), sin.to(dtype)
+class Rotary(nn.Module):
+    """The rotary embeddings of a decoder; it has no weights.
+
+    Args:
+        rope: which ones.
+        head_dim: width of a head.
+    """
+
+    def __init__(self, rope: RopeConfig, head_dim: int) -> None:
+        super().__init__()
+        self.rope, self.head_dim = rope, head_dim
+        # Numbers, not tensors: a model is built and traced on the meta device, where tensors have none.
+        self.frequencies = fixed_frequencies(rope, head_dim)
+        self.long = fixed_frequencies(rope, head_dim, long=True) if rope.scaling == "longrope" else ()
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine tables [B, 1, T, head_dim] of integer positions [B, T], computed in fp32."""
+        rope, device = self.rope, positions.device
+        frequencies = _vector(self.frequencies, device)
+        if rope.scaling == "dynamic":
+            length = positions.amax(1, keepdim=True) + 1
+            raised = _dynamic(rope, self.head_dim, length, device)
+            frequencies = torch.where(length > rope.original, raised, frequencies)[:, None]
+        elif self.long != self.frequencies and self.long:
+            length = positions.amax(1, keepdim=True) + 1
+            frequencies = torch.where(length > rope.original, _vector(self.long, device), frequencies)[
+                :, None
+            ]
+        angles = positions[..., None].float() * frequencies
+        angles = torch.cat([angles, angles], dim=-1)[:, None]
+        cos, sin = angles.cos(), angles.sin()
+        if rope.attention_factor != 1:
+            cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
+        return cos.to(dtype), sin.to(dtype)
 
 
-@lru_cache(maxsize=64)
 def fixed_frequencies(rope: RopeConfig, head_dim: int, long: bool = False) -> tuple[float, ...]:
     """The frequencies [head_dim / 2], in fp32, that do not depend on a sequence's length.
 
@@ -49,7 +60,7 @@ def fixed_frequencies(rope: RopeConfig, head_dim: int, long: bool = False) -> tu
         head_dim: width of a head.
         long: ``longrope``: those of sequences beyond ``original``.
     """
-    with torch.device("cpu"):  # values, also while a model is built or traced without any
+    with torch.device("cpu"):
         powers = torch.tensor(rope.theta) ** _exponents(head_dim)
         if rope.scaling == "linear":
             values = 1.0 / powers / rope.factor
