@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import Ids
 from .errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-Ids = NDArray[np.int64]
 Scores = NDArray[np.float32]
 
 

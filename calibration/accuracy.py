@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import AccuracyError, BuildError
-from ..inputs.preprocess import Array
 from ..models.calls import Arrays
 from ..models.registry import ModelConfig
 from .component_chain import Runner, Step, run_chain

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..inputs.preprocess import Array
+from ..arrays import Array
 from ..models.calls import Call
 from ..models.qllama import KeyValue
 from ..models.registry import Context, Link, Ranges

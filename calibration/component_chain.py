@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..inputs.preprocess import Array
+from ..arrays import Array
 from ..models.calls import Arrays, Call
 from ..models.registry import ModelConfig, component_of, family_of
 from .dataset import Batch

@@ -14,9 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from ..arrays import Array
 from ..errors import InputError
 from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, Turn, encode
-from ..inputs.preprocess import Array, ImageSettings, preprocess_images
+from ..inputs.preprocess import ImageSettings, preprocess_images
 from ..inputs.tokenizer import CAPTION_PROMPT, Tokenizer
 from ..models.calls import LONGEST_PROMPT, LONGEST_STEP, Dialogue, Texts
 

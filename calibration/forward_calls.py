@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..inputs.preprocess import Array, ImageSettings
+from ..arrays import Array
+from ..inputs.preprocess import ImageSettings
 from ..inputs.tokenizer import Tokenizer
 from ..models.calls import Call
 from ..models.registry import ModelConfig, component_of, family_of

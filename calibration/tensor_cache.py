@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..arrays import Array
 from ..files.hashing import sha256_json
 from ..files.write import atomic
-from ..inputs.preprocess import Array, ImageSettings
+from ..inputs.preprocess import ImageSettings
 
 LIMIT = 4 << 30
 """Bytes kept; the entries that were used longest ago go first."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from ..errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from ..inputs.preprocess import Array, ReadImages
+    from ..arrays import Array
+    from ..inputs.preprocess import ReadImages
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 PIECE = 64  # images held at a time, as the model takes them

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from ..arrays import Array
 from ..bundle.spec import ComponentSpec
 from ..errors import CapabilityError, UsageError
-from .device import Array, Buffer, as_tensor, to_host
+from .device import Buffer, as_tensor, to_host
 from .tensorrt.library import BUILDERS
 
 if TYPE_CHECKING:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
+from ..arrays import Array
 from ..bundle.spec import ComponentSpec
 from .base import Engine, run_from_host
-from .device import HOST, Array, B, Buffer, deliver
+from .device import HOST, B, Buffer, deliver
 
 if TYPE_CHECKING:
     import torch

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import CapabilityError, InputError
 
 if TYPE_CHECKING:
     import torch
 
-Array = np.ndarray[Any, Any]
 HOST = "cpu"
 
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import Array
 from ..errors import InputError
 from ..runtime.matching import Ranking, log_odds, rescored
 from ..runtime.zero_shot import ensemble, fill, l2, rank
 from .datasets import Captioned, Classes, Labelled
 from .files import Item, Reader
-from .scores import CHUNK, Array, Measure, check_cider, cider, mean, ranks, share
+from .scores import CHUNK, Measure, check_cider, cider, mean, ranks, share
 
 if TYPE_CHECKING:
     from ..inputs.preprocess import ResizeMode

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import Array
 from ..errors import CapabilityError
 from ..synthetic.tasks import Score
 
-Array = np.ndarray[Any, Any]
 RESAMPLES = 1000
 CHUNK = 256  # rows of a similarity matrix held at a time
 

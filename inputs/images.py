@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..arrays import Array
 from ..errors import InputError
 from ..forks import fork_safe_lock
-from .sources import Array, ImageInput, Pixels, data_of, kind_of, name_of, not_readable
+from .sources import ImageInput, Pixels, data_of, kind_of, name_of, not_readable
 
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_ASPECT = 200

@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
+from ..arrays import Array
 from ..errors import CheckpointError, InputError, UsageError
 from .images import MAX_PIXELS, load_image
 from .sources import ImageInput, name_of
 from .tiles import MAX_TILES, Tiling, tiles_of
 
 ResizeMode = Literal["square", "center_crop", "pad"]
-Array: TypeAlias = np.ndarray[Any, Any]
 
 MODES: tuple[ResizeMode, ...] = ("square", "center_crop", "pad")
 PAD_COLOR = (123, 116, 103)

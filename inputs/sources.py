@@ -21,9 +21,8 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import numpy as np
 from PIL import Image
 
+from ..arrays import Array
 from ..errors import InputError
-
-Array: TypeAlias = np.ndarray[Any, Any]
 
 
 class Pixels(Protocol):

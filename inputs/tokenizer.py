@@ -20,13 +20,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import CapabilityError, CheckpointError, InputError
 
-Array: TypeAlias = np.ndarray[Any, Any]
 BUCKETS = (16, 32, 48, 80)
 MAX_LENGTH = 80
 #: Contrastive texts are this plus the caption, without a space between (as published).

@@ -18,9 +18,10 @@ from typing import Any, BinaryIO, Protocol, TypeAlias
 
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
+from ..arrays import Array
 from ..errors import CapabilityError, InputError, IvlError, UsageError
 from .images import MAX_PIXELS, frame_of, load_image
-from .sources import Array, ImageInput, data_of, image_sequence, kind_of, name_of, not_readable
+from .sources import ImageInput, data_of, image_sequence, kind_of, name_of, not_readable
 
 Video: TypeAlias = "str | os.PathLike[str] | bytes | Array | Sequence[ImageInput]"
 """A file, its content, or frames in order: a sequence of images, or an array [frames, H, W, 3]."""

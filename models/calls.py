@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from ..inputs.preprocess import Array
+from ..arrays import Array
 
 Arrays: TypeAlias = "dict[str, Array]"
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..sampling import Ids, Scores, StopCriteria, decode
+from ..arrays import Ids
+from ..sampling import Scores, StopCriteria, decode
 from .qllama import KeyValue, Visible
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..arrays import Array
 from ..bundle import Bundle
 from ..bundle.manifest import Component, FileEntry, Manifest
 from ..calibration.accuracy import SIMULATED, Metrics, Receipt, Table, component_accuracy
@@ -26,7 +27,7 @@ from ..export.unquantized import weight_keys
 from ..files.cache_dir import cache_folder
 from ..files.hashing import sha256_json
 from ..files.write import atomic
-from ..inputs.preprocess import Array, preprocess_images
+from ..inputs.preprocess import preprocess_images
 from ..inputs.tokenizer import CAPTION_PROMPT
 from ..models.registry import CHAT, component_spec, family_of
 from ..quantization.algorithms import depends_on_type

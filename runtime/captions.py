@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import Floats, Ids
 from ..bundle.spec import ComponentSpec
 from ..engines.device import to_host
 from ..errors import InputError, UsageError
 from ..inputs.preprocess import ResizeMode
 from ..inputs.sources import ImageInput, text_sequence
-from ..sampling import Ids, Sampling, Scores, StepFunction, StopCriteria, check_search, decode, stream
-from .image_batches import Floats, Images, as_images
+from ..sampling import Sampling, Scores, StepFunction, StopCriteria, check_search, decode, stream
+from .image_batches import Images, as_images
 from .kv_cache import KVCache
 from .loaded import Loaded
 from .serving.scheduler import Scheduler, Started

@@ -19,16 +19,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..arrays import Array, Floats, Ids
 from ..bundle import Bundle, Verify
 from ..engines.device import to_host
 from ..errors import CapabilityError, InputError, UsageError
 from ..forks import fork_safe_lock
 from ..inputs.chat_template import IMAGE_TOKEN, SYSTEM, VICUNA, Question, Turn, encode
-from ..inputs.preprocess import Array
-from ..sampling import Ids, Sampling, StopCriteria, check_search
+from ..sampling import Sampling, StopCriteria, check_search
 from .components import Components, visual_embeds, visual_shape
 from .conversation_cache import ConversationCache
-from .image_batches import Floats, Images, Reading, as_images
+from .image_batches import Images, Reading, as_images
 from .kv_cache import PREFIX_BYTES, PrefixCache
 from .loaded import Loaded, is_chat
 from .serving.chat_service import ChatService

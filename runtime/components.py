@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Array
 from ..bundle import Bundle
 from ..bundle.manifest import Component, EngineFile
 from ..bundle.spec import ComponentSpec
 from ..engines.base import BACKENDS, Engine, open_engine
 from ..engines.chain import ChainedEngine
 from ..engines.compatibility import fitting_target, gpu_number, rebuild_line
-from ..engines.device import HOST, Array, Buffer, as_tensor, concatenate, to_host
+from ..engines.device import HOST, Buffer, as_tensor, concatenate, to_host
 from ..engines.onnxruntime.memory import hand_back
 from ..engines.onnxruntime.weights import SharedWeights, shared_weights
 from ..engines.tensorrt.library import BUILDERS

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import Array
 from ..errors import InputError
 from ..forks import fork_safe_lock
 from ..inputs.chat_template import IMAGE_TOKEN
-from ..inputs.preprocess import Array
 from ..sampling import Sampling, StopCriteria, TokenSampler
 from .components import Components
 from .kv_cache import BLOCK, KVCache, PrefixCache, next_capacity

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..arrays import Floats
 from ..errors import InputError
 from ..host import cores
 from ..inputs.preprocess import ImageSettings, PixelValues, read_images
@@ -17,7 +17,6 @@ from ..inputs.sources import ImageInput, image_sequence, name_of
 from .timings import Timings
 from .urls import UrlPolicy, fetch, is_url
 
-Floats: TypeAlias = NDArray[np.float32]
 Images: TypeAlias = "Sequence[ImageInput] | Floats | PixelValues"
 _FETCHES = 8
 """Images fetched at a time."""

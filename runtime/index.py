@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..arrays import Floats
 from ..errors import CapabilityError, InputError, IntegrityError, UsageError
 from ..files.write import atomic
-from .image_batches import Floats
 from .zero_shot import l2, top_of
 
 Kind = Literal["numpy", "faiss"]

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import Array
 from ..bundle.spec import Axis, ComponentSpec
 from ..engines.device import Buffer, copied, zeros
 from ..errors import UsageError
 from ..forks import fork_safe_lock
-from ..inputs.preprocess import Array
 
 GRAIN = 32
 """The capacity of a cache is a multiple of this many positions: a step computes over all of them."""

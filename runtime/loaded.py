@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..arrays import Floats
 from ..bundle import Bundle, Verify
 from ..bundle.manifest import MANIFEST
 from ..engines.base import known_backend
@@ -18,7 +19,7 @@ from ..inputs.sources import ImageInput, image_sequence
 from ..inputs.tokenizer import NoTokenizer, Tokenizer, load_tokenizer, tokenizer_files
 from ..models.registry import CHAT, Family, family_claiming
 from .components import Components, fixed
-from .image_batches import Floats, Images, Reading, pixel_batches, read_batch
+from .image_batches import Images, Reading, pixel_batches, read_batch
 from .timings import Timing
 
 L = TypeVar("L", bound="Loaded")

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import Floats
 from ..errors import CapabilityError, InputError, UsageError
 from ..inputs.preprocess import PixelValues, ResizeMode
 from ..inputs.sources import text_sequence
 from ..inputs.tokenizer import buckets_of
-from .image_batches import Floats, Images, as_images
+from .image_batches import Images, as_images
 from .loaded import Loaded
 
 COMPONENT = "qllama_itm"

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..arrays import Floats, Ids
 from ..bundle import Bundle
 from ..bundle.manifest import Manifest
 from ..bundle.spec import FEATURES, ComponentSpec, block_number, feature_name
@@ -19,10 +20,10 @@ from ..inputs.preprocess import ResizeMode
 from ..inputs.sources import ImageInput, sequence_of, text_sequence
 from ..inputs.tokenizer import CAPTION_PROMPT, buckets_of
 from ..inputs.video import FRAMES, Video, frames_of
-from ..sampling import Ids, Sampling
+from ..sampling import Sampling
 from . import captions, matching, zero_shot
 from .components import Components, fixed
-from .image_batches import Floats, Images, Reading
+from .image_batches import Images, Reading
 from .loaded import Loaded, is_chat
 from .matching import Ranking
 from .serving.service import Service

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import Array, Floats
 from ..errors import UsageError
-
-Array = np.ndarray[Any, Any]
-Floats = NDArray[np.float32]
 
 
 def l2(embeddings: Array) -> Floats:

@@ -10,15 +10,14 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 
+from ..arrays import Array
 from .captions import Language, caption, class_prompts
 from .render import Image8, render
 from .scenes import ALL_COMBINATIONS, Kind, Scene, sample_scene
-
-Array: TypeAlias = np.ndarray[Any, Any]
 
 MODES = ("InternVL-C", "InternVL-G")
 _STREAM = 0x7E57

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..inputs.preprocess import Array, ImageSettings, normalised
+from ..arrays import Array
+from ..inputs.preprocess import ImageSettings, normalised
 from ..inputs.tokenizer import CAPTION_PROMPT, SentencePieceTokenizer, Tokenizer
 from ..synthetic.batches import make_batch
 from ..synthetic.captions import LANGUAGES, caption

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..arrays import Array
 from ..errors import InputError
 from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, Encoded, Turn, encode
-from ..inputs.preprocess import Array, ImageSettings, preprocess_images
+from ..inputs.preprocess import ImageSettings, preprocess_images
 from ..inputs.sources import ImageInput
 from ..inputs.tokenizer import SentencePieceTokenizer
 from ..synthetic.dialogues import conversation, dialogue

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..inputs.preprocess import Array, ImageSettings, normalised
+from ..arrays import Array
+from ..inputs.preprocess import ImageSettings, normalised
 from ..inputs.tokenizer import CAPTION_PROMPT, Tokenizer
 from ..models.internvl import InternVLModel
 from ..synthetic.captions import Language

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ivl_export.arrays import Array
 from ivl_export.benchmarks.runtime.measured import Candidate, Comparison, Goal, side_by_side
 from ivl_export.benchmarks.runtime.models import Setting
 from ivl_export.profiles.measure.inputs import TEXT, random_pixels
@@ -20,7 +21,6 @@ from ivl_export.runtime.zero_shot import l2
 
 BATCHES = (1, 8)
 MOST = 1.03
-Array = np.ndarray[Any, Any]
 
 
 def measure(setting: Setting) -> Iterator[Comparison]:

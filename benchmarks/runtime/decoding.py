@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ivl_export.arrays import Ids
 from ivl_export.benchmarks.runtime.measured import Candidate, Comparison, Goal, Timed, side_by_side
 from ivl_export.benchmarks.runtime.models import Setting
 from ivl_export.models.checkpoint import open_checkpoint
@@ -26,7 +27,7 @@ from ivl_export.models.config import QLlamaConfig
 from ivl_export.profiles.measure.baseline import torch_threads
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.captions import prefill, stepper
-from ivl_export.sampling import Ids, StopCriteria, decode
+from ivl_export.sampling import StopCriteria, decode
 
 BATCHES = (1, 8)
 PROMPT = 64

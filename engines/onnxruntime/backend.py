@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...arrays import Array
 from ...bundle.spec import ComponentSpec
 from ...dtypes import find_dtype
 from ...errors import BuildError, IntegrityError, IvlError, UsageError
-from ..device import HOST, Array, Buffer, as_tensor, deliver, in_place, on_stream, require_torch
+from ..device import HOST, Buffer, as_tensor, deliver, in_place, on_stream, require_torch
 from ..onnx_graph import Graph, read_graph
 from .providers import Placement, placement
 from .session import first_line, make_session

@@ -7,8 +7,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from ...arrays import Array
 from ...bundle.spec import ComponentSpec
-from ..device import Array
 from ..layer_times import Event, TimedCall
 from ..onnx_graph import read_graph
 from .backend import OnnxRuntimeEngine

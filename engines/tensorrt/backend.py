@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ...arrays import Array
 from ...bundle.manifest import EngineFile
 from ...bundle.spec import ComponentSpec
 from ...dtypes import dtype_of
@@ -25,7 +26,7 @@ from ...errors import BuildError, CapabilityError, InputError, IntegrityError, U
 from ..base import run_from_host
 from ..compatibility import check_loadable, gpu_number
 from ..cuda_graphs import Call, CudaGraphs
-from ..device import HOST, Array, Buffer, as_tensor, deliver, in_place, on_stream, require_torch, to_host
+from ..device import HOST, Buffer, as_tensor, deliver, in_place, on_stream, require_torch, to_host
 from . import library as trt
 from .network import element_type
 from .options import BuildOptions

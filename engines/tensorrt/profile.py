@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..device import Array
+from ...arrays import Array
 from ..layer_times import Event, TimedCall
 from .backend import TensorRTEngine
 from .layer_names import layer_names

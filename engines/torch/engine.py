@@ -9,13 +9,14 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from ...arrays import Array
 from ...bundle import Bundle
 from ...bundle.spec import ComponentSpec
 from ...dtypes import COMPUTE, dtype_of
 from ...errors import BuildError, CapabilityError, UsageError
 from ..base import run_from_host
 from ..cuda_graphs import Call, CudaGraphs
-from ..device import Array, Buffer, as_tensor, deliver, on_stream
+from ..device import Buffer, as_tensor, deliver, on_stream
 from .linears import Product
 from .module import compile_blocks, component_of
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ...arrays import Array
 from ...bundle import Bundle
-from ..device import Array
 from ..layer_times import Event, TimedCall
 from .module import component_of
 from .trace import MODULE, named_ranges

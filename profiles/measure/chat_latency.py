@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import count
 
+from ...arrays import Floats
 from ...bundle.spec import ComponentSpec
 from ...inputs.chat_template import Turn, encode
 from ...models.config import ChatConfig
 from ...runtime import InternVLChat
-from ...runtime.image_batches import Floats
 from ...runtime.kv_cache import PrefixCache
 from .cases import Case, Task
 from .inputs import JPEG_SIZE, TEXT, random_pixels

@@ -11,10 +11,11 @@ from functools import partial
 from importlib import import_module
 from typing import Any, cast
 
+from ...arrays import Array
 from ...engines.base import Engine
 from ...engines.chain import ChainedEngine
 from ...engines.cuda_graphs import capture
-from ...engines.device import HOST, Array, as_tensor
+from ...engines.device import HOST, as_tensor
 from ...runtime.components import Components
 from .cases import GRAPHS, Task
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays import Array
 from ...bundle.spec import ComponentSpec
 from ...errors import UsageError
 
-Array = np.ndarray[Any, Any]
 TEXT = "a red circle to the left of a small blue square"
 JPEG_SIZE = (640, 480)
 

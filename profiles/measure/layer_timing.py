@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...arrays import Array
 from ...bundle import Bundle
 from ...bundle.spec import ComponentSpec
 from ...engines.chain import ChainedEngine
@@ -22,7 +23,7 @@ from ...engines.tensorrt.library import BUILDERS
 from ...errors import UsageError
 from ...models.registry import config_from_published, family_of
 from ...runtime.components import Components
-from .inputs import Array, random_inputs
+from .inputs import random_inputs
 from .latency import sizes_of
 from .layer_profile import LayerProfile, LayerTime
 from .receipt import write

@@ -14,11 +14,12 @@ from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ...arrays import Ids
 from ...forks import renew_after_fork
 from ...host import cores
 from ...inputs.chat_template import SYSTEM, Question, Turn
 from ...inputs.tokenizer import Pieces
-from ...sampling import Ids, Sampling, StopCriteria
+from ...sampling import Sampling, StopCriteria
 from ..image_batches import Images
 from .admission import Admission, Clock, Response, ServiceLimits
 from .batching import BatchResult

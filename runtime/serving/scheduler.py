@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from ...arrays import Ids
 from ...bundle.spec import ComponentSpec
 from ...errors import InputError, UsageError
 from ...forks import renew_after_fork
-from ...sampling import Ids, Sampling, StopCriteria, TokenSampler
+from ...sampling import Sampling, StopCriteria, TokenSampler
 from ..kv_cache import BatchedKVCache
 from .batching import BatchResult
 

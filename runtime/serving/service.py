@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays import Floats
 from ...forks import renew_after_fork
 from ...host import cores
 from ...inputs.preprocess import ResizeMode
@@ -23,7 +24,7 @@ from ...inputs.sources import ImageInput
 from ...inputs.tokenizer import CAPTION_PROMPT, Pieces
 from ...sampling import Sampling, StopCriteria, check_search
 from .. import captions, matching
-from ..image_batches import Floats, Images
+from ..image_batches import Images
 from ..matching import Ranking
 from .admission import Admission, Clock, Response, ServiceLimits
 from .batching import Batcher, BatchResult

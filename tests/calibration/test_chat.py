@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ivl_export.arrays import Array
 from ivl_export.calibration.accuracy import Comparison, Metrics, component_accuracy
 from ivl_export.calibration.calibrate import SegmentTime, calibrate, spilled_bytes
 from ivl_export.calibration.component_chain import Runner, run_chain
@@ -20,7 +21,7 @@ from ivl_export.calibration.sensitivity import measure
 from ivl_export.calibration.simulate import rounding_hook
 from ivl_export.calibration.sources import scenes_calibration
 from ivl_export.inputs.chat_template import SYSTEM
-from ivl_export.inputs.preprocess import Array, ImageSettings
+from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer, Tokenizer
 from ivl_export.models import load_chat
 from ivl_export.models.calls import Dialogue, runs

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from ivl_export.arrays import Array
 from ivl_export.benchmarks.fullsize.make_checkpoint import LAYOUTS, make_checkpoint
 from ivl_export.bundle.spec import ComponentSpec
 from ivl_export.calibration.accuracy import compare
 from ivl_export.engines.base import open_engine
 from ivl_export.export.unquantized import export_plain
-from ivl_export.inputs.preprocess import Array
 from ivl_export.models import ChatConfig, VisionConfig
 from ivl_export.models.calls import Arrays
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint

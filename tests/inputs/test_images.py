@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ivl_export.arrays import Array
 from ivl_export.errors import InputError
 from ivl_export.inputs.images import load_image
-from ivl_export.inputs.sources import Array
 
 
 def photo(width: int = 60, height: int = 40) -> Image.Image:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
+from ivl_export.arrays import Array
 from ivl_export.errors import CheckpointError, InputError, UsageError
 from ivl_export.inputs import preprocess
 from ivl_export.inputs.images import load_image
 from ivl_export.inputs.preprocess import (
     MODES,
     PAD_COLOR,
-    Array,
     ImageSettings,
     ResizeMode,
     preprocess_images,

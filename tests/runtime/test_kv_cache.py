@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ivl_export.arrays import Array
 from ivl_export.errors import UsageError
-from ivl_export.inputs.preprocess import Array
 from ivl_export.runtime.kv_cache import BLOCK, PrefixCache
 
 NBYTES = 2 * 3 * BLOCK * 4

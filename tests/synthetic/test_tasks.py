@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ivl_export.arrays import Array
 from ivl_export.synthetic import tasks
 from ivl_export.synthetic.captions import LANGUAGES, Language, caption
 from ivl_export.synthetic.render import Image8, render
 from ivl_export.synthetic.scenes import HELD_OUT, Kind, Scene
-from ivl_export.synthetic.tasks import Array, Score, best, classify, describe, eval_scenes, evaluate, retrieve
+from ivl_export.synthetic.tasks import Score, best, classify, describe, eval_scenes, evaluate, retrieve
 
 SETTINGS: dict[str, Any] = {
     "n_classify": 60,
