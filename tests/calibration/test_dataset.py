@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,13 @@ def test_folder_with_sidecar_captions(photos: Path) -> None:
     assert any("10 of 12 images have no caption" in notice for notice in chosen.notices)
     assert any("small: 12 samples" in notice for notice in chosen.notices)
     assert any("512 samples were asked for, the set has 12" in notice for notice in chosen.notices)
+
+
+def test_a_small_set_says_what_it_is_split_into(photos: Path) -> None:
+    first, held_out = open_calibration(photos, 20).split(32)
+    assert (len(first), len(held_out)) == (9, 3)
+    said = replace(first, asked=20).notices
+    assert any("20 samples were asked for, the set has 12: 9 to calibrate on, 3 held out." in n for n in said)
 
 
 def test_the_choice_depends_on_names_and_seed_only(photos: Path, tmp_path: Path) -> None:

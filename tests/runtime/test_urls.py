@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 import time
 from collections.abc import Iterator
@@ -32,8 +33,20 @@ class Server(BaseHTTPRequestHandler):
             self.send_header("Location", "ftp://example.org/x")
             self.end_headers()
             return
-        if self.path == "/none":
+        if self.path.startswith("/none"):
             self.send_error(404)
+            return
+        if self.path.startswith("/echo"):  # the path as it came
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.path.encode())
+            return
+        if self.path in ("/packed", "/bomb", "/unpacked"):
+            self.send_response(200)
+            self.send_header("Content-Encoding", "gzip")
+            self.end_headers()
+            body = {"/packed": b"y" * 100, "/bomb": b"y" * 100_000}.get(self.path)
+            self.wfile.write(b"no gzip" if body is None else gzip.compress(body))
             return
         self.send_response(200)
         if self.path == "/announced":
@@ -44,7 +57,7 @@ class Server(BaseHTTPRequestHandler):
                 self.wfile.write(b"x")
                 self.wfile.flush()
                 time.sleep(0.1)
-        self.wfile.write(b"x" * (6000 if self.path in ("/long", "/announced") else 10))
+        self.wfile.write(b"x" * (6000 if self.path.startswith(("/long", "/announced")) else 10))
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -122,3 +135,34 @@ def test_a_server_that_drips_is_given_up(address: str) -> None:
 def test_urls_that_cannot_be_right(url: str) -> None:
     with pytest.raises(InputError):
         fetch(url, HERE)
+
+
+@pytest.mark.parametrize(
+    ("path", "sent"),
+    [
+        ("图片.png", "%E5%9B%BE%E7%89%87.png"),
+        ("a b.png?q=é&x=%20", "a%20b.png?q=%C3%A9&x=%20"),
+        ("a%20b+c,(d).png", "a%20b+c,(d).png"),
+    ],
+)
+def test_addresses_are_percent_encoded_as_other_clients_do(address: str, path: str, sent: str) -> None:
+    assert fetch(f"{address}/echo/{path}", HERE).decode() == f"/echo/{sent}"
+
+
+def test_what_a_server_packs_is_unpacked_within_the_limit(address: str) -> None:
+    assert fetch(f"{address}/packed", HERE) == b"y" * 100
+    with pytest.raises(InputError, match="limit is 5000"):
+        fetch(f"{address}/bomb", HERE)
+    with pytest.raises(InputError, match="gzip is damaged"):
+        fetch(f"{address}/unpacked", HERE)
+
+
+def test_errors_show_no_query(address: str) -> None:
+    for url in (
+        f"{address}/none?signature=S3CRET",
+        f"{address}/long?signature=S3CRET",
+        "https://h/a?k=S3CRET",
+    ):
+        with pytest.raises(InputError) as caught:
+            fetch(url, None if "//h/" in url else HERE)
+        assert "S3CRET" not in str(caught.value)
