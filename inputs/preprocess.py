@@ -287,17 +287,17 @@ class ReadImages(Protocol):
 
 
 def preprocess_images(
-    images: Sequence[ImageInput], settings: ImageSettings, threads: int = 1, fast: bool = False
+    images: Sequence[ImageInput], settings: ImageSettings, threads: int = 1, approximate_jpeg: bool = False
 ) -> Array:
     """``pixel_values`` float32 [len(images), 3, S, S] (tiles: more), normalised; see :func:`read_images`."""
-    return read_images(images, settings, threads, fast).values
+    return read_images(images, settings, threads, approximate_jpeg).values
 
 
 def read_images(
     images: Sequence[ImageInput],
     settings: ImageSettings,
     threads: int = 1,
-    fast: bool = False,
+    approximate_jpeg: bool = False,
     names: Sequence[str] | None = None,
     max_tiles: int | Sequence[int] | None = None,
     on_error: Callable[[int, InputError], None] | None = None,
@@ -308,7 +308,8 @@ def read_images(
         images: any number.
         settings: size, mean, std, mode, tiling.
         threads: images decoded and resized at a time (Pillow lets others run meanwhile).
-        fast: decode large JPEGs smaller, to no less than twice the side; not quite the published pixels. Of
+        approximate_jpeg: decode large JPEGs smaller, to no less than twice the side; not quite the published
+        pixels. Of
             no use to tiles, whose grid follows from the size of the image.
         names: of the images in errors; None: their paths, or numbers.
         max_tiles: the most tiles of each image, or of every image; None: as ``settings`` say.
@@ -321,7 +322,7 @@ def read_images(
     if len(limits) != len(images) or any(n is not None and not 1 <= n <= MAX_TILES for n in limits):
         raise UsageError(f"max_tiles is {max_tiles!r}.", "", f"Give 1 to {MAX_TILES}, one or one an image.")
     tiling, one = settings.tiling, settings.tiling is None
-    draft = 2 * settings.size if fast and one else None
+    draft = 2 * settings.size if approximate_jpeg and one else None
     whole = np.empty((len(images) if one else 0, 3, settings.size, settings.size), np.float32)
 
     def read(index: int) -> Array | InputError:

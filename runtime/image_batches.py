@@ -28,12 +28,12 @@ class Reading:
 
     Args:
         threads: images decoded and resized at a time; None: as many as there are cores.
-        fast: decode large JPEGs smaller; see :func:`~ivl_export.inputs.preprocess.read_images`.
+        approximate_jpeg: decode large JPEGs smaller; see :func:`~ivl_export.inputs.preprocess.read_images`.
         urls: what may be fetched; None: nothing, text is a path.
     """
 
     threads: int | None = None
-    fast: bool = False
+    approximate_jpeg: bool = False
     urls: UrlPolicy | None = None
 
 
@@ -101,4 +101,4 @@ def read_batch(
             images = list(pool.map(lambda i: fetch(i, how.urls) if is_url(i) else i, images))
     threads = how.threads or cores()
     with timings.measure("preprocess"):
-        return read_images(images, settings, threads, how.fast, names, on_error=on_error)
+        return read_images(images, settings, threads, how.approximate_jpeg, names, on_error=on_error)

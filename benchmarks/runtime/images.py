@@ -1,4 +1,5 @@
-"""What ``Reading(fast=True)`` saves and costs: photographs of 12 megapixels, read exactly and as JPEG drafts.
+"""What ``Reading(approximate_jpeg=True)`` saves and costs: photographs of 12 megapixels, read exactly and as
+JPEG drafts.
 
 The photographs are those that come with scikit-image, enlarged. Reading is decoding, resizing to the side of
 InternVL-14B-224px and normalising; what it costs is told by the embeddings of the shipped nano.
@@ -49,8 +50,10 @@ def measure(setting: Setting) -> list[Comparison]:
     found = []
     for threads in THREADS:
         candidates = [
-            Candidate(name, partial(preprocess_images, files, settings, threads, fast), items=len(files))
-            for name, fast in (("exact", False), ("fast", True))
+            Candidate(
+                name, partial(preprocess_images, files, settings, threads, approximate), items=len(files)
+            )
+            for name, approximate in (("exact", False), ("fast", True))
         ]
         case = f"{PIXELS / 1e6:.0f} megapixels, JPEG to pixel_values of {settings.size}, {threads} threads"
         goal = Goal("fast", "exact", "speed", FASTER)
@@ -68,8 +71,8 @@ def cosines(files: list[bytes]) -> dict[str, float]:
     model = load_model(nano_folder(), dtype=torch.float32, device="cpu")
     settings = ImageSettings.load(nano_folder() / "preprocessor_config.json")
 
-    def embedded(fast: bool) -> Any:
-        pixels = torch.from_numpy(preprocess_images(files, settings, fast=fast))
+    def embedded(approximate: bool) -> Any:
+        pixels = torch.from_numpy(preprocess_images(files, settings, approximate_jpeg=approximate))
         with torch.inference_mode():
             return l2(model.encode_image(pixels).numpy())
 
