@@ -1,4 +1,5 @@
 # make demo   set up, then build nano in FP8 and INT8, and run it
+# make check  set up, then lint, types and the quick tests (under two minutes)
 # make test   set up, then lint, types and all tests
 # make setup  the environment alone
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := cpu,rtx,quant,serve,datasets,video,faiss,train,plots,eval,dev
 
-.PHONY: setup demo test lint types clean
+.PHONY: setup demo check test lint types clean
 
 setup: $(READY)
 
@@ -25,6 +26,9 @@ demo: setup
 	$(BIN)/ivl-export train scenes bundles/scenes --count 6 --force
 	$(BIN)/ivl-export run caption bundles/internvl-nano-fp8 bundles/scenes
 	$(BIN)/ivl-export profile bundles/internvl-nano-fp8 --batch 1,8 --seconds 0.3
+
+check: setup lint types
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test: setup lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
