@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [a for a in args[:end] if a != "--debug"] + args[end:]
 
     from ..errors import IvlError
-    from .app import app, check_moved
+    from .app import app, current_words
 
     try:
-        check_moved(args)
+        args = current_words(args)
         code = app(args or ["--help"], prog_name="ivl-export", standalone_mode=False)
     except IvlError as error:
         if debug:

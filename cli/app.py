@@ -43,29 +43,42 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 VERBS: dict[str, str] = {verb: line for verbs in GROUPS.values() for verb, line in verbs.items()}
 
-#: what a command was called before -> what to type now
-MOVED: dict[str, str] = {
-    "cache": "ivl-export doctor cache ls, or doctor cache prune",
+#: verbs that were moved below another one: they still work, and say what they are called now
+RENAMED: dict[str, tuple[str, ...]] = {
+    "cache": ("doctor", "cache"),
+    "qat": ("train", "qat"),
+    "scenes": ("train", "scenes"),
+}
+
+#: commands that were joined with others -> what to type now
+JOINED: dict[str, str] = {
     "inspect": "ivl-export verify BUNDLE, with --contents or --layers",
     "profile diff": "ivl-export compare OLD NEW",
     "profile layers": "ivl-export profile BUNDLE --layers --no-latency",
     "profile measure": "ivl-export profile BUNDLE",
     "profile report": "ivl-export profile RECEIPT",
-    "qat": "ivl-export train qat",
     "recipes": "ivl-export build --list-recipes, or build --show-recipe NAME",
-    "scenes": "ivl-export train scenes FOLDER",
 }
 
 
-def check_moved(args: Sequence[str]) -> None:
-    """UsageError with today's command if ``args`` begin with one of :data:`MOVED`."""
+def current_words(args: Sequence[str]) -> list[str]:
+    """``args`` with a renamed verb's words of today; a note about that goes to stderr.
+
+    Raises:
+        UsageError: they begin with one of :data:`JOINED`; it says what to type.
+    """
     for old in (" ".join(args[:1]), " ".join(args[:2])):
-        if old in MOVED and not (len(old.split()) == 2 and Path(args[1]).exists()):
+        if old in JOINED and not (len(old.split()) == 2 and Path(args[1]).exists()):
             raise UsageError(
                 f"'ivl-export {old}' has another name now.",
                 "Commands that overlapped were joined.",
-                f"Type {MOVED[old]}.",
+                f"Type {JOINED[old]}.",
             )
+    if args and args[0] in RENAMED:
+        words = RENAMED[args[0]]
+        typer.echo(f"note: '{args[0]}' is '{' '.join(words)}' now.", err=True)
+        return [*words, *args[1:]]
+    return list(args)
 
 
 class _Verbs(TyperGroup):

@@ -17,7 +17,7 @@ import pytest
 from ivl_export import __version__, cli
 from ivl_export.cli import app as app_module
 from ivl_export.cli import document, inputs, output
-from ivl_export.cli.app import GROUPS, MOVED, VERBS
+from ivl_export.cli.app import GROUPS, JOINED, RENAMED, VERBS
 from ivl_export.errors import InputError, IvlError
 from ivl_export.inputs.preprocess import ImageSettings, read_images
 
@@ -87,11 +87,20 @@ def test_help_fits_one_screen(
     assert [line for line in lines if line in GROUPS] == list(GROUPS)
 
 
-@pytest.mark.parametrize("old", list(MOVED))
+@pytest.mark.parametrize("old", list(RENAMED))
+def test_a_renamed_verb_works_and_says_its_new_name(old: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([old, "--help"]) == 0
+    former = capsys.readouterr()
+    assert former.err == f"note: '{old}' is '{' '.join(RENAMED[old])}' now.\n"
+    assert cli.main([*RENAMED[old], "--help"]) == 0
+    assert former.out == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("old", list(JOINED))
 def test_an_earlier_name_says_what_to_type_now(old: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*old.split(), "--json"]) == 2
-    assert json.loads(capsys.readouterr().err)["fix"] == f"Type {MOVED[old]}."
-    new = MOVED[old].split(",")[0].split()[1:]
+    assert json.loads(capsys.readouterr().err)["fix"] == f"Type {JOINED[old]}."
+    new = JOINED[old].split(",")[0].split()[1:]
     assert new[0] in VERBS
 
 
