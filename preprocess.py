@@ -1,4 +1,4 @@
-"""The name that :mod:`.inputs.preprocess` and :mod:`.inputs.tokenizer` had in version 0.1, for code of then."""
+"""The name that :mod:`.inputs.preprocess` and :mod:`.inputs.tokenizer` had in version 0.1."""
 
 from .inputs.images import load_image
 from .inputs.preprocess import ImageSettings, preprocess_images

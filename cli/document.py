@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from .app import GROUPS, MOVED, load
+from .app import GROUPS, JOINED, RENAMED, load
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 _HEAD = """# The command line
@@ -31,7 +31,8 @@ def document() -> str:
         for verb in verbs:
             for name, command in _commands(f"ivl-export {verb}", load(verb)):
                 parts.append(_section(name, command))
-    moved = [f"| `ivl-export {old}` | {_cell(new)} |" for old, new in MOVED.items()]
+    renamed = {old: f"ivl-export {' '.join(new)}; the old name still works" for old, new in RENAMED.items()}
+    moved = [f"| `ivl-export {old}` | {_cell(new)} |" for old, new in sorted({**renamed, **JOINED}.items())]
     parts.append("\n".join(["## Earlier names\n", "| before | now |", "| --- | --- |", *moved, ""]))
     return "\n".join(parts)
 
