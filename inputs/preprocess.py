@@ -309,8 +309,7 @@ def read_images(
         settings: size, mean, std, mode, tiling.
         threads: images decoded and resized at a time (Pillow lets others run meanwhile).
         approximate_jpeg: decode large JPEGs smaller, to no less than twice the side; not quite the published
-        pixels. Of
-            no use to tiles, whose grid follows from the size of the image.
+            pixels. Of no use to tiles, whose grid follows from the size of the image.
         names: of the images in errors; None: their paths, or numbers.
         max_tiles: the most tiles of each image, or of every image; None: as ``settings`` say.
         on_error: called with the number of an image that cannot be read, which is left out; None: raised.

@@ -24,8 +24,8 @@ class UrlPolicy:
     """What may be fetched.
 
     Args:
-        hosts: names that may be fetched from, ``example.org`` or ``.example.org`` for all below it; empty:
-        any.
+        hosts: names that may be fetched from, ``example.org`` or ``.example.org`` for all below it;
+            empty: any.
         schemes: ``https``, and ``http`` if you add it.
         max_bytes: of one image file.
         timeout: seconds for one image, from the look-up of its host to its last byte.
