@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .progress import Progress, Silent
+from .progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -49,7 +49,7 @@ def build(
     no_cache: bool = False,
     cache_size: str | int | None = None,
     allow_accuracy_loss: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Bundle:
     """Convert a checkpoint into a bundle: graphs, weights and engines, with proof of accuracy and precision.
 
@@ -91,7 +91,7 @@ def build(
         cache_size: the most disk for engines kept for later builds: ``"20G"``, or bytes; None:
             ``$IVL_EXPORT_CACHE_SIZE``, or 20 GiB.
         allow_accuracy_loss: log a loss over the budget instead of failing.
-        progress: receives the steps; None: nothing is shown.
+        progress: receives the steps; by default nothing is shown.
 
     Returns:
         The bundle, which :func:`load` runs.
@@ -134,7 +134,6 @@ def build(
         cache_size=parse_size(cache_size, "cache_size") if isinstance(cache_size, str) else cache_size,
         allow_accuracy_loss=allow_accuracy_loss,
     )
-    progress = progress or Silent()
     plan = run.open_plan(config, progress)
     _log_notices(plan)
     result = run.build(plan, progress)
@@ -154,7 +153,7 @@ def calibrate(
     algorithm: str = "max",
     precision: str | Path = "fp8",
     components: Names | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> ActivationRanges:
     """Measure the input range of every layer once, for builds that take ``ranges=out``.
 
@@ -168,7 +167,7 @@ def calibrate(
         algorithm: how ranges are picked, as in :func:`build`.
         precision: the recipe that will be built: ``"entropy"`` and ``"mse"`` pick ranges for its types.
         components: only these; None: all that the checkpoint has.
-        progress: receives the steps; None: nothing is shown.
+        progress: receives the steps; by default nothing is shown.
 
     Returns:
         What was written: ``amax[component][layer]`` is the largest magnitude of a layer's input that its type
@@ -195,7 +194,6 @@ def calibrate(
         backend=(ORT,),
         components=_names(components),
     )
-    progress = progress or Silent()
     plan = run.open_plan(config, progress)
     _log_notices(plan)
     return run.calibrate(plan, progress)

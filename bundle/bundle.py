@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,6 @@ from .replace import restore, swap
 from .spec import ComponentSpec
 
 Verify = Literal["size", "hash"]
-Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,8 @@ class Bundle:
             bundle.check(verify)
         return bundle
 
-    def check(self, verify: Verify = "hash", progress: Progress | None = None) -> None:
-        """Compare every listed file with its size (``"hash"``: and content); IntegrityError if unlike.
-
-        ``progress(path, size)`` is called after each file.
-        """
+    def check(self, verify: Verify = "hash") -> None:
+        """Compare every listed file with its size (``"hash"``: and content); IntegrityError if unlike."""
         for rel, entry in self.manifest.files.items():
             file = self.path(rel)
             size = file.stat().st_size
@@ -67,8 +63,6 @@ class Bundle:
                 _refuse(self.root, rel, f"has {size} bytes, the manifest says {entry.size}")
             if verify == "hash" and (digest := sha256_file(file)) != entry.sha256:
                 _refuse(self.root, rel, f"has sha256 {digest[:16]}…, the manifest says {entry.sha256[:16]}…")
-            if progress is not None:
-                progress(rel, size)
         if verify == "hash":
             for file in _walk(self.root):
                 rel = file.relative_to(self.root).as_posix()
@@ -142,7 +136,7 @@ class Bundle:
         return read_json(self.path(f"receipts/{name}.json"))
 
 
-def seal(staging: Path, manifest: Manifest, out: Path, progress: Progress | None = None) -> Bundle:
+def seal(staging: Path, manifest: Manifest, out: Path) -> Bundle:
     """Turn the finished folder ``staging`` into the bundle ``out``, replacing a bundle that is there.
 
     Hashes every file, writes ``manifest.json`` (``manifest.files`` is filled here), flushes all to disk and
@@ -162,8 +156,6 @@ def seal(staging: Path, manifest: Manifest, out: Path, progress: Progress | None
                 raise BuildError(f"{rel} cannot go into a bundle.", "It is not a regular file.", "Copy it.")
             flush(file)
             files[rel] = FileEntry(sha256_file(file), file.stat().st_size)
-            if progress is not None:
-                progress(rel, files[rel].size)
         sealed = manifest.with_files(files)
         try:
             text = sealed.dumps()

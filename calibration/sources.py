@@ -33,15 +33,12 @@ KINDS = (
     "a Hugging Face data set (what save_to_disk wrote, or a snapshot with Parquet files)",
 )
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
-
 
 def open_calibration(
     source: str | Path,
     samples: int = 512,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
     columns: tuple[str, ...] = (),
 ) -> CalibrationSet:
     """Choose up to ``samples`` usable images of what ``source`` names; its kind is seen from the path.
@@ -52,7 +49,7 @@ def open_calibration(
         source: one of :data:`KINDS`.
         samples: how many are wanted.
         seed: chooses which.
-        progress: hears how many are found.
+        progress: callback with the number of images read, and of all.
         columns: of the image and of the caption in a Hugging Face data set; the last names the caption in the
             JSON of shards. Else those with the usual names are taken.
 

@@ -16,8 +16,6 @@ from .progress import Bars
 
 app = typer.Typer(add_completion=False)
 
-MEGABYTE = 10**6
-
 
 @app.command()
 def export(
@@ -50,7 +48,7 @@ def export(
     name = shipped_name(model) or checkpoint.path.resolve().name.removesuffix(".pth")
     folder = out or (shards if zero_copy else Path("onnx") / f"{name}-{dtype}")
     with Bars() as bars:
-        made = export_plain(checkpoint, folder, names(components), dtype, zero_copy, _Steps(bars))
+        made = export_plain(checkpoint, folder, names(components), dtype, zero_copy, bars)
     seconds = time.perf_counter() - started
     if as_json:
         print_json(
@@ -71,42 +69,3 @@ def export(
     print_table(f"{dtype} graphs of {checkpoint.path}", ("component", "graph"), rows)
     typer.echo(f"weights: {weights} ({human_bytes(made.bytes_referred)} used)")
     typer.echo(f"written: {human_bytes(made.bytes_written)} in {seconds:.1f} s")
-
-
-class _Steps:
-    """Shows the steps of an export as bars; bytes in MB, so that the rate is MB/s.
-
-    While weights are copied theirs is the bar, and components that end meanwhile are lines.
-    """
-
-    def __init__(self, bars: Bars) -> None:
-        self.bars, self.bar = bars, ""
-        self.began: dict[str, float] = {}
-
-    def __call__(self, step: str, done: int, total: int) -> None:
-        if step not in self.began:
-            self.began[step] = time.perf_counter()
-            if not self.bar:
-                self._show(step, total)
-        if step == self.bar:
-            self.bars.advanced(_units(step, done))
-        if done < total:
-            return
-        seconds = time.perf_counter() - self.began[step]
-        if step != self.bar:
-            self.bars.noted(step, seconds)
-            del self.began[step]
-            return
-        self.bars.finished(step, seconds, False)
-        self.bar = ""
-        del self.began[step]
-        for other in self.began:  # what went on without a bar
-            self._show(other, 1)
-
-    def _show(self, step: str, total: int) -> None:
-        self.bar = step
-        self.bars.started("weights (MB)" if step == "weights" else step, _units(step, total))
-
-
-def _units(step: str, amount: int) -> int:
-    return -(-amount // MEGABYTE) if step == "weights" else amount

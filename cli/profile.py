@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +12,9 @@ from ..bundle import Bundle
 from ..errors import UsageError
 from .output import check_writable, print_json
 from .profile_layers import LayerOptions, Where, print_layer_profiles, time_layers, write_layer_profiles
+from .progress import Bars
 
 if TYPE_CHECKING:
-    from ..profiles.measure.cases import Progress
     from ..profiles.measure.layer_profile import LayerProfile
     from ..profiles.measure.receipt import Profile
 
@@ -134,11 +132,11 @@ def profile(
         ceilings,
     )
     profiles: list[LayerProfile] = []
-    with _progress() as progress:
-        result = bundle_profile.profile(subject, options, progress)
+    with Bars() as bars:
+        result = bundle_profile.profile(subject, options, bars)
         if layers:
             where = (backend, result.settings.batches[0], threads, target, device)
-            profiles = time_layers(Bundle.open(subject), where, layer_options, progress)
+            profiles = time_layers(Bundle.open(subject), where, layer_options, bars)
             result = replace(result, layers=tuple(replace(p, trace=()) for p in profiles))
     if out is not None:
         receipt.write(result.to_json(), out)
@@ -169,8 +167,8 @@ def _layers_alone(
     """Time and show layers without whole calls."""
     from ..profiles.measure.layer_timing import SCHEMA
 
-    with _progress() as progress:
-        profiles = time_layers(Bundle.open(bundle), where, options, progress)
+    with Bars() as bars:
+        profiles = time_layers(Bundle.open(bundle), where, options, bars)
     written = write_layer_profiles(f"Layers of {bundle.resolve().name}", profiles, html, png)
     if as_json:
         print_json({"schema": SCHEMA, "components": [profile.to_json() for profile in profiles]})
@@ -226,34 +224,3 @@ def _export(
     print_profile(result)
     for path in written:
         typer.echo(f"Written: {path}")
-
-
-@contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """A bar on stderr where that is a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Bar(*columns, console=console, transient=True, refresh_per_second=2) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def progress(case: str, done: int, total: int) -> None:
-            bar.update(task, description=case, completed=done, total=total)
-
-        yield progress

@@ -12,8 +12,8 @@ from ..bundle import Bundle
 from .output import print_table
 
 if TYPE_CHECKING:
-    from ..profiles.measure.cases import Progress
     from ..profiles.measure.layer_profile import LayerProfile
+    from ..progress import Progress
 
 Where = tuple[str, int, int | None, str | None, str | None]
 """Backend, batch, CPU threads, target, device."""
@@ -30,21 +30,24 @@ class LayerOptions:
 
 
 def time_layers(
-    bundle: Bundle, where: Where, options: LayerOptions, progress: Progress | None
+    bundle: Bundle, where: Where, options: LayerOptions, progress: Progress
 ) -> list[LayerProfile]:
     """Time the layers of each component, or of the one that ``options`` name; write the trace.
 
     Raises: as :func:`..profiles.measure.layer_timing.profile_layers`.
     """
     from ..profiles.measure.layer_timing import profile_layers, write_trace
+    from ..progress import reported
 
     backend, batch, threads, target, device = where
     names = [options.component] if options.component else list(bundle.manifest.components)
     profiles = []
-    for done, name in enumerate(names):
-        if progress is not None:
-            progress(f"layers of {name}", done, len(names))
-        profiles.append(profile_layers(bundle, name, backend, batch, options.calls, threads, target, device))
+    with reported(progress, "measure layers", len(names)) as advanced:
+        for done, name in enumerate(names):
+            advanced(done, detail=name)
+            profiles.append(
+                profile_layers(bundle, name, backend, batch, options.calls, threads, target, device)
+            )
     if options.trace is not None:
         write_trace(profiles, options.trace)
     return profiles

@@ -41,6 +41,7 @@ class Bars:
             transient=True,
         )
         self._task: TaskID | None = None
+        self._step = self._label = ""
 
     def __enter__(self) -> Bars:
         if self._console.is_terminal:  # elsewhere rich would leave an empty line
@@ -53,32 +54,31 @@ class Bars:
         if self._console.is_terminal:
             self._progress.stop()
 
-    def started(self, step: str, total: int | None) -> None:
+    def started(self, step: str, total: int | None, unit: str = "") -> None:
         """Show a bar for ``step``."""
         self._clear()
-        self._task = self._progress.add_task(step, total=total, rate="")
+        self._step, self._label = step, f"{step} ({unit})" if unit else step
+        self._task = self._progress.add_task(self._label, total=total, rate="")
 
-    def advanced(self, done: int, total: int | None = None) -> None:
+    def advanced(self, done: int, total: int | None = None, detail: str = "") -> None:
         """Move the bar; ``total``: where its end is, if that is known only now."""
         if self._task is not None:
             speed = self._progress.tasks[self._progress.task_ids.index(self._task)].speed
             rate = f"{speed:.1f}/s" if speed else ""
-            self._progress.update(self._task, completed=done, total=total, rate=rate)
+            label = f"{self._label}: {detail}" if detail else self._label
+            self._progress.update(self._task, completed=done, total=total, rate=rate, description=label)
 
     def finished(self, step: str, seconds: float, reused: bool = False) -> None:
-        """Replace the bar by a line."""
-        self._clear()
-        self.noted(step, seconds, reused)
-
-    def noted(self, step: str, seconds: float, reused: bool = False) -> None:
-        """A line for a step that ended while another has the bar."""
+        """A line for ``step``, in the place of its bar if it has one."""
+        if step == self._step:
+            self._clear()
         how = "reused" if reused else f"{seconds:.1f} s"
         self._console.print(f"[green]done[/] {step} [dim]{how}[/]", highlight=False)
 
     def _clear(self) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
-            self._task = None
+        self._task, self._step = None, ""
 
 
 @contextmanager

@@ -20,17 +20,18 @@ import numpy as np
 
 from ..errors import UsageError
 from ..inputs.chat_template import Turn
+from ..progress import SILENT, Progress, reported
 from ..synthetic import chat_tasks
 from .datasets import questions
 from .files import Reader, choose, fingerprint
-from .runner import PIECE, Progress, stage
+from .runner import PIECE
 from .scores import Measure, share
 from .tasks import QUESTIONS, Result
 
 if TYPE_CHECKING:
     from ..inputs.preprocess import PixelValues
     from ..inputs.sources import ImageInput
-    from ..runtime import InternVLChat
+from ..runtime import InternVLChat
 
 MODE = "InternVL-Chat"
 PLAIN = "{}"
@@ -89,7 +90,7 @@ def evaluate(
     limit: int | None = None,
     prompt: str = PLAIN,
     max_new_tokens: int = chat_tasks.LONGEST_ANSWER,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Result:
     """Ask ``model`` about the images of ``data`` (:func:`.datasets.questions`; None: drawn scenes).
 
@@ -99,7 +100,7 @@ def evaluate(
         limit: so many questions (of drawn scenes: scenes), None: all.
         prompt: what is asked, ``{}`` for a question of ``data``.
         max_new_tokens: longest answer.
-        progress: hears how it goes.
+        progress: receives the steps.
 
     Raises:
         UsageError: ``prompt`` has no place for the question, or there is none to put in.
@@ -118,11 +119,9 @@ def evaluate(
     return _questions(answer, data, limit, prompt, settings, progress)
 
 
-def _scenes(
-    answer: EngineChat, limit: int | None, settings: dict[str, Any], progress: Progress | None
-) -> Result:
+def _scenes(answer: EngineChat, limit: int | None, settings: dict[str, Any], progress: Progress) -> Result:
     count = min(limit or chat_tasks.SCENES, chat_tasks.SCENES)
-    with stage(progress, "scenes", count) as advanced:
+    with reported(progress, "scenes", count) as advanced:
         found = chat_tasks.evaluate(answer, count, progress=advanced)
     scores = {**found["chat"], "new combinations": found["chat"]["all"]["novel"]}
     measures = tuple(
@@ -142,13 +141,13 @@ def _questions(
     limit: int | None,
     prompt: str,
     settings: dict[str, Any],
-    progress: Progress | None,
+    progress: Progress,
 ) -> Result:
     every = questions(data)
     items = choose(every, limit)
     reader = Reader(len(items))
     kept, said = [], []
-    with stage(progress, "questions", len(items)) as advanced:
+    with reported(progress, "questions", len(items)) as advanced:
         for piece in reader.pieces(items, PIECE, answer.model.read_images):
             turns = [[Turn(prompt.replace(PLAIN, item.question), None, 1)] for item in piece.items]
             said += answer([piece.pixels[[number]] for number in range(len(piece.items))], turns)

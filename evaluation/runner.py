@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import Array
 from ..errors import InputError
+from ..progress import SILENT, Progress, reported
 from ..runtime.matching import Ranking, log_odds, rescored
 from ..runtime.zero_shot import ensemble, fill, l2, rank
 from .datasets import Captioned, Classes, Labelled
@@ -29,26 +28,10 @@ BEAMS, MIN_TOKENS, MAX_TOKENS = 5, 8, 30
 T = TypeVar("T", bound=Item)
 
 
-class Progress(Protocol):
-    """Told what runs: a stage and its size, how far it is, that it is done."""
-
-    def started(self, step: str, total: int | None) -> None:
-        """A stage begins."""
-        ...
-
-    def advanced(self, done: int) -> None:
-        """``done`` of it are done."""
-        ...
-
-    def finished(self, step: str, seconds: float, reused: bool) -> None:
-        """It is done."""
-        ...
-
-
 class Runner:
-    """A model, the mode its images are embedded in, and who is told of progress."""
+    """A model, the mode its images are embedded in, and what receives the progress."""
 
-    def __init__(self, model: InternVL, mode: Mode, progress: Progress | None = None) -> None:
+    def __init__(self, model: InternVL, mode: Mode, progress: Progress = SILENT) -> None:
         self.model, self.mode, self.progress = model, mode, progress
 
     def classify(
@@ -84,7 +67,7 @@ class Runner:
         }
         if rerank is not None:
             searched = best(images, texts, rerank), best(texts, images, rerank)
-            with stage(self.progress, "matching", len(kept)) as advanced:
+            with reported(self.progress, "matching", len(kept)) as advanced:
                 both = matched(self.model, kept, said, *searched, PIECE, advanced)
             for way, ranking, right in zip(ways, both, own, strict=True):
                 found[way, f", best {rerank} re-ranked"] = moved(found[way, ""], ranking, right)
@@ -97,7 +80,7 @@ class Runner:
         check_cider()
         kept: list[Captioned] = []
         said: list[str] = []
-        with stage(self.progress, "captions", len(items)) as advanced:
+        with reported(self.progress, "captions", len(items)) as advanced:
             for piece in reader.pieces(items, PIECE, partial(self.model.read_images, resize="square")):
                 said += self.model.caption(
                     piece.pixels, num_beams=BEAMS, max_new_tokens=MAX_TOKENS, min_new_tokens=MIN_TOKENS
@@ -109,7 +92,7 @@ class Runner:
     def texts(self, texts: Sequence[str], name: str) -> Array:
         """Embeddings [len(texts), E], not normalised."""
         parts = []
-        with stage(self.progress, name, len(texts)) as advanced:
+        with reported(self.progress, name, len(texts)) as advanced:
             for start in range(0, len(texts), PIECE):
                 parts.append(self.model.encode_text(texts[start : start + PIECE]))
                 advanced(min(start + PIECE, len(texts)))
@@ -119,7 +102,7 @@ class Runner:
         """The items that could be read and a unit vector for each [N, E]: the mean over its frames."""
         kept: list[T] = []
         parts = []
-        with stage(self.progress, "images", len(items)) as advanced:
+        with reported(self.progress, "images", len(items)) as advanced:
             for piece in reader.pieces(items, PIECE, partial(self.model.read_images, resize=resize)):
                 embeds = l2(self.model.encode_image(piece.pixels, self.mode))
                 starts = np.cumsum([0, *piece.counts[:-1]])
@@ -127,26 +110,6 @@ class Runner:
                 kept += piece.items
                 advanced(len(kept) + len(reader.skipped))
         return kept, np.concatenate(parts)
-
-
-@contextmanager
-def stage(told: Progress | None, name: str, total: int) -> Iterator[Advanced]:
-    """``told`` hears of a stage of ``total`` samples; what it is advanced with is given to the block."""
-    start = time.perf_counter()
-    if told is None:
-        yield lambda done: None
-        return
-    told.started(name, total)
-    yield told.advanced
-    told.finished(name, time.perf_counter() - start, False)
-
-
-class Advanced(Protocol):
-    """Is told how much of a stage is done."""
-
-    def __call__(self, done: int, /) -> None:
-        """``done`` of it are done."""
-        ...
 
 
 Places = NDArray[np.int64]
@@ -165,7 +128,7 @@ def matched(
     of_images: Ranking,
     of_texts: Ranking,
     piece: int,
-    advanced: Advanced,
+    advanced: Callable[[int], object],
 ) -> tuple[Ranking, Ranking]:
     """Both rankings in the order of both heads; an image is read once, and a pair of both matched once.
 
@@ -176,7 +139,7 @@ def matched(
         of_images: for each image the captions found.
         of_texts: for each caption the images found.
         piece: images in memory at a time.
-        advanced: is told how many images are done.
+        advanced: callback with the number of images done.
     """
     pairs = [
         np.arange(len(items))[:, None] * len(texts) + of_images.indices,

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..progress import SILENT, Progress
 from ..runtime.matching import check_matching
 from .datasets import imagenet, karpathy, videos, xtd
 from .files import Reader, choose, fingerprint
-from .runner import BEAMS, MAX_TOKENS, MIN_TOKENS, Progress, Runner
+from .runner import BEAMS, MAX_TOKENS, MIN_TOKENS, Runner
 from .scores import Measure
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def evaluate(
     language: str = "en",
     limit: int | None = None,
     frames: int = FRAMES,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     rerank: int | None = None,
 ) -> Result:
     """Run ``task`` (one of :data:`TASKS`, but :data:`QUESTIONS`) on the data set in the folder ``data``.

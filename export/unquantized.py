@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..files.locks import locked
 from ..models.checkpoint import Checkpoint
 from ..models.finite import check_finite
 from ..models.registry import component_module
+from ..progress import SILENT, Progress
 from .beside import Check, beside
 from .binding import bind, save_graph
 from .cached_attention import separate_past
@@ -26,16 +28,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 DTYPES = ("bf16", "fp32")
+MEGABYTE = 10**6
 STORE = Path("weights") / "weights.safetensors"
 GRAPH_BYTES = 64 << 20
 """Room for the graphs themselves; the largest takes a few MB."""
-
-Progress = Callable[[str, int, int], None]
-"""Hears the step, what is done of it, and its end: bytes for ``weights``, 0 or 1 for a component.
-
-Weights are copied while components are traced, so their steps mix. Calls come one at a time, from
-two threads.
-"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ def export_plain(
     components: Sequence[str] = (),
     dtype: str = "bf16",
     zero_copy: bool = False,
-    progress: Progress = lambda step, done, total: None,
+    progress: Progress = SILENT,
 ) -> Exported:
     """Write ``<component>.<dtype>.onnx`` into ``out`` for each of ``components`` (none given: all).
 
@@ -75,7 +71,7 @@ def export_plain(
         components: names of ``checkpoint.components``.
         dtype: what the graphs compute in, ``bf16`` or ``fp32``.
         zero_copy: write no weights.
-        progress: see :data:`Progress`.
+        progress: receives the components, and ``weights`` in MB, which are copied meanwhile.
 
     Raises:
         UsageError: unknown dtype or component; ``out`` is there already, or does not hold the shards.
@@ -88,17 +84,18 @@ def export_plain(
     names = list(dict.fromkeys(components)) or list(checkpoint.components)
     keys = weight_keys(checkpoint, names)
     used = sum(checkpoint.tensors[key].nbytes for key in keys)
+    tell = ExportSteps(progress)
     if zero_copy:
         check_linkable(checkpoint, keys, out)
-        progress("weights", 0, used)
-        check_finite(checkpoint, keys, lambda done: progress("weights", done, used))
-        models = _bound(checkpoint, checkpoint.tensors, names, dtype, out, progress)
+        tell("weights", 0, used)
+        check_finite(checkpoint, keys, lambda done: tell("weights", done, used))
+        models = _bound(checkpoint, checkpoint.tensors, names, dtype, out, tell)
         graphs = _saved(models, dtype, out)
         return Exported(graphs, None, _sizes(graphs.values()), used)
 
     stored = None if dtype == "fp32" else dtype
     layout = stored_as(checkpoint, keys, stored)
-    total, tell = sum(t.nbytes for t in layout), _one_at_a_time(progress)
+    total = sum(t.nbytes for t in layout)
     with _staged(out) as staging:
         check_space(staging, total + GRAPH_BYTES)
         store = staging / STORE
@@ -182,19 +179,19 @@ def _bound(
     names: Sequence[str],
     dtype: str,
     folder: Path,
-    progress: Progress,
+    tell: ExportSteps,
     sound: Check = lambda: None,
 ) -> dict[str, ir.Model]:
     """Graphs of ``names`` that refer to ``store``; they are checked and saved once it is there."""
     models = {}
     for name in names:
         sound()
-        progress(name, 0, 1)
+        tell(name, 0, 1)
         models[name] = export_component(name, checkpoint, dtype)
         if dtype == "fp32":
             separate_past(models[name])
         bind(models[name], store, folder)
-        progress(name, 1, 1)
+        tell(name, 1, 1)
     return models
 
 
@@ -248,14 +245,44 @@ def _only_export(staging: Path, out: Path) -> Iterator[None]:
         yield
 
 
-def _one_at_a_time(progress: Progress) -> Progress:
-    lock = threading.Lock()
+class ExportSteps:
+    """Reports an export, whose weights are copied in a thread while components are traced in another.
 
-    def tell(step: str, done: int, total: int) -> None:
-        with lock:
-            progress(step, done, total)
+    While weights are copied they are the step that advances, and components that end meanwhile only end.
+    """
 
-    return tell
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._lock = progress, threading.Lock()
+        self._current = ""
+        self._began: dict[str, float] = {}
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """``done`` of ``total`` bytes of ``weights``, or 0 or 1 of 1 of a component."""
+        with self._lock:
+            self._told(step, done, total)
+
+    def _told(self, step: str, done: int, total: int) -> None:
+        if step not in self._began:
+            self._began[step] = time.perf_counter()
+            if not self._current:
+                self._start(step, total)
+        if step == self._current:
+            self._progress.advanced(_units(step, done))
+        if done < total:
+            return
+        self._progress.finished(step, time.perf_counter() - self._began.pop(step))
+        if step == self._current:
+            self._current = ""
+            for other in self._began:  # it went on meanwhile
+                self._start(other, 1)
+
+    def _start(self, step: str, total: int) -> None:
+        self._current = step
+        self._progress.started(step, _units(step, total), "MB" if step == "weights" else "")
+
+
+def _units(step: str, amount: int) -> int:
+    return -(-amount // MEGABYTE) if step == "weights" else amount
 
 
 def _sizes(files: Iterable[Path]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from ..calibration.accuracy import BUDGETS, check_budget
 from ..engines.memory import check_memory
 from ..errors import AccuracyError, BuildError, UsageError
 from ..files.json import read_json
-from ..progress import Progress
+from ..progress import Progress, reported
 from ..quantization.ranges import ActivationRanges
 from ..quantization.schemes import folded_layers
 from .accuracy_steps import accuracy_step, headlines, tasks_step
@@ -72,14 +71,8 @@ def open_plan(config: BuildConfig, progress: Progress) -> BuildPlan:
     Raises:
         IvlError: as :func:`.plan.plan_build` and :func:`.search_steps.plan_mixed`.
     """
-    progress.started("open", None)
-    started = time.perf_counter()
-    if config.precision == MIXED:
-        plan = plan_mixed(config, progress)
-    else:
-        plan = plan_build(config, progress.advanced)
-    progress.finished("open", time.perf_counter() - started)
-    return plan
+    with reported(progress, "open") as advanced:
+        return plan_mixed(config, progress) if config.precision == MIXED else plan_build(config, advanced)
 
 
 def build_steps(plan: BuildPlan) -> list[Step]:

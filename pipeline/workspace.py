@@ -129,7 +129,7 @@ class Workspace:
         if record is not None:
             self.progress.finished(name, record.seconds, True)
         else:
-            self.progress.started(f"{name} ({unit})" if unit else name, total)
+            self.progress.started(name, total, unit)
             started = time.perf_counter()
             with disk_errors(self.out):
                 self._forget(name)

@@ -19,6 +19,7 @@ from PIL import Image
 
 import ivl_export
 from ivl_export import build, calibrate, errors, load
+from ivl_export.progress import SILENT
 from ivl_export.quantization.ranges import ActivationRanges
 
 LIGHT = """
@@ -40,9 +41,9 @@ class Steps:
     def __init__(self) -> None:
         self.ended: dict[str, bool] = {}
 
-    def started(self, step: str, total: int | None) -> None: ...
+    def started(self, step: str, total: int | None, unit: str = "") -> None: ...
 
-    def advanced(self, done: int, total: int | None = None) -> None: ...
+    def advanced(self, done: int, total: int | None = None, detail: str = "") -> None: ...
 
     def finished(self, step: str, seconds: float, reused: bool = False) -> None:
         self.ended[step] = not reused
@@ -81,7 +82,7 @@ def test_keywords_are_the_options_of_the_command(verb: str) -> None:
     command = typer.main.get_command(import_module(f"ivl_export.cli.{verb}").app)
     options = {p.name: p for p in command.params if p.name not in ONLY_CLI}
     keywords = dict(inspect.signature(getattr(ivl_export, verb)).parameters)
-    assert keywords.pop("progress").default is None
+    assert keywords.pop("progress").default is SILENT
     assert {*keywords} == {*options}
     for name, option in options.items():
         dashed = {flag.lstrip("-").replace("-", "_") for flag in option.opts}

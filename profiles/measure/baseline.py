@@ -19,7 +19,8 @@ from ...errors import IvlError, UsageError
 from ...models.config import InternVLConfig
 from ...models.registry import Component, component_of
 from ...models.shipped import FOLDERS, checkpoint_path, shipped_folder
-from .cases import GRAPHS, Case, Progress, Task
+from ...progress import SILENT, Progress, reported
+from .cases import GRAPHS, Case, Task
 from .device_timing import captured, event_timer, has_gpu
 from .inputs import random_inputs
 from .timing import StopRule
@@ -37,7 +38,7 @@ def run_baseline(
     wanted: Sequence[tuple[ComponentSpec, dict[str, int]]],
     rule: StopRule,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> tuple[Case, ...]:
     """Time the torch modules of components at the sizes ``wanted``, on the GPU if torch has one.
 
@@ -47,15 +48,18 @@ def run_baseline(
         wanted: component contracts and sizes.
         rule: when each measurement ends.
         threads: CPU threads of torch; None: torch's choice.
-        progress: called before each measurement.
+        progress: receives the measurements as one step.
     """
     import torch
 
     cases = []
-    with torch_threads(threads), torch.inference_mode():
+    with (
+        torch_threads(threads),
+        torch.inference_mode(),
+        reported(progress, "measure torch bf16", len(wanted)) as advanced,
+    ):
         for done, (spec, sizes) in enumerate(wanted):
-            if progress is not None:
-                progress(f"torch bf16 {spec.name}, batch {sizes['batch']}", done, len(wanted))
+            advanced(done, detail=f"{spec.name}, batch {sizes['batch']}")
             call = _module_call(checkpoint, config, spec, sizes)
             cases += [task.time(rule) for task in _tasks(component_of(spec.name, config), sizes, call)]
     return tuple(cases)

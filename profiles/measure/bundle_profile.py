@@ -17,6 +17,7 @@ from ...errors import BuildError, CapabilityError, UsageError
 from ...files.hashing import sha256_file
 from ...models.config import ChatConfig, InternVLConfig
 from ...models.registry import CONTRASTIVE, ModelConfig, component_names, config_from_published, family_of
+from ...progress import SILENT, Progress, reported
 from ...runtime import InternVL, InternVLChat
 from ...runtime.load import model_on
 from ...runtime.loaded import Loaded
@@ -24,7 +25,7 @@ from ..cost.flops import ComponentCost, graph_cost
 from ..cost.roofline import Arithmetic, component_cost
 from ..cost.table19 import BATCH, PAPER_RATES, TEXT_TOKENS, different_model, table19
 from . import baseline, chat_latency, latency
-from .cases import Case, Progress, Task
+from .cases import Case, Task
 from .ceilings import Ceilings, floor_of, measure_ceilings
 from .inputs import TEXT, jpeg, random_inputs
 from .latency import batches_of, check_lengths, run, sizes_of
@@ -72,8 +73,8 @@ class Options:
         return {key: value for key, value in given.items() if value is not None}
 
 
-def profile(path: Path | str, options: Options | None = None, progress: Progress | None = None) -> Profile:
-    """Profile the bundle in ``path`` on this machine; ``progress`` is called before each measurement.
+def profile(path: Path | str, options: Options | None = None, progress: Progress = SILENT) -> Profile:
+    """Profile the bundle in ``path`` on this machine; ``progress`` receives its parts as steps.
 
     Raises:
         UsageError: an unknown backend, a batch size or a length that the engines do not take, or a checkpoint
@@ -222,12 +223,11 @@ def _batches(bundle: Bundle, options: Options, tables: bool) -> Sequence[int] | 
     return sorted({min(max(batch, low), high) for batch in (*PAPER_RATES, BATCH)})
 
 
-def _ceilings(options: Options, device: str, progress: Progress | None) -> Ceilings | None:
+def _ceilings(options: Options, device: str, progress: Progress) -> Ceilings | None:
     if not options.ceilings:
         return None
-    if progress is not None:
-        progress("ceilings: products and copies", 0, 1)
-    return measure_ceilings(options.threads, replace(options.rule, min_samples=3), gpu=device != HOST)
+    with reported(progress, "measure ceilings"):
+        return measure_ceilings(options.threads, replace(options.rule, min_samples=3), gpu=device != HOST)
 
 
 def _subject(bundle: Bundle, config: ModelConfig) -> Subject:

@@ -15,8 +15,6 @@ Kind = Literal["component", "chained", "host", "baseline"]
 Clock = Literal["host clock", "CUDA events"]
 GRAPHS = ", CUDA graph"
 """Behind a backend's name where its calls are replayed."""
-Progress = Callable[[str, int, int], None]
-"""Called with the case that comes next, how many are done, and how many there are."""
 
 
 @dataclass(frozen=True)

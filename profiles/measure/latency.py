@@ -16,9 +16,10 @@ from ...bundle.spec import ComponentSpec
 from ...errors import UsageError
 from ...inputs.tokenizer import CAPTION_PROMPT
 from ...models.registry import ModelConfig, component_names, component_of, family_of
+from ...progress import SILENT, Progress, reported
 from ...runtime import InternVL, Mode
 from ...runtime.loaded import Loaded
-from .cases import Case, Progress, Task
+from .cases import Case, Task
 from .device_timing import resident_tasks
 from .inputs import JPEG_SIZE, TEXT, jpeg, random_inputs, random_pixels
 from .recording import RecordingComponents
@@ -80,20 +81,20 @@ def named(model: Loaded, tasks: Iterable[Task]) -> list[Task]:
 
 
 def run(
-    model: Loaded, tasks: Sequence[Task], rule: StopRule, progress: Progress | None = None
+    model: Loaded, tasks: Sequence[Task], rule: StopRule, progress: Progress = SILENT
 ) -> tuple[Case, ...]:
     """Time every task after opening the engines they need."""
     for name in dict.fromkeys(task.name for task in tasks if task.kind == "component"):
         model.components.open(name)
     cases = []
-    for done, task in enumerate(tasks):
-        if progress is not None:
-            progress(f"{task.name}, batch {task.batch}", done, len(tasks))
-        stages = record = None
-        if task.kind == "chained":
-            stages = partial(_seconds, model)
-            record = model.components.calls if isinstance(model.components, RecordingComponents) else None
-        cases.append(task.time(rule, stages, record))
+    with reported(progress, "measure", len(tasks)) as advanced:
+        for done, task in enumerate(tasks):
+            advanced(done, detail=f"{task.name}, batch {task.batch}")
+            stages = record = None
+            if task.kind == "chained":
+                stages = partial(_seconds, model)
+                record = model.components.calls if isinstance(model.components, RecordingComponents) else None
+            cases.append(task.time(rule, stages, record))
     return tuple(cases)
 
 

@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
 from ivl_export.cli import main
-from ivl_export.cli.export import _Steps
 from ivl_export.cli.progress import Bars
 from ivl_export.errors import BuildError, CapabilityError, CheckpointError, UsageError
 from ivl_export.export.beside import Check, beside
-from ivl_export.export.unquantized import STORE, export_plain, weight_keys
+from ivl_export.export.unquantized import STORE, ExportSteps, export_plain, weight_keys
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
 from ivl_export.models.registry import component_module, expected_shapes
@@ -53,6 +52,40 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def shards(source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "shards"))
+
+
+class Steps:
+    """Keeps what it receives: steps that started, what was done of them, and that they ended."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, object]] = []
+        self.threads: set[threading.Thread] = set()
+
+    def started(self, step: str, total: int | None, unit: str = "") -> None:
+        self._call(step, f"of {total} {unit}".strip())
+
+    def advanced(self, done: int, total: int | None = None, detail: str = "") -> None:
+        self._call("", done)
+
+    def finished(self, step: str, seconds: float, reused: bool = False) -> None:
+        self._call(step, "ended")
+
+    def _call(self, step: str, what: object) -> None:
+        self.calls.append((step, what))
+        self.threads.add(threading.current_thread())
+
+
+class Stopping(Steps):
+    """Is interrupted at the end of a step."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self.step = step
+
+    def finished(self, step: str, seconds: float, reused: bool = False) -> None:
+        super().finished(step, seconds, reused)
+        if step == self.step:
+            raise KeyboardInterrupt
 
 
 def inputs(name: str) -> dict[str, Array]:
@@ -100,10 +133,10 @@ def test_zero_copy_equals_torch_and_writes_only_graphs(shards: Path) -> None:
 
 
 def test_a_copy_equals_torch_and_stands_alone(source: Path, tmp_path: Path) -> None:
-    heard: list[tuple[str, int, int]] = []
+    steps = Steps()
     checkpoint = open_checkpoint(source)
     out = tmp_path / "new" / "out"
-    made = export_plain(checkpoint, out, BOTH, "fp32", progress=lambda *what: heard.append(what))
+    made = export_plain(checkpoint, out, BOTH, "fp32", progress=steps)
     moved = tmp_path / "elsewhere"
     out.rename(moved)
     assert {p.relative_to(moved).as_posix() for p in moved.rglob("*") if p.is_file()} == {
@@ -116,12 +149,12 @@ def test_a_copy_equals_torch_and_stands_alone(source: Path, tmp_path: Path) -> N
     for name, graph in made.graphs.items():
         assert locations(moved / graph.name) == {STORE.as_posix()}
         assert_equals_torch(checkpoint, name, moved / graph.name)
-    total = sum(t.nbytes for t in stored.values())
-    bytes_heard = [what for what in heard if what[0] == "weights"]
-    assert bytes_heard[0] == ("weights", 0, total)
-    assert bytes_heard[-1] == ("weights", total, total)
-    graphs_heard = [what for what in heard if what[0] != "weights"]
-    assert graphs_heard == [(name, done, 1) for name in BOTH for done in (0, 1)]
+    megabytes = -(-sum(t.nbytes for t in stored.values()) // 10**6)
+    assert steps.calls[0] == ("weights", f"of {megabytes} MB")
+    assert ("", megabytes) in steps.calls
+    ended = [step for step, what in steps.calls if what == "ended"]
+    assert sorted(ended) == sorted(["weights", *BOTH])
+    assert [step for step in ended if step != "weights"] == [*BOTH]
 
 
 def test_bf16_graphs_use_the_shards_as_they_are(shards: Path, tmp_path: Path) -> None:
@@ -211,15 +244,11 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path: P
 def test_nothing_stays_after_an_error_and_nothing_is_overwritten(source: Path, tmp_path: Path) -> None:
     checkpoint, out = open_checkpoint(source), tmp_path / "out"
 
-    def stop(step: str, done: int, total: int) -> None:
-        if step == "vision":
-            raise KeyboardInterrupt
-
     left = tmp_path / ".out.export" / "weights"
     left.mkdir(parents=True)
     (left / "half.tmp").write_bytes(b"of a killed run")
     with pytest.raises(KeyboardInterrupt):
-        export_plain(checkpoint, out, ["vision"], "fp32", progress=stop)
+        export_plain(checkpoint, out, ["vision"], "fp32", progress=Stopping("vision"))
     assert not list(tmp_path.iterdir())
     out.mkdir()
     (out / "mine.txt").write_text("kept")
@@ -230,17 +259,11 @@ def test_nothing_stays_after_an_error_and_nothing_is_overwritten(source: Path, t
 
 @pytest.mark.parametrize("failing", ["weights", "vision"])
 def test_what_fails_stops_the_other_and_leaves_nothing(source: Path, tmp_path: Path, failing: str) -> None:
-    checkpoint, heard = open_checkpoint(source), []
-
-    def stop(step: str, done: int, total: int) -> None:
-        heard.append((step, threading.current_thread()))
-        if step == failing and done:
-            raise KeyboardInterrupt
-
+    checkpoint, steps = open_checkpoint(source), Stopping(failing)
     with pytest.raises(KeyboardInterrupt):
-        export_plain(checkpoint, tmp_path / "out", BOTH, "bf16", progress=stop)
+        export_plain(checkpoint, tmp_path / "out", BOTH, "bf16", progress=steps)
     assert not list(tmp_path.iterdir())
-    threads = {thread for _, thread in heard}
+    threads = steps.threads
     assert [thread for thread in threads if thread.is_alive()] == [threading.current_thread()]
     assert len(threads) > 1, "weights are copied in threads of their own"
 
@@ -289,7 +312,7 @@ def test_work_beside_the_block_ends_with_it() -> None:
 
 def test_components_that_end_while_weights_are_copied_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with Bars() as bars:
-        steps = _Steps(bars)
+        steps = ExportSteps(bars)
         for told in [
             ("weights", 0, 9), ("a", 0, 1), ("a", 1, 1), ("weights", 5, 9), ("b", 0, 1), ("weights", 9, 9),
             ("b", 1, 1), ("c", 0, 1), ("c", 1, 1),

@@ -28,10 +28,10 @@ class Heard:
 
     finished_steps: list[tuple[str, bool]] = field(default_factory=list)
 
-    def started(self, step: str, total: int | None) -> None:
+    def started(self, step: str, total: int | None, unit: str = "") -> None:
         pass
 
-    def advanced(self, done: int, total: int | None = None) -> None:
+    def advanced(self, done: int, total: int | None = None, detail: str = "") -> None:
         pass
 
     def finished(self, step: str, seconds: float, reused: bool = False) -> None:

@@ -329,7 +329,8 @@ def test_the_verb_prints_tables_and_writes_a_receipt(
         "The paper's lines are empty: they are about InternVL-14B",
     ):
         assert text in captured.out, text
-    assert not captured.err  # no bar where there is no terminal
+    ended = [line.rpartition(" ")[0].rpartition(" ")[0] for line in captured.err.splitlines()]
+    assert ended == ["done measure", "done measure ceilings"], "lines, and no bar where there is no terminal"
     data = json.loads(out.read_text())
     assert data["schema"] == SCHEMA
     assert all(not any(line["measured"]) for line in data["table19"]["lines"] if line["paper"])
