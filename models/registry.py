@@ -351,9 +351,12 @@ class Family(Generic[C]):
         """Published key -> tensor, from the names in the files of ``folder``."""
         return tensors
 
-    def stored_name(self, config: C, key: str) -> str:
-        """The name in a checkpoint's files of the tensor that :meth:`locate` gives ``key``."""
-        return key
+    def stored(self, config: C) -> dict[str, tuple[str, Shape]]:
+        """What a checkpoint's files hold: name -> (the key it is known by, or its name again, and its shape).
+
+        Of a family that joins tensors in its files, a name has no key.
+        """
+        return {key: (key, shape) for key, shape in self.shapes(config).items()}
 
     def companions(self, config: C) -> dict[str, dict[str, Any]]:
         """Further JSON files of a checkpoint, beside ``config.json``: name -> content."""

@@ -128,12 +128,19 @@ class TilesChatModel(nn.Module):
         return self.language_model.lm_head(hidden[:, -1]), new
 
     def logits(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_token_id: int | None = None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_token_id: int | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Logits of every position [B, T, vocab] of prompts without padding; arguments as :meth:`embed`."""
-        x = self.embed(input_ids, pixel_values, image_token_id=image_token_id)
-        mask = torch.ones_like(input_ids)
-        hidden, _ = self(x, mask.cumsum(1) - 1, mask)
+        """Logits of the next token after every position [B, T, vocab]; arguments as :meth:`embed`.
+
+        At padding, on either side, they mean nothing.
+        """
+        x = self.embed(input_ids, pixel_values, attention_mask, image_token_id)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.int64)
+        hidden, _ = self(x, (mask.cumsum(1) - 1).clamp(min=0), mask)
         out: Tensor = self.language_model.lm_head(hidden)
         return out
 
@@ -150,35 +157,40 @@ class TilesChatModel(nn.Module):
 
         Args:
             pixel_values, input_ids, image_token_id: as :meth:`embed`.
-            attention_mask: [B, T]; prompts of different lengths are padded on the left.
+            attention_mask: [B, T], 0 at padding, on either side; None: no padding.
             max_new_tokens: how many at most.
 
         Raises:
-            InputError: see :meth:`embed`; padding on the right.
+            InputError: see :meth:`embed`.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.int64)
-        if not bool(mask[:, -1].all()):
-            raise InputError(
-                "A prompt is padded on the right.", fix="Pad on the left: answers follow the last token."
-            )
-        decoder, barred = self.config.decoder, self._image_token(image_token_id, needed=False)
-        x = self.embed(input_ids, pixel_values, mask, image_token_id)
+        ids, mask = input_ids, torch.ones_like(input_ids)
+        if attention_mask is not None:
+            ids, mask = padded_left(input_ids, attention_mask)
+        decoder, suppressed = self.config.decoder, self._image_token(image_token_id, needed=False)
+        x = self.embed(ids, pixel_values, mask, image_token_id)
 
-        def bar(logits: Tensor) -> Tensor:
-            if barred is not None:
-                logits[:, barred] = -torch.inf
+        def without_images(logits: Tensor) -> Tensor:
+            if suppressed is not None:
+                logits[:, suppressed] = -torch.inf
             return logits
 
         def step(
-            ids: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValue]
+            new_ids: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValue]
         ) -> tuple[Tensor, list[KeyValue]]:
-            logits, new = self.step(self.language_model.model.embed_tokens(ids), positions, mask, past)
-            return bar(logits), new
+            logits, new = self.step(self.language_model.model.embed_tokens(new_ids), positions, mask, past)
+            return without_images(logits), new
 
         first, past = self.step(x, (mask.cumsum(1) - 1).clamp(min=0), mask)
-        ids = decoder.eos_token_ids
-        stop = StopCriteria(decoder.eos_token_id, decoder.pad_token_id, max_new_tokens, more=ids[1:])
-        return search(step, bar(first), past, mask, stop, 1)
+        more = decoder.eos_token_ids[1:]
+        stop = StopCriteria(decoder.eos_token_id, decoder.pad_token_id, max_new_tokens, more=more)
+        return search(step, without_images(first), past, mask, stop, 1)
+
+
+def padded_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts [B, T] and their mask with all padding on the left; what stood there does not matter."""
+    used = attention_mask.bool()
+    order = used.long().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), used.long().gather(1, order)
 
 
 def check_pixels(pixel_values: Tensor, patch: int) -> None:

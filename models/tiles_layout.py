@@ -31,6 +31,9 @@ from .tiles_splits import (
     split_decoder,
 )
 
+NEWER = "model.vision_tower."
+"""What a tower's names begin with in the newer style of transformers; in the older one without ``model.``."""
+
 
 def tiles_shapes(config: TilesConfig) -> dict[str, Shape]:
     """Key to shape, for every tensor a model of ``config`` has."""
@@ -109,6 +112,17 @@ def sources(config: TilesConfig, stored: Collection[str]) -> dict[str, Source]:
     return made
 
 
+def published_shapes(config: TilesConfig) -> dict[str, Shape]:
+    """Stored name to shape of a checkpoint as it is published: the other direction of :func:`sources`.
+
+    In the layout of transformers with the newer prefixes; experts of Qwen3-MoE one by one; with an lm_head,
+    unless the config says that embeddings are tied.
+    """
+    tied = config.decoder.tied is True
+    written = replace(config, decoder=replace(config.decoder, tied=tied))
+    return stored_shapes(sources(written, (NEWER,)))
+
+
 def stored_shapes(made: dict[str, Source]) -> dict[str, Shape]:
     """Stored name to shape, for every tensor that :func:`sources` reads."""
     return {part.name: part.shape for source in made.values() for part in source.parts}
@@ -144,7 +158,7 @@ def _native_names(stored: Collection[str]) -> Callable[[str], str]:
 
     The newer style has ``model.`` before all but the lm_head; the conversions of 2025 have it in the decoder.
     """
-    newer = any(name.startswith("model.vision_tower.") for name in stored)
+    newer = any(name.startswith(NEWER) for name in stored)
     before = "model." if newer else ""
 
     def rename(name: str) -> str:

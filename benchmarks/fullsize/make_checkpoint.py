@@ -35,7 +35,8 @@ from ivl_export.models.config import (
     InternViTConfig,
     InternVLConfig,
 )
-from ivl_export.models.registry import ModelConfig, Shape, expected_shapes, family_of, load_config
+from ivl_export.models.registry import ModelConfig, Shape, family_of, load_config
+from ivl_export.models.tiles_published import PUBLISHED
 from ivl_export.training.tokenizer import train_tokenizer
 
 BLOCK_VALUES = 1 << 22
@@ -53,12 +54,15 @@ LAYOUTS: dict[str, ModelConfig] = {
     "chat-13b": ChatConfig(decoder=VICUNA_13B),
     "chat-7b-qllama": ChatConfig(InternVLConfig(), VICUNA_7B),
     "chat-13b-qllama": ChatConfig(InternVLConfig(), VICUNA_13B),
+    **PUBLISHED,
 }
 C = TypeVar("C", bound=Any)
 
 # Projections back into the residual stream.
-_RESIDUAL = (".attn.proj.weight", ".mlp.fc2.weight", "attn.o_proj.weight", ".mlp.down_proj.weight")
-_EMBEDDINGS = ("class_embedding", "position_embedding", "embed_tokens.weight", "query_tokens")
+_OF_DECODERS = ("o_proj.weight", "down_proj.weight", ".wo.weight", ".w2.weight")
+_RESIDUAL = (".attn.proj.weight", ".projection_layer.weight", ".mlp.fc2.weight", *_OF_DECODERS)
+_EMBEDDINGS = ("class_embedding", "cls_token", "position_embedding", "position_embeddings", "query_tokens",
+               "embed_tokens.weight", "tok_embeddings.weight")  # fmt: skip
 
 
 def make_checkpoint(
@@ -86,7 +90,9 @@ def make_checkpoint(
     Returns:
         The shards.
     """
-    family, shapes = family_of(config), expected_shapes(config)
+    family = family_of(config)
+    tensors = family.stored(config)
+    shapes = {name: shape for name, (_, shape) in tensors.items()}
     shards = list(_shards(shapes, shard_bytes))
     total, done = sum(_nbytes(s) for s in shapes.values()), 0
     out.mkdir(parents=True, exist_ok=True)
@@ -95,18 +101,18 @@ def make_checkpoint(
         raise SystemExit(f"{out}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.")
     index: dict[str, str] = {}
     paths = []
-    for i, keys in enumerate(shards, 1):
+    for i, names in enumerate(shards, 1):
         path = out / f"model-{i:05}-of-{len(shards):05}.safetensors"
         with atomic(path, exclusive=True) as partial, partial.open("wb") as file:
-            file.write(_header({family.stored_name(config, key): shapes[key] for key in keys}))
+            file.write(_header({name: shapes[name] for name in names}))
             if holes:
-                file.truncate(file.tell() + sum(_nbytes(shapes[key]) for key in keys))
-            for key in () if holes else keys:
-                for rows in tensor_blocks(key, shapes[key], depth, seed):
+                file.truncate(file.tell() + sum(_nbytes(shapes[name]) for name in names))
+            for name in () if holes else names:
+                for rows in tensor_blocks(*tensors[name], depth, seed):
                     file.write(rows.view(torch.uint8).numpy().data)
                     done += rows.numel() * ITEM_BYTES
                     progress(done, total)
-        index.update({family.stored_name(config, key): path.name for key in keys})
+        index.update(dict.fromkeys(names, path.name))
         paths.append(path)
     _json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     _json(out / "config.json", {**config.to_published(), "torch_dtype": "bfloat16"})
@@ -134,6 +140,8 @@ def tensor_blocks(key: str, shape: Shape, depth: int, seed: int) -> Iterator[tor
     elif len(shape) > 1:  # a matrix product or the patch convolution: [out, in ...]
         fan_in = shape[0] if key == "text_projection" else math.prod(shape[1:])
         rows, last = shape[0], math.prod(shape[1:])
+        if len(shape) == 3:  # stacked experts, each [in, out]
+            rows, fan_in, last = shape[0] * shape[1], shape[1], shape[2]
         # Lognormal factors of rows and columns make the tails heavy, as in trained weights.
         scale = torch.empty(rows).normal_(generator=generator).mul_(0.3).exp_() / math.sqrt(fan_in)
         columns = torch.empty(last).normal_(generator=generator).mul_(0.4).exp_()
@@ -141,7 +149,7 @@ def tensor_blocks(key: str, shape: Shape, depth: int, seed: int) -> Iterator[tor
             scale *= _peaks(rows, seed, 12) / 10
         elif key.endswith(_RESIDUAL):
             scale *= _peaks(rows, seed, 12)
-            if key.endswith(("o_proj.weight", "down_proj.weight")):  # InternViT has its layer scales
+            if key.endswith(_OF_DECODERS):  # InternViT has its layer scales
                 scale /= math.sqrt(2 * depth)
     else:
         yield _vector(key, shape[0], seed, generator).bfloat16()
@@ -157,7 +165,7 @@ def _vector(key: str, size: int, seed: int, generator: torch.Generator) -> torch
     values = torch.empty(size).normal_(generator=generator)
     if key.endswith("bias"):
         return values * 0.02
-    if key.endswith((".ls1", ".ls2")):  # InternViT starts its layer scales at 0.1
+    if key.endswith((".ls1", ".ls2", ".lambda_1", ".lambda_2")):  # InternViT starts its layer scales at 0.1
         return (values * 0.3).exp() * 0.1
     # Norm weights: training makes them small where a channel is massive.
     return (values * 0.1).exp() / _peaks(size, seed, 4)

@@ -118,8 +118,8 @@ class InternViT(Family[InternViTConfig]):
     ) -> dict[str, TensorRef]:
         return {VISION + name: ref for name, ref in tensors.items()}
 
-    def stored_name(self, config: InternViTConfig, key: str) -> str:
-        return key.removeprefix(VISION)
+    def stored(self, config: InternViTConfig) -> dict[str, tuple[str, Shape]]:
+        return {key.removeprefix(VISION): (key, shape) for key, shape in self.shapes(config).items()}
 
     def depths(self, config: InternViTConfig) -> tuple[int, int]:
         return config.vision.num_hidden_layers, 0

@@ -22,7 +22,7 @@ from ..layout import vit_shapes
 from ..registry import CHAT, Context, Family, Link, Macs, Ranges, Shape, register
 from ..tiles_checkpoint import tiles_tensors
 from ..tiles_config import TilesConfig
-from ..tiles_layout import decoder_shapes, projector_shapes, tiles_shapes
+from ..tiles_layout import decoder_shapes, projector_shapes, published_shapes, tiles_shapes
 from ..tiles_reading import is_tiles, load_tiles_config, read_tiles
 from ..tiles_splits import BLOCKS, EMBEDDINGS, LANGUAGE, VISION
 from . import chat, internvit, internvl
@@ -192,6 +192,23 @@ class Tiles(Family[TilesConfig]):
         self, config: TilesConfig, tensors: dict[str, TensorRef], folder: Path, readers: dict[Path, Any]
     ) -> dict[str, TensorRef]:
         return tiles_tensors(config, tensors, folder)
+
+    def stored(self, config: TilesConfig) -> dict[str, tuple[str, Shape]]:
+        """As published: q, k and v of InternLM2 and Phi-3 joined, experts of GPT-OSS stacked."""
+        return {name: (name, shape) for name, shape in published_shapes(config).items()}
+
+    def depths(self, config: TilesConfig) -> tuple[int, int]:
+        return config.vision_blocks, config.decoder.num_hidden_layers
+
+    def sliced(self, config: TilesConfig, vision: int, text: int) -> TilesConfig:
+        """Features are read as far from the end of the tower, and blocks that are never run are kept."""
+        unread = config.vision.num_hidden_layers - config.vision_blocks
+        return replace(
+            config,
+            vision=replace(config.vision, num_hidden_layers=vision + unread),
+            decoder=replace(config.decoder, num_hidden_layers=text),
+            select_layer=-(unread + 1),
+        )
 
     def model(self, config: TilesConfig) -> nn.Module:
         from ..tiles_chat import TilesChatModel

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,18 @@ from torch import Tensor
 from ivl_export.errors import CapabilityError, CheckpointError
 from ivl_export.models import load_chat, load_model
 from ivl_export.models.checkpoint import open_checkpoint
-from ivl_export.models.registry import component_module, components_of, expected_shapes
+from ivl_export.models.registry import (
+    component_module,
+    components_of,
+    config_from_published,
+    expected_shapes,
+    family_of,
+    sliced,
+)
 from ivl_export.models.storage import Rows, TensorRef, View, read_header
 from ivl_export.models.tiles_config import TilesConfig
+from ivl_export.models.tiles_layout import published_shapes
+from ivl_export.models.tiles_published import PUBLISHED
 
 FAMILY = Path(__file__).parent.parent / "goldens" / "family"
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
@@ -345,3 +356,61 @@ def test_references_stay_small() -> None:
     assert ref.view is not None
     assert [rows.runs for rows in ref.view.rows] == [((0, 24), (40, 24))]
     assert ref.offset is None
+
+
+# Published sizes
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent.name for p in FAMILY.glob("*/model.safetensors")))
+def test_published_names_and_shapes_are_the_files(folder: str) -> None:
+    config: Any = open_checkpoint(FAMILY / folder).model
+    stored = {name: ref.shape for name, ref in read_header(FAMILY / folder / "model.safetensors").items()}
+    assert published_shapes(config) == stored
+    tied = replace(config, decoder=replace(config.decoder, tied=True))
+    assert len(published_shapes(tied)) == len(stored) - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tower", "decoder", "total"),
+    [
+        ("internvl2-1b", 304.0, 629.7, 938.2),
+        ("internvl2.5-8b", 304.0, 7737.8, 8075.4),
+        ("internvl3-14b", 304.0, 14766.0, 15117.3),
+        ("internvl3-38b", 5536.5, 32759.9, 38388.2),
+        ("internvl3.5-30b-a3b", 304.0, 30532.1, 30848.7),
+    ],
+)
+def test_published_parameters(name: str, tower: float, decoder: float, total: float) -> None:
+    config = PUBLISHED[name]
+    assert config_from_published(json.loads(json.dumps(config.to_published()))) == config
+    sizes = {key: math.prod(shape) / 1e6 for key, shape in published_shapes(config).items()}
+    parts = [
+        sum(n for key, n in sizes.items() if key.startswith(part)) for part in ("vision_", "language_", "")
+    ]
+    assert parts == pytest.approx([tower, decoder, total], abs=0.06)
+    assert (config.num_visual, config.num_tokens) == (256, 1025)
+
+
+@pytest.mark.parametrize("kind", ["internlm2", "phi3", "gpt_oss", "qwen3_moe"])
+def test_made_up_checkpoints_are_in_the_published_layout(kind: str, tmp_path: Path) -> None:
+    from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
+
+    folder = next(
+        f
+        for f in FAMILY.iterdir()
+        if (f / "config.json").is_file() and kind in (f / "config.json").read_text()
+    )
+    config: Any = open_checkpoint(folder).model
+    config = replace(config, decoder=replace(config.decoder, vocab_size=512), layout="opengvlab")
+    make_checkpoint(tmp_path, config, shard_bytes=200_000)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.model == config
+    chat: Any = load_chat(checkpoint)
+    with torch.no_grad():
+        values = chat.logits(torch.arange(3, 40)[None], None)
+    assert torch.isfinite(values).all()
+    assert 0.1 < float(values.std()) < 10
+    assert family_of(config).depths(config) == (config.vision_blocks, config.decoder.num_hidden_layers)
+    shallow = sliced(config, 1, 2)
+    assert family_of(config).depths(shallow) == (1, 2)
+    assert set(expected_shapes(shallow)) < set(expected_shapes(config))
