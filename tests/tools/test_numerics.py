@@ -13,7 +13,7 @@ from ivl_export.tests.tools.one_ulp import moved
 SELECTION = (
     "tests/models/test_goldens.py",
     "tests/training/test_losses.py",
-    "tests/calibration/test_quantize.py",
+    "tests/quantization/test_quantize.py",
     "tests/engines/torch/test_linears.py",
     "tests/engines/torch/test_engine.py::test_fp32_equals_onnxruntime",
     "tests/engines/torch/test_engine.py::test_fp8_attention_equals_onnxruntime",

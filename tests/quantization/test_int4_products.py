@@ -23,7 +23,7 @@ from ivl_export.quantization.quantize import (
 )
 from ivl_export.quantization.schemes import SCHEMES, block_size, excluded
 from ivl_export.tests.calibration.reference import reference_modules
-from ivl_export.tests.calibration.test_weight_only import written
+from ivl_export.tests.quantization.test_weight_only import written
 from ivl_export.verify.expectations import check_expectations
 from ivl_export.verify.onnxruntime import read_onnxruntime
 from ivl_export.verify.rtx import read_rtx

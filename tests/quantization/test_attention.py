@@ -39,8 +39,8 @@ from ivl_export.quantization.quantize import activation_scale
 from ivl_export.quantization.ranges import ActivationRanges
 from ivl_export.quantization.recipe import Recipe, Rule, load_recipe, plan_layers
 from ivl_export.tests.calibration.reference import reference_modules, reference_runners, torch_runner
-from ivl_export.tests.calibration.test_qdq import bound, runner
 from ivl_export.tests.components import COMPONENTS, OPTIONAL
+from ivl_export.tests.quantization.test_qdq import bound, runner
 
 pytestmark = pytest.mark.numeric
 
