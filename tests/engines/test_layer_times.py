@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from ivl_export.engines.layer_times import Event, TimedCall, concatenate_calls
 from ivl_export.engines.tensorrt.layer_names import layer_names
 from ivl_export.engines.tensorrt.profile import profiled_calls
-
-from .test_inspector import ELEVEN, TEN, vit_layers
+from ivl_export.tests.verify.test_inspector import ELEVEN, TEN, vit_layers
 
 TIMES = st.floats(0, 1e6, allow_nan=False)
 
