@@ -17,6 +17,7 @@ from ..models.calls import Arrays
 from ..models.registry import ModelConfig
 from .component_chain import Runner, Step, run_chain
 from .dataset import Batch
+from .magnitudes import NOT_MEASURED, Magnitudes
 
 BUDGETS = {"fp8": 1.0, "int8": 1.5, "mixed": 0.3}
 """Largest loss in percentage points on each task, by recipe (bf16 and fp16: as fp8)."""
@@ -63,6 +64,7 @@ class Receipt:
         chained: the same, components fed with each other's outputs.
         blocks: component -> metrics of the hidden states behind each block, where the model was simulated
             block by block (:mod:`.simulate`) because it does not fit into memory.
+        magnitudes: how large everything became in the fp32 model.
     """
 
     recipe: str
@@ -73,10 +75,11 @@ class Receipt:
     teacher_forced: Table
     chained: Table
     blocks: dict[str, list[Metrics]] = field(default_factory=dict)
+    magnitudes: Magnitudes = NOT_MEASURED
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; an infinite SQNR (bit-equal) becomes None."""
-        data = asdict(self)
+        data = {**asdict(self), "magnitudes": self.magnitudes.to_json()}
         listed = [
             m for mode in ("teacher_forced", "chained") for o in data[mode].values() for m in o.values()
         ]

@@ -8,7 +8,7 @@ and no cache is kept: captions after the queries, answers after their prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,6 +22,7 @@ from ..models.qllama import KeyValue
 from ..models.registry import Context, Link, Ranges
 from .activation_store import Spill
 from .forward_calls import Samples
+from .magnitudes import MagnitudeObserver
 from .segments import Modules, Segment, depths
 
 Made: TypeAlias = "tuple[Tensor, dict[str, Tensor]]"
@@ -38,6 +39,7 @@ class Flow:
         name: of the files there.
         source: another flow whose outputs, keys and values the components take; None: its own.
         components: those of ``modules`` that run; None: all.
+        observer: watches what is computed.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class Flow:
         name: str = "states",
         source: Flow | None = None,
         components: Sequence[str] | None = None,
+        observer: MagnitudeObserver | None = None,
     ) -> None:
-        self.modules, self.source = modules, source or self
+        self.modules, self.source, self.observer = modules, source or self, observer
         self.components = tuple(modules.by_name if components is None else components)
         self.spills: dict[str, Spill] = {}
         self._outputs: dict[tuple[str, str], Spill] = {}
@@ -79,6 +82,10 @@ class Flow:
     @torch.inference_mode()
     def run(self, segment: Segment, call: Call, pixels: Array | None) -> Made:
         """One call through one segment: hidden states [B, T, H], and the component's outputs made there."""
+        with self.observer.watch(call.component) if self.observer else nullcontext():
+            return self._run(segment, call, pixels)
+
+    def _run(self, segment: Segment, call: Call, pixels: Array | None) -> Made:
         component, config = self.modules.components[call.component], self.modules.config
         module, context = self.modules.by_name[call.component], self._context(segment, call, pixels)
         spill = self.spills[segment.tower]

@@ -19,6 +19,7 @@ from .dataset import Batch, CalibrationSet
 
 if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint
+    from .magnitudes import Magnitudes
 
 
 def recorded_bytes(config: ModelConfig, components: Sequence[str], samples: int) -> int:
@@ -56,6 +57,7 @@ class Recording:
     ) -> None:
         from .block_stream import Flow, visit
         from .forward_calls import samples_of
+        from .magnitudes import MagnitudeObserver
         from .segments import Modules, needed, segments
 
         self._config = checkpoint.model
@@ -65,7 +67,9 @@ class Recording:
         self._calls = samples.calls
         self._batches = partial(chosen.batches, settings, tokenizer, batch_size)
         self._names = {c: [t.name for t in component_spec(c, self._config).outputs] for c in order}
-        flow = Flow(Modules(checkpoint, order), samples, folder)
+        modules = Modules(checkpoint, order)
+        observer = MagnitudeObserver(modules.by_name)
+        flow = Flow(modules, samples, folder, observer=observer)
         try:
             for number, segment in enumerate(segments(self._config, order)):
                 for call, [made] in visit(segment, samples, [flow], progress, number * samples.count):
@@ -74,6 +78,9 @@ class Recording:
                         np.save(self._path(call, name), tensor.cpu().numpy())
         finally:
             flow.close()
+            observer.close()
+        self.magnitudes: Magnitudes = observer.result(samples.count)
+        """How large everything became on the way."""
 
     def __iter__(self) -> Iterator[tuple[Batch, list[Step]]]:
         """Every batch, and its steps as :func:`.component_chain.run_chain` gives them."""

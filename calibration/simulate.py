@@ -28,6 +28,7 @@ from .accuracy import Comparison, Metrics, Table
 from .block_stream import Flow, visit
 from .dataset import CalibrationSet
 from .forward_calls import samples_of
+from .magnitudes import MagnitudeObserver, Magnitudes
 from .segments import Load, Modules, needed, needs, segments
 
 if TYPE_CHECKING:
@@ -64,11 +65,13 @@ class Simulated:
         chained: the same, components fed with each other's outputs.
         blocks: component -> metrics of the hidden states behind each block, with the errors of all blocks
             before it (chained where the component is chained).
+        magnitudes: how large everything became in the fp32 model.
     """
 
     teacher_forced: Table
     chained: Table
     blocks: dict[str, list[Metrics]]
+    magnitudes: Magnitudes
 
 
 def simulated_accuracy(
@@ -105,7 +108,9 @@ def simulated_accuracy(
     samples = samples_of(chosen, settings, tokenizer, config, order, batch_size)
     here = [c for c in order if c in components]
     simulated = Modules(checkpoint, here, _stored(quantised), device)
-    reference = Flow(Modules(checkpoint, order, device=device), samples, folder, "fp32")
+    exact = Modules(checkpoint, order, device=device)
+    observer = MagnitudeObserver(exact.by_name)
+    reference = Flow(exact, samples, folder, "fp32", observer=observer)
     # Components that take no other's outputs are the same in both modes: they run once.
     chained = [c for c in here if needs(c, config) <= set(here)]
     fed = [c for c in here if needs(c, config)]
@@ -137,6 +142,7 @@ def simulated_accuracy(
     finally:
         for flow in flows:
             flow.close()
+        observer.close()
 
     def ordered(component: str, table: dict[str, dict[str, Comparison]]) -> dict[str, Metrics]:
         names = [tensor.name for tensor in component_spec(component, config).outputs]
@@ -146,6 +152,7 @@ def simulated_accuracy(
         {c: ordered(c, compared[1] if c in fed else compared[0]) for c in here},
         {c: ordered(c, compared[0]) for c in chained},
         {c: [comparison.metrics() for comparison in blocks[c]] for c in here if c in blocks},
+        observer.result(samples.count),
     )
 
 

@@ -44,6 +44,11 @@ def print_report(report: dict[str, Any]) -> None:
         ("component", "output", "cosine", "SQNR dB", "samples"),
         accuracy,
     )
+    if largest := report["largest"]:
+        typer.echo(
+            f"largest magnitude in fp32: {largest['value']:.4g} ({largest['component']}, {largest['place']}, "
+            f"channel {largest['channel']}); {largest['type']} ends at {largest['end']:.6g}"
+        )
     if report["tasks"]:
         names = list(report["tasks"])
         figures = list(report["tasks"][names[0]])

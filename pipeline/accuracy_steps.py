@@ -19,6 +19,7 @@ from ..calibration.accuracy import SIMULATED, Metrics, Receipt, Table, component
 from ..calibration.calibrate import calibration_units
 from ..calibration.component_chain import Step as ChainStep
 from ..calibration.dataset import Batch
+from ..calibration.magnitudes import Magnitudes, check_magnitudes
 from ..calibration.recording import Recording, recorded_bytes
 from ..dtypes import dtype_of
 from ..engines.base import open_engine
@@ -75,10 +76,17 @@ COMPARED = ("fp8", "int8")
 
 
 def accuracy_step(plan: BuildPlan, before: list[Step]) -> Step:
-    """Every component against fp32, on held-out samples."""
+    """Every component against fp32, on held-out samples.
+
+    The graphs are run in fp32: whether the base type holds what they compute is judged by the magnitudes that
+    the fp32 model reached, and a type that does not is refused.
+    """
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
-        receipt = component_receipt(plan, graph_source(plan, space.staging_dir), space, advanced)
+        source = graph_source(plan, space.staging_dir)
+        receipt = component_receipt(plan, source, space, advanced)
+        ranges = source.scales.amax if source.scales else {}
+        check_magnitudes(receipt.magnitudes, plan.recipe.base, ranges)
         return [write_receipt(space, "accuracy", receipt.to_json())], {}
 
     inputs = {"held_out": plan.held_out.hash, **after(before)}
@@ -183,8 +191,9 @@ def component_receipt(
         if simulate:
             found = _simulated(plan, source, space, Path(folder), progress)
             forced, chained, blocks = found.teacher_forced, found.chained, found.blocks
+            magnitudes = found.magnitudes
         else:
-            forced, chained = _in_onnxruntime(plan, space, Path(folder), progress)
+            forced, chained, magnitudes = _in_onnxruntime(plan, space, Path(folder), progress)
     return Receipt(
         plan.recipe.name,
         SIMULATED if simulate else ORT,
@@ -194,6 +203,7 @@ def component_receipt(
         forced,
         chained,
         blocks,
+        magnitudes,
     )
 
 
@@ -212,7 +222,7 @@ def _simulated(
 
 def _in_onnxruntime(
     plan: BuildPlan, space: Workspace, folder: Path, progress: Callable[[int], None]
-) -> tuple[Table, Table]:
+) -> tuple[Table, Table, Magnitudes]:
     config = plan.checkpoint.model
     base = calibration_units(config, plan.components, len(plan.held_out))
     inputs = (plan.checkpoint, plan.components, plan.held_out, plan.settings, plan.tokenizer)
@@ -228,7 +238,8 @@ def _in_onnxruntime(
     paths = {c: space.staging_dir / graph_path(c, "fp32") for c in plan.components}
     engines = {c: open_engine(ORT, component_spec(c, config), path) for c, path in paths.items()}
     try:
-        return component_accuracy(reference(), {name: engine.run for name, engine in engines.items()}, config)
+        runners = {name: engine.run for name, engine in engines.items()}
+        return *component_accuracy(reference(), runners, config), recording.magnitudes
     finally:
         for engine in engines.values():
             engine.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..calibration.magnitudes import Magnitudes, notes
 from .accuracy_steps import headlines
 from .run import Result
 
@@ -13,6 +14,7 @@ def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
     """Accuracy, verification and steps of ``result``, read from the bundle's receipts."""
     bundle, manifest = result.bundle, result.bundle.manifest
     verification, accuracy = bundle.receipt("verification"), bundle.receipt("accuracy")
+    magnitudes = Magnitudes.from_json(accuracy["magnitudes"])
     tasks: dict[str, Any] = {}
     if "tasks" in manifest.receipts:
         scores = bundle.receipt("tasks")["scores"]
@@ -23,10 +25,11 @@ def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
         "recipe": manifest.recipe,
         "bytes": sum(f.size for f in manifest.files.values()),
         "files": len(manifest.files),
-        "notices": [*notices, *_unread(result)],
+        "notices": [*notices, *_unread(result), *notes(magnitudes, manifest.compute_dtype)],
         "over_budget": result.over_budget,
         "components": accuracy["chained"],
         "components_in": accuracy["backend"],
+        "largest": magnitudes.summary(manifest.compute_dtype),
         "tasks": tasks,
         "verification": {
             engine: {name: _summary(report) for name, report in found.items()}

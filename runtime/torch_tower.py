@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..bundle import Bundle, Verify
 from ..engines.device import as_tensor
-from ..errors import CapabilityError, UsageError
+from ..errors import CapabilityError, InputError, UsageError
 from .components import Components, visual_embeds, visual_shape
 from .model import outputs_of
 
@@ -101,16 +102,34 @@ class VisionTower(nn.Module):
         """[B, 3, S, S] normalised pixels, any B, float type and device -> [B, N, D], of that type, there.
 
         Raises:
-            InputError: images of another size.
+            InputError: images of another size, or no floats.
+            CapabilityError: it computes in fp16, and runs over.
         """
+        _check_floats(pixel_values)
         if self.projected:
             outputs = visual_embeds(self.components, pixel_values)
         else:
             feeds = {"pixel_values": pixel_values}
             outputs = self.components.run_device(self.component, feeds, [self.output])[self.output]
         rows = as_tensor(outputs)[:, self.first :]
+        if self.components.options.get("dtype") == "fp16" and not bool(rows.isfinite().all()):
+            raise CapabilityError(
+                "The tower gave infinity or NaN.",
+                "It computes in fp16, which ends at 65504, and these images make it reach further.",
+                'Load it with dtype="bf16".',
+            )
         return rows.to(pixel_values.device, pixel_values.dtype)
 
     def close(self) -> None:
         """Free the engine."""
         self.components.close()
+
+
+def _check_floats(pixel_values: object) -> None:
+    """InputError for anything but a tensor of floats: features take its type, and bytes cannot hold them."""
+    fix = "Give what InternVL.pixel_values or preprocess_images makes of images, as a tensor."
+    if not isinstance(pixel_values, Tensor):
+        raise InputError("The tower takes a torch tensor.", f"It got a {type(pixel_values).__name__}.", fix)
+    if pixel_values.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        stored = f"These pixels are {pixel_values.dtype}, as images are stored."
+        raise InputError("The tower takes normalised floats.", stored, fix)

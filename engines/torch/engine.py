@@ -12,7 +12,8 @@ from torch import Tensor
 from ...arrays import Array
 from ...bundle import Bundle
 from ...bundle.spec import ComponentSpec
-from ...dtypes import COMPUTE, dtype_of
+from ...calibration.magnitudes import Magnitudes, refuse_type
+from ...dtypes import COMPUTE, dtype_of, name_of_torch
 from ...errors import BuildError, CapabilityError, UsageError
 from ..base import run_from_host
 from ..cuda_graphs import Call, CudaGraphs
@@ -120,7 +121,8 @@ def open_torch(
         threads: torch's threads on the CPU, for the whole process; None: as they are.
 
     Raises:
-        CapabilityError: no such device here, or CUDA graphs without a GPU.
+        CapabilityError: no such device here, CUDA graphs without a GPU, or a ``dtype`` that does not hold
+            what the component computes.
         UsageError: an unknown ``dtype``.
         IntegrityError: the bundle lacks weights or scales of the component.
     """
@@ -131,12 +133,24 @@ def open_torch(
         raise CapabilityError("CUDA graphs need a GPU.", f"The device is {place}.", "Leave cuda_graphs out.")
     if threads is not None:
         torch.set_num_threads(threads)
+    check_type(bundle, spec.name, computes)
     module = component_of(bundle, spec.name, dtype=computes, device=place, product=product)
     call: Call = module
     if compile:
         compile_blocks(module, None if compile is True else compile)
     engine = TorchEngine(spec, call, computes, place)
     return engine.with_graphs() if cuda_graphs else engine
+
+
+def check_type(bundle: Bundle, component: str, computes: torch.dtype) -> None:
+    """CapabilityError where the fp32 model reached values that ``computes`` does not hold.
+
+    A bundle that was built before magnitudes were measured passes.
+    """
+    if "accuracy" in bundle.manifest.receipts:
+        found = bundle.receipt("accuracy").get("magnitudes")
+        if found is not None:
+            refuse_type(Magnitudes.from_json(found), component, name_of_torch(computes))
 
 
 def compute_type(bundle: Bundle, device: torch.device, dtype: str | None = None) -> torch.dtype:

@@ -84,3 +84,14 @@ def test_the_five_lines_of_the_documentation(
     names: dict[str, Any] = {"torch": torch}
     exec(compile(lines, "embedding.md", "exec"), names)
     assert names["features"].shape == (4, names["tower"].num_tokens, names["tower"].hidden_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_bytes_are_refused(tiny_bundle: Path, dtype: torch.dtype) -> None:
+    tower = VisionTower.load(tiny_bundle, "onnxruntime")
+    pixels = torch.zeros(1, 3, tower.image_size, tower.image_size, dtype=dtype)
+    with pytest.raises(InputError, match=r"normalised floats.*preprocess"):
+        tower(pixels)
+    with pytest.raises(InputError, match=r"torch tensor.*ndarray.*preprocess"):
+        tower(pixels.numpy())
+    tower.close()
