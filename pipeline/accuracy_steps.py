@@ -85,7 +85,7 @@ def accuracy_step(plan: BuildPlan, before: list[Step]) -> Step:
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         source = graph_source(plan, space.staging_dir)
         receipt = component_receipt(plan, source, space, advanced)
-        ranges = source.scales.amax if source.scales else {}
+        ranges = source.ranges.amax if source.ranges else {}
         check_magnitudes(receipt.magnitudes, plan.recipe.base, ranges)
         return [write_receipt(space, "accuracy", receipt.to_json())], {}
 

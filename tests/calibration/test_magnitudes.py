@@ -47,7 +47,8 @@ class Model(nn.Module):
         layer: Any = self.layers[0]
         x = x + F.gelu(layer["fc"](layer["norm"](x)))
         heads = x.view(1, -1, 2, 4).transpose(1, 2)
-        return self.core(heads, heads, heads)
+        out: torch.Tensor = self.core(heads, heads, heads)
+        return out
 
 
 def observed(model: nn.Module, *inputs: torch.Tensor) -> dict[str, Peak]:
