@@ -40,12 +40,13 @@ def llama(q: QLlamaConfig, new: int, total: int, stack: str) -> Macs:
 def decoder(c: DecoderConfig, new: int, total: int, stack: str) -> Macs:
     """As :func:`llama`, of a decoder of any kind. In a graph every expert sees every position."""
     layer, hidden, layers = f"{stack}layers.*.", c.hidden_size, c.num_hidden_layers
+    keys = total + c.sinks  # a sink is one more
     per_layer = {
         "self_attn.q_proj": new * hidden * c.query_width,
         "self_attn.k_proj": new * hidden * c.key_width,
         "self_attn.v_proj": new * hidden * c.key_width,
         "self_attn.o_proj": new * hidden * c.query_width,
-        "self_attn/Attention": 2 * new * total * c.query_width,
+        "self_attn/Attention": 2 * new * keys * c.query_width,
     }
     counts = {layer + key: layers * count for key, count in per_layer.items()}
     sparse = sum(c.sparse(i) for i in range(layers))

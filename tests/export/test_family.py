@@ -57,8 +57,11 @@ def test_graphs_equal_their_modules(folder: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     from ivl_export.export.unquantized import export_plain
+    from ivl_export.profiles.cost.flops import graph_cost
+    from ivl_export.profiles.cost.roofline import component_macs
 
-    exported = export_plain(open_checkpoint(FAMILY / folder), tmp_path / "onnx", dtype="fp32")
+    checkpoint = open_checkpoint(FAMILY / folder)
+    exported = export_plain(checkpoint, tmp_path / "onnx", dtype="fp32")
     assert list(exported.graphs) == ["vision_chat", "decoder_embed", "decoder"]
     for name, path in exported.graphs.items():
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -68,6 +71,9 @@ def test_graphs_equal_their_modules(folder: str, tmp_path: Path) -> None:
             got = session.run(None, {key: t.numpy() for key, t in inputs.items()})
             for value, want in zip(got, module(name, folder)(*inputs.values()), strict=True):
                 np.testing.assert_allclose(value, want.numpy(), rtol=0, atol=1e-5 * float(want.abs().max()))
+        cost = graph_cost(path, component_spec(name, checkpoint.model), SIZES, "fp32")
+        counted = {layer.layer: layer.macs for layer in cost.layers}
+        assert counted == component_macs(name, checkpoint.model, SIZES)
 
 
 @torch.no_grad()

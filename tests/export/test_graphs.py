@@ -272,7 +272,7 @@ def test_repeated_blocks_equal_traced_ones(name: str, layers: int) -> None:
             for n in model.graph
         ]
 
-    repeated = trace._trace(name, config, False)
+    repeated = trace._trace(name, config)
     assert nodes(repeated) == nodes(trace._trace_all(name, config))
 
 

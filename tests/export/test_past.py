@@ -21,7 +21,7 @@ from ivl_export.export.trace import export_component
 from ivl_export.export.weight_store import open_store
 from ivl_export.export.weights import write_store
 from ivl_export.models.checkpoint import open_checkpoint
-from ivl_export.models.registry import component_spec
+from ivl_export.models.registry import component_of, component_spec
 
 pytestmark = pytest.mark.numeric
 
@@ -35,6 +35,7 @@ class Both:
     def __init__(self, which: str, folder: Path) -> None:
         checkpoint, name = open_checkpoint(GOLDENS / which), STEPS[which]
         self.spec: ComponentSpec = component_spec(name, checkpoint.model)
+        self.place = component_of(name, checkpoint.model).place(checkpoint.model)
         self.vocab = self.spec.outputs[0].shape[1]
         self.whole, self.pieces = (export_component(name, checkpoint, "fp32") for _ in range(2))
         self.count = separate_past(self.pieces)
@@ -97,7 +98,7 @@ def test_no_cache_is_joined(both: Both) -> None:
 
 
 def test_parts_read_their_own_inputs(both: Both) -> None:
-    for model, spec in split_graph(both.pieces, both.spec, "qllama.model.layers", 2):
+    for model, spec in split_graph(both.pieces, both.spec, both.place, 2):
         assert {v.name for v in model.graph.inputs} == {t.name for t in spec.inputs}
         assert "positions" in {t.name for t in spec.inputs}
 
