@@ -62,8 +62,8 @@ def build(
         print(bundle.manifest.recipe, bundle.receipt("accuracy"))
 
     Args:
-        model: a checkpoint: a folder of a published layout, or an older ``.pth`` file; or ``"nano-chat"``,
-            the chat model that ships with the package; None: internvl-nano, which ships too.
+        model: a checkpoint: a folder of a published layout, or an older ``.pth`` file; or the name
+            of a model that ships with the package: ``"nano"``, ``"nano-chat"``; None: ``"nano"``.
         out: the bundle's folder; None: ``bundles/MODEL-PRECISION``.
         precision: a recipe that ships (``"fp8"``, ``"int8"``, ...), a recipe file, or ``"mixed"``: the
             fastest one within ``budget`` is searched.

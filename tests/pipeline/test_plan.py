@@ -239,7 +239,7 @@ def test_truncated_weights(ask: Ask, tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_nano_is_named(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipped, "nano_folder", lambda: tmp_path / "nano")
+    monkeypatch.setattr(shipped, "shipped_folder", lambda name: tmp_path / "nano")
     with pytest.raises(CheckpointError, match="nano"):
         ask(model=None)
 
