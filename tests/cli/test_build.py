@@ -149,7 +149,7 @@ def test_without_arguments_it_is_nano_that_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shipped, "nano_folder", lambda: tmp_path / "absent" / "nano")
+    monkeypatch.setattr(shipped, "shipped_folder", lambda name: tmp_path / "absent" / "nano")
     assert main(["build"]) == 4
     assert "nano" in capsys.readouterr().err
 

@@ -48,7 +48,7 @@ def test_blocks_that_are_not_there_are_refused(block: int) -> None:
 
 
 def test_a_chat_model_gives_none() -> None:
-    with pytest.raises(CapabilityError, match="chat model"):
+    with pytest.raises(CapabilityError, match="InternVL-Chat gives no features"):
         with_features(open_checkpoint(CHAT), (1,))
 
 

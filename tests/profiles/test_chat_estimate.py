@@ -91,11 +91,13 @@ def test_shipped_precisions_cover_every_form() -> None:
 
 def test_the_verb(chat_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["estimate", "--gpu", "l40s", "--batch", "1,8"]
-    assert main([*line, "--model", next(iter(FULL_SIZE)), "--cost-per-hour", "1", "--layers"]) == 0
+    assert (
+        main([*line, "--model", next(iter(FULL_SIZE)), "--cost-per-hour", "1", "--layers", "--evidence"]) == 0
+    )
     out = capsys.readouterr().out
     for text in (
         "predicted, not measured",
-        "first token ms",
+        "ms to the first token",
         "576 positions",
         "nano-chat-int8: decoder",
         "1M",

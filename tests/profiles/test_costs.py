@@ -12,7 +12,7 @@ import pytest
 from ivl_export.bundle import Bundle
 from ivl_export.bundle.manifest import Model
 from ivl_export.bundle.spec import Axis, ComponentSpec, TensorSpec
-from ivl_export.errors import BuildError, IntegrityError
+from ivl_export.errors import BuildError, IntegrityError, UsageError
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.profiles.cost.flops import graph_cost, layer_type
 from ivl_export.profiles.cost.roofline import component_macs, towers
@@ -55,7 +55,7 @@ def test_analytic_counts_by_hand() -> None:
     assert step["qllama.lm_head"] == 6 * 10  # of the last position only
     query = component_macs("qllama_query", config, {})
     assert query["qllama.model.layers.*.cross_attn.k_proj"] == 2 * 5 * 4 * 6  # layers 0 and 2
-    with pytest.raises(KeyError):
+    with pytest.raises(UsageError, match="decoder"):
         component_macs("decoder", config, {})
 
 

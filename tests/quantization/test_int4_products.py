@@ -36,7 +36,7 @@ AMAX = 2.0
 
 @pytest.mark.parametrize("scheme", ["w4a8", "w4a4"])
 def test_onnxruntime_multiplies_rounded_values(scheme: str, shallow: Checkpoint, tmp_path: Path) -> None:
-    graph, promised, layers = written(shallow, tmp_path / "cpu", scheme, "float32", "onnxruntime", AMAX)
+    graph, promised, layers = written(shallow, tmp_path / "cpu", scheme, "fp32", "onnxruntime", AMAX)
     assert promised == layers
     report = read_onnxruntime(graph)
     assert len(report.fallbacks) == len(layers) == 4
@@ -71,7 +71,7 @@ def test_onnxruntime_multiplies_rounded_values(scheme: str, shallow: Checkpoint,
 @pytest.mark.parametrize(("scheme", "runs"), [("w4a8", "int8xint4"), ("w4a4", "int4xint4")])
 def test_the_engine_multiplies_integers(scheme: str, runs: str, shallow: Checkpoint, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    graph, promised, layers = written(shallow, tmp_path / "gpu", scheme, "bfloat16", "tensorrt", AMAX)
+    graph, promised, layers = written(shallow, tmp_path / "gpu", scheme, "bf16", "tensorrt", AMAX)
     engine = tmp_path / "vision.engine"
     build_engine(graph, component_spec("vision", shallow.config), engine)
     report = read_rtx(engine, graph)

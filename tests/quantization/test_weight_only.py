@@ -51,7 +51,7 @@ def written(
         for key, ref in checkpoint.tensors.items()
         if key.startswith("vision_model.") and key.endswith(".weight") and len(ref.shape) == 2
     }
-    rules = load_recipe(scheme).rules[:3]  # those of the vision tower
+    rules = tuple(r for r in load_recipe(scheme).rules if "encoder" in r.pattern)  # the vision tower's
     layers = plan_layers(Recipe(scheme, rules), shapes).quantised
     model = export_component("vision", checkpoint, compute)
     kept = [n for n in model.graph.initializers if n in checkpoint.tensors]
