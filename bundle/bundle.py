@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn
 from ..errors import BuildError, CapabilityError, IntegrityError
 from ..files.hashing import sha256_file
 from ..files.json import read_json
+from ..files.lfs import refuse_lfs_pointer
 from ..files.write import flush
 from .manifest import MANIFEST, EngineFile, FileEntry, Manifest, manifest_from_json, read_manifest
 from .replace import restore, swap
@@ -60,6 +61,7 @@ class Bundle:
             file = self.path(rel)
             size = file.stat().st_size
             if size != entry.size:
+                refuse_lfs_pointer(file, IntegrityError)
                 _refuse(self.root, rel, f"has {size} bytes, the manifest says {entry.size}")
             if verify == "hash" and (digest := sha256_file(file)) != entry.sha256:
                 _refuse(self.root, rel, f"has sha256 {digest[:16]}…, the manifest says {entry.sha256[:16]}…")

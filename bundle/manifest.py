@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from ..errors import IntegrityError
 from ..files.json import MAX_TEXT, Count, Name, RelativePath, Sha256, decode, read_json
+from ..files.lfs import refuse_lfs_pointer
 from .spec import ComponentSpec
 
 SCHEMA = 3
@@ -165,6 +166,7 @@ FIX = "Copy the bundle again from where it was built, or rebuild it."
 
 def read_manifest(path: Path) -> Manifest:
     """Read a ``manifest.json`` of unknown origin; IntegrityError if it is missing or not of the schema."""
+    refuse_lfs_pointer(path, IntegrityError)
     try:
         data = read_json(path, fix=FIX)
     except OSError as error:

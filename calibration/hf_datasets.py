@@ -42,7 +42,8 @@ def dataset_files(folder: Path) -> list[Path]:
     state = folder / "state.json"
     if state.is_file():
         try:
-            named = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+            data = json.loads(state.read_text(encoding="utf-8-sig"))
+            named = [entry["filename"] for entry in data["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{state} lists no data files.", f"{error!r}", "Save the data set again."

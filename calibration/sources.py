@@ -149,7 +149,7 @@ def _manifest(path: Path) -> list[Entry]:
     found: dict[str, Entry] = {}
     root = path.parent.resolve()
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if number > MAX_ENTRIES:
                     raise InputError(f"{path} has over {MAX_ENTRIES:,} lines.", fix="Split it.")
@@ -189,6 +189,6 @@ def _sidecar(image: Path) -> str | None:
         return None
     try:
         with path.open("rb") as file:
-            return file.read(MAX_CAPTION_BYTES).decode("utf-8").strip() or None
+            return file.read(MAX_CAPTION_BYTES).decode("utf-8-sig").strip() or None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Caption {path} cannot be read.", f"Its caption {path.name}: {error}.") from error

@@ -130,7 +130,7 @@ class _Caption:
 
 def _decoded(member: Member) -> str:
     try:
-        return member.read().decode("utf-8")
+        return member.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{member.name} is not UTF-8.", str(error)) from error
 

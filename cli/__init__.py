@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 RESUMED = frozenset({"build", "calibrate", "sensitivity", "train"})
 """Verbs that continue where they were stopped; of train all but 'train scenes'."""
+
+TEXT_OPTIONS = frozenset({"--text", "--labels", "--template", "--query", "--prompt", "--question"})
+"""Options whose value is a text for the model."""
 
 _QUANT = (
     "It traces the model with torch and computes ONNX graphs and weights; running a bundle needs neither."
@@ -33,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is success, 2 wrong usage, 3 to 9 errors of :mod:`ivl_export.errors`, 130 Ctrl-C, 1 the rest.
     Errors go to stderr: what, why and fix, or one JSON object with ``--json``. ``--debug`` raises them.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    with suppress(AttributeError, ValueError):  # a stream that was put in stdout's place
+        if sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # no result is lost for a character
+    args = _texts(sys.argv[1:] if argv is None else argv)
     end = args.index("--") if "--" in args else len(args)
     debug, as_json = "--debug" in args[:end], "--json" in args[:end]
     args = [a for a in args[:end] if a != "--debug"] + args[end:]
@@ -69,6 +76,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumed = not RESUMED.isdisjoint(args[:1]) and args[1:2] != ["scenes"]
         print("\nInterrupted." + " The same command goes on from here." * resumed, file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+def _texts(argv: Sequence[str]) -> list[str]:
+    """``argv`` with its texts read as UTF-8 where the locale has another encoding (``LC_ALL=C``).
+
+    Python keeps bytes that the encoding lacks as lone surrogates, which file names need and texts do not.
+    """
+    args = list(argv)
+    for i, arg in enumerate(args):
+        option, _, value = arg.partition("=")
+        if option in TEXT_OPTIONS and value:
+            args[i] = f"{option}={_utf8(value)}"
+        elif arg in TEXT_OPTIONS and i + 1 < len(args):
+            args[i + 1] = _utf8(args[i + 1])
+    return args
+
+
+def _utf8(text: str) -> str:
+    try:
+        return os.fsencode(text).decode("utf-8") if not text.isprintable() else text
+    except UnicodeError:
+        return text
 
 
 def report(error: object, as_json: bool) -> None:

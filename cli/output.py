@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,17 @@ def print_json(data: Any) -> None:
     """``data`` as one JSON document on stdout."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
     # The bytes of a file name that are no UTF-8 are lone surrogates here; as \udcXX they are JSON again.
-    print(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    print(text if holds(text) else json.dumps(data, indent=2, allow_nan=False))
+
+
+def holds(text: str) -> bool:
+    """Whether the encoding of stdout has every character of ``text``."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -27,6 +38,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
     width = get_terminal_size((120, 24)).columns
     head, body = layout(title, columns, rows, width)
+    if not holds("─"):
+        body = [line.replace("─", "-") for line in body]
     for line in head:
         typer.secho(line, bold=True)
     for line in (*body, ""):

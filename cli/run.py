@@ -285,7 +285,7 @@ def _labels(text: str | None, file: Path | None) -> list[str]:
         raise UsageError("Labels are needed once.", "", "Give --labels cat,dog or --labels-file FILE.")
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"Cannot read the labels in {file}.", str(error), "Use a UTF-8 text.") from error
     else:

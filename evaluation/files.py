@@ -43,7 +43,7 @@ def read_text(path: Path, what: str) -> str:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} is refused.", f"It is larger than {MAX_BYTES} bytes.")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read.", str(error), "Download it again.") from error
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..arrays import Array
 from ..errors import InputError
+from ..files.lfs import refuse_lfs_pointer
 from ..forks import fork_safe_lock
 from .sources import ImageInput, Pixels, data_of, kind_of, name_of, not_readable
 
@@ -57,6 +58,7 @@ def load_image(image: ImageInput, name: str | None = None, draft: int | None = N
         raise InputError(f"Cannot read the image {label}.", f"{error}."[:200], "Check the path.") from error
     if not there:
         raise InputError(f"Cannot read the image {label}.", "There is no such file.", "Check the path.")
+    refuse_lfs_pointer(path)
     return _open(path, label, draft)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..arrays import Array
 from ..errors import CheckpointError, InputError, UsageError
+from ..files.lfs import refuse_lfs_pointer
 from .images import MAX_PIXELS, load_image
 from .sources import ImageInput, name_of
 from .tiles import MAX_TILES, Tiling, tiles_of
@@ -164,6 +165,7 @@ class ImageSettings:
     @classmethod
     def load(cls, path: Path) -> ImageSettings:
         """Read ``path`` (a ``preprocessor_config.json``)."""
+        refuse_lfs_pointer(path, CheckpointError)
         try:
             data = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:

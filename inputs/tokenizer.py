@@ -26,6 +26,7 @@ import numpy as np
 
 from ..arrays import Array
 from ..errors import CapabilityError, CheckpointError, InputError
+from ..files.lfs import refuse_lfs_pointer
 
 BUCKETS = (16, 32, 48, 80)
 MAX_LENGTH = 80
@@ -531,6 +532,7 @@ def buckets_of(low: int, high: int) -> list[int]:
 
 
 def _bytes(path: Path) -> bytes:
+    refuse_lfs_pointer(path, CheckpointError)
     with path.open("rb") as file:
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CapabilityError, CheckpointError
+from ..files.lfs import refuse_lfs_pointer
 from .config_reading import check_chat, read_internvl, read_llama, read_vision
+from .misfits import explain_folder
 from .section import Section
 from .shipped import no_checkpoint
 
@@ -196,13 +198,13 @@ class InternVLConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path`` (a ``config.json``); CheckpointError where there is none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        refuse_lfs_pointer(path, CheckpointError)
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         if not path.parent.is_dir():
             raise no_checkpoint(path.parent) from error
-        raise CheckpointError(
-            f"No {path.name} in {path.parent}.", "The model's sizes are read from it.", f"Add {path}."
-        ) from error
+        why, fix = explain_folder(path.parent) or ("The model's sizes are read from it.", f"Add {path}.")
+        raise CheckpointError(f"No {path.name} in {path.parent}.", why, fix) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON.", str(error), "Download it again.") from error
     if not isinstance(data, dict):

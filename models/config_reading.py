@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import CapabilityError, CheckpointError
+from .misfits import refuse_quantised
 from .section import Section
 
 MAX_SIZE = 1 << 40
@@ -391,13 +392,5 @@ def _base(s: Section) -> float:
 
 
 def _refuse_quantised(s: Section) -> None:
-    """CheckpointError where the weights are quantised already."""
-    how = s.get("quantization_config") or s.get("compression_config")
-    if not how:
-        return
-    method = how.get("quant_method") or how.get("quant_algo") if isinstance(how, dict) else how
-    raise CheckpointError(
-        f"{s.where} is the config of a checkpoint that is quantised already ({method or 'unknown method'}).",
-        "Engines are built from the weights it was quantised from, which round once.",
-        "Give the checkpoint in bf16, fp16 or fp32 that it was made of.",
-    )
+    if how := s.get("quantization_config") or s.get("compression_config"):
+        refuse_quantised(how, s.where)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..dtypes import find_dtype
 from ..errors import CheckpointError
+from ..files.lfs import refuse_lfs_pointer
+from .misfits import explain_dict, explain_names
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 FLOATS = ("float32", "float16", "bfloat16")
 """Types that weights of a checkpoint may have."""
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_CLASS = re.compile(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class):? (?!GLOBAL)([\w.]+)")
 _INDEX_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
 
@@ -112,6 +116,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     Types that :mod:`..dtypes` does not know keep their safetensors name.
     """
     size = _size(path)
+    refuse_lfs_pointer(path, CheckpointError)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
@@ -163,6 +168,7 @@ def read_torch(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     _size(path)
+    refuse_lfs_pointer(path, CheckpointError)
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
             f"{path} is damaged, or not a zip-format torch file.",
@@ -173,15 +179,33 @@ def read_torch(path: Path) -> dict[str, torch.Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ValueError and more
-        raise CheckpointError(
-            f"{path} cannot be read as plain weights.", str(error).splitlines()[0], "Download it again."
-        ) from error
+        raise _not_plain(path, error) from error
     if not isinstance(loaded, dict) or not all(isinstance(k, str) for k in loaded):
         raise CheckpointError(f"{path} holds no table of tensors.", f"It holds a {type(loaded).__name__}.")
     odd = [k for k, v in loaded.items() if not isinstance(v, torch.Tensor) or v.layout != torch.strided]
     if odd:
-        raise CheckpointError(f"{path} holds things that are no dense tensors.", named(odd))
+        inner = {k: sum(isinstance(t, torch.Tensor) for t in v.values()) for k, v in _tables(loaded)}
+        why, fix = explain_dict(loaded, {k: n for k, n in inner.items() if n}) or (named(odd), "")
+        raise CheckpointError(f"{path} holds things that are no dense tensors.", why, fix)
     return loaded
+
+
+def _tables(loaded: dict[str, Any]) -> list[tuple[str, dict[Any, Any]]]:
+    return [(key, value) for key, value in loaded.items() if isinstance(value, dict)]
+
+
+def _not_plain(path: Path, error: Exception) -> CheckpointError:
+    """The error for a torch file that torch does not load without running code in it."""
+    text = _ANSI.sub("", str(error))
+    if found := _CLASS.search(text):
+        return CheckpointError(
+            f"{path} holds more than weights.",
+            f"It holds a Python object, {found[1] or found[2]}, too; loading one runs code of the file.",
+            "Where you trust it, save the weights alone: torch.save(torch.load(path, weights_only=False)"
+            "['model'], path), with the key that they are under.",
+        )
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return CheckpointError(f"{path} cannot be read as plain weights.", first, "Download it again.")
 
 
 def torch_refs(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:
@@ -220,7 +244,8 @@ def open_reader(path: Path) -> Callable[[str], torch.Tensor]:
 def read_index(path: Path) -> dict[str, str]:
     """The ``weight_map`` of an index: tensor to shard. Shards lie beside the index, nowhere else."""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        refuse_lfs_pointer(path, CheckpointError)
+        weight_map = json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"]
         pairs = dict(weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} has no weight_map.", str(error), "Download it again.") from error
@@ -252,10 +277,12 @@ def check_tensors(source: Path, tensors: dict[str, TensorRef], want: dict[str, t
     add("wrong shape", (f"{k} {list(r.shape)} instead of {list(s)}" for k, r, s in both if r.shape != s))
     add("unsupported type", (f"{k} {r.dtype}" for k, r, _ in both if r.dtype not in FLOATS))
     if problems:
-        raise CheckpointError(
-            f"{source} does not fit its config.",
-            " ".join(problems),
+        why, fix = explain_names(tensors, want) or (
+            "",
             "Use the config.json of this very checkpoint, or download it again.",
+        )
+        raise CheckpointError(
+            f"{source} does not fit its config.", " ".join([why, *problems] if why else problems), fix
         )
 
 

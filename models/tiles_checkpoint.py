@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..errors import CheckpointError
 from .storage import Rows, TensorRef, View, check_tensors
 from .tiles_config import TilesConfig
 from .tiles_layout import sources, stored_shapes
-from .tiles_reading import refuse_flash, refuse_quantised
+from .tiles_reading import refuse_flash
 from .tiles_splits import Source
 
 _SURPLUS = re.compile(r".*(rotary_emb\.inv_freq|embeddings\.mask_token)")
 _FLASH = re.compile(r"(model\.)?(pooling_before_gating|gating|mlp2)\..*")
-_QUANTISED = {"qweight": "awq", "qzeros": "awq", "g_idx": "gptq", "absmax": "bitsandbytes"}
 
 
 def tiles_tensors(config: TilesConfig, stored: dict[str, TensorRef], source: Path) -> dict[str, TensorRef]:
@@ -26,22 +24,12 @@ def tiles_tensors(config: TilesConfig, stored: dict[str, TensorRef], source: Pat
         source: the checkpoint, in messages.
 
     Raises:
-        CheckpointError: stored tensors are not those that the config asks for; adapters that are not merged.
-        CapabilityError: the weights are an InternVL3.5-Flash's, or quantised.
+        CheckpointError: stored tensors are not those that the config asks for.
+        CapabilityError: the weights are an InternVL3.5-Flash's.
     """
     for name in stored:
-        ending = name.rpartition(".")[2]
         if _FLASH.fullmatch(name):
             refuse_flash(str(source), f"It holds {name}.")
-        if ending in _QUANTISED:
-            gptq = any(other.endswith(".g_idx") for other in stored)
-            refuse_quantised("gptq" if gptq else _QUANTISED[ending], str(source))
-        if ".lora_A." in name or ".lora_B." in name:
-            raise CheckpointError(
-                f"{source} has LoRA adapters beside its weights.",
-                f"It holds {name}.",
-                "Merge them first: the model's own tools have merge_lora.py for it.",
-            )
     read = {name: ref for name, ref in stored.items() if not _SURPLUS.fullmatch(name)}
     made = sources(config, read)
     check_tensors(source, read, stored_shapes(made))

@@ -19,6 +19,7 @@ from .config import VisionConfig
 from .config_reading import VISION_HARMLESS, read_vision
 from .decoder_config import DecoderConfig
 from .decoder_reading import kind_of, read_decoder
+from .misfits import refuse_quantised
 from .section import Section
 from .tiles_config import TilesConfig
 
@@ -107,7 +108,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON.", str(error), "Download it again.") from error
     return data if isinstance(data, dict) else {}
@@ -117,17 +118,6 @@ def is_tiles(data: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is of this family; ``internvl`` is also InternVL-C's, which has a QLLaMA."""
     kind = str(data.get("model_type", ""))
     return kind.startswith("internvl_") or (kind == "internvl" and "text_config" in data)
-
-
-def refuse_quantised(how: Any, source: str) -> None:
-    """CapabilityError that says which quantised format a checkpoint has."""
-    method = str(how.get("quant_method", "unknown")) if isinstance(how, dict) else str(how)
-    name = {"awq": "an AWQ", "gptq": "a GPTQ", "bitsandbytes": "a bitsandbytes"}.get(method, f"a {method}")
-    raise CapabilityError(
-        f"{source} is {name} checkpoint: its weights are quantised already.",
-        "Engines are built of the weights they were quantised from.",
-        "Give the checkpoint in bf16 that it was made of.",
-    )
 
 
 def refuse_flash(source: str, why: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from .layout import is_ignored
+from .misfits import check_unquantised, explain_folder, explain_wrapper
 from .storage import TensorRef, named, read_header, read_index, read_torch, torch_refs
 
 if TYPE_CHECKING:
@@ -34,21 +35,24 @@ def read_folder(folder: Path, readers: dict[Path, Reader]) -> tuple[Path, dict[s
     """
     source = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if source is None:
-        raise CheckpointError(
-            f"No weights in {folder}.",
-            f"Looked for {', '.join(WEIGHT_FILES)}.",
-            "Give the folder that holds the weights as --model.",
-        )
+        why, fix = explain_folder(folder) or ("", "Give the folder that holds the weights as --model.")
+        looked = f"Looked for {', '.join(WEIGHT_FILES)}."
+        raise CheckpointError(f"No weights in {folder}.", f"{why} {looked}".strip(), fix)
     return source, _read_shards(source, readers) if source.suffix == ".json" else read_file(source, readers)
 
 
 def read_file(path: Path, readers: dict[Path, Reader]) -> dict[str, TensorRef]:
     """:func:`read_folder` of one file."""
     if path.suffix == ".safetensors":
-        return read_header(path)
-    tensors = read_torch(path)
-    readers[path] = tensors.__getitem__
-    return torch_refs(path, tensors)
+        refs = read_header(path)
+    else:
+        tensors = read_torch(path)
+        readers[path] = tensors.__getitem__
+        refs = torch_refs(path, tensors)
+    check_unquantised({name: ref.dtype for name, ref in refs.items()}, str(path))
+    if advice := explain_wrapper(refs):
+        raise CheckpointError(f"{path} holds no plain weights.", *advice)
+    return refs
 
 
 def _read_shards(index: Path, readers: dict[Path, Reader]) -> dict[str, TensorRef]:

@@ -375,7 +375,7 @@ def _evaluation(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
         tasks = data["tasks"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read.", str(error), "Remove it or repair it.") from error

@@ -171,7 +171,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     """A shipped recipe by name, or one from a ``.yaml``, ``.yml`` or ``.json`` file; UsageError otherwise."""
     path = recipe_file(name_or_path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise UsageError(

@@ -155,7 +155,7 @@ def read_llava(path: Path, images: Path | None = None, seed: int = 0) -> LlavaFi
     """
     folder = (images or path.parent).resolve()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         rows = (
             [json.loads(line) for line in text.splitlines() if line.strip()]
             if path.suffix == ".jsonl"

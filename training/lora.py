@@ -98,7 +98,7 @@ def load(model: nn.Module, folder: Path) -> Lora:
     from safetensors.torch import load_file
 
     try:
-        config = json.loads((folder / _CONFIG).read_text())
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8-sig"))
         tensors = load_file(folder / _WEIGHTS)
         lora = Lora(int(config["r"]), float(config["lora_alpha"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
