@@ -150,3 +150,11 @@ def test_the_others_work_without_quant(line: str, tiny_bundle: Path, tmp_path: P
     (tmp_path / "BUNDLE").symlink_to(tiny_bundle)
     done = without_quant(line, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_wheel_has_every_package() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads pyproject.toml")
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = [path.parent.relative_to(ROOT).parts for path in ROOT.rglob("__init__.py")]
+    inside = [parts for parts in folders if not parts or not parts[0].startswith((".", *OUTSIDE))]
+    assert set(data["tool"]["setuptools"]["packages"]) == {".".join(("ivl_export", *p)) for p in inside}
