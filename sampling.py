@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -52,7 +53,10 @@ class Sampling:
             )
 
 
-_UNUSED = np.random.default_rng(0)
+@cache
+def _unused_generator() -> np.random.Generator:
+    """For greedy choices, which draw nothing; made late, because numpy.random is slow to import."""
+    return np.random.default_rng(0)
 
 
 class StepFunction(Protocol):
@@ -140,7 +144,7 @@ class TokenSampler:
         self.stop, self.sampling = stop, sampling or Sampling()
         self.done, self._count = False, 0
         greedy = self.sampling.temperature == 0  # takes no number, and a generator takes time to make
-        self._rng = _UNUSED if greedy else np.random.default_rng(self.sampling.seed)
+        self._rng = _unused_generator() if greedy else np.random.default_rng(self.sampling.seed)
 
     def choose(self, logits: Any) -> int:
         """The next token, from the ``logits`` [V] (an array, or a tensor) after the tokens before it."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
 import ipaddress
 import socket
-import ssl
 import time
 import zlib
 from dataclasses import dataclass
@@ -56,11 +54,13 @@ def fetch(url: str, policy: UrlPolicy | None) -> bytes:
     """
     if policy is None:
         raise not_readable(url, shown(url))
+    from http.client import HTTPException  # slow to import, and few callers fetch images
+
     deadline = time.monotonic() + policy.timeout
     for _ in range(policy.redirects + 1):
         try:
             status, location, packed, body = _get(url, policy, deadline)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise _failed(url, str(error) or type(error).__name__) from error
         if status == 200:
             return _unpacked(url, body, policy) if packed else body
@@ -72,6 +72,9 @@ def fetch(url: str, policy: UrlPolicy | None) -> bytes:
 
 def _get(url: str, policy: UrlPolicy, deadline: float) -> tuple[int, str, bool, bytes]:
     """(status, where it says to go instead, whether the body is packed by gzip, body)."""
+    import http.client
+    import ssl
+
     parts = urlsplit(url)
     host = _ascii_host((parts.hostname or "").rstrip(".").lower())
     allowed = not policy.hosts or any(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ...errors import CapabilityError, UsageError
@@ -67,6 +66,8 @@ def installed_release(backend: str) -> str | None:
 
 
 def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version  # 50 ms that the runtime need not wait for
+
     try:
         return version(package)
     except PackageNotFoundError:
