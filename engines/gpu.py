@@ -7,7 +7,8 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 
-_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+"""NVIDIA's library that is asked."""
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR in cuda.h
 
 
@@ -26,7 +27,7 @@ class Gpu:
 def gpus() -> tuple[Gpu, ...]:
     """GPUs this process may use (``CUDA_VISIBLE_DEVICES``), in the order of their numbers; empty if none."""
     try:
-        cuda = ctypes.CDLL(_DRIVER)
+        cuda = ctypes.CDLL(DRIVER)
     except OSError:
         return ()
     count = ctypes.c_int()

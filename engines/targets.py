@@ -48,15 +48,15 @@ def parse_targets(text: str) -> tuple[Target, ...]:
     """
     names = [name.strip().lower() for name in text.replace("+", ",").split(",")]
     unknown = [name for name in names if name not in TARGETS]
+    known = "; ".join(f"{t.name} ({t.gpus})" for t in TARGETS.values())
     for name in unknown:
         if name in TENSORRT_ONLY:
             raise UsageError(
                 f"TensorRT-RTX does not build for {name} ({TENSORRT_ONLY[name]}).",
-                f"It compiles for {', '.join(TARGETS)}. TensorRT builds on the GPU that runs the engine.",
+                f"It compiles for {known}. TensorRT builds on the GPU that runs the engine.",
                 ON_THE_GPU,
             )
     if unknown:
-        known = "; ".join(f"{t.name} ({t.gpus})" for t in TARGETS.values())
         raise UsageError(
             f"Unknown target {unknown[0]!r}.", f"Known targets: {known}.", "Give --targets sm89."
         )

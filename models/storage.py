@@ -199,7 +199,7 @@ def _not_plain(path: Path, error: Exception) -> CheckpointError:
     text = _ANSI.sub("", str(error))
     if found := _CLASS.search(text):
         return CheckpointError(
-            f"{path} holds more than weights.",
+            f"{path} cannot be read as plain weights: it holds more than weights.",
             f"It holds a Python object, {found[1] or found[2]}, too; loading one runs code of the file.",
             "Where you trust it, save the weights alone: torch.save(torch.load(path, weights_only=False)"
             "['model'], path), with the key that they are under.",

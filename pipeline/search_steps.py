@@ -35,12 +35,19 @@ from .workspace import Step, StepResult, Workspace, after, run_step, write_recei
 
 CANDIDATES = ("fp8", "int8", "int8-weight", "int4-weight")
 """Schemes that a search chooses from, less those that a target lacks a type for."""
+RecipeLoss = Callable[[BuildPlan, GraphSource, Workspace, Step], float]
+"""What a recipe loses, in points: of a plan, the graphs of the recipe, the workspace and preprocessing."""
 _JOINED = re.compile(r"(.*\.)(self_attn\.[qkv]|cross_attn\.[kv]|mlp\.(?:gate|up))_proj")
 """Layers that share their input: a builder joins their products where they have one scheme."""
 
 
-def plan_mixed(config: BuildConfig, progress: Progress) -> BuildPlan:
+def plan_mixed(config: BuildConfig, progress: Progress, loss: RecipeLoss | None = None) -> BuildPlan:
     """The plan of ``config``, whose recipe is searched first; what was searched before is not again.
+
+    Args:
+        config: the build.
+        progress: told of each step.
+        loss: what a recipe loses, in points; None: of task accuracy, or of cosine where no tasks are run.
 
     Raises:
         UsageError: an option that a search cannot take.
@@ -54,18 +61,18 @@ def plan_mixed(config: BuildConfig, progress: Progress) -> BuildPlan:
         )
     first = plan_build(replace(config, precision="int8"), progress.advanced)  # a recipe that all targets run
     with Workspace(config.out, progress) as space:
-        for step in (finite_step(first), *search_steps(first)):
+        for step in (finite_step(first), *search_steps(first, loss)):
             run_step(space, step)
         recipe = Recipe.from_json(read_json(space.staging_dir / "receipts" / f"{MIXED}.json")["recipe"])
     return plan_build(config, progress.advanced, recipe)
 
 
-def search_steps(plan: BuildPlan) -> list[Step]:
+def search_steps(plan: BuildPlan, loss: RecipeLoss | None = None) -> list[Step]:
     """Ranges, losses of each layer, the search: the same in the plan that searches and in the one built."""
     preprocess = preprocess_step(plan)
     calibrate = calibrate_step(plan, [preprocess])
     losses = sensitivity_step(plan, candidates(plan), [preprocess, calibrate])
-    return [preprocess, calibrate, losses, _search_step(plan, preprocess, [calibrate, losses])]
+    return [preprocess, calibrate, losses, _search_step(plan, preprocess, [calibrate, losses], loss)]
 
 
 def candidates(plan: BuildPlan) -> tuple[str, ...]:
@@ -74,7 +81,7 @@ def candidates(plan: BuildPlan) -> tuple[str, ...]:
     return tuple(s for s in CANDIDATES if not element_types("bf16", frozenset({s})) & missing)
 
 
-def _search_step(plan: BuildPlan, preprocess: Step, before: list[Step]) -> Step:
+def _search_step(plan: BuildPlan, preprocess: Step, before: list[Step], loss: RecipeLoss | None) -> Step:
     from ..profiles.cost.layer_costs import gpu_of
 
     gpu = gpu_of(plan.targets[0])
@@ -85,6 +92,7 @@ def _search_step(plan: BuildPlan, preprocess: Step, before: list[Step]) -> Step:
             "Give another --targets first, or name a recipe.",
         )
     tasks = plan.runs_tasks
+    measure = loss or (_task_loss if tasks else _cosine_loss)
     budget = BUDGETS[MIXED] if plan.config.budget is None else plan.config.budget
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
@@ -96,10 +104,10 @@ def _search_step(plan: BuildPlan, preprocess: Step, before: list[Step]) -> Step:
             nonlocal measured
             recipe = as_recipe(MIXED, schemes, list(plan.linear_shapes), plan.recipe.base, "")
             made = GraphSource(plan.checkpoint, recipe, plan_layers(recipe, plan.linear_shapes), ranges)
-            loss = (_task_loss if tasks else _cosine_loss)(plan, made, space, preprocess)
+            points = measure(plan, made, space, preprocess)
             measured += 1
             advanced(measured)
-            return loss
+            return points
 
         result = search(_groups(plan, found), plan.recipe.base, budget, lost)
         unit = "points of task accuracy" if tasks else "points of cosine"

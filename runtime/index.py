@@ -24,8 +24,8 @@ from .zero_shot import l2, top_of
 Kind = Literal["numpy", "faiss"]
 KINDS: tuple[Kind, ...] = ("numpy", "faiss")
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, RecursionError, InputError, UsageError)
-_BLOCK = 1 << 16
-"""Items compared at a time: bounds the memory of a search."""
+BLOCK = 1 << 16
+"""Items compared at a time where nobody says otherwise: bounds the memory of a search."""
 
 
 class Index:
@@ -72,10 +72,13 @@ class Index:
                 self._faiss.train(new)
             self._faiss.add(new)
 
-    def search(self, queries: Floats, top: int = 5) -> tuple[NDArray[np.int64], Floats]:
+    def search(
+        self, queries: Floats, top: int = 5, *, block: int = BLOCK
+    ) -> tuple[NDArray[np.int64], Floats]:
         """The ``top`` items by cosine for each of [Q, E]: places [Q, K] and cosines [Q, K], best first.
 
-        FAISS's approximate structures may find fewer; their places are then -1 and the cosines -inf.
+        FAISS's approximate structures may find fewer; their places are then -1 and the cosines -inf. Without
+        FAISS ``block`` items are compared at a time.
         """
         if top < 1:
             raise UsageError(f"top is {top}.", fix="Ask for 1 or more.")
@@ -91,8 +94,8 @@ class Index:
             return places.astype(np.int64), np.where(places < 0, -np.inf, scores).astype(np.float32)
         best = np.zeros((len(unit), 0), np.int64), np.zeros((len(unit), 0), np.float32)
         items = self.vectors()
-        for start in range(0, len(items), _BLOCK):
-            scores = unit @ items[start : start + _BLOCK].T
+        for start in range(0, len(items), block):
+            scores = unit @ items[start : start + block].T
             nearest = top_of(scores, count)
             places = np.concatenate([best[0], nearest + start], 1)
             values = np.concatenate([best[1], np.take_along_axis(scores, nearest, 1)], 1)

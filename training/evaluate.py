@@ -25,7 +25,7 @@ class TorchModel(BothHeads):
 
     @torch.no_grad()
     def _both(self, images: Image8) -> dict[str, Array]:
-        tokens = self.model.vision(self._pixels(images))
+        tokens = self.model.vision(self.pixel_values(images))
         queries = self.model.query_pass(tokens)[0]
         return {
             "InternVL-C": _numpy(self.model.pool_image(tokens, None)),
@@ -41,10 +41,11 @@ class TorchModel(BothHeads):
     def caption(self, images: Image8, lang: Language) -> list[str]:
         """Greedy captions."""
         prompt = torch.tensor([self.tokenizer.encode_prompt(CAPTION_PROMPT[lang])] * len(images))
-        ids = self.model.generate(self._pixels(images), prompt, torch.ones_like(prompt))
+        ids = self.model.generate(self.pixel_values(images), prompt, torch.ones_like(prompt))
         return [self.tokenizer.decode(row) for row in ids.tolist()]
 
-    def _pixels(self, images: Image8) -> torch.Tensor:
+    def pixel_values(self, images: Image8) -> torch.Tensor:
+        """What the model takes of images [B, H, W, 3] in uint8: [B, 3, S, S]."""
         return torch.from_numpy(normalised(images, self.settings))
 
 

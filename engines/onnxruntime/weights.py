@@ -35,16 +35,14 @@ from ..protobuf import delimited, fields, messages, rewritten
 KIND = "weights"
 LEAST_SAVED = 64 << 20
 """Bytes of fp32 that sharing must save to be done unasked."""
-_LEAST_STORED = 16 << 20
-_LEAST_TENSOR = 64 << 10
+LEAST_STORED = 16 << 20
+"""Bytes of stored weights below which a bundle's graphs are not looked at."""
+LEAST_TENSOR = 64 << 10
+"""Bytes of the smallest weight, in fp32, that is a file."""
 _HEADROOM = 1 << 30
 _CODE = ("session.py", "weights.py")
 """What decides how graphs are optimised and kept."""
 _PAGE = 4096
-_SETTINGS = {
-    "session.optimized_model_external_initializers_min_size_in_bytes": str(_LEAST_TENSOR),
-    "session.save_external_prepacked_constant_initializers": "1",
-}
 _GRAPH, _INITIALIZER, _EXTERNAL = 7, 5, 13
 """Fields of ModelProto, GraphProto and TensorProto."""
 
@@ -98,7 +96,7 @@ def shared_weights(bundle: Bundle, wanted: bool | None) -> SharedWeights | None:
     ``wanted`` None: where that saves :data:`LEAST_SAVED` and the files fit the cache's limit and the disk.
     """
     stored = {rel: entry for rel, entry in bundle.manifest.files.items() if rel.startswith("onnx/")}
-    if wanted is False or (wanted is None and sum(e.size for e in stored.values()) < _LEAST_STORED):
+    if wanted is False or (wanted is None and sum(e.size for e in stored.values()) < LEAST_STORED):
         return None
     sizes: dict[str, int] = {}
     owners: dict[str, list[str]] = {}
@@ -120,7 +118,7 @@ def _large(graph: Graph) -> Iterator[tuple[str, int]]:
     """Names of large weights, and their bytes in fp32."""
     for name, (kind, shape) in graph.initializers.items():
         size = 4 * math.prod(shape)
-        if size >= _LEAST_TENSOR:
+        if size >= LEAST_TENSOR:
             yield f"{name} {kind} {shape}", size
 
 
@@ -129,7 +127,14 @@ def _make(made: Path, save: Save) -> dict[str, str]:
     digests: dict[str, str] = {}
     with _scratch(made.parent) as folder:
         model, weights = folder / made.name, folder / "weights"
-        save(model, {"session.optimized_model_external_initializers_file_name": weights.name, **_SETTINGS})
+        save(
+            model,
+            {
+                "session.optimized_model_external_initializers_file_name": weights.name,
+                "session.optimized_model_external_initializers_min_size_in_bytes": str(LEAST_TENSOR),
+                "session.save_external_prepacked_constant_initializers": "1",
+            },
+        )
         if weights.is_file() and weights.stat().st_size:
             with weights.open("rb") as file:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

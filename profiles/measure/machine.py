@@ -62,7 +62,7 @@ def machine() -> Machine:
         cores=cores(),
         memory_bytes=_memory(),
         os=platform.platform(),
-        gpus=_gpus(),
+        gpus=installed_gpus(),
         load_average=_load(),
     )
 
@@ -110,7 +110,8 @@ def _load() -> float | None:
     return None
 
 
-def _gpus() -> tuple[Gpu, ...]:
+def installed_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that nvidia-smi names; none where there is no nvidia-smi."""
     fields = "--query-gpu=name,memory.total,driver_version"
     for query in (f"{fields},compute_cap", fields):  # older drivers refuse a field they do not know
         if found := _output("nvidia-smi", query, "--format=csv,noheader,nounits"):

@@ -40,7 +40,7 @@ def asked(precision: str, config: InternVLConfig | None = None) -> Request:
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests' machine may have a GPU that nothing is built for."""
-    monkeypatch.setattr(machine, "_gpus", lambda: ())
+    monkeypatch.setattr(machine, "installed_gpus", lambda: ())
 
 
 @pytest.fixture

@@ -175,16 +175,13 @@ def test_modelled_times() -> None:
 
 
 @pytest.mark.parametrize(("model", "component"), [(None, "vision"), (NANO_CHAT, "vision_chat")])
-def test_a_search_is_made_once(
-    model: Path | None, component: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_is_made_once(model: Path | None, component: str, tmp_path: Path) -> None:
     measured: list[Recipe] = []
 
     def lost(plan: BuildPlan, made: GraphSource, space: Workspace, preprocess: object) -> float:
         measured.append(made.recipe)
         return 0.05 * len(made.layers.quantised)
 
-    monkeypatch.setattr(search_steps, "_cosine_loss", lost)
     request = BuildConfig(
         tmp_path / "out",
         model,
@@ -195,13 +192,13 @@ def test_a_search_is_made_once(
         budget=0.5,
     )
     first = Heard()
-    plan = search_steps.plan_mixed(request, first)
+    plan = search_steps.plan_mixed(request, first, lost)
     assert first.ran["search"]
     assert plan.recipe.name == "mixed"
     assert 0 < len(plan.layers.quantised) <= 10
     count, again = len(measured), Heard()
     assert 1 < count < 10
-    assert search_steps.plan_mixed(request, again).recipe == plan.recipe
+    assert search_steps.plan_mixed(request, again, lost).recipe == plan.recipe
     assert (len(measured), again.ran["search"]) == (count, False)
     receipt = json.loads((tmp_path / ".out.build/bundle/receipts/mixed.json").read_text(encoding="utf-8"))
     assert receipt["speedup"] > 1

@@ -29,15 +29,14 @@ from ivl_export.inputs.chat_template import (
     template_of,
 )
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer, load_tokenizer
-from ivl_export.synthetic.dialogues import corpus
-from ivl_export.training.tokenizer import train_tokenizer
+from ivl_export.models.shipped import nano_chat_folder
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "family"
 PUBLISHED: dict[str, Any] = json.loads((GOLDENS / "templates.json").read_text(encoding="utf-8"))
 TOLD: list[dict[str, Any]] = [t for t in PUBLISHED["templates"] if "roles" in t]
 QWEN = load_tokenizer(GOLDENS / "tokenizers" / "qwen2_mini")
 INTERNLM = load_tokenizer(GOLDENS / "tokenizers" / "internlm2_mini")
-TOKENIZER = SentencePieceTokenizer(train_tokenizer(corpus()))
+TOKENIZER = SentencePieceTokenizer(nano_chat_folder() / "tokenizer.model")
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 
 

@@ -25,10 +25,10 @@ from ivl_export.inputs.tokenizer import (
     pad_ids,
     tokenizer_files,
 )
-from ivl_export.training.tokenizer import train_tokenizer
+from ivl_export.models.shipped import nano_folder
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "family" / "tokenizers"
-TOKENIZER = SentencePieceTokenizer(train_tokenizer())
+TOKENIZER = SentencePieceTokenizer(nano_folder() / "tokenizer.model")
 QWEN, INTERNLM = load_tokenizer(GOLDENS / "qwen2_mini"), load_tokenizer(GOLDENS / "internlm2_mini")
 MORE = [AddedToken(512, "<|end|>", lstrip=True, rstrip=True), AddedToken(513, "<think>", special=False)]
 ADDED = SentencePieceTokenizer(TOKENIZER.model, MORE, legacy=False)

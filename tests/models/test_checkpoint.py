@@ -328,7 +328,10 @@ def test_pickles_do_not_run(tiny: Tensors, tmp_path: Path) -> None:
 
     path = write_layout(tmp_path, tiny, "bin")
     torch.save({**tiny, "logit_scale": Evil()}, path / "pytorch_model.bin")
-    assert "runs code" in refused(path, "holds more than weights").why
+    error = refused(path, "cannot be read as plain weights")
+    assert "holds more than weights" in error.what
+    assert "a Python object, getattr, too; loading one runs code" in error.why
+    assert "Where you trust it" in error.fix
     assert not marker.exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.tiles_chat import TilesChatModel
 from ivl_export.models.tiles_config import TilesConfig
 
-transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 
 TOLERANCE = 2e-5
 IMAGE = 90
@@ -101,6 +102,8 @@ def randomised(model: Any, seed: int) -> None:
 
 def saved(folder: Path, form: str, seed: int, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> None:
     """A random model of ``form`` as transformers writes it."""
+    import transformers
+
     rng = random.Random(seed)
     kind, text, top = FORMS[form](rng)
     vision = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 40,
@@ -121,6 +124,8 @@ def saved(folder: Path, form: str, seed: int, dtype: torch.dtype = torch.float32
 
 
 def reference(folder: Path) -> Any:
+    import transformers
+
     cls = transformers.InternVLForConditionalGeneration
     return cls.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 

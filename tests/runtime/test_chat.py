@@ -103,8 +103,8 @@ def test_what_is_reused_changes_nothing(model: InternVLChat) -> None:
         fresh = model.chat([picture()], turns[:k])
         assert fresh.ask(turns[k].question, max_new_tokens=6) == turns[k].answer
     other = model.chat([picture(1)], turns[:2])
-    own, theirs = other.cache, chat.cache
-    own._held, own._cache = list(theirs._held), theirs._cache  # another image: nothing of it may be taken
+    own, other.cache = other.cache, chat.cache  # of another image: nothing of it may be taken
+    other.cache.visual, other.cache.digests = own.visual, own.digests
     assert other.ask("above", 6) == model.chat([picture(1)], turns[:2]).ask("above", 6)
 
 
@@ -248,7 +248,12 @@ def test_conversations_in_threads(model: InternVLChat, monkeypatch: pytest.Monke
 
 def test_an_answer_is_not_shorter_than_asked(model: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = model.chat([picture()])
-    monkeypatch.setattr(chat.cache, "_feed", lambda *given: np.eye(200, dtype=np.float32)[EOS])
+    real = model.components.run_device
+
+    def ending(name: str, inputs: Any, outputs: Any = None) -> Any:
+        return {**real(name, inputs, outputs), "logits": np.eye(200, dtype=np.float32)[[EOS]]}
+
+    monkeypatch.setattr(model.components, "run_device", ending)
     stop = StopCriteria(EOS, max_new_tokens=8, min_new_tokens=3)
     assert list(chat.cache.tokens([1, -200, 5], stop, Sampling())) == [0, 0, 0]
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_export.errors import CapabilityError, InputError, IntegrityError, UsageError
-from ivl_export.runtime import index as index_module
 from ivl_export.runtime.index import Index, Kind
 from ivl_export.runtime.zero_shot import rank
 
@@ -23,14 +22,12 @@ def embeddings(count: int, width: int = 8, seed: int = 0) -> np.ndarray[Any, Any
 @settings(max_examples=30, deadline=None)
 @given(items=st.integers(0, 40), queries=st.integers(0, 5), top=st.integers(1, 50), block=st.integers(1, 20))
 def test_search_ranks_as_all_cosines_do(items: int, queries: int, top: int, block: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_module, "_BLOCK", block)
-        index = Index(8)
-        stored = embeddings(items)
-        for start in range(0, items, 7):
-            part = stored[start : start + 7]
-            index.add(part, [f"image {start + i}" for i in range(len(part))])
-        places, scores = index.search(embeddings(queries, seed=1), top)
+    index = Index(8)
+    stored = embeddings(items)
+    for start in range(0, items, 7):
+        part = stored[start : start + 7]
+        index.add(part, [f"image {start + i}" for i in range(len(part))])
+    places, scores = index.search(embeddings(queries, seed=1), top, block=block)
     want_places, want_scores = rank(embeddings(queries, seed=1), stored, top)
     assert places.shape == scores.shape == (queries, min(top, items))
     assert np.array_equal(places, want_places)

@@ -15,15 +15,15 @@ from PIL import Image
 from ivl_export.errors import InputError
 from ivl_export.inputs.chat_template import Turn
 from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.models.shipped import nano_chat_folder
 from ivl_export.synthetic.captions import caption
-from ivl_export.synthetic.dialogues import KINDS, conversation, corpus, dialogue, two_turns
+from ivl_export.synthetic.dialogues import KINDS, conversation, dialogue, two_turns
 from ivl_export.synthetic.scenes import Obj, Scene, sample_scene
 from ivl_export.training.conversations import ChatBatches, SceneDialogues, read_llava
 from ivl_export.training.presets import Stage
-from ivl_export.training.tokenizer import train_tokenizer
 
 PAIR = Scene((Obj("ring", "red", "small"), Obj("cross", "blue", "small")), "above", "noise", 1)
-TOKENIZER = train_tokenizer(corpus())
+TOKENIZER = (nano_chat_folder() / "tokenizer.model").read_bytes()
 
 
 def answers(scene: Scene) -> dict[str, set[str]]:

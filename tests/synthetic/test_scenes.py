@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from skimage.measure import label, regionprops
 
 from ivl_export.synthetic.captions import caption
 from ivl_export.synthetic.render import SIZE, layout, render
@@ -35,6 +34,8 @@ def scenes(n: int, split: Split, seed: int = 0) -> list[Scene]:
 
 def regions(scene: Scene, color: str) -> list[Any]:
     """Connected regions of the picture whose pixels are near ``color``."""
+    from skimage.measure import label, regionprops
+
     distance = np.linalg.norm(render(scene).astype(float) - COLORS[color], axis=-1)
     labels = label(distance < 55.0, connectivity=2)  # type: ignore[no-untyped-call]
     return [r for r in regionprops(labels) if r.area >= 60]  # type: ignore[no-untyped-call]

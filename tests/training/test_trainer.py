@@ -22,6 +22,7 @@ from ivl_export.models import load_model
 from ivl_export.models.config import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.models.internvl import InternVLModel
 from ivl_export.synthetic import tasks
+from ivl_export.synthetic.render import Image8
 from ivl_export.synthetic.scenes import HELD_OUT, SHAPES
 from ivl_export.training.evaluate import TorchModel
 from ivl_export.training.presets import NANO, PRESETS, Preset, Stage
@@ -278,8 +279,14 @@ def test_published_folder_loads_again(
     shipped.bfloat16().float().eval()
     settings = ImageSettings(size=28)
     sizes: dict[str, Any] = {"n_classify": 6, "n_retrieve": 5, "n_galleries": 1, "n_caption": 3}
-    adapter = TorchModel(shipped, SentencePieceTokenizer(tokenizer), settings)
-    adapter._pixels = lambda images: torch.zeros(len(images), 3, 28, 28)  # type: ignore[method-assign]
+
+    class Blank(TorchModel):
+        """Scenes are larger than this model's images."""
+
+        def pixel_values(self, images: Image8) -> torch.Tensor:
+            return torch.zeros(len(images), 3, 28, 28)
+
+    adapter = Blank(shipped, SentencePieceTokenizer(tokenizer), settings)
     accuracy = tasks.evaluate(adapter, **sizes, n_caption_zh=0)
     folder = tmp_path / "model"
     publish(model, TINY, tokenizer, TrainingRun(12.4, 2, accuracy), folder)

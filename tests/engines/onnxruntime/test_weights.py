@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from ivl_export.engines.onnxruntime.weights import shared_weights
 from ivl_export.engines.protobuf import delimited, fields, rewritten
 from ivl_export.errors import CapabilityError
 from ivl_export.runtime import InternVL
+
+Usage = namedtuple("Usage", "total used free")
 
 WIDTH = 2048
 PRODUCTS = 8
@@ -65,12 +68,7 @@ def test_shared_weights_give_the_same_bits_and_are_written_once(tiny_bundle: Pat
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small weights are shared too."""
-    monkeypatch.setattr(ort_weights, "_LEAST_TENSOR", 1024)
-    monkeypatch.setattr(
-        ort_weights,
-        "_SETTINGS",
-        {**ort_weights._SETTINGS, "session.optimized_model_external_initializers_min_size_in_bytes": "1024"},
-    )
+    monkeypatch.setattr(ort_weights, "LEAST_TENSOR", 1024)
 
 
 @pytest.mark.usefixtures("small")
@@ -93,8 +91,8 @@ def test_sharing_unasked_needs_something_to_save_and_room(
     bundle = Bundle.open(tiny_bundle)
     assert shared_weights(bundle, None) is None
     assert shared_weights(bundle, True) is not None
-    monkeypatch.setattr(ort_weights, "_LEAST_STORED", 0)
-    monkeypatch.setattr(ort_weights, "_LEAST_TENSOR", 1024)
+    monkeypatch.setattr(ort_weights, "LEAST_STORED", 0)
+    monkeypatch.setattr(ort_weights, "LEAST_TENSOR", 1024)
     assert shared_weights(bundle, None) is None
     monkeypatch.setattr(ort_weights, "LEAST_SAVED", 100_000)
     assert shared_weights(bundle, None) is not None
@@ -174,9 +172,9 @@ def test_where_nothing_can_be_written(
         pytest.raises(CapabilityError, match="cannot be shared"),
     ):
         model.encode_text(["a"])
-    monkeypatch.setattr(ort_weights, "_LEAST_STORED", 0)
+    monkeypatch.setattr(ort_weights, "LEAST_STORED", 0)
     monkeypatch.setattr(ort_weights, "LEAST_SAVED", 0)
-    monkeypatch.setattr(ort_weights, "_free", lambda: 1 << 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(1 << 40, 0, 1 << 40))
     assert shared_weights(Bundle.open(tiny_bundle), None) is not None
     answers(tiny_bundle, None)
 

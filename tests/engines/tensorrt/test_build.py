@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import onnx
 import pytest
 
-from ivl_export.engines.targets import TARGETS, check_types, parse_targets
+from ivl_export.engines.targets import TARGETS, TENSORRT_ONLY, check_types, parse_targets
 from ivl_export.engines.tensorrt.build import NATIVE, build_engine
 from ivl_export.engines.tensorrt.options import BuildOptions
 from ivl_export.errors import BuildError, CapabilityError, IntegrityError, IvlError, UsageError
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 def test_targets_are_parsed_in_order_and_once() -> None:
     assert [t.name for t in parse_targets("sm120, SM89+sm120")] == ["sm120", "sm89"]
-    for bad in ("sm90", "", "sm89,,sm120"):
+    for bad in ("sm90", "sm100", "sm70", "", "sm89,,sm120"):
         with pytest.raises(UsageError) as caught:
             parse_targets(bad)
-        told = f"{caught.value.why} {caught.value.fix}"
-        assert all(target.name in told for target in TARGETS.values()) or "--backend tensorrt" in told
-    assert caught.value.exit_code == 2
+        assert all(f"{t.name} ({t.gpus})" in caught.value.why for t in TARGETS.values()), bad
+        assert ("--backend tensorrt" in caught.value.fix) == (bad in TENSORRT_ONLY)
+        assert all(f"{bad} ({gpus})" in caught.value.what for n, gpus in TENSORRT_ONLY.items() if n == bad)
+        assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(

@@ -385,7 +385,7 @@ def test_every_name_asked_for_with_hasattr_is_somewhere_and_not_everywhere() -> 
 
 
 def test_there_is_no_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_DRIVER", "libabsent-cuda.so")
+    monkeypatch.setattr(gpu, "DRIVER", "libabsent-cuda.so")
     gpu.gpus.cache_clear()
     assert gpu.gpus() == ()
     gpu.gpus.cache_clear()

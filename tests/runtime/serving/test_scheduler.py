@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ivl_export.bundle.spec import ComponentSpec
 from ivl_export.errors import InputError, UsageError
 from ivl_export.runtime import InternVL, captions
 from ivl_export.runtime.kv_cache import BatchedKVCache
@@ -79,6 +81,11 @@ class Alone:
 def alone(tiny_bundle: Path) -> Iterator[Alone]:
     with InternVL.load(tiny_bundle, threads=1) as model:
         yield Alone(model)
+
+
+def step(model: InternVL) -> tuple[Callable[[dict[str, Any]], Mapping[str, Any]], ComponentSpec]:
+    """The step engine and its contract, as a scheduler takes them."""
+    return partial(model.components.run_device, "qllama_step"), model.components.spec("qllama_step")
 
 
 class Crowd:
@@ -157,7 +164,6 @@ def test_what_lies_in_free_slots_is_not_read(alone: Alone) -> None:
 def test_a_cancelled_sequence_frees_its_slot_before_the_next_step(alone: Alone) -> None:
     stop = StopCriteria(EOS, 0, 12, 12)
     first, second = (Request(i, 0, stop, None, 0, 0) for i in range(2))
-    scheduler = captions.scheduler(alone.model, 1)
     steps: list[str] = []
 
     def on_token(token: int) -> None:
@@ -167,8 +173,8 @@ def test_a_cancelled_sequence_frees_its_slot_before_the_next_step(alone: Alone) 
 
     futures: list[Future[Any]] = []
     go = threading.Event()
-    gate = scheduler._run
-    scheduler._run = lambda feeds: (go.wait(30), gate(feeds))[1]
+    run, spec = step(alone.model)
+    scheduler = Scheduler(lambda feeds: (go.wait(30), run(feeds))[1], spec, 1)
     futures.append(scheduler.submit(alone.start(first), stop, None, on_token))
     waiting = scheduler.submit(alone.start(second), stop, None, lambda token: steps.append("second"))
     go.set()
@@ -181,14 +187,15 @@ def test_a_cancelled_sequence_frees_its_slot_before_the_next_step(alone: Alone) 
 def test_a_failed_step_fails_those_in_it_and_no_later_one(alone: Alone) -> None:
     stop = StopCriteria(EOS, 0, 5, 5)
     request = Request(0, 0, stop, None, 0, 0)
-    scheduler = captions.scheduler(alone.model, 2)
-    whole = scheduler._run
+    run, spec = step(alone.model)
+    errors = [RuntimeError("no memory")]
 
-    def fail(feeds: Any) -> Any:
-        scheduler._run = whole
-        raise RuntimeError("no memory")
+    def first_fails(feeds: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return run(feeds)
 
-    scheduler._run = fail
+    scheduler = Scheduler(first_fails, spec, 2)
     with pytest.raises(RuntimeError, match="no memory"):
         scheduler.submit(alone.start(request), stop).result(30)
     assert scheduler.submit(alone.start(request), stop).result(30).value == alone.answer(request)

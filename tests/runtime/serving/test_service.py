@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ivl_export.errors import BusyError, InputError, UsageError
-from ivl_export.runtime import InternVL, Ranking, Service, ServiceLimits
+from ivl_export.runtime import InternVL, Ranking, Service, ServiceLimits, matching
 from ivl_export.runtime.serving.admission import Admission, Clock
 from ivl_export.runtime.serving.batching import BatchResult
 from ivl_export.sampling import Sampling
@@ -153,16 +153,18 @@ def test_a_match_that_cannot_be_made_fails_alone(model: InternVL) -> None:
     assert isinstance(stranger, UsageError)
 
 
-def test_a_match_that_is_cancelled_or_out_of_time_frees_its_place(model: InternVL) -> None:
+def test_a_match_that_is_cancelled_or_out_of_time_frees_its_place(
+    model: InternVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service, go = Service(model, ServiceLimits(max_running=2, max_delay=0)), threading.Event()
-    real, texts = service._pairs._run, list[str]()
+    real, texts = matching.log_odds, list[str]()
 
-    def slow(items: Any) -> Any:
+    def slow(own: Any, pixels: Any, batch: Sequence[str], *rest: Any) -> Any:
         assert go.wait(30)
-        texts.extend(text for _, text in items)
-        return real(items)
+        texts.extend(batch)
+        return real(own, pixels, batch, *rest)
 
-    service._pairs._run = slow
+    monkeypatch.setattr(matching, "log_odds", slow)
     image = pictures(1)[0]
 
     async def ask() -> None:
@@ -343,10 +345,21 @@ def test_whoever_stops_listening_frees_the_slot(model: InternVL) -> None:
     service.close()
 
 
-def test_a_caption_out_of_time_frees_the_slot_and_a_full_service_refuses(model: InternVL) -> None:
-    service = Service(model, ServiceLimits(max_running=1, max_queued=0))
+def test_a_caption_out_of_time_frees_the_slot_and_a_full_service_refuses(
+    model: InternVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model.requests  # noqa: B018 - open the engines first
     model.caption(pictures(1), "a")
+    real, go = model.components.run_device, threading.Event()
+    go.set()
+
+    def run(name: str, inputs: Any, *rest: Any) -> Any:
+        if name == "qllama_step" and inputs["input_ids"].shape[1] == 1:  # not the prompt
+            assert go.wait(30)
+        return real(name, inputs, *rest)
+
+    monkeypatch.setattr(model.components, "run_device", run)
+    service = Service(model, ServiceLimits(max_running=1, max_queued=0))
 
     async def ask() -> None:
         stream = service.stream_caption(pictures(1)[0], "a", 100, 100, timeout=30)
@@ -355,15 +368,13 @@ def test_a_caption_out_of_time_frees_the_slot_and_a_full_service_refuses(model: 
             await service.caption(pictures(1)[0], "a")
         await stream.aclose()
         await until(lambda: service.counts.running == 0)
-        scheduler, real = service._scheduler, service._scheduler._run
-        go = threading.Event()
-        scheduler._run = lambda feeds: (go.wait(30), real(feeds))[1]
+        go.clear()
         with pytest.raises(BusyError, match="not done in time"):
             async for _ in service.stream_caption(pictures(1)[0], "a", 100, 100, timeout=0.3):
                 pass
         assert service.counts.running == 0
         go.set()
-        await until(lambda: len(scheduler) == 0)
+        await until(lambda: len(service._scheduler) == 0)
 
     asyncio.run(ask())
     assert (service.counts.refused, service.counts.expired) == (1, 1)
