@@ -11,7 +11,7 @@ import pytest
 from ivl_export.benchmarks import readme
 from ivl_export.profiles.measure.chat_latency import ANSWER, FIRST, NEXT, OTHER
 from ivl_export.profiles.measure.receipt import write
-from ivl_export.tests.made_profiles import made_case, made_profile
+from ivl_export.tests.profiles.made_profiles import made_case, made_profile
 
 TEXT = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
 

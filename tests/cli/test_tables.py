@@ -13,7 +13,7 @@ from PIL import Image
 from ivl_export import cli
 from ivl_export.cli import output
 from ivl_export.profiles.measure.receipt import write
-from ivl_export.tests.made_profiles import made_case, made_profile
+from ivl_export.tests.profiles.made_profiles import made_case, made_profile
 
 CLI = Path(cli.__file__).parent
 LINES = [

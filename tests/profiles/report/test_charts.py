@@ -34,7 +34,7 @@ from ivl_export.profiles.report.drawing import (
 from ivl_export.profiles.report.html import style, svg
 from ivl_export.profiles.report.png import write_drawings
 from ivl_export.profiles.report.treemap import layer_time_map
-from ivl_export.tests.made_profiles import made_case, made_cost, made_layers, made_profile
+from ivl_export.tests.profiles.made_profiles import made_case, made_cost, made_layers, made_profile
 
 NAMES = ["table19", "roofline", "histograms", "batches", "layers", "layer-times"]
 

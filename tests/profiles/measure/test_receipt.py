@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ivl_export.errors import BuildError, InputError
 from ivl_export.profiles.measure.receipt import Profile, read, write
 from ivl_export.profiles.measure.sensors import Clocks, GpuClocks, Range, cpu_mhz, watch
-from ivl_export.tests.made_profiles import made_case, made_cost, made_profile
+from ivl_export.tests.profiles.made_profiles import made_case, made_cost, made_profile
 
 
 @given(

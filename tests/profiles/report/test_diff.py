@@ -15,7 +15,7 @@ from ivl_export import cli
 from ivl_export.errors import InputError
 from ivl_export.profiles.measure.receipt import write
 from ivl_export.profiles.report.diff import MIN_CHANGE, diff, ratio_interval
-from ivl_export.tests.made_profiles import made_case, made_profile
+from ivl_export.tests.profiles.made_profiles import made_case, made_profile
 
 
 def noisy(seed: int, level: float = 10.0, count: int = 200) -> list[float]:

@@ -44,7 +44,7 @@ from ivl_export.profiles.measure.receipt import SCHEMA, Settings, read, write
 from ivl_export.profiles.measure.timing import StopRule
 from ivl_export.quantization.recipe import load_recipe
 from ivl_export.tests.components import CHAT_COMPONENTS, COMPONENTS, QUERY_CHAT_COMPONENTS
-from ivl_export.tests.made_profiles import made_case, made_profile
+from ivl_export.tests.profiles.made_profiles import made_case, made_profile
 
 IDEAL = Efficiency(1.0, 1.0, 1.0)
 PUBLISHED_GMAC = {224: (1537, 787, 520), 336: (3507, 925, 520), 448: (6370, 1118, 520)}

@@ -16,10 +16,10 @@ from ivl_export import cli
 from ivl_export.cli.layers_page import page as layers_page
 from ivl_export.profiles.measure.receipt import read, write
 from ivl_export.profiles.report.page import layer_page, page
-from ivl_export.tests.made_profiles import made_case, made_layers, made_profile
-from ivl_export.tests.profiles.test_charts import NAMES, full
+from ivl_export.tests.profiles.made_profiles import made_case, made_layers, made_profile
+from ivl_export.tests.profiles.report.test_charts import NAMES, full
 
-RECEIPT = Path(__file__).parents[2] / "profiles" / "receipts" / "nano-fp8.json"
+RECEIPT = Path(__file__).parents[3] / "profiles" / "receipts" / "nano-fp8.json"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (Debian: apt install chromium)")

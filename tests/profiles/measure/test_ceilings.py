@@ -9,7 +9,7 @@ import pytest
 from ivl_export.profiles.measure.ceilings import CPU, Ceilings, floor_of, measure_ceilings
 from ivl_export.profiles.measure.device_timing import has_gpu
 from ivl_export.profiles.measure.timing import StopRule
-from ivl_export.tests.made_profiles import CEILINGS, made_case, made_cost
+from ivl_export.tests.profiles.made_profiles import CEILINGS, made_case, made_cost
 
 
 def test_a_type_without_kernels_is_held_to_the_one_in_its_place() -> None:
