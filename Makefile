@@ -8,6 +8,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := cpu,rtx,quant,serve,datasets,video,faiss,train,plots,eval,dev
 
+# Bytecode is kept, whatever the surroundings say: without it each of two workers and of many processes that
+# tests start compiles the package and rewrites every assertion anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: setup demo check test lint types clean
 
 setup: $(READY)
