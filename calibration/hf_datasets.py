@@ -179,7 +179,7 @@ def _columns(schema: pa.Schema, file: Path, named: tuple[str, ...]) -> tuple[str
     for name in named:
         if name not in schema.names:
             raise InputError(
-                f"{file} has no column {name!r}.", f"It has {listed}.", "Give --calib-columns IMAGE,CAPTION."
+                f"{file} has no column {name!r}.", f"It has {listed}.", "Give -O calib-columns=IMAGE,CAPTION."
             )
     images = [
         n for n in (named[:1] or IMAGE_COLUMNS) if n in schema.names and _is_image(schema.field(n).type)
@@ -188,7 +188,7 @@ def _columns(schema: pa.Schema, file: Path, named: tuple[str, ...]) -> tuple[str
         raise InputError(
             f"{file} has no image column{f' {named[0]!r}' if named else ''}.",
             f"It has {listed}. An image is a struct of bytes and path, or bytes.",
-            "Name the columns: --calib-columns IMAGE,CAPTION.",
+            "Name the columns: -O calib-columns=IMAGE,CAPTION.",
         )
     if len(named) > 1:
         return images[0], named[1]

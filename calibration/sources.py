@@ -122,7 +122,7 @@ def _entries(path: Path, columns: tuple[str, ...]) -> list[Entry]:
     if tables:
         return table_entries(tables, path if path.is_dir() else path.parent, columns)
     if columns:
-        raise UsageError(f"{path} has no columns.", fix="Leave --calib-columns out.")
+        raise UsageError(f"{path} has no columns.", fix="Leave -O calib-columns out.")
     if path.is_dir():
         return _folder(path)
     if path.is_file() and path.suffix in (".jsonl", ".ndjson"):

@@ -54,7 +54,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
 JOINED: dict[str, str] = {
     "inspect": "ivl-export verify BUNDLE, with --contents or --layers",
     "profile diff": "ivl-export compare OLD NEW",
-    "profile layers": "ivl-export profile BUNDLE --layers --no-latency",
+    "profile layers": "ivl-export profile BUNDLE --layers -O latency=false",
     "profile measure": "ivl-export profile BUNDLE",
     "profile report": "ivl-export profile RECEIPT",
     "recipes": "ivl-export build --list-recipes, or build --show-recipe NAME",

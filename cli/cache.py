@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
+from .command import Group, command
 from .output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
     from ..files.cache_dir import Entry
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+app = typer.Typer(cls=Group, add_completion=False, no_args_is_help=True)
 
 _SECONDS = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
 Kind = Annotated[str | None, typer.Option(help="Only engines, timing, weights, evaluations or images.")]
@@ -30,7 +31,7 @@ def cache() -> None:
     """
 
 
-@app.command("ls")
+@app.command("ls", cls=command({}))
 def list_entries(kind: Kind = None, as_json: Json = False) -> None:
     """What is kept, used last first."""
     from ..files.cache_dir import cache_folder, entries
@@ -38,7 +39,7 @@ def list_entries(kind: Kind = None, as_json: Json = False) -> None:
     _print("Kept in", "entries", entries(_kinds(kind)), str(cache_folder()), as_json)
 
 
-@app.command("prune")
+@app.command("prune", cls=command({}))
 def prune_entries(
     kind: Kind = None,
     size: Annotated[str | None, typer.Option(help="Keep what was used last, up to this: 5G.")] = None,

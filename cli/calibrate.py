@@ -1,4 +1,4 @@
-"""``ivl-export calibrate``: input ranges of a model, measured once."""
+"""``ivl-export calibrate``: activation ranges of a model, measured once for many builds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import CalibColumnsOpt, CalibOpt, CalibSamplesOpt, CalibSeedOpt, ComponentsOpt, ModelOpt
+from ..settings import read_settings
+from .command import SettingsOpt, command
+from .options import CALIBRATION, CalibOpt, CalibSamplesOpt, ComponentsOpt, ModelOpt
 from .output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -16,27 +18,26 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 
-@app.command()
+@app.command(cls=command(CALIBRATION))
 def calibrate(
     model: ModelOpt = None,
-    out: Annotated[Path, typer.Option(help="Where the ranges are written.")] = Path("ranges.json"),
+    out: Annotated[Path, typer.Option(help="File for the ranges.")] = Path("ranges.json"),
     calib: CalibOpt = None,
     calib_samples: CalibSamplesOpt = 256,
-    calib_columns: CalibColumnsOpt = None,
-    calib_seed: CalibSeedOpt = 0,
     algorithm: Annotated[
-        str, typer.Option(help="How ranges are picked: max, percentile[-99.99], entropy or mse.")
+        str, typer.Option(help="How ranges are picked: max, percentile, percentile-99.99, entropy or mse.")
     ] = "max",
     precision: Annotated[
-        str, typer.Option(help="The recipe that will be built: entropy and mse pick ranges for its types.")
+        str, typer.Option(help="The recipe of the build; entropy and mse pick ranges for its types.")
     ] = "fp8",
     components: ComponentsOpt = None,
+    settings: SettingsOpt = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
-    """Measure the input range of every linear layer, for 'build --ranges'.
+    """Measure the activation range of every linear layer's input, for 'build --ranges'.
 
-    A recipe that folds factors into the weights also gets smoothing.safetensors beside the file: keep the two
-    together. A run that was stopped goes on where it was.
+    A recipe that folds factors into the weights also gets smoothing.safetensors next to the file: keep the
+    two together. An interrupted run resumes.
     """
     from ..pipeline import run
     from ..pipeline.config import ORT, BuildConfig
@@ -49,11 +50,10 @@ def calibrate(
         precision=precision,
         calib=calib,
         calib_samples=calib_samples,
-        calib_columns=names(calib_columns),
-        calib_seed=calib_seed,
         algorithm=algorithm,
         backend=(ORT,),
         components=names(components),
+        **read_settings(CALIBRATION, settings or ()),
     )
     with Bars() as bars:
         plan = run.open_plan(config, bars)

@@ -9,6 +9,7 @@ import typer
 
 from ..bundle import Bundle
 from ..errors import LatencyError, UsageError
+from .command import command
 from .output import human_bytes, print_json, print_table, show
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 
-@app.command()
+@app.command(cls=command({}))
 def compare(
     a: Annotated[Path, typer.Argument(help="A bundle's folder, or a receipt.", show_default=False)],
     b: Annotated[Path, typer.Argument(help="The other one; of receipts the later.", show_default=False)],

@@ -16,8 +16,8 @@ from ..engines.targets import TARGETS, TENSORRT_ONLY
 from ..engines.tensorrt.library import BUILDERS
 from ..errors import CapabilityError
 from .cache import app as cache
-from .estimate import asked_model
-from .groups import group_with_default
+from .command import command, group_with_default
+from .estimate import model_and_recipe
 from .output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ app = typer.Typer(cls=group_with_default("check"), add_completion=False)
 app.add_typer(cache, name="cache")
 
 
-@app.command("check", epilog="Also: 'ivl-export doctor cache ls' and 'doctor cache prune'.")
+@app.command("check", cls=command({}), epilog="Also: 'ivl-export doctor cache ls' and 'doctor cache prune'.")
 def doctor(
     model: Annotated[
         Path | None,
@@ -48,7 +48,7 @@ def doctor(
 
     asked = None
     if model is not None or precision is not None:
-        config, recipe = asked_model(model, precision)
+        config, recipe = model_and_recipe(model, precision)
         asked = Request(recipe, plan_of(recipe, config), None if model is None else config)
     diagnosis = diagnose(asked)
     if as_json:

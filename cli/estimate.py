@@ -1,4 +1,4 @@
-"""``ivl-export estimate``: latency, throughput, memory and cost on a GPU that is not here."""
+"""``ivl-export estimate``: latency, throughput, memory and cost, predicted for a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
+from ..settings import Setting, Table, read_settings, whole
+from .command import SettingsOpt, command
 from .estimate_tables import print_chat, print_components, print_embeddings
 from .output import print_json
 from .profile import parse_sizes
@@ -18,47 +20,54 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 
+SETTINGS: Table = {
+    "image-size": Setting("224, 448 or another", "side of an image in pixels; else the model's", whole(1)),
+    "text-tokens": Setting(
+        "64, 1 or more", "tokens of a chat's prompt besides its image; else 64", whole(1), default=64
+    ),
+    "new-tokens": Setting("128, 1 or more", "tokens of a chat's answer; else 128", whole(1), default=128),
+}
 
-@app.command()
+
+@app.command(cls=command(SETTINGS))
 def estimate(
     gpu: Annotated[str, typer.Option(help="GPU: l40s, h100, rtx4090, ...", show_default=False)],
     precision: Annotated[
         str | None,
-        typer.Option(help="bf16, fp16, fp8, int8, or a recipe file; else a bundle's own, or fp8."),
+        typer.Option(help="bf16, fp16, fp8, int8, or a recipe file.", show_default="the bundle's, or fp8"),
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes with commas between.")] = "1,8,128",
     model: Annotated[
         Path | None,
         typer.Option(
-            help="A bundle, a checkpoint's folder (its config.json is read), or a chat model of the paper: "
-            "InternVL-Chat-ViT-6B-Vicuna-7B, -13B, InternVL-Chat-QLLaMA-Vicuna-7B, -13B; or nano, nano-chat. "
-            "Else InternVL-14B."
+            help="A bundle, a checkpoint's folder (only its config.json is read), nano, nano-chat, or a chat "
+            "model of the paper: InternVL-Chat-ViT-6B-Vicuna-7B, -13B, InternVL-Chat-QLLaMA-Vicuna-7B, -13B.",
+            show_default="InternVL-14B",
         ),
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels of an image's side.", show_default="the model's")
-    ] = None,
-    text_tokens: Annotated[int, typer.Option(min=1, help="Of a chat's prompt, beside its image.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Of a chat's answer.")] = 128,
     cost_per_hour: Annotated[
         float | None,
-        typer.Option(min=0.0, help="The GPU's price, for the cost of a million images or questions."),
+        typer.Option(
+            min=0.0, help="The GPU's price per hour, for the cost of a million images or questions."
+        ),
     ] = None,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Floor and time of each call and layer type too.")
+        bool, typer.Option("--layers", help="Also show each call and layer type, with its lower bound.")
     ] = False,
     evidence: Annotated[
         bool,
         typer.Option(
-            "--evidence", help="The shares' sources, the assumptions, and predictions held to times."
+            "--evidence",
+            help="Also show the sources of the efficiencies, the assumptions, and predictions against times.",
         ),
     ] = False,
+    settings: SettingsOpt = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON.")] = False,
 ) -> None:
     """Predict latency, throughput, memory and cost on a GPU you do not have.
 
-    The roofline model, at stated shares of the GPU's published peaks. Of a chat model: the time to the first
-    token, tokens per second, and memory with keys and values.
+    A roofline model, at stated fractions of the GPU's published peaks. For a chat model: time to the first
+    token, tokens per second, and memory including keys and values.
     """
     from ..models.registry import CHAT, CONTRASTIVE, family_of
     from ..profiles.cost import chat_estimate
@@ -69,13 +78,14 @@ def estimate(
 
     batches = parse_sizes("--batch", batch)
     peaks = find_gpu(gpu)
-    whole, recipe = asked_model(model, precision)
-    config: Any = sized(whole, image_size)  # of the family whose form is asked below
+    values = read_settings(SETTINGS, settings or ())
+    full_size, recipe = model_and_recipe(model, precision)
+    config: Any = sized(full_size, values.get("image_size"))
     plan = plan_of(recipe, config)
     name = "InternVL-14B" if model is None else model.resolve().name
     form = family_of(config).form
     if form == CHAT:
-        arguments = (recipe, plan, peaks, batches, cost_per_hour, text_tokens, new_tokens)
+        arguments = (recipe, plan, peaks, batches, cost_per_hour, values["text_tokens"], values["new_tokens"])
         chat = chat_estimate.estimate(config, *arguments)
         print_json(chat.to_json()) if as_json else print_chat(chat, name, layers, evidence)
         return
@@ -87,12 +97,12 @@ def estimate(
     print_json(result.to_json()) if as_json else print_embeddings(result, name, layers, evidence)
 
 
-def asked_model(model: Path | None, precision: str | None) -> tuple[ModelConfig, Recipe]:
-    """Sizes and recipe of what ``--model`` and ``--precision`` name.
+def model_and_recipe(model: Path | None, precision: str | None) -> tuple[ModelConfig, Recipe]:
+    """The config and the recipe that ``--model`` and ``--precision`` name.
 
     Raises:
-        CheckpointError, IntegrityError: there is no checkpoint and no bundle.
-        UsageError: no such recipe.
+        CheckpointError, IntegrityError: not a checkpoint, not an intact bundle.
+        UsageError: an unknown recipe.
     """
     from ..bundle import Bundle
     from ..bundle.manifest import MANIFEST
@@ -127,9 +137,9 @@ def sized(config: ModelConfig, image_size: int | None) -> ModelConfig:
     patch = family.patch_size(config)
     if image_size % patch:
         raise UsageError(
-            f"--image-size {image_size} is no multiple of the patch size.",
-            f"A patch has {patch} pixels a side.",
-            f"Give --image-size {max(1, image_size // patch) * patch}.",
+            f"-O image-size={image_size} is not a multiple of the patch size.",
+            f"A patch is {patch} x {patch} pixels.",
+            f"Give -O image-size={max(1, image_size // patch) * patch}.",
         )
     resized: ModelConfig = family.resized(config, image_size)
     return resized

@@ -1,4 +1,4 @@
-"""``ivl-export eval``: published benchmarks on a user's own copy of the data. Torch is not imported."""
+"""``ivl-export eval``: published benchmarks on a user's own copy of the data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,22 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError
+from ..settings import Setting, Table, read_settings, whole
+from .command import SettingsOpt, command
+from .options import ENGINE, FRAMES, BackendOpt, BundleArg, JsonOpt
 from .output import print_json, print_table, show
 from .progress import Bars
-from .session import BackendOpt, BundleArg, JsonOpt, TargetOpt, ThreadsOpt
 
 app = typer.Typer(add_completion=False)
+
+SETTINGS: Table = {
+    "batch": Setting("1, 8 or more", "images run at once; else what the engines are tuned for", whole(1)),
+    **FRAMES,
+    "max-new-tokens": Setting(
+        "24, 1 or more", "length limit of a chat's answer; else 24", whole(1), default=24
+    ),
+    **ENGINE,
+}
 
 
 class Task(str, Enum):
@@ -36,40 +47,43 @@ class Head(str, Enum):
     G = "InternVL-G"
 
 
-@app.command()
+@app.command(cls=command(SETTINGS))
 def evaluate(
     bundle: BundleArg,
-    task: Annotated[Task, typer.Option(help="What is measured.", show_default=False)],
+    task: Annotated[Task, typer.Option(help="The benchmark.", show_default=False)],
     data: Annotated[
         Path | None,
-        typer.Option(help="The data set's folder, as published; a JSONL of questions. Else drawn scenes."),
+        typer.Option(
+            help="The data set's folder, as published, or a JSONL file of questions.",
+            show_default="drawn scenes, for questions",
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use so many images, chosen by the hash of their names.")
+        int | None,
+        typer.Option(min=1, help="Number of images, chosen by the hash of their names.", show_default="all"),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images run at once.")] = None,
-    mode: Annotated[Head, typer.Option(help="Which image embedding; captions have one way only.")] = Head.C,
+    mode: Annotated[Head, typer.Option(help="Which image embedding; captions always use QLLaMA.")] = Head.C,
     language: Annotated[
-        str, typer.Option(help="Of class names (en, zh, jp, ar, it) or XTD's captions (and es, fr, ko, ru).")
+        str,
+        typer.Option(
+            help="Language of class names (en, zh, jp, ar, it) or of XTD's captions (also es, fr, ko, ru)."
+        ),
     ] = "en",
-    frames: Annotated[int, typer.Option(min=1, help="Frames used of a video.")] = 8,
-    prompt: Annotated[str, typer.Option(help="What a chat bundle is asked; {} is the question.")] = "{}",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer of a chat bundle.")] = 24,
+    prompt: Annotated[str, typer.Option(help="Prompt of a chat bundle; {} is the question.")] = "{}",
     rerank: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Of retrieval: match the best so many too; the bundle was built with --itm."
+            min=1, help="In retrieval, score the best N again; the bundle must be built with --itm."
         ),
     ] = None,
     backend: BackendOpt = "onnxruntime",
-    target: TargetOpt = None,
-    threads: ThreadsOpt = None,
+    settings: SettingsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Measure a bundle on your own copy of a benchmark, beside the paper's number.
+    """Score a bundle on your own copy of a benchmark, next to the paper's number.
 
-    A chat bundle has one task, questions: exact answers. A line of its file is {"image": "1.jpg", "question":
-    "What is it?", "answer": "a ring"}, with several right ones {..., "answers": ["a ring", "ring"]}.
+    A chat bundle has one task, questions: exact answers. Each line of its file is {"image": "1.jpg",
+    "question": "What is it?", "answer": "a ring"}, or {..., "answers": ["a ring", "ring"]}.
     """
     from ..evaluation import chat
     from ..evaluation.tasks import QUESTIONS, check_task
@@ -78,17 +92,18 @@ def evaluate(
 
     check_task(task.value, language, rerank)
     start = time.perf_counter()
-    opened: dict[str, Any] = {"backend": backend, "threads": threads, "target": target, "batch": batch}
+    engine: dict[str, Any] = {"backend": backend, **read_settings(SETTINGS, settings or ())}
+    frames, max_new_tokens = engine.pop("frames"), engine.pop("max_new_tokens")
     if task.value == QUESTIONS:
-        with InternVLChat.load(bundle, **opened) as talker, Bars() as bars:
-            recipe = talker.bundle.manifest.recipe
-            result = chat.evaluate(talker, data, limit, prompt, max_new_tokens, bars)
+        with InternVLChat.load(bundle, **engine) as model, Bars() as bars:
+            recipe = model.bundle.manifest.recipe
+            result = chat.evaluate(model, data, limit, prompt, max_new_tokens, bars)
     elif data is None:
         raise UsageError(f"{task.value} needs a data set.", fix="Give --data FOLDER.")
     else:
-        with InternVL.load(bundle, **opened) as model, Bars() as bars:
-            recipe = model.bundle.manifest.recipe
-            result = run(model, task.value, data, mode.value, language, limit, frames, bars, rerank)
+        with InternVL.load(bundle, **engine) as embedder, Bars() as bars:
+            recipe = embedder.bundle.manifest.recipe
+            result = run(embedder, task.value, data, mode.value, language, limit, frames, bars, rerank)
     seconds = time.perf_counter() - start
     if as_json:
         about = {"bundle": str(bundle), "recipe": recipe, "backend": backend, "seconds": seconds}
@@ -104,11 +119,11 @@ def evaluate(
         ],
     )
     used = f"{result.samples} of {result.available} samples, {seconds:.1f} s"
-    settings = ", ".join(f"{name} {show(value)}" for name, value in result.settings.items())
+    conditions = ", ".join(f"{name} {show(value)}" for name, value in result.settings.items())
     typer.echo(
-        f"{used} ({settings})" + (f"; paper: arXiv 2312.14238, {result.source}" if result.source else "")
+        f"{used} ({conditions})" + (f"; paper: arXiv 2312.14238, {result.source}" if result.source else "")
     )
     if result.source and not result.whole:
-        typer.echo("The paper's numbers are of its whole set: not comparable.")
+        typer.echo("Not comparable with the paper: its numbers are for the whole set.")
     for skip in result.skipped:
         typer.echo(f"skipped {show(skip['file'])}: {show(skip['why'])}", err=True)

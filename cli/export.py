@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .command import command
 from .options import ComponentsOpt, FeaturesOpt, ModelOpt
 from .output import human_bytes, print_json, print_table
 from .progress import Bars
@@ -17,7 +18,7 @@ from .progress import Bars
 app = typer.Typer(add_completion=False)
 
 
-@app.command()
+@app.command(cls=command({}))
 def export(
     model: ModelOpt = None,
     out: Annotated[

@@ -1,4 +1,4 @@
-"""``ivl-export profile --layers``: where the time of a component's call goes."""
+"""``ivl-export profile --layers``: how the time of a component's call is spent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Where = tuple[str, int, int | None, str | None, str | None]
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """The options of ``--layers``; see the verb's help."""
+    """Options and settings of ``--layers``; see the verb's help."""
 
     component: str | None
     calls: int
@@ -43,8 +43,8 @@ def time_layers(
     names = [options.component] if options.component else list(bundle.manifest.components)
     profiles = []
     with reported(progress, "measure layers", len(names)) as advanced:
-        for done, name in enumerate(names):
-            advanced(done, detail=name)
+        for i, name in enumerate(names):
+            advanced(i, detail=name)
             profiles.append(
                 profile_layers(bundle, name, backend, batch, options.calls, threads, target, device)
             )
@@ -56,27 +56,27 @@ def time_layers(
 def write_layer_profiles(
     title: str, profiles: list[LayerProfile], html: Path | None, png: Path | None
 ) -> list[Path]:
-    """Write the page and the treemap where they are wanted; the files written."""
+    """Write the page to ``html`` and the treemap into ``png``, unless None; returns the files."""
     from ..files.write import write_text
     from ..profiles.report.page import layer_page
     from ..profiles.report.treemap import layer_time_map
 
-    written = []
+    files = []
     if html is not None:
         write_text(layer_page(title, profiles), html)
-        written.append(html)
+        files.append(html)
     if png is not None and (drawing := layer_time_map(profiles)) is not None:
         from ..profiles.report.png import write_drawings
 
-        written += write_drawings([drawing], png)
-    return written
+        files += write_drawings([drawing], png)
+    return files
 
 
 def print_layer_profiles(profiles: list[LayerProfile], top: int) -> None:
     """Tables of the ``top`` slowest layers and groups of each component."""
     for profile in profiles:
         _print(profile, top)
-    typer.echo("shares are of a call that was timed layer by layer, which takes longer than one that is not")
+    typer.echo("shares are of a call timed layer by layer, which takes longer than other calls")
 
 
 def _print(profile: LayerProfile, top: int) -> None:

@@ -3,106 +3,107 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from ..settings import SWITCH, Setting, Table, number, read_settings, switch, whole
+from .command import SettingsOpt
+from .options import ALGORITHM, TRAINING
 from .output import print_json, print_table
+
+
+def _stage(value: object) -> int:
+    stage = whole(1)(value)
+    if stage > 2:
+        raise ValueError(value)
+    return stage
+
+
+SETTINGS: Table = {
+    "stage": Setting("2 or 1", "losses: 1 contrastive, 2 itc + itm + itg; else 2", _stage),
+    **ALGORITHM,
+    "learn-scales": Setting(SWITCH, "train the scales; false keeps them; else true", switch),
+    "lr": Setting("5e-4 or another", "peak learning rate of the weights; else 5e-4", number()),
+    "scale-lr": Setting(
+        "5e-3 or another", "peak learning rate of the scales, as a share of their ranges; else 5e-3", number()
+    ),
+    "seed": Setting("0, 1 or more", "seed of the data's order; else 0", whole()),
+    "evaluate-every": Setting(
+        "50, 0 or more", "steps between evaluations on scenes; else 0: only before and after", whole()
+    ),
+    "save-every": Setting("50, 1 or more", "steps between saved states; else 50", whole(1)),
+    **TRAINING,
+}
+"""Fields of :class:`..pipeline.config.QatConfig`, ``threads`` and ``processes``."""
 
 
 def qat(
     model: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint to start from: a published layout's folder; else nano."),
+        typer.Option(help="Checkpoint to start from: its folder, or nano.", show_default="nano"),
     ] = None,
     recipe: Annotated[
         str, typer.Option("--recipe", "--precision", help="The recipe to train for ('build --list-recipes').")
     ] = "w4a4",
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the new checkpoint; else runs/MODEL-RECIPE-qat.")
+        Path | None,
+        typer.Option(help="Folder for the new checkpoint.", show_default="runs/MODEL-RECIPE-qat"),
     ] = None,
-    stage: Annotated[
-        int, typer.Option(help="Losses to train with: 1 contrastive, 2 itc + itm + itg.", min=1, max=2)
-    ] = 2,
     teacher: Annotated[
-        bool, typer.Option("--teacher", help="Learn the full-precision model's answers instead (QAD).")
+        bool, typer.Option("--teacher", help="Learn the full-precision model's outputs instead (QAD).")
     ] = False,
     data: Annotated[
         Path | None,
-        typer.Option(help="Images and captions to train on: a folder, or a JSONL; else drawn scenes (nano)."),
+        typer.Option(
+            help="Images and captions to train on: a folder or a JSONL file.",
+            show_default="nano: drawn scenes",
+        ),
     ] = None,
     calib: Annotated[
-        Path | None, typer.Option(help="Images and captions to calibrate on first; else those of --data.")
+        Path | None,
+        typer.Option(help="Images and captions to calibrate on first.", show_default="those of --data"),
     ] = None,
     ranges: Annotated[
-        Path | None, typer.Option(help="Start from the ranges in this ranges.json instead of measuring.")
+        Path | None,
+        typer.Option(help="Start from the ranges in this file of 'calibrate' instead of measuring."),
     ] = None,
-    algorithm: Annotated[
-        str | None, typer.Option(help="How ranges are picked: max, percentile[-99.99], entropy or mse.")
-    ] = None,
-    learn_scales: Annotated[
-        bool, typer.Option("--learn-scales/--freeze-scales", help="Train the scales, or keep them.")
-    ] = True,
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 300,
-    batch: Annotated[int, typer.Option(help="Images a step.", min=2)] = 32,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of the weights.", min=0)] = 5e-4,
-    scale_lr: Annotated[
-        float, typer.Option(help="Peak learning rate of the scales, as a share of their ranges.", min=0)
-    ] = 5e-3,
-    seed: Annotated[int, typer.Option(help="Of the data's order.")] = 0,
-    evaluate_every: Annotated[
-        int, typer.Option(help="Steps between evaluations on scenes; 0: before and after only.", min=0)
-    ] = 0,
-    save_every: Annotated[int, typer.Option(help="Steps between kept states.", min=1)] = 50,
-    work_dir: Annotated[
-        Path | None, typer.Option(help="Folder for the state that a stopped run resumes from.")
-    ] = None,
-    processes: Annotated[
-        int, typer.Option(help="Processes that train together, started here (torchrun works too).", min=1)
-    ] = 1,
-    strategy: Annotated[str, typer.Option(help="How they share the model: ddp or fsdp.")] = "ddp",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; all cores if not given.", min=1)] = None,
-    dry_run: Annotated[bool, typer.Option(help="Check everything, say what would be trained.")] = False,
+    batch: Annotated[int, typer.Option(help="Images of a step.", min=2)] = 32,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, list what would be trained.")
+    ] = False,
+    settings: SettingsOpt = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
 ) -> None:
-    """Fine-tune a model whose layers compute as a recipe will quantise them.
+    """Quantisation-aware training: fine-tune a checkpoint with its layers rounded as a recipe rounds them.
 
-    The result is a checkpoint with its recipe.yaml and ranges.json, for 'build', which stores the very
-    integers and scales that training simulated. A run that was stopped goes on, and ends with the same
-    weights.
+    The result is a checkpoint with recipe.yaml and ranges.json, for 'build', which stores exactly the
+    integers and scales that training simulated. An interrupted run resumes, and ends with the same weights.
     """
+    values = read_settings(SETTINGS, settings or ())
+    threads, processes = values.pop("threads", None), values.pop("processes")
     import torch
 
     from ..models.shipped import shipped_name
     from ..pipeline.config import QatConfig
     from ..pipeline.qat import plan_qat, run
-    from ..training.distributed import known_strategy
     from .progress import Bars
 
     if threads:
         torch.set_num_threads(threads)
     name = shipped_name(model) or (model or Path()).resolve().name
-    chosen: Literal[1, 2] = 1 if stage == 1 else 2
     config = QatConfig(
         out=out or Path("runs") / f"{name}-{Path(recipe).stem}-qat",
         model=model,
         recipe=recipe,
-        stage=chosen,
         teacher=teacher,
         data=data,
         calib=calib,
         ranges=ranges,
-        algorithm=algorithm,
         steps=steps,
         batch=batch,
-        lr=lr,
-        scale_lr=scale_lr,
-        learn_scales=learn_scales,
-        seed=seed,
-        evaluate_every=evaluate_every,
-        save_every=save_every,
-        work_dir=work_dir,
-        strategy=known_strategy(strategy),
+        **values,
     )
     with Bars() as bars:
         bars.started("open", None)
@@ -140,8 +141,10 @@ def _print_scores(receipt: dict[str, Any], out: Path) -> None:
     rows = []
     for group, tasks in scores["fp32"].items():
         for task, score in tasks.items() if group != "settings" else ():
-            found = (f"{scores[kind][group][task]['accuracy']:.1%}" for kind in ("fp32", "ptq", "qat"))
+            results = (f"{scores[kind][group][task]['accuracy']:.1%}" for kind in ("fp32", "ptq", "qat"))
             share = receipt["recovered"].get(f"{group} {task}")
-            rows.append((f"{group} {task}", *found, "-" if share is None else f"{share:.0%}", score["total"]))
+            rows.append(
+                (f"{group} {task}", *results, "-" if share is None else f"{share:.0%}", score["total"])
+            )
     columns = ("task", "fp32", "PTQ", "QAT", "recovered", "questions")
     print_table("Accuracy on held-out scenes", columns, rows)

@@ -1,4 +1,4 @@
-"""``ivl-export run``: a bundle's engines on images. Torch is not imported."""
+"""``ivl-export run``: a bundle's engines on images. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,35 +9,31 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError, UsageError
+from ..settings import Setting, Table, read_settings, whole
+from .command import Group, SettingsOpt, command
 from .inputs import ImageFiles
+from .options import ENGINE, FRAMES, SAMPLING, BackendOpt, BundleArg, JsonOpt
 from .output import check_writable
 from .run_features import features
-from .session import (
-    BackendOpt,
-    BundleArg,
-    DeviceOpt,
-    FramesOpt,
-    Head,
-    HeadOpt,
-    ImagesArg,
-    JsonOpt,
-    SeedOpt,
-    TargetOpt,
-    TemperatureOpt,
-    ThreadsOpt,
-    TopKOpt,
-    TopPOpt,
-    save,
-    session,
-)
+from .session import Head, HeadOpt, ImagesArg, TemperatureOpt, save, session
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Run a bundle on images, through its engines only."
+    cls=Group, add_completion=False, no_args_is_help=True, help="Run a bundle's engines on images and texts."
 )
-app.command()(features)
+app.command(cls=command(ENGINE))(features)
+
+EMBED: Table = {**FRAMES, **ENGINE}
+CAPTION: Table = {
+    "min-new-tokens": Setting(
+        "8, 0 or more", "least length in tokens, else 0 (published captions: 8)", whole(), default=0
+    ),
+    **SAMPLING,
+    **ENGINE,
+}
+CHAT: Table = {**FRAMES, **SAMPLING, **ENGINE}
 
 
-@app.command()
+@app.command(cls=command(EMBED))
 def embed(
     bundle: BundleArg,
     images: Annotated[
@@ -47,31 +43,30 @@ def embed(
     video: Annotated[
         list[Path] | None, typer.Option(help="A video, or animated image, to embed too; repeat for more.")
     ] = None,
-    frames: FramesOpt = 8,
     mode: HeadOpt = Head.C,
     out: Annotated[Path | None, typer.Option(help="Save all embeddings [N, E] as this .npy file.")] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to length 1.")] = False,
     backend: BackendOpt = "onnxruntime",
-    target: TargetOpt = None,
-    device: DeviceOpt = None,
-    threads: ThreadsOpt = None,
+    settings: SettingsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Embed images, videos and texts: one row each, in this order."""
     if not images and not text and not video:
         raise UsageError("Nothing to embed.", "No images, --video or --text were given.", "Name some.")
     check_writable("--out", out)
+    engine = read_settings(EMBED, settings or ())
+    frames = engine.pop("frames")
     import numpy as np
 
     from ..runtime.zero_shot import l2
 
-    with session(bundle, backend, target, device, threads, as_json) as (model, report):
+    with session(bundle, backend, engine, as_json) as (model, report):
         rows, names = [], []
         if images:
             files = ImageFiles.find(images)
-            for found, pixels in files.read(model.read_images):
+            for piece, pixels in files.read(model.read_images):
                 rows.append(model.encode_image(pixels, mode.mode))
-                names += [{"file": str(f)} for f in found]
+                names += [{"file": str(f)} for f in piece]
             report["skipped"] = files.skipped
         if video:
             rows.append(model.encode_videos(video, frames, mode.mode))
@@ -104,37 +99,41 @@ def embed(
         )
 
 
-@app.command()
+@app.command(cls=command(ENGINE, {"--prompts": "--template"}))
 def classify(
     bundle: BundleArg,
     images: ImagesArg,
-    labels: Annotated[str | None, typer.Option(help="Labels with commas between.")] = None,
-    labels_file: Annotated[Path | None, typer.Option(help="A text file with one label a line.")] = None,
-    template: Annotated[
-        list[str] | None, typer.Option(help="A text with {} for the label; repeat to average.")
+    labels: Annotated[
+        str | None, typer.Option(help="Labels with commas between, or @FILE with one label a line.")
     ] = None,
-    prompts: Annotated[
-        str,
-        typer.Option(help="Published templates by name: photo, imagenet, food101, ... (? lists them)."),
-    ] = "plain",
+    labels_file: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A text with {} for the label, or a published list: photo, imagenet, food101, ... (? lists "
+            "them). Repeat to average.",
+            show_default="the label alone",
+        ),
+    ] = None,
     mode: HeadOpt = Head.C,
     top: Annotated[int, typer.Option(min=1, help="Labels shown an image.")] = 3,
     backend: BackendOpt = "onnxruntime",
-    target: TargetOpt = None,
-    device: DeviceOpt = None,
-    threads: ThreadsOpt = None,
+    settings: SettingsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Zero-shot classification: which label fits each image."""
+    if labels is not None and labels.startswith("@"):
+        labels_file, labels = Path(labels[1:]), None
     names, files = _labels(labels, labels_file), ImageFiles.find(images)
-    from ..runtime.templates import templates
+    engine = read_settings(ENGINE, settings or ())
+    from ..runtime.templates import PLAIN, templates
 
-    texts = template or templates(prompts)
-    with session(bundle, backend, target, device, threads, as_json) as (model, report):
+    texts = [text for name in template or PLAIN for text in ([name] if "{}" in name else templates(name))]
+    with session(bundle, backend, engine, as_json) as (model, report):
         classes = model.class_embeddings(names, texts)
         items = []
-        for found, pixels in files.read(partial(model.read_images, resize="center_crop")):
-            for file, row in zip(found, model.classify(pixels, classes, mode=mode.mode), strict=True):
+        for piece, pixels in files.read(partial(model.read_images, resize="center_crop")):
+            for file, row in zip(piece, model.classify(pixels, classes, mode=mode.mode), strict=True):
                 best = row.argsort()[::-1][:top]
                 pairs = [{"label": names[i], "probability": float(row[i])} for i in best]
                 items.append({"file": str(file), "label": names[best[0]], "top": pairs})
@@ -154,20 +153,18 @@ def classify(
         )
 
 
-@app.command()
+@app.command(cls=command(ENGINE))
 def retrieve(
     bundle: BundleArg,
     images: ImagesArg,
     query: Annotated[list[str] | None, typer.Option(help="A text to look for; repeat for more.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Images shown a query.")] = 5,
     rerank: Annotated[
-        int, typer.Option(min=0, help="Match the best N with the query again, image and text together.")
+        int, typer.Option(min=0, help="Score the best N again, image and text together; 0: none.")
     ] = 0,
     mode: HeadOpt = Head.C,
     backend: BackendOpt = "onnxruntime",
-    target: TargetOpt = None,
-    device: DeviceOpt = None,
-    threads: ThreadsOpt = None,
+    settings: SettingsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Rank images by how well they fit a text."""
@@ -176,15 +173,16 @@ def retrieve(
     if 0 < rerank < top:
         raise UsageError(f"--rerank {rerank} leaves less than --top {top}.", "", f"Give {top} or more.")
     files = ImageFiles.find(images)
+    engine = read_settings(ENGINE, settings or ())
     import numpy as np
 
     from ..runtime import Ranking
     from ..runtime.zero_shot import rank
 
-    with session(bundle, backend, target, device, threads, as_json) as (model, report):
+    with session(bundle, backend, engine, as_json) as (model, report):
         names, rows = [], []
-        for found, pixels in files.read(partial(model.read_images, resize="square")):
-            names += [str(f) for f in found]
+        for piece, pixels in files.read(partial(model.read_images, resize="square")):
+            names += [str(f) for f in piece]
             rows.append(model.encode_image(pixels, mode.mode))
         ranking = Ranking(*rank(model.encode_text(query), np.concatenate(rows), rerank or top))
         if rerank:
@@ -200,9 +198,9 @@ def retrieve(
             for q, best, row in zip(query, ranking.indices, ranking.scores, strict=True)
         ]
         report.update(mode=mode.mode, images=len(names), reranked=rerank, items=items, skipped=files.skipped)
-        again = f", the best {rerank} matched with the query" if rerank else ""
+        second = f", the best {rerank} scored together with the query" if rerank else ""
         report["table"] = (
-            f"Retrieval among {len(names)} images, {mode.mode}{again}",
+            f"Retrieval among {len(names)} images, {mode.mode}{second}",
             ("query", "rank", score, "image"),
             [
                 (item["query"] if n == 1 else "", n, r[score], r["file"])
@@ -212,77 +210,76 @@ def retrieve(
         )
 
 
-@app.command()
+@app.command(cls=command(CAPTION))
 def caption(
     bundle: BundleArg,
     images: ImagesArg,
     prompt: Annotated[
-        str | None, typer.Option(help="What the answer starts from.", show_default="English caption:")
+        str | None, typer.Option(help="Text before the caption.", show_default="English caption:")
     ] = None,
-    beams: Annotated[int, typer.Option(min=1, help="Beams kept; 1 is greedy (published captions: 5).")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit.")] = 30,
-    min_new_tokens: Annotated[int, typer.Option(min=0, help="Least length (published captions: 8).")] = 0,
+    beams: Annotated[
+        int, typer.Option(min=1, help="Width of the beam search; 1 is greedy (published captions: 5).")
+    ] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit in tokens.")] = 30,
     temperature: TemperatureOpt = 0.0,
-    top_k: TopKOpt = 0,
-    top_p: TopPOpt = 1.0,
-    seed: SeedOpt = 0,
     backend: BackendOpt = "onnxruntime",
-    target: TargetOpt = None,
-    device: DeviceOpt = None,
-    threads: ThreadsOpt = None,
+    settings: SettingsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Write a caption for each image: the likeliest by --beams, or one that is drawn (--temperature)."""
+    """Write a caption for each image: the likeliest one (--beams), or a random one (--temperature)."""
     from ..inputs.tokenizer import CAPTION_PROMPT
     from ..sampling import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p, seed) if temperature else None
+    engine = read_settings(CAPTION, settings or ())
+    shortest, draws = engine.pop("min_new_tokens"), _draws(engine)
+    sampling = Sampling(temperature, **draws) if temperature else None
     files, prompt = ImageFiles.find(images), CAPTION_PROMPT["en"] if prompt is None else prompt
-    with session(bundle, backend, target, device, threads, as_json) as (model, report):
+    with session(bundle, backend, engine, as_json) as (model, report):
         items = []
-        for found, pixels in files.read(partial(model.read_images, resize="square")):
-            texts = model.caption(pixels, prompt, beams, max_new_tokens, min_new_tokens, sampling=sampling)
-            items += [{"file": str(f), "caption": t} for f, t in zip(found, texts, strict=True)]
+        for piece, pixels in files.read(partial(model.read_images, resize="square")):
+            texts = model.caption(pixels, prompt, beams, max_new_tokens, shortest, sampling=sampling)
+            items += [{"file": str(f), "caption": t} for f, t in zip(piece, texts, strict=True)]
         report.update(prompt=prompt, beams=beams, items=items, skipped=files.skipped)
         report["table"] = ("Captions", ("image", "caption"), [(i["file"], i["caption"]) for i in items])
 
 
-@app.command()
+@app.command(cls=command(CHAT))
 def chat(
     bundle: BundleArg,
     images: Annotated[list[Path] | None, typer.Argument(help="Image files.", show_default=False)] = None,
     question: Annotated[
-        list[str] | None, typer.Option(help="Ask this; repeat to ask on. Without it, questions are typed in.")
+        list[str] | None,
+        typer.Option(help="A question; repeat for more. Without it, questions are read from the keyboard."),
     ] = None,
     video: Annotated[
         list[Path] | None, typer.Option(help="A video, or animated image, shown after the images.")
     ] = None,
-    frames: FramesOpt = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer in tokens.")] = 256,
     temperature: TemperatureOpt = 0.0,
-    top_k: TopKOpt = 0,
-    top_p: TopPOpt = 1.0,
-    seed: SeedOpt = 0,
     backend: BackendOpt = "onnxruntime",
-    target: TargetOpt = None,
-    device: DeviceOpt = None,
-    threads: ThreadsOpt = None,
+    settings: SettingsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Answer questions about images and videos; the bundle must be that of an InternVL-Chat."""
+    """Answer questions about images and videos with the bundle of an InternVL-Chat."""
     from ..sampling import Sampling
     from .run_chat import chat as run_chat
 
-    engines = {"backend": backend, "target": target, "threads": threads}
-    engines |= {} if device is None else {"device": device}
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    shown = (images or [], video or [], frames)
-    run_chat(bundle, shown, question or [], max_new_tokens, sampling, engines, as_json)
+    engine = read_settings(CHAT, settings or ())
+    shown, sampling = (
+        (images or [], video or [], engine.pop("frames")),
+        Sampling(temperature, **_draws(engine)),
+    )
+    run_chat(bundle, shown, question or [], max_new_tokens, sampling, {"backend": backend, **engine}, as_json)
+
+
+def _draws(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of :data:`.options.SAMPLING`, taken out of ``settings``."""
+    return {name: settings.pop(name) for name in ("top_k", "top_p", "seed")}
 
 
 def _labels(text: str | None, file: Path | None) -> list[str]:
     if (text is None) == (file is None):
-        raise UsageError("Labels are needed once.", "", "Give --labels cat,dog or --labels-file FILE.")
+        raise UsageError("Labels must be given once.", "", "Give --labels cat,dog or --labels @FILE.")
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8-sig").splitlines()

@@ -8,19 +8,12 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
+from ..settings import read_settings
+from .command import SettingsOpt
 from .inputs import ImageFiles, numbers
+from .options import ENGINE, BackendOpt, BundleArg, JsonOpt
 from .output import check_writable
-from .session import (
-    BackendOpt,
-    BundleArg,
-    DeviceOpt,
-    ImagesArg,
-    JsonOpt,
-    TargetOpt,
-    ThreadsOpt,
-    save,
-    session,
-)
+from .session import ImagesArg, save, session
 
 
 def features(
@@ -33,19 +26,22 @@ def features(
         str, typer.Option(help="Blocks, from 1, that the bundle was built to give; -1 is the last.")
     ] = "-1",
     backend: BackendOpt = "onnxruntime",
-    target: TargetOpt = None,
-    device: DeviceOpt = None,
-    threads: ThreadsOpt = None,
+    settings: SettingsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Save dense features: one vector for the class token and for each patch of each image.
 
     The file holds features.BLOCK [images, tokens, width] float32; a .safetensors file names the images too.
     """
-    wanted, files = numbers(blocks, "--blocks"), ImageFiles.find(images)
-    if out.suffix not in (".safetensors", ".npy") or not wanted or (out.suffix == ".npy" and len(wanted) > 1):
+    numbers_of_blocks, files = numbers(blocks, "--blocks"), ImageFiles.find(images)
+    engine = read_settings(ENGINE, settings or ())
+    if (
+        out.suffix not in (".safetensors", ".npy")
+        or not numbers_of_blocks
+        or (out.suffix == ".npy" and len(numbers_of_blocks) > 1)
+    ):
         raise UsageError(
-            f"Features of {len(wanted)} blocks cannot be saved as {out.name}.",
+            f"Features of {len(numbers_of_blocks)} blocks cannot be saved as {out.name}.",
             "A .safetensors file holds any number of blocks, an .npy file one.",
             "Give --out features.safetensors.",
         )
@@ -57,11 +53,11 @@ def features(
 
     from ..bundle.spec import feature_name
 
-    with session(bundle, backend, target, device, threads, as_json) as (model, report):
+    with session(bundle, backend, engine, as_json) as (model, report):
         parts, names = [], []
-        for found, pixels in files.read(model.read_images):
-            parts.append(model.features(pixels, wanted))
-            names += [str(file) for file in found]
+        for piece, pixels in files.read(model.read_images):
+            parts.append(model.features(pixels, numbers_of_blocks))
+            names += [str(file) for file in piece]
         arrays = {feature_name(k): np.concatenate([part[k] for part in parts]) for k in parts[0]}
         if out.suffix == ".npy":
             (array,) = arrays.values()

@@ -1,4 +1,4 @@
-"""``ivl-export train scenes``: drawn pictures with captions, to try internvl-nano on or to calibrate with."""
+"""``ivl-export train scenes``: drawn images with captions, to try internvl-nano or to calibrate it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import BuildError, UsageError
+from ..settings import Setting, Table, choice, read_settings, whole
+from .command import SettingsOpt
 from .output import print_json, print_table
 
 if TYPE_CHECKING:
     from ..synthetic.captions import Language
     from ..synthetic.scenes import Split
 
+SETTINGS: Table = {
+    "seed": Setting("0, 1 or more", "equal seeds draw equal scenes; else 0", whole(), default=0),
+    "split": Setting(
+        "heldout or train",
+        "heldout (the default) includes combinations that internvl-nano was not trained on",
+        choice(("heldout", "train")),
+        default="heldout",
+    ),
+    "lang": Setting("en or zh", "language of the captions; else en", choice(("en", "zh")), default="en"),
+}
 CAPTIONS = "captions.jsonl"
 _DRAWN = re.compile(r"scene-\d{5,}\.(png|txt)")
 
@@ -23,29 +35,25 @@ _DRAWN = re.compile(r"scene-\d{5,}\.(png|txt)")
 def scenes(
     out: Annotated[Path, typer.Argument(help="Folder to draw into.", show_default=False)],
     count: Annotated[int, typer.Option(help="How many scenes.", min=1, max=100_000)] = 8,
-    seed: Annotated[int, typer.Option(help="Equal seeds draw equal scenes.", min=0)] = 0,
-    split: Annotated[
-        str, typer.Option(help="'heldout' also shows what internvl-nano was never trained on; or 'train'.")
-    ] = "heldout",
-    lang: Annotated[str, typer.Option(help="Language of the captions: en or zh.")] = "en",
     force: Annotated[
-        bool, typer.Option("--force", help="Draw into a folder with files; scenes drawn earlier are removed.")
+        bool, typer.Option("--force", help="Draw into a folder with files; earlier scenes are removed.")
     ] = False,
+    settings: SettingsOpt = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Draw scenes of coloured shapes: PNG files, a caption beside each (.txt), and captions.jsonl.
+    """Draw scenes of coloured shapes: PNG files, a caption for each (.txt), and captions.jsonl.
 
-    The folder or its captions.jsonl can be given to 'build --calib', and the folder to 'run'.
+    'build --calib' takes the folder or its captions.jsonl, 'run' the folder.
     """
-    drawn = draw(out, count, seed, _split(split), _language(lang), force)
+    values = read_settings(SETTINGS, settings or ())
+    drawn = draw(out, count, **values, force=force)
     if as_json:
-        settings = {"count": count, "seed": seed, "split": split, "lang": lang}
-        print_json({"folder": str(out), **settings, "scenes": drawn})
+        print_json({"folder": str(out), "count": count, **values, "scenes": drawn})
         return
     shown = [(row["image"], row["caption"], row["novel"]) for row in drawn[:20]]
     if count > len(shown):
         shown.append((f"… {count - len(shown)} more", "", ""))
-    print_table(f"{count} scenes in {out}", ("image", "caption", "combination never trained on"), shown)
+    print_table(f"{count} scenes in {out}", ("image", "caption", "unseen in training"), shown)
 
 
 def draw(
@@ -56,7 +64,7 @@ def draw(
     The first scenes of a seed are the same for every ``count``.
 
     Raises:
-        UsageError: ``out`` is a file, or has files in it and ``force`` is not given.
+        UsageError: ``out`` is a file, or a folder with files and ``force`` is False.
         BuildError: it cannot be written.
     """
     from PIL import Image
@@ -86,27 +94,13 @@ def _make_room(out: Path, force: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is not a folder.", "It is a file.", "Give a new folder.")
     out.mkdir(parents=True, exist_ok=True)
-    there = sorted(out.iterdir())
-    if there and not force:
+    files = sorted(out.iterdir())
+    if files and not force:
         raise UsageError(
             f"{out} is not empty.",
-            f"It has {len(there)} files, {there[0].name} among them.",
+            f"It holds {len(files)} files, {files[0].name} among them.",
             "Give a new folder, or --force to draw into this one.",
         )
-    for path in there:
+    for path in files:
         if path.name == CAPTIONS or _DRAWN.fullmatch(path.name):
             path.unlink()
-
-
-def _split(name: str) -> Split:
-    known: dict[str, Split] = {"heldout": "heldout", "train": "train"}
-    if name in known:
-        return known[name]
-    raise UsageError(f"Unknown split {name!r}.", fix="Use 'heldout' or 'train'.")
-
-
-def _language(name: str) -> Language:
-    known: dict[str, Language] = {"en": "en", "zh": "zh"}
-    if name in known:
-        return known[name]
-    raise UsageError(f"Unknown language {name!r}.", fix="Use 'en' or 'zh'.")

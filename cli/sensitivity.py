@@ -1,4 +1,4 @@
-"""``ivl-export sensitivity``: what each layer loses when it alone is quantised."""
+"""``ivl-export sensitivity``: the loss of each layer when it alone is quantised."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import CapabilityError
+from ..settings import Setting, Table, read_settings, whole
+from .command import SettingsOpt, command
 from .options import ComponentsOpt, ModelOpt
 from .output import print_json, print_table
 
@@ -16,8 +18,21 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 
+SETTINGS: Table = {
+    "calib-samples": Setting(
+        "64, 1 or more", "samples that ranges are measured on; else 64", whole(1), default=64
+    ),
+    "questions": Setting(
+        "64, 0 or more",
+        "questions of each task, for models with an evaluation set; else 64. 0 scores no tasks",
+        whole(),
+        default=64,
+    ),
+    "top": Setting("20, 1 or more", "rows of the printed table, worst first; else 20", whole(1), default=20),
+}
 
-@app.command()
+
+@app.command(cls=command(SETTINGS))
 def sensitivity(
     model: ModelOpt = None,
     out: Annotated[
@@ -26,25 +41,22 @@ def sensitivity(
     schemes: Annotated[
         str | None,
         typer.Option(
-            help="What is tried on each layer; else fp8,int8,int8-weight,int4-weight,fp8-attention."
+            help="Schemes to try on each layer.",
+            show_default="fp8,int8,int8-weight,int4-weight,fp8-attention",
         ),
     ] = None,
     calib: Annotated[
-        Path | None, typer.Option(help="Images and captions: a folder, or a JSONL; 32 are held out.")
+        Path | None,
+        typer.Option(help="Images and captions: a folder or a JSONL file; 32 of them are held out."),
     ] = None,
-    calib_samples: Annotated[int, typer.Option(help="How many ranges are measured on.", min=1)] = 64,
     components: ComponentsOpt = None,
-    questions: Annotated[
-        int,
-        typer.Option(min=0, help="Of each task, where the model has an evaluation set; 0 leaves tasks out."),
-    ] = 64,
-    top: Annotated[int, typer.Option(min=1, help="Rows of the printed table, worst first.")] = 20,
+    settings: SettingsOpt = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Quantise one layer at a time: the SQNR, cosine and task accuracy it costs, and odd channels.
+    """Quantise one layer at a time: its loss in SQNR, cosine and task accuracy, and its outlier channels.
 
-    SQNR and cosine are of what the layer's block adds to the residual stream, on held-out samples. A run that
-    was stopped goes on where it was.
+    SQNR and cosine compare what the layer's block adds to the residual stream, on held-out samples. An
+    interrupted run resumes.
     """
     from ..calibration.heatmap import draw
     from ..calibration.sensitivity import DEFAULT
@@ -55,12 +67,14 @@ def sensitivity(
     from .inputs import names
     from .progress import Bars
 
+    values = read_settings(SETTINGS, settings or ())
+    questions = values["questions"]
     config = BuildConfig(
         out=out,
         model=model,
         precision="int8",
         calib=calib,
-        calib_samples=calib_samples,
+        calib_samples=values["calib_samples"],
         backend=(ORT,),
         components=names(components),
     )
@@ -78,7 +92,7 @@ def sensitivity(
         return
     for notice in plan.notices:
         typer.echo(f"note: {notice}")
-    _print(result, top)
+    _print(result, values["top"])
     if not plan.evaluation:
         typer.echo("No task accuracy: the model has no evaluation set.")
     typer.echo(f"{out / 'sensitivity.json'}: all {len(result.losses)} losses")
@@ -100,8 +114,8 @@ def _print(result: Sensitivity, top: int) -> None:
     )
     if result.findings:
         print_table(
-            "Odd channels of layers' inputs",
-            ("layer", "component", "kind", "how many", "channels", "largest / median"),
+            "Outlier channels of layers' inputs",
+            ("layer", "component", "kind", "count", "channels", "largest / median"),
             [
                 (f.layer, f.component, f.kind, f.count, f.channels, round(f.ratio, 1))
                 for f in sorted(result.findings, key=lambda f: -f.ratio)[:top]

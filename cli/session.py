@@ -1,4 +1,4 @@
-"""What the verbs of ``ivl-export run`` share: options, a loaded bundle, its report, files written whole."""
+"""Shared by the verbs of ``ivl-export run``: options, an open bundle and its report, files written whole."""
 
 from __future__ import annotations
 
@@ -31,42 +31,27 @@ class Head(str, Enum):
         return "InternVL-C" if self is Head.C else "InternVL-G"
 
 
-BundleArg = Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)]
 ImagesArg = Annotated[list[Path], typer.Argument(help="Image files and folders.", show_default=False)]
 HeadOpt = Annotated[Head, typer.Option("--mode", help="InternVL-C or InternVL-G embeddings.")]
-FramesOpt = Annotated[int, typer.Option(min=1, help="Frames read of a video, evenly spread.")]
-BackendOpt = Annotated[str, typer.Option(help="Whose engines: onnxruntime, tensorrt-rtx, ...")]
-TargetOpt = Annotated[str | None, typer.Option(help="Which engines of the backend: sm89, ...")]
-DeviceOpt = Annotated[
-    str | None, typer.Option(help="Where onnxruntime and torch run: cpu, cuda, cuda:1.", show_default="cpu")
+TemperatureOpt = Annotated[
+    float, typer.Option(min=0, help="Randomness of the draws; 0 always takes the likeliest token.")
 ]
-ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="CPU threads of an engine.")]
-TemperatureOpt = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token always.")]
-TopKOpt = Annotated[int, typer.Option(min=0, help="Draw from so many tokens; 0: all.")]
-TopPOpt = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")]
-SeedOpt = Annotated[int, typer.Option(help="Of the draws.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextmanager
 def session(
-    bundle: Path,
-    backend: str,
-    target: str | None,
-    device: str | None,
-    threads: int | None,
-    as_json: bool,
+    bundle: Path, backend: str, engine: dict[str, Any], as_json: bool
 ) -> Iterator[tuple[InternVL, dict[str, Any]]]:
-    """A loaded bundle and the report that the verb fills; printed when the verb is done.
+    """An open bundle and a report that the verb fills, printed when the block ends.
 
-    ``report["table"]`` (title, columns, rows) is for people and left out of JSON.
+    ``engine`` has the settings of :data:`.options.ENGINE`; ``report["table"]`` (title, columns, rows) is
+    printed unless ``as_json``.
     """
     from ..runtime import InternVL
 
     start = time.perf_counter()
     report: dict[str, Any] = {"bundle": str(bundle), "backend": backend}
-    options: dict[str, Any] = {} if device is None else {"device": device}
-    with InternVL.load(bundle, backend, threads=threads, target=target, **options) as model:
+    with InternVL.load(bundle, backend, **engine) as model:
         report["recipe"] = model.bundle.manifest.recipe
         yield model, report
         report["seconds"] = time.perf_counter() - start

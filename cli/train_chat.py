@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What was given on the command line; see the verb's help."""
+class ChatRun:
+    """Options of both runs; see the verb's help."""
 
     out: Path
     work_dir: Path | None
@@ -26,7 +26,7 @@ class Asked:
     as_json: bool
 
 
-def train_nano_chat(asked: Asked) -> None:
+def train_nano_chat(run: ChatRun) -> None:
     """Train internvl-nano-chat from the shipped internvl-nano, measure it, and write it with its card."""
     import torch
     from rich.console import Console
@@ -45,7 +45,7 @@ def train_nano_chat(asked: Asked) -> None:
     from ..training.tokenizer import train_tokenizer
     from ..training.trainer import shortened_stage
 
-    preset = replace(NANO_CHAT, stage=shortened_stage(NANO_CHAT.stage, asked.steps, asked.batch))
+    preset = replace(NANO_CHAT, stage=shortened_stage(NANO_CHAT.stage, run.steps, run.batch))
     stage, tower = preset.stage, open_checkpoint(nano_folder())
     tokenizer = train_tokenizer(corpus(), preset.model.decoder.vocab_size)
     settings = ImageSettings(size=preset.model.image_size, mode="pad")
@@ -54,25 +54,25 @@ def train_nano_chat(asked: Asked) -> None:
     data = ChatBatches(source, stage, settings, tokenizer, preset.model.decoder.max_position_embeddings)
     identity = {"preset": repr(preset), "tower": tower.revision}
     with step_bar(stage.name, stage.steps) as report:
-        what = Stage3(stage, seed=preset.seed, weight_decay=preset.weight_decay)
-        seconds = fine_tune(model, what, data, identity, _options(asked), report)
+        stage3 = Stage3(stage, seed=preset.seed, weight_decay=preset.weight_decay)
+        seconds = fine_tune(model, stage3, data, identity, _options(run), report)
     # The published weights are bf16: measure what is shipped.
     model = model.bfloat16().float()
     with Console(stderr=True).status("evaluating"):
         answer = TorchChat(model, SentencePieceTokenizer(tokenizer), settings)
-        accuracy = chat_tasks.evaluate(answer, 40 if asked.steps else chat_tasks.SCENES)
-    write(model, asked.out, tokenizer, settings, tower)
-    run = TrainingRun(seconds / 60, torch.get_num_threads(), accuracy)
-    write_chat_card(preset, run, sum(p.numel() for p in model.parameters()), asked.out)
-    if asked.as_json:
-        print_json({"model": str(asked.out), "minutes": seconds / 60, "accuracy": accuracy})
+        accuracy = chat_tasks.evaluate(answer, 40 if run.steps else chat_tasks.SCENES)
+    write(model, run.out, tokenizer, settings, tower)
+    training = TrainingRun(seconds / 60, torch.get_num_threads(), accuracy)
+    write_chat_card(preset, training, sum(p.numel() for p in model.parameters()), run.out)
+    if run.as_json:
+        print_json({"model": str(run.out), "minutes": seconds / 60, "accuracy": accuracy})
         return
     rows = [(kind, f"{s['accuracy']:.1%}", s["total"]) for kind, s in accuracy["chat"].items()]
-    print_table(f"internvl-nano-chat in {asked.out}", ("question", "exact", "questions"), rows)
+    print_table(f"internvl-nano-chat in {run.out}", ("question", "exact", "questions"), rows)
 
 
 def fine_tune_chat(
-    asked: Asked,
+    run: ChatRun,
     checkpoint: Path,
     data: Path | None,
     images: Path | None,
@@ -99,14 +99,14 @@ def fine_tune_chat(
 
     if trains not in TRAINS or trains == "lora":
         raise UsageError(
-            f"Cannot train {trains!r}.", fix="Use projector, decoder or all; --lora-rank for LoRA."
+            f"Cannot train {trains!r}.", fix="Use projector, decoder or all; -O lora-rank for LoRA."
         )
     opened = open_checkpoint(checkpoint_path(checkpoint))
     model = load_chat(opened)
-    tokenizer = SentencePieceTokenizer(_beside(opened.path, "tokenizer.model"))
-    settings = ImageSettings.load(_beside(opened.path, "preprocessor_config.json"))
+    tokenizer = SentencePieceTokenizer(_file_of(opened.path, "tokenizer.model"))
+    settings = ImageSettings.load(_file_of(opened.path, "preprocessor_config.json"))
     settings = family_of(model.config).image_settings(model.config, settings)
-    steps, batch = asked.steps or 1000, asked.batch or 16
+    steps, batch = run.steps or 1000, run.batch or 16
     patterns = TRAINS["lora" if lora else trains]
     stage = Stage("stage3", "answers", steps, batch, lr, 0.0, max(1, steps * 3 // 100), trainable=patterns)
     source: Any = SceneDialogues(0, settings.size)
@@ -117,28 +117,28 @@ def fine_tune_chat(
     longest = model.config.decoder.max_position_embeddings - model.config.num_visual
     batches = ChatBatches(source, stage, settings, tokenizer.model, longest)
     with step_bar(stage.name, steps) as report:
-        seconds = fine_tune(model, Stage3(stage, lora), batches, identity, _options(asked), report)
+        seconds = fine_tune(model, Stage3(stage, lora), batches, identity, _options(run), report)
     if lora is not None:
         if adapters is not None:
             low_rank.save(model, lora, adapters)
         low_rank.merge(model, lora)
     stored = opened.load("lm_head.weight").dtype
-    write(model, asked.out, tokenizer.model, settings, opened, stored)
-    found = {
-        "model": str(asked.out),
+    write(model, run.out, tokenizer.model, settings, opened, stored)
+    summary = {
+        "model": str(run.out),
         "minutes": seconds / 60,
         "steps": steps,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "adapters": str(adapters) if lora and adapters else None,
         "threads": torch.get_num_threads(),
     }
-    if asked.as_json:
-        print_json(found)
+    if run.as_json:
+        print_json(summary)
         return
-    print_table(f"stage 3 of {checkpoint}", ("", ""), [(k, v) for k, v in found.items() if v is not None])
+    print_table(f"stage 3 of {checkpoint}", ("", ""), [(k, v) for k, v in summary.items() if v is not None])
 
 
-def _beside(folder: Path, name: str) -> Path:
+def _file_of(folder: Path, name: str) -> Path:
     from ..errors import CheckpointError
 
     if not (folder / name).is_file():
@@ -146,7 +146,7 @@ def _beside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _options(asked: Asked) -> Options:
+def _options(run: ChatRun) -> Options:
     from ..training.trainer import Options
 
-    return Options(asked.work_dir or asked.out.with_name(asked.out.name + ".work"))
+    return Options(run.work_dir or run.out.with_name(run.out.name + ".work"))

@@ -1,4 +1,4 @@
-"""``ivl-export verify``: are a bundle's files intact, what does it promise, and what really runs."""
+"""``ivl-export verify``: a bundle's files, its expected precision, and the kernels that really run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from ..bundle import Bundle
 from ..bundle.manifest import EngineFile
 from ..bundle.spec import ComponentSpec, TensorSpec
 from ..files.write import write_text
+from ..settings import SWITCH, Setting, Table, read_settings, switch, text
 from .build_tables import print_kernels
+from .command import SettingsOpt, command
 from .layers import json_layers, print_layers
 from .output import check_writable, human_bytes, print_json, print_table, show
 from .proofs import Here, Proofs, check_here, proof_of_file, proofs, proofs_here
@@ -21,8 +23,18 @@ MAX_ROWS = 40  # of one receipt's table
 
 app = typer.Typer(add_completion=False)
 
+SETTINGS: Table = {
+    "device": Setting("cpu, cuda or cuda:1", "device of --backend torch; else cpu", text, default="cpu"),
+    "dtype": Setting(
+        "fp32, bf16 or fp16",
+        "type of --backend torch; else fp32, on a GPU the bundle's 16-bit type",
+        text,
+    ),
+    "compile": Setting(SWITCH, "run --backend torch through torch.compile", switch, default=False),
+}
 
-@app.command()
+
+@app.command(cls=command(SETTINGS))
 def verify(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
     quick: Annotated[
@@ -32,54 +44,47 @@ def verify(
         bool, typer.Option("--contents", help="Show tensors, axes, files and every receipt too.")
     ] = False,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Show each product, convolution and attention, and how it runs.")
+        bool, typer.Option("--layers", help="List each product, convolution and attention, and how it runs.")
     ] = False,
-    component: Annotated[str | None, typer.Option(help="What runs in this component only.")] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="What runs in this engine only: tensorrt-rtx-sm89.")
-    ] = None,
+    component: Annotated[str | None, typer.Option(help="Report this component only.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Report this engine only: tensorrt-rtx-sm89.")] = None,
     layer_info: Annotated[
         Path | None,
-        typer.Option(help="Read TensorRT's own JSON (trtexec --exportLayerInfo) of --component instead."),
+        typer.Option(help="Read TensorRT's layer JSON (trtexec --exportLayerInfo) of --component instead."),
     ] = None,
     backend: Annotated[
         str | None,
-        typer.Option(help="Run the components here and read what ran: torch or onnxruntime."),
+        typer.Option(help="Run the components here and report what ran: torch or onnxruntime."),
     ] = None,
-    device: Annotated[str, typer.Option(help="With --backend torch: cpu, cuda, cuda:1.")] = "cpu",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="With --backend torch: fp32, bf16, fp16.", show_default="fp32, on a GPU the base"),
-    ] = None,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="With --backend torch: through torch.compile.")
-    ] = False,
     html: Annotated[
         Path | None, typer.Option(help="Write all layers as one page, to sort and search.")
     ] = None,
+    settings: SettingsOpt = None,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print manifest and receipts as JSON; with --layers: what runs."),
     ] = False,
 ) -> None:
-    """Check that a bundle's files are intact, and show what it promises and which kernels really run.
+    """Check that a bundle's files are intact; report the expected precision and the kernels that really run.
 
-    What runs was read from the engines when the bundle was built; --backend reads it again, here.
+    The report was read from the engines when the bundle was built; --backend reads it again on this machine.
     """
     check_writable("--html", html)
     opened = Bundle.open(bundle, verify="size" if quick else "hash")
     checked = "size of every file" if quick else "sha256 of every file"
-    here = Here(backend, device, dtype, compile) if backend else None
-    one = layers or html is not None or any(x is not None for x in (component, engine, layer_info, here))
-    reports = _reports(opened, component, engine, layer_info, here) if one or _proved(opened) else {}
+    engine_settings = read_settings(SETTINGS, settings or ())
+    here = Here(backend, **engine_settings) if backend else None
+    selected = layers or html is not None or any(x is not None for x in (component, engine, layer_info, here))
+    verified = "verification" in opened.manifest.receipts
+    reports = _reports(opened, component, engine, layer_info, here) if selected or verified else {}
     if html is not None:
         from .layers_page import page
 
         write_text(page(opened.manifest.model.name, opened.manifest.recipe, reports), html)
     if as_json:
-        print_json(json_layers(reports) if one else _json(opened, checked))
+        print_json(json_layers(reports) if selected else _json(opened, checked))
     else:
-        if not one:
+        if not selected:
             _overview(opened, checked)
             _engines(opened)
         print_layers(reports) if layers else _kernels(reports)
@@ -89,10 +94,6 @@ def verify(
             typer.echo(f"Written: {html}")
     if here is not None and here.backend == "torch":
         check_here(reports, here)
-
-
-def _proved(bundle: Bundle) -> bool:
-    return "verification" in bundle.manifest.receipts
 
 
 def _reports(
@@ -125,7 +126,7 @@ def _overview(bundle: Bundle, checked: str) -> None:
     if m.calibration is not None:
         kind = "synthetic" if m.calibration.synthetic else "real"
         skipped = f", {m.calibration.skipped} skipped" if m.calibration.skipped else ""
-        skipped += ", fewer than advised" if m.calibration.small else ""
+        skipped += ", fewer than recommended" if m.calibration.small else ""
         skipped += f", {m.calibration.algorithm}" if m.calibration.algorithm else ""
         calibration = f"{m.calibration.samples} {kind} samples{skipped}, {m.calibration.sha256[:12]}"
     print_table(
@@ -201,9 +202,9 @@ def _files(bundle: Bundle) -> None:
 
 
 def _kernels(reports: Proofs) -> None:
-    """What each engine runs, in numbers; ``--layers`` has the rest."""
+    """Counts of each engine's products and attentions; ``--layers`` lists them."""
     if not reports:
-        typer.echo("No receipt says what runs: --backend onnxruntime or torch reads it here.")
+        typer.echo("No verification receipt: --backend onnxruntime or torch reads here what runs.")
         return
     print_kernels(
         {
@@ -223,7 +224,7 @@ def _kernels(reports: Proofs) -> None:
 
 
 def _seconds(receipt: Any) -> Any:
-    """The seconds of each step of a build: what else it noted of them is for the next build."""
+    """The seconds of each step of a build; the rest of that receipt is for the next build."""
     if not isinstance(receipt, dict) or not all(isinstance(step, dict) for step in receipt.values()):
         return receipt
     return {name: {"seconds": step.get("seconds")} for name, step in receipt.items()}

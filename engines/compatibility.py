@@ -60,7 +60,7 @@ def gpu_number(device: str) -> int:
     """The number in ``cuda:1``, 0 for ``cuda``; UsageError if it names no GPU."""
     kind, _, number = device.partition(":")
     if kind != "cuda" or not (number or "0").isdecimal():
-        raise UsageError(f"TensorRT engines run on no device {device!r}.", "", "Give --device cuda:0.")
+        raise UsageError(f"TensorRT engines run on no device {device!r}.", "", "Give -O device=cuda:0.")
     return int(number or 0)
 
 

@@ -70,7 +70,7 @@ def as_tensor(buffer: Buffer, device: str | None = None) -> torch.Tensor:
         return tensor if device is None else tensor.to(device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         raise CapabilityError(
-            f"torch cannot use {device}.", str(error).split("\n", 1)[0], "Give --device cpu."
+            f"torch cannot use {device}.", str(error).split("\n", 1)[0], "Give -O device=cpu."
         ) from error
 
 

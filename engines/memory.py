@@ -77,7 +77,7 @@ def graph_load(graph: Graph) -> Load:
 
 
 def check_memory(name: str, load: Load, parts: int = 1) -> None:
-    """BuildError if a build of ``load`` takes more memory than is free, with the ``--split`` that would fit.
+    """BuildError if a build of ``load`` takes more memory than is free, with the ``-O split`` that would fit.
 
     ``load`` is that of one of ``parts`` parts already.
     """
@@ -88,7 +88,7 @@ def check_memory(name: str, load: Load, parts: int = 1) -> None:
     fits = next((n for n in counts if load.split(n).build_bytes <= free), None)
     fix = "Free some memory, or build on a machine with more."
     if fits is not None:
-        fix = f"Give --split {fits * parts}, which builds it in as many parts, or free some memory."
+        fix = f"Give -O split={fits * parts}, which builds it in as many parts, or free some memory."
     raise BuildError(
         f"There is not enough memory to build the engine of {name}.",
         f"It takes {load.build_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free.",

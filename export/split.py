@@ -71,7 +71,7 @@ def check_split(component: str, blocks: int, count: int) -> None:
         raise UsageError(
             f"Component {component} cannot be split into {count} parts.",
             f"It has {blocks} blocks, and a part holds one at least.",
-            f"Give --split a number from 1 to {blocks}.",
+            f"Give -O split a number from 1 to {blocks}.",
         )
 
 
@@ -102,7 +102,7 @@ def _stream(graph: ir.Graph, stages: dict[ir.Value, int], part: int) -> ir.Value
         raise BuildError(
             f"Graph {graph.name} cannot be split.",
             f"{len(found)} values go from its blocks before part {part} to those behind.",
-            "Leave --split out.",
+            "Leave -O split out.",
         )
     return found.pop()
 

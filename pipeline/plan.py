@@ -447,7 +447,7 @@ def _ranges_file(
     kinds, folds = layers.rounded, bool(folded_layers(layers.quantised))
     if config.algorithm is not None:
         raise UsageError(
-            "--algorithm and --ranges were both given.",
+            "-O algorithm and --ranges were both given.",
             "The ranges have been measured already.",
             "Give one of them.",
         )

@@ -154,10 +154,10 @@ def plan_qat(config: QatConfig, progress: Callable[[int, int], None] | None = No
             "Use the recipe without.",
         )
     if build.checkpoint.config.contrastive_only and config.stage == 2:
-        raise UsageError("This model has no generation to train.", "It is InternVL-C.", "Use --stage 1.")
+        raise UsageError("This model has no generation to train.", "It is InternVL-C.", "Use -O stage=1.")
     if config.evaluate_every and config.strategy == "fsdp":
         raise UsageError(
-            "--evaluate-every does not go with --strategy fsdp.",
+            "-O evaluate-every cannot be combined with -O strategy=fsdp.",
             "One process evaluates, and has only a part of the model.",
             "Leave it out: the result is evaluated.",
         )

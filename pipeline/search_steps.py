@@ -57,7 +57,7 @@ def plan_mixed(config: BuildConfig, progress: Progress, loss: RecipeLoss | None 
         raise UsageError(
             f"--precision {MIXED} measures ranges itself, with max.",
             "Its recipe is not known when they are measured.",
-            "Leave --ranges and --algorithm out.",
+            "Leave --ranges and -O algorithm out.",
         )
     first = plan_build(replace(config, precision="int8"), progress.advanced)  # a recipe that all targets run
     with Workspace(config.out, progress) as space:

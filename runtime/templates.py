@@ -24,7 +24,7 @@ def templates(name: str) -> tuple[str, ...]:
         raise UsageError(
             f"There are no templates {name!r}.",
             f"Known: {', '.join(known)}.",
-            "Name one of these, or give --template.",
+            "Give --template one of these, or a text with {} for the label.",
         )
     return known[name]
 

@@ -19,8 +19,10 @@ from PIL import Image
 
 import ivl_export
 from ivl_export import build, calibrate, errors, load
+from ivl_export.engines.tensorrt.options import OPTIONS
 from ivl_export.progress import SILENT
 from ivl_export.quantization.ranges import ActivationRanges
+from ivl_export.settings import keyword
 
 LIGHT = """
 import sys
@@ -31,8 +33,10 @@ for name in ivl_export.__all__:
     getattr(ivl_export, name)
 print(sorted({"torch", "onnx", "onnxruntime", "tensorrt_rtx", "transformers", "modelopt"} & set(sys.modules)))
 """
-ONLY_CLI = {"as_json", "dry_run", "recipes", "recipe"}
-"""Options that say what is printed, or print and build nothing."""
+ONLY_CLI = {"as_json", "dry_run", "recipes", "recipe", "settings"}
+"""Options that choose what is printed, print and build nothing, or have keywords of their own."""
+ENGINE = {keyword(OPTIONS, key) for key in OPTIONS}
+"""Settings that are items of the keyword ``engine_options``."""
 
 
 class Steps:
@@ -78,12 +82,13 @@ def test_every_name_is_there() -> None:
 
 @pytest.mark.parametrize("verb", ["build", "calibrate"])
 def test_keywords_are_the_options_of_the_command(verb: str) -> None:
-    """The same names (``--engine-option`` is repeated, so the keyword has an s) and the same defaults."""
-    command = typer.main.get_command(import_module(f"ivl_export.cli.{verb}").app)
+    """The same names of options and settings, and the same defaults."""
+    command: Any = typer.main.get_command(import_module(f"ivl_export.cli.{verb}").app)
     options = {p.name: p for p in command.params if p.name not in ONLY_CLI}
+    settings = {name for key in command.settings if (name := keyword(command.settings, key)) not in ENGINE}
     keywords = dict(inspect.signature(getattr(ivl_export, verb)).parameters)
     assert keywords.pop("progress").default is SILENT
-    assert {*keywords} == {*options}
+    assert {*keywords} - {"engine_options"} == {*options} | settings
     for name, option in options.items():
         dashed = {flag.lstrip("-").replace("-", "_") for flag in option.opts}
         assert {name, name.removesuffix("s")} & dashed

@@ -190,7 +190,7 @@ def _sample(row: Any, where: str, folder: Path) -> tuple[tuple[Path, ...], tuple
             raise InputError(
                 f"{where}: no image {file.name}.",
                 f"Looked for it in {folder}.",
-                "Check --images, or leave the conversation out.",
+                "Check -O images, or leave the conversation out.",
             )
     texts = []
     for i, message in enumerate(said[: len(said) // 2 * 2]):

@@ -25,16 +25,6 @@ Strategy = Literal["ddp", "fsdp"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp")
 
 
-def known_strategy(name: str) -> Strategy:
-    """``name``, if it is one of :data:`STRATEGIES`; UsageError otherwise."""
-    found = next((strategy for strategy in STRATEGIES if strategy == name), None)
-    if found is None:
-        raise UsageError(
-            f"Unknown strategy {name!r}.", f"Known: {', '.join(STRATEGIES)}.", "Name one of these."
-        )
-    return found
-
-
 class Objective(nn.Module):
     """A model and its losses as one module: DDP and FSDP2 hook into the call of a module.
 

@@ -216,7 +216,7 @@ def fine_tune(
             raise InputError(
                 f"{options.work_dir} holds another run.",
                 "Its model, recipe, data or settings differ from what is asked now.",
-                "Use another --work-dir, or delete that one.",
+                "Use another -O work-dir, or delete that one.",
             )
         dist.load_model(student, state["model"])
         dist.load_optimizer(optimizer, state["optimizer"])

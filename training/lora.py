@@ -105,7 +105,7 @@ def load(model: nn.Module, folder: Path) -> Lora:
         raise CheckpointError(
             f"{folder} holds no LoRA adapters.",
             str(error),
-            "Give a folder that a training with --lora-rank wrote.",
+            "Give a folder that a training with -O lora-rank wrote.",
         ) from error
     names = sorted({key.removeprefix(_PEFT).rpartition(".lora_")[0] for key in tensors})
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}

@@ -296,7 +296,7 @@ def read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         raise InputError(
             f"{folder} holds another run.",
             "Its model, data or settings differ from what is asked now.",
-            "Use another --work-dir, or delete that one.",
+            "Use another -O work-dir, or delete that one.",
         )
     return state
 

@@ -130,7 +130,7 @@ def placement(
         raise UsageError(
             f"ONNX Runtime cannot run with device {device!r} and provider {provider!r}.",
             "Devices are cpu, cuda and cuda:N; a GPU's providers are cuda and tensorrt.",
-            "Give --device cuda, for example.",
+            "Give -O device=cuda, for example.",
         )
     profile = _profile(spec) if chosen == "tensorrt" else None
     return Placement(chosen, int(number or 0), stream, tf32, cache, options, profile)  # type: ignore[arg-type]

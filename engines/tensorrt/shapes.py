@@ -43,7 +43,7 @@ def profiles_of(
     """
     if preset is not None and preset not in PRESETS:
         known = "; ".join(f"{name} ({what})" for name, what in PRESETS.items())
-        raise UsageError(f"Unknown preset {preset!r}.", f"Known: {known}.", "Give --preset latency.")
+        raise UsageError(f"Unknown preset {preset!r}.", f"Known: {known}.", "Give -O preset=latency.")
     ranges = {axis.name: (axis.min, axis.opt, axis.max) for axis in spec.axes}
     if preset is not None and "batch" in ranges:
         ranges["batch"] = _batch(preset, ranges["batch"])

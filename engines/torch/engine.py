@@ -172,7 +172,7 @@ def device_of(name: str) -> torch.device:
             raise CapabilityError(
                 "torch sees no GPU.",
                 f"torch {torch.__version__} was asked for {name}.",
-                "Give --device cpu, or install a torch built for CUDA and a driver.",
+                "Give -O device=cpu, or install a torch built for CUDA and a driver.",
             )
         return torch.device("cuda", place.index if place.index is not None else torch.cuda.current_device())
     return place

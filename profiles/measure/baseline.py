@@ -92,16 +92,16 @@ def find_checkpoint(model: Model, given: Path | None) -> tuple[Checkpoint | None
     except IvlError:
         if given is not None:
             raise
-        return None, f"No PyTorch baseline: {model.name} is not where it was; give --checkpoint."
+        return None, f"No PyTorch baseline: {model.name} is not where it was; give -O checkpoint."
     if same:
         return checkpoint, ""
     if given is not None:
         raise UsageError(
-            f"--checkpoint {given} is not what the bundle was built from.",
+            f"-O checkpoint={given} is not what the bundle was built from.",
             "Its weights or its config differ.",
             f"Give the checkpoint of {model.name} that the bundle was built from.",
         )
-    return None, f"No PyTorch baseline: the checkpoint of {model.name} has changed; give --checkpoint."
+    return None, f"No PyTorch baseline: the checkpoint of {model.name} has changed; give -O checkpoint."
 
 
 @contextmanager

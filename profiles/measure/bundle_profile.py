@@ -93,9 +93,7 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
     paper = _of_paper(about, config, options)
     notes: list[str] = []
     checkpoint = None
-    if (
-        paper is not None and options.baseline
-    ):  # before anything is timed: a wrong --checkpoint is said at once
+    if paper is not None and options.baseline:  # before anything is timed: a wrong checkpoint is said at once
         checkpoint, why_not = baseline.find_checkpoint(about, options.checkpoint)
         notes += [why_not] if why_not else []
     known_backend(options.backend)

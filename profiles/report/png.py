@@ -38,7 +38,7 @@ def write_drawings(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
                 _draw(drawing, partial)
             written.append(out)
     except OSError as error:
-        raise BuildError(f"Cannot write into {folder}.", str(error), "Choose another --png.") from error
+        raise BuildError(f"Cannot write into {folder}.", str(error), "Choose another -O png.") from error
     return written
 
 

@@ -117,7 +117,7 @@ def test_room_is_checked(
     assert found["ok"] is False
     (problem,) = found["problems"]
     assert "not enough memory" in problem["what"]
-    assert "--split 2" in problem["fix"]
+    assert "-O split=2" in problem["fix"]
     assert found["needs"]["weights"] == pytest.approx(14.4e9, rel=0.02)
     monkeypatch.setattr(memory, "available_memory", lambda: 10**12)
     assert cli.main(["doctor", "--model", str(full), "--json"]) == 0

@@ -228,7 +228,7 @@ def test_table_progress_and_skipped(
     captured = capsys.readouterr()
     assert "94.7" in captured.out
     assert "11 of 12 samples" in captured.out
-    assert "not comparable" in captured.out
+    assert "Not comparable" in captured.out
     assert "done images" in captured.err
     assert "skipped 3.png" in captured.err
     (folder / "flickr30k-images" / "4.png").unlink()

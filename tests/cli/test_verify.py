@@ -82,7 +82,7 @@ def test_tables_show_what_the_bundle_says(
     assert cli.main(["verify", str(bundle.root)]) == 0
     out = capsys.readouterr().out
     assert "1.7.1.116" in out
-    assert "No receipt says what runs" in out
+    assert "No verification receipt" in out
     assert "gemm0" not in out
 
 

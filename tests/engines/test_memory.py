@@ -59,15 +59,15 @@ def test_too_little_memory_names_the_split_that_fits(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(memory, "available_memory", lambda: load.split(3).build_bytes)
     with pytest.raises(BuildError, match="not enough memory to build the engine of vision") as caught:
         check_memory("vision", load)
-    assert "--split 3," in caught.value.fix
+    assert "-O split=3," in caught.value.fix
     with pytest.raises(BuildError) as caught:
         check_memory("vision.0", load, 2)
-    assert "--split 6," in caught.value.fix, "each of the two parts in three"
+    assert "-O split=6," in caught.value.fix, "each of the two parts in three"
     assert "It takes 8.4 GB, 3.3 GB are free." in str(caught.value)
     monkeypatch.setattr(memory, "available_memory", lambda: 10**8)
     with pytest.raises(BuildError) as caught:
         check_memory("vision", load)
-    assert "--split" not in caught.value.fix
+    assert "-O split" not in caught.value.fix
     monkeypatch.setattr(memory, "available_memory", lambda: None)
     check_memory("vision", load)
 

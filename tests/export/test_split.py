@@ -209,7 +209,7 @@ def test_parts_are_proven_together(split: Split, tmp_path: Path) -> None:
 def test_more_parts_than_blocks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"Component vision cannot be split into 6 parts") as caught:
         plan_build(BuildConfig(tmp_path / "out", split=6, components=("vision",), calib_samples=4))
-    assert caught.value.fix == "Give --split a number from 1 to 5."
+    assert caught.value.fix == "Give -O split a number from 1 to 5."
     checkpoint = plan_build(BuildConfig(tmp_path / "out", calib_samples=4)).checkpoint
     model = export_component("vision", checkpoint, "fp32")
     for count in (0, 6):

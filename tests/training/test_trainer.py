@@ -162,7 +162,7 @@ def test_other_settings_do_not_go_on_with_a_runs_state(
         with pytest.raises(InputError, match="another run") as caught:
             run(other, tokenizer, folder)
         assert str(folder) in caught.value.what
-        assert "--work-dir" in caught.value.fix
+        assert "-O work-dir" in caught.value.fix
     with pytest.raises(InputError, match="another run"):
         run(TINY, b"another tokenizer", folder)
     assert (folder / "state.pt").read_bytes() == before

@@ -15,6 +15,7 @@ from ivl_export.engines.gpu import gpus
 from ivl_export.engines.tensorrt.build import build_engine
 from ivl_export.engines.tensorrt.options import HARDWARE, OPTIONS, TACTICS, TILINGS, BuildOptions
 from ivl_export.errors import CapabilityError, IntegrityError, UsageError
+from ivl_export.settings import keyword
 
 if TYPE_CHECKING:
     from ..conftest import Make
@@ -55,7 +56,7 @@ def test_the_words_that_give_options_are_read_as_them(options: BuildOptions) -> 
 
 
 def test_every_field_has_a_key() -> None:
-    assert sorted(option.field for option in OPTIONS.values()) == sorted(f.name for f in fields(BuildOptions))
+    assert sorted(keyword(OPTIONS, key) for key in OPTIONS) == sorted(f.name for f in fields(BuildOptions))
 
 
 def test_options_from_python() -> None:

@@ -271,7 +271,7 @@ def test_the_baseline_is_of_the_same_weights(
     monkeypatch.chdir(tmp_path)
     gone = profile(tiny_bundle, options)
     assert not gone.of_kind("baseline")
-    assert any("give --checkpoint" in note for note in gone.notes)
+    assert any("give -O checkpoint" in note for note in gone.notes)
     found = profile(tiny_bundle, replace(options, checkpoint=TINY))
     assert len(found.of_kind("baseline")) == 3
     with pytest.raises(UsageError, match="not what the bundle was built from"):
@@ -344,7 +344,7 @@ def test_the_verb_prints_tables_and_writes_a_receipt(
     assert capsys.readouterr().out.splitlines() == captured.out.splitlines()[:-2]  # the files written
     assert json.loads(json.dumps(read(out).to_json())) == data
     assert cli.main(["profile", str(out), "--batch", "1"]) == 2
-    assert "--batch is about measuring" in capsys.readouterr().err
+    assert "--batch is for measuring" in capsys.readouterr().err
 
 
 def test_the_verb_prints_json_alone(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,10 +356,10 @@ def test_the_verb_prints_json_alone(tiny_bundle: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (["--lengths", "1,x"], 2, "--lengths '1,x'"),
+        (["-O", "lengths=1,x"], 2, "-O lengths does not take '1,x'"),
         (["--lengths", "8,9000"], 2, "Texts of 9000 tokens"),
-        (["--checkpoint", "."], 2, "--table19"),
-        (["--beside", "nothing.json"], 3, "nothing.json"),
+        (["-O", "checkpoint=."], 2, "--table19"),
+        (["--join", "nothing.json"], 3, "nothing.json"),
         (["--html", "nowhere/at/all.html"], 2, "--html nowhere/at/all.html"),
         (["--batch", "1,x"], 2, "--batch '1,x'"),
         (["--batch", ""], 2, "--batch"),
