@@ -11,7 +11,7 @@ tokens from the same logits, up to rounding. Torch is imported only for logits t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -71,8 +71,8 @@ class StepFunction(Protocol):
 class StopCriteria:
     """When a sequence ends: at the token ``eos`` or one of ``more``, or at ``max_new_tokens``.
 
-    Before ``min_new_tokens`` tokens EOS is suppressed; ``pad`` fills rows that ended before others. Beam
-    search does not know ``more``.
+    Before ``min_new_tokens`` tokens these are suppressed; ``pad`` fills rows that ended before others.
+    ``never`` are tokens that are not chosen at all: those that stand for an image.
     """
 
     eos: int
@@ -80,6 +80,16 @@ class StopCriteria:
     max_new_tokens: int = 30
     min_new_tokens: int = 0
     more: tuple[int, ...] = ()
+    never: tuple[int, ...] = ()
+
+    def ends(self, token: int) -> bool:
+        """Whether a sequence ends with ``token``."""
+        return token == self.eos or token in self.more
+
+    def suppressed(self, produced: int) -> tuple[int, ...]:
+        """Tokens that may not follow ``produced`` new ones."""
+        ends = (self.eos, *self.more) if produced < self.min_new_tokens else ()
+        return (*self.never, *(token for token in ends if token >= 0))
 
 
 def decode(
@@ -148,23 +158,22 @@ class TokenSampler:
 
     def choose(self, logits: Any) -> int:
         """The next token, from the ``logits`` [V] (an array, or a tensor) after the tokens before it."""
-        suppressed = self.stop.eos if self._count < self.stop.min_new_tokens else None
+        suppressed = self.stop.suppressed(self._count)
         token = sample_token(logits, self.sampling, self._rng, suppressed)
         self._count += 1
-        ended = token == self.stop.eos or token in self.stop.more
-        self.done = ended or self._count == self.stop.max_new_tokens
+        self.done = self.stop.ends(token) or self._count == self.stop.max_new_tokens
         return token
 
 
 def sample_token(
-    logits: Any, sampling: Sampling, rng: np.random.Generator, suppressed: int | None = None
+    logits: Any, sampling: Sampling, rng: np.random.Generator, suppressed: Sequence[int] = ()
 ) -> int:
-    """One token of ``logits`` [V], an array or a tensor on any device; never the token ``suppressed``."""
+    """One token of ``logits`` [V], an array or a tensor on any device; none of the tokens ``suppressed``."""
     if not isinstance(logits, np.ndarray):
         return _sample_on_device(logits, sampling, rng, suppressed)
-    if suppressed is not None:
+    if suppressed:
         logits = logits.copy()
-        logits[suppressed] = -np.inf
+        logits[list(suppressed)] = -np.inf
     if sampling.temperature == 0:
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")[: sampling.top_k or None]
@@ -178,15 +187,15 @@ def sample_token(
 
 
 def _sample_on_device(
-    logits: Any, sampling: Sampling, rng: np.random.Generator, suppressed: int | None
+    logits: Any, sampling: Sampling, rng: np.random.Generator, suppressed: Sequence[int]
 ) -> int:
     import torch
     from torch.utils.dlpack import from_dlpack
 
     scores = (logits if isinstance(logits, torch.Tensor) else from_dlpack(logits)).detach().float()
-    if suppressed is not None:
+    if suppressed:
         scores = scores.clone()
-        scores[suppressed] = -np.inf
+        scores[list(suppressed)] = -np.inf
     if sampling.temperature == 0:
         return int(scores.argmax())
     return int(_draw(scores, sampling, rng.random()))
@@ -216,12 +225,13 @@ def _beam(first: Scores, step: StepFunction, stop: StopCriteria, beams: int) -> 
     totals = np.full((batch, beams), -1e9, np.float32)
     totals[:, 0] = 0
     logits = np.repeat(first, beams, 0)
+    kept = (2 + len(stop.more)) * beams  # so that ``beams`` are left if all that end are among them
     rows = np.repeat(np.arange(batch), beams)
     while True:
         length = tokens.shape[1] + 1
-        scores = _suppress_eos(_log_softmax(logits), tokens.shape[1], stop)
+        scores = _suppress(_log_softmax(logits), tokens.shape[1], stop)
         scores = (scores + totals.reshape(-1, 1)).reshape(batch, beams * vocab)
-        ranked = _top(scores, 2 * beams)
+        ranked = _top(scores, kept)
         parents = np.zeros((batch, beams), np.int64)
         chosen = np.full((batch, beams), stop.pad, np.int64)
         totals = np.zeros((batch, beams), np.float32)
@@ -232,7 +242,7 @@ def _beam(first: Scores, step: StepFunction, stop: StopCriteria, beams: int) -> 
             for rank, flat in enumerate(ranked[b]):
                 beam, token = divmod(int(flat), vocab)
                 score = scores[b, flat]
-                if token == stop.eos:
+                if stop.ends(token):
                     if rank < beams:
                         finished[b].add(tokens[b * beams + beam], float(score), length)
                     continue
@@ -279,11 +289,12 @@ class _Finished:
         return self.hypotheses[-1][1]
 
 
-def _suppress_eos(scores: Scores, produced: int, stop: StopCriteria) -> Scores:
-    if produced >= stop.min_new_tokens:
+def _suppress(scores: Scores, produced: int, stop: StopCriteria) -> Scores:
+    tokens = stop.suppressed(produced)
+    if not tokens:
         return scores
     scores = scores.copy()
-    scores[..., stop.eos] = -np.inf
+    scores[..., list(tokens)] = -np.inf
     return scores
 
 

@@ -18,7 +18,7 @@ from ..files.json import MAX_TEXT, Count, Name, RelativePath, Sha256, decode, re
 from ..files.lfs import refuse_lfs_pointer
 from .spec import ComponentSpec
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 SHIPPED = " (shipped)"
 """What the source of a checkpoint that ships ends with, after its name."""
@@ -30,7 +30,8 @@ class Model:
 
     ``revision`` maps ``checkpoint`` to the identity of config and weights
     (:attr:`ivl_export.models.checkpoint.Checkpoint.revision`), ``config`` is the published ``config.json``,
-    ``logit_scale`` the stored logarithm (the temperature is its exponential), 0 of a chat model.
+    ``logit_scale`` the stored logarithm (the temperature is its exponential), 0 of a chat model. ``chat`` is
+    how a chat model is prompted (:class:`ivl_export.inputs.chat_template.ChatFormat`); None of others.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Model:
     config: dict[str, Any]
     logit_scale: float
     parameters: Count
+    chat: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,8 @@ class Flow:
             tensor = self.source.spills[self._tower(link)].read(self._side(link), place)
         else:
             tensor = self.source._outputs[link.component, link.output].read(0, call.batch)
-        return tensor[call.rows].to(self.modules.device)
+        taken: Tensor = link.taken(tensor, call.rows)
+        return taken.to(self.modules.device)
 
     def _tower(self, link: Link) -> str:
         return self.modules.components[link.component].tower

@@ -79,7 +79,7 @@ def spilled_bytes(config: ModelConfig, components: Sequence[str], samples: int) 
             if not link.hidden and maker.tower != component.tower:
                 tensors = {tensor.name: tensor for tensor in maker.spec(config, Ranges()).outputs}
                 fixed = [size for size in tensors[name].shape if isinstance(size, int)]
-                values += math.prod(fixed)
+                values += link.rows * math.prod(fixed)
     return 4 * samples * values
 
 

@@ -53,7 +53,8 @@ def chain_steps(
     for call in calls:
         inputs = component_of(call.component, config).feeds(config, call, outputs)
         step = Step(call.component, inputs, run(call, inputs))
-        outputs[call.component] = step.outputs
+        if call.continues is None:  # several calls may continue the keys and values of one
+            outputs[call.component] = step.outputs
         yield step
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..arrays import Array
 from ..errors import InputError
-from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, Turn, encode
-from ..inputs.preprocess import ImageSettings, preprocess_images
+from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, ChatFormat, Turn
+from ..inputs.preprocess import ImageSettings, preprocess_images, sample_tiles
 from ..inputs.tokenizer import CAPTION_PROMPT, Tokenizer
 from ..models.calls import LONGEST_PROMPT, LONGEST_STEP, Dialogue, Texts
 
@@ -87,18 +87,30 @@ class Sample:
         return FALLBACK_CAPTIONS[int(self.digest[:8], 16) % len(FALLBACK_CAPTIONS)]
 
     def pixels(self, settings: ImageSettings, cache: TensorCache | None = None) -> Array:
-        """``pixel_values`` float32 [1, 3, S, S]; InputError if the file changed since the set was opened."""
+        """``pixel_values`` float32 [1, 3, S, S]; of a model that takes tiles two: a part and the whole.
+
+        Which part is seen follows from the digest: over a set, parts from all places.
+
+        Raises:
+            InputError: the file changed since the set was opened.
+        """
         image = self.image
+
+        def read(data: Any) -> Array:
+            if settings.tiling is None:
+                return preprocess_images([data], settings)
+            return sample_tiles(data, settings, int(self.digest[:8], 16))
+
         if not isinstance(image, Path | Stored):
             from ..synthetic.render import render
 
-            return preprocess_images([render(image, settings.size)], settings)
+            return read(render(image, settings.size))
 
         def decode() -> Array:
             data = read_bytes(image)
             if hashlib.sha256(data).hexdigest() != self.digest:
                 raise InputError(f"{self.name} changed while it was in use.", fix="Calibrate again.")
-            return preprocess_images([data], settings)
+            return read(data)
 
         return decode() if cache is None else cache.get(self.digest, settings, decode)
 
@@ -119,11 +131,15 @@ class Samples:
         number: which batch of the set.
         samples: its samples.
         tokenizer: of the model.
+        chat: how it is prompted, if it chats.
+        scored: whether the logits after the first tokens of an answer are wanted, too.
     """
 
     number: int
     samples: tuple[Sample, ...]
     tokenizer: Tokenizer
+    chat: ChatFormat | None = None
+    scored: bool = False
 
     @property
     def size(self) -> int:
@@ -149,14 +165,14 @@ class Samples:
     @cached_property
     def dialogues(self) -> tuple[Dialogue, ...]:
         """A conversation about each image."""
-        return tuple(dialogue_of(sample, self.tokenizer) for sample in self.samples)
+        return tuple(dialogue_of(sample, self.tokenizer, self.chat, self.scored) for sample in self.samples)
 
 
 @dataclass(frozen=True)
 class Batch(Samples):
-    """Samples with their images: ``pixel_values`` float32 [B, 3, S, S]."""
+    """Samples with their images: ``pixel_values`` float32 [B, 3, S, S], of tiled ones [2 B, 3, S, S]."""
 
-    pixel_values: Array
+    pixel_values: Array = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,8 @@ class CalibrationSet:
         asked: how many samples were wanted.
         held_out: samples of the same source that another set has, to measure accuracy on.
         cache: keeps decoded images.
+        chat: how the model is prompted that the conversations are worded for; None: as LLaVA.
+        scored: see :class:`Samples`; of the part that accuracy is measured on.
     """
 
     source: str
@@ -180,6 +198,8 @@ class CalibrationSet:
     asked: int = 0
     held_out: int = 0
     cache: TensorCache | None = field(default=None, repr=False, compare=False)
+    chat: ChatFormat | None = None
+    scored: bool = False
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -216,11 +236,11 @@ class CalibrationSet:
         The second part has ``held_out`` samples, at most a quarter of the set; a set of one sample is both.
         """
         if len(self) == 1:
-            return self, self
+            return self, replace(self, scored=True)
         count = max(1, min(held_out, len(self) // 4))
         asked = max(0, self.asked - count)
         first = replace(self, samples=self.samples[:-count], asked=asked, held_out=count)
-        return first, replace(self, samples=self.samples[-count:], asked=count, skipped=())
+        return first, replace(self, samples=self.samples[-count:], asked=count, skipped=(), scored=True)
 
     def steps(self, batch_size: int = 8) -> int:
         """How many batches :meth:`batches` yields."""
@@ -229,7 +249,7 @@ class CalibrationSet:
     def sample_batches(self, tokenizer: Tokenizer, batch_size: int = 8) -> Iterator[Samples]:
         """The samples of each batch; no image is read, and no text that nobody asks for."""
         for number, samples in enumerate(self._parts(batch_size)):
-            yield Samples(number, samples, tokenizer)
+            yield Samples(number, samples, tokenizer, self.chat, self.scored)
 
     def pixels(self, settings: ImageSettings, batch_size: int = 8) -> Iterator[Array]:
         """The images of each batch, float32 [B, 3, S, S], one batch in memory at a time."""
@@ -244,7 +264,8 @@ class CalibrationSet:
         """Preprocessed batches, one in memory at a time."""
         pixels = self.pixels(settings, batch_size)
         for batch, images in zip(self.sample_batches(tokenizer, batch_size), pixels, strict=True):
-            yield Batch(batch.number, batch.samples, tokenizer, images)
+            own = (batch.number, batch.samples, tokenizer, self.chat, self.scored)
+            yield Batch(*own, pixel_values=images)
 
     def _parts(self, batch_size: int) -> Iterator[tuple[Sample, ...]]:
         for start in range(0, len(self), batch_size):
@@ -302,18 +323,33 @@ def read_bytes(image: Path | Stored) -> bytes:
         ) from error
 
 
-def dialogue_of(sample: Sample, tokenizer: Tokenizer) -> Dialogue:
+def dialogue_of(
+    sample: Sample, tokenizer: Tokenizer, chat: ChatFormat | None = None, scored: bool = False
+) -> Dialogue:
     """A conversation about ``sample``, always the same: of its scene, or its caption as an answer."""
+    if not tokenizer.reads_texts:
+        return _random_dialogue(sample, len(tokenizer), scored)
     turns = [Turn(QUESTION, sample.text, 1)]
-    if not isinstance(sample.image, Path):
+    if not isinstance(sample.image, Path | Stored):
         import numpy as np
 
         from ..synthetic import dialogues
 
         rng = np.random.default_rng(int(sample.digest[:16], 16))
-        turns = dialogues.conversation(dialogues.dialogue(rng, sample.image, SCENE_TURNS))  # type: ignore[arg-type]
-    ids, labels = encode(turns, tokenizer)
-    last = len(ids) - next(i for i, label in enumerate([*reversed(labels), IGNORE]) if label == IGNORE)
+        turns = dialogues.conversation(dialogues.dialogue(rng, sample.image, SCENE_TURNS))
+    ids, labels = (chat or ChatFormat()).encode(turns, tokenizer)
+    end = len(ids) - next(i for i, label in enumerate(reversed(labels)) if label != IGNORE)
+    last = end - next(i for i, label in enumerate([*reversed(labels[:end]), IGNORE]) if label == IGNORE)
     cut = ids.index(IMAGE_TOKEN)
-    answer = ids[last:-1][:LONGEST_STEP] or ids[last:]
-    return Dialogue(tuple(ids[:cut]), tuple(ids[cut + 1 : last][-LONGEST_PROMPT:]), tuple(answer))
+    answer = ids[last : end - 1][:LONGEST_STEP] or ids[last:end]
+    after = ids[cut + 1 : last][-LONGEST_PROMPT:]
+    return Dialogue(tuple(ids[:cut]), tuple(after), tuple(answer), scored)
+
+
+def _random_dialogue(sample: Sample, ids: int, scored: bool) -> Dialogue:
+    """Ids in place of a conversation, where there is no tokenizer."""
+    import numpy as np
+
+    rng = np.random.default_rng(int(sample.digest[:16], 16))
+    before, after, answer = (tuple(rng.integers(0, ids, count).tolist()) for count in (8, 24, 16))
+    return Dialogue(before, after, answer, scored)

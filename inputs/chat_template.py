@@ -132,6 +132,11 @@ class ChatTemplate:
     image_label: str = "Image-{}: "
     image_shown: str = "<image>"
 
+    @property
+    def channels(self) -> bool:
+        """Whether models write a header of their own before an answer, as GPT-OSS (:class:`AnswerTokens`)."""
+        return "<|start|>" in self.answer_before
+
     def with_system(self, system: str | None) -> ChatTemplate:
         """The same with another system message; None: none at all."""
         return replace(self, system=system)
@@ -177,6 +182,87 @@ NATIVE = ChatTemplate(
     image_shown=CONTEXT,
 )
 """Of transformers-native checkpoints: no system message of its own."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a model is prompted, and when its answers end. It travels in a bundle's manifest.
+
+    Args:
+        template: what stands around questions and answers.
+        images: the ids of an image in the published layout of prompts.
+        eos: ids that end an answer, besides the template's ``stop``.
+        pad: the id that fills rows that ended.
+    """
+
+    template: ChatTemplate = VICUNA
+    images: ImageTokens = ONE_PLACEHOLDER
+    eos: tuple[int, ...] = ()
+    pad: int = 0
+
+    @property
+    def placeholder(self) -> ImageTokens:
+        """As ``images``, with one :data:`IMAGE_TOKEN` for all visual embeddings of an image."""
+        return self.images._replace(context=IMAGE_TOKEN, per_tile=1)
+
+    def stops(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The ids that end an answer, at least one; the template's first."""
+        own = (tokenizer.special(self.template.stop),) if tokenizer.reads_texts else ()
+        return tuple(dict.fromkeys((*own, *self.eos))) or (-1,)
+
+    def encode(self, turns: Sequence[Turn], tokenizer: Tokenizer) -> Encoded:
+        """A conversation, :attr:`placeholder` where it shows images; errors as :func:`encode`."""
+        return encode(turns, tokenizer, self.template, self.placeholder)
+
+    def to_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        images = self.images._asdict()
+        return {
+            "template": self.template.to_json(), "images": images, "eos": list(self.eos), "pad": self.pad,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: object, source: str) -> ChatFormat:
+        """Read what :meth:`to_json` gave; CheckpointError if it is not that."""
+        try:
+            if not isinstance(data, dict) or data.keys() != {"template", "images", "eos", "pad"}:
+                raise ValueError
+            images, eos = ImageTokens(**data["images"]), tuple(data["eos"])
+            numbers = (images.context, images.per_tile, *eos, data["pad"])
+            optional = (images.start, images.end)
+            if {*map(type, numbers)} != {int} or not {*map(type, optional)} <= {int, type(None)}:
+                raise ValueError
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{source} is not a chat format.", fix="Build the bundle again.") from error
+        return cls(ChatTemplate.from_json(data["template"], source), images, eos, data["pad"])
+
+
+class AnswerTokens:
+    """Tells an answer's tokens from the headers that GPT-OSS writes: ``<|channel|>final<|message|>TEXT``.
+
+    What it writes to other channels (``analysis``) is no part of the answer. Of other models every token is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+        self._tokenizer, self._shown = tokenizer, True
+        self._header: list[int] | None = None
+        marks = ("<|start|>", "<|channel|>", "<|message|>")
+        ids = [tokenizer.special(mark) if template.channels else None for mark in marks]
+        self._start, self._channel, self._message = ids
+
+    def add(self, token: int) -> bool:
+        """Whether ``token``, the next one, is part of the answer."""
+        if token in (self._start, self._channel):
+            self._header = []
+        elif self._header is None:
+            return self._shown
+        elif token == self._message:
+            # After <|start|> the header also names the role: assistant<|channel|>final.
+            name = self._tokenizer.decode(self._header, until_eos=False)
+            self._shown, self._header = name.strip().startswith("final"), None
+        else:
+            self._header.append(token)
+        return False
 
 
 # --- turns to ids ---

@@ -359,6 +359,26 @@ def read_images(
     )
 
 
+SAMPLE_TILES = 2
+"""Tiles that a calibration sample gives of a model that takes tiles."""
+
+
+def sample_tiles(image: ImageInput, settings: ImageSettings, number: int) -> Array:
+    """Two tiles of an image, float32 [2, 3, S, S], where ``settings`` have a tiling.
+
+    The ``number``-th part (modulo how many there are; of a small image, too), and the whole image, or the
+    part after it where there is no thumbnail.
+    """
+    if settings.tiling is None:
+        raise ValueError("no tiling")
+    most = max(2, settings.tiling.max_tiles)
+    cut = replace(settings.tiling, max_tiles=most, min_tiles=max(2, settings.tiling.min_tiles))
+    tiles = tiles_of(load_image(image, name_of(image)), settings.size, cut)
+    parts = len(tiles) - cut.thumbnail
+    second = -1 if cut.thumbnail else (number + 1) % parts
+    return normalised(np.stack([np.asarray(tiles[i]) for i in (number % parts, second)]), settings)
+
+
 def normalised(images: Array, settings: ImageSettings, out: Array | None = None) -> Array:
     """uint8 [..., S, S, 3] -> float32 [..., 3, S, S]: ``(value / 255 - mean) / std``, rounded as published.
 

@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -69,7 +69,10 @@ class Tokenizer(ABC):
         specials: ids of the special tokens by their texts.
         plain: ids of added tokens that are not special; they are found in texts.
         files: names and contents from which :func:`load_tokenizer` makes the same one.
+        reads_texts: False of :class:`NoTokenizer` alone.
     """
+
+    reads_texts: ClassVar[bool] = True
 
     eos: int
     prefix: tuple[int, ...]
@@ -345,14 +348,22 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class NoTokenizer(Tokenizer):
-    """In place of a tokenizer, for a model that reads no texts: it has no tokens and encodes nothing."""
+    """In place of a tokenizer, where a model reads no texts or its tokenizer is not there.
 
-    def __init__(self) -> None:
+    It encodes nothing.
+
+    Args:
+        size: number of the model's token ids, where it takes prompts as ids; 0: it takes none.
+    """
+
+    reads_texts = False
+
+    def __init__(self, size: int = 0) -> None:
         super().__init__("no tokenizer", ())
-        self.files, self.prefix, self.eos = {}, (), 0
+        self.files, self.prefix, self.eos, self._size = {}, (), 0, size
 
     def __len__(self) -> int:
-        return 0
+        return self._size
 
     @property
     def leading_space(self) -> bool:
@@ -367,7 +378,17 @@ class NoTokenizer(Tokenizer):
         raise self._refused()
 
     def _refused(self) -> CapabilityError:
+        if self._size:
+            return CapabilityError(
+                "This model reads no texts.",
+                "Its checkpoint had no tokenizer.",
+                "Give it token ids (generate), or build again with the tokenizer's files in the checkpoint.",
+            )
         return CapabilityError("This model reads no texts.", "It has no tokenizer.", "Give it images alone.")
+
+    def special(self, content: str) -> int:
+        """CapabilityError, always."""
+        raise self._refused()
 
 
 class FastTokenizer(Tokenizer):

@@ -70,11 +70,21 @@ class Texts:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Token ids: the prompt ``before`` and ``after`` its image, and the last ``answer`` without eos."""
+    """Token ids: the prompt ``before`` and ``after`` its image, and the last ``answer`` without eos.
+
+    ``scored``: the first 1, 2, 4, ... tokens of the answer are calls of their own, for their logits.
+    """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
     answer: tuple[int, ...]
+    scored: bool = False
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """How many tokens of the answer each of its calls is given."""
+        some = (1 << power for power in range(len(self.answer).bit_length())) if self.scored else ()
+        return tuple(n for n in some if n < len(self.answer)) + (len(self.answer),)
 
 
 class SampleBatch(Protocol):
@@ -131,7 +141,8 @@ def runs(dialogues: Sequence[Dialogue]) -> Iterator[Run]:
     for size in sorted(set(sizes)):
         rows = [i for i, own in enumerate(sizes) if own == size]
         yield Run(rows, np.array([[*dialogues[i].before, *dialogues[i].after] for i in rows]), size[0])
-        yield Run(rows, np.array([dialogues[i].answer for i in rows]), None)
+        for count in dialogues[rows[0]].steps:
+            yield Run(rows, np.array([dialogues[i].answer[:count] for i in rows]), None)
 
 
 def groups(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
@@ -148,6 +159,11 @@ def step_inputs(rows: int, length: int, past: int) -> Arrays:
     mask[:, :1] = past > 0
     positions = np.tile(np.arange(past, past + length, dtype=np.int64), (rows, 1))
     return {"positions": positions, "attention_mask": mask}
+
+
+def side_by_side(rows: Any, count: int) -> Any:
+    """Array or tensor: ``count`` rows [R count, V, H] after another become one [R, count V, H]: the tiles of an image."""
+    return rows.reshape(len(rows) // count, count * rows.shape[1], *rows.shape[2:])
 
 
 def splice(embeds: Array, visual: Any, cut: int | None) -> Array:

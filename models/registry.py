@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from ..bundle.spec import ComponentSpec
 from ..errors import CapabilityError, CheckpointError, UsageError
+from ..inputs.chat_template import ChatFormat
 from ..inputs.preprocess import ImageSettings
-from .calls import Arrays, Call, SampleBatch
+from ..inputs.tokenizer import MODEL, NoTokenizer, SentencePieceTokenizer, Tokenizer
+from .calls import Arrays, Call, SampleBatch, side_by_side
 from .config import InternVLConfig, read_json
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ CONTRASTIVE, CHAT, FEATURES = "contrastive", "chat", "features"
 """Forms of model: embeddings and captions; conversations; the features of a tower alone."""
 PIXELS = "pixel_values"
 """The input that images are given as, float32 [B, 3, S, S]."""
+PREPROCESSOR = "preprocessor_config.json"
 MODULES = ("internvl", "internvit", "chat", "tiles")
 """Files of ``models/families`` that register the families this release ships."""
 
@@ -95,11 +98,17 @@ class Link:
         output: which of its outputs; a cache's are ``key.{i}`` and ``value.{i}`` and have no link
             (:attr:`Component.continues`).
         hidden: whether the output is the last block's hidden states themselves.
+        rows: of the output, how many make one row of the input, side by side: the tiles of an image.
     """
 
     component: str
     output: str
     hidden: bool = False
+    rows: int = 1
+
+    def taken(self, output: Any, rows: Sequence[int]) -> Any:
+        """``rows`` of the input, from an array or tensor of the output [R ``self.rows``, V, H]."""
+        return (output if self.rows == 1 else side_by_side(output, self.rows))[rows]
 
 
 @dataclass(frozen=True)
@@ -235,8 +244,13 @@ class Component(Generic[C]):
 
         A family whose components take turns overrides :meth:`Family.calls` instead.
         """
-        length, width = self.hidden(config)
-        yield Call(self.name, batch.number, list(range(batch.size)), {}, (batch.size, length, width))
+        (length, width), each = self.hidden(config), self.sample_rows(config)
+        rows = list(range(batch.size * each))
+        yield Call(self.name, batch.number, rows, {}, (len(rows), length // each, width))
+
+    def sample_rows(self, config: C) -> int:
+        """Rows that a sample of a calibration set gives it: 2 of a tower that sees tiles."""
+        return 1
 
     def hidden(self, config: C) -> tuple[int, int]:
         """Most positions that a sample of a calibration set takes, in all calls together, and their width."""
@@ -245,7 +259,7 @@ class Component(Generic[C]):
     def recorded(self, config: C) -> int:
         """Most numbers of a sample's outputs on a calibration set."""
         spec, (positions, _) = self.spec(config, Ranges()), self.hidden(config)
-        return sum(
+        return self.sample_rows(config) * sum(
             _product(positions if isinstance(size, str) else size for size in tensor.shape[1:])
             for tensor in spec.outputs
         )
@@ -261,7 +275,7 @@ class Component(Generic[C]):
         """
         feeds = dict(call.inputs)
         for name, link in self.links(config).items():
-            feeds[name] = outputs[link.component][link.output][call.rows]
+            feeds[name] = link.taken(outputs[link.component][link.output], call.rows)
         if call.continues is not None:
             past = outputs[self.continues]
             feeds |= {f"past_{n}": a[call.continues] for n, a in past.items() if is_cache(n)}
@@ -307,6 +321,8 @@ class Family(Generic[C]):
         components: all that a model of the family may have, in the order they run.
         form: what its models do: :data:`CONTRASTIVE`, :data:`CHAT` or :data:`FEATURES`.
         runtime: ``module:class`` below ``ivl_export.runtime`` that runs its bundles.
+        preprocessor: the image settings of a checkpoint without ``preprocessor_config.json``; None: it must
+            have one.
     """
 
     name: ClassVar[str]
@@ -315,6 +331,7 @@ class Family(Generic[C]):
     components: ClassVar[tuple[Component[Any], ...]]
     form: ClassVar[str] = FEATURES
     runtime: ClassVar[str] = "loaded:Loaded"
+    preprocessor: ClassVar[ImageSettings | None] = None
 
     def claims(self, data: Mapping[str, Any]) -> bool:
         """Whether a published ``config.json`` is of this family."""
@@ -411,6 +428,65 @@ class Family(Generic[C]):
     def vocabulary(self, config: C) -> int:
         """Number of token ids; 0 for a model without texts."""
         return 0
+
+    def positions(self, config: C) -> int:
+        """The longest sequence that its language model was made for; 0: not said."""
+        return 0
+
+    def turning_point(self, config: C) -> int:
+        """Sequences of more positions are rotated in another way from their first one on; 0: none are."""
+        return 0
+
+    def tokenizer(self, config: C, folder: Path) -> Tokenizer:
+        """The tokenizer of the checkpoint in ``folder``: its ``tokenizer.model``.
+
+        Raises:
+            CheckpointError: it is not there, cannot be read, or is of another model.
+        """
+        vocabulary = self.vocabulary(config)
+        if not vocabulary:
+            return NoTokenizer()
+        tokenizer = SentencePieceTokenizer(required_file(folder, MODEL))
+        if len(tokenizer) > vocabulary:
+            raise CheckpointError(
+                f"{folder / MODEL} is not of this model.",
+                f"It has {len(tokenizer)} pieces, the model knows {vocabulary}.",
+                f"Copy the {MODEL} of the published model there.",
+            )
+        return tokenizer
+
+    def chat_format(self, config: C, folder: Path, tokenizer: Tokenizer) -> ChatFormat | None:
+        """How the checkpoint in ``folder`` is prompted; None for models that do not chat.
+
+        Raises:
+            CheckpointError, CapabilityError: its template cannot be read, or ``tokenizer`` is of another
+                model.
+        """
+        return None
+
+
+def required_file(folder: Path, name: str) -> Path:
+    """``name`` in ``folder``; CheckpointError where it is missing."""
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(
+            f"No {name} in {folder}.",
+            "A bundle carries it, so that nothing is fetched at run time.",
+            f"Copy the {name} of the published model there.",
+        )
+    return path
+
+
+def image_settings(config: ModelConfig, folder: Path) -> ImageSettings:
+    """How the checkpoint in ``folder`` reads images.
+
+    Raises:
+        CheckpointError: no preprocessor where there must be one, or one that cannot be followed.
+    """
+    family, path = family_of(config), folder / PREPROCESSOR
+    if family.preprocessor is not None and not path.is_file():
+        return family.image_settings(config, family.preprocessor)
+    return family.image_settings(config, ImageSettings.load(required_file(folder, PREPROCESSOR)))
 
 
 _families: dict[type[Any], Family[Any]] = {}

@@ -199,7 +199,7 @@ def component_receipt(
         SIMULATED if simulate else ORT,
         plan.held_out.hash,
         len(plan.held_out),
-        plan.held_out is not plan.calibration,
+        plan.held_out.samples != plan.calibration.samples,
         forced,
         chained,
         blocks,
@@ -232,7 +232,7 @@ def _in_onnxruntime(
         done = base
         for batch, steps in recording:
             yield batch, steps
-            done += len(batch.pixel_values)
+            done += batch.size
             progress(done)
 
     paths = {c: space.staging_dir / graph_path(c, "fp32") for c in plan.components}

@@ -40,7 +40,8 @@ def preprocess_step(plan: BuildPlan) -> Step:
             (folder / name).write_bytes(data)
         return [f"preprocess/{name}" for name in ("preprocessor_config.json", *tokenizer.files)], {}
 
-    return Step("preprocess", {"settings": settings, "tokenizer": tokenizer.digest}, run)
+    chat = None if plan.chat is None else plan.chat.to_json()
+    return Step("preprocess", {"settings": settings, "tokenizer": tokenizer.digest, "chat": chat}, run)
 
 
 def finite_step(plan: BuildPlan) -> Step:

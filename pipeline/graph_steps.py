@@ -62,8 +62,9 @@ class GraphSource:
     ranges: ActivationRanges | None
 
     def variants(self) -> tuple[tuple[str, Style], ...]:
-        """Compute type and runtime of the graphs of a component."""
-        return (("fp32", "onnxruntime"), (self.recipe.base, "tensorrt"))
+        """Compute type and runtime of the graphs of a component; in fp32 one graph is for both."""
+        own: tuple[tuple[str, Style], ...] = ((self.recipe.base, "tensorrt"),)
+        return (("fp32", "onnxruntime"), *(own if self.recipe.base != "fp32" else ()))
 
 
 def graph_path(component: str, compute: str) -> Path:

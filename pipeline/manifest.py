@@ -48,6 +48,7 @@ def manifest_of(plan: BuildPlan, records: Mapping[str, Record], receipts: Sequen
             config=checkpoint.model.to_published(),
             logit_scale=_logit_scale(checkpoint),
             parameters=sum(math.prod(ref.shape) for ref in checkpoint.tensors.values()),
+            chat=None if plan.chat is None else plan.chat.to_json(),
         ),
         recipe=plan.recipe.name,
         compute_dtype=plan.recipe.base,

@@ -22,10 +22,18 @@ from ..errors import CapabilityError, CheckpointError, InputError, UsageError
 from ..export.features import with_features
 from ..export.split import check_split
 from ..files.cache_dir import cache_folder
+from ..inputs.chat_template import ChatFormat
 from ..inputs.preprocess import ImageSettings
-from ..inputs.tokenizer import NoTokenizer, SentencePieceTokenizer, Tokenizer
+from ..inputs.tokenizer import Tokenizer
 from ..models.checkpoint import Checkpoint, open_checkpoint
-from ..models.registry import block_places, component_module, component_of, component_spec, family_of
+from ..models.registry import (
+    block_places,
+    component_module,
+    component_of,
+    component_spec,
+    family_of,
+    image_settings,
+)
 from ..models.shipped import checkpoint_path
 from ..quantization.algorithms import algorithm_name
 from ..quantization.attention import attentions, operand_names
@@ -81,6 +89,7 @@ class BuildPlan:
         backends: whose engines are built.
         shapes: ranges by axis name.
         tokenizer: the checkpoint's.
+        chat: how it is prompted; None: it does not chat.
         settings: of images, with the size that the model takes.
         evaluation: one of :data:`TASKS`; None: the model has no evaluation set.
         algorithm: how ranges are picked.
@@ -103,6 +112,7 @@ class BuildPlan:
     backends: tuple[str, ...]
     shapes: dict[str, Range]
     tokenizer: Tokenizer
+    chat: ChatFormat | None
     settings: ImageSettings
     evaluation: str | None
     algorithm: str
@@ -166,12 +176,6 @@ def plan_build(
         InputError: no usable calibration data, or none given where some is needed.
     """
     searched, recipe = recipe is not None, recipe or load_recipe(config.precision)
-    if recipe.name == "fp32":
-        raise UsageError(
-            "A recipe cannot be called fp32.",
-            "The accuracy report compares with the unquantised model under that name.",
-            "Rename it.",
-        )
     targets = parse_targets(config.targets)
     target_names = tuple(target.name for target in targets)
     backends, notices = _backends(config.backend)
@@ -189,8 +193,12 @@ def plan_build(
         types = element_types(recipe.base, frozenset(layers.quantised.values()))
         types |= {"fp8"} if any(layers.attention.values()) else set()
         check_types(f"Precision {recipe.name}", types, targets)
-    tokenizer = _tokenizer(folder, checkpoint)
-    settings = ImageSettings.load(_required_file(folder, "preprocessor_config.json"))
+    family = family_of(checkpoint.model)
+    tokenizer = family.tokenizer(checkpoint.model, folder)
+    chat = family.chat_format(checkpoint.model, folder, tokenizer)
+    if family.vocabulary(checkpoint.model) and not tokenizer.reads_texts:
+        notices += (f"No tokenizer in {folder}: the bundle takes token ids, and is calibrated on random ones.",)
+    settings = image_settings(checkpoint.model, folder)
     if settings.unknown:
         notices += (f"preprocessor_config.json: no effect here: {', '.join(settings.unknown)}.",)
     evaluation = _evaluation(folder)
@@ -217,12 +225,13 @@ def plan_build(
         backends=backends,
         shapes=shapes,
         tokenizer=tokenizer,
-        settings=family_of(checkpoint.model).image_settings(checkpoint.model, settings),
+        chat=chat,
+        settings=settings,
         evaluation=evaluation,
         algorithm=algorithm,
         ranges_file=ranges_file,
-        calibration=calibration,
-        held_out=held_out,
+        calibration=replace(calibration, chat=chat),
+        held_out=replace(held_out, chat=chat),
         notices=notices,
         searched=searched,
     )
@@ -287,31 +296,6 @@ def _part_count(checkpoint: Checkpoint, component: str, split: int) -> int:
         return 1
     check_split(component, blocks, split)
     return split
-
-
-def _tokenizer(folder: Path, checkpoint: Checkpoint) -> Tokenizer:
-    vocabulary = family_of(checkpoint.model).vocabulary(checkpoint.model)
-    if not vocabulary:
-        return NoTokenizer()
-    tokenizer = SentencePieceTokenizer(_required_file(folder, "tokenizer.model"))
-    if len(tokenizer) > vocabulary:
-        raise CheckpointError(
-            f"{folder / 'tokenizer.model'} is not of this model.",
-            f"It has {len(tokenizer)} pieces, the model knows {vocabulary}.",
-            "Copy the tokenizer.model of the published model there.",
-        )
-    return tokenizer
-
-
-def _required_file(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.is_file():
-        raise CheckpointError(
-            f"No {name} in {folder}.",
-            "A bundle carries it, so that nothing is fetched at run time.",
-            f"Copy the {name} of the published model there.",
-        )
-    return path
 
 
 def _backends(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -45,8 +45,8 @@ SCHEMES = {
 PROMISES = {(s.activation, s.weight): name for name, s in SCHEMES.items() if not (s.fold or s.per_tensor)}
 """Types of both factors -> the scheme whose kernel that is: smoothing is in the weights already."""
 
-BASES = ("bf16", "fp16")
-"""Types that everything a recipe does not name computes in."""
+BASES = ("bf16", "fp16", "fp32")
+"""Types that everything a recipe does not name computes in; with the last one, that is everything."""
 
 DIMENSION_MULTIPLE = {"fp8": 16, "fp8-tensor": 16, "w4a8": 16, "w4a4": 32}
 """In and out features of a layer must be multiples of this, or TensorRT has no kernel for the scheme."""

@@ -18,19 +18,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..arrays import Array, Floats, Ids
 from ..bundle import Bundle, Verify
 from ..engines.device import to_host
 from ..errors import CapabilityError, InputError, UsageError
 from ..forks import fork_safe_lock
-from ..inputs.chat_template import IMAGE_TOKEN, SYSTEM, VICUNA, Question, Turn, encode
+from ..inputs.chat_template import IMAGE_TOKEN, AnswerTokens, ChatFormat, Question, Turn, framed
+from ..inputs.preprocess import PixelValues
+from ..inputs.sources import text_sequence
+from ..inputs.video import FRAMES, Video, chat_places, frames_of
 from ..sampling import Sampling, StopCriteria, check_search
 from .components import Components, visual_embeds, visual_shape
 from .conversation_cache import ConversationCache
-from .image_batches import Images, Reading, as_images
+from .image_batches import Images, Reading, as_images, check_pixel_values
 from .kv_cache import PREFIX_BYTES, PrefixCache
-from .loaded import Loaded, is_chat
+from .loaded import Loaded, family_of_bundle, is_chat
 from .serving.chat_service import ChatService
 
 M = TypeVar("M", bound="InternVLChat")
@@ -108,34 +112,39 @@ class InternVLChat(Loaded):
         max_new_tokens: int = 256,
         min_new_tokens: int = 0,
         sampling: Sampling | None = None,
-        image_token_id: int = IMAGE_TOKEN,
+        image_token_id: int | None = None,
     ) -> Ids:
         """New token ids [B, <= max_new_tokens], padded after each row's EOS; rows run one after another.
 
         Args:
-            pixel_values: float32 [I, 3, S, S], as :meth:`pixel_values` makes them: the images of all
-                placeholders, row after row.
+            pixel_values: float32 [I, 3, S, S], as :meth:`pixel_values` makes them: the images (or tiles) of
+                all placeholders, row after row.
             input_ids: int64 [B, T], as :func:`~ivl_export.inputs.chat_template.encode` makes them, with one
-                placeholder for each image, or for each of its V visual embeddings.
+                placeholder for each image or tile, or for each of its V visual embeddings.
             attention_mask: int64 [B, T], 0 at padding (either side); None: no padding.
             max_new_tokens: at most this many.
             min_new_tokens: EOS may not come before.
             sampling: how tokens are drawn, for each row as if it were alone; None: the likeliest.
-            image_token_id: the placeholder.
+            image_token_id: the placeholder, which is never an answer's token; None: the checkpoint's.
 
         Raises:
-            InputError: there are more or fewer images than placeholders; a prompt is too long for the bundle.
+            InputError: there are more or fewer images than placeholders; an id is not the model's; a prompt
+                is too long for the bundle.
         """
-        stop = self.stop_criteria(max_new_tokens, min_new_tokens)
+        token = self.chat_format.images.context if image_token_id is None else image_token_id
+        stop = replace(self._stop(max_new_tokens, min_new_tokens, self.chat_format.eos), never=_real(token))
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [ids[used.astype(bool)] for ids, used in zip(input_ids, mask, strict=True)]
         visual, digests = self.encode_images(pixel_values)
-        placeholders = [ids == image_token_id for ids in prompts]
-        count = sum(int(places.sum()) for places in placeholders)
-        each = visual.shape[1] if count == visual.shape[0] * visual.shape[1] else 1
+        placeholders = [ids == token for ids in prompts]
+        self._check_ids(prompts, placeholders)
+        count, rows = (sum(int(places.sum()) for places in placeholders), sum(map(len, visual)))
+        each = visual_shape(self.components)[0] if count == rows else 1
         if count != each * len(visual):
             raise InputError(
-                f"The prompts have {count} image placeholders.", f"{len(visual)} images were given."
+                f"The prompts have {count} image placeholders (id {token}).",
+                f"{len(visual)} images or tiles were given, of {rows} visual embeddings together.",
+                "Write one placeholder for each, or one for each of their visual embeddings.",
             )
         out = np.full((len(prompts), max_new_tokens), stop.pad, np.int64)
         longest = first = 0
@@ -145,43 +154,82 @@ class InternVLChat(Loaded):
             # The first of an image's placeholders stands for it.
             keep = ~places | (np.cumsum(places) % each == 1 % each)
             prompt = np.where(places, IMAGE_TOKEN, ids)[keep].tolist()
-            cache = ConversationCache(self.components, self.prefixes, visual[shown], digests[shown])
-            new = list(cache.tokens(prompt, stop, sampling or Sampling()))
-            new += [stop.eos] * (len(new) < max_new_tokens)
+            cache = self.cache(visual[shown], digests[shown])
+            new, end = _drained(cache.tokens(prompt, stop, sampling or Sampling()))
+            new += [] if end is None else [end]
             out[row, : len(new)] = new
             longest = max(longest, len(new))
         return out[:, :longest]
 
+    def _check_ids(self, prompts: Sequence[Ids], placeholders: Sequence[NDArray[np.bool_]]) -> None:
+        size = family_of_bundle(self.bundle).vocabulary(self.config)
+        texts = [ids[~places] for ids, places in zip(prompts, placeholders, strict=True)]
+        if any(len(ids) and (ids.min() < 0 or ids.max() >= size) for ids in texts):
+            raise InputError(
+                "The prompt holds a token that the decoder does not have.",
+                f"Its tokens are 0 to {size - 1}.",
+                "Use the tokenizer that was published with these weights.",
+            )
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """How the checkpoint is prompted, and when its answers end."""
+        return ChatFormat.from_json(self.bundle.manifest.model.chat, f"The manifest of {self.bundle.root}")
+
     def stop_criteria(self, max_new_tokens: int, min_new_tokens: int) -> StopCriteria:
         """When one answer ends, with the checkpoint's ids; UsageError if the numbers cannot be right."""
-        config: Any = self.bundle.manifest.model.config
-        eos, pad = config.get("eos_token_id"), config.get("pad_token_id")
-        stop = StopCriteria(
-            self.tokenizer.eos if eos is None else int(eos),
-            0 if pad is None else int(pad),
-            max_new_tokens,
-            min_new_tokens,
+        ends = self.chat_format.stops(self.tokenizer)
+        return replace(
+            self._stop(max_new_tokens, min_new_tokens, ends), never=_real(self.chat_format.images.context)
         )
+
+    def _stop(self, max_new_tokens: int, min_new_tokens: int, ends: Sequence[int]) -> StopCriteria:
+        first, *more = ends or (-1,)
+        stop = StopCriteria(first, self.chat_format.pad, max_new_tokens, min_new_tokens, tuple(more))
         check_search(stop, 1, None)
         return stop
 
-    def chat(self, images: Images = (), history: Sequence[Turn] = (), system: str = SYSTEM) -> Chat:
+    def chat(
+        self,
+        images: Images = (),
+        history: Sequence[Turn] = (),
+        system: str | None = None,
+        max_tiles: int | Sequence[int] | None = None,
+    ) -> Chat:
         """A conversation about ``images``.
 
         Args:
             images: as :class:`.model.InternVL` takes them; shown with the first question, or
                 where the turns of ``history`` say.
             history: what was said before.
-            system: what the prompt begins with.
+            system: what the prompt begins with; None: what the checkpoint's template says; empty: nothing.
+            max_tiles: the most tiles of every image, or of each; None: as the checkpoint says.
 
         Raises:
             InputError: an image cannot be read, or ``history`` shows another number of images.
         """
-        return Chat(self, images, history, system)
+        pixels = self.read_pixels(images, max_tiles)
+        return Chat(self, *self.encode_together([pixels])[0], history, system)
 
-    async def achat(self, images: Images = (), history: Sequence[Turn] = (), system: str = SYSTEM) -> Chat:
+    def chat_video(self, video: Video, frames: int = FRAMES, system: str | None = None) -> Chat:
+        """A conversation about a video: ``frames`` of it, one tile each, as the published code shows them.
+
+        Raises:
+            InputError, CapabilityError: as :func:`~ivl_export.inputs.video.frames_of`.
+        """
+        images = frames_of(video, frames, places=chat_places)
+        pixels = self.read_pixels(images, 1)
+        return Chat(self, *self.encode_together([pixels])[0], (), system, frames=True)
+
+    async def achat(
+        self,
+        images: Images = (),
+        history: Sequence[Turn] = (),
+        system: str | None = None,
+        max_tiles: int | Sequence[int] | None = None,
+    ) -> Chat:
         """As :meth:`chat`, for asyncio."""
-        return await self.requests.chat(images, history, system)
+        return await self.requests.chat(images, history, system, max_tiles)
 
     @cached_property
     def requests(self) -> ChatService:
@@ -197,39 +245,129 @@ class InternVLChat(Loaded):
             self.requests.close()
         super().close()
 
-    def encode_images(self, images: Images) -> tuple[Array, list[bytes]]:
-        """Visual embeddings of images, float32 [I, V, H], and a digest of each one's pixels.
+    def read_pixels(self, images: Images, max_tiles: int | Sequence[int] | None = None) -> PixelValues:
+        """``images`` read, each as one tile or several; of ready ``pixel_values`` each row is an image."""
+        chosen = as_images(images)
+        if isinstance(chosen, np.ndarray):
+            check_pixel_values(chosen)
+            return PixelValues(chosen, (1,) * len(chosen))
+        return chosen if isinstance(chosen, PixelValues) else self.read_images(chosen, None, None, max_tiles)
+
+    def encode_images(
+        self, images: Images, max_tiles: int | Sequence[int] | None = None
+    ) -> tuple[list[Array], list[bytes]]:
+        """Visual embeddings of each image, float32 [rows, H], and a digest of its pixels.
 
         An image that another conversation has shown is not encoded again.
         """
-        rows = [np.zeros((0, *visual_shape(self.components)), np.float32)]
-        digests: list[bytes] = []
-        for pixels in self.pixel_batches(images):
-            own = [hashlib.sha256(np.ascontiguousarray(p).data).digest() for p in pixels]
-            seen = {digest: self.prefixes.image(digest) for digest in own}
-            new = {digest: p for digest, p in zip(own, pixels, strict=True) if seen[digest] is None}
-            if new:
-                embeds = to_host(visual_embeds(self.components, np.stack(list(new.values()))))
-                for digest, row in zip(new, embeds, strict=True):
-                    seen[digest] = row
-                    self.prefixes.store_image(digest, row)
-            rows += [row[None] for digest in own if (row := seen[digest]) is not None]
-            digests += own
-        return np.concatenate(rows), digests
+        return self.encode_together([self.read_pixels(images, max_tiles)])[0]
+
+    def encode_together(self, requests: Sequence[PixelValues]) -> list[tuple[list[Array], list[bytes]]]:
+        """As :meth:`encode_images` of each request; the tiles of all go through the tower together."""
+        images = [request[[i]].values for request in requests for i in range(len(request))]
+        digests = [hashlib.sha256(np.ascontiguousarray(p).data).digest() for p in images]
+        seen = {digest: self.prefixes.image(digest) for digest in digests}
+        new = {digest: p for digest, p in zip(digests, images, strict=True) if seen[digest] is None}
+        if new:
+            tiles, size = np.concatenate(list(new.values())), self.components.batch
+            parts = [
+                to_host(visual_embeds(self.components, tiles[start : start + size]))
+                for start in range(0, len(tiles), size)
+            ]
+            embeds, first = np.concatenate(parts), 0
+            for digest, pixels in new.items():
+                rows = embeds[first : first + len(pixels)].reshape(-1, embeds.shape[-1])
+                first += len(pixels)
+                seen[digest] = rows
+                self.prefixes.store_image(digest, rows)
+        found = iter(zip([seen[digest] for digest in digests], digests, strict=True))
+        each = [[next(found) for _ in range(len(request))] for request in requests]
+        return [([rows for rows, _ in own if rows is not None], [d for _, d in own]) for own in each]
+
+    def cache(self, visual: Sequence[Array], digests: Sequence[bytes]) -> ConversationCache:
+        """An empty cache for a conversation about images of these embeddings and digests."""
+        turning_point = family_of_bundle(self.bundle).turning_point(self.config)
+        return ConversationCache(self.components, self.prefixes, visual, digests, turning_point)
+
+    def encode_tiles(
+        self, images: Images, max_tiles: int | Sequence[int] | None = None
+    ) -> list[Floats]:
+        """An embedding of each tile of each image, [tiles, H]: the mean of its visual embeddings.
+
+        For retrieval among images of one model. Chat models are not trained contrastively: these embeddings
+        are by-products of answering questions, and those of texts (:meth:`encode_text`) are not aligned with
+        them. For retrieval by text use an InternVL-C or InternVL-G.
+        """
+        each, _ = visual_shape(self.components)
+        visual, _ = self.encode_images(images, max_tiles)
+        return [rows.reshape(-1, each, rows.shape[-1]).mean(1) for rows in visual]
+
+    def encode_image(
+        self, images: Images, max_tiles: int | Sequence[int] | None = None
+    ) -> Floats:
+        """An embedding [I, H] of each image: the mean over its tiles; what :meth:`encode_tiles` says holds."""
+        rows = [tiles.mean(0) for tiles in self.encode_tiles(images, max_tiles)]
+        return np.stack(rows) if rows else np.zeros((0, visual_shape(self.components)[1]), np.float32)
+
+    def encode_text(self, texts: Sequence[str]) -> Floats:
+        """An embedding [B, H] of each text: the mean of its tokens' embeddings, as the decoder takes them.
+
+        Not trained contrastively, see :meth:`encode_tiles`. InputError: an empty text.
+        """
+        rows = []
+        limit = self.components.spec("decoder_embed").axis("text").max
+        for text in text_sequence(texts):
+            ids = self.tokenizer.encode(text)
+            if not ids:
+                raise InputError("An empty text has no embedding.", "It has no tokens.", "Leave it out.")
+            parts = [np.array([ids[start : start + limit]], np.int64) for start in range(0, len(ids), limit)]
+            made = [self.components.run("decoder_embed", {"input_ids": p})["input_embeds"][0] for p in parts]
+            rows.append(np.concatenate(made).mean(0))
+        return np.stack(rows) if rows else np.zeros((0, visual_shape(self.components)[1]), np.float32)
+
+
+def _real(token: int) -> tuple[int, ...]:
+    """``token``, if it is one of the decoder's."""
+    return (token,) if token >= 0 else ()
+
+
+def _drained(tokens: Generator[int, None, int | None]) -> tuple[list[int], int | None]:
+    """All that a generator gives, and what it returns."""
+    out: list[int] = []
+    while True:
+        try:
+            out.append(next(tokens))
+        except StopIteration as done:
+            return out, done.value
 
 
 class Chat:
     """One conversation, which answers one question at a time; made by :meth:`InternVLChat.chat`."""
 
-    def __init__(self, model: InternVLChat, images: Images, history: Sequence[Turn], system: str) -> None:
-        images = as_images(images)
+    def __init__(
+        self,
+        model: InternVLChat,
+        visual: Sequence[Array],
+        digests: Sequence[bytes],
+        history: Sequence[Turn] = (),
+        system: str | None = None,
+        frames: bool = False,
+    ) -> None:
         shown = sum(turn.images for turn in history)
-        if history and shown != len(images):
-            raise InputError(f"The history shows {shown} images.", f"{len(images)} were given.")
-        self.model, self.system = model, system
+        if history and shown != len(digests):
+            raise InputError(f"The history shows {shown} images.", f"{len(digests)} were given.")
+        self.model, self.system, self._frames = model, system, frames
         self._turns = list(history)
-        self.cache = ConversationCache(model.components, model.prefixes, *model.encode_images(images))
+        self.cache = model.cache(visual, digests)
         self._lock = fork_safe_lock()
+
+    @cached_property
+    def format(self) -> ChatFormat:
+        """The checkpoint's, with this conversation's system message."""
+        own = self.model.chat_format
+        if self.system is None:
+            return own
+        return replace(own, template=own.template.with_system(self.system or None))
 
     @property
     def history(self) -> tuple[Turn, ...]:
@@ -274,8 +412,9 @@ class Chat:
         with self.exclusive():
             turn, ids = self.prompt(question)
             new = self.cache.tokens(ids, stop, sampling or Sampling())
+            answer = AnswerTokens(self.model.tokenizer, self.format.template)
             try:
-                for piece in self.model.tokenizer.stream(new):
+                for piece in self.model.tokenizer.stream(token for token in new if answer.add(token)):
                     text += piece
                     yield piece
                 answered = True
@@ -305,8 +444,12 @@ class Chat:
 
     def prompt(self, question: Question) -> tuple[Turn, list[int]]:
         """The turn that ``question`` opens, and the ids of the conversation up to its answer."""
-        turn = Turn(question, None, 0 if self._turns else len(self.cache.digests))
-        return turn, encode([*self._turns, turn], self.model.tokenizer, VICUNA.with_system(self.system)).ids
+        shown = 0 if self._turns else len(self.cache.digests)
+        if self._frames and shown and isinstance(question, str):
+            turn = framed(question, shown)
+        else:
+            turn = Turn(question, None, shown)
+        return turn, self.format.encode([*self._turns, turn], self.model.tokenizer).ids
 
     def said(self, turn: Turn, answer: str) -> None:
         """``turn`` was answered."""

@@ -229,7 +229,7 @@ VISUAL_OUTPUTS = ("query_embeds", "visual_embeds")
 
 
 def visual_shape(components: Components) -> tuple[int, int]:
-    """Rows of one image in :func:`visual_embeds`, and their width."""
+    """Rows of one image, or tile, in :func:`visual_embeds`, and their width."""
     parts = components.bundle.manifest.components
     shapes = [t.shape for c in parts for t in components.spec(c).outputs if t.name in VISUAL_OUTPUTS]
     return sum(fixed(shape[1]) for shape in shapes), fixed(shapes[0][2])

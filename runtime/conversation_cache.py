@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,26 @@ from ..arrays import Array
 from ..errors import InputError
 from ..forks import fork_safe_lock
 from ..inputs.chat_template import IMAGE_TOKEN
+from ..models.registry import is_cache
 from ..sampling import Sampling, StopCriteria, TokenSampler
 from .components import Components
 from .kv_cache import BLOCK, KVCache, PrefixCache, next_capacity
 from .serving.scheduler import Started
+
+
+class _Row(NamedTuple):
+    """What a position stands for where it is a row of an image's visual embeddings."""
+
+    digest: bytes
+    image: int
+    row: int
+
+
+class _Turned(NamedTuple):
+    """What a position of a sequence beyond the turning point stands for: its keys are rotated in another way,
+    so that none of a shorter sequence can be taken for them."""
+
+    key: Hashable
 
 
 @dataclass(frozen=True)
@@ -39,15 +55,23 @@ class ConversationCache:
     Args:
         components: the engines.
         prefixes: shared with other conversations.
-        visual: embeddings [I, V, H] of the conversation's images, in the order in which prompts show them.
+        visual: embeddings of the conversation's images, each [rows, H], in the order in which prompts show
+            them; several tiles give several times as many rows.
         digests: of each image's pixels.
+        turning_point: see :meth:`..models.registry.Family.turning_point`.
     """
 
     def __init__(
-        self, components: Components, prefixes: PrefixCache, visual: Array, digests: Sequence[bytes]
+        self,
+        components: Components,
+        prefixes: PrefixCache,
+        visual: Sequence[Array],
+        digests: Sequence[bytes],
+        turning_point: int = 0,
     ) -> None:
         self.components, self.prefixes = components, prefixes
         self.visual, self.digests = visual, list(digests)
+        self.turning_point = turning_point
         self._spec = components.spec("decoder")
         self._cache: KVCache | None = None  # it comes with the first keys, on their device
         self._held: list[Hashable] = []  # what the cache's positions stand for
@@ -63,19 +87,24 @@ class ConversationCache:
 
     def tokens(
         self, ids: Sequence[int], stop: StopCriteria, sampling: Sampling
-    ) -> Generator[int, None, None]:
-        """New token ids after the prompt ``ids``, as :meth:`read` takes it; EOS is not among them."""
+    ) -> Generator[int, None, int | None]:
+        """New token ids after the prompt ``ids``, as :meth:`read` takes it; what ends them is not among them.
+
+        Returns:
+            The token that ended the answer; None: it was as long as it may be.
+        """
         sampler = TokenSampler(stop, sampling)
         with self._lock:
             logits = self.read(ids, stop.max_new_tokens)
             try:
                 while not sampler.done:
                     token = sampler.choose(logits)
-                    if token == stop.eos:
-                        return
+                    if stop.ends(token):
+                        return token
                     yield token
                     if not sampler.done:
-                        logits = self._feed(self._embed([token]), [token])
+                        logits = self._feed(self._embed([token]), self._turned([token], self.length + 1))
+                return None
             finally:
                 self._share()
 
@@ -103,7 +132,8 @@ class ConversationCache:
         decoded, self._decoded = self._decoded, None
         if decoded is not None and decoded.reading == self._readings:  # no other prompt was read since
             self._fit(self.length + len(decoded.tokens)).extend(decoded.held[:, :, None])
-            self._held += decoded.tokens
+            for token in decoded.tokens:  # each was rotated as the last of a sequence
+                self._held += self._turned([token], self.length + 1)
 
     def read(self, ids: Sequence[int], new: int) -> Any:
         """The logits [V] after the prompt ``ids``, on the engine's device.
@@ -117,13 +147,13 @@ class ConversationCache:
         Raises:
             InputError: prompt and answer are too long for the bundle.
         """
-        keys = self._keys(ids)
-        self._check(len(keys) + new - 1)
+        keys = self._turned(keys := self._keys(ids), len(keys))
+        self._check(len(keys), new)
         self._take_decoded()
         self._readings += 1
         self._recall(keys[:-1])  # the last position has to be computed: its logits are wanted
         left = keys[self.length :]
-        logits = self._feed(self._embedded(left), left)
+        logits = self._feed(self._embedded(left), left, len(keys))
         self._share()
         return logits
 
@@ -169,29 +199,40 @@ class ConversationCache:
         for token in ids:
             if token == IMAGE_TOKEN:
                 image = next(places)
-                keys += [(self.digests[image], image, row) for row in range(self.visual.shape[1])]
+                keys += [_Row(self.digests[image], image, row) for row in range(len(self.visual[image]))]
             else:
                 keys.append(int(token))
         return keys
 
-    def _check(self, positions: int) -> None:
-        """InputError if the engine takes no past of ``positions``."""
-        limit = self._spec.axis("past").max
+    def _turned(self, keys: Sequence[Hashable], length: int) -> list[Hashable]:
+        """``keys`` of a sequence that is rotated as one of ``length`` positions."""
+        return [_Turned(key) for key in keys] if 0 < self.turning_point < length else list(keys)
+
+    def _check(self, prompt: int, new: int) -> None:
+        """InputError if the engine takes no past of ``prompt`` positions and ``new`` ones but the last."""
+        limit, positions = self._spec.axis("past").max, prompt + new - 1
         if positions > limit:
+            shown = sum(len(rows) for rows in self.visual)
+            of_images = f" (of {len(self.visual)} images {shown})" if shown else ""
             raise InputError(
                 "The conversation is too long for this bundle.",
-                f"It needs a past of {positions} positions; the engine was built for {limit}.",
-                "Ask for fewer new tokens, start again, or rebuild with a larger range.",
+                f"A prompt of {prompt} positions{of_images} and {new} new tokens need a past of {positions} "
+                f"positions; the engine was built for {limit}.",
+                "Ask for fewer new tokens"
+                + (", show fewer images or fewer tiles of each (max_tiles)" if shown else "")
+                + ", start again, or rebuild with a larger range where the model's context allows it.",
             )
 
     def _embedded(self, keys: Sequence[Hashable]) -> Array:
         """Embeddings [1, T, H] of positions: text looked up in one go, images put between."""
-        is_text = np.array([isinstance(key, int) for key in keys])
-        out = np.empty((1, len(keys), self.visual.shape[2]), np.float32)
-        text = [key for key in keys if isinstance(key, int)]
+        plain = [key.key if isinstance(key, _Turned) else key for key in keys]
+        is_text = np.array([isinstance(key, int) for key in plain])
+        width = next(t.shape[-1] for t in self._spec.inputs if t.name == "input_embeds")
+        out = np.empty((1, len(plain), int(width)), np.float32)
+        text = [key for key in plain if isinstance(key, int)]
         if text:
             out[:, is_text] = self._embed(text)
-        rows = [self.visual[key[1], key[2]] for key in keys if isinstance(key, tuple)]
+        rows = [self.visual[key.image][key.row] for key in plain if isinstance(key, _Row)]
         if rows:
             out[:, ~is_text] = np.stack(rows)
         return out
@@ -205,27 +246,43 @@ class ConversationCache:
         ]
         return np.concatenate([part["input_embeds"] for part in parts], 1)
 
-    def _feed(self, embeds: Array, keys: Sequence[Hashable]) -> Any:
-        """Logits [V] after new positions, on the engine's device; keys and values go into the cache."""
+    def _feed(self, embeds: Array, keys: Sequence[Hashable], length: int = 0) -> Any:
+        """Logits [V] after new positions, on the engine's device; keys and values go into the cache.
+
+        ``length``: of the whole prompt; 0: its last position is the last of ``keys``.
+        """
         limit = self._spec.axis("text").max
+        turned = 0 < self.turning_point < length
+        step = max(1, limit - 1) if turned else limit
         out: dict[str, Any] = {}
-        for start in range(0, len(keys), limit):
-            part = embeds[:, start : start + limit]
-            seen, ones = len(self._held), np.ones((1, part.shape[1]), np.int64)
+        for start in range(0, len(keys), step):
+            part = embeds[:, start : start + step]
+            seen, count = len(self._held), part.shape[1]
             past, mask = self._past()
+            positions = np.arange(seen, seen + count, dtype=np.int64)[None]
+            ones = hidden = np.ones((1, count), np.int64)
+            # The graph rotates a call by its last position: a hidden one stands for the rest of the prompt.
+            hint = turned and seen + count <= self.turning_point
+            if hint:
+                part = np.concatenate([part, np.zeros_like(part[:, :1])], 1)
+                positions = np.append(positions, [[length - 1]], 1)
+                hidden = np.append(ones, [[0]], 1)
             feeds = {
                 "input_embeds": np.ascontiguousarray(part),
-                "positions": np.arange(seen, seen + part.shape[1], dtype=np.int64)[None],
-                "attention_mask": np.concatenate([mask, ones], 1),
+                "positions": positions,
+                "attention_mask": np.concatenate([mask, hidden], 1),
                 **past,
             }
             out = self.components.run_device("decoder", feeds)
+            made: dict[str, Any] = dict(out)
+            if hint:
+                made = {n: a[:, :, :count] if is_cache(n) else a for n, a in made.items()}
             if self._cache is None:
-                capacity = next_capacity(part.shape[1], 0, self._spec.axis("past"))
-                self._cache = KVCache.of_queries(out, len(past) // 2, capacity)
+                capacity = next_capacity(count, 0, self._spec.axis("past"))
+                self._cache = KVCache.of_queries(made, len(past) // 2, capacity)
             else:
-                self._fit(seen + part.shape[1]).append(out, ones)
-            self._held += keys[start : start + limit]
+                self._fit(seen + count).append(made, ones)
+            self._held += keys[start : start + step]
         return out["logits"][0]
 
     def _past(self) -> tuple[dict[str, Any], NDArray[np.int64]]:

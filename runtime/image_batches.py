@@ -49,12 +49,7 @@ def pixel_batches(
     given = as_images(images)
     ready = given.values if isinstance(given, PixelValues) else given
     if isinstance(ready, np.ndarray):
-        if ready.ndim != 4 or ready.shape[1] != 3 or ready.dtype != np.float32:
-            raise InputError(
-                "This array is not pixel_values.",
-                f"It is {ready.dtype} {list(ready.shape)}; float32 [B, 3, S, S] is needed.",
-                "Give pictures as a list of [H, W, 3] arrays.",
-            )
+        check_pixel_values(ready)
         for start in range(0, len(ready), size):
             yield ready[start : start + size]
         return
@@ -76,6 +71,16 @@ def pixel_batches(
         yield ahead.result()
 
 
+def check_pixel_values(array: Floats) -> None:
+    """InputError for an array that is not ``pixel_values``."""
+    if array.ndim != 4 or array.shape[1] != 3 or array.dtype != np.float32:
+        raise InputError(
+            "This array is not pixel_values.",
+            f"It is {array.dtype} {list(array.shape)}; float32 [B, 3, S, S] is needed.",
+            "Give pictures as a list of [H, W, 3] arrays.",
+        )
+
+
 def as_images(images: Images) -> Images:
     """``images`` with a length and an order: a sequence, or ready ``pixel_values``; else InputError."""
     return images if isinstance(images, (PixelValues, np.ndarray)) else image_sequence(images)
@@ -88,10 +93,11 @@ def read_batch(
     reading: Reading | None = None,
     names: Sequence[str] | None = None,
     on_error: Callable[[int, InputError], None] | None = None,
+    max_tiles: int | Sequence[int] | None = None,
 ) -> PixelValues:
     """Images fetched, where ``reading`` allows it, decoded and preprocessed together.
 
-    ``names`` and ``on_error`` as of :func:`~ivl_export.inputs.preprocess.read_images`; what cannot be fetched
+    ``names``, ``on_error`` and ``max_tiles`` as of :func:`~ivl_export.inputs.preprocess.read_images`; what cannot be fetched
     is always an error.
     """
     how = reading or Reading()
@@ -101,4 +107,4 @@ def read_batch(
             images = list(pool.map(lambda i: fetch(i, how.urls) if is_url(i) else i, images))
     threads = how.threads or cores()
     with timings.measure("preprocess"):
-        return read_images(images, settings, threads, how.approximate_jpeg, names, on_error=on_error)
+        return read_images(images, settings, threads, how.approximate_jpeg, names, max_tiles, on_error)

@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..inputs.preprocess import ImageSettings, PixelValues, ResizeMode
 from ..inputs.sources import ImageInput, image_sequence
 from ..inputs.tokenizer import NoTokenizer, Tokenizer, load_tokenizer, tokenizer_files
-from ..models.registry import CHAT, Family, family_claiming
+from ..models.registry import CHAT, Family, config_from_published, family_claiming
 from .components import Components, fixed
 from .image_batches import Images, Reading, pixel_batches, read_batch
 from .timings import Timing
@@ -125,7 +125,14 @@ class Loaded:
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer."""
         folder = self.bundle.root / "preprocess"
-        return load_tokenizer(folder) if tokenizer_files(folder) else NoTokenizer()
+        if tokenizer_files(folder):
+            return load_tokenizer(folder)
+        return NoTokenizer(family_of_bundle(self.bundle).vocabulary(self.config))
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's sizes, as its family has them."""
+        return config_from_published(self.bundle.manifest.model.config, str(self.bundle.root / MANIFEST))
 
     @cached_property
     def image_settings(self) -> ImageSettings:
@@ -148,10 +155,17 @@ class Loaded:
         images: Sequence[ImageInput],
         resize: ResizeMode | None = None,
         on_error: Callable[[int, InputError], None] | None = None,
+        max_tiles: int | Sequence[int] | None = None,
     ) -> PixelValues:
         """Images read once, as every method that takes images also takes them.
 
-        ``on_error``: called with the number of an image that cannot be read, and why; None: raised.
+        Args:
+            images: any number.
+            resize: how an image is made square; None: as the checkpoint's preprocessor says.
+            on_error: called with the number of an image that cannot be read, and why; None: raised.
+            max_tiles: of models that cut images into tiles: the most tiles of every image, or of each, the
+                thumbnail not counted; None: as the checkpoint says.
         """
         settings, timings = self.image_settings.resized(resize), self.components.timings
-        return read_batch(image_sequence(images), settings, timings, self.reading, on_error=on_error)
+        chosen = image_sequence(images)
+        return read_batch(chosen, settings, timings, self.reading, None, on_error, max_tiles)

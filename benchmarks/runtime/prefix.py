@@ -60,7 +60,7 @@ def compared(setting: Setting, name: str, precision: str) -> Comparison:
         answers = {model.chat(pixels).ask(asked, tokens) for model in (alone, sharing)}
         facts = {
             "equal": len(answers) == 1,
-            "image_positions": int(chat.cache.visual.shape[1]),
+            "image_positions": len(chat.cache.visual[0]),
             "prompt_positions": chat.cache.length,
         }
     goals = tuple(Goal(of, FIRST, "speed", FASTER) for of in (NEXT, OTHER))

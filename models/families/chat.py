@@ -17,7 +17,9 @@ import numpy as np
 
 from ...bundle.spec import Axis, ComponentSpec, TensorSpec
 from ...errors import CheckpointError
+from ...inputs.chat_template import ONE_PLACEHOLDER, VICUNA, ChatFormat
 from ...inputs.preprocess import ImageSettings
+from ...inputs.tokenizer import Tokenizer
 from .. import macs
 from ..calls import LONGEST_PROMPT, LONGEST_STEP, Arrays, Call, SampleBatch, runs, splice, step_inputs
 from ..config import (
@@ -320,7 +322,8 @@ class Decoder(Component[ChatConfig]):
     def feeds(self, config: ChatConfig, call: Call, outputs: Mapping[str, Arrays]) -> Arrays:
         inputs = {name: array for name, array in call.inputs.items() if name != "input_ids"}
         links = self.links(config)
-        images = [outputs[links[name].component][name][call.rows] for name in visual_names(config)]
+        shown = {name: link for name, link in links.items() if name != "input_embeds"}
+        images = [link.taken(outputs[link.component][name], call.rows) for name, link in shown.items()]
         visual = np.concatenate(images, 1) if call.cut is not None else None
         embeds = splice(outputs["decoder_embed"]["input_embeds"], visual, call.cut)
         if call.continues is None:
@@ -384,7 +387,11 @@ def projector_shapes(name: str, width: int, out: int) -> dict[str, Shape]:
 
 
 def chat_calls(
-    config: Any, own: Sequence[Component[Any]], components: Sequence[str], batch: SampleBatch
+    config: Any,
+    own: Sequence[Component[Any]],
+    components: Sequence[str],
+    batch: SampleBatch,
+    visual: int | None = None,
 ) -> Iterator[Call]:
     """Images first, then each group's prompts with an empty past, and its answers after their cache.
 
@@ -393,14 +400,16 @@ def chat_calls(
         own: all components of its family, in the order they run.
         components: names of those that are called.
         batch: the samples.
+        visual: embeddings that stand for an image; None: the config's.
     """
+    visual = config.num_visual if visual is None else visual
     for component in own[:-2]:
         if component.name in components:
             yield from component.calls(config, batch)
     decoding = [c.name for c in own[-2:] if c.name in components]
     width, past = config.decoder.hidden_size, 0
     for run in runs(batch.dialogues) if decoding else ():
-        rows, length = len(run.rows), run.length(config.num_visual)
+        rows, length = len(run.rows), run.length(visual)
         past = past if run.cut is None else 0
         embed, decoder = own[-2:]
         if embed.name in decoding:
@@ -412,7 +421,7 @@ def chat_calls(
                 decoder.name, batch.number, run.rows, inputs, (rows, length, width), run.cut, prompt,
                 None if prompt else list(range(rows)),
             )  # fmt: skip
-        past = length
+        past = length if run.cut is not None else past  # every call of an answer follows the prompt
 
 
 def _queries(config: ChatConfig) -> InternVLConfig:
@@ -524,6 +533,12 @@ class Chat(Family[ChatConfig]):
 
     def vocabulary(self, config: ChatConfig) -> int:
         return config.decoder.vocab_size
+
+    def chat_format(self, config: ChatConfig, folder: Path, tokenizer: Tokenizer) -> ChatFormat:
+        """Vicuna's, with one placeholder for an image."""
+        return ChatFormat(
+            VICUNA, ONE_PLACEHOLDER, (config.decoder.eos_token_id,), config.decoder.pad_token_id
+        )
 
 
 register(Chat())

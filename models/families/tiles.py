@@ -14,9 +14,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...bundle.spec import Axis, ComponentSpec, TensorSpec
-from ...inputs.preprocess import ImageSettings
+from ...errors import CheckpointError
+from ...inputs.chat_template import (
+    CONTEXT,
+    IMAGE_TOKEN,
+    VICUNA,
+    ChatFormat,
+    ImageTokens,
+    image_tokens,
+    template_of,
+)
+from ...inputs.preprocess import SAMPLE_TILES, ImageSettings
+from ...inputs.tiles import Tiling
+from ...inputs.tokenizer import NoTokenizer, Tokenizer, check_vocabulary, load_tokenizer, tokenizer_files
 from .. import macs
-from ..calls import Arrays, Call, SampleBatch
+from ..calls import LONGEST_PROMPT, LONGEST_STEP, Arrays, Call, SampleBatch
+from ..config import read_json
 from ..decoder_config import DecoderConfig
 from ..layout import vit_shapes
 from ..registry import CHAT, Context, Family, Link, Macs, Ranges, Shape, register
@@ -31,6 +44,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..storage import TensorRef
+
+
+HISTORY = (1, 2048, 16384)
+"""Positions of the decoder's cache: 41 tiles of 256 tokens and a conversation about them, unless the model's
+context is shorter."""
+
+
+def sample_tiles(config: TilesConfig) -> int:
+    """Tiles of an image of a calibration set: two (:func:`...inputs.preprocess.sample_tiles`), or all of it."""
+    return 1 if config.max_tiles == 1 else SAMPLE_TILES
 
 
 class Vision(internvit.Vision):
@@ -71,6 +94,12 @@ class Vision(internvit.Vision):
     def tokens(self, config: TilesConfig) -> int:
         return config.num_tokens
 
+    def sample_rows(self, config: TilesConfig) -> int:
+        return sample_tiles(config)
+
+    def hidden(self, config: TilesConfig) -> tuple[int, int]:
+        return sample_tiles(config) * config.num_tokens, config.vision.hidden_size
+
     def macs(self, config: TilesConfig, sizes: Mapping[str, int]) -> Macs:
         rows, out = config.num_visual, config.decoder.hidden_size
         projector = {"mlp1.1": rows * config.projector_width * out, "mlp1.3": rows * out**2}
@@ -102,7 +131,10 @@ class Decoder(chat.Decoder):
     """New positions over a cache of keys and values."""
 
     def spec(self, config: Any, ranges: Ranges) -> ComponentSpec:
-        axes = Axis("batch", *ranges.chats), *internvl.step_axes(ranges.turn, ranges.history)
+        context = config.decoder.max_position_embeddings
+        history = ranges.history if ranges != Ranges() else HISTORY
+        low, best, high = (min(size, context) for size in history)
+        axes = Axis("batch", *ranges.chats), *internvl.step_axes(ranges.turn, (low, best, high))
         return internvl.step_spec(self.name, chat.input_embeds(config), config.decoder, axes)
 
     def module(self, config: Any) -> nn.Module:
@@ -114,7 +146,7 @@ class Decoder(chat.Decoder):
         return decoder_shapes(config)
 
     def links(self, config: Any) -> dict[str, Link]:
-        visual = {"visual_embeds": Link("vision_chat", "visual_embeds")}
+        visual = {"visual_embeds": Link("vision_chat", "visual_embeds", rows=sample_tiles(config))}
         return {**visual, "input_embeds": Link("decoder_embed", "input_embeds")}
 
     def place(self, config: Any) -> str:
@@ -163,6 +195,10 @@ class Decoder(chat.Decoder):
         total = sizes["past"] + sizes["text"]
         return 2 * sizes["text"] * c.query_width + 2 * total * c.key_width
 
+    def hidden(self, config: Any) -> tuple[int, int]:
+        positions = sample_tiles(config) * config.num_visual + LONGEST_PROMPT + LONGEST_STEP
+        return positions, config.decoder.hidden_size
+
     def swept(self, config: Any) -> tuple[str, int]:
         return "past", config.num_visual
 
@@ -176,6 +212,7 @@ class Tiles(Family[TilesConfig]):
     components = (Vision(), Embed(), Decoder())
     form = CHAT
     runtime = "chat:InternVLChat"
+    preprocessor = ImageSettings()
 
     def claims(self, data: Mapping[str, Any]) -> bool:
         return is_tiles(data)
@@ -216,11 +253,17 @@ class Tiles(Family[TilesConfig]):
         return TilesChatModel(config)
 
     def calls(self, config: TilesConfig, components: Sequence[str], batch: SampleBatch) -> Iterator[Call]:
-        """Those of an InternVL-Chat: an image is one tile."""
-        return chat.chat_calls(config, self.components, components, batch)
+        """Those of an InternVL-Chat, an image as two of its tiles."""
+        visual = sample_tiles(config) * config.num_visual
+        return chat.chat_calls(config, self.components, components, batch, visual)
 
     def image_settings(self, config: TilesConfig, settings: ImageSettings) -> ImageSettings:
-        return replace(settings, size=config.image_size, mode="square")
+        """OpenGVLab's layout has the tiling in ``config.json``; in that of transformers it is the
+        processor's, which tiles whatever its file says.
+        """
+        own = Tiling.of_chat_config(config.to_published())
+        tiling = own if config.layout == "opengvlab" else settings.tiling or own
+        return replace(settings, size=config.image_size, mode="square", tiling=tiling)
 
     def resized(self, config: TilesConfig, image_size: int) -> TilesConfig:
         return replace(config, image_size=image_size)
@@ -230,6 +273,40 @@ class Tiles(Family[TilesConfig]):
 
     def vocabulary(self, config: TilesConfig) -> int:
         return config.decoder.vocab_size
+
+    def positions(self, config: TilesConfig) -> int:
+        return config.decoder.max_position_embeddings
+
+    def turning_point(self, config: TilesConfig) -> int:
+        """Phi-3's: it has factors for short sequences, and for long ones."""
+        rope = config.decoder.rope.within(self.positions(config))
+        return rope.original if rope.long_factor != rope.short_factor else 0
+
+    def tokenizer(self, config: TilesConfig, folder: Path) -> Tokenizer:
+        """Whichever files it has; without any, a bundle takes token ids alone."""
+        if not tokenizer_files(folder):
+            return NoTokenizer(config.decoder.vocab_size)
+        tokenizer = load_tokenizer(folder)
+        check_vocabulary(tokenizer, config.decoder.vocab_size)
+        return tokenizer
+
+    def chat_format(self, config: TilesConfig, folder: Path, tokenizer: Tokenizer) -> ChatFormat:
+        """Its own template; an image is ``<img>``, image tokens for each of its tiles, and ``</img>``."""
+        ends, pad = config.decoder.eos_token_ids, config.decoder.pad_token_id
+        if not tokenizer.reads_texts:
+            token = IMAGE_TOKEN if config.image_token_id is None else config.image_token_id
+            return ChatFormat(VICUNA, ImageTokens(token, config.num_visual), ends, pad)
+        template = template_of(read_json(folder / "config.json"), folder)
+        template.check(tokenizer)
+        images = image_tokens(tokenizer, config.num_visual)
+        if config.image_token_id not in (None, images.context):
+            raise CheckpointError(
+                f"The tokenizer in {folder} is of another model.",
+                f"Its {CONTEXT} is {images.context}, the image token of config.json is "
+                f"{config.image_token_id}.",
+                "Use the config.json and the tokenizer that were published with these weights.",
+            )
+        return ChatFormat(template, images, ends, pad)
 
 
 register(Tiles())

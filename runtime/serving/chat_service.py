@@ -14,15 +14,16 @@ from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ...arrays import Ids
+from ...arrays import Array, Ids
 from ...forks import renew_after_fork
 from ...host import cores
-from ...inputs.chat_template import SYSTEM, Question, Turn
+from ...inputs.chat_template import AnswerTokens, Question, Turn
+from ...inputs.preprocess import PixelValues
 from ...inputs.tokenizer import Pieces
 from ...sampling import Sampling, StopCriteria
 from ..image_batches import Images
 from .admission import Admission, Clock, Response, ServiceLimits
-from .batching import BatchResult
+from .batching import Batcher, BatchResult
 from .scheduler import OnToken, Scheduler
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class ChatService:
         self.model, self.limits = model, limits or ServiceLimits()
         self._admission = Admission(self.limits, self.model.components.release_memory)
         self.counts = self._admission.counts
+        self._tower: Batcher[PixelValues, tuple[list[Array], list[bytes]]] = Batcher(
+            self.model.encode_together, max_batch=max(1, self.model.components.batch)
+        )
         self.after_fork()
         renew_after_fork(self)
 
@@ -51,20 +55,29 @@ class ChatService:
         self,
         images: Images = (),
         history: Sequence[Turn] = (),
-        system: str = SYSTEM,
+        system: str | None = None,
+        max_tiles: int | Sequence[int] | None = None,
         timeout: float | None = None,
     ) -> Chat:
-        """As :meth:`..chat.InternVLChat.chat`, the images read and encoded on another thread.
+        """As :meth:`..chat.InternVLChat.chat`, the images read on another thread.
+
+        Tiles of the images of conversations that begin at about the same time are encoded together.
 
         Raises:
             BusyError: too many requests wait, or it was not done in ``timeout`` seconds.
             InputError: as there.
         """
 
+        from ..chat import Chat
+
         async def run(clock: Clock) -> BatchResult[Chat]:
-            chat = await self._read(self.model.chat, images, history, system)
+            with self._tower.coming():
+                pixels = await self._read(self.model.read_pixels, images, max_tiles)
+                encoding = self._tower.submit(pixels)
             clock.mark("read")
-            return BatchResult(chat, 0.0, 0.0, 1)
+            encoded = await asyncio.wrap_future(encoding)
+            chat = Chat(self.model, *encoded.value, history, system)
+            return BatchResult(chat, encoded.waited, encoded.seconds, encoded.batch)
 
         return (await self._admission.request(run, timeout)).value
 
@@ -87,7 +100,8 @@ class ChatService:
         with chat.exclusive():
             turn, ids = chat.prompt(question)
             decoded = await self._tokens(chat, ids, stop, sampling, timeout)
-            said = [token for token in decoded.value if token != stop.eos]
+            answer = AnswerTokens(self.model.tokenizer, chat.format.template)
+            said = [token for token in decoded.value if not stop.ends(token) and answer.add(token)]
             text = self.model.tokenizer.decode(said).strip()
             chat.said(turn, text)
         return Response(text, decoded.timings, decoded.batch)
@@ -106,7 +120,7 @@ class ChatService:
         Closing the generator gives up its place; the conversation keeps the pieces it gave.
         """
         stop, text = chat.stop_criteria(max_new_tokens, min_new_tokens), ""
-        pieces = Pieces(self.model.tokenizer)
+        pieces, answer = Pieces(self.model.tokenizer), AnswerTokens(self.model.tokenizer, chat.format.template)
         loop = asyncio.get_running_loop()
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
 
@@ -119,7 +133,8 @@ class ChatService:
             task.add_done_callback(lambda _: tokens.put_nowait(None))
             try:
                 while (token := await tokens.get()) is not None:
-                    if token != stop.eos and (piece := pieces.add(token)):
+                    said = not stop.ends(token) and answer.add(token)
+                    if said and (piece := pieces.add(token)):
                         text += piece
                         yield piece
                 await task
@@ -133,6 +148,7 @@ class ChatService:
     def close(self) -> None:
         """Refuse and cancel what waits; what runs is finished."""
         self._admission.close()
+        self._tower.close()
         if "_scheduler" in self.__dict__:
             self._scheduler.close()
         self._readers.shutdown(cancel_futures=True)

@@ -99,7 +99,7 @@ def test_fp8_engines_stay_near_fp32(report: dict[str, Any]) -> None:
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_quantised_engines_answer(report: dict[str, Any], reference: InternVLChatModel, backend: str) -> None:
     with InternVLChat.load(report["root"], backend, threads=1) as loaded:
-        visual, _ = loaded.encode_images([picture(), picture(1)])
+        visual = np.stack(loaded.encode_images([picture(), picture(1)])[0])
         (pixels,) = loaded.pixel_batches([picture(), picture(1)])
         with torch.no_grad():
             want = reference.visual_embeds(torch.from_numpy(pixels)).numpy()
