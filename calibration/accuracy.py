@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..models.registry import ModelConfig
 from .component_chain import Runner, Step, run_chain
 from .dataset import Batch
 from .magnitudes import NOT_MEASURED, Magnitudes
+from .tokens import LOGITS, TokenComparison, TokenMetrics
 
 BUDGETS = {"fp8": 1.0, "int8": 1.5, "mixed": 0.3}
 """Largest loss in percentage points on each task, by recipe (bf16 and fp16: as fp8)."""
@@ -37,6 +38,7 @@ class Metrics:
             never under -200.
         max_abs: largest difference.
         samples: how many were compared.
+        tokens: of logits: what became of the tokens chosen from them.
     """
 
     cosine: float
@@ -44,6 +46,7 @@ class Metrics:
     sqnr_db: float
     max_abs: float
     samples: int
+    tokens: TokenMetrics | None = None
 
 
 Table = dict[str, dict[str, Metrics]]
@@ -86,6 +89,8 @@ class Receipt:
         for metrics in (*listed, *(m for blocks in data["blocks"].values() for m in blocks)):
             if math.isinf(metrics["sqnr_db"]):
                 metrics["sqnr_db"] = None
+            if metrics["tokens"] is None:
+                del metrics["tokens"]
         return data
 
     def save(self, path: Path) -> None:
@@ -94,11 +99,16 @@ class Receipt:
 
 
 class Comparison:
-    """Accumulates metrics over batches, so that no more than one is in memory."""
+    """Accumulates metrics over batches, so that no more than one is in memory.
 
-    def __init__(self) -> None:
+    Args:
+        output: its name; of :data:`.tokens.LOGITS` the tokens are compared, too.
+    """
+
+    def __init__(self, output: str = "") -> None:
         self._signal = self._noise = self._max = 0.0
         self._cosines: list[float] = []
+        self._tokens = TokenComparison() if output == LOGITS else None
 
     def add(self, reference: Array, candidate: Array) -> None:
         """Arrays of one shape, samples along axis 0.
@@ -118,6 +128,8 @@ class Comparison:
                 f"{int((~np.isfinite(cand)).sum())} of {cand.size} values.",
                 "Calibrate on more images, or use a bf16 base.",
             )
+        if self._tokens is not None:
+            self._tokens.add(reference, candidate)
         difference = ref - cand
         self._signal += float(np.square(ref).sum())
         self._noise += float(np.square(difference).sum())
@@ -136,7 +148,8 @@ class Comparison:
         if self._noise > 0:
             sqnr = 10 * math.log10(max(self._signal / self._noise, 1e-20))
         mean = math.fsum(self._cosines) / len(self._cosines)
-        return Metrics(mean, min(self._cosines), sqnr, self._max, len(self._cosines))
+        tokens = None if self._tokens is None else self._tokens.metrics()
+        return Metrics(mean, min(self._cosines), sqnr, self._max, len(self._cosines), tokens)
 
 
 def compare(reference: Array, candidate: Array) -> Metrics:
@@ -207,14 +220,8 @@ def check_budget(
 def _add(table: dict[str, dict[str, Comparison]], want: Step, got: Arrays) -> None:
     outputs = table.setdefault(want.component, {})
     for name, array in want.outputs.items():
-        outputs.setdefault(name, Comparison()).add(array, got[name])
+        outputs.setdefault(name, Comparison(name)).add(array, got[name])
 
 
 def _finish(table: dict[str, dict[str, Comparison]]) -> Table:
     return {c: {o: comparison.metrics() for o, comparison in outputs.items()} for c, outputs in table.items()}
-
-
-def _metrics(data: Mapping[str, Any]) -> Metrics:
-    if data["sqnr_db"] is None:
-        return replace(Metrics(**data), sqnr_db=math.inf)
-    return Metrics(**data)

@@ -236,11 +236,11 @@ class CalibrationSet:
         The second part has ``held_out`` samples, at most a quarter of the set; a set of one sample is both.
         """
         if len(self) == 1:
-            return self, replace(self, scored=True)
+            return self, self
         count = max(1, min(held_out, len(self) // 4))
         asked = max(0, self.asked - count)
         first = replace(self, samples=self.samples[:-count], asked=asked, held_out=count)
-        return first, replace(self, samples=self.samples[-count:], asked=count, skipped=(), scored=True)
+        return first, replace(self, samples=self.samples[-count:], asked=count, skipped=())
 
     def steps(self, batch_size: int = 8) -> int:
         """How many batches :meth:`batches` yields."""

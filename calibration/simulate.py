@@ -132,7 +132,7 @@ def simulated_accuracy(
                         if got is not None:
                             outputs = table.setdefault(call.component, {})
                             for name, tensor in want[1].items():
-                                _add(outputs.setdefault(name, Comparison()), tensor, got[1][name])
+                                _add(outputs.setdefault(name, Comparison(name)), tensor, got[1][name])
                     got = made[1] or made[2]
                     if got is not None and not segment.entry and not segment.exit:
                         depth = blocks.setdefault(call.component, [])

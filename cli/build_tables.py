@@ -44,6 +44,18 @@ def print_report(report: dict[str, Any]) -> None:
         ("component", "output", "cosine", "SQNR dB", "samples"),
         accuracy,
     )
+    tokens = [
+        (component, t["positions"], f"{t['same']:.1%}", f"{t['kl']:.3g}", f"{t['worst_kl']:.3g}")
+        for component, outputs in report["components"].items()
+        for metrics in outputs.values()
+        if (t := metrics.get("tokens")) is not None
+    ]
+    if tokens:
+        print_table(
+            f"Next tokens of {report['recipe']} against fp32, the same text before them (teacher forcing)",
+            ("component", "positions", "same token", "KL, mean", "KL, worst"),
+            tokens,
+        )
     if largest := report["largest"]:
         typer.echo(
             f"largest magnitude in fp32: {largest['value']:.4g} ({largest['component']}, {largest['place']}, "

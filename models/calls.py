@@ -84,7 +84,7 @@ class Dialogue:
     def steps(self) -> tuple[int, ...]:
         """How many tokens of the answer each of its calls is given."""
         some = (1 << power for power in range(len(self.answer).bit_length())) if self.scored else ()
-        return tuple(n for n in some if n < len(self.answer)) + (len(self.answer),)
+        return (*(n for n in some if n < len(self.answer)), len(self.answer))
 
 
 class SampleBatch(Protocol):
@@ -162,7 +162,7 @@ def step_inputs(rows: int, length: int, past: int) -> Arrays:
 
 
 def side_by_side(rows: Any, count: int) -> Any:
-    """Array or tensor: ``count`` rows [R count, V, H] after another become one [R, count V, H]: the tiles of an image."""
+    """Array or tensor: ``count`` rows one after another [R count, V, H] become one [R, count V, H]."""
     return rows.reshape(len(rows) // count, count * rows.shape[1], *rows.shape[2:])
 
 

@@ -197,7 +197,7 @@ def plan_build(
     tokenizer = family.tokenizer(checkpoint.model, folder)
     chat = family.chat_format(checkpoint.model, folder, tokenizer)
     if family.vocabulary(checkpoint.model) and not tokenizer.reads_texts:
-        notices += (f"No tokenizer in {folder}: the bundle takes token ids, and is calibrated on random ones.",)
+        notices += (f"No tokenizer in {folder}: the bundle takes token ids; random ones are calibrated on.",)
     settings = image_settings(checkpoint.model, folder)
     if settings.unknown:
         notices += (f"preprocessor_config.json: no effect here: {', '.join(settings.unknown)}.",)
@@ -231,7 +231,7 @@ def plan_build(
         algorithm=algorithm,
         ranges_file=ranges_file,
         calibration=replace(calibration, chat=chat),
-        held_out=replace(held_out, chat=chat),
+        held_out=replace(held_out, chat=chat, scored=True),
         notices=notices,
         searched=searched,
     )

@@ -289,9 +289,7 @@ class InternVLChat(Loaded):
         turning_point = family_of_bundle(self.bundle).turning_point(self.config)
         return ConversationCache(self.components, self.prefixes, visual, digests, turning_point)
 
-    def encode_tiles(
-        self, images: Images, max_tiles: int | Sequence[int] | None = None
-    ) -> list[Floats]:
+    def encode_tiles(self, images: Images, max_tiles: int | Sequence[int] | None = None) -> list[Floats]:
         """An embedding of each tile of each image, [tiles, H]: the mean of its visual embeddings.
 
         For retrieval among images of one model. Chat models are not trained contrastively: these embeddings
@@ -302,10 +300,8 @@ class InternVLChat(Loaded):
         visual, _ = self.encode_images(images, max_tiles)
         return [rows.reshape(-1, each, rows.shape[-1]).mean(1) for rows in visual]
 
-    def encode_image(
-        self, images: Images, max_tiles: int | Sequence[int] | None = None
-    ) -> Floats:
-        """An embedding [I, H] of each image: the mean over its tiles; what :meth:`encode_tiles` says holds."""
+    def encode_image(self, images: Images, max_tiles: int | Sequence[int] | None = None) -> Floats:
+        """An embedding [I, H] of each image, the mean over its tiles; see :meth:`encode_tiles`."""
         rows = [tiles.mean(0) for tiles in self.encode_tiles(images, max_tiles)]
         return np.stack(rows) if rows else np.zeros((0, visual_shape(self.components)[1]), np.float32)
 
@@ -334,11 +330,11 @@ def _real(token: int) -> tuple[int, ...]:
 def _drained(tokens: Generator[int, None, int | None]) -> tuple[list[int], int | None]:
     """All that a generator gives, and what it returns."""
     out: list[int] = []
-    while True:
-        try:
+    try:
+        while True:
             out.append(next(tokens))
-        except StopIteration as done:
-            return out, done.value
+    except StopIteration as done:
+        return out, done.value
 
 
 class Chat:

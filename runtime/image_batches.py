@@ -97,8 +97,8 @@ def read_batch(
 ) -> PixelValues:
     """Images fetched, where ``reading`` allows it, decoded and preprocessed together.
 
-    ``names``, ``on_error`` and ``max_tiles`` as of :func:`~ivl_export.inputs.preprocess.read_images`; what cannot be fetched
-    is always an error.
+    ``names``, ``on_error`` and ``max_tiles`` as of :func:`~ivl_export.inputs.preprocess.read_images`; what
+    cannot be fetched is always an error.
     """
     how = reading or Reading()
     names = names or [name_of(image, index, len(images)) for index, image in enumerate(images)]

@@ -77,6 +77,7 @@ def chat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ivl_export.bundle import seal
     from ivl_export.bundle.manifest import Component, EngineFile, Manifest, Model
     from ivl_export.export.unquantized import export_plain
+    from ivl_export.inputs.chat_template import ChatFormat
     from ivl_export.inputs.preprocess import ImageSettings
     from ivl_export.models.checkpoint import open_checkpoint
     from ivl_export.models.registry import component_spec
@@ -91,7 +92,13 @@ def chat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = {n: p.relative_to(folder / "staging").as_posix() for n, p in exported.graphs.items()}
     manifest = Manifest(
         model=Model(
-            "chat", "goldens", {"checkpoint": checkpoint.revision}, checkpoint.model.to_published(), 0.0, 1
+            "chat",
+            "goldens",
+            {"checkpoint": checkpoint.revision},
+            checkpoint.model.to_published(),
+            0.0,
+            1,
+            ChatFormat(eos=(2,)).to_json(),
         ),
         recipe="fp32",
         compute_dtype="fp32",

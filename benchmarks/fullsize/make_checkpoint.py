@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,9 @@ import torch
 
 from ivl_export.cli.scenes import draw
 from ivl_export.files.write import atomic, write_text
+from ivl_export.inputs.chat_template import CONTEXT, END, START, template_of
 from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.tokenizer import ADDED
 from ivl_export.models.config import (
     VICUNA_7B,
     VICUNA_13B,
@@ -123,8 +126,19 @@ def make_checkpoint(
     settings.save(out / "preprocessor_config.json")
     if family.vocabulary(config):
         (out / "tokenizer.model").write_bytes(train_tokenizer())
+        if template := config.to_published().get("template"):
+            _json(out / ADDED, special_tokens(template, config))
         draw(out / "calibration", SCENES, seed, "train", "en", force=True)
     return paths
+
+
+def special_tokens(template: str, config: Any) -> dict[str, int]:
+    """The special tokens of prompts, as ``added_tokens.json`` has them: the last ids, and the image token."""
+    image = config.image_token_id if config.image_token_id is not None else config.decoder.vocab_size - 1
+    form = template_of({"template": template, "model_type": "internvl_chat", "ps_version": "v2"})
+    marks = dict.fromkeys(re.findall(r"<\|[^|<>]+\|>", "".join(map(str, form.to_json().values()))))
+    free = (i for i in range(config.decoder.vocab_size - 1, -1, -1) if i != image)
+    return {CONTEXT: image, **{text: next(free) for text in (START, END, *marks)}}
 
 
 def tensor_blocks(key: str, shape: Shape, depth: int, seed: int) -> Iterator[torch.Tensor]:

@@ -52,7 +52,7 @@ context is shorter."""
 
 
 def sample_tiles(config: TilesConfig) -> int:
-    """Tiles of an image of a calibration set: two (:func:`...inputs.preprocess.sample_tiles`), or all of it."""
+    """Tiles of an image of a calibration set (:func:`...inputs.preprocess.sample_tiles`), or all of it."""
     return 1 if config.max_tiles == 1 else SAMPLE_TILES
 
 

@@ -120,7 +120,10 @@ class ChatService:
         Closing the generator gives up its place; the conversation keeps the pieces it gave.
         """
         stop, text = chat.stop_criteria(max_new_tokens, min_new_tokens), ""
-        pieces, answer = Pieces(self.model.tokenizer), AnswerTokens(self.model.tokenizer, chat.format.template)
+        pieces, answer = (
+            Pieces(self.model.tokenizer),
+            AnswerTokens(self.model.tokenizer, chat.format.template),
+        )
         loop = asyncio.get_running_loop()
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
 

@@ -126,7 +126,7 @@ def test_a_recipe_cannot_pass_for_the_reference(ask: Ask, tmp_path: Path) -> Non
     (tmp_path / "own.json").write_text(f'{{"name": "own", "rules": [{rule}]}}')
     assert set(ask(precision=str(tmp_path / "own.json")).layers.quantised.values()) == {"int8"}
     (tmp_path / "fp32.json").write_text(f'{{"name": "fp32", "rules": [{rule}]}}')
-    with pytest.raises(UsageError, match="cannot be called fp32"):
+    with pytest.raises(UsageError, match="fp32 is the name of the unquantised model"):
         ask(precision=str(tmp_path / "fp32.json"))
 
 

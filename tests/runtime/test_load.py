@@ -12,10 +12,10 @@ from safetensors.numpy import load_file
 
 from ivl_export.bundle import Bundle
 from ivl_export.errors import InputError, IntegrityError, UsageError
-from ivl_export.inputs.chat_template import IMAGE_TOKEN
+from ivl_export.inputs.chat_template import IMAGE_TOKEN, ChatFormat
 from ivl_export.runtime import InternVL, InternVLChat, load
 from ivl_export.runtime.captions import pad_prompts
-from ivl_export.sampling import Sampling, StopCriteria
+from ivl_export.sampling import Sampling
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 GOLDEN = load_file(GOLDENS / "chat" / "chat.safetensors")
@@ -90,8 +90,7 @@ def test_a_row_that_ends_is_padded(chat: InternVLChat, monkeypatch: pytest.Monke
     want = [GOLDEN[f"gen{row}.new_tokens"][0].tolist() for row in range(3)]
     eos = next(token for i, token in enumerate(want[0]) if i >= 2 and token not in want[0][:i])
     pad = next(token for token in range(3, 180) if all(token not in row for row in want))
-    stop = StopCriteria(eos, pad, LENGTH)
-    monkeypatch.setattr(chat, "stop_criteria", lambda *lengths: stop)
+    monkeypatch.setattr(chat, "chat_format", ChatFormat(eos=(eos,), pad=pad))
     ended = [row[: row.index(eos) + 1] if eos in row else row for row in want]
     assert len(ended[0]) < LENGTH
     padded = [row + [pad] * (max(map(len, ended)) - len(row)) for row in ended]
