@@ -3,7 +3,8 @@
 What a layer takes is divided channel by channel, and its weight's columns are multiplied. The division is
 folded into what makes that input: the weight of a norm, or the rows of a linear layer whose outputs only pass
 through operations that a factor passes through as well (attention's values, the ungated half of a gated MLP).
-Not through a GELU, and not through self-attention's values of QLLaMA, which leave the component as its cache.
+Not through a GELU, and not through self-attention's values of a decoder, which leave the component as its
+cache. A norm before experts is left alone: what routes tokens to them would see the factors, too.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 _CHAT = r"model\.vision_tower\.vision_tower"
 _VISION = rf"((?:vision_model|{_CHAT}|{_CHAT}\.vision_model)\.encoder\.layers\.\d+\.)"
-_LLAMA = rf"((?:(?:{_CHAT}\.)?qllama\.)?model\.layers\.\d+\.)"
+_LLAMA = rf"((?:(?:{_CHAT}\.)?qllama\.|language_model\.)?model\.layers\.\d+\.)"
 _FED = (
     (_VISION, "norm1", ("attn.qkv",)),
     (_VISION, "attn.qkv", ("attn.proj",)),
@@ -142,7 +143,8 @@ def fold(checkpoint: Checkpoint, divisors: Mapping[str, Tensor]) -> Checkpoint:
             columns[f"{member}.weight"] = divisor.float()
         weight = f"{source}.weight"
         if len(tensors[weight].shape) == 1:
-            columns[weight] = 1 / divisor.float()
+            offset = f"{source}.bias"  # of a LayerNorm
+            columns.update({key: 1 / divisor.float() for key in (weight, offset) if key in tensors})
             continue
         spared = torch.ones(tensors[weight].shape[0] - len(divisor))  # queries and keys before the values
         factors = torch.cat([spared, 1 / divisor.float()])

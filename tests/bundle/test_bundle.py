@@ -165,7 +165,7 @@ def test_hostile_paths_are_refused(bundle: Bundle, path: str) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda d: d.update(schema=4), "schema 4.*later"),
+        (lambda d: d.update(schema=5), "schema 5.*later"),
         (lambda d: d.update(schema=True), "schema"),
         (lambda d: d.pop("schema"), "schema"),
         (lambda d: d.update(extra=1), "extra"),
@@ -218,7 +218,7 @@ def test_an_older_bundle_is_refused_with_the_line_that_rebuilds_it(
         "calibration": {"synthetic": False},
     }
     (bundle.root / "manifest.json").write_text(json.dumps({**old, **change}))
-    with pytest.raises(IntegrityError, match=r"schema 2.*reads schema 3") as caught:
+    with pytest.raises(IntegrityError, match=r"schema 2.*reads schema 4") as caught:
         Bundle.open(bundle.root)
     assert command.format(out=bundle.root) in caught.value.fix
     assert caught.value.fix.isprintable()

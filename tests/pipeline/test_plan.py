@@ -80,7 +80,7 @@ def test_a_job_holds_what_was_asked(ask: Ask, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"precision": "fp4"}, UsageError, r"Unknown precision 'fp4'.*bf16, fp16, fp8, .*int8"),
+        ({"precision": "fp4"}, UsageError, r"Unknown precision 'fp4'.*bf16, fp16, fp32, fp8, .*int8"),
         ({"precision": "none.yaml"}, UsageError, r"none\.yaml cannot be read"),
         ({"targets": "sm90"}, UsageError, r"(?s)sm90.*sm89"),
         ({"targets": ""}, UsageError, "sm89"),
