@@ -208,8 +208,17 @@ class InternVLChat(Loaded):
         Raises:
             InputError: an image cannot be read, or ``history`` shows another number of images.
         """
-        pixels = self.read_pixels(images, max_tiles)
-        return Chat(self, *self.encode_together([pixels])[0], history, system)
+        return self.conversation(*self.encode_images(images, max_tiles), history, system)
+
+    def conversation(
+        self,
+        visual: Sequence[Array],
+        digests: Sequence[bytes],
+        history: Sequence[Turn] = (),
+        system: str | None = None,
+    ) -> Chat:
+        """As :meth:`chat`, about images that :meth:`encode_images` has encoded."""
+        return Chat(self, visual, digests, history, system)
 
     def chat_video(self, video: Video, frames: int = FRAMES, system: str | None = None) -> Chat:
         """A conversation about a video: ``frames`` of it, one tile each, as the published code shows them.
@@ -218,8 +227,7 @@ class InternVLChat(Loaded):
             InputError, CapabilityError: as :func:`~ivl_export.inputs.video.frames_of`.
         """
         images = frames_of(video, frames, places=chat_places)
-        pixels = self.read_pixels(images, 1)
-        return Chat(self, *self.encode_together([pixels])[0], (), system, frames=True)
+        return Chat(self, *self.encode_images(images, 1), (), system, frames=True)
 
     async def achat(
         self,

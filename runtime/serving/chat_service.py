@@ -68,15 +68,13 @@ class ChatService:
             InputError: as there.
         """
 
-        from ..chat import Chat
-
         async def run(clock: Clock) -> BatchResult[Chat]:
             with self._tower.coming():
                 pixels = await self._read(self.model.read_pixels, images, max_tiles)
                 encoding = self._tower.submit(pixels)
             clock.mark("read")
             encoded = await asyncio.wrap_future(encoding)
-            chat = Chat(self.model, *encoded.value, history, system)
+            chat = self.model.conversation(*encoded.value, history, system)
             return BatchResult(chat, encoded.waited, encoded.seconds, encoded.batch)
 
         return (await self._admission.request(run, timeout)).value
