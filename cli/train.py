@@ -50,7 +50,7 @@ SETTINGS: Table = {
 )
 def train(
     preset: Annotated[
-        str, typer.Option(help="Model to train from scratch: nano, or nano-chat (on nano's vision tower).")
+        str, typer.Option(help="Model to train from scratch: nano, nano-chat (on nano's tower) or nano-tiles.")
     ] = "nano",
     out: Annotated[
         Path | None,
@@ -77,7 +77,7 @@ def train(
     settings: SettingsOpt = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train a small InternVL from scratch on drawn scenes, or fine-tune an InternVL-Chat on conversations.
+    """Train a small InternVL from scratch on drawn pictures, or fine-tune an InternVL-Chat on conversations.
 
     Stage 1 is contrastive, stage 2 is itc + itm + itg, stage 3 learns the answers of conversations. An
     interrupted run resumes, and ends with the same weights.
@@ -87,12 +87,12 @@ def train(
     import torch
 
     from ..errors import UsageError
-    from ..training.presets import NANO_CHAT, PRESETS
+    from ..training.presets import NANO_CHAT, NANO_TILES, PRESETS
 
     if "threads" in values:
         torch.set_num_threads(values["threads"])
-    if processes > 1 and (stage is not None or preset == NANO_CHAT.name):
-        raise UsageError("Stage 3 trains in one process.", fix="Leave -O processes out.")
+    if processes > 1 and (stage is not None or preset in (NANO_CHAT.name, NANO_TILES.name)):
+        raise UsageError("Chat models train in one process.", fix="Leave -O processes out.")
     if stage is not None or model is not None:
         if stage != 3 or model is None:
             raise UsageError(
@@ -124,10 +124,15 @@ def train(
 
         train_nano_chat(ChatRun(out, values.get("work_dir"), steps, batch, as_json))
         return
+    if preset == NANO_TILES.name:
+        from .train_chat import ChatRun
+        from .train_tiles import train_nano_tiles
+
+        train_nano_tiles(ChatRun(out, values.get("work_dir"), steps, batch, as_json))
+        return
     if preset not in PRESETS:
-        raise UsageError(
-            f"Unknown preset {preset!r}.", fix=f"Use one of: {', '.join((*PRESETS, NANO_CHAT.name))}."
-        )
+        known = ", ".join((*PRESETS, NANO_CHAT.name, NANO_TILES.name))
+        raise UsageError(f"Unknown preset {preset!r}.", fix=f"Use one of: {known}.")
     from rich.console import Console
 
     from ..inputs.preprocess import ImageSettings

@@ -39,10 +39,11 @@ MODEL, JSON, VOCAB, MERGES = "tokenizer.model", "tokenizer.json", "vocab.json", 
 CONFIG, ADDED, SPECIAL = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 _OWN = f"Take the {MODEL} of the checkpoint."
 _MAX_BYTES = 256 << 20
-_SPLITS: dict[str, str] = {
-    "Qwen2Tokenizer": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-}
+)
+_SPLITS = {"Qwen2Tokenizer": QWEN2_SPLIT}
 """How texts are split before byte-level BPE, for tokenizers of ``vocab.json`` and ``merges.txt``."""
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -676,7 +677,7 @@ def _decoding(decoder: object, name: str) -> tuple[dict[str, int] | None, bool]:
         steps = [inner for step in steps for inner in step.get("decoders", [step])]
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:
-        return _byte_letters(), False
+        return byte_letters(), False
     if kinds and {*kinds} <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
         strips = any(step.get("type") == "Strip" and step.get("start") for step in steps)
         prefixed = any(
@@ -686,7 +687,7 @@ def _decoding(decoder: object, name: str) -> tuple[dict[str, int] | None, bool]:
     raise CheckpointError(f"Cannot use {name}.", f"Its decoder {kinds} is not known here.")
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """GPT-2's letters for bytes: printable ones are themselves, the others follow from 256 on."""
     own = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in own]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..models.config import ChatConfig, InternVLConfig, QLlamaConfig, VisionConfig
+from ..models.decoder_config import DecoderConfig
+from ..models.tiles_config import TilesConfig
 from ..synthetic.scenes import PAIRS
 
 
@@ -15,7 +17,8 @@ class Stage:
 
     Args:
         name: for the log and checkpoints.
-        loss: ``contrastive`` (stage 1), ``generative`` (stage 2: itc + itm + itg) or ``answers`` (stage 3).
+        loss: ``contrastive`` (stage 1), ``generative`` (stage 2: itc + itm + itg), ``answers`` (stage 3) or ``places``
+            (what stands where in a tile).
         steps: optimiser steps.
         batch: images a step.
         lr: peak learning rate of AdamW; linear warm-up, then a cosine to zero.
@@ -28,7 +31,7 @@ class Stage:
     """
 
     name: str
-    loss: Literal["contrastive", "generative", "answers"]
+    loss: Literal["contrastive", "generative", "answers", "places"]
     steps: int
     batch: int
     lr: float
@@ -141,5 +144,84 @@ NANO_CHAT = ChatPreset(
             "model.norm.*",
             "lm_head.*",
         ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class TilesPreset:
+    """A model of InternVL 2.5's form, trained from scratch on signs (:mod:`..synthetic.signs`).
+
+    Args:
+        name: of the preset.
+        model: sizes; vocabulary and special tokens are those of the preset's tokenizer.
+        places: the tower and the projector learn to name what stands at each place of a tile, with a head
+            that is thrown away afterwards.
+        answers: the projector and the decoder learn the answers of dialogues.
+        seed: of weights and data.
+        turns: the most questions of a dialogue.
+        single: share of the dialogues whose pictures are shown as one tile.
+        weight_decay: of matrices.
+        max_grad_norm: gradients are clipped to it.
+    """
+
+    name: str
+    model: TilesConfig
+    places: Stage
+    answers: Stage
+    seed: int = 0
+    turns: int = 6
+    single: float = 1 / 16
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
+
+
+# Vocabulary and special tokens: training/tokenizer.py. A test holds them to each other.
+NANO_TILES = TilesPreset(
+    name="nano-tiles",
+    model=TilesConfig(
+        vision=VisionConfig(
+            hidden_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=384,
+            image_size=64,
+            patch_size=8,
+        ),
+        decoder=DecoderConfig(
+            kind="qwen2",
+            vocab_size=848,
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            intermediate_size=384,
+            max_position_embeddings=1024,
+            qkv_bias=True,
+        ),
+        image_size=64,
+        max_tiles=6,
+        template="internvl2_5",
+    ),
+    places=Stage(
+        "places",
+        "places",
+        600,
+        32,
+        4e-3,
+        0.04,
+        warmup=30,
+        trainable=("model.vision_model.*", "model.mlp1.*", "head.*"),
+    ),
+    answers=Stage(
+        "answers",
+        "answers",
+        3000,
+        24,
+        2e-3,
+        0.02,
+        warmup=40,
+        trainable=("model.mlp1.*", "model.language_model.*"),
     ),
 )

@@ -1,0 +1,150 @@
+"""Questions about signs: reading, counting, and telling two pictures apart. Each has one right answer.
+
+    What number is it?                 8093        read
+    图中的汉字是什么?                    望爱重       read
+    How many red shapes are there?     4           count
+    Which image has the word KITE?     2           two images
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .glyphs import chinese
+from .scenes import Split
+from .signs import COLORS, SHAPES, TEXT_KINDS, Item, Sign, TextKind, arranged, sample_text, shape_item, text_item
+
+Task = Literal["read", "count", "two images"]
+TASKS: tuple[Task, ...] = ("read", "count", "two images")
+GRIDS = ((3, 1), (1, 3), (4, 1), (1, 4))
+"""Columns and rows of a picture that is shown alone; in tiles."""
+PAIR_GRIDS = ((2, 1), (1, 2), (3, 1), (1, 3))
+"""Of one of two pictures."""
+MOST = 6
+"""The most shapes that are counted."""
+READ_QUESTIONS: dict[TextKind, tuple[str, ...]] = {
+    "number": ("What number is it?", "图中的数字是什么?"),
+    "word": ("What word is it?", "图中的英文是什么?"),
+    "chinese": ("What characters are they?", "图中的汉字是什么?"),
+}
+_NAMES = {"number": "number", "word": "word", "chinese": "characters"}
+_COLORS = tuple(COLORS)
+_STREAM: dict[Split, int] = {"train": 0x516A, "heldout": 0x516B}
+
+
+@dataclass(frozen=True)
+class SignQuestion:
+    """A question and its answer; ``kind`` says more about it than its ``task``."""
+
+    task: Task
+    kind: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class SignDialogue:
+    """One or two pictures, and questions about them that do not refer to each other."""
+
+    signs: tuple[Sign, ...]
+    questions: tuple[SignQuestion, ...]
+
+
+def sign_dialogue(rng: np.random.Generator, task: Task, split: Split, turns: int) -> SignDialogue:
+    """At most ``turns`` questions in random order, the first of ``task``; texts are those of ``split``."""
+    grids = PAIR_GRIDS if task == "two images" else GRIDS
+    while True:
+        signs = tuple(_sign(rng, grids, split, task) for _ in range(2 if task == "two images" else 1))
+        every = _about_two(rng, *signs) if len(signs) == 2 else _about_one(rng, signs[0])
+        order = [every[i] for i in rng.permutation(len(every))]
+        first = next((q for q in order if q.task == task), None)
+        if first is not None:
+            rest = [q for q in order if q.question != first.question]
+            return SignDialogue(signs, (first, *rest[: turns - 1]))
+
+
+def dialogues(seed: int, index: int, batch: int, split: Split, turns: int) -> list[SignDialogue]:
+    """Batch ``index``: a pure function of its arguments; the three tasks in turn, two of three read more."""
+    rng = np.random.default_rng([_STREAM[split], seed, index])
+    return [sign_dialogue(rng, TASKS[row % 3], split, turns) for row in range(batch)]
+
+
+def _sign(rng: np.random.Generator, grids: tuple[tuple[int, int], ...], split: Split, task: Task) -> Sign:
+    columns, rows = grids[int(rng.integers(len(grids)))]
+    often = 0.4 if task == "count" else 0.7
+    kinds = [kind for kind in TEXT_KINDS if rng.random() < often]
+    items: list[Item] = [text_item(rng, kind, sample_text(rng, kind, split)) for kind in kinds]
+    shapes = [_pick(rng, SHAPES) for _ in range(2)]
+    colors = [_pick(rng, _COLORS) for _ in range(2)]
+    most = 9 if task == "count" else 5
+    for _ in range(int(rng.integers(most))):
+        items.append(shape_item(rng, shapes[int(rng.integers(2))], colors[int(rng.integers(2))]))
+    return arranged(rng, columns, rows, items)
+
+
+def _about_one(rng: np.random.Generator, sign: Sign) -> list[SignQuestion]:
+    asked = []
+    for kind in TEXT_KINDS:
+        for text in sign.texts(kind):
+            questions = READ_QUESTIONS[kind]
+            asked.append(SignQuestion("read", kind, questions[int(rng.integers(len(questions)))], text))
+    shown = [item for item in sign.items if item.kind == "shape"]
+    shapes = {item.content for item in shown} | {_pick(rng, SHAPES)}
+    colors = {item.color for item in shown} | {_pick(rng, _COLORS)}
+    counts = [("shape", f"How many {plural(s)} are there?", sign.count(shape=s)) for s in sorted(shapes)]
+    counts += [("color", f"How many {c} shapes are there?", sign.count(color=c)) for c in sorted(colors)]
+    counts.append(("all", "How many shapes are there?", sign.count()))
+    return asked + [SignQuestion("count", kind, q, str(n)) for kind, q, n in counts if n <= MOST]
+
+
+def _about_two(rng: np.random.Generator, *signs: Sign) -> list[SignQuestion]:
+    asked = []
+    for index, (sign, other) in enumerate((signs, signs[::-1]), 1):
+        for kind in TEXT_KINDS:
+            for text in sign.texts(kind):
+                verb = "are" if kind == "chinese" else "is"
+                question = f"What {_NAMES[kind]} {verb} in image {index}?"
+                asked.append(SignQuestion("two images", "read", question, text))
+                if text not in other.texts(kind):
+                    question = f"Which image has the {_NAMES[kind]} {text}?"
+                    asked.append(SignQuestion("two images", "text", question, str(index)))
+        only = {(i.color, i.content) for i in sign.items if i.kind == "shape"}
+        only -= {(i.color, i.content) for i in other.items}
+        for color, shape in sorted(only):
+            question = f"Which image has a {color} {shape}?"
+            asked.append(SignQuestion("two images", "shape", question, str(index)))
+        for shape in SHAPES:
+            if sign.count(shape=shape) >= other.count(shape=shape) + 2:
+                question = f"Which image has more {plural(shape)}?"
+                asked.append(SignQuestion("two images", "more", question, str(index)))
+    return asked
+
+
+def plural(shape: str) -> str:
+    """The word for several of a shape."""
+    return shape + ("es" if shape == "cross" else "s")
+
+
+def _pick(rng: np.random.Generator, names: tuple[str, ...]) -> str:
+    return names[int(rng.integers(len(names)))]
+
+
+def pieces() -> list[str]:
+    """What is one token each: the words of questions, the roles of a prompt, and every Chinese character.
+
+    No piece has a capital letter after its first one or after a space: texts in capitals stay letters.
+    """
+    questions = ["system", "user", "assistant", "Image"]
+    questions += [text for pair in READ_QUESTIONS.values() for text in pair]
+    questions += [f"What {name} are is in image" for name in _NAMES.values()]
+    questions += [f"Which image has the {name} a more {' '.join(COLORS)}" for name in _NAMES.values()]
+    for shape in SHAPES:
+        questions.append(f"How many {shape} {plural(shape)} shapes are there")
+    found = set(chinese())
+    for question in questions:
+        for number, word in enumerate(question.rstrip("?").split(" ")):
+            found |= {f" {word}" if number else word} if word.isascii() else set(word)
+    return sorted(found)
