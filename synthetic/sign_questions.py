@@ -1,9 +1,9 @@
 """Questions about signs: reading, counting, and telling two pictures apart. Each has one right answer.
 
-    What number is it?                 8093        read
-    图中的汉字是什么?                    望爱重       read
-    How many red shapes are there?     4           count
-    Which image has the word KITE?     2           two images
+What number is it?                 8093        read
+图中的汉字是什么?                    望爱重       read
+How many red shapes are there?     4           count
+Which image has the word KITE?     2           two images
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ import numpy as np
 
 from .glyphs import chinese
 from .scenes import Split
-from .signs import COLORS, SHAPES, TEXT_KINDS, Item, Sign, TextKind, arranged, sample_text, shape_item, text_item
+from .signs import (
+    COLORS,
+    SHAPES,
+    TEXT_KINDS,
+    Item,
+    Sign,
+    TextKind,
+    arranged,
+    sample_text,
+    shape_item,
+    text_item,
+)
 
 Task = Literal["read", "count", "two images"]
 TASKS: tuple[Task, ...] = ("read", "count", "two images")

@@ -222,7 +222,8 @@ def page(rng: np.random.Generator) -> Sign:
             if x + width > TILE:
                 misses += 1
                 continue
-            items.append(Item(item.content, item.kind, item.rgb, x, y, item.color))
+            top = y + GRID if kind == "shape" else y  # so its middle is in the row of the line's
+            items.append(Item(item.content, item.kind, item.rgb, x, top, item.color))
             x += -(-width // GRID) * GRID + GRID * int(rng.integers(2))
         y += HEIGHT + GRID * int(rng.integers(2))
     return Sign(1, 1, tuple(items), int(rng.integers(1 << 31)))

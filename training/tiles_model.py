@@ -55,9 +55,7 @@ def sign_tokenizer() -> Tokenizer:
 def completed(config: TilesConfig) -> TilesConfig:
     """``config`` with the special tokens of :func:`sign_tokenizer`."""
     tokens = sign_tokenizer()
-    decoder = replace(
-        config.decoder, eos_token_ids=(tokens.special(END),), pad_token_id=tokens.special(PAD)
-    )
+    decoder = replace(config.decoder, eos_token_ids=(tokens.special(END),), pad_token_id=tokens.special(PAD))
     return replace(config, decoder=decoder, image_token_id=tokens.special(CONTEXT))
 
 
