@@ -91,17 +91,19 @@ def _sign(rng: np.random.Generator, grids: tuple[tuple[int, int], ...], split: S
     shapes = [_pick(rng, SHAPES) for _ in range(2)]
     colors = [_pick(rng, _COLORS) for _ in range(2)]
     most = 9 if task == "count" else 5
-    for _ in range(int(rng.integers(most))):
-        items.append(shape_item(rng, shapes[int(rng.integers(2))], colors[int(rng.integers(2))]))
+    count = int(rng.integers(most))
+    items += [
+        shape_item(rng, shapes[int(rng.integers(2))], colors[int(rng.integers(2))]) for _ in range(count)
+    ]
     return arranged(rng, columns, rows, items)
 
 
 def _about_one(rng: np.random.Generator, sign: Sign) -> list[SignQuestion]:
-    asked = []
-    for kind in TEXT_KINDS:
-        for text in sign.texts(kind):
-            questions = READ_QUESTIONS[kind]
-            asked.append(SignQuestion("read", kind, questions[int(rng.integers(len(questions)))], text))
+    asked = [
+        SignQuestion("read", kind, _pick(rng, READ_QUESTIONS[kind]), text)
+        for kind in TEXT_KINDS
+        for text in sign.texts(kind)
+    ]
     shown = [item for item in sign.items if item.kind == "shape"]
     shapes = {item.content for item in shown} | {_pick(rng, SHAPES)}
     colors = {item.color for item in shown} | {_pick(rng, _COLORS)}
@@ -112,7 +114,7 @@ def _about_one(rng: np.random.Generator, sign: Sign) -> list[SignQuestion]:
 
 
 def _about_two(rng: np.random.Generator, *signs: Sign) -> list[SignQuestion]:
-    asked = []
+    asked: list[SignQuestion] = []
     for index, (sign, other) in enumerate((signs, signs[::-1]), 1):
         for kind in TEXT_KINDS:
             for text in sign.texts(kind):

@@ -1,7 +1,7 @@
-"""The task of internvl-nano-tiles: questions about signs whose texts training never drew, answered word for word.
+"""The task of internvl-nano-tiles: questions about signs whose texts training never drew.
 
-Every question stands in a conversation of its own. The same pictures in one tile each show how much of the
-answers comes from the tiles.
+Answers are right word for word. Every question stands in a conversation of its own. The same pictures in one
+tile each show how much of the answers comes from the tiles.
 """
 
 from __future__ import annotations

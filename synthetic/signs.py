@@ -32,6 +32,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "blue": (40, 80, 225),
     "purple": (150, 50, 190),
 }
+Classes = np.ndarray[Any, np.dtype[np.int64]]
 TextKind = Literal["number", "word", "chinese"]
 TEXT_KINDS: tuple[TextKind, ...] = ("number", "word", "chinese")
 _LENGTHS: dict[TextKind, tuple[int, int]] = {"number": (2, 6), "word": (3, 6), "chinese": (2, 3)}
@@ -167,7 +168,7 @@ def draw(sign: Sign) -> Image8:
     slope = rng.uniform(-10, 10, 2)
     ramp = slope[0] * np.linspace(-1, 1, height)[:, None] + slope[1] * np.linspace(-1, 1, width)[None]
     grain = np.frombuffer(rng.bytes(height * width), np.uint8).reshape(height, width) / 255.0 * 12.0 - 6.0
-    pixels = ((ramp + grain)[..., None] + base).clip(0, 255).astype(np.uint8)
+    pixels: Image8 = ((ramp + grain)[..., None] + base).clip(0, 255).astype(np.uint8)
     for item in sign.items:
         mask = item.mask()
         area = pixels[item.y : item.y + mask.shape[0], item.x : item.x + mask.shape[1]]
@@ -190,7 +191,7 @@ def _class_of() -> dict[str, int]:
     return {name: index for index, name in enumerate(classes())}
 
 
-def places(sign: Sign) -> np.ndarray[Any, np.dtype[np.int64]]:
+def places(sign: Sign) -> Classes:
     """The class of what has its middle in each area of 16 x 8 pixels, int64 [tiles, 4, 8], row by row."""
     table = np.zeros((sign.rows * TILE // HEIGHT, sign.columns * TILE * 2 // HEIGHT), np.int64)
     for item in sign.items:
@@ -204,7 +205,8 @@ def places(sign: Sign) -> np.ndarray[Any, np.dtype[np.int64]]:
             x = item.x + index * step + step // 2
             table[(item.y + HEIGHT // 2) // HEIGHT, x // (HEIGHT // 2)] = _class_of()[letter]
     tiled = table.reshape(sign.rows, TILE // HEIGHT, sign.columns, -1).swapaxes(1, 2)
-    return tiled.reshape(sign.rows * sign.columns, TILE // HEIGHT, -1)
+    out: Classes = tiled.reshape(sign.rows * sign.columns, TILE // HEIGHT, -1)
+    return out
 
 
 def page(rng: np.random.Generator) -> Sign:

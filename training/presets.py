@@ -17,8 +17,8 @@ class Stage:
 
     Args:
         name: for the log and checkpoints.
-        loss: ``contrastive`` (stage 1), ``generative`` (stage 2: itc + itm + itg), ``answers`` (stage 3) or ``places``
-            (what stands where in a tile).
+        loss: ``contrastive`` (stage 1), ``generative`` (stage 2: itc + itm + itg), ``answers`` (stage 3)
+            or ``places`` (what stands where in a tile).
         steps: optimiser steps.
         batch: images a step.
         lr: peak learning rate of AdamW; linear warm-up, then a cosine to zero.

@@ -186,27 +186,30 @@ def tiles_model_card(preset: TilesPreset, run: TrainingRun, parameters: int) -> 
     )
     return f"""# internvl-{preset.name}
 
-A real model of InternVL 2.5's form with {parameters:,} parameters, trained from scratch. It reads small text in
-wide and tall pictures, counts small shapes and tells two pictures apart, and knows nothing else. It exists so
-that tiles, the thumbnail and several images can be measured end to end where published weights cannot be had.
+A real model of InternVL 2.5's form with {parameters:,} parameters, trained from scratch. It reads small text
+in wide and tall pictures, counts small shapes and tells two pictures apart, and knows nothing else. It exists
+so that tiles, the thumbnail and several images can be measured end to end where published weights cannot be
+had.
 
 - **Architecture**: InternViT {vision.num_hidden_layers} x {vision.hidden_size} (RMSNorm, norms of queries and
-  keys), tiles of {config.image_size} px / patch {vision.patch_size}, 1 to {config.max_tiles} and the thumbnail;
-  pixel shuffle {config.shuffle}, {config.num_visual} embeddings a tile; a two-layer projector; a Qwen2 decoder
-  {decoder.num_hidden_layers} x {decoder.hidden_size}, {decoder.num_attention_heads} heads over
+  keys), 1 to {config.max_tiles} tiles of {config.image_size} px / patch {vision.patch_size} and the
+  thumbnail; pixel shuffle {config.shuffle}, {config.num_visual} embeddings a tile; a two-layer projector; a
+  Qwen2 decoder {decoder.num_hidden_layers} x {decoder.hidden_size}, {decoder.num_attention_heads} heads over
   {decoder.num_key_value_heads}, biases of q, k and v; byte-level BPE, {decoder.vocab_size} tokens.
-- **Data**: drawn signs (`synthetic/signs.py`, `synthetic/sign_questions.py`): numbers of 2 to 6 digits, words
-  of 3 to 6 capitals, 2 or 3 of {len(chinese())} Chinese characters, 16 pixels high, and shapes of 11 pixels;
-  everything stands at multiples of {GRID} pixels, and nothing lies across two tiles. Questions are English, in
+- **Data**: drawn signs (`synthetic/signs.py`, `synthetic/sign_questions.py`): numbers of 2 to 6 digits,
+  words of 3 to 6 capitals, 2 or 3 of {len(chinese())} Chinese characters, and shapes. Text is 16 pixels high,
+  all stands at multiples of {GRID} pixels, and nothing lies across two tiles. Questions are English, in
   part Chinese. One text in eight is held out: training never shows it.
-- **Recipe**: tower and projector learn to name what stands at each place of a tile ({first.steps} steps of
-  {first.batch} tiles, peak lr {first.matrix_lr:g} Muon, {first.lr:g} AdamW), with a head that is thrown away;
-  then projector and decoder learn the answers of dialogues of one to {preset.turns} questions ({second.steps}
-  steps of {second.batch} dialogues, {second.matrix_lr:g} and {second.lr:g}; one in {1 / preset.single:.0f} is
-  shown as one tile). fp32, seed {preset.seed}, {run.minutes:.0f} minutes on {run.threads} CPU threads, commit
+- **Recipe**: tower and projector learn to name what stands at each place of a tile, with a head that is
+  thrown away ({first.steps} steps of {first.batch} tiles, peak lr {first.matrix_lr:g} Muon, {first.lr:g}
+  AdamW); then projector and decoder learn the answers of dialogues of one to {preset.turns} questions
+  ({second.steps} steps of {second.batch} dialogues, {second.matrix_lr:g} and {second.lr:g}; one in
+  {1 / preset.single:.0f} is shown as one tile). fp32, seed {preset.seed}, {run.minutes:.0f} minutes on
+  {run.threads} CPU threads, commit
   {commit()}. `ivl-export train --preset {preset.name}` repeats it.
 
-Exact answers in fp32 about held-out texts (Wilson 95% interval), and about the same pictures in one tile each:
+Exact answers in fp32 about held-out texts (Wilson 95% interval), and about the same pictures in one tile
+each:
 
 | question | exact | interval | questions | one tile |
 |---|---:|---:|---:|---:|

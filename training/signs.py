@@ -58,7 +58,7 @@ class PageBatches(Dataset[Pages]):
         drawn = [page(rng) for _ in range(self.preset.places.batch)]
         images = normalised(np.stack([draw(sign) for sign in drawn]), self.settings)
         table = np.concatenate([places(sign) for sign in drawn])
-        return Pages(torch.from_numpy(images), torch.from_numpy(table).flatten(1).unflatten(1, (-1, 2)))
+        return Pages(torch.from_numpy(images), torch.from_numpy(table.reshape(len(table), -1, 2)))
 
 
 class DialogueBatches(Dataset[ChatBatch]):
@@ -101,7 +101,7 @@ class Learner(nn.Module):
     def named(self, pixel_values: Tensor) -> Tensor:
         """Logits [B, V, 2, classes] of what stands at each place."""
         out: Tensor = self.head(self.model.visual_embeds(pixel_values))
-        return out.unflatten(-1, (2, -1))
+        return out.reshape(*out.shape[:2], 2, -1)
 
 
 def places_loss(learner: Learner, batch: Pages) -> Tensor:
@@ -120,7 +120,7 @@ def answers_loss(learner: Learner, batch: ChatBatch) -> Tensor:
     with torch.set_grad_enabled(not frozen):
         tiles = model.vision(batch.pixel_values)[:, 1:]
     visual = model.mlp1(pixel_shuffle(tiles, model.config.factor, model.config.shuffle))
-    here = (ids == model.config.image_token_id)[..., None]
+    here = torch.eq(ids, model.config.image_token_id or 0)[..., None]
     x = model.language_model.model.embed_tokens(ids).masked_scatter(here, visual.flatten(0, 1))
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     hidden, _ = model(x, positions, batch.mask)

@@ -1,4 +1,4 @@
-"""internvl-nano-tiles in PyTorch: before training, while it is evaluated, and in the published layout on disk."""
+"""internvl-nano-tiles in PyTorch: before training, while it is evaluated, and on disk."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class TorchSigns:
 
 
 def write(model: TilesChatModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write OpenGVLab's layout: config.json, model.safetensors, the tokenizer's files, preprocessor_config.json."""
+    """Write OpenGVLab's layout: config, weights, the tokenizer's files, preprocessor_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
     with atomic(folder / "model.safetensors", exclusive=True) as partial:

@@ -1,4 +1,4 @@
-"""Signs: what is drawn is where it is said to be, texts of training are not those of the task, answers follow."""
+"""Signs: what is drawn is where it is said to be, and answers follow from it."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,9 +37,7 @@ def test_every_character_is_one_token_and_words_in_capitals_are_letters() -> Non
     for letter in (*LETTERS, *chinese()):
         assert len(tokens.encode_parts([letter])) == 1
     pieces = [tokens.piece(i) for i in tokens.encode_parts(["Which image has the word KITE?"])]
-    assert pieces == [b"Which", b" image", b" has", b" the", b" word", b" ", *map(str.encode, "KITE?")][:5] + [
-        b" ", b"K", b"I", b"T", b"E", b"?",
-    ]  # fmt: skip
+    assert pieces == [b"Which", b" image", b" has", b" the", b" word", b" ", *map(str.encode, "KITE?")]
 
 
 @given(st.text(max_size=30))
@@ -47,8 +46,6 @@ def test_any_text_comes_back(text: str) -> None:
     ids = tokens.encode_parts([text])
     special = {tokens.special(name) for name in SPECIALS}
     assert not special & set(ids)
-    import unicodedata
-
     assert b"".join(map(tokens.piece, ids)).decode() == unicodedata.normalize("NFC", text)
 
 
@@ -98,7 +95,7 @@ def test_pages_are_labelled_by_visual_token() -> None:
 def test_dialogues_become_batches_of_tiles_and_answers() -> None:
     batch = training.DialogueBatches(replace(SMALL, single=1 / 3))[0]
     config = completed(NANO_TILES.model)
-    image = batch.input_ids == config.image_token_id
+    image = torch.eq(batch.input_ids, config.image_token_id or 0)
     assert int(image.sum()) == len(batch.pixel_values) * config.num_visual
     assert int(image[2].sum()) == 2 * config.num_visual  # two pictures of one tile each
     learnt = batch.labels != IGNORE
