@@ -50,7 +50,8 @@ SETTINGS: Table = {
 )
 def train(
     preset: Annotated[
-        str, typer.Option(help="Model to train from scratch: nano, nano-chat (on nano's tower) or nano-tiles.")
+        str,
+        typer.Option(help="Model to train from scratch: nano, nano-chat (on nano's tower) or nano-tiles."),
     ] = "nano",
     out: Annotated[
         Path | None,

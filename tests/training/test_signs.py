@@ -141,7 +141,7 @@ def test_a_stopped_run_ends_with_the_same_weights(last: int, tmp_path: Path) -> 
 
 def test_the_verb_writes_a_checkpoint_that_loads(tmp_path: Path) -> None:
     out = tmp_path / "m"
-    args = ["train", "--preset", "nano-tiles", "--steps", "2", "--batch", "3", "--threads", "1", "--json"]
+    args = ["train", "--preset", "nano-tiles", "--steps", "2", "--batch", "3", "-O", "threads=1", "--json"]
     assert main([*args, "--out", str(out)]) == 0
     assert {p.name for p in out.iterdir()} == {
         "README.md", "config.json", "evaluation.json", "model.safetensors", "preprocessor_config.json",
