@@ -38,6 +38,9 @@ class Task(str, Enum):
     xtd = "xtd"
     video = "video"
     questions = "questions"
+    vqa = "vqa"
+    choices = "choices"
+    captions = "captions"
 
 
 class Head(str, Enum):
@@ -82,11 +85,12 @@ def evaluate(
 ) -> None:
     """Score a bundle on your own copy of a benchmark, next to the paper's number.
 
-    A chat bundle has one task, questions: exact answers. Each line of its file is {"image": "1.jpg",
-    "question": "What is it?", "answer": "a ring"}, or {..., "answers": ["a ring", "ring"]}.
+    Tasks of chat bundles are questions (exact answers), vqa, choices and captions. A line of their files is
+    {"image": "1.jpg", "question": "What is it?", "answer": "a ring"}, or {..., "answers": ["a ring"]};
+    {..., "choices": ["a ring", "a star"], "answer": "A"}; {"image": "1.jpg", "captions": ["a red ring"]}.
     """
     from ..evaluation import chat
-    from ..evaluation.tasks import QUESTIONS, check_task
+    from ..evaluation.tasks import CHAT_TASKS, check_task
     from ..evaluation.tasks import evaluate as run
     from ..runtime import InternVL, InternVLChat
 
@@ -94,10 +98,10 @@ def evaluate(
     start = time.perf_counter()
     engine: dict[str, Any] = {"backend": backend, **read_settings(SETTINGS, settings or ())}
     frames, max_new_tokens = engine.pop("frames"), engine.pop("max_new_tokens")
-    if task.value == QUESTIONS:
+    if task.value in CHAT_TASKS:
         with InternVLChat.load(bundle, **engine) as model, Bars() as bars:
             recipe = model.bundle.manifest.recipe
-            result = chat.evaluate(model, data, limit, prompt, max_new_tokens, bars)
+            result = chat.evaluate(model, data, limit, prompt, max_new_tokens, bars, task.value)
     elif data is None:
         raise UsageError(f"{task.value} needs a data set.", fix="Give --data FOLDER.")
     else:

@@ -13,8 +13,9 @@ import asyncio
 import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -22,8 +23,9 @@ from ..errors import UsageError
 from ..inputs.chat_template import Turn
 from ..progress import SILENT, Progress, reported
 from ..synthetic import chat_tasks
+from . import chat_sets
 from .datasets import questions
-from .files import Reader, choose, fingerprint
+from .files import Item, Reader, choose, fingerprint
 from .runner import PIECE
 from .scores import Measure, share
 from .tasks import QUESTIONS, Result
@@ -32,6 +34,18 @@ if TYPE_CHECKING:
     from ..inputs.preprocess import PixelValues
     from ..inputs.sources import ImageInput
 from ..runtime import InternVLChat
+
+
+class Asked(Item, Protocol):
+    """Images, and a question about them."""
+
+    @property
+    def question(self) -> str:
+        """The question."""
+        ...
+
+
+Q = TypeVar("Q", bound=Asked)
 
 MODE = "InternVL-Chat"
 PLAIN = "{}"
@@ -91,6 +105,7 @@ def evaluate(
     prompt: str = PLAIN,
     max_new_tokens: int = chat_tasks.LONGEST_ANSWER,
     progress: Progress = SILENT,
+    task: str = QUESTIONS,
 ) -> Result:
     """Ask ``model`` about the images of ``data`` (:func:`.datasets.questions`; None: drawn scenes).
 
@@ -101,9 +116,12 @@ def evaluate(
         prompt: what is asked, ``{}`` for a question of ``data``.
         max_new_tokens: longest answer.
         progress: receives the steps.
+        task: ``questions``, or one of :mod:`.chat_sets`, with the prompt of :data:`.chat_sets.PROMPTS` unless
+            ``prompt`` says another.
 
     Raises:
-        UsageError: ``prompt`` has no place for the question, or there is none to put in.
+        UsageError: no data for a task that needs some; ``prompt`` has no place for the question, or there is
+            none to put in.
         InputError: ``data`` is not as it must be, or over a tenth of the images cannot be read.
     """
     if PLAIN not in prompt or (data is None and prompt != PLAIN):
@@ -112,8 +130,14 @@ def evaluate(
             "It needs {} for the question, and questions of yours: nano-chat knows the plain ones only.",
             'Give --prompt "{} Answer with one word." and --data.',
         )
+    if task != QUESTIONS and prompt == PLAIN:
+        prompt = chat_sets.PROMPTS[task]
     answer = EngineChat(model, max_new_tokens)
     settings: dict[str, Any] = {"prompt": prompt, "max_new_tokens": max_new_tokens}
+    if task != QUESTIONS:
+        if data is None:
+            raise UsageError(f"{task} needs a data set.", fix="Give --data FILE.jsonl.")
+        return _set(answer, task, data, limit, prompt, settings, progress)
     if data is None:
         return _scenes(answer, limit, settings, progress)
     return _questions(answer, data, limit, prompt, settings, progress)
@@ -146,19 +170,53 @@ def _questions(
     every = questions(data)
     items = choose(every, limit)
     reader = Reader(len(items))
-    kept, said = [], []
-    with reported(progress, "questions", len(items)) as advanced:
-        for piece in reader.pieces(items, PIECE, answer.model.read_images):
-            turns = [[Turn(prompt.replace(PLAIN, item.question), None, 1)] for item in piece.items]
-            said += answer([piece.pixels[[number]] for number in range(len(piece.items))], turns)
-            kept += piece.items
-            advanced(len(kept) + len(reader.skipped))
+    kept, said = _answered(answer, items, reader, prompt, progress)
     pairs = list(zip(said, kept, strict=True))
     same = [normalised(text) in map(normalised, item.answers) for text, item in pairs]
     word = [chat_tasks.exact(text, item.answers) for text, item in pairs]
     measures = share("exact, normalised", np.array(same)), share("exact, word for word", np.array(word))
     asked = [text for item in kept for text in (item.name, *item.answers)]
     return _result(len(kept), len(every), asked, {"data": data.name, **settings}, measures, reader.skipped)
+
+
+def _set(
+    answer: EngineChat,
+    task: str,
+    data: Path,
+    limit: int | None,
+    prompt: str,
+    settings: dict[str, Any],
+    progress: Progress,
+) -> Result:
+    chat_sets.check_scores(task)
+    every = chat_sets.read_items(task, data)
+    items = choose(every, limit)
+    reader = Reader(len(items))
+    kept, said = _answered(answer, items, reader, prompt, progress)
+    asked = [text for item in kept for text in (item.name, item.question, *item.answers)]
+    measures = chat_sets.score(task, said, kept)
+    settings = {"data": data.name, **settings}
+    return _result(len(kept), len(every), asked, settings, measures, reader.skipped, task)
+
+
+def _answered(
+    answer: EngineChat, items: Sequence[Q], reader: Reader, prompt: str, progress: Progress
+) -> tuple[list[Q], list[str]]:
+    """The items whose images could be read, and the answers to them."""
+    tiling = answer.model.image_settings.tiling
+    size = PIECE if tiling is None else max(1, PIECE // tiling.most)
+    kept: list[Q] = []
+    said: list[str] = []
+    with reported(progress, "questions", len(items)) as advanced:
+        for piece in reader.pieces(items, size, answer.model.read_images):
+            ends = np.cumsum([0, *piece.counts]).tolist()
+            shown = [piece.pixels[start:end] for start, end in pairwise(ends)]
+            asked = zip(piece.items, piece.counts, strict=True)
+            turns = [[Turn(prompt.replace(PLAIN, item.question), None, count)] for item, count in asked]
+            said += answer(shown, turns)
+            kept += piece.items
+            advanced(len(kept) + len(reader.skipped))
+    return kept, said
 
 
 def _result(
@@ -168,10 +226,11 @@ def _result(
     settings: dict[str, Any],
     measures: tuple[Measure, ...],
     skipped: Sequence[dict[str, str]],
+    task: str = QUESTIONS,
 ) -> Result:
     whole = samples == available
     return Result(
-        QUESTIONS,
+        task,
         MODE,
         "",
         samples,

@@ -99,8 +99,9 @@ LANGUAGES: dict[str, tuple[str, ...]] = {
     "xtd": ("en", "es", "fr", "zh", "it", "ko", "ru", "jp"),
 }
 QUESTIONS = "questions"
+CHAT_TASKS = (QUESTIONS, "vqa", "choices", "captions")
 """The task of chat bundles, :func:`.chat.evaluate`."""
-TASKS = (*PUBLISHED, QUESTIONS)
+TASKS = (*PUBLISHED, *CHAT_TASKS)
 RETRIEVAL = ("flickr30k", "coco-retrieval", "xtd")
 
 
@@ -155,7 +156,7 @@ def evaluate(
     progress: Progress = SILENT,
     rerank: int | None = None,
 ) -> Result:
-    """Run ``task`` (one of :data:`TASKS`, but :data:`QUESTIONS`) on the data set in the folder ``data``.
+    """Run ``task`` (one of :data:`TASKS`, but :data:`CHAT_TASKS`) on the data set in the folder ``data``.
 
     ``rerank``: of retrieval, the best so many of each search are matched as well, and both orders measured.
 
@@ -165,7 +166,7 @@ def evaluate(
         CapabilityError: the bundle lacks a component, or CIDEr cannot be computed here.
     """
     check_task(task, language, rerank)
-    if task == QUESTIONS:
+    if task in CHAT_TASKS:
         raise UsageError(f"{task} are put to a chat bundle.", fix="Call evaluation.chat.evaluate.")
     if rerank is not None:
         check_matching(model)
