@@ -29,7 +29,7 @@ def write(folder: Path, task: str, *rows: dict[str, Any]) -> Path:
 
 def test_layouts_of_choices(tmp_path: Path) -> None:
     base = {"image": "1.png", "question": "What is it?"}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {**base, "choices": ["a ring", "a star"], "answer": "B"},
         {**base, "options": ["a ring", "a star"], "answer": 1},
         {**base, "A": "a ring", "B": "a star", "C": None, "answer": "b.", "hint": "Look."},
