@@ -28,7 +28,7 @@ NEEDS = {
     "sensitivity": _QUANT,
     "train": "Training runs in torch; running a bundle does not need it.",
 }
-"""Verb -> why it cannot do without the packages of its extra."""
+"""Verb -> why it needs the packages of its extra."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
     if code == INTERRUPTED:
         resumed = not RESUMED.isdisjoint(args[:1]) and args[1:2] != ["scenes"]
-        print("\nInterrupted." + " The same command goes on from here." * resumed, file=sys.stderr)
+        print("\nInterrupted." + " The same command resumes here." * resumed, file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

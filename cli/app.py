@@ -1,4 +1,4 @@
-"""The command line's verbs. A verb's module is imported when the verb is used: ``--help`` starts fast.
+"""The command line's verbs. A verb's module is imported when the verb is used, so that ``--help`` is fast.
 
 To add a verb, write ``cli/<verb>.py`` with a module-level ``app`` (``typer.Typer(add_completion=False)``
 with one command, or a group of them) and add its line to :data:`GROUPS`. Errors are raised as
@@ -43,14 +43,14 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 VERBS: dict[str, str] = {verb: line for verbs in GROUPS.values() for verb, line in verbs.items()}
 
-#: verbs that were moved below another one: they still work, and say what they are called now
+#: earlier name of a verb -> its words now; the earlier name still works, with a note
 RENAMED: dict[str, tuple[str, ...]] = {
     "cache": ("doctor", "cache"),
     "qat": ("train", "qat"),
     "scenes": ("train", "scenes"),
 }
 
-#: commands that were joined with others -> what to type now
+#: earlier command, since joined with another -> its replacement
 JOINED: dict[str, str] = {
     "inspect": "ivl-export verify BUNDLE, with --contents or --layers",
     "profile diff": "ivl-export compare OLD NEW",
@@ -62,10 +62,10 @@ JOINED: dict[str, str] = {
 
 
 def current_words(args: Sequence[str]) -> list[str]:
-    """``args`` with a renamed verb's words of today; a note about that goes to stderr.
+    """``args`` with a renamed verb's present words; a note about that is printed to stderr.
 
     Raises:
-        UsageError: they begin with one of :data:`JOINED`; it says what to type.
+        UsageError: they begin with one of :data:`JOINED`; it names the replacement.
     """
     for old in (" ".join(args[:1]), " ".join(args[:2])):
         if old in JOINED and not (len(old.split()) == 2 and Path(args[1]).exists()):
@@ -113,8 +113,8 @@ def load(verb: str) -> Any:
     return command
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         typer.echo(f"ivl-export {__version__}")
         raise typer.Exit
 
@@ -122,7 +122,7 @@ def _version(wanted: bool) -> None:
 app = typer.Typer(
     cls=_Verbs,
     name="ivl-export",
-    help="InternVL checkpoints to FP8 and INT8 engines, and proof of what runs.",
+    help="Convert InternVL checkpoints to FP8 and INT8 engines, and verify what runs.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -134,10 +134,10 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere on the line.")
+        bool, typer.Option("--debug", help="Show tracebacks. Works anywhere on the line.")
     ] = False,
 ) -> None:
-    pass  # both are dealt with before: --version above, --debug in main
+    pass  # --version has its callback, main removes --debug
 
 
 def _placeholder() -> None:

@@ -1,4 +1,4 @@
-"""What ``ivl-export build`` prints: the report of a bundle, of a search, of a dry run."""
+"""The tables of ``ivl-export build``: the report of a bundle, of a search, of a dry run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def print_search(search: dict[str, Any]) -> None:
         [(t["place"], round(1e3 * t["ms"], 2), t["lost"], t["within"]) for t in search["tried"]],
     )
     print_table(
-        f"What was chosen, {search['speedup']:.2f}x as fast as bf16 (modelled on {search['gpu']})",
+        f"Choices, {search['speedup']:.2f}x as fast as bf16 (modelled on {search['gpu']})",
         ("layers", "scheme", "why"),
         [(", ".join(c["layers"]), c["scheme"], c["reason"]) for c in search["choices"]],
     )
@@ -75,7 +75,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def print_kernels(kernels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Engine -> component -> the numbers of its proof, as a table."""
+    """Counts of a verification report as a table: engine -> component -> numbers."""
     rows = [
         (
             engine,
@@ -89,7 +89,7 @@ def print_kernels(kernels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Non
         for component, proof in components.items()
     ]
     print_table(
-        "What really runs: matrix products by operand types, read from the engines",
+        "Matrix products by operand types, read from the engines",
         ("engine", "component", "promised", "products", "fused attention", "fallbacks"),
         rows,
     )

@@ -154,7 +154,7 @@ def _kind(hint: Any) -> str:
 
 
 def default(parameter: Any) -> str:
-    """What a parameter is where it is not given, for people; empty: nothing, or off."""
+    """The default of a parameter as help pages show it; empty: none, or off."""
     if isinstance(parameter.show_default, str):
         return parameter.show_default
     value = parameter.default

@@ -21,19 +21,19 @@ app = typer.Typer(add_completion=False)
 @app.command(cls=command({}))
 def compare(
     a: Annotated[Path, typer.Argument(help="A bundle's folder, or a receipt.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="The other one; of receipts the later.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="The other bundle, or the later receipt.", show_default=False)],
     fail_above: Annotated[
         str | None,
         typer.Option(
-            help="Of receipts: exit with 9 if a median is surely slower by more: 5%.", metavar="PERCENT"
+            help="For receipts: exit with 9 if a median is slower by more than this, beyond noise: 5%.",
+            metavar="PERCENT",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
-    """Compare two bundles: sizes, accuracy with its intervals, kernels; or two receipts: times.
+    """Compare two bundles (sizes, accuracy, kernels) or two receipts of 'profile --out' (times).
 
-    Receipts are what 'profile --out' wrote: case by case, the ratio of medians with its bootstrap interval,
-    and a verdict.
+    For receipts: the ratio of medians of each case with its bootstrap interval, and a verdict.
     """
     limit = None if fail_above is None else parse_percent(fail_above)
     folders = [path for path in (a, b) if path.is_dir()]
@@ -48,8 +48,8 @@ def compare(
         return
     if fail_above is not None:
         raise UsageError(
-            "--fail-above is about times.",
-            "Bundles hold none.",
+            "--fail-above limits times.",
+            "Bundles contain no times.",
             "Compare two receipts: ivl-export profile BUNDLE --out RECEIPT.",
         )
     _compare_bundles(a, b, as_json)
@@ -139,7 +139,7 @@ def _print_diff(result: Diff) -> None:
             for c in result.changes
         ],
     )
-    typer.echo("the interval covers the noise within both runs, not a drift of the machine between them")
+    typer.echo("the interval covers noise within both runs, not changes of the machine between them")
     for line in result.differences:
         typer.echo(f"changed: {line}")
     for which, names in (("before", result.only_old), ("after", result.only_new)):

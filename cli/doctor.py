@@ -1,6 +1,6 @@
-"""``ivl-export doctor``: what can be built and run here, and what to install.
+"""``ivl-export doctor``: builds and runs that this machine can do, and packages to install.
 
-``doctor OPTIONS`` is short for ``doctor check OPTIONS``; ``doctor cache`` shows and deletes kept files.
+``doctor OPTIONS`` is short for ``doctor check OPTIONS``; ``doctor cache`` lists and deletes cached files.
 """
 
 from __future__ import annotations
@@ -31,26 +31,25 @@ app.add_typer(cache, name="cache")
 def doctor(
     model: Annotated[
         Path | None,
-        typer.Option(help="Check disk and memory for building this model, as estimate --model names it."),
+        typer.Option(help="Check disk and memory for building this model (as in estimate)."),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Check building in it: bf16, fp16, fp8, ...", show_default="fp8")
+        str | None, typer.Option(help="Check builds of this recipe: bf16, fp16, fp8, ...", show_default="fp8")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Python, packages, GPUs, disk and memory: what can be built and run here.
+    """Check Python, packages, GPUs, disk and memory for building and running bundles.
 
-    The exit code is 0, or 5 if what --model and --precision ask for cannot be built here, or cannot run on
-    the GPU that is here.
+    The exit code is 0, or 5 if --model in --precision cannot be built here, or cannot run on this GPU.
     """
     from ..profiles.cost.sizes import plan_of
     from ..profiles.doctor import Request, diagnose
 
-    asked = None
+    request = None
     if model is not None or precision is not None:
         config, recipe = model_and_recipe(model, precision)
-        asked = Request(recipe, plan_of(recipe, config), None if model is None else config)
-    diagnosis = diagnose(asked)
+        request = Request(recipe, plan_of(recipe, config), None if model is None else config)
+    diagnosis = diagnose(request)
     if as_json:
         print_json(diagnosis.to_json())
     else:
@@ -72,7 +71,7 @@ def _print(diagnosis: Diagnosis) -> None:
         [
             ("Python", diagnosis.python),
             ("CPU", f"{here.cpu}, {here.cores} cores, {memory or 'unknown'} of memory"),
-            *(gpus or [("GPU", "none: nvidia-smi is not there or found none")]),
+            *(gpus or [("GPU", "none: nvidia-smi is missing or lists none")]),
         ],
     )
     print_table(
@@ -109,7 +108,7 @@ def _print(diagnosis: Diagnosis) -> None:
 
 
 def _print_backends(diagnosis: Diagnosis) -> None:
-    """One line a backend, and below the table what stands in its way."""
+    """One line a backend; below the table, reasons why one does not build or run."""
     pairs = list(zip(diagnosis.backends, diagnosis.abilities, strict=True))
     print_table(
         "Backends",
@@ -150,7 +149,7 @@ def _count(targets: Mapping[str, Sequence[str]]) -> str:
 
 
 def _replaced(ability: Ability) -> Iterator[tuple[str, str]]:
-    """Recipes whose products run with other factors than the recipe's name says."""
+    """Recipes whose products run with other types than the recipe's own."""
     for name, kinds in ability.products.items():
         own = FACTORS.get(name)
         if own is not None and "x".join(own) not in kinds:

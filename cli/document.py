@@ -19,7 +19,7 @@ Every verb has `--help`, and `--json` where it prints results. `--debug`, anywhe
 tracebacks. Errors say what happened, why, and what to do. Exit codes: 0 success, 1 a bug, 2 usage, 3 input,
 4 checkpoint, 5 capability, 6 build, 7 accuracy, 8 integrity, 9 latency, 130 Ctrl-C.
 
-What is seldom typed is a setting: `-O KEY=VALUE`, as often as needed. `-O help` explains those of a command.
+Seldom-typed options are settings, `-O KEY=VALUE` (repeatable). `-O help` explains those of a command.
 """
 
 _TAIL = """Settings were options before: `--threads 2` still means `-O threads=2`, and `--no-baseline`

@@ -23,7 +23,7 @@ app = typer.Typer(add_completion=False)
 SETTINGS: Table = {
     "image-size": Setting("224, 448 or another", "side of an image in pixels; else the model's", whole(1)),
     "text-tokens": Setting(
-        "64, 1 or more", "tokens of a chat's prompt besides its image; else 64", whole(1), default=64
+        "64, 1 or more", "tokens of a chat's prompt, its image not counted; else 64", whole(1), default=64
     ),
     "new-tokens": Setting("128, 1 or more", "tokens of a chat's answer; else 128", whole(1), default=128),
 }

@@ -89,7 +89,7 @@ def _head(result: AnyEstimate, model: str) -> None:
 
 def _calls(rows: Iterable[tuple[int, ComponentTime]]) -> None:
     print_table(
-        "One call, ms: floor (published peaks) and what to expect",
+        "One call, ms: floor (published peaks) and expected",
         ("batch", "component", "at", "GMAC", "floor", "expected", "of the floor", "bound by"),
         [
             (
@@ -117,7 +117,7 @@ def _tail(result: AnyEstimate, with_layers: bool, evidence: bool) -> None:
         return
     values = ", ".join(f"{name} {share.value:.0%} ({share.known})" for name, share in shares)
     typer.echo(f"Shares of the GPU's published peaks: {values}.")
-    typer.echo("Where they come from, what is assumed, and how far predictions were off: --evidence.")
+    typer.echo("Their sources, the assumptions and the errors of past predictions: --evidence.")
 
 
 def _layers(result: AnyEstimate) -> None:
@@ -137,7 +137,7 @@ def _layers(result: AnyEstimate) -> None:
 def _evidence(result: AnyEstimate, shares: Sequence[tuple[str, Share]]) -> None:
     print_table(
         "Shares of the published peaks",
-        ("", "share", "known from", "source"),
+        ("", "share", "basis", "source"),
         [(name, f"{share.value:.0%}", share.known, share.source) for name, share in shares],
     )
     typer.echo("Assumptions:")

@@ -1,4 +1,4 @@
-"""Images named on the command line: files and folders, read in pieces, broken files of a folder skipped."""
+"""Images named on the command line: files and folders, read in batches; bad files of folders are skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..inputs.preprocess import ReadImages
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-PIECE = 64  # images held at a time, as the model takes them
+PIECE = 64  # images in memory at a time, as pixel_values
 
 
 def names(text: str | None) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ def numbers(text: str | None, option: str) -> tuple[int, ...]:
 
 
 def _track(starts: range) -> Iterable[int]:
-    """With a progress bar on stderr where there is more than one piece and someone to see it."""
+    """``starts`` with a progress bar on stderr, if there are several and stderr is a terminal."""
     if len(starts) < 2 or not sys.stderr.isatty():
         return starts
     from rich.console import Console
@@ -44,9 +44,9 @@ def _track(starts: range) -> Iterable[int]:
 
 @dataclass
 class ImageFiles:
-    """Image files to read; ``skipped`` fills with the files of folders that could not be read, and why.
+    """Image files to read; ``skipped`` collects the unreadable files of folders, and why.
 
-    A broken file that was named itself is an error; one that was found in a folder is skipped.
+    An unreadable file that was named itself is an error.
     """
 
     files: list[Path]
@@ -55,18 +55,18 @@ class ImageFiles:
 
     @classmethod
     def find(cls, paths: Sequence[Path]) -> ImageFiles:
-        """Files as given, folders searched through (sorted); InputError if there is nothing."""
+        """The files in ``paths``, folders searched recursively (sorted); InputError if there are none."""
         files: list[Path] = []
         for path in paths:
             if path.is_dir():
-                found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-                if not found:
+                images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+                if not images:
                     raise InputError(
                         f"No images in {path}.",
                         f"Looked for {', '.join(sorted(SUFFIXES))}.",
                         "Name a folder of images.",
                     )
-                files += found
+                files += images
             elif path.exists():
                 files.append(path)
             else:
@@ -79,19 +79,19 @@ class ImageFiles:
         """Files and their ``pixel_values``, up to 64 files at a time.
 
         Args:
-            read: reads them for a model: its ``read_images``.
+            read: the ``read_images`` of a model.
 
         Raises:
-            InputError: not one could be read.
+            InputError: none could be read.
         """
-        anything = False
+        some = False
         for start in _track(range(0, len(self.files), PIECE)):
             piece = self.files[start : start + PIECE]
             pixels = read(piece, on_error=partial(self._skip, piece))
             if len(pixels.values):
-                anything = True
+                some = True
                 yield [file for file, tiles in zip(piece, pixels.tiles, strict=True) if tiles], pixels.values
-        if not anything:
+        if not some:
             raise InputError(
                 "No image could be read.", f"{len(self.skipped)} were tried.", "Check the files."
             )

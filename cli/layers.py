@@ -17,7 +17,7 @@ _BLOCK = re.compile(r"\.\d+(?=\.|$)")
 
 @dataclass(frozen=True)
 class Layer:
-    """One line: ``weight_bits`` is None and ``shape`` empty where there is no stored weight."""
+    """One line; without a stored weight ``weight_bits`` is None and ``shape`` is empty."""
 
     kind: str
     name: str
@@ -38,7 +38,7 @@ def layers(proof: Proof) -> Iterator[Layer]:
     for block in proof.report.attention:
         yield _attention(block, proof.promised)
     for name in proof.report.casts:
-        yield Layer("cast", name, "", "", "", (), 0, None, "", "stands alone between float types")
+        yield Layer("cast", name, "", "", "", (), 0, None, "", "a separate cast between float types")
 
 
 def _product(product: VerifiedProduct, promised: Mapping[str, str]) -> Layer:
@@ -80,8 +80,8 @@ def _short(name: str) -> str:
 
 
 def summary(report: VerificationReport) -> dict[str, str]:
-    """What to know of an engine at a glance: word -> figure."""
-    kept = human_bytes(report.weight_bytes) if report.weight_bytes else "not told"
+    """The figures of an engine at a glance: name -> figure."""
+    weights = human_bytes(report.weight_bytes) if report.weight_bytes else "unknown"
     everything = f"{human_bytes(report.constant_bytes)} of constants" if report.constant_bytes else ""
     file = f"a file of {human_bytes(report.file_bytes)}" if report.file_bytes else ""
     within = ", ".join(part for part in (everything, file) if part)
@@ -91,7 +91,7 @@ def summary(report: VerificationReport) -> dict[str, str]:
         "attention": f"{report.fused_attention} of {len(report.attention)} fused",
         "fallbacks": str(len(report.fallbacks) or "none"),
         "casts left": str(len(report.casts) or "none"),
-        "weights stored": f"{kept} in {within}" if within else kept,
+        "weights stored": f"{weights} in {within}" if within else weights,
     }
 
 

@@ -1,4 +1,4 @@
-"""The layers of a bundle as one page that needs nothing else: searched and sorted in it, light or dark."""
+"""The layers of a bundle as one self-contained page, to search and sort, light or dark."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ search.addEventListener("input",filter);picks.forEach(p=>p.addEventListener("cha
 
 def page(model: str, precision: str, reports: Proofs) -> str:
     """The whole HTML document of ``reports``."""
-    title = f"What really runs: {model} in {precision}"
+    title = f"Verified layers: {model} in {precision}"
     rows = "\n".join(
         _row(engine, component, layer)
         for engine, parts in reports.items()
@@ -142,14 +142,14 @@ def _cell(text: str, style: str = "", order: float | None = None) -> str:
 
 
 def _tone(engine: str, layer: Layer) -> str:
-    """Green for 8 bits or less, amber for more, red for a promise that is not kept.
+    """Green for 8 bits or less, amber for more, red for an expected precision that does not run.
 
-    ONNX Runtime and torch have no FP8 kernels on a CPU: nothing is promised of them there.
+    ONNX Runtime and torch have no FP8 kernels on a CPU: there FP8 is not expected of them.
     """
     kinds = set(layer.runs.split("x"))
-    held = layer.promised == "int8" or (
+    required = layer.promised == "int8" or (
         layer.promised == "fp8" and not engine.startswith(("onnxruntime", "torch-cpu"))
     )
-    if held and kinds != {layer.promised}:
+    if required and kinds != {layer.promised}:
         return "bad"
     return "low" if kinds <= {"fp8", "int8", "int4"} else "high" if layer.runs else ""

@@ -1,4 +1,4 @@
-"""What verbs print: JSON on stdout, or tables."""
+"""Output of the verbs: JSON on stdout, or tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import UsageError
 def print_json(data: Any) -> None:
     """``data`` as one JSON document on stdout."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
-    # The bytes of a file name that are no UTF-8 are lone surrogates here; as \udcXX they are JSON again.
+    # Bytes of a file name that are not UTF-8 are lone surrogates here; as \udcXX they are valid JSON.
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     print(text if holds(text) else json.dumps(data, indent=2, allow_nan=False))
 
@@ -31,7 +31,7 @@ def holds(text: str) -> bool:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on stdout, as wide as the terminal; 120 columns where there is none, in files and logs."""
+    """A table on stdout, as wide as the terminal; 120 columns in files and logs."""
     from shutil import get_terminal_size
 
     import typer
@@ -115,7 +115,7 @@ def _table(
 _GAP = "  "
 _EAST = r"\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef"
 _WORD = re.compile(rf"[{_EAST}]|[^\s{_EAST}]+|\s+")
-"""What stays on one line: a word between spaces, or one character of a script that writes without them."""
+"""Unbreakable: a word between spaces, or one character of a script that has none."""
 
 
 def _width(text: str) -> int:
@@ -163,7 +163,7 @@ def _row(texts: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> 
 
 
 def _records(columns: Sequence[str], texts: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Each row as lines ``column  cell``; a cell whose words do not fit there on lines of its own."""
+    """Each row as lines ``column  cell``; a cell whose words do not fit starts on the next line."""
     label = min(max(map(_width, columns), default=0), width // 3)
     lines: list[str] = []
     for row in texts:

@@ -38,7 +38,7 @@ SETTINGS: Table = {
     "target": Setting("sm89, sm120 or another", "which engines of the backend to use", text),
     "device": Setting("cuda:0 or another", "where the backend computes; else its default", text),
     **THREADS,
-    "lengths": Setting("8,16,32", "text lengths to time besides the one the engines are tuned for", _lengths),
+    "lengths": Setting("8,16,32", "more text lengths to time", _lengths),
     "csv": Setting("a file: cases.csv", "write a line for each timed case there", path),
     "png": Setting("a folder: charts", "write each chart there as a PNG file", path),
     "baseline": Setting(

@@ -18,13 +18,13 @@ _TIMES = ("batch", "tokens", "p50", "p90", "p95", "p99", "items/s", "calls", "st
 _TITLES = {
     "component": "Components alone, times in ms",
     "chained": "Chained, times in ms",
-    "host": "Beside the engines, times in ms",
+    "host": "Work outside the engines, times in ms",
     "baseline": "PyTorch modules with the same weights, times in ms",
 }
 
 
 def print_profile(result: Profile) -> None:
-    """Everything a profile says."""
+    """All tables of a profile."""
     _about(result)
     for kind in _TITLES:
         _cases(result, kind)
@@ -88,7 +88,7 @@ def _cases(result: Profile, kind: str) -> None:
     first = "component" if kind in ("component", "baseline") else "call"
     print_table(_TITLES[kind], (first, *_TIMES, *(("parts", "rest") if chained else ())), rows)
     if chained:
-        typer.echo("parts: in the components, mean of all calls; rest: the chain's own time beside them")
+        typer.echo("parts: time in the components, mean of all calls; rest: the other time of a call")
     typer.echo(f"items: {', '.join(dict.fromkeys(case.unit for case in cases))}")
     if any("prompt" in case.sizes for case in cases):
         typer.echo("tokens of a caption or an answer: its prompt + new ones")
@@ -111,7 +111,7 @@ def _times(case: Case) -> tuple[object, ...]:
 
 
 def tokens(sizes: dict[str, int]) -> str | None:
-    """The lengths in play: of a text, of a step's past and itself, of a prompt and its caption."""
+    """The lengths of a case: ``8`` of a text, ``15+1`` of a step (past + new) or a caption (prompt + new)."""
     for new, before in (("text", "past"), ("new_tokens", "prompt"), ("tokens", "")):
         if new in sizes:
             return f"{sizes[before]}+{sizes[new]}" if before in sizes else str(sizes[new])
@@ -123,7 +123,7 @@ def _call(case: Case) -> str:
 
 
 def _footnotes(result: Profile, cases: tuple[Case, ...]) -> None:
-    """What was timed, and what an unsteady row means."""
+    """The boundaries of the times, and the meaning of an unsteady row."""
     boundaries: dict[str, list[str]] = {}
     for case in cases:
         clock = "" if case.clock == "host clock" else f" ({case.clock})"

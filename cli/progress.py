@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar for what runs, a line for what is done."""
+"""Progress of long work on stderr: a bar for the running step, a line for each finished one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Bars:
-    """A :class:`..progress.Progress` that draws; only lines where stderr is no terminal."""
+    """A :class:`..progress.Progress` that draws bars; lines only, unless stderr is a terminal."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""Where ``ivl-export verify`` reads what runs: a receipt, a vendor's file, or a call made here."""
+"""Sources of the reports of ``ivl-export verify``: a receipt, a vendor's file, or a run on this machine."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..verify.expectations import check_expectations
 from ..verify.report import VerificationReport
 
 Proofs = dict[str, dict[str, "Proof"]]
-"""Engine -> component -> its proof."""
+"""Engine -> component -> report and promises."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What an engine does, and what was promised of it (node -> scheme)."""
+    """The report of an engine, and the scheme that was promised for each node."""
 
     report: VerificationReport
     promised: Mapping[str, str]
@@ -26,11 +26,11 @@ class Proof:
 def proofs(bundle: Bundle, component: str | None, engine: str | None) -> Proofs:
     """The proofs in the bundle's receipt, of one component or engine only if named.
 
-    A bundle without one promised nothing: what ONNX Runtime makes of its graphs is read here.
+    For a bundle without a receipt ONNX Runtime's kernels are read here; nothing was promised.
 
     Raises:
-        UsageError: there is no such component or engine.
-        IntegrityError: the receipt is not one.
+        UsageError: an unknown component or engine.
+        IntegrityError: the receipt cannot be read.
     """
     if "verification" not in bundle.manifest.receipts:
         return _chosen({"onnxruntime-cpu": _read_here(bundle, component)}, component, engine)
@@ -55,7 +55,7 @@ def proof_of_file(bundle: Bundle, info: Path, component: str | None) -> Proofs:
 
     Raises:
         UsageError: no component was named.
-        IntegrityError: the file is no layer information.
+        IntegrityError: the file is not layer information.
     """
     from ..verify.inspector import read_inspector
 
@@ -64,15 +64,15 @@ def proof_of_file(bundle: Bundle, info: Path, component: str | None) -> Proofs:
     base = bundle.manifest.compute_dtype
     report = read_inspector(info, bundle.graph(component, base))
     known = proofs(bundle, component, None) if "verification" in bundle.manifest.receipts else {}
-    # ONNX Runtime's promises are of its own graph.
+    # ONNX Runtime's promises name the nodes of the fp32 graph.
     promised = next((p[component].promised for name, p in known.items() if name != "onnxruntime-cpu"), {})
     return {f"{report.backend} ({info.name})": {component: Proof(report, promised)}}
 
 
 @dataclass(frozen=True)
 class Here:
-    """How a backend is to run on this machine: ``backend``, and for ``torch`` what
-    :func:`~ivl_export.engines.torch.engine.open_torch` takes."""
+    """A run on this machine: the backend, and for ``torch`` the arguments of
+    :func:`~ivl_export.engines.torch.engine.open_torch`."""
 
     backend: str
     device: str = "cpu"
@@ -81,19 +81,19 @@ class Here:
 
 
 def proofs_here(bundle: Bundle, component: str | None, here: Here) -> Proofs:
-    """What ``here`` makes of the bundle on this machine, read now.
+    """Reports of a run of the bundle on this machine, as ``here`` says.
 
     Raises:
-        UsageError: a backend that cannot be read so, or no such component.
+        UsageError: a backend that cannot be read here, or an unknown component.
         CapabilityError: the backend is not installed, or lacks the device.
     """
     if here.backend == "onnxruntime":
         return _chosen({"onnxruntime-cpu": _read_here(bundle, component)}, component, None)
     if here.backend != "torch":
         raise UsageError(
-            f"What {here.backend} runs is not read so.",
+            f"--backend cannot read what {here.backend} runs.",
             "Engines of TensorRT and TensorRT-RTX are read from their files, into the bundle's receipt; "
-            "torch-tensorrt names layers after nodes of its own.",
+            "torch-tensorrt names layers after its internal nodes.",
             "Give --backend torch or onnxruntime, --engine of the receipt, or --layer-info FILE.",
         )
     name = f"torch-{here.device}{', compiled' if here.compile else ''}"
@@ -108,7 +108,7 @@ def _run_torch(bundle: Bundle, component: str, here: Here) -> Proof:
     spec = bundle.spec(component)
     sizes = {axis.name: axis.opt for axis in spec.axes}
     sizes |= {"batch": spec.axis("batch").min}
-    # One token id is like another here: what runs depends on shapes.
+    # Any token ids will do: the kernels depend on shapes only.
     inputs = random_inputs(spec, sizes, vocabulary=4)
     return Proof(
         *read_torch(bundle, component, inputs, device=here.device, dtype=here.dtype, compile=here.compile)
@@ -116,7 +116,7 @@ def _run_torch(bundle: Bundle, component: str, here: Here) -> Proof:
 
 
 def check_here(reports: Proofs, here: Here) -> None:
-    """Hold torch to what it has kernels for on this device; BuildError if it does something else."""
+    """BuildError if torch runs a promised node without the kernel that it has for it on this device."""
     from ..verify.torch import enforceable
 
     for parts in reports.values():
@@ -145,7 +145,7 @@ def _chosen(reports: Proofs, component: str | None, engine: str | None) -> Proof
     ):
         if name is not None and name not in known:
             raise UsageError(
-                f"There is no proof of {name}.", f"There are {', '.join(known) or 'none'}.",
+                f"{name} has no verification report.", f"There are reports of {', '.join(known) or 'none'}.",
                 f"Give {option} one of these.",
             )  # fmt: skip
     return {

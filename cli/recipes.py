@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def show_recipe(name: str, as_json: bool) -> None:
-    """Print a shipped recipe as its file, with the comments; a recipe file as it was understood.
+    """Print a shipped recipe as its file, with the comments; a recipe file as it was read.
 
     Raises:
-        UsageError: no such recipe.
+        UsageError: an unknown recipe.
     """
     from ..quantization.recipe import load_recipe, recipe_file, shipped_recipes
 
@@ -29,7 +29,7 @@ def show_recipe(name: str, as_json: bool) -> None:
 
 
 def list_recipes(as_json: bool) -> None:
-    """Print the recipes that ship: what each does, its layers, and the GPUs that have its types."""
+    """Print the shipped recipes: summary, layers, and the GPUs that support their types."""
     from ..quantization.recipe import load_recipe, shipped_recipes
 
     recipes = [load_recipe(name) for name in shipped_recipes()]
@@ -37,18 +37,20 @@ def list_recipes(as_json: bool) -> None:
         print_json([{**recipe.to_json(), "targets": _targets(recipe)} for recipe in recipes])
         return
     rows = [(recipe.name, recipe.summary, _targets(recipe)) for recipe in recipes]
-    print_table("Precision recipes", ("recipe", "what it does", "TensorRT-RTX targets"), rows)
+    print_table("Precision recipes", ("recipe", "summary", "TensorRT-RTX targets"), rows)
     layers = [
         (recipe.name, scheme, [rule.pattern for rule in recipe.rules if rule.scheme == scheme])
         for recipe in recipes
         for scheme in dict.fromkeys(rule.scheme for rule in recipe.rules)
     ]
     print_table(
-        "Layers; the last pattern of a recipe that matches one counts", ("recipe", "scheme", "layers"), layers
+        "Layers; of several patterns that match, the last one applies", ("recipe", "scheme", "layers"), layers
     )
-    typer.echo("mixed: searched for the model by build --precision mixed --budget 0.3 (points of accuracy).")
-    typer.echo("All of them also run in ONNX Runtime on a CPU, where only INT8 products are faster.")
-    typer.echo("One as a file to edit, for --precision my.yaml: ivl-export build --show-recipe fp8 > my.yaml")
+    typer.echo(
+        "mixed: build --precision mixed --budget 0.3 searches a recipe (0.3 points of accuracy may be lost)."
+    )
+    typer.echo("All run in ONNX Runtime on a CPU too, where only INT8 products are faster.")
+    typer.echo("To edit one for --precision my.yaml: ivl-export build --show-recipe fp8 > my.yaml")
 
 
 def _targets(recipe: Recipe) -> list[str]:

@@ -289,7 +289,9 @@ def _labels(text: str | None, file: Path | None) -> list[str]:
         lines = (text or "").split(",")
     labels = [line.strip() for line in lines if line.strip()]
     if not labels:
-        raise InputError("There are no labels.", f"{file or '--labels'} is empty.", "Give at least one.")
+        raise InputError(
+            "The list of labels is empty.", f"{file or '--labels'} has none.", "Give at least one."
+        )
     if len(set(labels)) != len(labels):
         twice = next(label for label in labels if labels.count(label) > 1)
         raise InputError(f"The label {twice!r} is given twice.", "", "Remove one.")

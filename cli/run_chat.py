@@ -25,13 +25,13 @@ def chat(
     engines: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Ask ``questions``, or what is typed in until the input ends; answers are printed as they are found.
+    """Answer ``questions``, or those typed in until the input ends; answers are printed token by token.
 
     ``shown``: image files, video files, and how many frames of each video.
     """
     if as_json and not questions:
         raise UsageError(
-            "There is nothing to answer.", "--json takes no questions from the keyboard.", "--question"
+            "There is no question.", "--json reads none from the keyboard.", "Give --question TEXT."
         )
     from ..runtime import InternVLChat, frames_of
 

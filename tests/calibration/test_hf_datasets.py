@@ -79,7 +79,7 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     found = open_calibration(snapshot(tmp_path / "a", table("jpg", "note", captions=lists)))
     assert all(s.caption is not None and s.caption.startswith("first") for s in found.samples)
     odd = snapshot(tmp_path / "b", table("shown", "said"))
-    with pytest.raises(InputError, match=r"no image column\. It has shown \(struct.*--calib-columns"):
+    with pytest.raises(InputError, match=r"no image column\. It has shown \(struct.*-O calib-columns"):
         open_calibration(odd)
     named = open_calibration(odd, columns=("shown", "said"))
     assert {s.caption for s in named.samples} == {None, *(f"a photo number {i}" for i in range(1, COUNT, 2))}

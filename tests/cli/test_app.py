@@ -40,7 +40,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_lists_every_verb_and_starts_fast() -> None:
-    # processor time, since other tests may run beside; 0.2 s on the development machine
+    # processor time, since other tests may run at the same time; 0.2 s on the development machine
     code = """
 import sys, time
 from ivl_export.cli import main
@@ -63,8 +63,8 @@ assert main({args!r}) == 0
 heavy = sorted(set({HEAVY!r}) & set(sys.modules))
 assert not heavy, heavy
 """
-    done = run_python(code)
-    assert done.returncode == 0, done.stderr
+    process = run_python(code)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("verb", list(VERBS))
@@ -197,7 +197,7 @@ def test_a_closed_pipe_ends_a_command_quietly(args: list[str]) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_exits_130(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "manifest.json")  # opening it waits for a writer that never comes
-    # The test run itself may stand in the background, where shells ignore Ctrl-C for all children.
+    # The test run itself may be in the background, where shells ignore Ctrl-C for all children.
     process = subprocess.Popen(
         [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
          f"import sys; from ivl_export.cli import main; print('up', flush=True); "
@@ -218,8 +218,8 @@ def test_completion_offers_verbs_and_their_commands() -> None:
     for typed, offered in (("ivl-export ", "verify"), ("ivl-export run ", "retrieve")):
         env = {**os.environ, "_IVL_EXPORT_COMPLETE": "complete_bash", "COMP_WORDS": typed}
         env["COMP_CWORD"] = str(len(typed.split()))
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-        assert offered in done.stdout.split(), done.stderr
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        assert offered in process.stdout.split(), process.stderr
 
 
 def test_json_survives_file_names_that_are_no_utf8(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
@@ -242,8 +242,8 @@ def test_folders_are_searched_and_broken_files_skipped(tmp_path: Path) -> None:
     (tmp_path / "c.png").write_bytes(b"not a picture")
     (tmp_path / "notes.txt").write_text("x")
     files = inputs.ImageFiles.find([tmp_path])
-    found = [file for piece, images in files.read(READ) for file, _ in zip(piece, images, strict=True)]
-    assert found == good
+    readable = [file for piece, images in files.read(READ) for file, _ in zip(piece, images, strict=True)]
+    assert readable == good
     assert [Path(s["file"]).name for s in files.skipped] == ["c.png"]
 
 
@@ -271,10 +271,10 @@ def test_a_package_of_an_extra_that_is_not_installed(
 
     monkeypatch.setattr(app_module, "load", lacking)
     assert cli.main([verb, "--json"]) == 5
-    told = json.loads(capsys.readouterr().err)
+    error = json.loads(capsys.readouterr().err)
     module = absent.partition(".")[0]
-    assert told["what"] == f"'ivl-export {verb}' needs {module}, which is not installed."
-    assert told["fix"] == f"pip install 'ivl-export[{extra}]'"
+    assert error["what"] == f"'ivl-export {verb}' needs {module}, which is not installed."
+    assert error["fix"] == f"pip install 'ivl-export[{extra}]'"
 
 
 def test_a_module_that_no_extra_has_is_a_bug(

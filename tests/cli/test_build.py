@@ -99,7 +99,7 @@ def test_a_bundle_is_named_after_model_and_precision(
         ([], 3, "InputError"),  # fp8 without calibration data
         (["--model", "missing"], 4, "CheckpointError"),
         (["--model", "EMPTY"], 4, "CheckpointError"),
-        (["--out", "CORRUPT", "--precision", "bf16"], 6, "BuildError"),  # a folder that is no bundle
+        (["--out", "CORRUPT", "--precision", "bf16"], 6, "BuildError"),  # a folder, but not a bundle
     ],
 )
 def test_errors_have_their_exit_codes(
@@ -115,17 +115,17 @@ def test_errors_have_their_exit_codes(
     (tmp_path / "corrupt" / "a.png").write_bytes(b"no image")
     before = sorted(p.name for p in tmp_path.iterdir())
     places = {"EMPTY": tmp_path / "empty", "CORRUPT": tmp_path / "corrupt", "missing": tmp_path / "missing"}
-    asked = [str(places.get(a, a)) for a in args]
+    arguments = [str(places.get(a, a)) for a in args]
     if "--model" not in args:
-        asked += ["--model", str(tiny_model)]
+        arguments += ["--model", str(tiny_model)]
     if "--out" not in args:
-        asked += ["--out", str(tmp_path / "out")]
-    assert main(["build", *asked]) == code
+        arguments += ["--out", str(tmp_path / "out")]
+    assert main(["build", *arguments]) == code
     captured = capsys.readouterr()
     assert "error: " in captured.err or "Invalid value" in captured.err
     assert "Traceback" not in captured.err
     assert not captured.out
-    assert main(["build", *asked, "--json"]) == code
+    assert main(["build", *arguments, "--json"]) == code
     captured = capsys.readouterr()
     said = json.loads(captured.err.splitlines()[-1])
     assert (said["error"], said["exit_code"]) == (error, code)
@@ -322,8 +322,8 @@ def test_engine_options_that_cannot_be_had_are_refused_first(
     pytest.importorskip("tensorrt_rtx")
     if gpus() or find_spec("tensorrt"):
         pytest.skip("this machine has what is refused here")
-    asked = ["build", "--model", str(tiny_model), "--calib", str(photos), "--out", str(tmp_path / "out")]
-    assert main([*asked, *args, "--dry-run", "--json"]) == code
+    arguments = ["build", "--model", str(tiny_model), "--calib", str(photos), "--out", str(tmp_path / "out")]
+    assert main([*arguments, *args, "--dry-run", "--json"]) == code
     error = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert said in f"{error['what']} {error['why']} {error['fix']}"
     assert not (tmp_path / "out").exists()
@@ -384,8 +384,8 @@ def test_a_broken_promise_fails_the_build(
     layer = "qllama.model.layers.1.mlp.up_proj"
 
     def forgetful(model: Any, schemes: dict[str, str], *args: Any, **options: Any) -> dict[str, str]:
-        kept = {name: scheme for name, scheme in schemes.items() if name != layer}
-        return {**write_qdq(model, kept, *args, **options), layer: "int8"}
+        others = {name: scheme for name, scheme in schemes.items() if name != layer}
+        return {**write_qdq(model, others, *args, **options), layer: "int8"}
 
     monkeypatch.setattr(graph_steps, "write_qdq", forgetful)
     every = graph_steps.component_weights
@@ -404,7 +404,7 @@ def test_a_broken_promise_fails_the_build(
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
     args = one_component(tiny_model, photos, tmp_path / "out", "bf16")
-    # The test run itself may stand in the background, where shells ignore Ctrl-C for all children.
+    # The test run itself may be in the background, where shells ignore Ctrl-C for all children.
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from ivl_export.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -416,7 +416,7 @@ def test_ctrl_c_keeps_what_is_done(tiny_model: Path, photos: Path, tmp_path: Pat
     build.send_signal(signal.SIGINT)  # in the middle of tracing, which takes seconds
     said = build.communicate(timeout=60)[1]
     assert build.returncode == 130, said
-    assert "Interrupted. The same command goes on from here." in said
+    assert "Interrupted. The same command resumes here." in said
     assert "Traceback" not in said
     assert {p.stem for p in steps.glob("*.json")} == {"finite", "preprocess", "weights"}
     assert not (tmp_path / "out").exists()

@@ -32,9 +32,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def listed(capsys: pytest.CaptureFixture[str], *args: str) -> list[str]:
     assert main(["doctor", "cache", *args, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    found = data.get("entries", data.get("deleted"))
-    assert data["bytes"] == 1000 * len(found)
-    return [entry["kind"] for entry in found]
+    listing = data.get("entries", data.get("deleted"))
+    assert data["bytes"] == 1000 * len(listing)
+    return [entry["kind"] for entry in listing]
 
 
 def test_what_is_kept_is_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,13 +56,13 @@ def test_measured_once_and_built_from(
     assert run("build", *build, "--ranges", out, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert any("small: 9 samples" in notice for notice in report["notices"])
-    built = Bundle.open(bundle)
+    result = Bundle.open(bundle)
     assert (bundle / "ranges.json").read_bytes() == out.read_bytes()
-    recorded = built.manifest.calibration
+    recorded = result.manifest.calibration
     assert recorded is not None
     assert (recorded.sha256, recorded.algorithm, recorded.small) == (ranges.set_hash, "mse", True)
     # The same set, cut in the same way: what accuracy is measured on was not calibrated on.
-    assert built.receipt("accuracy")["held_out"]
+    assert result.receipt("accuracy")["held_out"]
     # A bundle's own ranges do as well, and are the same build.
     assert run("build", *build, "--ranges", bundle / "ranges.json", "--json") == 0
     assert all(step["reused"] for step in json.loads(capsys.readouterr().out)["steps"])
@@ -76,12 +76,12 @@ def test_smoothing_travels_with_the_scales(tiny_model: Path, photos: Path, tmp_p
     assert ActivationRanges.load(out).folded
 
     def opened(precision: str) -> BuildPlan:
-        asked = {"components": ("qllama_text",), "backend": (ORT,), "ranges": out}
-        return plan_build(BuildConfig(tmp_path / "b", tiny_model, precision, calib=photos, **asked))  # type: ignore[arg-type]
+        arguments = {"components": ("qllama_text",), "backend": (ORT,), "ranges": out}
+        return plan_build(BuildConfig(tmp_path / "b", tiny_model, precision, calib=photos, **arguments))  # type: ignore[arg-type]
 
-    given = opened("int8-smoothquant").ranges_file
-    assert given is not None
-    assert given.factors == factors.read_bytes()
+    ranges_file = opened("int8-smoothquant").ranges_file
+    assert ranges_file is not None
+    assert ranges_file.factors == factors.read_bytes()
     with pytest.raises(InputError, match="measured on weights with folded factors"):
         opened("int8")
     factors.write_bytes(factors.read_bytes() + b" ")
@@ -97,9 +97,9 @@ def test_scales_are_checked_before_anything_runs(tiny_model: Path, photos: Path,
     measure = options(tiny_model, photos, "--precision", "fp8", "--algorithm", "entropy", "--out", out)
     assert run("calibrate", *measure) == 0
 
-    def opened(**asked: object) -> BuildPlan:
-        kept = {"components": ("qllama_text",), "backend": (ORT,), "ranges": out, "calib": photos}
-        return plan_build(BuildConfig(tmp_path / "b", tiny_model, **{**kept, **asked}))  # type: ignore[arg-type]
+    def opened(**arguments: object) -> BuildPlan:
+        common = {"components": ("qllama_text",), "backend": (ORT,), "ranges": out, "calib": photos}
+        return plan_build(BuildConfig(tmp_path / "b", tiny_model, **{**common, **arguments}))  # type: ignore[arg-type]
 
     assert [s.name for s in build_steps(opened(precision="int8-weight", ranges=None))].count("calibrate") == 0
     with pytest.raises(UsageError, match="both given"):

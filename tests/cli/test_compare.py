@@ -55,19 +55,19 @@ def test_side_by_side(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureF
     a = bundle(tiny_bundle, tmp_path / "a", receipts(480, "fp8"), "fp8")
     near = bundle(tiny_bundle, tmp_path / "near", receipts(478, "int8"), "int8")
     far = bundle(tiny_bundle, tmp_path / "far", receipts(430, "int4"), "int4")
-    found = compare(capsys, a, near)
-    assert [x["recipe"] for x in found["bundles"]] == ["fp8", "int8"]
-    assert found["bundles"][0]["weights_bytes"] > 0
-    (component,) = found["components"]
+    comparison = compare(capsys, a, near)
+    assert [x["recipe"] for x in comparison["bundles"]] == ["fp8", "int8"]
+    assert comparison["bundles"][0]["weights_bytes"] > 0
+    (component,) = comparison["components"]
     assert component["a"]["own_cosine"] == 0.99  # the worst output
     assert component["a"]["chained_sqnr_db"] == 20.0
-    (task,) = found["tasks"]
+    (task,) = comparison["tasks"]
     assert task["name"] == "InternVL-C classify"
     assert task["difference"] == pytest.approx(-0.004)
     assert task["low"] < -0.004 < task["high"]
     assert task["within"] is True
-    assert found["verification"][0]["b"] == {"int8xint8": 20, "fp32xfp32": 4}
-    assert found["notes"] == []
+    assert comparison["verification"][0]["b"] == {"int8xint8": 20, "fp32xfp32": 4}
+    assert comparison["notes"] == []
     assert compare(capsys, a, far)["tasks"][0]["within"] is False
 
     assert cli.main(["compare", str(a), str(near)]) == 0
@@ -86,10 +86,10 @@ def test_the_scores_of_a_chat(tiny_bundle: Path, tmp_path: Path, capsys: pytest.
         data["tasks"] = {"scores": {precision: {"chat": {"all": score, "color": score}, "settings": {}}},
                          "sizes": {"scenes": 200}}  # fmt: skip
         sides.append(bundle(tiny_bundle, tmp_path / precision, data, precision))
-    found = compare(capsys, *sides)["tasks"]
-    assert [row["name"] for row in found] == ["chat all", "chat color"]
-    assert found[0]["difference"] == pytest.approx(-0.004)
-    assert found[0]["within"] is True
+    comparison = compare(capsys, *sides)["tasks"]
+    assert [row["name"] for row in comparison] == ["chat all", "chat color"]
+    assert comparison[0]["difference"] == pytest.approx(-0.004)
+    assert comparison[0]["within"] is True
 
 
 def test_different_questions_are_not_compared(
@@ -100,15 +100,15 @@ def test_different_questions_are_not_compared(
     other["tasks"]["sizes"] = {"n_classify": 400}
     other["accuracy"]["set_hash"] = "cd" * 32
     a = bundle(tiny_bundle, tmp_path / "a", first, "fp8")
-    found = compare(capsys, a, bundle(tiny_bundle, tmp_path / "b", other, "fp8"))
-    assert found["tasks"][0]["difference"] is None
-    assert any("different sets" in note for note in found["notes"])
-    assert any("different questions" in note for note in found["notes"])
+    comparison = compare(capsys, a, bundle(tiny_bundle, tmp_path / "b", other, "fp8"))
+    assert comparison["tasks"][0]["difference"] is None
+    assert any("different sets" in note for note in comparison["notes"])
+    assert any("different questions" in note for note in comparison["notes"])
     # without receipts
-    found = compare(capsys, a, tiny_bundle)
-    assert found["tasks"][0]["b"] is None
-    assert found["tasks"][0]["within"] is None
-    assert sum("has no" in note for note in found["notes"]) == 3
+    comparison = compare(capsys, a, tiny_bundle)
+    assert comparison["tasks"][0]["b"] is None
+    assert comparison["tasks"][0]["within"] is None
+    assert sum("has no" in note for note in comparison["notes"]) == 3
 
 
 def test_a_strange_receipt_is_refused(

@@ -32,7 +32,7 @@ from ivl_export.quantization.recipe import load_recipe
 Usage = namedtuple("Usage", "total used free")
 
 
-def asked(precision: str, config: InternVLConfig | None = None) -> Request:
+def request(precision: str, config: InternVLConfig | None = None) -> Request:
     recipe = load_recipe(precision)
     return Request(recipe, plan_of(recipe, config or InternVLConfig()), config)
 
@@ -51,11 +51,11 @@ def full(tmp_path: Path) -> Path:
 
 def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["ok"] is True
-    build = next(e for e in found["extras"] if e["name"] == "quant")
+    diagnosis = json.loads(capsys.readouterr().out)
+    assert diagnosis["ok"] is True
+    build = next(e for e in diagnosis["extras"] if e["name"] == "quant")
     assert build["packages"]["torch"] == version("torch")
-    abilities = {ability["backend"]: ability for ability in found["abilities"]}
+    abilities = {ability["backend"]: ability for ability in diagnosis["abilities"]}
     assert list(abilities) == list(BACKENDS)
     assert abilities["tensorrt-rtx"]["targets"]["fp8"] == ["sm89", "sm120", "sm121"]
     assert "sm80" in abilities["tensorrt-rtx"]["targets"]["int8"]
@@ -84,8 +84,8 @@ def test_it_loads_the_backends_libraries_but_not_torch() -> None:
         "import sys; from ivl_export.cli import main; main(['doctor', '--precision', 'fp8', '--json']);"
         "print([m for m in ('torch', 'onnx', 'modelopt', 'matplotlib') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_small_model_can_be_built(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,10 +100,10 @@ def test_a_chat_model_of_full_size(
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 8 * 10**9)
     assert cli.main(["doctor", "--model", "InternVL-Chat-ViT-6B-Vicuna-7B", "--json"]) == 5
-    found = json.loads(capsys.readouterr().out)
-    assert found["needs"]["largest"] == "decoder"
+    diagnosis = json.loads(capsys.readouterr().out)
+    assert diagnosis["needs"]["largest"] == "decoder"
     # FP8 linears of 45 and 32 blocks, and both tables of 32,000 tokens in bf16
-    assert found["needs"]["weights"] == pytest.approx(12.3e9 + 2 * 32000 * 4096, rel=0.02)
+    assert diagnosis["needs"]["weights"] == pytest.approx(12.3e9 + 2 * 32000 * 4096, rel=0.02)
 
 
 def test_room_is_checked(
@@ -113,12 +113,12 @@ def test_room_is_checked(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**12, 0, 10**12))
     monkeypatch.setattr(memory, "available_memory", lambda: 8 * 10**9)
     assert cli.main(["doctor", "--model", str(full), "--json"]) == 5
-    found = json.loads(capsys.readouterr().out)
-    assert found["ok"] is False
-    (problem,) = found["problems"]
+    diagnosis = json.loads(capsys.readouterr().out)
+    assert diagnosis["ok"] is False
+    (problem,) = diagnosis["problems"]
     assert "not enough memory" in problem["what"]
     assert "-O split=2" in problem["fix"]
-    assert found["needs"]["weights"] == pytest.approx(14.4e9, rel=0.02)
+    assert diagnosis["needs"]["weights"] == pytest.approx(14.4e9, rel=0.02)
     monkeypatch.setattr(memory, "available_memory", lambda: 10**12)
     assert cli.main(["doctor", "--model", str(full), "--json"]) == 0
     capsys.readouterr()
@@ -129,16 +129,16 @@ def test_room_is_checked(
 
 def test_missing_packages_are_named_with_the_line() -> None:
     extras = diagnose().extras
-    assert request_problems(asked("fp8"), extras, ()) == []
+    assert request_problems(request("fp8"), extras, ()) == []
     without = tuple(
         replace(e, packages={**e.packages, "onnx": None}) if e.name == "quant" else e for e in extras
     )
-    (problem,) = request_problems(asked("fp8"), without, ())
+    (problem,) = request_problems(request("fp8"), without, ())
     assert (problem.why, problem.fix) == ("Not installed: onnx.", "pip install 'ivl-export[quant]'")
     neither = (Extra("cpu", "", {"onnxruntime": None}), Extra("gpu", "", {"onnxruntime-gpu": None}))
-    assert [p.fix for p in request_problems(asked("fp8"), neither, ())] == ["pip install 'ivl-export[cpu]'"]
+    assert [p.fix for p in request_problems(request("fp8"), neither, ())] == ["pip install 'ivl-export[cpu]'"]
     unknown = tuple(replace(e, packages={}) for e in extras)  # a source tree that was never installed
-    assert [p.why for p in request_problems(asked("fp8"), unknown, ())] == [
+    assert [p.why for p in request_problems(request("fp8"), unknown, ())] == [
         "Not installed: ivl-export itself."
     ] * 2
     assert list(extra_packages("rtx")) == ["tensorrt-rtx"]
@@ -155,8 +155,8 @@ def test_versions_outside_the_supported_range_are_problems(
     assert problem["fix"] == "pip install 'onnx>=1.18'"
 
 
-def test_every_backend_is_listed_with_what_stands_in_its_way() -> None:
-    here = {found.backend: found for found in backends_here()}
+def test_every_backend_is_listed_with_what_hinders_it() -> None:
+    here = {status.backend: status for status in backends_here()}
     assert list(here) == list(BACKENDS)
     assert here["onnxruntime"].release == version("onnxruntime")
     assert "CPU" in here["onnxruntime"].note
@@ -173,7 +173,7 @@ def test_bindings_without_their_libraries_are_told_from_what_is_not_installed(
 
     monkeypatch.setattr(trt, "installed_release", lambda name: "11.4" if name == "tensorrt" else None)
     monkeypatch.setattr(trt, "library", broken)
-    here = {found.backend: found for found in backends_here()}
+    here = {status.backend: status for status in backends_here()}
     assert here["tensorrt"].blocked.startswith("it cannot be loaded: libnvinfer.so.11")
     assert here["tensorrt-rtx"].blocked == "it is not installed"
 
@@ -182,19 +182,19 @@ def test_gpus_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = parse_gpus("NVIDIA L40S, 46068, 570.86, 8.9\nTesla T4, 15360, 470.1\nnonsense\n")
     assert gpus == (Gpu("NVIDIA L40S", 46068, "570.86", "sm89"), Gpu("Tesla T4", 15360, "470.1"))
     extras = diagnose().extras
-    assert request_problems(asked("fp8"), extras, gpus[:1]) == []
-    (lacking,) = request_problems(asked("fp8"), extras, gpus[1:])  # its generation follows from its name
+    assert request_problems(request("fp8"), extras, gpus[:1]) == []
+    (lacking,) = request_problems(request("fp8"), extras, gpus[1:])  # its generation follows from its name
     assert "Tesla T4 (sm75) cannot run fp8" in lacking.what
     assert lacking.why == "It has no bf16, fp8."
     assert "fp16" in lacking.fix
     assert "fp8" not in lacking.fix
     hopper = (Gpu("NVIDIA H200", 143771, "580.1", "sm90"),)
     monkeypatch.setattr(doctor, "installed_release", lambda name: None)
-    (without,) = request_problems(asked("fp8"), extras, hopper)
+    (without,) = request_problems(request("fp8"), extras, hopper)
     assert "--backend tensorrt" in without.fix
     monkeypatch.setattr(doctor, "installed_release", lambda name: "10.16")
-    assert request_problems(asked("fp8"), extras, hopper) == []
-    (unknown,) = request_problems(asked("fp16"), extras, (Gpu("NVIDIA X", 1, "1", "sm50"),))
+    assert request_problems(request("fp8"), extras, hopper) == []
+    (unknown,) = request_problems(request("fp16"), extras, (Gpu("NVIDIA X", 1, "1", "sm50"),))
     assert "No engines can be built for NVIDIA X (sm50)" in unknown.what
 
 

@@ -116,7 +116,7 @@ def test_retrieval_against_a_full_matrix(
 
 
 @pytest.mark.parametrize("top", [4, 100])
-def test_reranked_recall_stands_beside_the_search(
+def test_reranked_recall_is_shown_next_to_the_search(
     tiny_bundle: Path, data: Path, scenes: list[Scene], capsys: pytest.CaptureFixture[str], top: int
 ) -> None:
     folder = data / "flickr30k"
@@ -135,11 +135,11 @@ def test_reranked_recall_stands_beside_the_search(
     both = np.log(chance) - np.log1p(-np.array(chance)) + scale * similarity
 
     def recall(first: Any, then: Any, right: Any, k: int) -> float:
-        found = []
+        hits = []
         for row, again, own in zip(first, then, right, strict=True):
-            kept = np.argsort(-row)[:top]
-            found.append(own[kept[np.argsort(-again[kept])][:k]].any())
-        return 100 * float(np.mean(found))
+            best = np.argsort(-row)[:top]
+            hits.append(own[best[np.argsort(-again[best])][:k]].any())
+        return 100 * float(np.mean(hits))
 
     right = owner[:, None] == np.arange(COUNT)
     for k in (1, 5, 10):

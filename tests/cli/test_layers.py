@@ -57,10 +57,10 @@ def graph() -> bytes:
         tensor("blocks.1.q.weight", fp8, [8, 8], bytes(64), raw=True),
     ]  # fmt: skip
     ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 8]) for name in "xy"]
-    made: bytes = helper.make_model(
+    model: bytes = helper.make_model(
         helper.make_graph(nodes, "g", ends[:1], ends[1:], values)
     ).SerializeToString()
-    return made
+    return model
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_tables_fold_equal_blocks(bundle: Bundle, capsys: pytest.CaptureFixture[
     assert "26.0 KiB in 39.1 KiB of constants, a file of 3.0 MiB" in out
     rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
     assert ["blocks.*.q", "1", "fp8", "fp8xfp8", "merged with k", "96x32", "3.0 KiB", "8", "-"] in rows
-    assert next(row for row in rows if row[0] == "seen")[-1] == "stands alone between float types"
+    assert next(row for row in rows if row[0] == "seen")[-1] == "a separate cast between float types"
     assert next(r for r in rows if r[:2] == ["blocks.*.sdpa", "1"] and "not fused" in r)[-1].startswith(
         "head size"
     )
@@ -119,8 +119,8 @@ def test_without_layers_their_proof_is_a_line(bundle: Bundle, capsys: pytest.Cap
     assert cli.main(["verify", str(bundle.root)]) == 0
     out = capsys.readouterr().out
     (line,) = (line for line in out.splitlines() if line.strip().startswith("tensorrt-rtx-sm89"))
-    found = re.split(r"\s{2,}", line.strip())
-    assert found == ["tensorrt-rtx-sm89", "vision", "4", "4 fp8xfp8, 1 bf16xbf16", "1 of 2", "none"]
+    cells = re.split(r"\s{2,}", line.strip())
+    assert cells == ["tensorrt-rtx-sm89", "vision", "4", "4 fp8xfp8, 1 bf16xbf16", "1 of 2", "none"]
     assert "blocks.0.q" not in out
 
 
@@ -134,15 +134,15 @@ def test_a_bundle_without_a_receipt_is_read_here(
 ) -> None:
     command = ["verify", str(tiny_bundle), "--layers", "--component", "vision", "--json"]
     assert cli.main(command) == 0
-    found = VerificationReport.from_json(json.loads(capsys.readouterr().out)["onnxruntime-cpu"]["vision"])
-    assert set(found.precisions) == {"fp32xfp32"}
-    assert {p.weight_bits for p in found.gemms} == {32}
+    report = VerificationReport.from_json(json.loads(capsys.readouterr().out)["onnxruntime-cpu"]["vision"])
+    assert set(report.precisions) == {"fp32xfp32"}
+    assert {p.weight_bits for p in report.gemms} == {32}
 
 
 def test_what_is_not_there_is_said(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(bundle.root)
     assert cli.main(["verify", root, "--layers", "--component", "qllama"]) == 2
-    assert "There are vision." in capsys.readouterr().err
+    assert "There are reports of vision." in capsys.readouterr().err
     assert cli.main(["verify", root, "--layers", "--engine", "tensorrt-sm90"]) == 2
     assert cli.main(["verify", root, "--layers", "--html", str(bundle.root / "no" / "x.html")]) == 2
     assert cli.main(["verify", root, "--layers", "--layer-info", "x.json"]) == 2
@@ -164,9 +164,9 @@ def test_layer_information_of_tensorrt(
     info.write_text(json.dumps({"Layers": [kernel], "Bindings": ["x", "y"]}))
     command = ["verify", str(bundle.root), "--layers", "--component", "vision", "--layer-info", str(info)]
     assert cli.main([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["tensorrt (info.json)"]["vision"]
-    assert (found["precisions"], found["fallbacks"]) == ({"fp8xfp8": 1}, [])
-    assert found["promised"]["blocks.1.q"] == "fp8"
+    report = json.loads(capsys.readouterr().out)["tensorrt (info.json)"]["vision"]
+    assert (report["precisions"], report["fallbacks"]) == ({"fp8xfp8": 1}, [])
+    assert report["promised"]["blocks.1.q"] == "fp8"
     info.write_text("{}")
     assert cli.main(command) == 8
 
@@ -187,19 +187,19 @@ def test_the_page_in_a_browser(bundle: Bundle, tmp_path: Path, scheme: str) -> N
     page = tmp_path / "layers.html"
     assert cli.main(["verify", str(bundle.root), "--layers", "--html", str(page)]) == 0
     page.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
-    done = subprocess.run(
+    process = subprocess.run(
         [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1500,900",
          "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
          f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", "--dump-dom", page.as_uri()],
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
-    assert "CONSOLE" not in done.stderr, done.stderr
-    found = re.search(r"<pre id=\"probe\">(.*?)</pre>", done.stdout)
-    assert found is not None, done.stdout[-2000:]
-    told = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert (told["all"], told["count"]) == (9, "9 of 9 layers")
-    assert told["found"] == ["blocks.1.q", "blocks.1.fc"]
-    assert told["attention"] == ["blocks.0.sdpa", "blocks.1.sdpa"]
-    assert (told["smallest"], told["largest"], told["sorted"]) == ("", "8.0 KiB", "descending")
-    assert told["wide"] is True
-    assert (told["light"] > 200, told["ink"] < 60) == ((scheme == "light"),) * 2
+    assert "CONSOLE" not in process.stderr, process.stderr
+    match = re.search(r"<pre id=\"probe\">(.*?)</pre>", process.stdout)
+    assert match is not None, process.stdout[-2000:]
+    data = json.loads(match[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert (data["all"], data["count"]) == (9, "9 of 9 layers")
+    assert data["found"] == ["blocks.1.q", "blocks.1.fc"]
+    assert data["attention"] == ["blocks.0.sdpa", "blocks.1.sdpa"]
+    assert (data["smallest"], data["largest"], data["sorted"]) == ("", "8.0 KiB", "descending")
+    assert data["wide"] is True
+    assert (data["light"] > 200, data["ink"] < 60) == ((scheme == "light"),) * 2

@@ -80,8 +80,8 @@ def test_retrieve(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture
     )
     with InternVL.load(tiny_bundle, threads=1) as model:
         want = model.retrieve(["a ring", "two stars"], files(folder), top=2)
-    found = [[r["file"] for r in item["results"]] for item in out["items"]]
-    assert found == [[str(files(folder)[i]) for i in row] for row in want.indices]
+    files_of_queries = [[r["file"] for r in item["results"]] for item in out["items"]]
+    assert files_of_queries == [[str(files(folder)[i]) for i in row] for row in want.indices]
 
 
 def test_caption(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,8 +96,8 @@ def test_caption(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[
 def test_a_caption_is_drawn(tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from ivl_export.sampling import Sampling
 
-    given = ("--temperature", "3", "--top-k", "20", "--seed", "5", "--max-new-tokens", "6")
-    out = run(capsys, "caption", tiny_bundle, folder, *given)
+    options = ("--temperature", "3", "--top-k", "20", "--seed", "5", "--max-new-tokens", "6")
+    out = run(capsys, "caption", tiny_bundle, folder, *options)
     with InternVL.load(tiny_bundle) as model:
         want = model.caption(files(folder), max_new_tokens=6, sampling=Sampling(3.0, 20, seed=5))
         assert want != model.caption(files(folder), max_new_tokens=6)

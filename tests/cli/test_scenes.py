@@ -134,5 +134,5 @@ sys.modules["torch"] = None
 from ivl_export.cli import main
 assert main(["train", "scenes", {str(tmp_path / "x")!r}, "--count", "1"]) == 0
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

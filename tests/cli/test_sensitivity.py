@@ -72,23 +72,23 @@ def test_the_verb(
 @pytest.mark.slow
 def test_tasks_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = BuildConfig(tmp_path, precision="int8", calib_samples=8, components=("vision",), backend=(ORT,))
-    asked: list[str] = []
+    events: list[str] = []
     real = LayerTasks.lost
 
     def lost(self: LayerTasks, layer: str, scheme: str) -> dict[str, float]:
-        if len(asked) == 1:
-            asked.append("stopped")
+        if len(events) == 1:
+            events.append("stopped")
             raise KeyboardInterrupt
-        asked.append(layer)
-        return real(self, layer, scheme) if len(asked) < 3 else {"C classify": 0.0}
+        events.append(layer)
+        return real(self, layer, scheme) if len(events) < 3 else {"C classify": 0.0}
 
     monkeypatch.setattr(LayerTasks, "lost", lost)
     with pytest.raises(KeyboardInterrupt):
         sensitivity(plan_build(request), ["int4-weight"], tmp_path / "out", Heard(), questions=8)
-    found = sensitivity(plan_build(request), ["int4-weight"], tmp_path / "out", Heard(), questions=8)
-    assert len(asked) == 20 + 1, "each layer once, and the one that was stopped again"
-    assert len(set(asked)) == 21
-    assert set(found.losses[0].tasks) == {
+    result = sensitivity(plan_build(request), ["int4-weight"], tmp_path / "out", Heard(), questions=8)
+    assert len(events) == 20 + 1, "each layer once, and the one that was stopped again"
+    assert len(set(events)) == 21
+    assert set(result.losses[0].tasks) == {
         "C classify", "C text to image R@1", "G classify", "G text to image R@1", "caption exact"
     }  # fmt: skip
 

@@ -44,7 +44,7 @@ LINES = [
 def folder(tiny_bundle: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a path of more than 100 characters, and what the lines name in it."""
     folder = (
-        tmp_path / "models-of-somebody-who-likes-long-names" / "InternVL-14B-224px" / "int8-smoothquant-kept"
+        tmp_path / "models-of-a-team-which-likes-long-names" / "InternVL-14B-224px" / "int8-smoothquant-kept"
     )
     (folder / "photos").mkdir(parents=True)
     (folder / "bundle").symlink_to(tiny_bundle)
@@ -53,9 +53,9 @@ def folder(tiny_bundle: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pyt
     Image.fromarray(pixels).save(folder / "photos" / "photograph-of-two-dogs.png")
     cases = [made_case("vision"), made_case("encode_image InternVL-C", kind="chained")]
     write(made_profile(cases).to_json(), folder / "receipt.json")
-    kept = folder / "cache" / "engines" / ("vision-" + 40 * "f")
-    kept.mkdir(parents=True)
-    (kept / "engine").write_bytes(b"x")
+    entry = folder / "cache" / "engines" / ("vision-" + 40 * "f")
+    entry.mkdir(parents=True)
+    (entry / "engine").write_bytes(b"x")
     monkeypatch.setenv("IVL_EXPORT_CACHE", str(folder / "cache"))
     return folder
 

@@ -47,8 +47,8 @@ def test_two_steps_write_a_model_and_a_second_run_only_loads_them(
     accuracy = result["accuracy"]
     assert json.loads((out / "evaluation.json").read_text()) == {"tasks": "scenes", "accuracy": accuracy}
     for mode in ("InternVL-C", "InternVL-G"):
-        asked = {task: score["total"] for task, score in accuracy[mode].items()}
-        assert asked == {"classify": 50, "text_to_image": 40, "image_to_text": 40}
+        totals = {task: score["total"] for task, score in accuracy[mode].items()}
+        assert totals == {"classify": 50, "text_to_image": 40, "image_to_text": 40}
     assert {lang: score["total"] for lang, score in accuracy["caption"].items()} == {"en": 20, "zh": 10}
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "| stage1 | contrastive | 2 | 4 |" in card

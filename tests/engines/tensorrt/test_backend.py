@@ -114,7 +114,7 @@ def test_compatible_engines_load_on_what_they_are_compatible_with(monkeypatch: p
 def test_devices_are_gpus() -> None:
     assert [loadable.gpu_number(text) for text in ("cuda", "cuda:0", "cuda:3")] == [0, 0, 3]
     for text in ("cpu", "cuda:x", ""):
-        with pytest.raises(UsageError, match="--device cuda:0"):
+        with pytest.raises(UsageError, match="-O device=cuda:0"):
             loadable.gpu_number(text)
 
 
