@@ -55,7 +55,7 @@ def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bf
     if compute_dtype not in COMPUTE:
         raise ValueError(f"compute_dtype {compute_dtype!r} is none of {', '.join(COMPUTE)}")
     spec = component_spec(name, checkpoint.model)
-    model = _trace(name, checkpoint.model).clone()
+    model = repeated_graph(name, checkpoint.model).clone()
     retype(model, _TRACED.onnx, dtype_of(compute_dtype).onnx)
     with _quiet():
         finish(model, spec)
@@ -66,11 +66,14 @@ def export_component(name: str, checkpoint: Checkpoint, compute_dtype: str = "bf
 
 
 @lru_cache(maxsize=8)
-def _trace(name: str, config: ModelConfig) -> ir.Model:
-    """The exporter's graph in bf16, unoptimised, weights dropped."""
+def repeated_graph(name: str, config: ModelConfig) -> ir.Model:
+    """:func:`traced_graph` of a component of any depth: as many blocks as need be are traced, and repeated.
+
+    The graph is shared with later calls: change a clone.
+    """
     component = component_of(name, config)
     traced, times = component.period(config)
-    model = _trace_all(name, traced)
+    model = traced_graph(name, traced)
     if times > 1:
         spec = component_spec(name, traced)
         inputs, outputs = (sum(t.name[-1].isdigit() for t in part) for part in (spec.inputs, spec.outputs))
@@ -79,7 +82,8 @@ def _trace(name: str, config: ModelConfig) -> ir.Model:
     return model
 
 
-def _trace_all(name: str, config: ModelConfig) -> ir.Model:
+def traced_graph(name: str, config: ModelConfig) -> ir.Model:
+    """The exporter's graph of component ``name`` in bf16, each block traced; weights dropped."""
     import torch
 
     spec = component_spec(name, config)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import shutil
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +23,17 @@ os.environ["COLUMNS"] = "160"
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "goldens" / "tiny"
 CHAT = ROOT / "tests" / "goldens" / "chat"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each graph is traced once, by whichever test and worker needs it first."""
+    from ivl_export.export import trace
+    from ivl_export.tests.tools.traces import kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "traced_graph", kept(request.config.cache.mkdir("traces"), trace.traced_graph))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -155,8 +155,8 @@ def test_repeated_blocks_equal_traced_ones(checkpoint: Checkpoint, name: str) ->
         finish(model, spec)
         return [(n.name, n.op_type, [str(v.shape) for v in n.outputs]) for n in model.graph]
 
-    repeated = trace._trace(name, checkpoint.model)
-    assert nodes(repeated) == nodes(trace._trace_all(name, checkpoint.model))
+    repeated = trace.repeated_graph(name, checkpoint.model)
+    assert nodes(repeated) == nodes(trace.traced_graph(name, checkpoint.model))
 
 
 @pytest.mark.parametrize("name", CHAT_COMPONENTS)

@@ -272,8 +272,8 @@ def test_repeated_blocks_equal_traced_ones(name: str, layers: int) -> None:
             for n in model.graph
         ]
 
-    repeated = trace._trace(name, config)
-    assert nodes(repeated) == nodes(trace._trace_all(name, config))
+    repeated = trace.repeated_graph(name, config)
+    assert nodes(repeated) == nodes(trace.traced_graph(name, config))
 
 
 def test_stacks_that_are_no_whole_number_of_periods_are_traced_whole() -> None:
@@ -285,7 +285,7 @@ def test_stacks_that_are_no_whole_number_of_periods_are_traced_whole() -> None:
 
 
 def test_blocks_that_form_no_chain_are_refused() -> None:
-    model = trace._trace_all("qllama_text", component_of("qllama_text", SMALL).period(SMALL)[0])
+    model = trace.traced_graph("qllama_text", component_of("qllama_text", SMALL).period(SMALL)[0])
     with pytest.raises(BuildError, match="no blocks under nothing"):
         repeat_blocks(model.graph, "nothing", 2, 0, 0)
     inner = next(n for n in model.graph if "layers.0" in n.metadata_props.get(SCOPES, ""))

@@ -101,8 +101,8 @@ def test_repeated_blocks_equal_traced_ones(checkpoint: Checkpoint, select_layer:
         named = [(n.name, [v.producer().name for v in n.inputs if v and v.producer()]) for n in model.graph]  # type: ignore[union-attr]
         return [sorted(named), [v.producer().name for v in model.graph.outputs]]  # type: ignore[union-attr]
 
-    repeated = trace._trace("vision_chat", config)
-    assert chain(repeated) == chain(trace._trace_all("vision_chat", config))
+    repeated = trace.repeated_graph("vision_chat", config)
+    assert chain(repeated) == chain(trace.traced_graph("vision_chat", config))
 
 
 def test_repeated_query_blocks_equal_traced_ones(checkpoint: Checkpoint) -> None:
@@ -118,8 +118,8 @@ def test_repeated_query_blocks_equal_traced_ones(checkpoint: Checkpoint) -> None
         finish(model, spec)
         return [(n.name, n.op_type, [str(v.shape) for v in n.outputs]) for n in model.graph]
 
-    repeated = trace._trace("query_chat", config)
-    assert nodes(repeated) == nodes(trace._trace_all("query_chat", config))
+    repeated = trace.repeated_graph("query_chat", config)
+    assert nodes(repeated) == nodes(trace.traced_graph("query_chat", config))
 
 
 @pytest.mark.parametrize(("name", "count"), [("vision_chat", 2), ("vision_chat", 3), ("query_chat", 2)])

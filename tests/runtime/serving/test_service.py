@@ -157,9 +157,10 @@ def test_a_match_that_is_cancelled_or_out_of_time_frees_its_place(
     model: InternVL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service, go = Service(model, ServiceLimits(max_running=2, max_delay=0)), threading.Event()
-    real, texts = matching.log_odds, list[str]()
+    real, texts, begun = matching.log_odds, list[str](), threading.Event()
 
     def slow(own: Any, pixels: Any, batch: Sequence[str], *rest: Any) -> Any:
+        begun.set()
         assert go.wait(30)
         texts.extend(batch)
         return real(own, pixels, batch, *rest)
@@ -169,9 +170,10 @@ def test_a_match_that_is_cancelled_or_out_of_time_frees_its_place(
 
     async def ask() -> None:
         first = asyncio.create_task(service.match(image, TEXTS[0]))
-        await until(lambda: service.counts.running == 1 and not len(service._pairs))
+        await until(begun.is_set)
         with pytest.raises(BusyError, match="not done in time"):
             await service.match(image, TEXTS[1], timeout=0.05)
+        await until(lambda: len(service._pairs) == 0)
         second = asyncio.create_task(service.match(image, TEXTS[2]))
         await until(lambda: len(service._pairs) == 1)
         second.cancel()
