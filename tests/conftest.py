@@ -6,12 +6,15 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from ivl_export.files.locks import locked
 
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("untimed", deadline=None)
@@ -23,6 +26,7 @@ os.environ["COLUMNS"] = "160"
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "goldens" / "tiny"
 CHAT = ROOT / "tests" / "goldens" / "chat"
+LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,33 +44,45 @@ def traces(request: pytest.FixtureRequest) -> Iterator[None]:
 def tiny_bundle(request: pytest.FixtureRequest) -> Path:
     """A sealed bundle of the tiny golden model: fp32 graphs of all components, a small tokenizer.
 
-    Its vision component gives the outputs of blocks 1 and 2 too.
-
-    Tracing takes most of a minute, so the bundle is kept in pytest's cache under the hash of all it is made
-    from. Tests must not change it.
+    Its vision component gives the outputs of blocks 1 and 2 too. Tests must not change it.
     """
     pytest.importorskip("onnxscript")
-    digest = hashlib.sha256()
-    sources = [
-        ROOT / name for name in ("bundle/spec.py", "bundle/bundle.py", "bundle/manifest.py", "files/json.py")
-    ]
-    sources += [*(ROOT / "models").rglob("*.py"), *(ROOT / "export").glob("*.py")]
-    for path in [*sorted(sources), Path(__file__), TINY / "config.json", TINY / "model.safetensors"]:
-        digest.update(path.read_bytes())
-    digest.update(" ".join(version(p) for p in ("torch", "onnx", "onnxscript", "onnx-ir")).encode())
-    folder = request.config.cache.mkdir("tiny_bundle")
-    bundle = folder / digest.hexdigest()[:16]
-    with (folder / "lock").open("w") as lock:
-        if os.name != "nt":
-            import fcntl
+    return shared(
+        request, "tiny_bundle", build_tiny_bundle, *TINY.glob("*.safetensors"), TINY / "config.json"
+    )
 
-            fcntl.flock(lock, fcntl.LOCK_EX)  # xdist workers: one builds, the others wait
+
+def shared(request: pytest.FixtureRequest, name: str, build: Callable[[Path], object], *inputs: Path) -> Path:
+    """A bundle that ``build`` makes of ``inputs`` at a path, once for all tests, workers and runs.
+
+    It is kept in pytest's cache under the hash of all it is made from: the package, this file, the inputs and
+    the releases of the libraries.
+    """
+    digest = hashlib.sha256(" ".join(version(p) for p in LIBRARIES).encode() + package_digest().encode())
+    for path in sorted(inputs):
+        digest.update(path.read_bytes())
+    folder = request.config.cache.mkdir(name)
+    bundle = folder / digest.hexdigest()[:16] / "bundle"
+    with locked(folder):  # xdist workers: one builds, the others wait
         if not bundle.exists():
             for old in folder.iterdir():
-                if old.is_dir():
-                    shutil.rmtree(old)
-            build_tiny_bundle(bundle)
+                shutil.rmtree(old)
+            bundle.parent.mkdir()
+            build(bundle)
     return bundle
+
+
+@cache
+def package_digest() -> str:
+    """The hash of the package's own files and of this one."""
+    digest = hashlib.sha256()
+    apart = ("tests", "benchmarks")
+    for folder in sorted(p for p in ROOT.iterdir() if (p / "__init__.py").exists() and p.name not in apart):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".yaml", ".json")):
+            digest.update(path.read_bytes())
+    for path in (*sorted(ROOT.glob("*.py")), Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @pytest.fixture(scope="session")
@@ -83,9 +99,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def chat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chat_bundle(request: pytest.FixtureRequest) -> Path:
     """The golden chat checkpoint, sealed in fp32. Tests must not change it."""
     pytest.importorskip("onnxscript")
+    return shared(
+        request, "chat_bundle", build_chat_bundle, *CHAT.glob("*.safetensors"), *CHAT.glob("*.json")
+    )
+
+
+def build_chat_bundle(out: Path) -> None:
     from ivl_export.bundle import seal
     from ivl_export.bundle.manifest import Component, EngineFile, Manifest, Model
     from ivl_export.export.unquantized import export_plain
@@ -94,14 +116,14 @@ def chat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ivl_export.models.checkpoint import open_checkpoint
     from ivl_export.models.registry import component_spec
 
-    folder = tmp_path_factory.mktemp("chat")
+    staging = out.with_name("staging")
     checkpoint = open_checkpoint(CHAT)
-    exported = export_plain(checkpoint, folder / "staging" / "onnx", dtype="fp32")
-    (folder / "staging" / "preprocess").mkdir()
+    exported = export_plain(checkpoint, staging / "onnx", dtype="fp32")
+    (staging / "preprocess").mkdir()
     settings = ImageSettings.load(CHAT / "preprocessor_config.json")
-    settings.save(folder / "staging" / "preprocess" / "preprocessor_config.json")
-    (folder / "staging" / "preprocess" / "tokenizer.model").write_bytes(small_tokenizer(170))
-    paths = {n: p.relative_to(folder / "staging").as_posix() for n, p in exported.graphs.items()}
+    settings.save(staging / "preprocess" / "preprocessor_config.json")
+    (staging / "preprocess" / "tokenizer.model").write_bytes(small_tokenizer(170))
+    paths = {n: p.relative_to(staging).as_posix() for n, p in exported.graphs.items()}
     manifest = Manifest(
         model=Model(
             "chat",
@@ -119,8 +141,7 @@ def chat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         components={n: Component(component_spec(n, checkpoint.model), {"fp32": p}) for n, p in paths.items()},
         engines=tuple(EngineFile(n, "onnxruntime", "cpu", p, "", 0) for n, p in paths.items()),
     )
-    seal(folder / "staging", manifest, folder / "bundle")
-    return folder / "bundle"
+    seal(staging, manifest, out)
 
 
 @pytest.fixture(scope="session")
@@ -167,8 +188,7 @@ def build_tiny_bundle(out: Path) -> None:
     from ivl_export.models.registry import component_spec
     from ivl_export.tests.components import OPTIONAL
 
-    staging = out.with_name(f"{out.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
+    staging = out.with_name("staging")
     checkpoint = with_features(open_checkpoint(TINY), (1, 2))
     names = (*checkpoint.components, *OPTIONAL)
     graphs = {name: export_component(name, checkpoint, "fp32") for name in names}

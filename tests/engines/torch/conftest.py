@@ -1,50 +1,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
 
+from ivl_export.models.shipped import nano_folder
+from ivl_export.tests.conftest import shared
+
 
 @pytest.fixture(scope="session")
-def nano_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def nano_fp8(request: pytest.FixtureRequest) -> Path:
     """A bundle of nano in FP8: all four components."""
-    return built("fp8", tmp_path_factory.mktemp("fp8") / "bundle", ())
+    return built(request, "fp8", ())
 
 
 @pytest.fixture(scope="session")
-def nano_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def nano_int8(request: pytest.FixtureRequest) -> Path:
     """A bundle of nano in INT8: the image tower alone, for time's sake."""
-    return built("int8", tmp_path_factory.mktemp("int8") / "bundle", ("vision",))
+    return built(request, "int8", ("vision",))
 
 
 @pytest.fixture(scope="session")
-def nano_fp8_attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def nano_fp8_attention(request: pytest.FixtureRequest) -> Path:
     """The same in FP8 with FP8 attention."""
-    return built("fp8-attention", tmp_path_factory.mktemp("attention") / "bundle", ("vision",))
+    return built(request, "fp8-attention", ("vision",))
 
 
 @pytest.fixture(scope="session")
-def nano_weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def nano_weights(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     """The same in any precision."""
-
-    @cache
-    def made(precision: str) -> Path:
-        return built(precision, tmp_path_factory.mktemp(precision) / "bundle", ("vision",))
-
-    return made
+    return lambda precision: built(request, precision, ("vision",))
 
 
-def built(precision: str, out: Path, components: tuple[str, ...]) -> Path:
-    """``ivl-export build`` without its scores on tasks, which take most of the time."""
-    from ivl_export.cli import main
-    from ivl_export.pipeline import run
+def built(request: pytest.FixtureRequest, precision: str, components: tuple[str, ...]) -> Path:
+    """``ivl-export build`` without its scores on tasks, which take most of the time. Once for all runs."""
 
-    line = ["build", "--precision", precision, "--backend", "onnxruntime", "--calib-samples", "40"]
-    line += ["--out", str(out), *(["--components", ",".join(components)] if components else [])]
-    with pytest.MonkeyPatch.context() as patch:
-        steps = run.build_steps
-        patch.setattr(run, "build_steps", lambda plan: [s for s in steps(plan) if s.name != "tasks"])
-        assert main(line) == 0
-    return out
+    def build(out: Path) -> None:
+        from ivl_export.cli import main
+        from ivl_export.pipeline import run
+
+        line = ["build", "--precision", precision, "--backend", "onnxruntime", "--calib-samples", "40"]
+        line += ["--out", str(out), *(["--components", ",".join(components)] if components else [])]
+        with pytest.MonkeyPatch.context() as patch:
+            steps = run.build_steps
+            patch.setattr(run, "build_steps", lambda plan: [s for s in steps(plan) if s.name != "tasks"])
+            assert main(line) == 0
+
+    name = "-".join(["nano", precision, *components])
+    return shared(request, name, build, nano_folder() / "model.safetensors", Path(__file__))
