@@ -53,6 +53,17 @@ def test_products_are_exact_in_fp32(scheme: str, rows: int, out: int, width: int
     torch.testing.assert_close(got[0].double(), want, atol=2e-5 * width, rtol=1e-5)
 
 
+@pytest.mark.parametrize("value", [127, -127])
+def test_int8_sums_do_not_saturate(value: int) -> None:
+    """The largest products: kernels that add pairs of them in 16 bits would show here."""
+    values, codes = (
+        torch.full((16, 64), value, dtype=torch.int8),
+        torch.tensor([[127.0], [-128.0]]).expand(2, 64),
+    )
+    layer = quantised_linear("int8", values, torch.ones(16), None, 1.0)
+    assert torch.equal(layer(codes), torch.tensor([[127.0], [-128.0]]) * value * 64 * torch.ones(16))
+
+
 @pytest.mark.parametrize("product", ["rowwise", "tensorwise", "restored"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_way_to_multiply_fp8(product: Product, dtype: torch.dtype) -> None:
