@@ -66,7 +66,7 @@ def shared(request: pytest.FixtureRequest, name: str, build: Callable[[Path], ob
     with locked(folder):  # xdist workers: one builds, the others wait
         if not bundle.exists():
             for old in folder.iterdir():
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
             bundle.parent.mkdir()
             build(bundle)
     return bundle
