@@ -63,14 +63,16 @@ def product(path: Path, weight: Array) -> Engine:
 
 
 def exact(codes: Array, weight: Array) -> Array:
-    return codes.astype(np.int64) @ weight.astype(np.int64).T
+    sums: Array = codes.astype(np.int64) @ weight.astype(np.int64).T
+    return sums
 
 
 def saturating(codes: Array, weight: Array) -> Array:
     """As VPMADDUBSW sums: inputs moved to unsigned bytes, pairs of products in 16 bits."""
     moved, signed = codes.astype(np.int64) + 128, weight.astype(np.int64)
     pairs = (moved[:, None] * signed[None]).reshape(len(codes), len(weight), -1, 2).sum(-1)
-    return np.clip(pairs, -(2**15), 2**15 - 1).sum(-1) - 128 * signed.sum(1)
+    sums: Array = np.clip(pairs, -(2**15), 2**15 - 1).sum(-1) - 128 * signed.sum(1)
+    return sums
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
