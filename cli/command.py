@@ -187,10 +187,13 @@ def _help(command: Any, path: str, width: int) -> Iterator[str]:
         yield typer.style(title, bold=True)
         for option in options:
             names = ", ".join(option.opts[:1] if option.name == "settings" else option.opts)
-            names += "" if option.is_flag else f" {words[option.name]}"
-            shown = default(option)
-            keys = f" -O help explains {', '.join(command.settings)}." if option.name == "settings" else ""
-            yield from _entry(names, f"{option.help or ''}{keys}{f' [{shown}]' if shown else ''}", width)
+            word, text, shown = words[option.name], option.help or "", default(option)
+            if len(word) > _NAMES:
+                word, text = "NAME", f"{text} One of: {word.replace('|', ', ')}."
+            if option.name == "settings":
+                text += f" -O help explains {', '.join(command.settings)}."
+            names += "" if option.is_flag else f" {word}"
+            yield from _entry(names, f"{text} [{shown}]" if shown else text, width)
     for text in paragraphs(command.epilog or ""):
         yield from textwrap.wrap(text, width)
 

@@ -18,7 +18,7 @@ from ..errors import CapabilityError
 from .cache import app as cache
 from .command import command, group_with_default
 from .estimate import model_and_recipe
-from .output import human_bytes, print_json, print_table
+from .output import human_bytes, print_json, print_table, print_text
 
 if TYPE_CHECKING:
     from ..profiles.doctor import Ability, Diagnosis
@@ -134,9 +134,9 @@ def _print_backends(diagnosis: Diagnosis) -> None:
             here.install if here.release is None else "",
             *(f"{name} as {kind.replace('x', ' x ')}" for name, kind in _replaced(ability)),
         ]
-        typer.echo(f"{here.backend}: {'; '.join(filter(None, notes))}")
+        print_text(f"{here.backend}: {'; '.join(filter(None, notes))}")
     others = ", ".join(f"{sm} ({gpus})" for sm, gpus in TENSORRT_ONLY.items())
-    typer.echo(f"On {others}: build --backend tensorrt on that GPU; TensorRT-RTX does not support it.")
+    print_text(f"On {others}: build --backend tensorrt on that GPU; TensorRT-RTX does not support it.")
 
 
 def _targets(targets: Mapping[str, Sequence[str]]) -> list[str]:

@@ -44,7 +44,7 @@ class Task(str, Enum):
 
 
 class Head(str, Enum):
-    """Which image embedding."""
+    """Which image embedding, by its published name."""
 
     C = "InternVL-C"
     G = "InternVL-G"

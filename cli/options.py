@@ -7,9 +7,24 @@ from typing import Annotated
 
 import typer
 
+from ..errors import IntegrityError
 from ..settings import Setting, Table, choice, names, number, path, text, whole
 
-BundleArg = Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)]
+
+def a_bundle(folder: Path) -> Path:
+    """``folder``, unless it is the name of a shipped model; IntegrityError says how to build its bundle."""
+    from ..models.shipped import shipped_name
+
+    if (name := shipped_name(folder)) is not None:
+        raise IntegrityError(
+            f"{folder} is a shipped model, not a bundle.",
+            "Bundles are built from models.",
+            f"Run: ivl-export build --model {folder}, then give bundles/{name}-fp8.",
+        )
+    return folder
+
+
+BundleArg = Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False, callback=a_bundle)]
 BackendOpt = Annotated[str, typer.Option(help="Engines to use: onnxruntime, tensorrt-rtx, ...")]
 ModelOpt = Annotated[
     Path | None,

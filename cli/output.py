@@ -30,14 +30,26 @@ def holds(text: str) -> bool:
     return True
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on stdout, as wide as the terminal; 120 columns in files and logs."""
-    from shutil import get_terminal_size
-
+def print_text(text: str) -> None:
+    """``text`` on stdout, broken between words where it is wider than the terminal."""
     import typer
 
-    width = get_terminal_size((120, 24)).columns
-    head, body = layout(title, columns, rows, width)
+    for line in _wrap(text, _columns()):
+        typer.echo(line)
+
+
+def _columns() -> int:
+    """Width of the terminal; 120 columns in files and logs."""
+    from shutil import get_terminal_size
+
+    return get_terminal_size((120, 24)).columns
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table on stdout, as wide as the terminal; 120 columns in files and logs."""
+    import typer
+
+    head, body = layout(title, columns, rows, _columns())
     if not holds("─"):
         body = [line.replace("─", "-") for line in body]
     for line in head:

@@ -13,7 +13,7 @@ from ..bundle import Bundle
 from ..errors import UsageError
 from ..settings import SWITCH, Setting, Table, path, read_settings, switch, text, whole
 from .command import SettingsOpt, command
-from .options import THREADS, BackendOpt
+from .options import THREADS, BackendOpt, a_bundle
 from .output import check_writable, print_json
 from .profile_layers import LayerOptions, Where, print_layer_profiles, time_layers, write_layer_profiles
 from .progress import Bars
@@ -73,6 +73,7 @@ def profile(
             help="A bundle's folder; or a receipt of --out, which is printed and drawn.",
             metavar="BUNDLE",
             show_default=False,
+            callback=a_bundle,
         ),
     ],
     batch: Annotated[

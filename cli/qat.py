@@ -128,7 +128,8 @@ def _print_plan(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(summary)
     else:
-        print_table("Would train", ("", ""), list(summary.items()))
+        layers = [f"{count} in {scheme}" for scheme, count in summary["layers"].items()]
+        print_table("Would train", ("", ""), list({**summary, "layers": layers}.items()))
 
 
 def _print_scores(receipt: dict[str, Any], out: Path) -> None:

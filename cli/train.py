@@ -92,14 +92,16 @@ def train(
 
     if "threads" in values:
         torch.set_num_threads(values["threads"])
-    if processes > 1 and (stage is not None or preset in (NANO_CHAT.name, NANO_TILES.name)):
+    if processes > 1 and (
+        stage is not None or model is not None or preset in (NANO_CHAT.name, NANO_TILES.name)
+    ):
         raise UsageError("Chat models train in one process.", fix="Leave -O processes out.")
     if stage is not None or model is not None:
-        if stage != 3 or model is None:
+        if stage not in (None, 3) or model is None:
             raise UsageError(
-                f"Stage {stage} cannot be run alone.",
-                "A preset runs stages 1 and 2; --model is fine-tuned by stage 3.",
-                "Give --model CHAT, or --preset.",
+                f"--stage {stage} cannot be run like this.",
+                "Stages 1 and 2 are those of a preset; stage 3 fine-tunes a chat model.",
+                "Give --preset NAME or --model CHAT, without --stage.",
             )
         from ..models.shipped import shipped_name
         from ..training.lora import Lora

@@ -16,6 +16,7 @@ from ..settings import SWITCH, Setting, Table, read_settings, switch, text
 from .build_tables import print_kernels
 from .command import SettingsOpt, command
 from .layers import json_layers, print_layers
+from .options import BundleArg
 from .output import check_writable, human_bytes, print_json, print_table, show
 from .proofs import Here, Proofs, check_here, proof_of_file, proofs, proofs_here
 
@@ -36,7 +37,7 @@ SETTINGS: Table = {
 
 @app.command(cls=command(SETTINGS))
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
+    bundle: BundleArg,
     quick: Annotated[
         bool, typer.Option("--quick", help="Compare file sizes only, instead of hashing every file.")
     ] = False,

@@ -139,3 +139,22 @@ def test_a_wrong_setting_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFi
 def test_text_is_not_empty() -> None:
     with pytest.raises(ValueError, match=r"^$"):
         text("")
+
+
+@pytest.mark.parametrize(
+    "words", [["verify"], ["run", "embed"], ["eval", "--task", "questions"], ["profile"]]
+)
+def test_a_shipped_model_is_not_a_bundle(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*words, "nano-chat"]) == 8
+    error = capsys.readouterr().err
+    assert "nano-chat is a shipped model, not a bundle" in error
+    assert "ivl-export build --model nano-chat" in error
+
+
+def test_stage_3_is_that_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--stage 3`` is accepted, as before, but ``--model`` says it already."""
+    assert cli.main(["train", "--stage", "3"]) == 2
+    assert "--model CHAT" in capsys.readouterr().err
+    for words in ([], ["--stage", "3"]):
+        assert cli.main(["train", "--model", "nano-chat", *words, "--processes", "2"]) == 2
+        assert "one process" in capsys.readouterr().err
