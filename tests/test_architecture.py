@@ -8,14 +8,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from ivl_export.models.registry import families
+from ivl_export.tests.sources import ROOT, sources, tree
 
-ROOT = Path(__file__).parent.parent
-OUTSIDE = ("tests", "benchmarks", "build")  # the last is pip's
-MODULES = sorted(
-    file
-    for file in ROOT.rglob("*.py")
-    if file.relative_to(ROOT).parts[0] not in OUTSIDE and not file.relative_to(ROOT).parts[0].startswith(".")
-)
+MODULES = sources("tests", "benchmarks")
 FOLDERS = sorted({file.relative_to(ROOT).parts[0] for file in MODULES if file.parent != ROOT})
 
 
@@ -29,7 +24,7 @@ def table() -> dict[str, str]:
 def imported(file: Path) -> Iterator[str]:
     """The folders that ``file`` imports from, its own left out."""
     here = file.relative_to(ROOT).parent.parts
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(file)):
         if isinstance(node, ast.ImportFrom) and node.level == len(here) + 1:
             names = [node.module] if node.module else [alias.name for alias in node.names]
             yield from {name.partition(".")[0] for name in names} & {*FOLDERS} - {*here[:1]}
@@ -44,7 +39,7 @@ def module_name(file: Path) -> str:
 def imported_modules(file: Path, modules: Collection[str]) -> Iterator[str]:
     """Those of ``modules`` that ``file`` imports, at its top or inside functions."""
     package = file.relative_to(ROOT).parent.parts
-    for node in runtime_nodes(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in runtime_nodes(tree(file)):
         if isinstance(node, ast.ImportFrom) and node.level:
             source = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
             for alias in node.names:
@@ -115,7 +110,7 @@ def test_nothing_outside_models_knows_components_by_name() -> None:
         f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
         for file in (*MODULES, *(ROOT / "benchmarks").rglob("*.py"))
         if file.relative_to(ROOT).parts[0] != "models"
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in ast.walk(tree(file))
         if compared(node) & components or checked_types(node) & configs
     ]
     assert places == []

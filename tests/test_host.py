@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ivl_export import host
+from ivl_export.tests.sources import ROOT, sources
 
 V2 = "30 1 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw"
 US = "sys/fs/cgroup/cpu"
@@ -63,11 +64,9 @@ def test_the_smaller_of_affinity_and_quota(
 
 
 def test_cores_are_counted_in_one_place() -> None:
-    root = Path(host.__file__).parent
     counting = [
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*.py")
-        if path.relative_to(root).parts[0] not in ("tests", ".venv", "build")
-        and ("cpu_count" in (text := path.read_text(encoding="utf-8")) or "sched_getaffinity" in text)
+        path.relative_to(ROOT).as_posix()
+        for path in sources("tests")
+        if "cpu_count" in (text := path.read_text(encoding="utf-8")) or "sched_getaffinity" in text
     ]
     assert counting == ["host.py"]

@@ -6,7 +6,8 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parent.parent
+from ivl_export.tests.sources import ROOT, sources, tree
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OUTSIDE = ("tests", "benchmarks", "examples", "build", ".venv")
 OPTIONAL = {"jinja2", "opentelemetry-sdk", "torch-tensorrt"}
 """Used where they are there, and named with their own line where they are asked for: no extra has them."""
 IMPORTS = {
@@ -38,19 +39,23 @@ def packages(requirements: list[str]) -> set[str]:
     return {str(canonicalize_name(Requirement(text).name)) for text in requirements}
 
 
+@cache
+def installed() -> Mapping[str, list[str]]:
+    """Modules and the packages that they come from: every installed package is read."""
+    return packages_distributions()
+
+
 def modules_of(package: str) -> set[str]:
     if package in IMPORTS:
         return {IMPORTS[package]}
     return {
-        m
-        for m, names in packages_distributions().items()
-        if package in {str(canonicalize_name(name)) for name in names}
+        m for m, names in installed().items() if package in {str(canonicalize_name(name)) for name in names}
     }
 
 
 def imports(file: Path) -> Iterator[str]:
     """Modules from elsewhere: of import statements, ``import_module("x")``, and tables of such names."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -61,8 +66,11 @@ def imports(file: Path) -> Iterator[str]:
 
 def imported(*folders: str) -> set[str]:
     """Modules that the library imports, in ``folders`` only if any are named."""
-    files = [f for f in ROOT.rglob("*.py") if f.relative_to(ROOT).parts[0] not in OUTSIDE]
-    files = [f for f in files if not folders or f.relative_to(ROOT).parts[0] in folders]
+    files = [
+        f
+        for f in sources("tests", "benchmarks", "examples")
+        if not folders or f.relative_to(ROOT).parts[0] in folders
+    ]
     return {name for file in files for name in imports(file)} - sys.stdlib_module_names - {"ivl_export"}
 
 

@@ -23,6 +23,7 @@ from ivl_export.engines.tensorrt import network as trt_network
 from ivl_export.engines.tensorrt import timing_cache
 from ivl_export.engines.tensorrt.options import BuildOptions
 from ivl_export.errors import BuildError, CapabilityError, UsageError
+from ivl_export.tests.sources import ROOT, sources, tree
 
 from ..fake_tensorrt import RTX, SURFACES, TRT10, TRT11, Fake
 
@@ -341,20 +342,16 @@ def test_an_unknown_builder_is_a_usage_error() -> None:
 
 
 def test_only_one_module_imports_tensorrt() -> None:
-    root = Path(trt.__file__).parents[2]
-    folders = [
-        p for p in root.iterdir() if p.is_dir() and p.name not in ("tests", "build") and p.name[0] != "."
-    ]
-    sources = [file for folder in folders for file in folder.rglob("*.py")]
-    found = [p.name for p in sources if "tensorrt_rtx" in _imported(p)]
+    files = [p for p in sources("tests") if p.parent != ROOT]
+    found = [p.name for p in files if "tensorrt_rtx" in _imported(p)]
     assert found == []
-    by_name = [p.name for p in sources if "import_module(_MODULES" in p.read_text(encoding="utf-8")]
+    by_name = [p.name for p in files if "import_module(_MODULES" in p.read_text(encoding="utf-8")]
     assert by_name == ["library.py"]
 
 
 def _imported(path: Path) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
