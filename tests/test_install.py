@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -19,6 +21,7 @@ from packaging.utils import canonicalize_name
 from ivl_export.tests.sources import ROOT, sources, tree
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+OUTSIDE = ("tests", "benchmarks", "examples")
 OPTIONAL = {"jinja2", "opentelemetry-sdk", "torch-tensorrt"}
 """Used where they are there, and named with their own line where they are asked for: no extra has them."""
 IMPORTS = {
@@ -66,11 +69,8 @@ def imports(file: Path) -> Iterator[str]:
 
 def imported(*folders: str) -> set[str]:
     """Modules that the library imports, in ``folders`` only if any are named."""
-    files = [
-        f
-        for f in sources("tests", "benchmarks", "examples")
-        if not folders or f.relative_to(ROOT).parts[0] in folders
-    ]
+    every = sources(*OUTSIDE)
+    files = [f for f in every if not folders or f.relative_to(ROOT).parts[0] in folders]
     return {name for file in files for name in imports(file)} - sys.stdlib_module_names - {"ivl_export"}
 
 
@@ -115,54 +115,88 @@ def test_every_package_has_its_exact_version() -> None:
 
 
 BLOCKED = """
-import sys
+import json, os, sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("torch", "onnx", "onnx_ir", "onnxscript"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocked())
 from ivl_export.cli import main
-sys.exit(main(sys.argv[1:]))
+for folder, line in json.loads(sys.argv[1]).items():
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(folder + "." + name, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+        os.close(file)
+    try:
+        code = main(line.split())
+    except SystemExit as left:
+        code = left.code
+    sys.stdout.flush(), sys.stderr.flush()
+    with open(folder + ".code", "w") as file:
+        file.write(str(code or 0))
 """
-
-
-def without_quant(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", BLOCKED, *line.split()]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
-
-
-@pytest.mark.parametrize(
-    ("line", "extra"),
-    [("build", "quant"), ("build --dry-run", "quant"), ("calibrate", "quant"), ("export", "quant"),
-     ("sensitivity", "quant"), ("train", "train"), ("train qat", "train")],
+REFUSED = {"build": "quant", "build --dry-run": "quant", "calibrate": "quant", "export": "quant",
+           "sensitivity": "quant", "train": "train", "train qat": "train"}  # fmt: skip
+"""Commands, and the extra that each names."""
+ANSWERED = (
+    "--help", "doctor", "estimate --gpu l40s", "build --list-recipes", "verify BUNDLE",
+    "compare BUNDLE BUNDLE",
+    "profile BUNDLE --seconds 0.01 --layers --no-latency --calls 1 --component vision",
+    "train scenes scenes --count 1",
 )  # fmt: skip
-def test_commands_that_need_an_extra_say_which_and_why(line: str, extra: str, tmp_path: Path) -> None:
-    done = without_quant(line, tmp_path)
-    assert done.returncode == 5, done.stderr
-    what, why, fix = done.stderr.strip().splitlines()[-3:]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A command's exit code, what it told, and the folder that it ran in."""
+
+    code: int
+    told: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def without_quant(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+    """Every command where no module of extra ``quant`` can be imported: one process, a folder for each."""
+    root, folders = tmp_path_factory.mktemp("without"), dict[str, Path]()
+    for number, line in enumerate((*REFUSED, *ANSWERED)):
+        folders[line] = root / str(number)
+        folders[line].mkdir()
+        if "BUNDLE" in line:
+            (folders[line] / "BUNDLE").symlink_to(tiny_bundle)
+    lines = json.dumps({str(folder): line for line, folder in folders.items()})
+    done = subprocess.run([sys.executable, "-c", BLOCKED, lines], check=False)
+    assert done.returncode == 0
+    return {
+        line: Answer(
+            int(folder.with_suffix(".code").read_text()),
+            folder.with_suffix(".err").read_text(encoding="utf-8"),
+            folder,
+        )
+        for line, folder in folders.items()
+    }
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_commands_that_need_an_extra_say_which_and_why(line: str, without_quant: dict[str, Answer]) -> None:
+    answer = without_quant[line]
+    assert answer.code == 5, answer.told
+    what, why, fix = answer.told.strip().splitlines()[-3:]
     assert what == f"error: 'ivl-export {line.split()[0]}' needs torch, which is not installed."
     assert re.search(r"torch.*; running a bundle", why)
-    assert fix == f"  fix: pip install 'ivl-export[{extra}]'"
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert fix == f"  fix: pip install 'ivl-export[{REFUSED[line]}]'"
+    assert "Traceback" not in answer.told
+    assert list(answer.folder.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["--help", "doctor", "estimate --gpu l40s", "build --list-recipes", "verify BUNDLE",
-     "compare BUNDLE BUNDLE",
-     "profile BUNDLE --seconds 0.01 --layers --no-latency --calls 1 --component vision",
-     "train scenes scenes --count 1"],
-)  # fmt: skip
-def test_the_others_work_without_quant(line: str, tiny_bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "BUNDLE").symlink_to(tiny_bundle)
-    done = without_quant(line, tmp_path)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("line", ANSWERED)
+def test_the_others_work_without_quant(line: str, without_quant: dict[str, Answer]) -> None:
+    assert without_quant[line].code == 0, without_quant[line].told
 
 
 def test_a_wheel_has_every_package() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads pyproject.toml")
     data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    folders = [path.parent.relative_to(ROOT).parts for path in ROOT.rglob("__init__.py")]
-    inside = [parts for parts in folders if not parts or not parts[0].startswith((".", *OUTSIDE))]
+    inside = [f.parent.relative_to(ROOT).parts for f in sources(*OUTSIDE) if f.name == "__init__.py"]
     assert set(data["tool"]["setuptools"]["packages"]) == {".".join(("ivl_export", *p)) for p in inside}
