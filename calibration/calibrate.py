@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .segments import Segment
 
 STATE = "state.json"
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+")
 
 Amax = dict[str, dict[str, float]]
 
@@ -158,6 +160,8 @@ def calibrate(
         UsageError: an unknown algorithm, percentile or component.
         CapabilityError: a component without weights.
     """
+    from torch import nn
+
     from .block_stream import Flow, visit
     from .forward_calls import samples_of
     from .observers import Watch
@@ -194,6 +198,9 @@ def calibrate(
             flow.close()
         amax = state.amax
         shutil.rmtree(state.folder, ignore_errors=True)
+    for component, layers in amax.items():
+        parts = modules.by_name[component].named_modules()
+        _fill_unrouted(layers, (name for name, part in parts if isinstance(part, nn.Linear)))
     measured = sorted({layer for layers in amax.values() for layer in layers})
     weights = {layer: checkpoint.tensors.get(f"{layer}.weight") for layer in measured}  # attentions have none
     return ActivationRanges(
@@ -208,6 +215,18 @@ def calibrate(
         kinds={layer: chosen_for[layer] for layer in measured if layer in chosen_for},
         shapes={layer: list(ref.shape) for layer, ref in weights.items() if ref is not None},
     )
+
+
+def _fill_unrouted(layers: dict[str, float], names: Iterable[str]) -> None:
+    """Give an expert that no token was routed to the largest range of the other experts of its block."""
+    largest: dict[str, float] = {}
+    for name, value in layers.items():
+        kind = _EXPERT.sub("*", name)
+        largest[kind] = max(value, largest.get(kind, 0.0))
+    for name in names:
+        kind = _EXPERT.sub("*", name)
+        if name not in layers and kind != name and kind in largest:
+            layers[name] = largest[kind]
 
 
 class _State:

@@ -27,21 +27,22 @@ class SparseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
-        rows = x.flatten(0, 1)
-        weights, chosen = self.route(self.gate(rows))
+        weights, chosen = self.route(self.gate(x))
         if x.is_meta or torch.compiler.is_compiling():
-            share = torch.zeros_like(rows[:, :1]).expand(-1, self.config.experts).scatter(1, chosen, weights)
-            parts = (expert(rows) * share[:, i, None] for i, expert in enumerate(self.experts))
-            out = torch.stack(list(parts)).sum(0)
-        else:
-            out = torch.zeros_like(rows)
-            for number in sorted(set(chosen.flatten().tolist())):
-                row, place = torch.where(chosen == number)
-                out.index_add_(0, row, self.experts[number](rows[row]) * weights[row, place, None])
+            # [B, T, H] throughout: of rows alone layers with biases become Gemms, which are not quantised.
+            share = torch.zeros_like(x[..., :1]).expand(-1, -1, self.config.experts)
+            share = share.scatter(-1, chosen, weights)
+            parts = (expert(x) * share[..., i, None] for i, expert in enumerate(self.experts))
+            return torch.stack(list(parts)).sum(0)
+        rows, weights, chosen = (tensor.flatten(0, 1) for tensor in (x, weights, chosen))
+        out = torch.zeros_like(rows)
+        for number in sorted(set(chosen.flatten().tolist())):
+            row, place = torch.where(chosen == number)
+            out.index_add_(0, row, self.experts[number](rows[row]) * weights[row, place, None])
         return out.reshape(x.shape)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Router logits [N, E] -> weights and numbers of each token's experts, both [N, per_token]."""
+        """Router logits [..., E] -> weights and numbers of each token's experts, both [..., per_token]."""
         config = self.config
         if config.gpt_oss:
             best, chosen = logits.topk(config.per_token, dim=-1)

@@ -109,10 +109,14 @@ def fake_attention(
         factor = torch.tensor(scale, device=x.device)
         return quantise_values(x, factor, "fp8").float() * factor
 
+    groups = q.shape[1] // k.shape[1]  # query heads that share a key head
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = rounded(q * q.shape[-1] ** -0.5, scales[0]) @ rounded(k, scales[1]).transpose(-1, -2)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:  # logits of sinks stand in it
+        scores = scores + mask
     weights = rounded(scores.softmax(-1), activation_scale(SOFTMAX_AMAX, "fp8", base))
     return (weights @ rounded(v, scales[2])).transpose(1, 2).flatten(2)
