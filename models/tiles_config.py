@@ -116,7 +116,7 @@ class TilesConfig:
             "downsample_ratio": 1 / self.factor,
             "ps_version": self.shuffle,
             "template": self.template,
-            **({} if self.system_message is None else {"system_message": self.system_message}),
+            "system_message": self.system_message,
             "dynamic_image_size": not single,
             "min_dynamic_patch": self.min_tiles,
             "max_dynamic_patch": self.max_tiles,
