@@ -31,8 +31,9 @@ def compare(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
-    """Compare two bundles (sizes, accuracy, kernels) or two receipts of 'profile --out' (times).
+    """Compare two bundles (sizes, accuracy, kernels, engines) or two receipts of 'profile --out' (times).
 
+    Of bundles: engines that differ in bytes may compute the same, so programs and weights are compared.
     For receipts: the ratio of medians of each case with its bootstrap interval, and a verdict.
     """
     limit = None if fail_above is None else parse_percent(fail_above)
@@ -83,6 +84,9 @@ def _compare_bundles(path_a: Path, path_b: Path, as_json: bool) -> None:
     if result["verification"]:
         rows = [(row["name"], _counts(row["a"]), _counts(row["b"])) for row in result["verification"]]
         print_table("Matrix products by precision", ("", "A", "B"), rows)
+    if result["engines"]:
+        rows = [(r["name"], _same(r["same_bytes"]), _same(r["same_program"])) for r in result["engines"]]
+        print_table("Engines of both", ("", "bytes", "programs and weights"), rows)
     for note in result["notes"]:
         typer.echo(f"note: {show(note)}")
 
@@ -149,6 +153,10 @@ def _print_diff(result: Diff) -> None:
 
 def _value(key: str, bundle: dict[str, Any]) -> object:
     return human_bytes(bundle[key]) if key.endswith("bytes") else bundle[key]
+
+
+def _same(equal: bool | None) -> str:
+    return "not known" if equal is None else "equal" if equal else "different"
 
 
 def _score(score: dict[str, Any] | None) -> str:

@@ -179,15 +179,34 @@ def _axes(spec: ComponentSpec) -> str:
 def _engines(bundle: Bundle) -> None:
     m = bundle.manifest
     if m.engines:
-        columns = ("component", "backend", "target", "built with", "size", "file")
+        columns = ("component", "backend", "target", "built with", "size", "program", "file")
         print_table(
             "Engines",
             columns,
             [
-                (_part(bundle, e), e.backend, e.target, e.release, human_bytes(m.files[e.file].size), e.file)
+                (
+                    _part(bundle, e),
+                    e.backend,
+                    e.target,
+                    e.release,
+                    human_bytes(m.files[e.file].size),
+                    _program(bundle, e)[:12],
+                    e.file,
+                )
                 for e in m.engines
             ],
         )
+
+
+def _program(bundle: Bundle, engine: EngineFile) -> str:
+    """Digest of what an engine computes, as its receipt has it: builds that differ in bytes share it."""
+    if "verification" not in bundle.manifest.receipts:
+        return ""
+    receipt: Any = bundle.receipt("verification")
+    try:
+        return str(receipt[f"{engine.backend}-{engine.target}"][engine.component]["program"])
+    except (KeyError, TypeError):
+        return ""
 
 
 def _part(bundle: Bundle, engine: EngineFile) -> str:

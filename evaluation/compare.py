@@ -13,8 +13,10 @@ Data = dict[str, Any]
 
 
 def compare(a: Bundle, b: Bundle) -> Data:
-    """``{bundles, components, tasks, verification, notes}`` as plain data; what one bundle lacks is None.
+    """``{bundles, components, tasks, verification, engines, notes}`` as plain data; what one bundle lacks is None.
 
+    ``engines`` has, for engines that both have, whether their files are equal, and whether what they compute is
+    (``same_program``; None where a receipt does not say): see :func:`..verify.program.program_digest`.
     ``notes`` says what keeps the numbers of the two from being compared. IntegrityError if a receipt is not
     as builds write it.
     """
@@ -49,6 +51,7 @@ def _side_by_side(a: Bundle, b: Bundle) -> Data:
         "components": _merged([{} if x is None else _components(x) for x in accuracy]),
         "tasks": [_task(row, same) for row in _merged(scores)],
         "verification": _merged([{} if x is None else _precisions(x) for x in verification]),
+        "engines": _engines(a, b, verification),
         "notes": notes,
     }
 
@@ -140,6 +143,30 @@ def _precisions(receipt: Data) -> dict[str, dict[str, int]]:
         for where, components in receipt.items()
         for component, proof in components.items()
     }
+
+
+def _engines(a: Bundle, b: Bundle, verification: list[Any]) -> list[Data]:
+    """The engines that both bundles have: equal files, equal programs."""
+
+    def files(bundle: Bundle) -> dict[tuple[str, str], list[str]]:
+        found: dict[tuple[str, str], list[str]] = {}
+        for e in bundle.manifest.engines:
+            place = f"{e.backend}-{e.target}", e.component
+            found.setdefault(place, []).append(bundle.manifest.files[e.file].sha256)
+        return found
+
+    def program(receipt: Any, where: str, component: str) -> str:
+        return str(((receipt or {}).get(where) or {}).get(component, {}).get("program", ""))
+
+    first, second = files(a), files(b)
+    rows: list[Data] = []
+    for where, component in (place for place in first if place in second):
+        programs = [program(receipt, where, component) for receipt in verification]
+        same_bytes = first[where, component] == second[where, component]
+        same = programs[0] == programs[1] if all(programs) else None
+        same_program = True if same_bytes else same
+        rows.append({"name": f"{where} {component}", "same_bytes": same_bytes, "same_program": same_program})
+    return rows
 
 
 def _merged(sides: list[dict[str, Any]]) -> list[Data]:

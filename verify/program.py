@@ -5,12 +5,20 @@ their element types, and sections of kernels with the ONNX layers each came from
 each optimization profile (targets share it), and a small one for each kernel that is compiled when the engine
 is loaded (``runtime_fusion``). The format is undocumented (this is TensorRT-RTX 1.7's) and read for reports
 and tests only, never at run time. The reader is bounded and evaluates nothing.
+
+Two builds of one graph can differ in bytes. What differs is the envelope around the programs: the numbers
+that symbolic sizes of tensors get, the table of their expressions, and the order in which outputs are listed.
+Both follow the addresses of objects in the builder's memory, which every process and every build has others
+of. The programs (text, kernels, constants) and the section of weights are the same: :func:`program_digest`
+compares these.
 """
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +33,14 @@ UNTOLD = "unknown"
 """The type of an operand that an engine does not tell."""
 _MAX_DEPTH = 32
 _START = b"header {\n"
+_BLOB = struct.Struct("<Q4sI")
+"""Before a program: the bytes from the name on, its name ``NLYM``, a number; the text's length follows."""
+_NAME = b"NLYM"
+_HEADER = 64
+_SECTION = struct.Struct("<8sQQ")
+"""At byte 64, as many as byte 8 says: a section's name backwards, where it starts, its bytes."""
+_WEIGHTS = b"THGW\0\0\0\0"
+_MAX_SECTIONS = 64
 _TOKEN = re.compile(r'"[^"]*"|[{}=]|[^\s{}="]+')
 _SIZE = re.compile(r"[0-9]{1,15}")
 _LAYER = re.compile(r"\[ONNX Layer: ([^\]\x1f]*)\]")
@@ -105,6 +121,53 @@ def read_programs(path: Path) -> tuple[Program, ...]:
     if not programs:
         raise _unreadable(path, "It embeds no program; this release may write it in another form.")
     return tuple(programs)
+
+
+def program_digest(path: Path) -> str:
+    """What the engine file at ``path`` computes, as a sha256; empty where the file is laid out otherwise.
+
+    It covers the programs of all profiles with their kernels and constants, and the weights, in the file's
+    order. Engines of two builds with equal graphs, options and releases have equal digests, even where their
+    bytes differ.
+    """
+    total = hashlib.sha256()
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            parts = [*_blobs(data), _weights(data)]
+            if data[: len(MAGIC)] != MAGIC or None in parts or len(parts) < 2:
+                return ""
+            with memoryview(data) as view:
+                for part in parts:
+                    assert part is not None
+                    with view[slice(*part)] as piece:
+                        total.update(hashlib.sha256(piece).digest())
+    except (OSError, ValueError, struct.error):
+        return ""
+    return total.hexdigest()
+
+
+def _blobs(data: mmap.mmap) -> Iterator[tuple[int, int] | None]:
+    """Start and end of each program with its kernels and constants; None for one that has no length."""
+    at = data.find(_START)
+    while at >= 0:
+        begin = at - 16
+        length, name, _ = _BLOB.unpack_from(data, begin - 8) if begin >= 8 else (0, b"", 0)
+        end = begin + length
+        if name != _NAME or not at < end <= len(data):
+            yield None
+            return
+        yield begin, end
+        at = data.find(_START, end)
+
+
+def _weights(data: mmap.mmap) -> tuple[int, int] | None:
+    """Start and end of the section of weights; None if the file does not say."""
+    (count,) = struct.unpack_from("<Q", data, 8)
+    for number in range(min(count, _MAX_SECTIONS)):
+        name, start, size = _SECTION.unpack_from(data, _HEADER + number * _SECTION.size)
+        if name == _WEIGHTS and 0 < start <= start + size <= len(data):
+            return start, start + size
+    return None
 
 
 def _unreadable(path: Path, why: str) -> IntegrityError:

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 from ..engines.onnx_graph import Graph
@@ -43,7 +44,7 @@ class VerifiedProduct:
         scheme: one of :data:`..engines.products.FACTORS` if the graph quantises both factors so, else empty.
         precision: types of the factors in the engine, ``fp8xfp8``; the stored type of a weight that is
             restored beside the product: ``bf16xint4``, or ``int8xint4`` of a product in INT8; several
-            merge_reports by ``|`` where optimization profiles differ; ``unknown`` for a type the engine does
+            joined by ``|`` where optimization profiles differ; ``unknown`` for a type the engine does
             not tell; empty if the product is not in the engine.
         kernel: name of the kernel.
         merged: nodes that share the kernel (q/k/v, gate/up), this one among them; empty if it stands alone.
@@ -94,7 +95,9 @@ class VerificationReport:
 
     ``casts`` are conversions between float types that stand alone, by node name. ``constant_bytes`` is
     everything the engine keeps of weights, scales and tables for one optimization profile, ``file_bytes`` the
-    engine's file (its program and its kernels as well); 0 where there is none.
+    engine's file (its program and its kernels as well); 0 where there is none. ``program`` is
+    :func:`.program.program_digest` of the engine, which two builds of one graph share even where their bytes
+    differ; empty where there is none.
     """
 
     backend: str
@@ -106,6 +109,7 @@ class VerificationReport:
     convolutions: tuple[VerifiedProduct, ...] = ()
     constant_bytes: int = 0
     file_bytes: int = 0
+    program: str = ""
 
     @property
     def products(self) -> tuple[VerifiedProduct, ...]:
@@ -177,10 +181,17 @@ class GraphProducts:
 
 
 def shares(products: Sequence[Product], nbytes: int) -> tuple[int, ...]:
-    """``nbytes`` of one merge_reports weight as the shares of the products in it, by their elements."""
+    """``nbytes`` of one merged weight as the shares of the products in it, by their elements."""
     sizes = [math.prod(p.shape) for p in products]
     total = sum(sizes)
     return tuple(nbytes * size // total if total else 0 for size in sizes)
+
+
+def _joined(digests: Sequence[str]) -> str:
+    """One digest of the parts of an engine; empty if one of them has none."""
+    if not all(digests):
+        return ""
+    return digests[0] if len(digests) == 1 else sha256(" ".join(digests).encode()).hexdigest()
 
 
 def merge_reports(reports: Sequence[VerificationReport]) -> VerificationReport:
@@ -194,4 +205,5 @@ def merge_reports(reports: Sequence[VerificationReport]) -> VerificationReport:
         convolutions=tuple(c for r in reports for c in r.convolutions),
         constant_bytes=sum(r.constant_bytes for r in reports),
         file_bytes=sum(r.file_bytes for r in reports),
+        program=_joined([r.program for r in reports]),
     )

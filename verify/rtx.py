@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..engines.onnx_graph import read_graph
 from ..engines.products import AttentionBlock, Product, why_not_8_bits
-from .program import UNTOLD, Kernel, Program, read_programs
+from .program import UNTOLD, Kernel, Program, program_digest, read_programs
 from .report import GraphProducts, VerificationReport, VerifiedAttention, VerifiedProduct, shares
 
 _FLOATS = frozenset({"fp8", "bf16", "fp16", "fp32", "fp64"})
@@ -26,9 +27,10 @@ def read_rtx(engine: Path, graph: Path) -> VerificationReport:
     Raises:
         IntegrityError: either file cannot be read.
     """
-    return report_of(
+    report = report_of(
         read_programs(engine), graph, "tensorrt-rtx", engine.stat().st_size, why_unfused=_why_unfused
     )
+    return replace(report, program=program_digest(engine))
 
 
 def report_of(

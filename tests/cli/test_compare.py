@@ -13,6 +13,7 @@ import pytest
 
 from ivl_export import cli
 from ivl_export.bundle import Bundle, seal
+from ivl_export.bundle.manifest import EngineFile
 from ivl_export.calibration.accuracy import Metrics, Receipt
 from ivl_export.synthetic.tasks import Score, TaskScore
 
@@ -121,3 +122,37 @@ def test_a_strange_receipt_is_refused(
         path = bundle(tiny_bundle, tmp_path / f"b{i}", data, "fp8")
         assert cli.main(["compare", str(path), str(path)]) == 8, (name, content)
         assert "not as builds write it" in capsys.readouterr().err
+
+
+def test_engines_are_compared_by_what_they_compute(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of two builds that differ in bytes, with receipts that say what each computes."""
+    programs = {"a": "ab" * 32, "same": "ab" * 32, "other": "cd" * 32, "older": None}
+    made = {}
+    for name, program in programs.items():
+        staging = tmp_path / f"{name}.staging"
+        shutil.copytree(tiny_bundle, staging)
+        (staging / "manifest.json").unlink()
+        engine = EngineFile("vision", "tensorrt-rtx", "sm89", "1.7", "engines/vision.engine")
+        (staging / "engines").mkdir(exist_ok=True)
+        (staging / engine.file).write_bytes(name.encode())
+        (staging / "receipts").mkdir(exist_ok=True)
+        proof = {"precisions": {}, **({"program": program} if program else {})}
+        receipt = {"tensorrt-rtx-sm89": {"vision": proof}}
+        (staging / "receipts" / "verification.json").write_text(json.dumps(receipt))
+        manifest = replace(Bundle.open(tiny_bundle).manifest, receipts=("verification",), engines=(engine,))
+        seal(staging, manifest, tmp_path / name)
+        made[name] = tmp_path / name
+
+    def engines(other: str) -> Any:
+        (row,) = compare(capsys, made["a"], made[other])["engines"]
+        assert row["name"] == "tensorrt-rtx-sm89 vision"
+        return row["same_bytes"], row["same_program"]
+
+    assert engines("a") == (True, True)
+    assert engines("same") == (False, True)
+    assert engines("other") == (False, False)
+    assert engines("older") == (False, None)
+    assert cli.main(["compare", str(made["a"]), str(made["same"])]) == 0
+    assert "programs and weights" in capsys.readouterr().out

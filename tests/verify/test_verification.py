@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import pytest
 
 from ivl_export.engines.tensorrt.build import build_engine
+from ivl_export.engines.tensorrt.shapes import profiles_of
 from ivl_export.errors import BuildError, IntegrityError, UsageError
 from ivl_export.verify.expectations import check_expectations
-from ivl_export.verify.program import read_programs
+from ivl_export.verify.program import program_digest, read_programs
 from ivl_export.verify.report import VerificationReport, VerifiedAttention
 from ivl_export.verify.rtx import read_rtx
 
@@ -196,6 +198,60 @@ def test_profiles_are_reported_together(make: Make, tmp_path: Path) -> None:
     report = read_rtx(engine, sample.path)
     assert report.profiles == 2
     check_expectations(report, sample.promised)
+
+
+def test_two_builds_compute_the_same(make: Make, tmp_path: Path) -> None:
+    """Bytes may differ, programs and weights do not; another weight or another scale is seen."""
+    pytest.importorskip("tensorrt_rtx")
+    sample = make("step", dtype="bf16", scheme="int8")
+    profiles = profiles_of(sample.spec)
+    engines = [tmp_path / f"{i}.engine" for i in range(3)]
+    for engine in engines:
+        build_engine(sample.path, sample.spec, engine, profiles=profiles)
+    first, *others = [program_digest(engine) for engine in engines]
+    assert len(first) == 64
+    assert others == [first, first]
+    assert read_rtx(engines[0], sample.path).program == first
+
+    model = onnx.load(sample.path)
+    for name in ("mlp.down_proj.weight", "mlp.down_proj.weight_scale"):
+        changed = onnx.load(sample.path)
+        (value,) = (v for v in changed.graph.initializer if v.name == name)
+        raw = bytearray(value.raw_data)
+        raw[0] ^= 1
+        value.raw_data = bytes(raw)
+        path = tmp_path / "changed.onnx"
+        onnx.save(changed, path)
+        build_engine(path, sample.spec, engines[1], profiles=profiles)
+        assert program_digest(engines[1]) not in ("", first), name
+    onnx.save(model, path)
+    build_engine(path, sample.spec, engines[1], profiles=profiles)
+    assert program_digest(engines[1]) == first
+
+
+def test_a_digest_covers_programs_and_weights_and_not_the_numbers_of_sizes(
+    make: Make, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    sample, engine = make("step", dtype="bf16", scheme="int8"), tmp_path / "part.engine"
+    build_engine(sample.path, sample.spec, engine)
+    data, digest = engine.read_bytes(), program_digest(engine)
+    program = data.find(b"header {\n")
+
+    def digest_with(at: int) -> str:
+        changed = bytearray(data)
+        changed[at] ^= 0x01
+        engine.write_bytes(changed)
+        return program_digest(engine)
+
+    assert digest_with(program - 2000) == digest  # a size of a tensor, in the envelope
+    assert digest_with(program + 2000) not in ("", digest)
+    assert digest_with(len(data) - 1000) not in ("", digest)  # a weight
+    assert digest_with(program - 16) == ""  # the program's name
+    engine.write_bytes(data[: program + 50])
+    assert program_digest(engine) == ""
+    engine.write_bytes(b"vtrt" + bytes(8))
+    assert program_digest(engine) == ""
 
 
 def test_files_that_are_no_engine_are_refused(make: Make, tmp_path: Path) -> None:
