@@ -4,7 +4,8 @@ fp16 ends at 65504, and below 6.1e-5 it loses bits: a model that was trained in 
 fp32, may run over. Engines then give infinity or NaN, while the graphs that accuracy is measured on compute
 in fp32 and show nothing. So the fp32 run that they are compared with is watched: every operation's result
 (matrix products with their biases, residual sums, activations, norms), attention scores, and the sums of
-squares in norms, which all engines add up in fp32. Magnitudes are kept by channel, a result's last axis.
+squares in norms, which all engines add up in fp32. Magnitudes are kept by channel, a result's last axis: one
+may be far below the others, and lose bits or become zero where they do not.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 
 RANGES = {"fp16": (2.0**-14, 65504.0), "bf16": (2.0**-126, 255 * 2.0**120), "fp32": (2.0**-126, 3.4028235e38)}
 """Smallest normal number and largest number of a type."""
+ZERO = {"fp16": 2.0**-25, "bf16": 2.0**-134, "fp32": 2.0**-150}
+"""Up to here a type rounds to zero: half of its smallest denormal number."""
 RECEIPT = "magnitudes"
 LISTED = 20
+NAMED = 3
 _BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\.?(.*)")
 _MOVES = ("copy_", "_to_copy", "clone", "contiguous", "cat", "stack", "index", "index_select", "gather")
 _MASKS = ("full", "full_like", "new_full", "masked_fill", "where", "triu", "tril", "scalar_tensor")
@@ -64,6 +68,34 @@ class Peak:
 
 
 @dataclass(frozen=True)
+class Faint:
+    """Channels of one result whose largest magnitude a type holds in denormal numbers at best.
+
+    Args:
+        component, place: as in :class:`Peak`.
+        dtype: the type, ``fp16`` or ``bf16``.
+        channel: the faintest of them, its largest magnitude ``value``.
+        count: how many there are, of ``channels``; channels that are 0 throughout do not count.
+        zeros: how many of them become zero.
+    """
+
+    component: str
+    place: str
+    dtype: str
+    value: float
+    channel: int
+    count: int
+    zeros: int
+    channels: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.component}, {self.place}: {self.count} of {self.channels} channels, {self.zeros} of them "
+            f"zero; channel {self.channel} stays under {self.value:.2g}"
+        )
+
+
+@dataclass(frozen=True)
 class Magnitudes:
     """What :class:`MagnitudeObserver` saw.
 
@@ -71,12 +103,13 @@ class Magnitudes:
         samples: how many samples.
         largest: the largest results of each component, and all that reach over fp16's range; the same of
             sums that engines keep in fp32.
-        smallest: those that fp16 or bf16 hold in denormal numbers at best: their largest value is tiny.
+        smallest: the results with channels that fp16 or bf16 hold in denormal numbers at best, those with
+            most of them first.
     """
 
     samples: int
     largest: tuple[Peak, ...]
-    smallest: tuple[Peak, ...]
+    smallest: tuple[Faint, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -97,9 +130,9 @@ class Magnitudes:
             and (components is None or peak.component in components)
         ]
 
-    def denormal(self, dtype: str) -> list[Peak]:
-        """The results that ``dtype`` holds in denormal numbers at best: with few bits, or as zeros."""
-        return [peak for peak in self.smallest if peak.value < RANGES[dtype][0]]
+    def denormal(self, dtype: str) -> list[Faint]:
+        """The results with channels that ``dtype`` holds in denormal numbers at best: few bits, or zero."""
+        return [faint for faint in self.smallest if faint.dtype == dtype]
 
     def top(self) -> Peak | None:
         """The largest result of all that are computed in the type itself."""
@@ -169,11 +202,21 @@ def notes(found: Magnitudes, dtype: str) -> list[str]:
             "reach over: bf16 is safer."
         )
     if denormal := found.denormal(dtype):
-        said.append(
-            f"{len(denormal)} results are denormal in {dtype} ({denormal[0].component}, {denormal[0].place} "
-            f"stays under {denormal[0].value:.2g}): they lose bits, or become zero."
-        )
+        more = f"; and {len(denormal) - 1} more results" if len(denormal) > 1 else ""
+        said.append(f"Denormal in {dtype}, so with fewer bits, or zero: {denormal[0]}{more}.")
     return said
+
+
+def weight_notes(faint: Sequence[Mapping[str, Any]], dtype: str) -> list[str]:
+    """What a user should know of weights with denormal channels: the build's record of them, in words."""
+    if not faint:
+        return []
+    first = ", ".join(f"{w['name']} channel {w['channel']} ({w['value']:.2g})" for w in faint[:NAMED])
+    count, zeros = (sum(int(w[key]) for w in faint) for key in ("count", "zeros"))
+    return [
+        f"{count} channels of {len(faint)} weights are denormal in {dtype}, so with fewer bits, {zeros} of "
+        f"them become zero: {first}{' and more' if len(faint) > NAMED else ''}."
+    ]
 
 
 class MagnitudeObserver:
@@ -233,8 +276,15 @@ class MagnitudeObserver:
             if counts[peak.component, peak.accumulated] < LISTED or beyond:
                 counts[peak.component, peak.accumulated] += 1
                 largest.append(peak)
-        tiny = [peak for peak in peaks if 0 < peak.value < RANGES["fp16"][0] and not peak.accumulated]
-        return Magnitudes(samples, tuple(largest), tuple(tiny))
+        faint = [
+            faint
+            for (component, place, accumulated), channels in self._peaks.items()
+            if not accumulated
+            for dtype in ("fp16", "bf16")
+            if (faint := _faint(component, place, dtype, channels)) is not None
+        ]
+        faint.sort(key=lambda f: (-f.zeros, -f.count))
+        return Magnitudes(samples, tuple(largest), tuple(faint))
 
     def see(self, operation: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: torch.Tensor) -> None:
         """Note the result of one operation."""
@@ -277,6 +327,17 @@ class MagnitudeObserver:
     def _left(self, *_: Any) -> None:
         if self._stack:
             self._stack.pop()
+
+
+def _faint(component: str, place: str, dtype: str, channels: torch.Tensor) -> Faint | None:
+    """The channels that ``dtype`` holds in denormal numbers at best; None where there is none."""
+    small = (channels > 0) & (channels < RANGES[dtype][0])
+    if not small.any():
+        return None
+    channel = int(channels.masked_fill(~small, math.inf).argmin())
+    zeros = int((small & (channels <= ZERO[dtype])).sum())
+    value = float(channels[channel])
+    return Faint(component, place, dtype, value, channel, int(small.sum()), zeros, len(channels))
 
 
 def _mode(observer: MagnitudeObserver) -> Any:

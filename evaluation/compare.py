@@ -13,9 +13,9 @@ Data = dict[str, Any]
 
 
 def compare(a: Bundle, b: Bundle) -> Data:
-    """``{bundles, components, tasks, verification, engines, notes}`` as plain data; what one bundle lacks is None.
+    """``{bundles, components, tasks, verification, engines, notes}`` as plain data; what one lacks is None.
 
-    ``engines`` has, for engines that both have, whether their files are equal, and whether what they compute is
+    ``engines`` has, for those that both have, whether their files are equal and whether what they compute is
     (``same_program``; None where a receipt does not say): see :func:`..verify.program.program_digest`.
     ``notes`` says what keeps the numbers of the two from being compared. IntegrityError if a receipt is not
     as builds write it.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from ..calibration import magnitudes
 from ..calibration.calibrate import (
     SegmentTime,
     calibrate,
@@ -16,10 +17,11 @@ from ..calibration.calibrate import (
     spilled_bytes,
 )
 from ..export.unquantized import weight_keys
-from ..models.finite import check_finite
+from ..models.finite import check_weights
 from ..quantization.algorithms import depends_on_type
+from ..quantization.quantize import LIMITS
 from ..quantization.ranges import ActivationRanges
-from ..quantization.schemes import folded_layers
+from ..quantization.schemes import SCHEMES, folded_layers
 from .graph_steps import RANGES, folded_checkpoint
 from .plan import SMOOTHING, BuildPlan
 from .workspace import Step, StepResult, Workspace, after, step_digest
@@ -48,6 +50,7 @@ def finite_step(plan: BuildPlan) -> Step:
     """Looks at every byte of the weights of the components, and of those they take inputs from.
 
     NaN in a row that no sample touches would be served otherwise; elsewhere calibration would be blamed.
+    Channels that are denormal in the base type are noted; of a quantised weight those whose scale would be.
     """
     from ..calibration.segments import needed
 
@@ -55,11 +58,21 @@ def finite_step(plan: BuildPlan) -> Step:
     keys = weight_keys(checkpoint, needed(plan.components, checkpoint.model))
     total = sum(checkpoint.tensors[key].nbytes for key in keys)
 
-    def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
-        check_finite(checkpoint, keys, lambda done: advanced(done // MEGABYTE))
-        return [], {"tensors": len(keys), "bytes": total}
+    base, schemes = plan.recipe.base, plan.layers.quantised
 
-    return Step("finite", {**plan.identity, "keys": keys}, run, total // MEGABYTE, unit="MB")
+    def floors(key: str) -> tuple[float, float]:
+        scheme, normal = schemes.get(key.removesuffix(".weight")), magnitudes.RANGES[base][0]
+        if scheme:
+            return normal * LIMITS[SCHEMES[scheme].weight], 0.0
+        return normal, magnitudes.ZERO[base]
+
+    def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
+        smallest = {key: floors(key) for key in keys}
+        faint = check_weights(checkpoint, smallest, lambda done: advanced(done // MEGABYTE))
+        return [], {"tensors": len(keys), "bytes": total, "denormal": [asdict(weight) for weight in faint]}
+
+    inputs = {**plan.identity, "keys": keys, "base": base, "schemes": schemes}
+    return Step("finite", inputs, run, total // MEGABYTE, unit="MB")
 
 
 def fold_steps(plan: BuildPlan, preprocess: Step) -> list[Step]:

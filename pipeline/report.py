@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..calibration.magnitudes import Magnitudes, notes
+from ..calibration.magnitudes import Magnitudes, notes, weight_notes
 from .accuracy_steps import headlines
 from .run import Result
 
@@ -15,6 +15,8 @@ def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
     bundle, manifest = result.bundle, result.bundle.manifest
     verification, accuracy = bundle.receipt("verification"), bundle.receipt("accuracy")
     magnitudes = Magnitudes.from_json(accuracy["magnitudes"])
+    faint = result.records["finite"].data.get("denormal", [])
+    in_type = [*weight_notes(faint, manifest.compute_dtype), *notes(magnitudes, manifest.compute_dtype)]
     tasks: dict[str, Any] = {}
     if "tasks" in manifest.receipts:
         scores = bundle.receipt("tasks")["scores"]
@@ -25,7 +27,7 @@ def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
         "recipe": manifest.recipe,
         "bytes": sum(f.size for f in manifest.files.values()),
         "files": len(manifest.files),
-        "notices": [*notices, *_unread(result), *notes(magnitudes, manifest.compute_dtype)],
+        "notices": [*notices, *_unread(result), *in_type],
         "over_budget": result.over_budget,
         "components": accuracy["chained"],
         "components_in": accuracy["backend"],

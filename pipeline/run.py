@@ -79,8 +79,9 @@ def build_steps(plan: BuildPlan) -> list[Step]:
     """All steps of a build in the order they run; a step's inputs hold the hashes of those it reads.
 
     finite (a look at the weights), preprocess, fold (SmoothQuant and AWQ), calibrate, sensitivity and search
-    (of a mixed recipe), weights, quantise, a graph for each component, an engine for each component and
-    target, kernels (what really runs), accuracy of the components, accuracy on the tasks.
+    (of a mixed recipe), weights, quantise, a graph for each component, accuracy of the components (which
+    refuses a 16-bit type that does not hold what they compute: before engines take minutes), an engine for
+    each component and target, verification (what really runs), accuracy on the tasks.
     """
     preprocess = preprocess_step(plan)
     fold = fold_steps(plan, preprocess)
@@ -98,9 +99,9 @@ def build_steps(plan: BuildPlan) -> list[Step]:
         for backend, target in plan.engines
         for part in range(plan.parts[component])
     ]
-    steps = [finite_step(plan), preprocess, *ranges, *stores, *graphs.values(), *engines]
-    steps.append(verification_step(plan, [*graphs.values(), *engines]))
+    steps = [finite_step(plan), preprocess, *ranges, *stores, *graphs.values()]
     steps.append(accuracy_step(plan, [preprocess, *graphs.values()]))
+    steps += [*engines, verification_step(plan, [*graphs.values(), *engines])]
     if plan.runs_tasks:
         steps.append(tasks_step(plan, preprocess, [*ranges, *graphs.values()]))
     return steps

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ivl_export.bundle import Bundle
 from ivl_export.calibration.magnitudes import (
     RANGES,
+    Faint,
     MagnitudeObserver,
     Magnitudes,
     Peak,
@@ -126,9 +127,35 @@ def test_what_is_near_the_end_or_denormal_is_noted() -> None:
     near = Magnitudes(9, (Peak("vision", "block 3 (add)", 40000.0, 5, 64, 0),), ())
     assert "61% of what fp16 holds" in notes(near, "fp16")[0]
     assert notes(near, "bf16") == []
-    tiny = Magnitudes(9, (), (Peak("vision", "block 3, fc1", 1e-6, 5, 64, 0),))
-    assert "denormal in fp16 (vision, block 3, fc1 stays under 1e-06)" in notes(tiny, "fp16")[0]
+    faint = Faint("vision", "block 3, fc1", "fp16", 1e-6, 5, 3, 1, 64)
+    tiny = Magnitudes(9, (), (faint,))
+    assert Magnitudes.from_json(json.loads(json.dumps(tiny.to_json()))) == tiny
+    (note,) = notes(tiny, "fp16")
+    assert "block 3, fc1: 3 of 64 channels, 1 of them zero; channel 5 stays under 1e-06" in note
     assert notes(tiny, "bf16") == []
+
+
+def test_channels_that_are_denormal_are_named_for_each_type() -> None:
+    """A channel far below the others, which the largest value of the result hides."""
+    torch.manual_seed(0)
+    model = Model()
+    layer: Any = model.layers[0]
+    with torch.no_grad():
+        layer["fc"].weight[:4] = 0
+        layer["fc"].bias[:4] = torch.tensor([3e-5, 1e-8, 0.0, 2e-39])
+    observer = MagnitudeObserver({"m": model})
+    with torch.inference_mode(), observer.watch("m"):
+        model(torch.randn(1, 5, 8))
+    observer.close()
+    found = {(f.place, f.dtype): f for f in observer.result(1).smallest}
+    fp16, bf16 = found["block 0, fc", "fp16"], found["block 0, fc", "bf16"]
+    assert (fp16.count, fp16.zeros, fp16.channel, fp16.channels) == (3, 2, 3, 8)  # 0 itself loses nothing
+    assert (bf16.count, bf16.zeros, bf16.channel) == (1, 0, 3)
+    assert bf16.value == pytest.approx(2e-39, rel=1e-3)
+    # what torch's own conversion makes of them
+    values = torch.tensor([3e-5, 1e-8, 2e-39])
+    assert [float(v) != 0 for v in values.half()] == [True, False, False]
+    assert all(float(v) != 0 for v in values.bfloat16())
 
 
 def hidden_unit(t: Tensors) -> None:
@@ -149,6 +176,14 @@ def scores(t: Tensors) -> None:
     t[BLOCK + "attn.q_norm.weight"][:], t[BLOCK + "attn.k_norm.weight"][:] = 500.0, 500.0
 
 
+def faint(t: Tensors) -> None:
+    """LayerScale and a row that fp16 does not hold well; bf16 does."""
+    t[BLOCK + "ls1"][5] = 1e-8
+    t[BLOCK + "ls1"][6] = 2e-5
+    t[BLOCK + "mlp.fc1.weight"][7] *= 1e-7
+    t[BLOCK + "mlp.fc1.bias"][3] = 1e-7  # added: nothing is lost
+
+
 def gate(t: Tensors) -> None:
     """gate * up of QLLaMA's layer 1 overflows, neither factor does."""
     layer = "qllama.model.layers.1."
@@ -165,7 +200,9 @@ def build(
     for shade in range(8):
         Image.new("RGB", (20, 20), (30 * shade, 40, 200)).save(tmp_path / "photos" / f"{shade}.png")
 
-    def run(change: Callable[[Tensors], None], precision: str, component: str) -> tuple[int, Any]:
+    def run(
+        change: Callable[[Tensors], None], precision: str, component: str, backend: str = "onnxruntime"
+    ) -> tuple[int, Any]:
         folder = tmp_path / "model"
         if not folder.exists():
             shutil.copytree(tiny_model, folder)
@@ -182,7 +219,7 @@ def build(
             component,
             "--json",
         ]
-        args += ["--calib", str(tmp_path / "photos"), "--backend", "onnxruntime"]
+        args += ["--calib", str(tmp_path / "photos"), "--backend", backend]
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         code = main([*args, "--out", str(tmp_path / "out")])
         captured = capsys.readouterr()
@@ -230,3 +267,31 @@ def test_int8_on_fp16_is_refused_and_bf16_says_what_it_holds(
     tower = VisionTower.load(tmp_path / "out", dtype="bf16")
     assert bool(tower(torch.zeros(1, 3, 56, 56)).isfinite().all())
     assert Bundle.open(tmp_path / "out").receipt("accuracy")["magnitudes"]["samples"] > 0
+
+
+def test_weights_that_are_denormal_are_named(build: Callable[..., tuple[int, Any]], tmp_path: Path) -> None:
+    code, report = build(faint, "fp16", "vision")
+    assert code == 0, report
+    (note,) = (n for n in report["notices"] if "weights are denormal in fp16" in n)
+    assert "3 channels of 2 weights" in note
+    assert "1 of them become zero" in note
+    assert f"{BLOCK}ls1 channel 5 (1e-08)" in note
+    assert f"{BLOCK}mlp.fc1.weight channel 7" in note
+    step = Bundle.open(tmp_path / "out").receipt("build")["finite"]
+    assert [w["name"] for w in step["data"]["denormal"]] == [f"{BLOCK}ls1", f"{BLOCK}mlp.fc1.weight"]
+
+    code, report = build(faint, "bf16", "vision")
+    assert code == 0, report
+    assert not any("denormal" in n for n in report["notices"])
+
+
+def test_a_type_that_runs_over_fails_before_engines_are_built(
+    build: Callable[..., tuple[int, Any]], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    code, error = build(hidden_unit, "fp16", "vision", "tensorrt-rtx")
+    assert code == BuildError.exit_code, error
+    assert "mlp.fc1 reaches" in error["why"]
+    steps = [path.stem for path in (tmp_path / ".out.build" / "steps").iterdir()]
+    assert "graph-vision" in steps
+    assert not any(step.startswith("engine") for step in steps)

@@ -75,6 +75,48 @@ def test_what_is_reported_is_what_numpy_finds(dtype: str, data: st.DataObject) -
         assert report.value == ("NaN" if math.isnan(first) else "inf" if first > 0 else "-inf")
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@given(data=st.data())
+def test_channels_are_those_that_numpy_sees(dtype: str, data: st.DataObject) -> None:
+    shape = data.draw(st.sampled_from([(3, 4), (4,), (1, 6), (2, 2, 3), ()]))
+    count = math.prod(shape)
+    exponents = data.draw(st.lists(st.integers(-12, 2), min_size=count, max_size=count))
+    signs = data.draw(st.lists(st.sampled_from([-1, 0, 1]), min_size=count, max_size=count))
+    values = np.array([s * 10.0**e for s, e in zip(signs, exponents, strict=True)]).astype(TYPES[dtype])
+    check = FiniteCheck("norm.weight", dtype, shape, by_channel=True)
+    cut = data.draw(st.integers(0, count)) * values.itemsize
+    pieces = [(0, memoryview(values.tobytes())[:cut]), (cut, memoryview(values.tobytes())[cut:])]
+    for begin, piece in data.draw(st.permutations(pieces)):
+        check.look(piece, begin)
+    rows = shape[0] if shape else 1
+    largest = np.abs(values.astype(np.float64)).reshape(rows, -1).max(1)
+    small = (largest > 0) & (largest < 2.0**-14)
+    report = check.faint(2.0**-14, 2.0**-25)
+    assert (report is None) == (not small.any())
+    if report is not None:
+        assert (report.count, report.channels) == (int(small.sum()), len(largest))
+        assert report.zeros == int((small & (largest <= 2.0**-25)).sum())
+        assert report.value == largest[small].min() == largest[report.channel]
+
+
+def test_a_bias_is_one_channel() -> None:
+    values = np.array([1e-7, 0.5], np.float32)
+    for name, denormal in (("mlp.fc1.bias", False), ("attn.q_bias", False), ("norm1.weight", True)):
+        check = FiniteCheck(name, "float32", (2,), by_channel=True)
+        check.look(memoryview(values.tobytes()), 0)
+        assert (check.faint(2.0**-14, 2.0**-25) is not None) is denormal
+
+
+def test_a_row_that_spans_blocks_is_one_channel() -> None:
+    values = np.full((3, BLOCK_BYTES // 8), 1e-6, np.float32)
+    values[1, 5] = 1.0
+    check = FiniteCheck("w", "float32", values.shape, by_channel=True)
+    check.look(memoryview(values.tobytes()), 0)
+    report = check.faint(2.0**-14, 2.0**-25)
+    assert report is not None
+    assert (report.count, report.channel, report.zeros) == (2, 0, 0)
+
+
 def test_a_value_is_found_behind_the_first_block() -> None:
     values = np.zeros((3, BLOCK_BYTES // 4), np.float32)
     values[2, 17] = np.inf
