@@ -17,6 +17,16 @@ def cores() -> int:
     return count if quota is None else max(1, min(count, math.ceil(quota)))
 
 
+def core_limit() -> int | None:
+    """:func:`cores` where that is fewer than the machine has; None: libraries may choose for themselves.
+
+    ONNX Runtime counts the machine's physical cores, torch follows the affinity but no quota: in a container
+    both would start more threads than may run, which then wait for each other.
+    """
+    count = cores()
+    return count if count < (os.cpu_count() or 1) else None
+
+
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """CPU seconds a second that the cgroups of this process allow; None: as many as there are.
 

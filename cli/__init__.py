@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from ..host import core_limit
+
 if TYPE_CHECKING:
     from ..errors import IvlError
 
@@ -40,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with suppress(AttributeError, ValueError):  # a stream that was put in stdout's place
         if sys.stdout.errors == "strict":
             sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # no result is lost for a character
+    if limit := core_limit():  # torch's own threads, too, keep to what a container may use
+        os.environ.setdefault("OMP_NUM_THREADS", str(limit))
     args = _texts(sys.argv[1:] if argv is None else argv)
     end = args.index("--") if "--" in args else len(args)
     debug, as_json = "--debug" in args[:end], "--json" in args[:end]

@@ -63,6 +63,18 @@ def test_the_smaller_of_affinity_and_quota(
     assert host.cores() == cores
 
 
+@pytest.mark.parametrize(
+    ("affinity", "quota", "limit"), [(64, None, None), (64, 80.0, None), (64, 2.5, 3), (4, None, 4)]
+)
+def test_libraries_are_held_to_what_may_be_used(
+    affinity: int, quota: float | None, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(host, "cpu_quota", lambda: quota)
+    assert host.core_limit() == limit
+
+
 def test_cores_are_counted_in_one_place() -> None:
     counting = [
         path.relative_to(ROOT).as_posix()

@@ -205,7 +205,8 @@ def open_onnxruntime(
     Args:
         spec: the component's contract.
         path: a graph that computes in fp32 (there are no bf16 kernels on the CPU).
-        threads: threads for one operator; ONNX Runtime's choice if None.
+        threads: threads for one operator; ONNX Runtime's choice if None, but no more than this process may
+            use (:func:`...host.core_limit`).
         settings: further session settings (``session.…``), which win over the ones chosen here.
         device, provider, where: see :func:`.providers.placement`; the CPU by default.
         share: where its weights are shared with other components, on the CPU and without ``settings``.

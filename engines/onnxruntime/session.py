@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CapabilityError, IntegrityError
+from ...host import core_limit
 from ..device import HOST
 from ..onnx_graph import Graph
 from .memory import arena_settings, hand_back
@@ -44,7 +45,7 @@ def make_session(
 
     Args:
         path, graph: the ONNX file.
-        threads: threads for one operator.
+        threads: threads for one operator; None: ONNX Runtime's choice, but as many as this process may use.
         settings: further session settings.
         save: where the optimised graph is written.
         profile: begin of the name of the file that the session writes each node's times to when it ends.
@@ -62,8 +63,7 @@ def make_session(
     where.check(ort)
     options = ort.SessionOptions()
     options.log_severity_level = 4  # failures come as exceptions
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or core_limit() or 0  # 0: its own choice
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if optimised:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...dtypes import COMPUTE, dtype_of
-from ...host import cores
+from ...host import core_limit, cores
 from ..cost.flops import ComponentCost
 from .cases import Case, EngineCalls, Floor
 from .device_timing import event_timer, has_gpu
@@ -156,8 +156,7 @@ def _onnxruntime_products(threads: int | None, rule: StopRule, notes: list[str])
         return []
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or core_limit() or 0
     helper, types = onnx.helper, onnx.TensorProto
     found = []
     # Which of signed and unsigned activations are fast depends on the CPU; the better one is the ceiling.

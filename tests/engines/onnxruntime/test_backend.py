@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ivl_export import host
 from ivl_export.engines.base import open_engine
+from ivl_export.engines.onnx_graph import read_graph
 from ivl_export.engines.onnxruntime.backend import optimized_graph
+from ivl_export.engines.onnxruntime.session import make_session
 from ivl_export.errors import BuildError, CapabilityError, InputError, IntegrityError, UsageError
 from ivl_export.verify.expectations import check_expectations
 from ivl_export.verify.onnxruntime import read_onnxruntime
@@ -166,3 +170,19 @@ def test_importing_loads_no_backend() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_threads_follow_the_quota_of_the_container(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless told otherwise; without a quota the choice is ONNX Runtime's."""
+    sample = make("mlp")
+
+    def threads(chosen: int | None) -> int:
+        graph = read_graph(sample.path)
+        session = make_session(sample.path, graph, threads=chosen, settings={})
+        return int(session.get_session_options().intra_op_num_threads)
+
+    monkeypatch.setattr(host, "cores", lambda: 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert (threads(None), threads(7)) == (3, 7)
+    monkeypatch.setattr(host, "cores", lambda: 64)
+    assert threads(None) == 0
