@@ -82,7 +82,11 @@ class Bundle:
         except OSError as error:
             _refuse(self.root, rel, f"cannot be read: {error.strerror or error}")
         if not inside:
-            _refuse(self.root, rel, "is a link to a place outside the bundle")
+            raise IntegrityError(
+                f"{file} is a link to a place outside the bundle.",
+                f"It is {file.resolve()}; runtimes refuse weights outside the folder of their graph.",
+                "Copy the bundle with its links resolved: cp -rL, or 'hf download --local-dir'.",
+            )
         if not stat.S_ISREG(mode):
             _refuse(self.root, rel, "is not a regular file")
         return file

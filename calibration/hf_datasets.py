@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CapabilityError, InputError
+from ..files.lfs import refuse_lfs_pointer
 from ..files.paths import inside
+from ..files.text import read_text
 from .dataset import Stored, read_bytes
 from .entries import MAX_ENTRIES, Entry
 
@@ -42,7 +44,7 @@ def dataset_files(folder: Path) -> list[Path]:
     state = folder / "state.json"
     if state.is_file():
         try:
-            data = json.loads(state.read_text(encoding="utf-8-sig"))
+            data = json.loads(read_text(state))
             named = [entry["filename"] for entry in data["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
@@ -135,6 +137,7 @@ def _opened(file: Path) -> tuple[pa.Schema, int]:
                 return parquet.schema_arrow, parquet.metadata.num_rows
         return (table := _table(file)).schema, table.num_rows
     except (OSError, pa.ArrowException) as error:
+        refuse_lfs_pointer(file)
         raise InputError(f"{file} cannot be read.", f"{error}.", "Download the data set again.") from error
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..errors import InputError, UsageError
 from ..files.paths import inside
+from ..files.text import decode_text, text_encoding
 from .dataset import CalibrationSet, Sample
 from .entries import IMAGE_SUFFIXES, MAX_CAPTION_BYTES, MAX_ENTRIES, Entry, plain
 from .hf_datasets import dataset_files, table_entries
@@ -149,7 +150,7 @@ def _manifest(path: Path) -> list[Entry]:
     found: dict[str, Entry] = {}
     root = path.parent.resolve()
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding=text_encoding(path)) as file:
             for number, line in enumerate(file, 1):
                 if number > MAX_ENTRIES:
                     raise InputError(f"{path} has over {MAX_ENTRIES:,} lines.", fix="Split it.")
@@ -179,16 +180,25 @@ def _line(line: str, root: Path, where: str) -> tuple[Entry, str | None]:
     except InputError as error:
         raise InputError(f"{where} has an impossible text.", error.why) from error
     resolved = inside(root, image, where)
-    text = partial(_sidecar, resolved) if caption is None else lambda: given
+    beside = Path(image).with_suffix(".txt").as_posix()  # of the name: a link's image may lie elsewhere
+    text = partial(_text_in, root, beside, where) if caption is None else lambda: given
     return Entry(Path(image).as_posix(), resolved, text), caption
 
 
 def _sidecar(image: Path) -> str | None:
-    path = image.with_suffix(".txt")
+    return _caption_in(image.with_suffix(".txt"))
+
+
+def _text_in(root: Path, name: str, where: str) -> str | None:
+    return _caption_in(inside(root, name, where))
+
+
+def _caption_in(path: Path) -> str | None:
+    """The caption in a text file; None where there is none."""
     if not path.is_file():
         return None
     try:
         with path.open("rb") as file:
-            return file.read(MAX_CAPTION_BYTES).decode("utf-8-sig").strip() or None
+            return decode_text(file.read(MAX_CAPTION_BYTES)).strip() or None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Caption {path} cannot be read.", f"Its caption {path.name}: {error}.") from error

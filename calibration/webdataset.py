@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
+from ..files.lfs import refuse_lfs_pointer
+from ..files.text import decode_text
 from .dataset import MAX_FILE_BYTES
 from .entries import IMAGE_SUFFIXES, MAX_CAPTION_BYTES, MAX_ENTRIES, Entry
 
@@ -130,7 +132,7 @@ class _Caption:
 
 def _decoded(member: Member) -> str:
     try:
-        return member.read().decode("utf-8-sig")
+        return decode_text(member.read())
     except UnicodeDecodeError as error:
         raise InputError(f"{member.name} is not UTF-8.", str(error)) from error
 
@@ -154,6 +156,7 @@ def _members(shard: Path) -> Iterator[Member]:
                     yield Member(shard, info.name, info.offset_data, info.size)
                 archive.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
     except (OSError, tarfile.TarError, ValueError) as error:
+        refuse_lfs_pointer(shard)
         raise InputError(
             f"{shard} cannot be read as a shard.",
             f"{error}.",

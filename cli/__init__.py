@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from ..errors import IvlError
 
 INTERRUPTED = 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+"""What a disk says that takes no more."""
 RESUMED = frozenset({"build", "calibrate", "sensitivity", "train"})
 """Verbs that continue where they were stopped; of train all but 'train scenes'."""
 
@@ -72,6 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return lacking.exit_code
         if type(error).__name__ == "Abort":  # what older typer releases make of Ctrl-C
             code = INTERRUPTED
+        elif isinstance(error, OSError) and error.errno in FULL:
+            what = f"Cannot write {error.filename or 'the output'}: {error.strerror or error}."
+            report(
+                IvlError(what, "Nothing is wrong with the command.", "Make room, or write elsewhere."),
+                as_json,
+            )
+            return 1
         else:
             what = f"Unexpected {type(error).__name__}: {error}".splitlines()[0]
             report(IvlError(what, "This is a bug in ivl-export.", "Run with --debug for details."), as_json)

@@ -59,7 +59,7 @@ class ImageFiles:
         files: list[Path] = []
         for path in paths:
             if path.is_dir():
-                images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+                images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
                 if not images:
                     raise InputError(
                         f"No images in {path}.",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError, UsageError
+from ..files.text import read_text
 from ..settings import Setting, Table, read_settings, whole
 from .command import Group, SettingsOpt, command
 from .inputs import ImageFiles
@@ -282,7 +283,7 @@ def _labels(text: str | None, file: Path | None) -> list[str]:
         raise UsageError("Labels must be given once.", "", "Give --labels cat,dog or --labels @FILE.")
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+            lines = read_text(file).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"Cannot read the labels in {file}.", str(error), "Use a UTF-8 text.") from error
     else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ..errors import InputError
 from ..files.json import parse_json
+from ..files.text import read_text as decoded
 
 if TYPE_CHECKING:
     from ..inputs.preprocess import PixelValues, ReadImages
@@ -43,7 +44,7 @@ def read_text(path: Path, what: str) -> str:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} is refused.", f"It is larger than {MAX_BYTES} bytes.")
-        return path.read_text(encoding="utf-8-sig")
+        return decoded(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read.", str(error), "Download it again.") from error
 
@@ -58,7 +59,7 @@ def read_json(path: Path, what: str) -> Any:
 
 def images_in(folder: Path) -> list[Path]:
     """Image files right in ``folder``, sorted by name; hidden files are none."""
-    return [p for p in _visible(folder) if p.suffix.lower() in SUFFIXES and p.is_file()]
+    return [p for p in _visible(folder) if p.suffix.lower() in SUFFIXES and not p.is_dir()]
 
 
 def subfolders(folder: Path) -> list[Path]:

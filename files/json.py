@@ -22,6 +22,8 @@ import msgspec
 from msgspec import Meta
 
 from ..errors import InputError, IntegrityError, IvlError
+from .lfs import refuse_lfs_pointer
+from .text import decode_text, read_text
 
 MAX_JSON_BYTES = 16 << 20  # a manifest of thousands of files fits; anything larger is not one
 MAX_TEXT = 4096
@@ -70,8 +72,9 @@ def read_json(path: Path, *, fix: str = "Copy it again from where it was made.")
     if len(raw) > MAX_JSON_BYTES:
         raise IntegrityError(f"{path} is refused.", f"It is larger than {MAX_JSON_BYTES} bytes.", fix)
     try:
-        return parse_json(raw.decode("utf-8"))
+        return parse_json(decode_text(raw))
     except ValueError as error:
+        refuse_lfs_pointer(path, IntegrityError)
         raise IntegrityError(f"{path} is not valid JSON.", f"{error}.", fix) from error
 
 
@@ -84,13 +87,13 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_text_from_user(path: Path, what: str) -> str:
-    """The text of a file that a person wrote, in UTF-8 with or without a byte order mark.
+    """The text of a file that a person wrote, see :mod:`.text`.
 
     Raises:
-        InputError: it cannot be read, or is not UTF-8; ``what`` says what the file should be.
+        InputError: it cannot be read, or is no text; ``what`` says what the file should be.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except OSError as error:
         raise InputError(f"Cannot read {path}.", f"{error.strerror or error}.", f"Give {what}.") from error
     except UnicodeDecodeError as error:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from ..errors import CapabilityError, CheckpointError, InputError
+from ..files.text import read_text
 from .tokenizer import Tokenizer
 
 SYSTEM = (
@@ -494,7 +495,7 @@ def _from_file(path: Path, name: object) -> ChatTemplate | None:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
-        tree = ast.parse(path.read_text(encoding="utf-8-sig"))
+        tree = ast.parse(read_text(path, CheckpointError))
         for call in ast.walk(tree):
             if not isinstance(call, ast.Call) or getattr(call.func, "id", "") != "Conversation":
                 continue
@@ -518,10 +519,10 @@ def jinja_source(folder: Path) -> str | None:
     """The ``chat_template`` of a checkpoint, from whichever of its files has it; None: none."""
     try:
         if (folder / _JINJA).is_file():
-            return (folder / _JINJA).read_text(encoding="utf-8-sig")
+            return read_text(folder / _JINJA, CheckpointError)
         for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
             if (folder / name).is_file():
-                source = json.loads((folder / name).read_text(encoding="utf-8-sig")).get("chat_template")
+                source = json.loads(read_text(folder / name, CheckpointError)).get("chat_template")
                 if isinstance(source, str):
                     return source
     except (OSError, ValueError, AttributeError, RecursionError) as error:

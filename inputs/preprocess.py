@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..arrays import Array
 from ..errors import CheckpointError, InputError, UsageError
-from ..files.lfs import refuse_lfs_pointer
+from ..files.text import read_text
 from .images import MAX_PIXELS, load_image
 from .sources import ImageInput, name_of
 from .tiles import MAX_TILES, Tiling, tiles_of
@@ -165,9 +165,8 @@ class ImageSettings:
     @classmethod
     def load(cls, path: Path) -> ImageSettings:
         """Read ``path`` (a ``preprocessor_config.json``)."""
-        refuse_lfs_pointer(path, CheckpointError)
         try:
-            data = json.loads(path.read_text(encoding="utf-8-sig"))
+            data = json.loads(read_text(path, CheckpointError))
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read.", str(error), "Download it again.") from error
         return cls.from_json(data, str(path))

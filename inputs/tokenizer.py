@@ -27,6 +27,7 @@ import numpy as np
 from ..arrays import Array
 from ..errors import CapabilityError, CheckpointError, InputError
 from ..files.lfs import refuse_lfs_pointer
+from ..files.text import decode_text
 
 BUCKETS = (16, 32, 48, 80)
 MAX_LENGTH = 80
@@ -564,7 +565,7 @@ def _bytes(path: Path) -> bytes:
 
 def _text_of(path: Path) -> str:
     try:
-        return _bytes(path).decode("utf-8-sig")
+        return decode_text(_bytes(path))
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read.", str(error), "Download it again.") from error
 

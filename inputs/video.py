@@ -20,6 +20,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from ..arrays import Array
 from ..errors import CapabilityError, InputError, IvlError, UsageError
+from ..files.lfs import refuse_lfs_pointer
 from .images import MAX_PIXELS, frame_of, load_image
 from .sources import ImageInput, data_of, image_sequence, kind_of, name_of, not_readable
 
@@ -73,6 +74,7 @@ def frames_of(
         path = Path(video)
         if not _is_file(path):
             raise InputError(f"Cannot read the video {label}.", "There is no such file.", "Check the path.")
+        refuse_lfs_pointer(path)
         with path.open("rb") as file:
             return list(_decoded(file, path.stat().st_size, chosen, label))
     if isinstance(video, (bytes, bytearray, memoryview)):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CapabilityError, CheckpointError
-from ..files.lfs import refuse_lfs_pointer
+from ..files.text import read_text
 from .config_reading import check_chat, read_internvl, read_llama, read_vision
 from .misfits import explain_folder
 from .section import Section
@@ -198,14 +198,13 @@ class InternVLConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path`` (a ``config.json``); CheckpointError where there is none."""
     try:
-        refuse_lfs_pointer(path, CheckpointError)
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = json.loads(read_text(path, CheckpointError))
     except FileNotFoundError as error:
         if not path.parent.is_dir():
             raise no_checkpoint(path.parent) from error
         why, fix = explain_folder(path.parent) or ("The model's sizes are read from it.", f"Add {path}.")
         raise CheckpointError(f"No {path.name} in {path.parent}.", why, fix) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON.", str(error), "Download it again.") from error
     if not isinstance(data, dict):
         raise CheckpointError(

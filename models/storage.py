@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..dtypes import find_dtype
 from ..errors import CheckpointError
 from ..files.lfs import refuse_lfs_pointer
+from ..files.text import read_text
 from .misfits import explain_dict, explain_names
 
 if TYPE_CHECKING:
@@ -244,10 +245,9 @@ def open_reader(path: Path) -> Callable[[str], torch.Tensor]:
 def read_index(path: Path) -> dict[str, str]:
     """The ``weight_map`` of an index: tensor to shard. Shards lie beside the index, nowhere else."""
     try:
-        refuse_lfs_pointer(path, CheckpointError)
-        weight_map = json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"]
+        weight_map = json.loads(read_text(path, CheckpointError))["weight_map"]
         pairs = dict(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has no weight_map.", str(error), "Download it again.") from error
     for name, shard in pairs.items():
         if not isinstance(shard, str) or not _INDEX_NAME.fullmatch(shard):

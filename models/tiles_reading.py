@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CapabilityError, CheckpointError
+from ..files.text import read_text
 from .config import VisionConfig
 from .config_reading import VISION_HARMLESS, read_vision
 from .decoder_config import DecoderConfig
@@ -108,7 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = json.loads(read_text(path, CheckpointError))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON.", str(error), "Download it again.") from error
     return data if isinstance(data, dict) else {}

@@ -22,6 +22,7 @@ from ..errors import CapabilityError, CheckpointError, InputError, UsageError
 from ..export.features import with_features
 from ..export.split import check_split
 from ..files.cache_dir import cache_folder
+from ..files.text import read_text
 from ..inputs.chat_template import ChatFormat
 from ..inputs.preprocess import ImageSettings
 from ..inputs.tokenizer import Tokenizer
@@ -359,9 +360,9 @@ def _evaluation(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = json.loads(read_text(path, CheckpointError))
         tasks = data["tasks"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read.", str(error), "Remove it or repair it.") from error
     if tasks not in TASKS:
         raise CheckpointError(f"{path} names unknown tasks {tasks!r}.", fix=f"Known: {', '.join(TASKS)}.")

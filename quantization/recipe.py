@@ -18,6 +18,7 @@ import yaml
 
 from ..errors import UsageError
 from ..files.json import decode
+from ..files.text import read_text
 from .attention import FP8_ATTENTION, Attentions, operand_names
 from .schemes import BASES, SCHEMES, element_types, excluded, rounded_inputs
 
@@ -177,7 +178,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     """A shipped recipe by name, or one from a ``.yaml``, ``.yml`` or ``.json`` file; UsageError otherwise."""
     path = recipe_file(name_or_path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, UsageError)
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise UsageError(

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from ..arrays import Array
 from ..errors import InputError
+from ..files.text import read_text
 from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, Encoded, Turn, encode
 from ..inputs.preprocess import ImageSettings, preprocess_images
 from ..inputs.sources import ImageInput
@@ -155,7 +156,7 @@ def read_llava(path: Path, images: Path | None = None, seed: int = 0) -> LlavaFi
     """
     folder = (images or path.parent).resolve()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         rows = (
             [json.loads(line) for line in text.splitlines() if line.strip()]
             if path.suffix == ".jsonl"

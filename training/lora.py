@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CheckpointError, UsageError
+from ..files.text import read_text
 
 DECODER = "model.layers.*_proj"
 """The linear layers of a chat model's decoder blocks."""
@@ -98,7 +99,7 @@ def load(model: nn.Module, folder: Path) -> Lora:
     from safetensors.torch import load_file
 
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8-sig"))
+        config = json.loads(read_text(folder / _CONFIG, CheckpointError))
         tensors = load_file(folder / _WEIGHTS)
         lora = Lora(int(config["r"]), float(config["lora_alpha"]))
     except (OSError, ValueError, KeyError, TypeError) as error:

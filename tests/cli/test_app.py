@@ -286,3 +286,16 @@ def test_a_module_that_no_extra_has_is_a_bug(
     monkeypatch.setattr(app_module, "load", lacking)
     assert cli.main(["doctor"]) == 1
     assert "bug in ivl-export" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", [["doctor"], ["build", "--list-recipes"]])
+def test_a_full_disk_is_no_bug(command: list[str]) -> None:
+    code = "import sys; from ivl_export.cli import main; sys.exit(main(sys.argv[1:]))"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode != 0
+    assert "No space left" in done.stderr
+    assert "bug" not in done.stderr

@@ -325,7 +325,7 @@ def test_steps_depend_on_what_they_read(ask: Ask, tiny_model: Path, photos: Path
     engines = {name.replace("graph", "engine") + "-sm120" for name in graphs}
     assert changed(targets="sm120") == {*engines, "verification"}
     assert changed(calib_samples=5) == {"calibrate", *after_scales}
-    assert changed(precision="int8") == {"weights", "quantise", *after_scales}  # more layers quantised
+    assert changed(precision="int8") == {"finite", "weights", "quantise", *after_scales}  # more is quantised
 
     settings = copied(tiny_model, tmp_path / "settings")
     data = json.loads((settings / "preprocessor_config.json").read_text())
