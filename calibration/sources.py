@@ -21,6 +21,7 @@ from pathlib import Path
 from ..errors import InputError, UsageError
 from ..files.paths import inside
 from ..files.text import decode_text, text_encoding
+from ..inputs.sources import name_of
 from .dataset import CalibrationSet, Sample
 from .entries import IMAGE_SUFFIXES, MAX_CAPTION_BYTES, MAX_ENTRIES, Entry, plain
 from .hf_datasets import dataset_files, table_entries
@@ -129,7 +130,7 @@ def _entries(path: Path, columns: tuple[str, ...]) -> list[Entry]:
     if path.is_file() and path.suffix in (".jsonl", ".ndjson"):
         return _manifest(path)
     why = "It is of none of these kinds." if path.exists() else "There is no such path."
-    raise InputError(f"No calibration data at {path}.", why, f"Give {'; '.join(KINDS)}.")
+    raise InputError(f"No calibration data at {name_of(path)}.", why, f"Give {'; '.join(KINDS)}.")
 
 
 def _folder(root: Path) -> list[Entry]:

@@ -75,6 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return lacking.exit_code
         if type(error).__name__ == "Abort":  # what older typer releases make of Ctrl-C
             code = INTERRUPTED
+        elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            from ..errors import InputError
+            from ..inputs.sources import shown
+
+            why = f"It has {len(os.fsdecode(error.filename or ''))} letters."
+            too_long = f"{shown(os.fsdecode(error.filename or ''))} can be no path."
+            report(InputError(too_long, why, "Give the path of a file."), as_json)
+            return InputError.exit_code
         elif isinstance(error, OSError) and error.errno in FULL:
             what = f"Cannot write {error.filename or 'the output'}: {error.strerror or error}."
             report(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, UsageError
+from ..inputs.sources import kind_of, name_of, not_readable
 
 if TYPE_CHECKING:
     from ..arrays import Array
@@ -58,6 +59,9 @@ class ImageFiles:
         """The files in ``paths``, folders searched recursively (sorted); InputError if there are none."""
         files: list[Path] = []
         for path in paths:
+            if kind_of(path) != "path" or kind_of(str(path)) != "path":
+                text = path if kind_of(path) != "path" else str(path)
+                raise not_readable(text, name_of(text))
             if path.is_dir():
                 images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
                 if not images:

@@ -44,10 +44,11 @@ def cache_folder() -> Path:
     (containers, users without a passwd entry), or where that folder is missing and cannot be made, it is a
     private folder below the temporary one.
     """
-    if own := os.environ.get("IVL_EXPORT_CACHE"):
-        return Path(own)
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivl-export"
+        if own := os.environ.get("IVL_EXPORT_CACHE"):
+            return Path(own).expanduser()  # where no shell did it
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # ignored where it is relative, as XDG says
+        folder = (base if base.is_absolute() else Path.home() / ".cache") / "ivl-export"
     except RuntimeError:  # neither HOME nor an entry in passwd
         return _temporary_cache()
     return folder if _can_exist(folder) else _temporary_cache()

@@ -63,6 +63,13 @@ class Turn:
     images: int = 0
 
     def __post_init__(self) -> None:
+        parts = self.question if isinstance(self.question, tuple) else (self.question,)
+        for what, text in (*(("question", part) for part in parts), ("answer", self.answer)):
+            if not (isinstance(text, str | Slot) or (what == "answer" and text is None)):
+                raise InputError(
+                    f"A {what} is no text.", f"It is of type {type(text).__name__}.",
+                    "Decode it: text.decode()." if isinstance(text, bytes) else "Give str.",
+                )  # fmt: skip
         if isinstance(self.question, tuple) and self.question.count(IMAGE) != self.images:
             raise InputError(
                 f"A question has places for {self.question.count(IMAGE)} images.",

@@ -160,19 +160,21 @@ def _from_array(array: Array, name: str) -> Image.Image:
     if array.ndim == 3 and shape[2] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise InputError(f"Cannot use {name} as an image.", f"Its shape is {list(shape)}.", "Use [H, W, 3].")
+        raise InputError(
+            f"The image {name} cannot be used.", f"Its shape is {list(shape)}.", "Use [H, W, 3]."
+        )
     if np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and (array >= 0).all() and (array <= 1).all()):
             raise InputError(
-                f"Cannot use {name} as an image.", "Its floats are not all in 0..1.", "Use uint8."
+                f"The image {name} cannot be used.", "Its floats are not all in 0..1.", "Use uint8."
             )
         array = np.rint(array * 255).astype(np.uint8)
     elif array.dtype == np.uint16:
         array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     elif array.dtype != np.uint8:
-        raise InputError(f"Cannot use {name} as an image.", f"Its dtype is {array.dtype}.", "Use uint8.")
+        raise InputError(f"The image {name} cannot be used.", f"Its dtype is {array.dtype}.", "Use uint8.")
     if not array.size:
-        raise InputError(f"Cannot use {name} as an image.", f"Its shape is {list(shape)}.")
+        raise InputError(f"The image {name} cannot be used.", f"Its shape is {list(shape)}.")
     return _to_rgb(Image.fromarray(np.ascontiguousarray(array)))
 
 
@@ -182,7 +184,7 @@ def _host_array(tensor: Pixels, name: str) -> Array:
         array: Array = np.from_dlpack(tensor)
     except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"Cannot use {name} as an image.",
+            f"The image {name} cannot be used.",
             f"A {type(tensor).__name__} cannot be read: {error}",
             "Give a path, bytes, a PIL image, an array [H, W, 3], or a tensor [3, H, W] on the CPU.",
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,16 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "do_thumbnail": (False,),
     "image_grid_pinpoints": (),
     "resample": (_BICUBIC, "bicubic", "BICUBIC"),
+    "interpolation": (_BICUBIC, "bicubic", "BICUBIC"),
+    "antialias": (True,),
+    "offset": (False,),
+    "rescale_offset": (False,),
+    "image_format": ("RGB", "rgb"),
+    "channel_order": ("RGB", "rgb"),
+    "size_divisor": (1,),
+    "crop_pct": (1,),
+    "keep_aspect_ratio": (False,),
+    "use_square_size": (True,),
 }
 """Keys that change pixels, with the values that are done here; null is done always."""
 _READ = frozenset(
@@ -94,6 +105,8 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if self.size < 1 or self.mode not in MODES or len(self.mean) != 3 or len(self.std) != 3:
             raise ValueError(f"not image settings: {self}")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
+            raise ValueError(f"mean and std must be finite: {self.mean}, {self.std}")
         if not all(s > 0 for s in self.std):
             raise ValueError(f"std must be positive: {self.std}")
         if self.tiling is not None and self.mode != "square":

@@ -41,7 +41,9 @@ SHOWN = 80
 MAX_DATA = 64 << 20
 """Letters of a data URL."""
 _LONGEST_PATH = 255
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_SCHEME = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]+:)+//|(?:javascript|blob):")
+_ADDRESS_PATH = re.compile(r"(https?|ftp|s3|gs|az|abfss?|hdfs|hf|file|blob|data):", re.IGNORECASE)
+"""A path that was an address: ``Path`` makes one slash of two."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
 _ENCODED = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 """How JPEG, PNG, GIF, WebP and TIFF begin in base64."""
@@ -52,7 +54,7 @@ def kind_of(image: object) -> Kind:
     if isinstance(image, str):
         return _kind_of_text(image)
     if isinstance(image, os.PathLike):
-        return "path"
+        return "address" if _ADDRESS_PATH.match(os.fsdecode(image)) else "path"
     if isinstance(image, (bytes, bytearray, memoryview)):
         return "bytes"
     if isinstance(image, Image.Image):
@@ -102,6 +104,11 @@ def without_secrets(url: str) -> str:
         return re.split("[?#]", url, maxsplit=1)[0].rpartition("@")[2]
 
 
+def _opened(text: str) -> str:
+    """A path that was an address as it was: ``https:/x`` -> ``https://x``."""
+    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", r"\1://", text)
+
+
 def _cut(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:38]}...{text[-39:]}"
 
@@ -118,6 +125,7 @@ def name_of(image: object, index: int = 0, total: int = 1) -> str:
         text = os.fsdecode(file) if isinstance(file, (str, bytes)) else ""
     else:
         text = os.fsdecode(image) if isinstance(image, (str, os.PathLike)) else ""
+        text = _opened(text) if kind == "address" else text
     if text and kind in ("path", "url", "address", "PIL image"):
         return shown(text)
     what = shown(text) if text else f"given as {kind if kind == 'bytes' else _article(kind)}"

@@ -132,8 +132,14 @@ class Tokenizer(ABC):
         """Ids of ``text`` alone, without bos and eos. Special tokens that it spells are text.
 
         Raises:
-            InputError: not valid Unicode.
+            InputError: no text, or not valid Unicode.
         """
+        if not isinstance(text, str):
+            raise InputError(
+                "A text is none.",
+                f"It is of type {type(text).__name__}.",
+                "Decode it: text.decode()." if isinstance(text, bytes) else "Give str.",
+            )
         return self.encode_parts([text])
 
     def markup(self, text: str) -> list[str | int]:
@@ -170,7 +176,9 @@ class Tokenizer(ABC):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(f"Cannot encode the text {text!r}.", str(error), "Use valid Unicode.") from error
+            raise InputError(
+                f"Cannot encode the text {text[:80]!r}.", str(error), "Use valid Unicode."
+            ) from error
         ids = self._ids(text, first)
         if self._never_text.isdisjoint(ids):
             return ids

@@ -85,9 +85,11 @@ def refuse_quantised(how: object, source: str) -> NoReturn:
     """
     method = how.get("quant_method") or how.get("quant_algo") if isinstance(how, dict) else how
     name = str(method or "unknown").lower()
-    shown = {"awq": "an AWQ", "gptq": "a GPTQ", "fp8": "an FP8", "nvfp4": "an NVFP4"}.get(name, f"a {name}")
+    article = "an" if name[:1] in "aeio" else "a"
+    shown = {"awq": "an AWQ", "gptq": "a GPTQ", "fp8": "an FP8", "nvfp4": "an NVFP4"}
+    shown_as = shown.get(name, f"{article} {name}")
     raise CapabilityError(
-        f"{source} is {shown} checkpoint: its weights are quantised already.",
+        f"{source} is {shown_as} checkpoint: its weights are quantised already.",
         "Engines are built of the weights they were quantised from, which are rounded once.",
         "Give the checkpoint in bf16, fp16 or fp32 that it was made of.",
     )

@@ -18,6 +18,7 @@ from ..calibration.calibrate import (
 )
 from ..export.unquantized import weight_keys
 from ..models.finite import check_weights
+from ..models.registry import component_names
 from ..quantization.algorithms import depends_on_type
 from ..quantization.quantize import LIMITS
 from ..quantization.ranges import ActivationRanges
@@ -56,6 +57,8 @@ def finite_step(plan: BuildPlan) -> Step:
 
     checkpoint = plan.checkpoint
     keys = weight_keys(checkpoint, needed(plan.components, checkpoint.model))
+    known = weight_keys(checkpoint, component_names(checkpoint.model, optional=True))
+    keys += sorted(checkpoint.tensors.keys() - set(known))  # what no component reads: logit_scale
     total = sum(checkpoint.tensors[key].nbytes for key in keys)
 
     base, schemes = plan.recipe.base, plan.layers.quantised

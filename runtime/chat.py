@@ -27,7 +27,7 @@ from ..errors import CapabilityError, InputError, UsageError
 from ..forks import fork_safe_lock
 from ..inputs.chat_template import IMAGE_TOKEN, AnswerTokens, ChatFormat, Question, Turn, framed
 from ..inputs.preprocess import PixelValues
-from ..inputs.sources import text_sequence
+from ..inputs.sources import sequence_of, text_sequence
 from ..inputs.video import FRAMES, Video, chat_places, frames_of
 from ..sampling import Sampling, StopCriteria, check_search
 from .components import Components, visual_embeds, visual_shape
@@ -357,6 +357,14 @@ class Chat:
         system: str | None = None,
         frames: bool = False,
     ) -> None:
+        history = sequence_of(history, "turn")
+        for number, turn in enumerate(history):
+            if not isinstance(turn, Turn):
+                raise InputError(
+                    f"Number {number + 1} of {len(history)} turns is no turn.",
+                    f"It is of type {type(turn).__name__}.",
+                    "Give chat_template.Turn(question, answer, images); ask(question) asks one.",
+                )
         shown = sum(turn.images for turn in history)
         if history and shown != len(digests):
             raise InputError(f"The history shows {shown} images.", f"{len(digests)} were given.")

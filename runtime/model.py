@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -270,7 +270,10 @@ class InternVL(Loaded):
 
         ``labels`` may be :meth:`class_embeddings` of them, computed once for many calls.
         """
-        classes = labels if isinstance(labels, np.ndarray) else self.class_embeddings(labels, templates)
+        if isinstance(labels, np.ndarray) and labels.dtype.kind == "f":  # not an array of texts
+            classes = labels
+        else:
+            classes = self.class_embeddings(cast("Sequence[str]", labels), templates)
         scale = self.bundle.manifest.model.logit_scale
         return zero_shot.probabilities(self.encode_image(images, mode, resize), classes, scale)
 

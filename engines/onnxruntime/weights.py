@@ -69,8 +69,8 @@ class SharedWeights:
                 with locked(self.folder.with_suffix(".lock")):
                     wrong = damaged(seal)
                     if wrong != frozenset():
-                        for name in (*(wrong or ()), made.name):
-                            (self.folder / name).unlink(missing_ok=True)
+                        for name in (*(wrong or ()), made.name, seal.name):
+                            _clear(self.folder / name)
                         write_seal(seal, _make(made, save))
                 own = sum(file.stat().st_size for file in self.folder.iterdir())
                 prune(limit=max(own, cache_limit()), kinds=(KIND,))
@@ -148,6 +148,14 @@ def _make(made: Path, save: Save) -> dict[str, str]:
         digests[made.name] = sha256_file(model)
         model.replace(made)
     return digests
+
+
+def _clear(path: Path) -> None:
+    """Remove whatever is at ``path``."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

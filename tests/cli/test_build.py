@@ -63,7 +63,7 @@ def test_a_dry_run_says_what_would_be_done(
     assert plan["steps"] == [
         {"step": step, "action": "run"}
         for step in ("finite", "preprocess", "calibrate", "weights", "quantise",
-                     *(f"graph-{c}" for c in COMPONENTS), *engines, "verification", "accuracy")
+                     *(f"graph-{c}" for c in COMPONENTS), "accuracy", *engines, "verification")
     ]  # fmt: skip
     assert plan["layers"] == {"bf16": 26, "fp8": 32}
     assert sum(" stays bf16: " in notice for notice in plan["notices"]) == 16

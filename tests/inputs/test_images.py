@@ -184,7 +184,7 @@ def test_tensors_are_read_with_channels_first_or_last(dtype: torch.dtype) -> Non
     "tensor", [torch.zeros(3, 4, 4, requires_grad=True), torch.zeros(3, 4, 4).bfloat16()]
 )
 def test_tensors_that_cannot_be_read_in_place_are_input_errors(tensor: torch.Tensor) -> None:
-    with pytest.raises(InputError, match="Cannot use frame 3 as an image"):
+    with pytest.raises(InputError, match="The image frame 3 cannot be used"):
         load_image(tensor, "frame 3")
     with pytest.raises(InputError, match="A dict cannot be read"):
         load_image({}, "frame 3")  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,13 @@ def test_published_settings_are_read(extra: dict[str, Any], size: int, mode: Res
         {"size": 224, "do_convert_rgb": False},
         {"size": 224, "do_normalize": "yes"},
         {"size": 224, "do_pad": True},
+        {"size": 224, "offset": True},
+        {"size": 224, "image_format": "BGR"},
+        {"size": 224, "antialias": False},
+        {"size": 224, "interpolation": "bilinear"},
+        {"size": 224, "crop_pct": 0.875},
+        {"size": 224, "image_mean": [math.nan, 0.5, 0.5]},
+        {"size": 224, "image_std": [math.inf, 0.5, 0.5]},
         {"size": 224, "pad_size": {"height": 9, "width": 9}},
         {"size": 224, "image_grid_pinpoints": [[336, 672]]},
         {"size": {"shortest_edge": 224}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ivl_export.inputs.sources import (
     image_sequence,
     kind_of,
     name_of,
+    not_readable,
     shown,
     text_sequence,
 )
@@ -282,3 +284,21 @@ def test_videos_of_other_kinds(animation: Path) -> None:
     ):
         with pytest.raises(InputError):
             frames_of(video)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "path", ["https://h/x.png?sig=hidden", "s3://b/x.png?sig=hidden", "blob:https://h/x?sig=hidden"]
+)
+@pytest.mark.parametrize("kind", [str, Path])
+def test_an_address_is_none_the_less_one_as_a_path(path: str, kind: Callable[[str], Any]) -> None:
+    """``Path`` makes one slash of two, as a command line's arguments do."""
+    given = kind(path)
+    assert kind_of(given) in ("url", "address")
+    assert "hidden" not in name_of(given)
+    assert len(name_of(given)) <= SHOWN
+    assert "where a path is expected" in str(not_readable(Path(path), name_of(given)))
+
+
+def test_a_folder_of_a_strange_name_is_a_path() -> None:
+    for text in ("a:b/c.png", "C:/x.png", "scenes/http/x.png", "datasets:/x.png"):
+        assert kind_of(text) == kind_of(Path(text)) == "path"

@@ -143,6 +143,10 @@ LLAMA_OTHERS: dict[str, Any] = {
     "rotary_emb_base": 5e5,
     "rope_interleaved": True,
     "no_rope_layers": [0],
+    "no_rope_layer_interval": 4,
+    "clip_qkv": 8.0,
+    "attention_scale": 0.3,
+    "attn_temperature_tuning": True,
     "alibi": True,
     "position_embedding_type": "alibi",
     "sliding_window": 128,
@@ -167,6 +171,9 @@ LLAMA_OTHERS: dict[str, Any] = {
     "quantization_config": {"quant_method": "awq", "bits": 4},
 }
 VISION_OTHERS: dict[str, Any] = {
+    "use_layer_scale": False,
+    "use_post_layernorm": True,
+    "use_shared_relative_position_bias": True,
     "hidden_act": "quick_gelu",
     "norm_type": "batch_norm",
     "num_channels": 4,
@@ -181,6 +188,7 @@ VISION_OTHERS: dict[str, Any] = {
     "quantization_config": {"quant_method": "fp8"},
 }
 CHAT_OTHERS: dict[str, Any] = {
+    "mm_token_compression": 4,
     "mm_use_im_start_end": True,
     "mm_patch_merge_type": "spatial_unpad",
     "image_aspect_ratio": "anyres",
