@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -11,7 +12,10 @@ import pytest
 
 from ivl_export.forks import fork_safe_lock
 
-pytestmark = pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="this system cannot fork")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork"),
+]
 
 SCRIPT = """
 import asyncio, os, sys, threading

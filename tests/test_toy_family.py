@@ -23,6 +23,8 @@ from ivl_export.models.calls import Call, SampleBatch
 from ivl_export.models.layers import RMSNorm
 from ivl_export.models.registry import Component, Context, Family, Macs, Ranges, Shape
 
+pytestmark = pytest.mark.numeric
+
 pytest.importorskip("onnxscript")
 
 WIDTH, HIDDEN, SIDE, PATCH, CORNERS = 32, 64, 28, 7, 4

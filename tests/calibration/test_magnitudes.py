@@ -34,6 +34,8 @@ from ivl_export.errors import BuildError, CapabilityError
 from ivl_export.models.layers import CoreAttention, RMSNorm
 from ivl_export.runtime.torch_tower import VisionTower
 
+pytestmark = pytest.mark.numeric
+
 BLOCK = "vision_model.encoder.layers.1."
 Tensors = dict[str, torch.Tensor]
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from ivl_export.models.checkpoint import load_state, open_checkpoint
 from ivl_export.models.registry import Context, component_module, component_of, component_spec
 
+pytestmark = pytest.mark.numeric
+
 FAMILY = Path(__file__).parent.parent / "goldens" / "family"
 FOLDERS = sorted(p.parent.name for p in FAMILY.glob("*/model.safetensors"))
 SIZES = {"batch": 2, "text": 5, "past": 3, "total": 8}

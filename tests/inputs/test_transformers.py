@@ -17,6 +17,7 @@ from ivl_export.inputs.tokenizer import load_tokenizer
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.numeric,
     pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed"),
 ]
 TOKENIZERS = Path(__file__).parents[1] / "goldens" / "family" / "tokenizers"

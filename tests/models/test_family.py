@@ -24,6 +24,8 @@ from ivl_export.models.tiles_chat import TilesChatModel
 from ivl_export.models.tiles_config import TilesConfig
 from ivl_export.models.vit import MLP, InternViT
 
+pytestmark = pytest.mark.numeric
+
 FAMILY = Path(__file__).parent.parent / "goldens" / "family"
 FOLDERS = sorted(path.parent.name for path in FAMILY.glob("*/model.safetensors"))
 VISION, LOGITS = 2e-5, 5e-5

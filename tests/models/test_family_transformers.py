@@ -18,7 +18,10 @@ from ivl_export.models.checkpoint import open_checkpoint
 from ivl_export.models.tiles_chat import TilesChatModel
 from ivl_export.models.tiles_config import TilesConfig
 
-pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed"),
+]
 
 TOLERANCE = 2e-5
 IMAGE = 90

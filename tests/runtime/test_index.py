@@ -14,6 +14,8 @@ from ivl_export.errors import CapabilityError, InputError, IntegrityError, Usage
 from ivl_export.runtime.index import Index, Kind
 from ivl_export.runtime.zero_shot import rank
 
+pytestmark = pytest.mark.numeric
+
 
 def embeddings(count: int, width: int = 8, seed: int = 0) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32) * 3

@@ -17,6 +17,8 @@ from ivl_export.runtime import zero_shot
 from ivl_export.runtime.image_batches import Reading, pixel_batches
 from ivl_export.runtime.timings import Timings
 
+pytestmark = pytest.mark.numeric
+
 SETTINGS = ImageSettings(size=14)
 
 

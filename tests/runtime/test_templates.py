@@ -15,6 +15,8 @@ from ivl_export.runtime import InternVL
 from ivl_export.runtime.templates import PLAIN, names, templates
 from ivl_export.runtime.zero_shot import fill
 
+pytestmark = pytest.mark.numeric
+
 SIZES = {
     "imagenet": 80,
     "imagenet-zh": 80,

@@ -25,6 +25,8 @@ from ivl_export.models.tiles_config import TilesConfig
 from ivl_export.runtime import InternVLChat
 from ivl_export.runtime.serving.chat_service import ChatService
 
+pytestmark = pytest.mark.numeric
+
 FAMILY = Path(__file__).parents[1] / "goldens" / "family"
 SLOW = pytest.mark.slow
 FOLDERS = [

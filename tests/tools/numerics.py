@@ -6,7 +6,8 @@ A tolerance that only holds where it was written fails here first::
     python -m ivl_export.tests.tools.numerics --settings sse,ulp tests/models -k golden
 
 Everything after the options goes to pytest. Each setting is a process of its own: the libraries read these
-variables when they are loaded. One row a setting is printed, then the tests that failed; exit code 1 if any.
+variables when they are loaded. One row a setting is printed, with the largest part of a tolerance that a test
+used; then the tests that failed, and those that used more than a third; exit code 1 if any failed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+HEADROOM, PROPERTY = "ivl_export.tests.tools.headroom", "tolerance_used"
+"""The plugin that every setting runs with, and what it reports."""
+MOST = 1 / 3
+"""Of a tolerance: who uses more is told."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,17 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Result:
-    """Of one setting: how many tests did what, in how many seconds, and which failed."""
+    """Of one setting: how many tests did what, in how many seconds, which failed, and what each used.
+
+    ``used``: the largest part of a tolerance, for each test.
+    """
 
     passed: int
     failed: int
     skipped: int
     seconds: float
     failures: tuple[str, ...]
+    used: dict[str, float] = field(default_factory=dict)
 
     @property
     def good(self) -> bool:
@@ -90,7 +101,8 @@ def run(setting: Setting, tests: Sequence[str]) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-m", "numeric"]
-        command += [f"--junitxml={report}", *(["-p", setting.plugin] if setting.plugin else [])]
+        plugins = (HEADROOM, setting.plugin) if setting.plugin else (HEADROOM,)
+        command += [f"--junitxml={report}", *(text for name in plugins for text in ("-p", name))]
         done = subprocess.run(
             [*command, *tests],
             cwd=ROOT,
@@ -103,14 +115,24 @@ def run(setting: Setting, tests: Sequence[str]) -> Result:
             raise SystemExit(f"pytest did not run:\n{done.stdout}")
         suites = list(ET.parse(report).getroot().iter("testsuite"))
     tests_run, skipped = (sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "skipped"))
-    failures = tuple(
-        "::".join(filter(None, (case.get("classname"), case.get("name"))))
+    cases = {
+        "::".join(filter(None, (case.get("classname"), case.get("name")))): case
         for suite in suites
         for case in suite.iter("testcase")
+    }
+    failures = tuple(
+        name
+        for name, case in cases.items()
         if case.find("failure") is not None or case.find("error") is not None
     )
+    used = {
+        name: float(entry.get("value", 0))
+        for name, case in cases.items()
+        for entry in case.iter("property")
+        if entry.get("name") == PROPERTY
+    }
     seconds = sum(float(suite.get("time", 0)) for suite in suites)
-    return Result(tests_run - skipped - len(failures), len(failures), skipped, seconds, failures)
+    return Result(tests_run - skipped - len(failures), len(failures), skipped, seconds, failures, used)
 
 
 def main(args: Sequence[str]) -> int:
@@ -123,15 +145,22 @@ def main(args: Sequence[str]) -> int:
     names = options.settings.split(",")
     if unknown := [name for name in names if name not in SETTINGS]:
         parser.error(f"no setting {', '.join(unknown)}; there are {', '.join(SETTINGS)}")
-    print(f"{'setting':8} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}  what differs")
+    print(
+        f"{'setting':8} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8} {'used':>6}  what differs"
+    )
     results = {}
     for name in names:
         result = results[name] = run(SETTINGS[name], tests)
         numbers = f"{result.passed:7} {result.failed:7} {result.skipped:8} {result.seconds:8.1f}"
+        numbers += f" {max(result.used.values(), default=0):6.0%}"
         print(f"{name:8} {numbers}  {SETTINGS[name].says}", flush=True)
     for name, result in results.items():
         for failure in result.failures:
             print(f"{name}: {failure}")
+    for name, result in results.items():
+        for test, part in sorted(result.used.items(), key=lambda entry: -entry[1]):
+            if part > MOST:
+                print(f"{name} uses {part:.0%} of a tolerance: {test}")
     return 0 if all(result.good for result in results.values()) else 1
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from ivl_export.tests.tools.headroom import used
 from ivl_export.tests.tools.numerics import main
 from ivl_export.tests.tools.one_ulp import moved
 
@@ -34,6 +36,18 @@ def test_threads():
 """
 
 
+USING = """
+import numpy as np, pytest, torch
+pytestmark = pytest.mark.numeric
+
+def test_much():
+    torch.testing.assert_close(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), rtol=0, atol=1)
+
+def test_little():
+    np.testing.assert_allclose([1.0, 2.1], [1.0, 2.0], atol=1)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # two minutes on two idle cores
 def test_numeric_tests_pass_as_on_other_processors(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,6 +71,17 @@ def test_settings_are_there_before_torch_and_failures_are_told(
 def test_nothing_that_ran_is_no_success(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("def test_not_numeric(): ...")
     assert main(["--settings", "native", str(tmp_path)]) == 1
+
+
+def test_how_much_of_a_tolerance_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert used(np.array([1.0, 2.02]), np.array([1.0, 2.0]), 0, 0.05) == pytest.approx(0.4)
+    assert used(np.array([1.0, 2.02]), np.array([1.0, 2.0]), 0.01, 0.02) == pytest.approx(0.5)
+    assert used(torch.ones(3), np.ones(3), 1e-5, 0) == used(1.0, 2.0, 0, 0) == 0
+    (tmp_path / "test_it.py").write_text(USING)
+    assert main(["--settings", "native", str(tmp_path / "test_it.py")]) == 0
+    out = capsys.readouterr().out
+    assert "native uses 50% of a tolerance: test_much" in out
+    assert "test_little" not in out
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (3, 64), (2, 5, 33)])

@@ -27,6 +27,8 @@ from ivl_export.training.tiles_model import completed, image_settings, initialis
 from ivl_export.training.tokenizer import SPECIALS, byte_level_tokenizer
 from ivl_export.training.trainer import Options, TrainingProgress
 
+pytestmark = pytest.mark.numeric
+
 SMALL = training.shortened(NANO_TILES, 2, 3)
 
 
