@@ -130,6 +130,7 @@ def test_built_and_run_from_python(
     assert capfd.readouterr() == ("", ""), "nothing is printed"
 
 
+@pytest.mark.slow
 def test_ranges_measured_once(
     tiny_model: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

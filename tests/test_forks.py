@@ -122,6 +122,7 @@ def test_a_fork_while_others_ask(tiny_bundle: Path) -> None:
     assert run(BUSY, tiny_bundle) == [f"busy {[0] * 8}"]
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_survive_says_so(tiny_bundle: Path) -> None:
     first, *_, last = run(TORCH, tiny_bundle)
     assert first.startswith("UsageError This model was used before the process was forked.")

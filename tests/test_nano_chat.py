@@ -61,6 +61,7 @@ def test_the_card_states_what_was_measured() -> None:
     assert f"{NANO_CHAT.stage.steps} steps" in card
 
 
+@pytest.mark.slow
 def test_training_repeats_itself(tmp_path: Path) -> None:
     """Two runs of two steps write the same model."""
     for name in ("a", "b"):

@@ -33,6 +33,7 @@ def test_a_device_draws_what_the_host_draws(how: Sampling, size: int, ties: bool
     assert sample_token(logits, how, own) == sample_token(logits, how, other)
 
 
+@pytest.mark.slow
 def test_shares_are_those_of_the_distribution() -> None:
     probabilities = torch.tensor([0.05, 0.5, 0.3, 0.15])
     rng = np.random.default_rng(0)

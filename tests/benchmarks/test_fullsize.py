@@ -120,6 +120,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(plan.calibration) + len(plan.held_out) == SCENES
 
 
+@pytest.mark.slow
 def test_memory_that_no_file_backs_is_what_is_measured(tmp_path: Path) -> None:
     mapped = tmp_path / "mapped"
     mapped.write_bytes(bytes(64 << 20))
@@ -155,6 +156,7 @@ def test_one_pass_over_the_shards_quantises_as_memory_does(made: Path, tmp_path:
     assert not {name for name in low if not name.startswith("vision_model")}
 
 
+@pytest.mark.slow
 def test_the_report_measures_and_cleans_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "narrow.json").write_text(json.dumps(NARROW.to_published()))
     work, out = tmp_path / "work", tmp_path / "receipts" / "narrow.json"
@@ -187,6 +189,7 @@ def test_a_step_that_fails_is_in_the_table(tmp_path: Path, capsys: pytest.Captur
     assert found.rows[0].seconds is None
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_what_it_measured(tmp_path: Path) -> None:
     out = tmp_path / "receipt.json"
     code = (
@@ -206,6 +209,7 @@ def test_a_killed_run_keeps_what_it_measured(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_calibration_is_timed_by_block_and_its_scales_make_the_graphs(made: Path, tmp_path: Path) -> None:
     done = tool.calibrate(made, tmp_path, ["vision"])
     assert set(done["seconds_per_sample_and_block"]) == {"vision"}
@@ -215,6 +219,7 @@ def test_calibration_is_timed_by_block_and_its_scales_make_the_graphs(made: Path
     assert (tmp_path / "onnx" / "vision.bf16.onnx").is_file()
 
 
+@pytest.mark.slow
 def test_the_plain_route_writes_the_same_weights(tmp_path: Path) -> None:
     """Holds every weight that ours refers to, or its cost would compare with nothing."""
     import onnx

@@ -29,6 +29,7 @@ def receipt(path: Path) -> dict[str, Any]:
     return data
 
 
+@pytest.mark.slow
 def test_towers(tmp_path: Path) -> None:
     out = tmp_path / "towers.json"
     assert towers.main(["--tiny", "--device", "cpu", "--batches", "1,2", "--out", str(out)]) == 0
@@ -57,6 +58,7 @@ def test_goals_follow_from_the_rows(tmp_path: Path) -> None:
     assert "not measured" in receipt(tmp_path / "t.json")["goals"].values()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_the_limit_is_said(tmp_path: Path) -> None:
     out = tmp_path / "late.json"
     assert fp8_accuracy.main(["--model", "nano", "--device", "cpu", "--limit", "0", "--out", str(out)]) == 0
@@ -66,6 +68,7 @@ def test_what_does_not_fit_into_the_limit_is_said(tmp_path: Path) -> None:
     assert not Budget(0).left()
 
 
+@pytest.mark.slow
 def test_fp8_accuracy(tmp_path: Path) -> None:
     out = tmp_path / "accuracy.json"
     assert fp8_accuracy.main(["--tiny", "--device", "cpu", "--out", str(out)]) == 0

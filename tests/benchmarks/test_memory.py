@@ -48,6 +48,7 @@ main(["--bundle", {str(bundle)!r}, "--out", {str(out)!r}, *asked])
     return found
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_mixed_requests(tiny_bundle: Path, tmp_path: Path) -> None:
     found = soaked(tiny_bundle, tmp_path)
     assert found["growth"]["RSS at rest"] < FLAT, found["rss"]
@@ -59,6 +60,7 @@ def test_memory_stays_flat_over_mixed_requests(tiny_bundle: Path, tmp_path: Path
     assert counts["running"] == counts["waiting"] == 0
 
 
+@pytest.mark.slow
 def test_a_leak_of_one_image_a_request_is_seen(tiny_bundle: Path, tmp_path: Path) -> None:
     assert soaked(tiny_bundle, tmp_path, LEAK)["growth"]["RSS at rest"] > FLAT
 
@@ -71,6 +73,7 @@ def test_growth_counts_from_the_end_of_warm_up() -> None:
     assert found.growth(200, found.heap) == 0
 
 
+@pytest.mark.slow
 def test_held_memory_has_a_row_for_each_way_to_load(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def test_receipts_of_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(after)[4] == "after"
 
 
+@pytest.mark.slow
 def test_max_fails_on_outliers_and_the_defaults_do_not(tmp_path: Path) -> None:
     """As in the document, at a fifth of the width."""
     found = measure(tmp_path, width=640, samples=2)

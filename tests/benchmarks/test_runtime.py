@@ -87,6 +87,7 @@ def test_ratios_and_goals(ours: list[float], theirs: list[float], bound: float) 
     assert ("missed" in first[-1]) == (not (found.met(faster) and found.met(longer)))
 
 
+@pytest.mark.slow
 def test_chained_calls_compute_what_bare_sessions_do(tiny: Setting) -> None:
     found = list(part("chained")(tiny))
     assert {c.case for c in found} == {
@@ -119,6 +120,7 @@ def test_other_embeddings_are_not_timed(tiny: Setting) -> None:
         pytorch.compared("case", {"runtime": lambda: ones, "torch eager": lambda: 2 * ones}, tiny, 1)
 
 
+@pytest.mark.slow
 def test_precisions_say_how_far_they_are_from_fp32(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precisions, "BATCHES", (2,))
     for found in part("precisions")(tiny):
@@ -129,6 +131,7 @@ def test_precisions_say_how_far_they_are_from_fp32(tiny: Setting, monkeypatch: p
         assert {t.name for t in found.timed} == set(cosines)
 
 
+@pytest.mark.slow
 def test_clients_get_what_a_call_gives(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients, "REQUESTS", 1)
     for found in part("clients")(tiny):
@@ -153,6 +156,7 @@ def test_decoding_is_that_of_the_plain_llama(tiny: Setting, monkeypatch: pytest.
     np.testing.assert_array_equal(found, ids[:, 5:])
 
 
+@pytest.mark.slow
 def test_decoding_leaves_out_what_is_not_installed(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "PROMPT", 5)
     monkeypatch.setattr(decoding, "find_spec", lambda name: None)

@@ -149,6 +149,7 @@ def nano_accuracy(precision: str, out: Path) -> Table:
         ).teacher_forced
 
 
+@pytest.mark.slow
 def test_nano_loses_no_more_than_with_plain_int4(tmp_path: Path) -> None:
     """Nano has no outliers: there is little to gain. Single outputs move by what rounding ties move them."""
     plain, searched = (nano_accuracy(p, tmp_path / p) for p in ("int4-weight", "int4-awq"))

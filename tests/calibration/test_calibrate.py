@@ -71,6 +71,7 @@ def test_nano_scales_equal_those_of_whole_modules(components: tuple[str, ...], t
     assert not spill.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["percentile", "entropy", "mse"])
 def test_picked_ranges_equal_those_of_whole_modules(
     algorithm: str,
@@ -90,6 +91,7 @@ def test_picked_ranges_equal_those_of_whole_modules(
     assert layers == ({} if algorithm == "percentile" else kinds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [16 * 2 + 5, 16 * 4, 16 * 6 + 9])
 def test_a_killed_run_goes_on_at_its_block(
     at: int,

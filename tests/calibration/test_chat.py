@@ -170,6 +170,7 @@ def test_each_weight_belongs_to_one_part(checkpoint: Checkpoint) -> None:
         assert sorted(loaded) == sorted(modules.by_name[component].state_dict())
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_at_its_part(
     checkpoint: Checkpoint, settings: ImageSettings, chosen: CalibrationSet, tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def test_every_value_is_counted_in_its_bin(scales: list[float], seed: int) -> No
     assert below >= len(values) // 2
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(st.integers(0, 50), st.sampled_from(["int8", "fp8"]), st.sampled_from([0.3, 1.0, 30.0]))
 def test_ranges_lie_within_what_was_seen(seed: int, kind: str, growth: float) -> None:

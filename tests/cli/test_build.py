@@ -254,6 +254,7 @@ def test_a_split_component_is_built_in_parts_and_run_as_one(
     assert "from 1 to 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_engine_of_an_earlier_build_is_taken_over(
     tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,6 +120,7 @@ def test_each_pass_has_its_own_ranges(tmp_path: Path) -> None:
         assert torch.allclose(model.encode_text(ids), plain, atol=1e-5), "it is taken back"
 
 
+@pytest.mark.slow
 def test_a_layer_of_a_chat_model(tmp_path: Path) -> None:
     """Quantised in its component's range, in the vision tower and in the decoder; then taken back."""
     plan = plan_build(BuildConfig(tmp_path, NANO_CHAT, "int8", calib_samples=8, backend=(ORT,)))

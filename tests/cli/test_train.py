@@ -31,6 +31,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_two_steps_write_a_model_and_a_second_run_only_loads_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

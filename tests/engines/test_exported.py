@@ -75,6 +75,7 @@ def export(
     return folder / "vision.onnx", promised
 
 
+@pytest.mark.slow
 def test_quantised_exports_keep_their_promise(checkpoint: Checkpoint, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     from ivl_export.models.registry import component_spec

@@ -146,6 +146,7 @@ def test_graphs_chat_as_published(sessions: dict[str, onnxruntime.InferenceSessi
     assert tokens == golden[f"gen{row}.new_tokens"][0].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vision_chat", "decoder"])
 def test_repeated_blocks_equal_traced_ones(checkpoint: Checkpoint, name: str) -> None:
     spec = component_spec(name, checkpoint.model)
@@ -224,6 +225,7 @@ def test_a_step_of_the_model_is_the_component(checkpoint: Checkpoint) -> None:
     assert set(state) == parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAT_COMPONENTS)
 def test_engines_build(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
     """Without a GPU; the graphs' operators and dynamic shapes are what TensorRT-RTX takes."""

@@ -405,6 +405,7 @@ def test_captions_equal_the_models(small: Built, beams: int) -> None:
     assert got.tolist() == want.tolist()
 
 
+@pytest.mark.slow
 def test_older_checkpoints_have_two_components(tmp_path: Path) -> None:
     config = InternVLConfig(
         VisionConfig(24, 1, 2, 20, 28, 14), QLlamaConfig(16, 1, 2, 24, 30), 12, 2, cross_attention_frequency=1
@@ -445,6 +446,7 @@ def test_full_size_components_use_every_published_tensor() -> None:
     assert set(expected_shapes(InternVLConfig())) - used == {"logit_scale"}
 
 
+@pytest.mark.slow
 def test_no_qk_norm(tmp_path: Path) -> None:
     config = InternVLConfig(
         VisionConfig(48, 2, 3, 20, 28, 14, qk_normalization=False), QLlamaConfig(16, 2, 2, 24, 30), 12, 2, 3

@@ -172,6 +172,7 @@ def test_bf16_graphs_use_the_shards_as_they_are(shards: Path, tmp_path: Path) ->
     assert {kind for kind, _ in weights[0].values()} == {onnx.TensorProto.BFLOAT16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".bin", ".pth"])
 def test_torch_archives_are_copied_not_linked(source: Path, tmp_path: Path, suffix: str) -> None:
     whole = open_checkpoint(source)
@@ -355,6 +356,7 @@ def test_the_verb(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([*args, "--out", str(tmp_path / "copy"), "--zero-copy", "--json"]) == UsageError.exit_code
 
 
+@pytest.mark.slow
 def test_shipped_models_have_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

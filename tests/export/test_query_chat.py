@@ -89,6 +89,7 @@ def test_graphs_over_the_checkpoints_own_bytes(query_chat: Path, exported: Expor
     assert {path.name for path in query_chat.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select_layer", [-1, -2, 1, 0])
 def test_repeated_blocks_equal_traced_ones(checkpoint: Checkpoint, select_layer: int) -> None:
     """Wherever the features leave the tower; the tokens are always the last block's."""
@@ -105,6 +106,7 @@ def test_repeated_blocks_equal_traced_ones(checkpoint: Checkpoint, select_layer:
     assert chain(repeated) == chain(trace.traced_graph("vision_chat", config))
 
 
+@pytest.mark.slow
 def test_repeated_query_blocks_equal_traced_ones(checkpoint: Checkpoint) -> None:
     assert isinstance(checkpoint.model, ChatConfig)
     queries = checkpoint.model.queries
@@ -180,6 +182,7 @@ def test_contracts_of_the_published_sizes() -> None:
             act("query_chat", ChatConfig())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEEN)
 def test_engines_build(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
     pytest.importorskip("tensorrt_rtx")

@@ -184,6 +184,7 @@ def test_each_weight_of_a_block_is_in_one_part(split: Split) -> None:
     assert sum(map(len, layers)) == len(set().union(*layers)), "a past goes to one part"
 
 
+@pytest.mark.slow
 def test_parts_are_proven_together(split: Split, tmp_path: Path) -> None:
     root, component = split.bundle.root, "qllama_query"
     pieces = split.bundle.manifest.components[component].parts

@@ -281,6 +281,7 @@ def test_bad_arrays_are_input_errors(array: Array) -> None:
         load_image(array, "frame 7")
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_damaged_files_never_raise_anything_but_input_errors(data: Any) -> None:

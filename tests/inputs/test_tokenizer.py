@@ -152,6 +152,7 @@ def test_only_the_first_text_has_the_models_space_where_the_files_say_so() -> No
 # --- streams ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(EVERY))
 @settings(max_examples=100)
 @given(data=st.data())
@@ -231,6 +232,7 @@ def test_a_damaged_tokenizer_json_never_raises_anything_else(data: st.DataObject
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(TEXT)
 def test_any_text_survives_the_tokenizer(text: str) -> None:

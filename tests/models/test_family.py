@@ -69,6 +69,7 @@ def whole_tower(folder: str) -> InternViT:
     return tower.eval()
 
 
+@pytest.mark.slow
 def test_every_form_is_here() -> None:
     assert len(FOLDERS) == 7
     kinds = {model(folder).config.decoder.kind for folder in FOLDERS}

@@ -163,6 +163,7 @@ def compare(folder: Path, seed: int) -> None:
     assert chat.generate(pixels, ids).tolist() == new.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_random_models_equal_transformers(form: str, tmp_path: Path) -> None:
     seed = sum(map(ord, form))

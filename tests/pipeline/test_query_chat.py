@@ -22,7 +22,7 @@ from ivl_export.runtime import InternVLChat
 from ivl_export.runtime.torch_tower import VisionTower
 from ivl_export.tests.components import QUERY_CHAT_COMPONENTS
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.slow, pytest.mark.numeric]
 
 pytest.importorskip("tensorrt_rtx")
 QUESTIONS = ("what is this?", "two red rings", "and")

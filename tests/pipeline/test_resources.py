@@ -58,6 +58,7 @@ def test_too_little_disk_is_said_first(tmp_path: Path, monkeypatch: pytest.Monke
     assert HEADROOM < 10**9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
 def test_memory_of_an_engine_is_known_before_its_graph(precision: str, tmp_path: Path) -> None:
     plan = plan_build(BuildConfig(out=tmp_path / "out", precision=precision, calib_samples=4, split=2))

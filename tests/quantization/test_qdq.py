@@ -119,6 +119,7 @@ def modelopt_fake_quantised(
         linear.register_forward_pre_hook(hook)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_onnxruntime_equals_modelopts_fake_quantisation(
     scheme: str,

@@ -139,6 +139,7 @@ def test_what_a_layer_writes_is_what_it_announces(scheme: str, base: str) -> Non
     assert torch.equal(scale32, want[1])
 
 
+@pytest.mark.slow
 def test_equals_modelopt_fake_quantisation_on_the_same_amax() -> None:
     tensor_quant = pytest.importorskip("modelopt.torch.quantization.tensor_quant")
     torch.manual_seed(0)

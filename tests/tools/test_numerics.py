@@ -55,6 +55,7 @@ def test_numeric_tests_pass_as_on_other_processors(capsys: pytest.CaptureFixture
     assert code == 0, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_settings_are_there_before_torch_and_failures_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,11 +69,13 @@ def test_settings_are_there_before_torch_and_failures_are_told(
     assert rows["threads:"] == ["test_threads"]
 
 
+@pytest.mark.slow
 def test_nothing_that_ran_is_no_success(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("def test_not_numeric(): ...")
     assert main(["--settings", "native", str(tmp_path)]) == 1
 
 
+@pytest.mark.slow
 def test_how_much_of_a_tolerance_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert used(np.array([1.0, 2.02]), np.array([1.0, 2.0]), 0, 0.05) == pytest.approx(0.4)
     assert used(np.array([1.0, 2.02]), np.array([1.0, 2.0]), 0.01, 0.02) == pytest.approx(0.5)

@@ -68,6 +68,7 @@ def golden_gradients(strategy: dist.Strategy, out: str) -> None:
     torch.save(found, f"{out}.{dist.rank()}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", dist.STRATEGIES)
 def test_gradients_are_the_published_ones(strategy: str, tmp_path: Path) -> None:
     golden = load_file(GOLDENS / "train_ws2.safetensors")
@@ -122,6 +123,7 @@ def trained(folder: Path, processes: int, strategy: dist.Strategy) -> tuple[list
     return heard, torch.cat([(model[k] - before[k]).flatten() for k in before])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", dist.STRATEGIES)
 def test_two_processes_train_as_one_does(
     strategy: dist.Strategy, alone: tuple[list[TrainingProgress], Tensor], tmp_path: Path

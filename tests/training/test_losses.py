@@ -123,6 +123,7 @@ def _rank(rank: int, port: int, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     golden = load_file(GOLDENS / "train_ws2.safetensors")
     with socket.socket() as probe:

@@ -168,6 +168,7 @@ def test_the_built_graph_is_what_was_trained(asked: QatConfig, tmp_path: Path) -
     assert compare(last.numpy(), got["tokens"]).sqnr_db > 25
 
 
+@pytest.mark.slow
 def test_runs_repeat_and_go_on(asked: QatConfig, tmp_path: Path) -> None:
     first = run(asked)
     again = run(replace(asked, out=tmp_path / "again"))
@@ -187,6 +188,7 @@ def test_runs_repeat_and_go_on(asked: QatConfig, tmp_path: Path) -> None:
         run(replace(stopped, lr=1e-4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "teacher"), [("ddp", True), ("fsdp", False)])
 def test_two_processes_train_as_one_does(
     strategy: Any, teacher: bool, asked: QatConfig, tmp_path: Path

@@ -190,6 +190,7 @@ def test_stage_1_moves_what_internvl_c_is_made_of(tokenizer: bytes, tmp_path: Pa
     assert not {"itm_head", "clip_projector2"} & moved
 
 
+@pytest.mark.slow
 def test_losses_fall(tokenizer: bytes, tmp_path: Path) -> None:
     """Bounds lie between what knows nothing and what any seed reaches: rounding moves a run as a seed does.
 

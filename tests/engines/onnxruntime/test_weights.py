@@ -203,6 +203,7 @@ def graph_of_products(path: Path, order: list[int]) -> None:
     path.write_bytes(model.SerializeToString())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read as Linux tells it")
 def test_three_sessions_hold_the_weights_once(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)

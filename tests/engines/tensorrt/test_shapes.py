@@ -105,6 +105,7 @@ def test_sizes_outside_every_profile_have_none() -> None:
     assert ranges_of(spec)["batch"] == (1, 1, 8)
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_share_their_weights(make: Make, tmp_path: Path) -> None:
     """Within 1.1 of one profile's size: kernels of a second profile, 1.5 MB, and no second weights, 42 MB."""
     pytest.importorskip("tensorrt_rtx")

@@ -138,6 +138,7 @@ def graphs_of(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "component"),
     [

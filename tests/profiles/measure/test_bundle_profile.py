@@ -238,6 +238,7 @@ def test_batches_and_lengths_stay_within_what_was_built(tiny_bundle: Path) -> No
         assert len(too_long) == 1
 
 
+@pytest.mark.slow
 def test_without_onnx_there_are_times_and_a_note(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     result = profile(tiny_bundle, Options(threads=1, batches=[1], rule=StopRule(seconds=0.01)))
@@ -303,6 +304,7 @@ def test_the_machine_is_described_and_the_commit_too(tmp_path: Path, monkeypatch
     assert commit(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_the_verb_prints_tables_and_writes_a_receipt(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def test_no_floor_without_all_of_its_parts() -> None:
     assert floor_of(made_case(), [made_cost()], replace(CEILINGS, copies=())) is None
 
 
+@pytest.mark.slow
 def test_this_machine() -> None:
     found = measure_ceilings(threads=1, rule=StopRule(seconds=0.02, min_samples=2))
     assert found.device == CPU
