@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .output import human_bytes, print_json, print_table
+from .output import human_bytes, print_json, print_table, print_text
 
 if TYPE_CHECKING:
     from ..pipeline.plan import BuildPlan
@@ -67,11 +67,25 @@ def print_report(report: dict[str, Any]) -> None:
         rows = [(f, *(f"{report['tasks'][n][f]:.1%}" for n in names)) for f in figures]
         print_table("Accuracy on held-out scenes", ("task", *names), rows)
     print_kernels(report["verification"])
-    for cause in report["fallback_causes"]:
-        typer.echo(f"note: {cause}")
-    steps = [(s["step"], s["seconds"], "reused" if s["reused"] else "run") for s in report["steps"]]
-    print_table("Steps", ("step", "seconds", ""), steps)
+    for cause, places in by_cause(report["fallback_causes"]).items():
+        print_text(f"note: {cause} ({places})")
+    seconds = [s["seconds"] for s in report["steps"] if not s["reused"]]
+    reused = len(report["steps"]) - len(seconds)
+    typer.echo(f"steps: {len(seconds)} run in {sum(seconds):.1f} s, {reused} reused")
     typer.echo(f"bundle: {report['bundle']} ({human_bytes(report['bytes'])}, {report['files']} files)")
+
+
+def by_cause(causes: Iterable[str]) -> dict[str, str]:
+    """Lines ``engine, component: cause`` as cause -> ``engine: components``; many components share a cause."""
+    places: dict[str, dict[str, list[str]]] = {}
+    for line in causes:
+        place, _, cause = line.partition(": ")
+        engine, _, component = place.partition(", ")
+        places.setdefault(cause, {}).setdefault(engine, []).append(component)
+    return {
+        cause: "; ".join(f"{engine}: {', '.join(components)}" for engine, components in engines.items())
+        for cause, engines in places.items()
+    }
 
 
 def print_kernels(kernels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ivl_export import cli
 from ivl_export.cli import output
+from ivl_export.cli.build_tables import by_cause
 from ivl_export.profiles.measure.receipt import write
 from ivl_export.tests.profiles.made_profiles import made_case, made_profile
 
@@ -98,3 +99,13 @@ def test_no_word_of_a_table_is_broken(
 def test_all_tables_are_laid_out_in_one_place() -> None:
     others = [path.name for path in CLI.glob("*.py") if "rich.table" in path.read_text(encoding="utf-8")]
     assert others == []
+
+
+def test_a_cause_that_components_share_is_printed_once() -> None:
+    lines = [
+        "ort, vision: no FP8: none",
+        "ort, text: no FP8: none",
+        "rtx-sm89, text: no FP8: none",
+        "ort, vision: odd",
+    ]
+    assert by_cause(lines) == {"no FP8: none": "ort: vision, text; rtx-sm89: text", "odd": "ort: vision"}
