@@ -76,7 +76,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def by_cause(causes: Iterable[str]) -> dict[str, str]:
-    """Lines ``engine, component: cause`` as cause -> ``engine: components``; many components share a cause."""
+    """Lines ``engine, component: cause`` as cause -> ``engine: components``."""
     places: dict[str, dict[str, list[str]]] = {}
     for line in causes:
         place, _, cause = line.partition(": ")
