@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_vocabulary(config: TilesConfig, size: int) -> TilesConfig:
-    from dataclasses import replace
-
     decoder = replace(
         config.decoder, vocab_size=size, max_position_embeddings=512, eos_token_ids=(420,), tied=False
     )
