@@ -85,14 +85,14 @@ def fine_tune_chat(
     import torch
 
     from ..errors import UsageError
-    from ..inputs.preprocess import ImageSettings
-    from ..inputs.tokenizer import SentencePieceTokenizer
+    from ..inputs.chat_template import IMAGE_TOKEN
+    from ..inputs.tokenizer import MODEL
     from ..models.checkpoint import open_checkpoint
     from ..models.load import load_chat
-    from ..models.registry import family_of
+    from ..models.registry import decoder_place, family_of, image_settings
     from ..models.shipped import checkpoint_path
     from ..training import lora as low_rank
-    from ..training.chat_model import write
+    from ..training.chat_model import write, write_as_stored
     from ..training.conversations import ChatBatches, SceneDialogues, read_llava
     from ..training.presets import Stage
     from ..training.stage3 import TRAINS, Stage3, fine_tune
@@ -103,9 +103,13 @@ def fine_tune_chat(
         )
     opened = open_checkpoint(checkpoint_path(checkpoint))
     model = load_chat(opened)
-    tokenizer = SentencePieceTokenizer(_file_of(opened.path, "tokenizer.model"))
-    settings = ImageSettings.load(_file_of(opened.path, "preprocessor_config.json"))
-    settings = family_of(model.config).image_settings(model.config, settings)
+    if lora is not None and lora.pattern == low_rank.DECODER:
+        lora = replace(lora, pattern=f"{decoder_place(opened.model)}.*_proj")
+    family = family_of(opened.model)
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    tokenizer = family.tokenizer(opened.model, folder)
+    chat = family.chat_format(opened.model, folder, tokenizer)
+    settings = image_settings(opened.model, folder)
     steps, batch = run.steps or 1000, run.batch or 16
     patterns = TRAINS["lora" if lora else trains]
     stage = Stage("stage3", "answers", steps, batch, lr, 0.0, max(1, steps * 3 // 100), trainable=patterns)
@@ -114,16 +118,18 @@ def fine_tune_chat(
     if data is not None:
         source = read_llava(data, images)
         identity["data"] = hashlib.sha256(data.read_bytes()).hexdigest()
-    longest = model.config.decoder.max_position_embeddings - model.config.num_visual
-    batches = ChatBatches(source, stage, settings, tokenizer.model, longest)
+    longest = model.config.decoder.max_position_embeddings
+    if chat is None or chat.images.context == IMAGE_TOKEN:  # one placeholder an image
+        longest -= model.config.num_visual
+    batches = ChatBatches(source, stage, settings, tokenizer, longest, chat)
     with step_bar(stage.name, steps) as report:
         seconds = fine_tune(model, Stage3(stage, lora), batches, identity, _options(run), report)
     if lora is not None:
         if adapters is not None:
             low_rank.save(model, lora, adapters)
         low_rank.merge(model, lora)
-    stored = opened.load("lm_head.weight").dtype
-    write(model, run.out, tokenizer.model, settings, opened, stored)
+    if not write_as_stored(model, opened, run.out):
+        write(model, run.out, tokenizer.files[MODEL], settings, opened, opened.load("lm_head.weight").dtype)
     summary = {
         "model": str(run.out),
         "minutes": seconds / 60,

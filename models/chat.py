@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..inputs.chat_template import IMAGE_TOKEN
+from ..inputs.chat_template import IGNORE, IMAGE_TOKEN
 from ..sampling import StopCriteria
 from .chat_vision import projector, vision_tower
 from .config import ChatConfig
@@ -64,6 +64,26 @@ class InternVLChatModel(nn.Module):
         positions = torch.arange(x.shape[1], device=x.device)[None]
         out: Tensor = self.lm_head(self(x, positions, mask)[0])
         return out
+
+    def answer_logits(
+        self, pixel_values: Tensor, input_ids: Tensor, mask: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [N, vocab] before every learnt token of a batch padded on the right, and those tokens [N].
+
+        Args:
+            pixel_values: [I, 3, S, S]: the images of all placeholders, row after row.
+            input_ids: [B, T] with one placeholder for each image.
+            mask: [B, T], 0 at padding.
+            labels: [B, T], :data:`~ivl_export.inputs.chat_template.IGNORE` where nothing is learnt.
+        """
+        visual = self.visual_embeds(pixel_values)
+        x, _ = splice(self.model.embed_tokens, input_ids, mask, visual)
+        spliced = splice_labels(input_ids, labels, mask, visual.shape[1])
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        # Padding follows every token that is learnt: causal attention alone hides it.
+        hidden, _ = run_layers(self.model, x, positions, Visible(causal=True))
+        learnt = spliced[:, 1:] != IGNORE
+        return self.lm_head(hidden[:, :-1][learnt]), spliced[:, 1:][learnt]
 
     def forward(
         self,
@@ -164,6 +184,15 @@ class ChatDecoder(Decoder):
         super().__init__(config.decoder, [None] * config.decoder.num_hidden_layers)
         self.vision_tower = vision_tower(config)
         self.mm_projector = projector(config)
+
+
+def splice_labels(input_ids: Tensor, labels: Tensor, mask: Tensor, visual: int) -> Tensor:
+    """Labels [B, S] of the rows of :func:`splice`, ``visual`` for each image."""
+    rows = []
+    for ids, own, used in zip(input_ids, labels, mask.bool(), strict=True):
+        times = torch.where(ids == IMAGE_TOKEN, visual, 1)[used]
+        rows.append(own[used].repeat_interleave(times))
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
 
 def splice(

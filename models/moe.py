@@ -38,7 +38,8 @@ class SparseMLP(nn.Module):
         out = torch.zeros_like(rows)
         for number in sorted(set(chosen.flatten().tolist())):
             row, place = torch.where(chosen == number)
-            out.index_add_(0, row, self.experts[number](rows[row]) * weights[row, place, None])
+            part = self.experts[number](rows[row]) * weights[row, place, None]
+            out.index_add_(0, row, part.to(out.dtype))  # under autocast it is in 16 bits
         return out.reshape(x.shape)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -609,6 +609,12 @@ def block_places(config: ModelConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(c.place(config) for c in components_of(config) if c.depth(config)))
 
 
+def decoder_place(config: ModelConfig) -> str:
+    """Module path of the blocks of the language model: those of the last component that has a cache."""
+    places: list[str] = [c.place(config) for c in components_of(config) if c.cached]
+    return places[-1]
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Published key -> shape of every tensor of a checkpoint of ``config``."""
     return family_of(config).shapes(config)

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,19 @@ class View:
         matrix = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         matrix = matrix[:, self.columns[0] :: self.columns[1]]
         return (matrix.T if self.transposed else matrix).reshape(shape)
+
+    def write(self, tensor: torch.Tensor, stored: Mapping[str, torch.Tensor]) -> None:
+        """Put ``tensor`` where :meth:`read` takes it from, in stored tensors by their names, contiguous."""
+        height = sum(count for rows in self.rows for _, count in rows.runs)
+        matrix = tensor.reshape(-1, height).T if self.transposed else tensor.reshape(height, -1)
+        start = 0
+        for rows in self.rows:
+            whole = stored[rows.ref.name]
+            whole = whole.view(-1, whole.shape[-1]) if whole.dim() > 1 else whole.view(-1, 1)
+            for first, count in rows.runs:
+                part = whole[first : first + count, self.columns[0] :: self.columns[1]]
+                part.copy_(matrix[start : start + count])
+                start += count
 
 
 def read_header(path: Path) -> dict[str, TensorRef]:

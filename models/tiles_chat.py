@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..inputs.chat_template import IGNORE
 from ..sampling import StopCriteria
 from .generate import search
 from .pixel_shuffle import pixel_shuffle, tile_projector
@@ -143,6 +144,21 @@ class TilesChatModel(nn.Module):
         hidden, _ = self(x, (mask.cumsum(1) - 1).clamp(min=0), mask)
         out: Tensor = self.language_model.lm_head(hidden)
         return out
+
+    def answer_logits(
+        self, pixel_values: Tensor, input_ids: Tensor, mask: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [N, vocab] before every learnt token of a batch padded on the right, and those tokens [N].
+
+        Args:
+            pixel_values: [I, 3, S, S]: the tiles of all images, row after row.
+            input_ids, mask: as :meth:`embed`.
+            labels: [B, T], :data:`~ivl_export.inputs.chat_template.IGNORE` where nothing is learnt.
+        """
+        x = self.embed(input_ids, pixel_values if len(pixel_values) else None, mask)
+        hidden, _ = self(x, (mask.cumsum(1) - 1).clamp(min=0), mask)
+        learnt = labels[:, 1:] != IGNORE
+        return self.language_model.lm_head(hidden[:, :-1][learnt]), labels[:, 1:][learnt]
 
     @torch.no_grad()
     def generate(

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..dtypes import dtype_of
 from ..files.write import atomic
 from ..inputs.chat_template import Turn, encode
 from ..inputs.preprocess import ImageSettings, preprocess_images
@@ -56,6 +57,34 @@ class TorchChat:
         pixels = torch.from_numpy(preprocess_images(list(images), self.settings))
         said = self.model.generate(pixels, ids, mask, LONGEST_ANSWER)
         return [self.tokenizer.decode(row).strip() for row in said.tolist()]
+
+
+def write_as_stored(model: nn.Module, opened: Checkpoint, folder: Path) -> bool:
+    """Write ``model`` as the checkpoint ``opened`` is stored: its tensors' names and forms, its other files.
+
+    Returns:
+        False, and nothing is written, where the checkpoint has tensors of another folder (a tower apart).
+    """
+    source = opened.path if opened.path.is_dir() else opened.path.parent
+    parts = [rows.ref for ref in opened.tensors.values() if ref.view for rows in ref.view.rows]
+    if any(ref.file.parent != source for ref in (*opened.tensors.values(), *parts)):
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+    stored = {ref.name: torch.empty(ref.shape, dtype=dtype_of(ref.dtype).torch) for ref in parts}
+    for key, ref in opened.tensors.items():
+        tensor = (state[key] if key in state else opened.load(key)).to("cpu", dtype_of(ref.dtype).torch)
+        if ref.view is None:
+            stored[ref.name] = tensor.contiguous()
+        else:
+            ref.view.write(tensor, stored)
+    with atomic(folder / "model.safetensors", exclusive=True) as partial:
+        save_file(stored, partial, metadata={"format": "pt"})
+    for path in source.iterdir():
+        weights = path.suffix in (".safetensors", ".bin", ".pth", ".pt") or path.name.endswith(".index.json")
+        if path.is_file() and not weights:
+            (folder / path.name).write_bytes(path.read_bytes())
+    return True
 
 
 def write(

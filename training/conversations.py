@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from ..arrays import Array
 from ..errors import InputError
 from ..files.text import read_text
-from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, Encoded, Turn, encode
-from ..inputs.preprocess import ImageSettings, preprocess_images
+from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, ChatFormat, Encoded, Turn, encode
+from ..inputs.preprocess import ImageSettings, preprocess_images, read_images
 from ..inputs.sources import ImageInput
-from ..inputs.tokenizer import SentencePieceTokenizer
+from ..inputs.tokenizer import SentencePieceTokenizer, Tokenizer
 from ..synthetic.dialogues import conversation, dialogue
 from ..synthetic.render import render
 from ..synthetic.scenes import near_copy, sample_scene
@@ -106,25 +106,61 @@ class ChatBatches(Dataset[ChatBatch]):
     """Batch ``i`` of stage 3: a pure function of ``i``, so that resuming is exact."""
 
     def __init__(
-        self, source: Source, stage: Stage, settings: ImageSettings, tokenizer: bytes, longest: int
+        self,
+        source: Source,
+        stage: Stage,
+        settings: ImageSettings,
+        tokenizer: bytes | Tokenizer,
+        longest: int,
+        chat: ChatFormat | None = None,
     ) -> None:
+        """Batches of ``source``.
+
+        Args:
+            source: conversations.
+            stage: gives the number of batches, and the rows of each.
+            settings: of images.
+            tokenizer: a ``tokenizer.model``, or the model's.
+            longest: positions of a conversation at most; it is cut there.
+            chat: how the model is prompted; None: as LLaVA.
+        """
         self.source, self.stage, self.settings, self.longest = source, stage, settings, longest
-        self.tokenizer = tokenizer
+        self.tokenizer, self.chat = tokenizer, chat or ChatFormat()
 
     def __len__(self) -> int:
         return self.stage.steps
 
     def __getitem__(self, index: int) -> ChatBatch:
         rows = self.source(index, self.stage.batch)
-        tokenizer = SentencePieceTokenizer(self.tokenizer)
-        said = [encode(turns, tokenizer) for _, turns in rows]
-        said = [Encoded(row.ids[: self.longest], row.labels[: self.longest]) for row in said]
-        images = [
-            image
-            for (shown, _), row in zip(rows, said, strict=True)
-            for image in shown[: row.ids.count(IMAGE_TOKEN)]
+        given = self.tokenizer
+        tokenizer = SentencePieceTokenizer(given) if isinstance(given, bytes) else given
+        context, template = self.chat.images.context, self.chat.template
+        if context == IMAGE_TOKEN:
+            said = [self._cut(encode(turns, tokenizer, template)) for _, turns in rows]
+            images = [
+                image
+                for (shown, _), row in zip(rows, said, strict=True)
+                for image in shown[: row.ids.count(context)]
+            ]
+            return collate(preprocess_images(images, self.settings), said)
+        pixels = read_images([image for shown, _ in rows for image in shown], self.settings)
+        tiles = iter(pixels.tiles)
+        whole = [
+            encode(turns, tokenizer, template, self.chat.images, [next(tiles) for _ in shown])
+            for shown, turns in rows
         ]
-        return collate(preprocess_images(images, self.settings), said)
+        said = [self._cut(row) for row in whole]
+        for row, uncut in zip(said, whole, strict=True):
+            if row.ids.count(context) != uncut.ids.count(context):
+                raise InputError(
+                    f"A conversation's images take over {self.longest} positions.",
+                    f"They have {uncut.ids.count(context)} visual embeddings, the context is no longer.",
+                    "Train on fewer or smaller images, or lower max_dynamic_patch in config.json.",
+                )
+        return collate(pixels.values, said)
+
+    def _cut(self, row: Encoded) -> Encoded:
+        return Encoded(row.ids[: self.longest], row.labels[: self.longest])
 
 
 def collate(pixel_values: Array, rows: Sequence[Encoded]) -> ChatBatch:

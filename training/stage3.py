@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,19 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 
-from ..inputs.chat_template import IGNORE, IMAGE_TOKEN
-from ..models.chat import InternVLChatModel, splice
-from ..models.qllama import Visible, run_layers
+from ..models.chat import InternVLChatModel
+from ..models.tiles_chat import TilesChatModel
 from . import lora as low_rank
 from .conversations import ChatBatch, ChatBatches
 from .lora import Lora
 from .presets import Stage
 from .trainer import Options, TrainingProgress, optimizers, read_state, save_state, schedule
 
+ChatModel: TypeAlias = "InternVLChatModel | TilesChatModel"
 Trains = Literal["projector", "decoder", "all", "lora"]
 TRAINS: dict[Trains, tuple[str, ...]] = {
-    "projector": ("model.mm_projector.*",),
-    "decoder": ("model.[!v]*", "lm_head.*"),
+    "projector": ("model.mm_projector.*", "mlp1.*"),
+    "decoder": ("model.[!v]*", "lm_head.*", "mlp1.*", "language_model.*"),
     "all": ("*",),
     "lora": ("*.lora_a", "*.lora_b"),
 }
@@ -51,29 +51,14 @@ class Stage3:
     max_grad_norm: float = 1.0
 
 
-def answer_loss(model: InternVLChatModel, batch: ChatBatch) -> Tensor:
+def answer_loss(model: ChatModel, batch: ChatBatch) -> Tensor:
     """Mean cross entropy of the answers' tokens, each predicted from all that stands before it."""
-    visual = model.visual_embeds(batch.pixel_values)
-    x, _ = splice(model.model.embed_tokens, batch.input_ids, batch.mask, visual)
-    labels = splice_labels(batch, visual.shape[1])
-    positions = torch.arange(x.shape[1], device=x.device)[None]
-    # Padding stands behind every token that is learnt: causal attention alone hides it.
-    hidden, _ = run_layers(model.model, x, positions, Visible(causal=True))
-    learnt = labels[:, 1:] != IGNORE
-    return F.cross_entropy(model.lm_head(hidden[:, :-1][learnt]), labels[:, 1:][learnt])
-
-
-def splice_labels(batch: ChatBatch, visual: int) -> Tensor:
-    """Labels [B, S] of the rows of :func:`~ivl_export.models.chat.splice`, ``visual`` for each image."""
-    rows = []
-    for ids, labels, used in zip(batch.input_ids, batch.labels, batch.mask.bool(), strict=True):
-        times = torch.where(ids == IMAGE_TOKEN, visual, 1)[used]
-        rows.append(labels[used].repeat_interleave(times))
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
+    logits, tokens = model.answer_logits(batch.pixel_values, batch.input_ids, batch.mask, batch.labels)
+    return F.cross_entropy(logits, tokens)
 
 
 def fine_tune(
-    model: InternVLChatModel,
+    model: ChatModel,
     what: Stage3,
     data: ChatBatches,
     identity: dict[str, Any],
@@ -120,7 +105,7 @@ def fine_tune(
 
 
 def _step(
-    model: InternVLChatModel,
+    model: ChatModel,
     chosen: list[torch.optim.Optimizer],
     what: Stage3,
     batch: ChatBatch,

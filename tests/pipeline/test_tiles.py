@@ -100,7 +100,7 @@ def test_factors_fold_into_layer_norms_and_the_decoder(checkpoint: Path) -> None
     divisors = {s: 2.0**power for s, power in powers.items()}
     pixels, ids = torch.randn(2, 3, 56, 56, generator=generator), torch.tensor([[5, *[425] * 8, 7, 9]])
     with torch.no_grad():
-        want, got = (load_chat(c).logits(ids, pixels) for c in (opened, fold(opened, divisors)))  # type: ignore[arg-type]
+        want, got = (load_chat(c).logits(ids, pixels) for c in (opened, fold(opened, divisors)))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
 
 
