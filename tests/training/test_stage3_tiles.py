@@ -71,9 +71,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows(batch: int, count: int) -> list[tuple[list[ImageInput], list[Turn]]]:
-    wide = np.full((56, 112, 3), 40 * batch, np.uint8)
-    return [([wide, wide], [Turn("which?", "the first", 2)]), ([], [Turn("hello", "hi")])][:count]
+def drawn(batch: int, rows: int) -> list[tuple[list[ImageInput], list[Turn]]]:
+    wide: ImageInput = np.full((56, 112, 3), 40 * batch, np.uint8)
+    return [([wide, wide], [Turn("which?", "the first", 2)]), ([], [Turn("hello", "hi")])][:rows]
 
 
 def test_batches_show_every_tile(checkpoint: Path) -> None:
@@ -83,13 +83,13 @@ def test_batches_show_every_tile(checkpoint: Path) -> None:
     chat = family.chat_format(config, checkpoint, tokenizer)
     settings = image_settings(config, checkpoint)
     stage = Stage("stage3", "answers", 2, 2, 1e-3, 0.0, 1)
-    batch = ChatBatches(rows, stage, settings, tokenizer, 4096, chat)[1]
+    batch = ChatBatches(drawn, stage, settings, tokenizer, 4096, chat)[1]
     assert batch.pixel_values.shape == (6, 3, 56, 56)
     assert int((batch.input_ids == 590).sum()) == 6 * 4
     learnt = batch.labels[0][batch.labels[0] != IGNORE].tolist()
     assert tokenizer.decode(learnt) == "the first"
     with pytest.raises(InputError, match="images take over 20 positions"):
-        ChatBatches(rows, stage, settings, tokenizer, 20, chat)[0]
+        ChatBatches(drawn, stage, settings, tokenizer, 20, chat)[0]
 
 
 @pytest.mark.slow
