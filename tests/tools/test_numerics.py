@@ -17,6 +17,7 @@ SELECTION = (
     "tests/training/test_losses.py",
     "tests/quantization/test_quantize.py",
     "tests/engines/torch/test_linears.py",
+    "tests/engines/onnxruntime/test_int8_sums.py",
     "tests/engines/torch/test_engine.py::test_fp32_equals_onnxruntime",
     "tests/engines/torch/test_engine.py::test_fp8_attention_equals_onnxruntime",
     "tests/runtime/test_model.py::test_image_embeddings_equal_the_goldens",
