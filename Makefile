@@ -8,15 +8,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := cpu,rtx,quant,serve,datasets,video,faiss,train,plots,eval,dev
 
-# Bytecode is kept, whatever the surroundings say: without it each of two workers and of many processes that
-# tests start compiles the package and rewrites every assertion anew.
+# Bytecode is written, in every environment: without it each of two workers and of many processes that
+# tests start compiles the package and rewrites every assertion again.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo check test lint types clean
 
 setup: $(READY)
 
-# The link lets mypy see the package under its own name, whatever this folder is called.
+# The link lets mypy see the package under its own name, for any name of this folder.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Converts InternVL checkpoints into FP8 and INT8 engines, proves what they run, and runs them.
+"""Converts InternVL checkpoints into FP8 and INT8 engines, proves their precision, and runs them.
 
 ::
 

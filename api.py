@@ -1,7 +1,7 @@
 """The functions of ``import ivl_export``: a checkpoint to a bundle, and a model's ranges to a file.
 
 They take the command line's options as keywords, print nothing, and raise
-:class:`~ivl_export.errors.IvlError`. What the command line prints as notes goes to the logger ``ivl_export``.
+:class:`~ivl_export.errors.IvlError`. Notes of the command line go to the logger ``ivl_export``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def build(
 ) -> Bundle:
     """Convert a checkpoint into a bundle: graphs, weights and engines, with proof of accuracy and precision.
 
-    A build that was stopped goes on where it was; one that is there already is not made again. The bundle
+    A stopped build resumes; a finished one is not repeated. The bundle
     appears whole or not at all.
 
     Example::
@@ -69,7 +69,7 @@ def build(
             fastest one within ``budget`` is searched.
         budget: percentage points that a task may lose; None: the recipe's.
         calib: images and captions to measure activation ranges on: a folder, a JSONL, WebDataset shards or a
-            Hugging Face folder. None: what the checkpoint brings, or drawn scenes for the shipped models.
+            Hugging Face folder. None: the checkpoint's own set, or drawn scenes for the shipped models.
         calib_samples: number of samples taken from ``calib``.
         calib_columns: names of the image and the caption column, where they are unusual.
         calib_seed: chooses the samples.
@@ -102,7 +102,7 @@ def build(
         CheckpointError: the checkpoint is damaged, or not one of an InternVL.
         CapabilityError: this machine or a target cannot do it, or a package is not installed.
         BuildError: a step failed, an engine does not run what the recipe promises, or the disk is too small.
-        AccuracyError: more is lost than the budget allows.
+        AccuracyError: the loss exceeds the budget.
     """
     from .engines.tensorrt.options import BuildOptions
     from .files.cache_dir import parse_size
@@ -158,7 +158,7 @@ def calibrate(
     """Measure the input range of every layer once, for builds that take ``ranges=out``.
 
     A recipe that folds factors into the weights also gets ``smoothing.safetensors`` next to the file: keep
-    the two together. A run that was stopped goes on where it was.
+    the two together. A stopped run resumes.
 
     Args:
         model: a checkpoint, as :func:`build` takes it.
@@ -170,8 +170,8 @@ def calibrate(
         progress: receives the steps; by default nothing is shown.
 
     Returns:
-        What was written: ``amax[component][layer]`` is the largest magnitude of a layer's input that its type
-        stands for, and the other fields say what it was measured on.
+        The ranges: ``amax[component][layer]`` is the largest magnitude of a layer's input that its type
+        represents; the other fields describe the calibration set.
 
     Raises:
         UsageError: an argument that cannot be right, or a recipe that rounds no inputs.

@@ -1,6 +1,6 @@
 """One table of the element types of tensors: their names in this package, numpy, torch, files and engines.
 
-numpy and torch are not imported here: :attr:`DType.numpy` and :attr:`DType.torch` look a type up when asked.
+numpy and torch are not imported here: :attr:`DType.numpy` and :attr:`DType.torch` look a type up on use.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class DType:
     """An element type.
 
     Args:
-        name: what this package calls it, in recipes, receipts, options and messages: ``fp8``.
-        array: what numpy (with ml_dtypes) and torch call it: ``float8_e4m3fn``.
+        name: its name in this package: recipes, receipts, options and messages: ``fp8``.
+        array: its name in numpy (with ml_dtypes) and torch: ``float8_e4m3fn``.
         safetensors: its name in safetensors headers: ``F8_E4M3``; empty where the format has none.
         onnx: its name among ONNX' ``TensorProto.DataType``: ``FLOAT8E4M3FN``.
         onnx_number: its number there: 17.

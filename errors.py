@@ -1,4 +1,4 @@
-"""Error types. Every one says what happened, why, and what to do, and carries a process exit code.
+"""Error types. Each says what happened, why, and what to do, and carries a process exit code.
 
 The command line prints the three parts and exits with ``exit_code``; embedders catch ``IvlError``.
 """
@@ -12,7 +12,7 @@ class IvlError(Exception):
     Args:
         what: what happened, one sentence.
         why: the cause, with the offending name, path or value.
-        fix: what the reader can do about it, a command where there is one.
+        fix: the remedy, a command where there is one.
     """
 
     exit_code = 1
@@ -75,7 +75,7 @@ class LatencyError(IvlError):
 
 
 class IntegrityError(IvlError):
-    """A bundle, archive or cache entry whose hash, size or path is not what its manifest says."""
+    """A bundle, archive or cache entry whose hash, size or path differs from its manifest."""
 
     exit_code = 8
 

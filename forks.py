@@ -1,7 +1,7 @@
-"""What a process has to make anew after ``os.fork()``: threads do not come along, held locks stay held.
+"""Objects that survive ``os.fork()``: the child has no threads, and held locks stay held.
 
 A server that loads a model and then forks its workers (gunicorn with ``--preload``) works because of this:
-objects with threads or locks register, and in the child each makes them anew before anything else runs.
+objects with threads or locks register, and in the child each replaces them before anything else runs.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from weakref import WeakSet
 
 
 class Renewed(Protocol):
-    """An object that is told that it is in a forked child."""
+    """An object with a method to call in a forked child."""
 
     def after_fork(self) -> None:
-        """Make threads and their queues anew; called in the child, where this is the only thread."""
+        """Replace threads and their queues; called in the child, where this is the only thread."""
         ...
 
 
@@ -30,7 +30,7 @@ def renew_after_fork(owner: Renewed) -> None:
 
 
 def fork_safe_lock() -> threading.Lock:
-    """A lock that is free in a forked child, whoever held it in the parent."""
+    """A lock that is free in a forked child, even if it was held in the parent."""
     lock = threading.Lock()
     _locks.add(lock)
     return lock

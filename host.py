@@ -1,4 +1,4 @@
-"""What this process may use of its machine: CPU cores by affinity and by the quota of its container."""
+"""CPU cores that this process may use: by affinity and by the quota of its container."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 def cores() -> int:
     """CPU cores that this process may keep busy: its affinity, at most its cgroups' quota rounded up."""
     count = os.cpu_count() or 1
-    with suppress(AttributeError, OSError):  # only Linux tells the affinity
+    with suppress(AttributeError, OSError):  # only Linux has the affinity
         count = len(os.sched_getaffinity(0))
     quota = cpu_quota()
     return count if quota is None else max(1, min(count, math.ceil(quota)))

@@ -31,7 +31,7 @@ class Progress(Protocol):
         Args:
             done: of its count.
             total: the whole count, where it is known only now.
-            detail: what is being done now.
+            detail: the current work.
         """
         ...
 

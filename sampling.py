@@ -4,8 +4,8 @@ Shared by the PyTorch model and the runtime, so that both choose the same tokens
 semantics of ``transformers`` 4.37 (length_penalty 1, early_stopping False), which the published captions were
 made with.
 
-A token is chosen where the logits lie: by numpy on the host, by torch on a device, from which only the
-token's id comes down. The random number of a draw comes from numpy in both cases, so that both draw the same
+A token is chosen on the device of the logits: by numpy on the host, by torch on a device, from which only the
+token's id is copied. The random number of a draw comes from numpy in both cases, so that both draw the same
 tokens from the same logits, up to rounding. Torch is imported only for logits that are tensors.
 """
 
@@ -72,7 +72,7 @@ class StopCriteria:
     """When a sequence ends: at the token ``eos`` or one of ``more``, or at ``max_new_tokens``.
 
     Before ``min_new_tokens`` tokens these are suppressed; ``pad`` fills rows that ended before others.
-    ``never`` are tokens that are not chosen at all: those that stand for an image.
+    ``never`` are tokens that are never chosen: image placeholders.
     """
 
     eos: int
@@ -219,24 +219,24 @@ def _draw(scores: torch.Tensor, sampling: Sampling, number: float) -> torch.Tens
 def _beam(first: Scores, step: StepFunction, stop: StopCriteria, beams: int) -> Ids:
     batch, vocab = first.shape
     finished = [_Finished(beams) for _ in range(batch)]
-    done = np.zeros(batch, bool)
+    closed = np.zeros(batch, bool)
     tokens = np.zeros((batch * beams, 0), np.int64)
     # All beams of a prompt start equal: only the first may be continued, or the beams would be copies.
     totals = np.full((batch, beams), -1e9, np.float32)
     totals[:, 0] = 0
     logits = np.repeat(first, beams, 0)
-    kept = (2 + len(stop.more)) * beams  # so that ``beams`` are left if all that end are among them
+    candidates = (2 + len(stop.more)) * beams  # so that ``beams`` are left if all that end are among them
     rows = np.repeat(np.arange(batch), beams)
     while True:
         length = tokens.shape[1] + 1
         scores = _suppress(_log_softmax(logits), tokens.shape[1], stop)
         scores = (scores + totals.reshape(-1, 1)).reshape(batch, beams * vocab)
-        ranked = _top(scores, kept)
+        ranked = _top(scores, candidates)
         parents = np.zeros((batch, beams), np.int64)
         chosen = np.full((batch, beams), stop.pad, np.int64)
         totals = np.zeros((batch, beams), np.float32)
         for b in range(batch):
-            if done[b]:
+            if closed[b]:
                 continue
             slot = 0
             for rank, flat in enumerate(ranked[b]):
@@ -250,14 +250,14 @@ def _beam(first: Scores, step: StepFunction, stop: StopCriteria, beams: int) -> 
                 slot += 1
                 if slot == beams:
                     break
-            done[b] = finished[b].closed(float(scores[b, ranked[b, 0]]), length)
+            closed[b] = finished[b].closed(float(scores[b, ranked[b, 0]]), length)
         source = (np.arange(batch)[:, None] * beams + parents).reshape(-1)
         tokens = np.concatenate([tokens[source], chosen.reshape(-1, 1)], axis=1)
-        if done.all() or length == stop.max_new_tokens:
+        if closed.all() or length == stop.max_new_tokens:
             break
         logits = step(tokens[:, -1], rows if length == 1 else source)
     for b in range(batch):
-        for beam in range(0 if done[b] else beams):
+        for beam in range(0 if closed[b] else beams):
             finished[b].add(tokens[b * beams + beam], float(totals[b, beam]), length)
     best = [f.best() for f in finished]
     width = min(max(len(t) for t in best) + 1, stop.max_new_tokens)

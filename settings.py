@@ -1,7 +1,7 @@
 """Settings typed as ``KEY=VALUE``, checked against a table of the known ones: ``-O workspace=2G -O refit``.
 
 A table maps each key to a :class:`Setting`. Commands and engine builders have one each; :func:`read_settings`
-turns what was typed into keyword arguments.
+turns texts into keyword arguments.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Setting:
     """One key of a table.
 
     Args:
-        values: what it takes, for people, an example first: ``0 to 5``, ``a size: 512M, 2G``;
+        values: allowed values, for people, an example first: ``0 to 5``, ``a size: 512M, 2G``;
             or :data:`SWITCH`.
-        meaning: what it does, in one line.
-        read: the value of a text, or of True, which a key alone has; ValueError if the setting does not
+        meaning: description in one line.
+        parse: the value of a text, or of True, which a key alone has; ValueError if the setting does not
             take it.
         name: keyword argument that gets the value; empty: the key with underscores.
         default: the argument where the key is not given; None: it is left out then.
@@ -35,7 +35,7 @@ class Setting:
 
     values: str
     meaning: str
-    read: Callable[[object], object]
+    parse: Callable[[object], object]
     name: str = ""
     default: object = None
 
@@ -74,7 +74,7 @@ def read_settings(
         if argument in values:
             raise UsageError(f"-O {key} is given twice.", "It has one value.", "Leave one of them out.")
         try:
-            values[argument] = table[key].read(value)
+            values[argument] = table[key].parse(value)
         except (UsageError, ValueError):
             raise refused(table, key, value) from None
     defaults = {keyword(table, key): s.default for key, s in table.items() if s.default is not None}

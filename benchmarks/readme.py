@@ -41,7 +41,7 @@ def render(text: str, profiles: Sequence[Profile]) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after:
-        raise ValueError(f"{BEGIN!r} and {END!r} must each stand once, in this order.")
+        raise ValueError(f"{BEGIN!r} and {END!r} must each occur once, in this order.")
     chats = [profile for profile in profiles if _is_chat(profile)]
     others = [profile for profile in profiles if not _is_chat(profile)]
     blocks = [_lines(table(others)), caption(others)]
@@ -66,9 +66,9 @@ def table(profiles: Sequence[Profile]) -> Iterator[Sequence[str]]:
     for profile in profiles:
         chained = profile.of_kind("chained")
         for batch in profile.settings.batches:
-            found = {case.name: case for case in chained if case.batch == batch}
-            times = [_ms(found.get(name)) for name in CALLS]
-            first = found.get(CALLS[0])
+            by_name = {case.name: case for case in chained if case.batch == batch}
+            times = [_ms(by_name.get(name)) for name in CALLS]
+            first = by_name.get(CALLS[0])
             share = None if first is None else first.of_floor
             yield (
                 profile.subject.name,
@@ -86,30 +86,30 @@ def chat_table(profiles: Sequence[Profile]) -> Iterator[Sequence[str]]:
     yield CHAT_COLUMNS
     yield ("---", "---", *("---:",) * (len(CHAT_COLUMNS) - 2))
     for profile in profiles:
-        found = {case.name: case for case in profile.of_kind("chained")}
-        further, answer = token_ms(profile.cases), found.get(ANSWER)
+        by_name = {case.name: case for case in profile.of_kind("chained")}
+        further, answer = token_ms(profile.cases), by_name.get(ANSWER)
         yield (
             profile.subject.name,
             f"{profile.settings.backend} {profile.subject.recipe}",
-            *(_ms(found.get(name)) for name in (FIRST, NEXT, OTHER)),
+            *(_ms(by_name.get(name)) for name in (FIRST, NEXT, OTHER)),
             "" if further is None else f"{further:.3g}",
             "" if answer is None else f"{answer.per_second:,.0f}",
         )
 
 
 def chat_caption(profiles: Sequence[Profile]) -> str:
-    """What the numbers of chats are, and where they were measured."""
+    """Explanation of the numbers of chats, and their machines."""
     machines = dict.fromkeys(_where(profile) for profile in profiles)
     tokens = dict.fromkeys(f"{c.items}" for p in profiles for c in p.of_kind("chained") if c.name == ANSWER)
     return (
-        f"Medians from pixels and a question to one token's text, on {'; '.join(machines)}: of an image that "
-        "nobody has asked about; that this conversation has; that another conversation has. Tokens per "
+        f"Medians from pixels and a question to one token's text, on {'; '.join(machines)}: of a new "
+        "image; of one known to this conversation; of one known to another conversation. Tokens per "
         f"second of a whole answer ({', '.join(tokens)} tokens) to a next question."
     )
 
 
 def caption(profiles: Sequence[Profile]) -> str:
-    """What the numbers are, and where they were measured."""
+    """Explanation of the numbers, and their machines."""
     if not profiles:
         return "No profile receipt is there."
     machines = dict.fromkeys(_where(profile) for profile in profiles)
@@ -147,13 +147,13 @@ def _ratio(profile: Profile, batch: int) -> str:
     if profile.table19 is None:
         return ""
     columns = profile.table19.columns
-    found = [
+    baselines = [
         ratio
         for line in profile.table19.lines
         for column, ratio in zip(columns, line.ratios, strict=True)
         if line.method == "InternVL-G" and column.backend != BACKEND and column.batch == batch and ratio
     ]
-    return f"{found[-1]:.2f}x" if found else ""
+    return f"{baselines[-1]:.2f}x" if baselines else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,9 +33,9 @@ def measure(model: InternVL, galleries: int, scenes: int) -> dict[str, float]:
         texts = [caption(scene) for scene in shown]
         words = model.encode_text(texts)
         for mode in MODES:
-            found = Ranking(*rank(words, model.encode_image(images, mode, "square"), TOP))
-            again = model.rerank(texts, images, found)
-            for name, ranking in ((mode, found), (f"{mode}, re-ranked", again)):
+            by_search = Ranking(*rank(words, model.encode_image(images, mode, "square"), TOP))
+            again = model.rerank(texts, images, by_search)
+            for name, ranking in ((mode, by_search), (f"{mode}, re-ranked", again)):
                 right.setdefault(name, []).append(ranking.indices[:, 0] == np.arange(scenes))
     return {name: float(np.mean(rows)) for name, rows in right.items()}
 
@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, default=200, help="in a gallery")
     chosen = parser.parse_args(arguments)
     with InternVL.load(chosen.bundle, threads=1) as model:
-        found = measure(model, chosen.galleries, chosen.scenes)
+        result = measure(model, chosen.galleries, chosen.scenes)
     title = f"Text to image, {chosen.galleries} galleries of {chosen.scenes} scenes, best {TOP} matched"
-    print_table(title, ("ranked by", "R@1"), [(name, f"{value:.1%}") for name, value in found.items()])
+    print_table(title, ("ranked by", "R@1"), [(name, f"{value:.1%}") for name, value in result.items()])
     return 0
 
 

@@ -30,7 +30,7 @@ Verify = Literal["size", "hash"]
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and what its manifest says."""
+    """An opened bundle: its folder and its manifest."""
 
     root: Path
     manifest: Manifest
@@ -118,7 +118,7 @@ class Bundle:
 
         One file, or one for each part of a split component, in the order they run. ONNX Runtime reads the
         graph itself: where no engine is listed for it, the fp32 graph is its engine. CapabilityError names
-        what there is.
+        the existing ones.
         """
         self.spec(component)
         engines = [e for e in self.manifest.engines if e.component == component]
@@ -149,7 +149,7 @@ def seal(staging: Path, manifest: Manifest, out: Path) -> Bundle:
     swaps the folders (see :mod:`.replace`). ``staging`` must be on the same file system as ``out``.
 
     Raises:
-        BuildError: the disk is full, ``staging`` holds links, ``out`` is something that is no bundle, or the
+        BuildError: the disk is full, ``staging`` holds links, ``out`` is something else than a bundle, or the
             manifest refers to files that are not there.
     """
     with disk_errors(out):
@@ -157,7 +157,7 @@ def seal(staging: Path, manifest: Manifest, out: Path) -> Bundle:
         for file in _walk(staging):
             rel = file.relative_to(staging).as_posix()
             if rel == MANIFEST:
-                continue  # of a seal that was interrupted; written anew below
+                continue  # of a seal that was interrupted; written again below
             if file.is_symlink() or not file.is_file():
                 raise BuildError(f"{rel} cannot go into a bundle.", "It is not a regular file.", "Copy it.")
             flush(file)
@@ -183,9 +183,9 @@ def disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "Check that place, or give --out another folder; 'build' again goes on from here."
+        fix = "Check that place, or give --out another folder; 'build' again continues from here."
         if full:
-            fix = "Free some space or give --out a folder on another disk; 'build' again goes on from here."
+            fix = "Free some space or give --out a folder on another disk; 'build' again continues from here."
         elif error.errno == errno.EXDEV:
             fix = "The staging folder must be on the same file system as --out."
         what = "The disk is full" if full else "The file system refused"

@@ -21,7 +21,7 @@ from .spec import ComponentSpec
 SCHEMA = 4
 MANIFEST = "manifest.json"
 SHIPPED = " (shipped)"
-"""What the source of a checkpoint that ships ends with, after its name."""
+"""Suffix of the source of a shipped checkpoint, after its name."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Model:
 class Calibration:
     """The calibration set: hash of its content, inputs used, inputs skipped, drawn or real.
 
-    ``without_caption`` of the samples had stand-in sentences; ``small`` sets have fewer than are advised;
+    ``without_caption`` of the samples had generic sentences; ``small`` sets have fewer than are advised;
     ``algorithm`` picked the ranges (empty where no input is rounded).
     """
 
@@ -65,7 +65,7 @@ class Component:
     """A component's contract and its graphs by compute type: ``{"fp32": "onnx/vision.fp32.onnx"}``.
 
     ``parts`` are the pieces of a split component in the order they run, ``<name>.<k>`` each, without parts of
-    their own: its engines are theirs. Together they do what ``graphs`` do.
+    their own: its engines are theirs. Together they replace ``graphs``.
     """
 
     spec: ComponentSpec
@@ -75,7 +75,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Built:
-    """How a TensorRT engine was built: what a loader checks before the library sees the file.
+    """How a TensorRT engine was built: checked by a loader before the library reads the file.
 
     ``dtype`` is the element type of its float inputs and outputs, ``profiles`` the ranges of every axis (axis
     name -> min, opt, max) for each optimization profile, ``options`` the builder options that differ from the
@@ -91,14 +91,14 @@ class Built:
     def __post_init__(self) -> None:
         for axis, sizes in ((axis, sizes) for profile in self.profiles for axis, sizes in profile.items()):
             if list(sizes) != sorted(sizes):
-                raise ValueError(f"the sizes of {axis} are no smallest, tuned-for and largest one: {sizes}")
+                raise ValueError(f"the sizes of {axis} are not smallest, tuned-for and largest: {sizes}")
 
 
 @dataclass(frozen=True)
 class EngineFile:
     """A built engine; ``release`` is the exact library release that built it (engines are tied to it).
 
-    ``part`` says which part of a split component it is; ``built`` is None for what no builder made.
+    ``part`` says which part of a split component it is; ``built`` is None for engines without a builder.
     """
 
     component: Name
@@ -123,7 +123,7 @@ class Manifest:
     """All a bundle says about itself.
 
     ``recipe`` is the name of the recipe that was applied, ``rules`` all of it as plain data.
-    ``compute_dtype`` is what engines compute in where nothing is quantised, by its name in
+    ``compute_dtype`` is the engines' type outside quantised layers, by its name in
     :attr:`Component.graphs`. ``receipts`` are the names of ``receipts/<name>.json``, ``steps`` the content
     hashes of the build's steps, ``tools`` library versions. :func:`ivl_export.bundle.seal` fills ``files``.
     """
@@ -202,7 +202,7 @@ def manifest_from_json(data: Any, folder: Path | None = None) -> Manifest:
 
 
 def _rebuild_line(data: dict[str, Any], folder: Path | None) -> str:
-    """The command that builds a bundle of an older schema again, as far as its manifest tells."""
+    """The command that rebuilds a bundle of an older schema, from its manifest."""
 
     def entry(*keys: str) -> Any:
         node: Any = data
@@ -267,10 +267,10 @@ def _check_spec(where: str, spec: ComponentSpec, name: str) -> None:
 
 
 def _check_parts(where: str, component: Component) -> None:
-    """Each part takes what the component takes and earlier parts give; together they give its outputs."""
+    """Each part reads the component's inputs and earlier parts' outputs; together they have its outputs."""
     if len(component.parts) == 1:
         _refuse(where, "has fewer than 2 parts")
-    known, given = {t.name for t in component.spec.inputs}, set()
+    known, produced = {t.name for t in component.spec.inputs}, set()
     for k, part in enumerate(component.parts):
         spec = part.spec
         _check_spec(f"{where}[{k}].spec", spec, f"{component.spec.name}.{k}")
@@ -282,8 +282,8 @@ def _check_parts(where: str, component: Component) -> None:
         if again := sorted(outputs & known):
             _refuse(f"{where}[{k}].spec.outputs", f"has {again[0]!r}, which is there already")
         known |= outputs
-        given |= outputs
-    if component.parts and (lost := sorted({t.name for t in component.spec.outputs} - given)):
+        produced |= outputs
+    if component.parts and (lost := sorted({t.name for t in component.spec.outputs} - produced)):
         _refuse(where, f"do not give {lost[0]!r}")
 
 

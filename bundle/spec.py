@@ -30,17 +30,17 @@ _PLUS = re.compile(r"(\w+)\.plus\.(\d+)")
 
 
 def terms(axis: str) -> tuple[str | int, ...]:
-    """What an axis is the sum of: others, or one and a number (``text.plus.16``); empty where it is none."""
-    found = _PLUS.fullmatch(axis)
-    return (found[1], int(found[2])) if found else SUMS.get(axis, ())
+    """Terms of an axis that is a sum: axes, or one and a number (``text.plus.16``); empty if it is none."""
+    match = _PLUS.fullmatch(axis)
+    return (match[1], int(match[2])) if match else SUMS.get(axis, ())
 
 
 FEATURES = "features."
-"""What the outputs of ``vision`` that are those of a block begin with; the block's number follows."""
+"""Prefix of the outputs of ``vision`` that are a block's; the block's number follows."""
 
 
 def feature_name(block: int) -> str:
-    """The output of ``vision`` that is the hidden state behind ``block`` blocks."""
+    """The output of ``vision`` that is the hidden state after ``block`` blocks."""
     return f"{FEATURES}{block}"
 
 
@@ -68,7 +68,7 @@ def part_starts(blocks: int, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Axis:
-    """A dynamic axis and the range an engine is built for (``opt`` is what it is tuned for)."""
+    """A dynamic axis and the range an engine is built for (``opt``: the size it is tuned for)."""
 
     name: Name
     min: Count

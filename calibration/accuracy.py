@@ -24,7 +24,7 @@ BUDGETS = {"fp8": 1.0, "int8": 1.5, "mixed": 0.3}
 """Largest loss in percentage points on each task, by recipe (bf16 and fp16: as fp8)."""
 
 SIMULATED = "simulated in torch"
-"""What a receipt names instead of a backend where :mod:`.simulate` stood in for one."""
+"""Backend name in receipts of models that :mod:`.simulate` ran block by block."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Receipt:
 
     Args:
         recipe: its name.
-        backend: what ran the graphs, or :data:`SIMULATED`.
+        backend: backend that ran the graphs, or :data:`SIMULATED`.
         set_hash: hash of the held-out part of the calibration set.
         samples: its size.
         held_out: False where the set was too small to hold any sample back.
         teacher_forced: component -> output -> metrics; every component got fp32 inputs.
         chained: the same, components fed with each other's outputs.
-        blocks: component -> metrics of the hidden states behind each block, where the model was simulated
+        blocks: component -> metrics of the hidden states after each block, where the model was simulated
             block by block (:mod:`.simulate`) because it does not fit into memory.
         magnitudes: how large everything became in the fp32 model.
     """
@@ -141,7 +141,7 @@ class Comparison:
         self._cosines += np.minimum(cosines, 1.0).tolist()
 
     def metrics(self) -> Metrics:
-        """What was accumulated; BuildError if nothing was."""
+        """The metrics of all samples added; BuildError if there were none."""
         if not self._cosines:
             raise BuildError("Nothing was compared.", fix="Give at least one held-out sample.")
         sqnr = math.inf
@@ -162,12 +162,11 @@ def compare(reference: Array, candidate: Array) -> Metrics:
 def component_accuracy(
     reference: Iterable[tuple[Batch, Sequence[Step]]], candidate: Mapping[str, Runner], config: ModelConfig
 ) -> tuple[Table, Table]:
-    """Run ``candidate`` on what the fp32 model was run on.
+    """Run ``candidate`` on the same inputs as the fp32 model.
 
     Args:
         reference: held-out batches, and the fp32 steps of :func:`.component_chain.run_chain` on each, of
-        all components
-            that ``candidate`` has.
+            all components that ``candidate`` has.
         candidate: runners of the graphs or engines under test.
         config: the model's sizes.
 
@@ -177,8 +176,8 @@ def component_accuracy(
     """
     forced: dict[str, dict[str, Comparison]] = {}
     chained: dict[str, dict[str, Comparison]] = {}
-    for batch, made in reference:
-        steps = [step for step in made if step.component in candidate]
+    for batch, all_steps in reference:
+        steps = [step for step in all_steps if step.component in candidate]
         for step in steps:
             _add(forced, step, candidate[step.component](step.inputs))
         remaining = list(steps)

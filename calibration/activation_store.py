@@ -17,10 +17,10 @@ HEADROOM = 256 << 20
 
 
 class Spill:
-    """fp32 arrays at fixed places in two files: what one block read, and what it made for the next.
+    """fp32 arrays at fixed places in two files: the input of a block, and its output for the next.
 
     A block never writes into the file it reads, so one that was interrupted can run again. fp32, because
-    rounding here would change every range that is measured behind it.
+    rounding here would change every range measured in later blocks.
 
     Args:
         folder: holds the two files.

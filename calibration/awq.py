@@ -1,9 +1,9 @@
 """AWQ (arXiv 2306.00978): weights that meet large inputs are scaled up before they are rounded to INT4.
 
-For each group of layers that share an input, factors ``mean |x| ** alpha`` are tried (section 3.2); those are
-kept with which outputs change least, of the MLP the group belongs to, or else its own. ``alpha`` 0 is no
-scaling at all. Factors are powers of two, as SmoothQuant's here: what is folded computes the same. One block
-is in memory at a time, and of its inputs some rows.
+For each group of layers that share an input, factors ``mean |x| ** alpha`` are tried (section 3.2), and the
+factors chosen that change outputs least: of the group's MLP, or else its own. ``alpha`` 0 means no
+scaling. Factors are powers of two, as SmoothQuant's here, so folding changes no result. One block
+and some rows of its inputs are in memory at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROWS = 512
 
 
 Outputs = Callable[["Tensor", Mapping[str, "Tensor"]], "list[Tensor]"]
-"""Inputs [rows, in] and weights by layer -> what is compared, each relative to its own size."""
+"""Inputs [rows, in] and weights by layer -> outputs to compare, each relative to its size."""
 
 
 MIN_GAIN = 0.1
@@ -41,7 +41,7 @@ MIN_GAIN = 0.1
 
 
 class Inputs:
-    """What is remembered of the inputs of a group: mean magnitudes, and some rows drawn at random."""
+    """Statistics of the inputs of a group: mean magnitudes, and some rows drawn at random."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -82,9 +82,9 @@ def awq_factors(
     *,
     base: str = "bf16",
     batch_size: int = 8,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Tensor]:
-    """Source -> what its channels are divided by [in] (fp32), to be folded by :func:`.folding.fold`.
+    """Source -> divisor s [in] of its channels (fp32), to be folded by :func:`.folding.fold`.
 
     Args:
         schemes: layer -> scheme; those that ask for AWQ are searched.
@@ -92,11 +92,11 @@ def awq_factors(
 
     The others as :func:`.folding.watch_inputs`.
     """
-    asked = set(folded_layers(schemes, "awq"))
-    members = {source: [m for m in fed if m in asked] for source, fed in groups(asked).items()}
+    awq_layers = set(folded_layers(schemes, "awq"))
+    members = {source: [m for m in fed if m in awq_layers] for source, fed in groups(awq_layers).items()}
     first = {fed[0]: source for source, fed in members.items()}  # all of a group take the same input
     seen: dict[str, Inputs] = {}
-    found: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
 
     def see(layer: str, x: Tensor) -> None:
         seen.setdefault(layer, Inputs()).add(x)
@@ -105,12 +105,12 @@ def awq_factors(
         for layer, inputs in seen.items():
             source = first[layer]
             weights = {m: checkpoint.load(f"{m}.weight").float() for m in members[source]}
-            found[source] = search(inputs, weights, schemes, base, outputs_of(source, checkpoint))
+            factors[source] = search(inputs, weights, schemes, base, outputs_of(source, checkpoint))
         seen.clear()
 
     run = (checkpoint, components, chosen, settings, tokenizer, folder)
     watch_inputs(see, first, *run, batch_size=batch_size, progress=progress, passed=passed)
-    return found
+    return factors
 
 
 def search(
@@ -118,14 +118,14 @@ def search(
 ) -> Tensor:
     """The factors [in] with which rounded ``weights`` (layer -> [out, in]) change ``outputs`` least."""
     rows = inputs.rows
-    wanted = outputs(rows, weights)
+    exact = outputs(rows, weights)
     best, least = torch.ones_like(inputs.mean), float("inf")
     for alpha in ALPHAS:
         divisor = scaling(inputs.mean, alpha)
         rounded = {m: _rounded(w * divisor, schemes[m], base) / divisor for m, w in weights.items()}
         loss = sum(
             float((got - want).square().sum() / want.square().sum().clamp_min(1e-30))
-            for got, want in zip(outputs(rows, rounded), wanted, strict=True)
+            for got, want in zip(outputs(rows, rounded), exact, strict=True)
         )
         if loss < least:
             best, least = divisor, loss
@@ -135,7 +135,7 @@ def search(
 
 
 def outputs_of(source: str, checkpoint: Checkpoint) -> Outputs:
-    """What the layers behind ``source`` are judged by: the output of their MLP, or else their own."""
+    """The outputs that layers fed by ``source`` are judged by: their MLP's, or else their own."""
     block = source.rpartition(".")[0]
 
     def load(name: str) -> Tensor:
@@ -156,8 +156,8 @@ def outputs_of(source: str, checkpoint: Checkpoint) -> Outputs:
         return gated
 
     def own(x: Tensor, weights: Mapping[str, Tensor]) -> list[Tensor]:
-        made = {layer: F.linear(x, weight) for layer, weight in weights.items()}
-        return [t for layer, y in made.items() for t in y.chunk(3 if layer.endswith(".qkv") else 1, 1)]
+        products = {layer: F.linear(x, weight) for layer, weight in weights.items()}
+        return [t for layer, y in products.items() for t in y.chunk(3 if layer.endswith(".qkv") else 1, 1)]
 
     return own
 

@@ -1,7 +1,7 @@
 """Running a sample set through a model block by block: one block's weights in memory, activations on disk.
 
 All calls (:mod:`.forward_calls`) of a tower go through one segment, then through the next. Calls that
-continue the keys and values of others run in the same visit, so that they find those of the layer at hand
+continue the keys and values of others run in the same visit, so that they find those of the same layer
 and no cache is kept: captions after the queries, answers after their prompt.
 """
 
@@ -33,13 +33,13 @@ class Flow:
     """The hidden states of all samples on their way through ``modules``.
 
     Args:
-        modules: what they run through.
+        modules: component modules to run.
         samples: the calls.
         folder: where hidden states are spilled.
         name: of the files there.
         source: another flow whose outputs, keys and values the components take; None: its own.
         components: those of ``modules`` that run; None: all.
-        observer: watches what is computed.
+        observer: watches the values computed.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Flow:
                     self._keep(link, samples, folder, name)
 
     def _spilled(self, tower: str, link: Link) -> bool:
-        """Whether what ``link`` takes is kept apart from the hidden states of the tower that makes it."""
+        """Whether the tensor of ``link`` is stored apart from its tower's hidden states."""
         return not link.hidden and self.modules.components[link.component].tower != tower
 
     def _keep(self, link: Link, samples: Samples, folder: Path, name: str) -> None:
@@ -109,14 +109,14 @@ class Flow:
 
     @torch.inference_mode()
     def replay(self, segment: Segment, call: Call) -> tuple[Tensor, Tensor]:
-        """What a block read, and what it makes of it now; nothing is kept. After :meth:`run` of that call."""
+        """Input and output of a block, recomputed after :meth:`run` of that call; nothing is stored."""
         component = self.modules.components[call.component]
         x = self.spills[segment.tower].read(segment.block % 2, call.place).to(self.modules.device)
         module, context = self.modules.by_name[call.component], self._context(segment, call, None)
         return x, component.run_block(self.modules.config, module, segment.block, x, context)[0]
 
     def finished(self, segment: Segment) -> None:
-        """``segment`` has run on every call: what it made is safe, what it read is not needed any more."""
+        """``segment`` has run on every call: write its outputs to disk, free its inputs."""
         spill = self.spills[segment.tower]
         for (component, _), outputs in self._outputs.items():
             if component in self._written:
@@ -129,15 +129,15 @@ class Flow:
 
     def whole(self, segment: Segment) -> bool:
         """Whether everything ``segment`` reads is there."""
-        wanted = [] if segment.entry else [self.spills[segment.tower].whole(segment.block % 2)]
+        checks = [] if segment.entry else [self.spills[segment.tower].whole(segment.block % 2)]
         for name in self.components:
             component = self.modules.components[name]
             if component.tower == segment.tower:
                 links = component.links(self.modules.config).values()
-                wanted += [
+                checks += [
                     self._whole(link) for link in links if link.hidden or self._spilled(component.tower, link)
                 ]
-        return all(wanted)
+        return all(checks)
 
     def _whole(self, link: Link) -> bool:
         if link.hidden:
@@ -174,25 +174,25 @@ class Flow:
         return outputs
 
     def linked(self, link: Link, call: Call) -> Tensor:
-        """Rows of ``call`` of what ``link`` takes."""
+        """Rows of ``call`` of the tensor of ``link``."""
         if link.hidden:
             place = self._places[link.component, call.batch]
             tensor = self.source.spills[self._tower(link)].read(self._side(link), place)
         else:
             tensor = self.source._outputs[link.component, link.output].read(0, call.batch)
-        taken: Tensor = link.taken(tensor, call.rows)
-        return taken.to(self.modules.device)
+        rows: Tensor = link.taken(tensor, call.rows)
+        return rows.to(self.modules.device)
 
     def _tower(self, link: Link) -> str:
         return self.modules.components[link.component].tower
 
     def _side(self, link: Link) -> int:
-        """Where the last hidden states of the tower lie that ``link`` takes."""
+        """The spill file with the last hidden states of the tower that ``link`` reads."""
         return depths(self.modules.config)[self._tower(link)] % 2
 
 
 class _Linked(Mapping[str, Tensor]):
-    """Outputs of other towers for one call, read when a component asks for them."""
+    """Outputs of other towers for one call, read when a component needs them."""
 
     def __init__(self, flow: Flow, call: Call) -> None:
         self._flow, self._call = flow, call
@@ -213,33 +213,33 @@ def visit(
     segment: Segment,
     samples: Samples,
     flows: Sequence[Flow],
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
     before: int = 0,
 ) -> Iterator[tuple[Call, list[Made | None]]]:
     """Run every call of a tower through ``segment``; flows side by side, each weight loaded once.
 
     Args:
-        segment: what runs.
+        segment: to run.
         samples: the calls.
         flows: all with calls of ``samples``.
-        progress: callback with the number of samples that are through, ``before`` added.
-        before: what was done before this segment.
+        progress: callback with the number of samples done, ``before`` added.
+        before: count at the start of this segment.
 
     Yields:
-        A call, and what :meth:`Flow.run` gave for each flow (None where it lacks the component).
+        A call, and the result of :meth:`Flow.run` for each flow (None where it lacks the component).
     """
     calls, images = samples.tower(segment.tower), _Images(samples)
     config, components = flows[0].modules.config, flows[0].modules.components
     with ExitStack() as stack:
-        # cuDNN rounds fp32 convolutions to TF32 unless told otherwise.
+        # cuDNN rounds fp32 convolutions to TF32 by default.
         stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
         for modules in {id(flow.modules): flow.modules for flow in flows}.values():
             stack.enter_context(modules.filled(segment))
-        done = 0
+        samples_done = 0
         for call in calls:
-            if call.batch * samples.batch_size > done:
-                done = call.batch * samples.batch_size
-                progress(before + done)
+            if call.batch * samples.batch_size > samples_done:
+                samples_done = call.batch * samples.batch_size
+                progress(before + samples_done)
             component = components[call.component]
             if not component.depth(config) and not segment.entry:
                 continue
@@ -255,7 +255,7 @@ def visit(
 
 
 class _Images:
-    """The images of one batch after another; each batch is read once, where a call wants it."""
+    """The images of one batch after another; each batch is read once, when a call needs it."""
 
     def __init__(self, samples: Samples) -> None:
         self._samples = samples

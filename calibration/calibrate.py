@@ -1,7 +1,7 @@
 """Measuring activation ranges: the fp32 model runs on a calibration set, block by block.
 
-Memory holds one block and one batch, whatever the model's size; what stands between two blocks lies on disk.
-After every part its ranges are kept, so that a run that was killed goes on there.
+Memory holds one block and one batch, for models of every size; hidden states between two blocks are on disk.
+The ranges are saved after every segment, so a killed run resumes there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Amax = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class SegmentTime:
-    """What one part of a tower took.
+    """Time of one segment of a tower.
 
     Args:
         tower: ``vision`` or ``qllama`` (query, text, step and matching pass together).
@@ -59,16 +59,16 @@ class SegmentTime:
 
 
 def calibration_units(config: ModelConfig, components: Sequence[str], samples: int) -> int:
-    """What the progress of :func:`calibrate` counts to: samples times parts."""
+    """Total of the progress of :func:`calibrate`: samples times segments."""
     from .segments import needed, segments
 
     return samples * len(segments(config, needed(components, config)))
 
 
 def spilled_bytes(config: ModelConfig, components: Sequence[str], samples: int) -> int:
-    """At most what :func:`calibrate` keeps on disk at a time: two copies of each tower's hidden states.
+    """Most bytes on disk during :func:`calibrate`: two copies of each tower's hidden states.
 
-    What one tower makes for another is kept once.
+    Outputs of one tower for another are stored once.
     """
     from .segments import needed
 
@@ -87,12 +87,12 @@ def spilled_bytes(config: ModelConfig, components: Sequence[str], samples: int) 
 
 def seconds_per_block(times: Sequence[SegmentTime]) -> dict[str, float]:
     """Tower -> mean seconds of one sample in one block, with reading the block's weights."""
-    found = {}
+    seconds = {}
     for tower in dict.fromkeys(part.tower for part in times):
         blocks = [part for part in times if part.tower == tower and part.block is not None]
         if blocks:
-            found[tower] = sum(b.seconds for b in blocks) / sum(b.samples for b in blocks)
-    return found
+            seconds[tower] = sum(b.seconds for b in blocks) / sum(b.samples for b in blocks)
+    return seconds
 
 
 def calibration_seconds(
@@ -110,7 +110,7 @@ def calibration_seconds(
         per_block: tower -> seconds of one sample in one block, as measured (:func:`seconds_per_block`).
         samples: of the whole set.
         devices: how many share it.
-        speedup: how many times faster one of them is than what was measured.
+        speedup: how many times faster each is than the measured one.
     """
     from .segments import depths
 
@@ -132,7 +132,7 @@ def calibrate(
     device: str = "cpu",
     folder: Path | None = None,
     key: str = "",
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
     timed: Callable[[SegmentTime], None] = lambda part: None,
 ) -> ActivationRanges:
     """Activation amax of every linear, for each component it runs in.
@@ -141,7 +141,7 @@ def calibrate(
 
     Args:
         checkpoint: its weights are read a block at a time.
-        components: what will be quantised.
+        components: those to quantise.
         chosen: the calibration set.
         settings, tokenizer: of the model.
         batch_size: samples in memory at a time.
@@ -149,11 +149,11 @@ def calibrate(
         kinds: layer -> the type its input will be rounded to, for ``entropy`` and ``mse``; ``int8`` for those
             it leaves out.
         device: where blocks run: one block's weights and one batch are there at a time.
-        folder: where activations are spilled and from where a killed run goes on; removed when done. None: a
+        folder: where activations are spilled and where a killed run resumes; removed at the end. None: a
             temporary folder.
-        key: whatever else must be equal for a killed run to go on.
-        progress: hears how much of :func:`calibration_units` is done.
-        timed: hears every part that was run.
+        key: other content that must be equal for a killed run to resume.
+        progress: callback with the number of :func:`calibration_units` done.
+        timed: callback with the time of each segment.
 
     Raises:
         BuildError: NaN, infinity, or nothing but zeros at a layer's input (named); too little disk.
@@ -185,8 +185,8 @@ def calibrate(
         state = _State(Path(name), identity, order)
         flow = Flow(modules, samples, state.folder)
         try:
-            done = state.resumable(flow.whole, plan)
-            for number, segment in enumerate(plan[done:], done):
+            first = state.resumable(flow.whole, plan)
+            for number, segment in enumerate(plan[first:], first):
                 started = time.perf_counter()
                 with watch.hooks():
                     for _ in visit(segment, samples, [flow], progress, number * samples.count):
@@ -230,14 +230,14 @@ def _fill_unrouted(layers: dict[str, float], names: Iterable[str]) -> None:
 
 
 class _State:
-    """How far a run has come, in a small file that is replaced after every part."""
+    """Progress of a run, in a small file that is replaced after every segment."""
 
     def __init__(self, folder: Path, identity: str, order: Sequence[str]) -> None:
         self.folder, self.identity = folder, identity
-        self.order, self.done = list(order), 0
+        self.order, self.segments_done = list(order), 0
         self.amax: Amax = {component: {} for component in order}
-        found = self._read()
-        if found is None:
+        saved = self._read()
+        if saved is None:
             try:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True, exist_ok=True)
@@ -248,30 +248,30 @@ class _State:
                     "Free disk space, or choose another place for --out.",
                 ) from error
         else:
-            self.done, self.amax = found["done"], {c: found["amax"][c] for c in order}
+            self.segments_done, self.amax = saved["done"], {c: saved["amax"][c] for c in order}
 
     def resumable(self, whole: Callable[[Segment], bool], plan: Sequence[Segment]) -> int:
-        """How many parts of ``plan`` need not run again; none if the activations they left are gone."""
-        if self.done < len(plan) and not whole(plan[self.done]):
-            self.done, self.amax = 0, {component: {} for component in self.order}
-        return self.done
+        """Number of segments of ``plan`` to skip; 0 if their activations are gone."""
+        if self.segments_done < len(plan) and not whole(plan[self.segments_done]):
+            self.segments_done, self.amax = 0, {component: {} for component in self.order}
+        return self.segments_done
 
-    def finished(self, done: int, amax: Amax) -> None:
-        """``done`` parts have run; ``amax`` is what the last one saw."""
+    def finished(self, count: int, amax: Amax) -> None:
+        """Save that ``count`` segments have run; ``amax`` is from the last one."""
         for component, layers in amax.items():
             self.amax[component].update(layers)
-        self.done = done
-        state = {"identity": self.identity, "done": done, "amax": self.amax}
+        self.segments_done = count
+        state = {"identity": self.identity, "done": count, "amax": self.amax}
         with atomic(self.folder / STATE, durable=True) as partial:
             partial.write_text(json.dumps(state), encoding="utf-8")
 
     def _read(self) -> Any:
-        """The state of an earlier run of just this kind, or None."""
+        """The state of an earlier run with the same identity, or None."""
         try:
-            found = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+            saved = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return found if found.get("identity") == self.identity else None
+        return saved if saved.get("identity") == self.identity else None
 
 
 def _identity(*content: Any) -> str:

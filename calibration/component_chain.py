@@ -1,4 +1,4 @@
-"""The components chained on one batch: what calibration observes and accuracy compares.
+"""Components chained on one batch, for calibration and accuracy.
 
 A runner takes a component's inputs by name and returns its outputs by name, in numpy: a torch module, an ONNX
 Runtime session and an engine all fit.
@@ -41,7 +41,7 @@ def chain_steps(
     config: ModelConfig,
     run: Callable[[Call, Arrays], Arrays],
 ) -> Iterator[Step]:
-    """The steps of a batch's ``calls``, each fed with what those before it made.
+    """The steps of a batch's ``calls``, each fed with the outputs of those before it.
 
     Args:
         calls: all of one batch, in order.

@@ -69,7 +69,7 @@ class Sample:
 
     Args:
         name: path relative to the set, or the index of a drawn scene.
-        digest: sha256 of the image's bytes (of what it shows, for a scene).
+        digest: sha256 of the image's bytes (for a scene, of its description).
         caption: as given; None where the set has none.
         image: where to read it from, or the scene to draw.
     """
@@ -125,14 +125,14 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Samples:
-    """Some samples of a set as a family's components may want them (:class:`..models.calls.SampleBatch`).
+    """Some samples of a set as a family's components read them (:class:`..models.calls.SampleBatch`).
 
     Args:
         number: which batch of the set.
         samples: its samples.
         tokenizer: of the model.
-        chat: how it is prompted, if it chats.
-        scored: whether the logits after the first tokens of an answer are wanted, too.
+        chat: its prompt format, if it chats.
+        scored: whether the logits after the first tokens of an answer are needed, too.
     """
 
     number: int
@@ -184,7 +184,7 @@ class CalibrationSet:
         samples: at least one.
         skipped: files that could not be used.
         synthetic: drawn scenes, no photographs.
-        asked: how many samples were wanted.
+        requested: number of samples that the caller requested.
         held_out: samples of the same source that another set has, to measure accuracy on.
         cache: keeps decoded images.
         chat: how the model is prompted that the conversations are worded for; None: as LLaVA.
@@ -195,7 +195,7 @@ class CalibrationSet:
     samples: tuple[Sample, ...]
     skipped: tuple[Skipped, ...] = ()
     synthetic: bool = False
-    asked: int = 0
+    requested: int = 0
     held_out: int = 0
     cache: TensorCache | None = field(default=None, repr=False, compare=False)
     chat: ChatFormat | None = None
@@ -217,18 +217,20 @@ class CalibrationSet:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What a user must be told about this set."""
-        found = [*set_notices(len(self), self.synthetic, self.without_caption)]
+        """Notices about this set, to show the user."""
+        notices = [*set_notices(len(self), self.synthetic, self.without_caption)]
         usable = len(self) + len(self.skipped)
-        if usable < self.asked:
+        if usable < self.requested:
             parts = f": {len(self)} to calibrate on, {self.held_out} held out" if self.held_out else ""
-            found.append(f"{self.asked} samples were asked for, the set has {usable + self.held_out}{parts}.")
+            notices.append(
+                f"{self.requested} samples were requested, the set has {usable + self.held_out}{parts}."
+            )
         if self.skipped:
-            found.append(
+            notices.append(
                 f"{len(self.skipped)} files were skipped, the first: {self.skipped[0].name} "
                 f"({self.skipped[0].reason})"
             )
-        return tuple(found)
+        return tuple(notices)
 
     def split(self, held_out: int) -> tuple[CalibrationSet, CalibrationSet]:
         """(to calibrate on, to measure accuracy on), disjoint.
@@ -238,16 +240,16 @@ class CalibrationSet:
         if len(self) == 1:
             return self, self
         count = max(1, min(held_out, len(self) // 4))
-        asked = max(0, self.asked - count)
-        first = replace(self, samples=self.samples[:-count], asked=asked, held_out=count)
-        return first, replace(self, samples=self.samples[-count:], asked=count, skipped=())
+        remaining = max(0, self.requested - count)
+        first = replace(self, samples=self.samples[:-count], requested=remaining, held_out=count)
+        return first, replace(self, samples=self.samples[-count:], requested=count, skipped=())
 
     def steps(self, batch_size: int = 8) -> int:
         """How many batches :meth:`batches` yields."""
         return -(-len(self) // batch_size)
 
     def sample_batches(self, tokenizer: Tokenizer, batch_size: int = 8) -> Iterator[Samples]:
-        """The samples of each batch; no image is read, and no text that nobody asks for."""
+        """The samples of each batch; no image is read, and a text only when it is used."""
         for number, samples in enumerate(self._parts(batch_size)):
             yield Samples(number, samples, tokenizer, self.chat, self.scored)
 
@@ -272,7 +274,7 @@ class CalibrationSet:
             yield self.samples[start : start + batch_size]
 
     def to_json(self) -> dict[str, Any]:
-        """What the manifest and ``ranges.json`` keep of the set (no paths of this machine)."""
+        """Description of the set for the manifest and ``ranges.json`` (no paths of this machine)."""
         return {
             "hash": self.hash,
             "samples": len(self),
@@ -283,18 +285,20 @@ class CalibrationSet:
 
 
 def set_notices(samples: int, synthetic: bool, without_caption: int) -> tuple[str, ...]:
-    """What a user must be told about a set of so many samples."""
-    found = []
+    """Notices about a set of ``samples`` samples."""
+    notices = []
     if synthetic:
-        found.append("The calibration set is synthetic (drawn scenes): right for nano, not for photographs.")
-    if samples < SMALL:
-        found.append(f"The calibration set is small: {samples} samples, {SMALL} or more are advised.")
-    if without_caption:
-        found.append(
-            f"{without_caption} of {samples} images have no caption: generic sentences stand in, "
-            "and text ranges are measured on those."
+        notices.append(
+            "The calibration set is synthetic (drawn scenes): right for nano, not for photographs."
         )
-    return tuple(found)
+    if samples < SMALL:
+        notices.append(f"The calibration set is small: {samples} samples, {SMALL} or more are advised.")
+    if without_caption:
+        notices.append(
+            f"{without_caption} of {samples} images have no caption: generic sentences are used instead, "
+            "and text ranges are measured on them."
+        )
+    return tuple(notices)
 
 
 def prompt_for(caption: str) -> str:
@@ -347,7 +351,7 @@ def dialogue_of(
 
 
 def _random_dialogue(sample: Sample, ids: int, scored: bool) -> Dialogue:
-    """Ids in place of a conversation, where there is no tokenizer."""
+    """Ids in place of a conversation, if there is no tokenizer."""
     import numpy as np
 
     rng = np.random.default_rng(int(sample.digest[:16], 16))

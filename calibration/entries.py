@@ -1,4 +1,4 @@
-"""Candidates for a calibration set: an image that may be chosen, wherever it lies."""
+"""Candidates for a calibration set: an image in a file or inside a container."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Entry:
 
 
 def plain(caption: str | None) -> str | None:
-    """A caption without space around it; None where nothing is left. InputError for what is no text."""
+    """A caption without space around it; None if it is empty. InputError if it is not text."""
     text = (caption or "").strip()
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can name lone surrogates, which no tokenizer takes
-        raise InputError("A caption is no text.", f"{text[:200]!r}: {error}") from error
+        raise InputError("A caption is not text.", f"{text[:200]!r}: {error}") from error
     return text[:MAX_CAPTION_BYTES] or None

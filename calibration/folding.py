@@ -1,10 +1,15 @@
 """Moving large input channels of linear layers into their weights, without adding an operation.
 
-What a layer takes is divided channel by channel, and its weight's columns are multiplied. The division is
-folded into what makes that input: the weight of a norm, or the rows of a linear layer whose outputs only pass
-through operations that a factor passes through as well (attention's values, the ungated half of a gated MLP).
-Not through a GELU, and not through self-attention's values of a decoder, which leave the component as its
-cache. A norm before experts is left alone: what routes tokens to them would see the factors, too.
+With a factor ``s`` [in] for each input channel, a layer ``y = W x`` and its source become::
+
+    W'    = W * diag(s)          columns of the weight
+    norm' = norm / s             if the source is a norm: x' = x / s, so W' x' = W x
+    V'    = diag(1 / s) * V      if the source is a linear layer: rows of its weight, and its bias
+
+A source is the norm before the layer, or a linear layer whose outputs reach it only through operations that
+commute with a factor (attention's values, the ungated half of a gated MLP). Not through a GELU, and not
+through self-attention's values of a decoder, which leave the component as its cache. A norm before
+experts is left alone: the router reads it, too.
 """
 
 from __future__ import annotations
@@ -46,21 +51,21 @@ _FED = (
     (_LLAMA, "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     (_LLAMA, "mlp.up_proj", ("mlp.down_proj",)),
 )
-"""Block, what stands in it before layers (a norm, or a linear layer), and all layers that it feeds."""
+"""Block, source in it (a norm, or a linear layer), and all layers that the source feeds."""
 
 
 def groups(layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Source -> the layers it feeds, for what stands before ``layers``; UsageError where nothing does."""
+    """Source -> the layers it feeds, for the sources of ``layers``; UsageError where there is none."""
     return {source: fed_by(source) for source in map(_source_of, layers)}
 
 
 def groups_apart(schemes: Mapping[str, str]) -> None:
-    """UsageError if layers that share an input want it divided in two ways, or nothing can divide it."""
+    """UsageError if layers that share an input have two schemes that divide it, or nothing can divide it."""
     smoothed, searched = (groups(folded_layers(schemes, fold)) for fold in ("smooth", "awq"))
     if both := sorted(set(smoothed) & set(searched)):
         members = ", ".join(smoothed[both[0]])
         raise UsageError(
-            f"The recipe wants SmoothQuant and AWQ of what {both[0]} feeds.",
+            f"The recipe has both SmoothQuant and AWQ for layers fed by {both[0]}.",
             f"{members} share one input.",
             "Give them schemes of one kind.",
         )
@@ -73,13 +78,13 @@ def _source_of(layer: str) -> str:
                 return match[1] + source
     raise UsageError(
         f"Layer {layer} cannot be smoothed.",
-        "Nothing stands directly before it that the factors could be folded into.",
+        "No norm or linear layer directly before it can take the factors.",
         "Give it a scheme without smoothing in the recipe, int8 or int4-weight.",
     )
 
 
 def fed_by(source: str) -> tuple[str, ...]:
-    """The layers that take what ``source`` makes; InputError where that is none to fold into."""
+    """The layers fed by ``source``; InputError if nothing can be folded into it."""
     for block, own, members in _FED:
         if match := re.fullmatch(block + re.escape(own), source):
             return tuple(match[1] + member for member in members)
@@ -91,8 +96,8 @@ class Folded(Checkpoint):
     """A checkpoint whose tensors are multiplied as :func:`fold` says.
 
     Args:
-        columns: key -> what the last axis of its tensor is multiplied by.
-        rows: key -> what the first axis is multiplied by.
+        columns: key -> factors of the last axis of its tensor.
+        rows: key -> factors of the first axis.
     """
 
     columns: dict[str, Tensor] = field(default_factory=dict)
@@ -103,12 +108,12 @@ class Folded(Checkpoint):
         """As :meth:`Checkpoint.load`, folded."""
         tensor = super().load(key)
         if key in self.columns or key in self.rows:
-            found = tensor.float()
+            folded = tensor.float()
             if key in self.columns:
-                found = found * self.columns[key]
+                folded = folded * self.columns[key]
             if key in self.rows:
-                found = found * self.rows[key].reshape(-1, *[1] * (found.dim() - 1))
-            tensor = found.to(tensor.dtype)
+                folded = folded * self.rows[key].reshape(-1, *[1] * (folded.dim() - 1))
+            tensor = folded.to(tensor.dtype)
         return tensor.to(device=device, dtype=dtype)
 
     @cached_property
@@ -150,10 +155,10 @@ def fold(checkpoint: Checkpoint, divisors: Mapping[str, Tensor]) -> Checkpoint:
         factors = torch.cat([spared, 1 / divisor.float()])
         rows.update({key: factors for key in (weight, f"{source}.bias") if key in tensors})
     changed = {*columns, *rows}
-    # Without an offset nobody copies the bytes of the file.
+    # Without an offset the bytes of the file are not copied.
     refs = {k: replace(r, offset=None) if k in changed else r for k, r in tensors.items()}
-    kept = (checkpoint.path, checkpoint.model, refs, checkpoint._readers)
-    return Folded(*kept, columns, rows, checkpoint)
+    common = (checkpoint.path, checkpoint.model, refs, checkpoint._readers)
+    return Folded(*common, columns, rows, checkpoint)
 
 
 def watch_inputs(
@@ -167,7 +172,7 @@ def watch_inputs(
     folder: Path,
     *,
     batch_size: int = 8,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
     passed: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the fp32 model on a set block by block, and show the inputs of some layers.
@@ -181,10 +186,10 @@ def watch_inputs(
         settings, tokenizer: of the model.
         folder: where activations are spilled; the caller removes it.
         batch_size: samples in memory at a time.
-        progress: hears how much of :func:`.calibrate.calibration_units` is done.
-        passed: is called when all samples are through a block.
+        progress: callback with the number of :func:`.calibrate.calibration_units` done.
+        passed: called when all samples have run through a block.
     """
-    order, wanted = needed(components, checkpoint.model), set(layers)
+    order, watched = needed(components, checkpoint.model), set(layers)
 
     def hook(layer: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
         return lambda _, args: see(layer, args[0].detach())
@@ -195,7 +200,7 @@ def watch_inputs(
         stack.callback(flow.close)
         for module in flow.modules.by_name.values():
             for name, layer in module.named_modules():
-                if name in wanted:
+                if name in watched:
                     stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
         for number, segment in enumerate(segments(checkpoint.model, order)):
             for _ in visit(segment, samples, [flow], progress, number * samples.count):

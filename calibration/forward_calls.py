@@ -15,7 +15,7 @@ from .dataset import CalibrationSet
 
 @dataclass(frozen=True)
 class Samples:
-    """A set as calls; images are read when they are asked for.
+    """A set as calls; images are read when they are used.
 
     Args:
         calls: in the order of :func:`.component_chain.run_chain`, batch after batch.

@@ -1,4 +1,4 @@
-"""Hugging Face datasets on disk: what ``save_to_disk`` wrote (Arrow), or a downloaded snapshot (Parquet).
+"""Hugging Face datasets on disk: a folder of ``save_to_disk`` (Arrow), or a downloaded snapshot (Parquet).
 
 Needs pyarrow, and nothing else of the datasets library: images are structs of bytes and path, or bytes.
 """
@@ -64,19 +64,20 @@ def table_entries(files: Sequence[Path], root: Path, columns: tuple[str, ...] = 
 
     Raises:
         CapabilityError: pyarrow is not installed.
-        InputError: a broken file, or columns that are missing or of another kind (what is there is named).
+        InputError: a broken file, or columns that are missing or of another type (the columns of the file
+            are named).
     """
-    found: list[Entry] = []
+    entries: list[Entry] = []
     for file in files:
         schema, rows = _opened(file)
         image, caption = _columns(schema, file, columns)
         name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
-        if len(found) + rows > MAX_ENTRIES:
+        if len(entries) + rows > MAX_ENTRIES:
             raise InputError(f"{root} has over {MAX_ENTRIES:,} rows.", fix="Name one split, or fewer files.")
         for row in range(rows):
             text = _Caption(file, caption, row)
-            found.append(Entry(f"{name}#{row}", _Image(file, root, image, row), text))
-    return found
+            entries.append(Entry(f"{name}#{row}", _Image(file, root, image, row), text))
+    return entries
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _opened(file: Path) -> tuple[pa.Schema, int]:
 
 @lru_cache(maxsize=16)
 def _table(file: Path) -> pa.Table:
-    """An Arrow file, mapped into memory: nothing is read before it is asked for."""
+    """An Arrow file, mapped into memory: rows are read when they are used."""
     pa = _pyarrow()
     return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
 

@@ -1,7 +1,7 @@
 """Histograms of input magnitudes, and the ranges that percentile, entropy and squared error take from them.
 
 The rules are those of NVIDIA ModelOpt's ``HistogramCalibrator`` (2048 bins, at least 128 of them kept). Its
-code is no use here: it counts in float32, which stands still at 16.8 million values a bin; its entropy takes
+code cannot be used here: it counts in float32, which stops at 16.8 million values a bin; its entropy takes
 minutes a layer; its MSE passes the number of bits as a bias; and neither knows FP8. Counts here are integers,
 and a histogram that outgrows its first range many times halves its resolution instead of growing on.
 """
@@ -64,8 +64,8 @@ class Histogram:
         while peak > self.width * MAX_BINS:
             even = np.pad(self.counts, (0, len(self.counts) % 2))
             self.counts, self.width = even.reshape(-1, 2).sum(1), 2 * self.width
-        wanted = max(len(self.counts), int(np.ceil(peak / self.width)))
-        self.counts = np.pad(self.counts, (0, wanted - len(self.counts)))
+        length = max(len(self.counts), int(np.ceil(peak / self.width)))
+        self.counts = np.pad(self.counts, (0, length - len(self.counts)))
 
 
 def percentile_amax(histogram: Histogram, percentile: float) -> float:
@@ -77,7 +77,7 @@ def percentile_amax(histogram: Histogram, percentile: float) -> float:
 def mse_amax(histogram: Histogram, kind: str) -> float:
     """The range in which rounding to ``kind`` (``int8``, ``fp8``) costs the least squared error.
 
-    Every bin's values are taken to lie at its centre; candidates are the centres from :data:`FIRST` on.
+    Every bin's values are taken as its centre; candidates are the centres from :data:`FIRST` on.
     """
     import torch
 
@@ -95,7 +95,7 @@ def mse_amax(histogram: Histogram, kind: str) -> float:
 def entropy_amax(histogram: Histogram, kind: str) -> float:
     """The range whose rounding to ``kind`` keeps the distribution of magnitudes best (Kullback-Leibler).
 
-    The method of TensorRT's INT8 calibrator (S. Migacz, GTC 2017): what lies beyond a candidate is counted
+    The method of TensorRT's INT8 calibrator (S. Migacz, GTC 2017): values beyond a candidate are counted
     in its last bin; every level of ``kind`` then spreads its values evenly over the bins in it that are not
     empty; of equal candidates the widest is taken. INT8 levels are equally wide (128 of them); E4M3's are
     as wide as that type's steps are.
@@ -120,15 +120,15 @@ def _levels(bins: int, kind: str) -> Counts:
 
 
 def _divergence(counts: Counts, beyond: int, levels: Counts) -> float:
-    """Kullback-Leibler divergence of the counts from what their levels make of them."""
+    """Kullback-Leibler divergence of the counts from their rounding to levels."""
     filled = counts > 0
     sums = np.bincount(levels, counts)
     shares = np.bincount(levels, filled)
-    made: Floats = np.where(filled, (sums / np.maximum(shares, 1))[levels], 0.0)
-    wanted = counts.astype(np.float64)
-    wanted[-1] += beyond
-    there = wanted > 0
-    if not made[there].all():
+    q_counts: Floats = np.where(filled, (sums / np.maximum(shares, 1))[levels], 0.0)
+    p_counts = counts.astype(np.float64)
+    p_counts[-1] += beyond
+    there = p_counts > 0
+    if not q_counts[there].all():
         return np.inf
-    p, q = wanted[there] / wanted.sum(), made[there] / made.sum()
+    p, q = p_counts[there] / p_counts.sum(), q_counts[there] / q_counts.sum()
     return float((p * np.log(p / q)).sum())

@@ -51,7 +51,7 @@ class Peak:
         channel: its index on the last axis; of attention scores the head.
         channels: how many there are.
         beyond: how many of them reach over fp16's range.
-        accumulated: whether it is a sum that engines keep in fp32 whatever they compute in.
+        accumulated: whether it is a sum that engines keep in fp32 in every compute type.
     """
 
     component: str
@@ -97,7 +97,7 @@ class Faint:
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """What :class:`MagnitudeObserver` saw.
+    """Results of :class:`MagnitudeObserver`.
 
     Args:
         samples: how many samples.
@@ -150,19 +150,19 @@ class Magnitudes:
 NOT_MEASURED = Magnitudes(0, (), ())
 
 
-def check_magnitudes(found: Magnitudes, dtype: str, ranges: Mapping[str, Mapping[str, float]]) -> None:
-    """Refuse ``dtype`` where it does not hold what the model computes.
+def check_magnitudes(magnitudes: Magnitudes, dtype: str, ranges: Mapping[str, Mapping[str, float]]) -> None:
+    """Refuse ``dtype`` if it overflows on the model's values.
 
     Args:
-        found: of the fp32 run on held-out samples.
-        dtype: what engines compute in, apart from what is quantised.
+        magnitudes: of the fp32 run on held-out samples.
+        dtype: compute type of the engines, apart from quantised layers.
         ranges: component -> layer -> the largest input seen in calibration.
 
     Raises:
         BuildError: naming tensor and channel.
     """
     end = RANGES[dtype][1]
-    listed = [str(peak) for peak in found.overflows(dtype)]
+    listed = [str(peak) for peak in magnitudes.overflows(dtype)]
     listed += [
         f"{component}, {_named(layer)} reads {amax:.3g}"
         for component, layers in ranges.items()
@@ -181,9 +181,9 @@ def check_magnitudes(found: Magnitudes, dtype: str, ranges: Mapping[str, Mapping
     )
 
 
-def refuse_type(found: Magnitudes, component: str, dtype: str) -> None:
+def refuse_type(magnitudes: Magnitudes, component: str, dtype: str) -> None:
     """CapabilityError where ``component`` overflows ``dtype``, which it is to be run in."""
-    peaks = found.overflows(dtype, [component])
+    peaks = magnitudes.overflows(dtype, [component])
     if peaks:
         raise CapabilityError(
             f"{component} cannot be computed in {dtype}: it would give infinity or NaN.",
@@ -192,16 +192,16 @@ def refuse_type(found: Magnitudes, component: str, dtype: str) -> None:
         )
 
 
-def notes(found: Magnitudes, dtype: str) -> list[str]:
-    """What a user should know of a type that holds the model, but barely, or not with all bits."""
+def notes(magnitudes: Magnitudes, dtype: str) -> list[str]:
+    """Notices on a type that holds the model's values only just, or loses bits of small ones."""
     said, end = [], RANGES[dtype][1]
-    peak = found.top()
+    peak = magnitudes.top()
     if peak is not None and end / 4 < peak.value <= end:
         said.append(
-            f"{peak}: {peak.value / end:.0%} of what {dtype} holds, on {found.samples} samples. Others may "
-            "reach over: bf16 is safer."
+            f"{peak}: {peak.value / end:.0%} of what {dtype} holds, on {magnitudes.samples} samples. "
+            "Others may reach over: bf16 is safer."
         )
-    if denormal := found.denormal(dtype):
+    if denormal := magnitudes.denormal(dtype):
         more = f"; and {len(denormal) - 1} more results" if len(denormal) > 1 else ""
         said.append(f"Denormal in {dtype}, so with fewer bits, or zero: {denormal[0]}{more}.")
     return said
@@ -255,7 +255,7 @@ class MagnitudeObserver:
             yield
 
     def result(self, samples: int) -> Magnitudes:
-        """What was seen."""
+        """The magnitudes recorded."""
         peaks = [
             Peak(
                 component,

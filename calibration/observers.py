@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Observer(Protocol):
-    """Sees every input of one layer in one component, and says the amax at the end."""
+    """Collects every input of one layer in one component; returns the amax at the end."""
 
     def collect(self, x: torch.Tensor, peak: float) -> None:
         """Look at one input [..., in], whose largest magnitude is ``peak``."""
@@ -44,7 +44,7 @@ class MaxObserver:
 
 
 class HistogramObserver:
-    """A range taken from the histogram of all magnitudes; what lies beyond it saturates."""
+    """A range taken from the histogram of all magnitudes; values beyond it saturate."""
 
     def __init__(self, pick: Callable[[Histogram], float]) -> None:
         self._histogram, self._pick = Histogram(), pick
@@ -54,7 +54,7 @@ class HistogramObserver:
         self._histogram.add(x, peak)
 
     def amax(self) -> float:
-        """What the algorithm picks; 0 if only zeros were seen."""
+        """The range that the algorithm picks; 0 if all inputs were zero."""
         return self._pick(self._histogram) if self._histogram.width else 0.0
 
 
@@ -68,7 +68,7 @@ class Watch:
 
     def __init__(self, modules: Mapping[str, torch.nn.Module], make: Callable[[str], Observer]) -> None:
         self.modules, self.make = modules, make
-        self.found: dict[str, dict[str, Observer]] = {component: {} for component in modules}
+        self.observers: dict[str, dict[str, Observer]] = {component: {} for component in modules}
 
     def see(self, component: str, layer: str, x: torch.Tensor) -> None:
         """Record one input of ``layer``; BuildError when it holds NaN or infinity."""
@@ -80,19 +80,19 @@ class Watch:
                 f"Seen in component {component}, shape {list(x.shape)}.",
                 "Check the weights before this layer; calibration runs in fp32.",
             )
-        observers = self.found[component]
+        observers = self.observers[component]
         if layer not in observers:
             observers[layer] = self.make(layer)
         observers[layer].collect(x, peak)
 
     def take(self) -> dict[str, dict[str, float]]:
-        """component -> layer -> amax of what was seen since the last call.
+        """component -> layer -> amax of the inputs since the last call.
 
         Raises:
             BuildError: nothing but zeros at a layer's input (named).
         """
-        amax = {c: {n: o.amax() for n, o in layers.items()} for c, layers in self.found.items()}
-        self.found = {component: {} for component in self.modules}
+        amax = {c: {n: o.amax() for n, o in layers.items()} for c, layers in self.observers.items()}
+        self.observers = {component: {} for component in self.modules}
         for component, layers in amax.items():
             for layer, value in layers.items():
                 if not (math.isfinite(value) and value > 0):
@@ -136,7 +136,7 @@ class Watch:
 
 
 def observers(algorithm: str, kinds: Mapping[str, str] | None = None) -> Callable[[str], Observer]:
-    """What makes the observer of a layer.
+    """Factory of the observer of a layer.
 
     Args:
         algorithm: ``max``, ``percentile``, ``percentile-99.9``, ``entropy`` or ``mse``.

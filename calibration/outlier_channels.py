@@ -62,7 +62,7 @@ class Channels:
 
     def findings(self, components: Sequence[str]) -> list[Finding]:
         """Dead and huge channels of the layers of ``components``."""
-        found = []
+        findings = []
         for (component, layer), peak in self.peaks.items():
             if component not in components:
                 continue
@@ -74,8 +74,8 @@ class Channels:
             for kind, channels in (("dead", dead.tolist()), ("huge", huge)):
                 if channels:
                     first = tuple(channels[:LISTED])
-                    found.append(Finding(component, layer, kind, first, len(channels), ratio))
-        return found
+                    findings.append(Finding(component, layer, kind, first, len(channels), ratio))
+        return findings
 
     def _hook(self, component: str, layer: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
         def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What the fp32 model gives on a sample set, streamed block by block and kept on disk."""
+"""Outputs of the fp32 model on a sample set, computed block by block and stored on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def recorded_bytes(config: ModelConfig, components: Sequence[str], samples: int) -> int:
-    """At most what a :class:`Recording` takes on disk: activations, and the outputs."""
+    """Most bytes of disk that a :class:`Recording` takes: activations, and the outputs."""
     from .segments import needed
 
     values = sum(component_of(name, config).recorded(config) for name in needed(components, config))
@@ -35,12 +35,12 @@ class Recording:
 
     Args:
         checkpoint: the weights.
-        components: those wanted; the ones they take inputs from are recorded too.
+        components: to record; those they take inputs from are recorded too.
         chosen: the samples.
         settings, tokenizer: of the model.
-        folder: where outputs and, meanwhile, activations lie; the caller removes it.
+        folder: for outputs and, meanwhile, activations; the caller removes it.
         batch_size: samples in memory at a time.
-        progress: hears how much of :func:`.calibrate.calibration_units` is done.
+        progress: callback with the number of :func:`.calibrate.calibration_units` done.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Recording:
         folder: Path,
         *,
         batch_size: int = 8,
-        progress: Callable[[int], None] = lambda done: None,
+        progress: Callable[[int], None] = lambda count: None,
     ) -> None:
         from .block_stream import Flow, visit
         from .forward_calls import samples_of
@@ -72,15 +72,15 @@ class Recording:
         flow = Flow(modules, samples, folder, observer=observer)
         try:
             for number, segment in enumerate(segments(self._config, order)):
-                for call, [made] in visit(segment, samples, [flow], progress, number * samples.count):
-                    assert made is not None
-                    for name, tensor in made[1].items():
+                for call, [result] in visit(segment, samples, [flow], progress, number * samples.count):
+                    assert result is not None
+                    for name, tensor in result[1].items():
                         np.save(self._path(call, name), tensor.cpu().numpy())
         finally:
             flow.close()
             observer.close()
         self.magnitudes: Magnitudes = observer.result(samples.count)
-        """How large everything became on the way."""
+        """The largest magnitudes of all activations."""
 
     def __iter__(self) -> Iterator[tuple[Batch, list[Step]]]:
         """Every batch, and its steps as :func:`.component_chain.run_chain` gives them."""

@@ -1,9 +1,10 @@
-"""The fastest recipe within an accuracy budget, from what each layer costs and loses in each scheme.
+"""The fastest recipe within an accuracy budget, from the cost and loss of each layer in each scheme.
 
 Every price of noise (milliseconds that a unit of it is worth) picks one scheme for each group of layers: that
 with the least time + price x noise. As the price falls from infinity to zero these picks go from no
 quantisation to the fastest model, through one line of recipes, each the fastest of all with its summed noise
-(the lower convex hull). The line is bisected by what the recipes really lose, so few of them are measured.
+(the lower convex hull). The line is bisected by the measured losses of the recipes, so few of them are
+measured.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that must share a scheme, because a builder joins their products, and what they may have."""
+    """Layers that must share a scheme, because a builder joins their products, and their options."""
 
     layers: tuple[str, ...]
     options: tuple[Option, ...]
@@ -56,7 +57,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The recipe of a search, how it was found, and each group's reason."""
 
     schemes: dict[str, str]
@@ -85,12 +86,12 @@ def line(groups: Sequence[Group]) -> list[Picks]:
         prices.update((b.ms - a.ms) / (a.noise - b.noise) for a, b in pairs if b.ms > a.ms)
     ordered = sorted(prices)
     between = [(a + b) / 2 for a, b in pairwise(ordered)]
-    found: list[Picks] = []
+    recipes: list[Picks] = []
     for price in (*between, 2 * ordered[-1] + 1):
         picks = tuple(min(group.options, key=partial(_worth, price)) for group in groups)
-        if not found or found[-1] != picks:
-            found.append(picks)
-    return found
+        if not recipes or recipes[-1] != picks:
+            recipes.append(picks)
+    return recipes
 
 
 def _worth(price: float, option: Option) -> tuple[float, float, str]:
@@ -99,7 +100,7 @@ def _worth(price: float, option: Option) -> tuple[float, float, str]:
 
 def search(
     groups: Sequence[Group], base: str, budget: float, lost: Callable[[dict[str, str]], float]
-) -> Found:
+) -> SearchResult:
     """The fastest recipe of the line that loses at most ``budget``.
 
     Args:
@@ -128,7 +129,7 @@ def search(
             low = middle + 1
     within(high)
     picks = recipes[high]
-    return Found(
+    return SearchResult(
         _schemes(groups, picks, base),
         high,
         len(recipes),
@@ -140,22 +141,25 @@ def search(
     )
 
 
-def as_recipe(name: str, found: Mapping[str, str], layers: Sequence[str], base: str, summary: str) -> Recipe:
-    """``found`` (layer -> scheme) as an ordinary recipe: a rule for each kind of layer, then its exceptions.
+def as_recipe(
+    name: str, schemes_of: Mapping[str, str], layers: Sequence[str], base: str, summary: str
+) -> Recipe:
+    """``schemes_of`` (layer -> scheme) as an ordinary recipe: a rule for each kind of layer, then its
+    exceptions.
 
     Args:
         name: of the recipe.
-        found: the quantised layers.
+        schemes_of: the quantised layers.
         layers: all linear layers of the model.
         base: the base type.
-        summary: what the recipe says of itself.
+        summary: of the recipe.
     """
     kinds: dict[str, list[str]] = {}
     for layer in layers:
         kinds.setdefault(_kind(layer), []).append(layer)
     rules, exceptions = [], []
     for kind, members in kinds.items():
-        schemes = [found.get(layer, base) for layer in members]
+        schemes = [schemes_of.get(layer, base) for layer in members]
         common = max(sorted(set(schemes)), key=schemes.count)
         if common != base:
             rules.append(Rule(kind, common))

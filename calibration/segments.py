@@ -1,9 +1,9 @@
-"""Component modules a segment at a time: what stands before their blocks, each block, what stands after.
+"""Component modules a segment at a time: the entry before their blocks, each block, the exit.
 
 Components of one tower run through the same blocks (InternViT; the QLLaMA layers that query, text, step and
 matching passes share; a chat model's decoder). Modules stay on the meta device; a segment's weights are
 there while the segment runs, and no longer, so memory follows one block and not the model. A segment
-computes just what the component's ``forward`` computes there.
+computes the same as that part of the component's ``forward``.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def needed(components: Iterable[str], config: ModelConfig) -> list[str]:
     Raises:
         CapabilityError: a component that a model of ``config`` does not have.
     """
-    wanted, known = set(components), component_names(config, optional=True)
-    unknown = sorted(wanted - set(known))
+    names, known = set(components), component_names(config, optional=True)
+    unknown = sorted(names - set(known))
     if unknown:
         raise CapabilityError(
             f"{', '.join(unknown)} cannot be calibrated.", f"Known components are {', '.join(known)}."
         )
-    wanted = wanted.union(*(needs(name, config) for name in wanted))
-    return [name for name in known if name in wanted]
+    names = names.union(*(needs(name, config) for name in names))
+    return [name for name in known if name in names]
 
 
 class Segment(NamedTuple):
@@ -74,12 +74,12 @@ class Segment(NamedTuple):
 
     @property
     def entry(self) -> bool:
-        """Whether it stands before the blocks."""
+        """Whether it comes before the blocks."""
         return self.block < 0
 
     @property
     def exit(self) -> bool:
-        """Whether it stands after the blocks."""
+        """Whether it comes after the blocks."""
         return self.block == self.depth
 
 

@@ -1,7 +1,7 @@
-"""What quantising one layer costs: the model runs once in fp32, each of its blocks again for every variant.
+"""Loss by quantising one layer: the model runs once in fp32, each of its blocks again for every variant.
 
 A variant quantises one layer of a block, or one attention, and nothing else. It starts from the block's own
-fp32 input, so that what it loses is its own; it is compared by what the block adds to the residual stream,
+fp32 input, so that its loss is its own; outputs are compared as the block's update of the residual stream,
 because a few massive channels of the stream itself would drown any loss. Memory holds one block, its weights
 once for each scheme, and one batch.
 """
@@ -44,11 +44,11 @@ DEFAULT = ("fp8", "int8", "int8-weight", "int4-weight", FP8_ATTENTION)
 
 @dataclass(frozen=True)
 class Loss:
-    """What a component's block loses when ``layer`` alone has ``scheme``.
+    """Loss of a component's block when only ``layer`` is quantised, with ``scheme``.
 
-    ``sqnr_db`` and ``cosine`` (mean over samples) are of what the block adds to the residual stream;
-    ``sqnr_db`` is None where nothing was lost. ``tasks`` are percentage points lost on each task when the
-    whole model runs so; empty without an evaluation set.
+    ``sqnr_db`` and ``cosine`` (mean over samples) compare the block's update of the residual stream;
+    ``sqnr_db`` is None where the outputs are equal. ``tasks`` are percentage points lost on each task when
+    the whole model runs so; empty without an evaluation set.
     """
 
     component: str
@@ -67,7 +67,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Losses of every layer of the blocks, and what is odd about their inputs."""
+    """Losses of every layer of the blocks, and unusual channels of their inputs."""
 
     losses: tuple[Loss, ...]
     findings: tuple[Finding, ...]
@@ -85,12 +85,12 @@ class Sensitivity:
 
     def worst(self) -> dict[tuple[str, str], Loss]:
         """(layer, scheme) -> the loss of the component that suffers most from it."""
-        found: dict[tuple[str, str], Loss] = {}
+        worst: dict[tuple[str, str], Loss] = {}
         for loss in self.losses:
             key = loss.layer, loss.scheme
-            if key not in found or loss.noise > found[key].noise:
-                found[key] = loss
-        return found
+            if key not in worst or loss.noise > worst[key].noise:
+                worst[key] = loss
+        return worst
 
 
 def check_schemes(schemes: Sequence[str]) -> None:
@@ -117,21 +117,21 @@ def measure(
     *,
     base: str = "bf16",
     batch_size: int = 8,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Sensitivity:
-    """Losses on ``chosen``, block by block; a killed run goes on at the part it was in.
+    """Losses on ``chosen``, block by block; a killed run resumes at its segment.
 
     Args:
         checkpoint: the fp32 weights.
-        components: those whose layers are of interest; what they take inputs from is run too.
+        components: to measure; those they take inputs from are run too.
         schemes: of :data:`..quantization.schemes.SCHEMES` without a fold, and
         :data:`..quantization.attention.FP8_ATTENTION`. ranges: input ranges of the layers.
         chosen: samples, best ones that ``ranges`` were not measured on.
         settings, tokenizer: of the model.
-        folder: for activations and for what is known so far; the caller removes it.
+        folder: for activations and the losses so far; the caller removes it.
         base: type that scales are rounded to.
         batch_size: samples in memory at a time.
-        progress: hears how much of :func:`.calibrate.calibration_units` is done.
+        progress: callback with the number of :func:`.calibrate.calibration_units` done.
 
     Raises:
         UsageError: a scheme that cannot be tried on one layer alone.
@@ -143,7 +143,7 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)
     modules = Modules(checkpoint, order)
     flow = Flow(modules, samples, folder, "sensitivity")
-    asked = [
+    identity = [
         checkpoint.revision,
         chosen.hash,
         list(components),
@@ -153,11 +153,11 @@ def measure(
         batch_size,
     ]
     state, plan = folder / "losses.json", segments(checkpoint.model, order)
-    losses, findings, done = _resumed(state, asked)
-    if done < len(plan) and not flow.whole(plan[done]):
-        losses, findings, done = [], [], 0
+    losses, findings, first = _resumed(state, identity)
+    if first < len(plan) and not flow.whole(plan[first]):
+        losses, findings, first = [], [], 0
     try:
-        for number, segment in enumerate(plan[done:], done):
+        for number, segment in enumerate(plan[first:], first):
             channels = Channels(modules)
             variants = _Variants(modules, segment, schemes, ranges, base, components)
             with channels.hooks():
@@ -166,24 +166,24 @@ def measure(
                         variants.run(flow, segment, call)
             losses += variants.losses()
             findings += channels.findings(components)
-            found = Sensitivity(tuple(losses), tuple(findings))
+            so_far = Sensitivity(tuple(losses), tuple(findings))
             with atomic(state) as partial:
-                partial.write_text(json.dumps({"asked": asked, "done": number + 1, **found.to_json()}))
+                partial.write_text(json.dumps({"asked": identity, "done": number + 1, **so_far.to_json()}))
     finally:
         flow.close()
     return Sensitivity(tuple(losses), tuple(findings))
 
 
-def _resumed(state: Path, asked: list[Any]) -> tuple[list[Loss], list[Finding], int]:
+def _resumed(state: Path, identity: list[Any]) -> tuple[list[Loss], list[Finding], int]:
     try:
         data = json.loads(state.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return [], [], 0  # not begun, or cut off while it was written
-    if data.get("asked") != json.loads(json.dumps(asked)):
+    if data.get("asked") != json.loads(json.dumps(identity)):
         return [], [], 0
-    done = data.pop("done")
-    found = Sensitivity.from_json({key: data[key] for key in ("losses", "findings")})
-    return list(found.losses), list(found.findings), done
+    segments_done = data.pop("done")
+    saved = Sensitivity.from_json({key: data[key] for key in ("losses", "findings")})
+    return list(saved.losses), list(saved.findings), segments_done
 
 
 class _Variants:
@@ -230,13 +230,13 @@ class _Variants:
             comparison.add(want, (got - before).numpy())
 
     def losses(self) -> list[Loss]:
-        """What every variant lost."""
-        found = []
+        """The loss of every variant."""
+        losses = []
         for (component, layer, scheme), comparison in self.compared.items():
             m = comparison.metrics()
             sqnr = None if math.isinf(m.sqnr_db) else m.sqnr_db
-            found.append(Loss(component, layer, scheme, sqnr, m.cosine, m.samples))
-        return found
+            losses.append(Loss(component, layer, scheme, sqnr, m.cosine, m.samples))
+        return losses
 
     @contextmanager
     def _quantised(self, component: str, layer: str, scheme: str) -> Iterator[None]:

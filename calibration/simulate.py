@@ -63,7 +63,7 @@ class Simulated:
     Args:
         teacher_forced: component -> output -> metrics; every component got fp32 inputs.
         chained: the same, components fed with each other's outputs.
-        blocks: component -> metrics of the hidden states behind each block, with the errors of all blocks
+        blocks: component -> metrics of the hidden states after each block, with the errors of all blocks
             before it (chained where the component is chained).
         magnitudes: how large everything became in the fp32 model.
     """
@@ -85,20 +85,20 @@ def simulated_accuracy(
     *,
     batch_size: int = 8,
     device: str = "cpu",
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Simulated:
     """Run ``chosen`` through the fp32 and the quantised ``components``, block by block.
 
     Args:
         checkpoint: the fp32 weights.
         components: those that ``quantised`` has weights and ranges for.
-        quantised: what is simulated.
+        quantised: weights, schemes and ranges to simulate.
         chosen: held-out samples.
         settings, tokenizer: of the model.
         folder: where activations are spilled; the caller removes it.
         batch_size: samples in memory at a time.
         device: where blocks run; an fp32 block and a simulated one are there at a time.
-        progress: hears how much of :func:`.calibrate.calibration_units` is done.
+        progress: callback with the number of :func:`.calibrate.calibration_units` done.
 
     Raises:
         BuildError: NaN or infinity in a quantised component; too little disk.
@@ -125,15 +125,15 @@ def simulated_accuracy(
         with _fake_quantised(simulated, quantised):
             for number, segment in enumerate(segments(config, order)):
                 before = number * samples.count
-                for call, made in visit(segment, samples, flows, progress, before):
-                    want = made[0]
+                for call, results in visit(segment, samples, flows, progress, before):
+                    want = results[0]
                     assert want is not None
-                    for got, table in zip(made[1:], compared, strict=True):
+                    for got, table in zip(results[1:], compared, strict=True):
                         if got is not None:
                             outputs = table.setdefault(call.component, {})
                             for name, tensor in want[1].items():
                                 _add(outputs.setdefault(name, Comparison(name)), tensor, got[1][name])
-                    got = made[1] or made[2]
+                    got = results[1] or results[2]
                     if got is not None and not segment.entry and not segment.exit:
                         depth = blocks.setdefault(call.component, [])
                         if len(depth) == segment.block:
@@ -157,7 +157,7 @@ def simulated_accuracy(
 
 
 def _stored(quantised: Quantised) -> Load:
-    """fp32 weights as the graph sees them: dequantised, or from the base type."""
+    """fp32 weights as the graph reads them: dequantised, or from the base type."""
     store = open_store(*quantised.stores)
     readers = {path: open_reader(path) for path in {ref.file for ref in store.values()}}
 

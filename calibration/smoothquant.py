@@ -35,32 +35,32 @@ def channel_ranges(
     folder: Path,
     *,
     batch_size: int = 8,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Tensor]:
     """Largest input magnitude of every in feature of ``layers`` [in], over all components.
 
     Arguments as :func:`.folding.watch_inputs`.
     """
-    found: dict[str, Tensor] = {}
+    ranges: dict[str, Tensor] = {}
 
     def see(layer: str, x: Tensor) -> None:
         peak = x.abs().reshape(-1, x.shape[-1]).amax(0)
-        found[layer] = torch.maximum(found[layer], peak) if layer in found else peak
+        ranges[layer] = torch.maximum(ranges[layer], peak) if layer in ranges else peak
 
     run = (checkpoint, components, chosen, settings, tokenizer, folder)
     watch_inputs(see, layers, *run, batch_size=batch_size, progress=progress)
-    return found
+    return ranges
 
 
 def factors(
     checkpoint: Checkpoint, ranges: Mapping[str, Tensor], layers: Iterable[str], alpha: float = ALPHA
 ) -> dict[str, Tensor]:
-    """Source -> what its channels are divided by [in], powers of two (fp32).
+    """Source -> divisor s [in] of its channels, powers of two (fp32).
 
     ``input amax ** alpha / weight amax ** (1 - alpha)`` of each channel (equation 4), over the layers that
     share the source; 1 where either is zero. Layers without ``ranges`` did not run and are left alone.
     """
-    found = {}
+    factors_of = {}
     for source, members in groups(layers).items():
         seen = [ranges[m] for m in members if m in ranges]
         if not seen:
@@ -69,5 +69,5 @@ def factors(
         weights = torch.stack([checkpoint.load(f"{m}.weight").float().abs().amax(0) for m in members]).amax(0)
         alive = (inputs > 0) & (weights > 0)
         exact = torch.where(alive, inputs, 1.0) ** alpha / torch.where(alive, weights, 1.0) ** (1 - alpha)
-        found[source] = torch.where(alive, torch.exp2(exact.log2().round()), 1.0)
-    return found
+        factors_of[source] = torch.where(alive, torch.exp2(exact.log2().round()), 1.0)
+    return factors_of

@@ -1,12 +1,12 @@
 """Opening calibration sets.
 
-A folder of images (a caption may stand beside each as ``.txt``), a JSONL manifest
+A folder of images (each may have a caption in a ``.txt`` file of the same name), a JSONL manifest
 (``{"image": "relative/path.jpg", "caption": "..."}`` a line), WebDataset shards (:mod:`.webdataset`), a
 Hugging
 Face data set on disk (:mod:`.hf_datasets`), or drawn scenes (for nano). The choice of samples depends on
 names and
 the seed only, so it is the same on every machine. Files are untrusted: paths in a manifest may not leave its
-folder, and what cannot be decoded is skipped and listed.
+folder, and undecodable files are skipped and listed.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def open_calibration(
     progress: Callable[[int, int], None] | None = None,
     columns: tuple[str, ...] = (),
 ) -> CalibrationSet:
-    """Choose up to ``samples`` usable images of what ``source`` names; its kind is seen from the path.
+    """Choose up to ``samples`` usable images of ``source``; its kind follows from the path.
 
     Every chosen image is decoded once here; one that cannot be is skipped and another takes its place.
 
     Args:
         source: one of :data:`KINDS`.
-        samples: how many are wanted.
-        seed: chooses which.
+        samples: number of samples.
+        seed: of the random choice.
         progress: callback with the number of images read, and of all.
         columns: of the image and of the caption in a Hugging Face data set; the last names the caption in the
             JSON of shards. Else those with the usual names are taken.
@@ -63,7 +63,7 @@ def open_calibration(
     """
     path = Path(source)
     if samples < 1:
-        raise InputError(f"{samples} calibration samples were asked for.", fix="Ask for at least 1.")
+        raise InputError(f"{samples} calibration samples were requested.", fix="Ask for at least 1.")
     entries = _entries(path, columns)
     if not entries:
         raise InputError(
@@ -102,13 +102,13 @@ def scenes_calibration(samples: int = 256, seed: int = 20_231_214) -> Calibratio
     from ..synthetic.captions import caption
 
     scenes, languages = batch_scenes(seed, 0, "train", samples)
-    found = [
+    scene_samples = [
         Sample(
             f"scene-{i}", hashlib.sha256(repr(scene).encode()).hexdigest(), caption(scene, language), scene
         )
         for i, (scene, language) in enumerate(zip(scenes, languages, strict=True))
     ]
-    return CalibrationSet("scenes", tuple(found), synthetic=True, asked=samples)
+    return CalibrationSet("scenes", tuple(scene_samples), synthetic=True, requested=samples)
 
 
 def _entries(path: Path, columns: tuple[str, ...]) -> list[Entry]:
@@ -129,26 +129,26 @@ def _entries(path: Path, columns: tuple[str, ...]) -> list[Entry]:
         return _folder(path)
     if path.is_file() and path.suffix in (".jsonl", ".ndjson"):
         return _manifest(path)
-    why = "It is of none of these kinds." if path.exists() else "There is no such path."
+    why = "It is not one of these kinds." if path.exists() else "There is no such path."
     raise InputError(f"No calibration data at {name_of(path)}.", why, f"Give {'; '.join(KINDS)}.")
 
 
 def _folder(root: Path) -> list[Entry]:
     """Images below ``root``; linked folders are not entered, hidden files are not images."""
-    found = []
+    entries = []
     for folder, folders, files in os.walk(root):
         folders.sort()
         for file in sorted(files):
             if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
                 path = Path(folder, file)
-                name = path.relative_to(root).as_posix()  # may hold bytes that are no UTF-8
+                name = path.relative_to(root).as_posix()  # may hold bytes that are not UTF-8
                 name = name.encode("utf-8", "backslashreplace").decode()
-                found.append(Entry(name, path, partial(_sidecar, path)))
-    return found
+                entries.append(Entry(name, path, partial(_sidecar, path)))
+    return entries
 
 
 def _manifest(path: Path) -> list[Entry]:
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     root = path.parent.resolve()
     try:
         with path.open(encoding=text_encoding(path)) as file:
@@ -157,10 +157,10 @@ def _manifest(path: Path) -> list[Entry]:
                     raise InputError(f"{path} has over {MAX_ENTRIES:,} lines.", fix="Split it.")
                 if line.strip():
                     entry, caption = _line(line, root, f"{path}, line {number}")
-                    found.setdefault(f"{entry.name}\0{caption}", entry)
+                    entries.setdefault(f"{entry.name}\0{caption}", entry)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8.", str(error), "Save it as UTF-8.") from error
-    return list(found.values())
+    return list(entries.values())
 
 
 def _line(line: str, root: Path, where: str) -> tuple[Entry, str | None]:
@@ -177,12 +177,12 @@ def _line(line: str, root: Path, where: str) -> tuple[Entry, str | None]:
             f"{where} has no usable image.", f"{line[:200]!r}", 'Write {"image": ..., "caption": ...}.'
         )
     try:
-        given = plain(caption)
+        own_text = plain(caption)
     except InputError as error:
         raise InputError(f"{where} has an impossible text.", error.why) from error
     resolved = inside(root, image, where)
-    beside = Path(image).with_suffix(".txt").as_posix()  # of the name: a link's image may lie elsewhere
-    text = partial(_text_in, root, beside, where) if caption is None else lambda: given
+    text_name = Path(image).with_suffix(".txt").as_posix()  # of the name: a link's image may be elsewhere
+    text = partial(_text_in, root, text_name, where) if caption is None else lambda: own_text
     return Entry(Path(image).as_posix(), resolved, text), caption
 
 

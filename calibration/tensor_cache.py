@@ -21,18 +21,18 @@ LIMIT = 4 << 30
 
 @dataclass(frozen=True)
 class TensorCache:
-    """``pixel_values`` by what they were made from. A cache that cannot be written costs time only.
+    """``pixel_values`` by the hash of image and settings. A cache that cannot be written costs only time.
 
     Args:
-        folder: where they lie, one file each.
-        limit: bytes kept, about.
+        folder: one file each.
+        limit: about the most bytes stored.
     """
 
     folder: Path
     limit: int = LIMIT
 
     def get(self, digest: str, settings: ImageSettings, make: Callable[[], Array]) -> Array:
-        """``make()`` for the image whose content has ``digest``, or what was kept of it: [N, 3, S, S]."""
+        """``make()`` for the image whose content has ``digest``, or the cached array: [N, 3, S, S]."""
         from PIL import __version__ as pillow
 
         parts = [digest, settings.to_json(), settings.size, pillow, np.__version__]
@@ -40,19 +40,19 @@ class TensorCache:
         path = self.folder / f"{key}.npy"
         shape = (3, settings.size, settings.size)
         try:
-            found: Array = np.load(path, allow_pickle=False)
-            if found.ndim == 4 and found.shape[1:] == shape and found.dtype == np.float32:
+            cached: Array = np.load(path, allow_pickle=False)
+            if cached.ndim == 4 and cached.shape[1:] == shape and cached.dtype == np.float32:
                 os.utime(path)
-                return found
+                return cached
         except (OSError, ValueError, EOFError):
             pass  # not there yet, or damaged: made again below
-        made = make()
+        pixels = make()
         with suppress(OSError):  # a full or read-only disk
-            self._keep(path, made)
-        return made
+            self._keep(path, pixels)
+        return pixels
 
     def trim(self) -> None:
-        """Remove what was used longest ago, until the rest is within ``limit``."""
+        """Remove the least recently used files until the rest is within ``limit``."""
         try:
             files = [(p.stat().st_mtime, p.stat().st_size, p) for p in self.folder.glob("*.npy")]
         except OSError:
@@ -64,9 +64,9 @@ class TensorCache:
             path.unlink(missing_ok=True)
             total -= size
 
-    def _keep(self, path: Path, made: Array) -> None:
-        if made.nbytes > self.limit:
+    def _keep(self, path: Path, pixels: Array) -> None:
+        if pixels.nbytes > self.limit:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic(path) as partial, partial.open("wb") as file:
-            np.save(file, made, allow_pickle=False)
+            np.save(file, pixels, allow_pickle=False)

@@ -43,7 +43,7 @@ class TokenComparison:
         self._kl += np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0).tolist()
 
     def metrics(self) -> TokenMetrics:
-        """What was accumulated, of one position at least."""
+        """The statistics so far, of one position at least."""
         count = len(self._kl)
         return TokenMetrics(count, self._same / count, sum(self._kl) / count, max(self._kl))
 

@@ -1,7 +1,7 @@
 """WebDataset shards: tar files in which ``0001.jpg`` and ``0001.txt`` (or ``0001.json``) belong together.
 
-Headers are walked once, contents are read where they lie: nothing is unpacked. Archives are untrusted: member
-names never become paths, links and what else is no plain file are refused.
+Headers are walked once, contents are read in place: nothing is unpacked. Archives are untrusted: member
+names never become paths, links and other special files are refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Member:
     Args:
         shard: the tar.
         name: of the member, for messages.
-        offset, size: where its bytes lie.
+        offset, size: place of its bytes.
     """
 
     shard: Path
@@ -60,7 +60,7 @@ class Member:
 
 
 def braced(pattern: str) -> list[str]:
-    """``a-{000..011}.tar`` and ``{a,b}.tar`` as the names they stand for, in order."""
+    """``a-{000..011}.tar`` and ``{a,b}.tar`` expanded to names, in order."""
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]
@@ -89,7 +89,7 @@ def shard_entries(shards: list[Path], caption: str | None = None) -> list[Entry]
             that leaves it.
     """
     names = [shard.name for shard in shards]
-    found: list[Entry] = []
+    entries: list[Entry] = []
     for shard in shards:
         label = shard.name if names.count(shard.name) == 1 else shard.as_posix()
         images: dict[str, Member] = {}
@@ -102,10 +102,10 @@ def shard_entries(shards: list[Path], caption: str | None = None) -> list[Entry]
                 texts[f"{key}{suffix}"] = member
         for key, image in images.items():
             pair = texts.get(f"{key}.txt"), texts.get(f"{key}.json")
-            found.append(Entry(f"{label}/{image.name}", image, _Caption(*pair, caption)))
-        if len(found) > MAX_ENTRIES:
+            entries.append(Entry(f"{label}/{image.name}", image, _Caption(*pair, caption)))
+        if len(entries) > MAX_ENTRIES:
             raise InputError(f"The shards have over {MAX_ENTRIES:,} images.", fix="Name fewer of them.")
-    return found
+    return entries
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class _Caption:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self.data.name} is not JSON.", str(error)) from error
         keys = (self.key,) if self.key is not None else CAPTION_KEYS
-        found = [row[k] for k in keys if isinstance(row, dict) and isinstance(row.get(k), str)]
-        return found[0] if found else None
+        captions = [row[k] for k in keys if isinstance(row, dict) and isinstance(row.get(k), str)]
+        return captions[0] if captions else None
 
 
 def _decoded(member: Member) -> str:
@@ -147,8 +147,8 @@ def _members(shard: Path) -> Iterator[Member]:
                 if not info.isreg() or info.issparse():
                     raise InputError(
                         f"{where} is refused.",
-                        "It is no plain file (a link, a device).",
-                        "Pack the shard again with plain files.",
+                        "It is not a regular file (a link, a device).",
+                        "Pack the shard again with regular files.",
                     )
                 if info.name.startswith("/") or ".." in info.name.split("/"):
                     raise InputError(f"{where} is refused.", "Its name leaves the archive.")
@@ -160,12 +160,12 @@ def _members(shard: Path) -> Iterator[Member]:
         raise InputError(
             f"{shard} cannot be read as a shard.",
             f"{error}.",
-            "Shards are uncompressed tar files; unpack what is compressed (gunzip).",
+            "Shards are uncompressed tar files; unpack them first (gunzip).",
         ) from error
 
 
 def _key(name: str) -> tuple[str, str]:
-    """What a sample's files share, and the suffix: all after the first dot of the file's name."""
+    """The sample's key, and the suffix: all after the first dot of the file's name."""
     folder, slash, file = name.rpartition("/")
     stem, dot, suffix = file.partition(".")
     return f"{folder}{slash}{stem}", f"{dot}{suffix}".lower()

@@ -51,7 +51,7 @@ def _about(result: Profile) -> None:
             ("CPU", f"{machine.cpu}, {machine.cores} cores, {_bytes(machine.memory_bytes)} of memory"),
             ("CPU clock before and after", " and ".join(f"{value:.0f} MHz" for value in mhz) or None),
             *[("GPU", f"{gpu.name}, {gpu.memory_mib} MiB, driver {gpu.driver}") for gpu in machine.gpus],
-            *[("while measured", gpu.told) for gpu in clocks.gpus],
+            *[("while measured", gpu.text) for gpu in clocks.gpus],
             ("load average before", machine.load_average),
             ("first request", f"{start.first_request_ms:.0f} ms: {start.boundary}"),
             ("opening", [f"{name} {seconds:.2f} s" for name, seconds in start.load_seconds.items()]),

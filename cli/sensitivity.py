@@ -58,10 +58,10 @@ def sensitivity(
     SQNR and cosine compare what the layer's block adds to the residual stream, on held-out samples. An
     interrupted run resumes.
     """
-    from ..calibration.heatmap import draw
     from ..calibration.sensitivity import DEFAULT
     from ..pipeline.config import ORT, BuildConfig
     from ..pipeline.plan import plan_build
+    from ..pipeline.plots import sensitivity_heatmap
     from ..pipeline.sensitivity_steps import report
     from ..pipeline.sensitivity_steps import sensitivity as run
     from .inputs import names
@@ -83,7 +83,7 @@ def sensitivity(
         result = run(plan, names(schemes) or DEFAULT, out, bars, questions)
     plot = out / "sensitivity.png"
     try:
-        draw(result, plot)
+        sensitivity_heatmap(result, plot)
         drawn = f"{plot}: the heat map"
     except CapabilityError as error:
         drawn = f"no heat map: {error.what} {error.fix}"

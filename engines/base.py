@@ -37,11 +37,11 @@ class Engine(Protocol):
         """Run once.
 
         Args:
-            inputs: every input of the spec; ``float`` inputs as float32, whatever the graph computes in.
+            inputs: every input of the spec; ``float`` inputs as float32, for every compute type of the graph.
             outputs: names to compute, all if None.
 
         Returns:
-            The outputs asked for; ``float`` outputs as float32.
+            The requested outputs; ``float`` outputs as float32.
 
         Raises:
             InputError: inputs that do not fit the spec.
@@ -57,7 +57,7 @@ class Engine(Protocol):
         out: Mapping[str, Buffer] | None = None,
         stream: int | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Run once on buffers where they lie (:mod:`.device`); needs torch.
+        """Run once on buffers in place (:mod:`.device`); needs torch.
 
         Args:
             inputs: every input of the spec, ``float`` inputs of any float type. Those on the engine's device
@@ -68,7 +68,7 @@ class Engine(Protocol):
                 it, and so are the outputs; the call may return before the GPU is done.
 
         Returns:
-            The outputs asked for, on the engine's device, in the type the engine computes in (or that of the
+            The requested outputs, on the engine's device, in the engine's compute type (or that of the
             buffer in ``out``).
 
         Raises:
@@ -90,7 +90,7 @@ class Engine(Protocol):
 
 
 class Loader(Protocol):
-    """What opens an engine file."""
+    """Opens an engine file."""
 
     def __call__(self, spec: ComponentSpec, path: Path, **options: Any) -> Engine:
         """Open ``path`` for a component; ``options`` are the backend's own."""
@@ -108,7 +108,7 @@ class Backend:
         reads_bundle: its engine is the bundle: the loader is given the bundle's folder, and takes weights and
             scales from there.
         on_cpu: it runs on the CPU unless a device is given.
-        reads_record: the loader checks what the manifest says of the engine: it is given ``record``,
+        reads_record: the loader checks the manifest's entry of the engine: it takes ``record``,
             ``rebuild`` (a command line) and ``graph``.
     """
 
@@ -139,7 +139,7 @@ BACKENDS: dict[str, Backend] = {
             ".onnxruntime.backend:open_onnxruntime",
             on_cpu=True,
         ),
-        # Above this floor, since it is made of the model's modules: imported by name, when it is chosen.
+        # Above this floor, since it uses the model's modules: imported by name, when it is chosen.
         Backend("torch", "pip install torch", ".torch.engine:open_torch", True, True),
         Backend(
             "torch-tensorrt",

@@ -36,7 +36,7 @@ class ChainedEngine:
     def run(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run once, as many parts as ``outputs`` need; see :meth:`~ivl_export.engines.base.Engine.run`.
 
-        What passes between parts on a GPU stays there.
+        Tensors between parts on a GPU stay there.
         """
         self.spec.check(inputs)
         if self.device != HOST:
@@ -58,8 +58,8 @@ class ChainedEngine:
             here = {name: buffer for name, buffer in (out or {}).items() if name in names}
             return part.run_tensors(feeds, names, out=here, stream=stream)
 
-        made = self._chain(dict(inputs), outputs, run)
-        return deliver(cast("dict[str, torch.Tensor]", made), out)
+        values = self._chain(dict(inputs), outputs, run)
+        return deliver(cast("dict[str, torch.Tensor]", values), out)
 
     def _chain(
         self,
@@ -67,17 +67,19 @@ class ChainedEngine:
         outputs: Sequence[str] | None,
         run: Callable[[Engine, dict[str, B], list[str]], Mapping[str, B]],
     ) -> dict[str, B]:
-        wanted = self.spec.select(outputs)
-        values, left = dict(inputs), set(wanted)
+        names = self.spec.select(outputs)
+        values, left = dict(inputs), set(names)
         for k, part in enumerate(self._parts):
             gives = [t.name for t in part.spec.outputs]
             left.difference_update(gives)
-            behind = {t.name for later in self._parts[k + 1 :] for t in later.spec.inputs} if left else set()
+            read_later = (
+                {t.name for later in self._parts[k + 1 :] for t in later.spec.inputs} if left else set()
+            )
             feeds = {t.name: values[t.name] for t in part.spec.inputs}
-            values.update(run(part, feeds, [name for name in gives if name in behind or name in wanted]))
+            values.update(run(part, feeds, [name for name in gives if name in read_later or name in names]))
             if not left:
                 break
-        return {name: values[name] for name in wanted}
+        return {name: values[name] for name in names}
 
     @property
     def parts(self) -> tuple[Engine, ...]:

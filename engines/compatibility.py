@@ -24,14 +24,14 @@ def check_loadable(engine: EngineFile, rebuild: str, device: int = 0, any_gpu: b
     """The GPU that ``engine`` will run on.
 
     Args:
-        engine: what the manifest says of the file.
-        rebuild: the line that builds it again, for the errors.
+        engine: the manifest's entry of the file.
+        rebuild: the command that rebuilds it, for the errors.
         device: the GPU's number.
         any_gpu: let the library decide whether this GPU will do.
 
     Raises:
         CapabilityError: the library is missing or of another release, there is no GPU, or the engine was
-            built for others; it says what the engine was built for, and ``rebuild``.
+            built for others; it names the engine's GPUs, and ``rebuild``.
     """
     what = f"The {engine.backend} engine of {engine.component} cannot be loaded here."
     release = trt.installed_release(engine.backend)
@@ -72,7 +72,8 @@ def fitting_target(manifest: Manifest, backend: str, device: int = 0) -> str | N
 
 
 def rebuild_line(manifest: Manifest, engine: EngineFile, device: int = 0) -> str:
-    """The command that builds ``engine`` of a bundle, and those beside it, again: for the GPU here, if any.
+    """The command that builds ``engine`` of a bundle, and the bundle's others, again: for the GPU here, if
+    any.
 
     TensorRT-RTX builds for some generations only; for a GPU of another it is ``tensorrt`` that does.
     """
@@ -101,7 +102,7 @@ def build_line(manifest: Manifest, features: Sequence[int]) -> str:
 
 
 def _build_words(manifest: Manifest, features: Sequence[int] | None = None) -> list[str]:
-    """How ``ivl-export build`` is told the model, the recipe and the outputs of a bundle."""
+    """Options of ``ivl-export build`` for the model, the recipe and the outputs of a bundle."""
     source, words = manifest.model.source, ["ivl-export", "build"]
     if source != f"internvl-nano{SHIPPED}":
         words += ["--model", source.removesuffix(SHIPPED)]
@@ -117,8 +118,8 @@ def _refuse(what: str, why: str, rebuild: str) -> NoReturn:
 
 
 def _built_for(engine: EngineFile) -> str:
-    built = engine.built
-    return f"{built.gpu} ({built.sm})" if built is not None and built.gpu else engine.target
+    limits = engine.built
+    return f"{limits.gpu} ({limits.sm})" if limits is not None and limits.gpu else engine.target
 
 
 def _runs_on(engine: EngineFile, options: BuildOptions, gpu: Gpu) -> bool:
@@ -131,11 +132,11 @@ def _runs_on(engine: EngineFile, options: BuildOptions, gpu: Gpu) -> bool:
     return same and (options.hardware == "same-cc" or gpu.name == engine.built.gpu)
 
 
-def _newer(release: str, built: str) -> bool:
+def _newer(release: str, builder: str) -> bool:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(".") if part.isdecimal()]
 
-    return numbers(release) >= numbers(built)
+    return numbers(release) >= numbers(builder)
 
 
 def _number(sm: str) -> int:

@@ -1,6 +1,6 @@
 """CUDA graphs of a callable on torch tensors: recorded once for each set of shapes, replayed from then on.
 
-A replay launches all kernels at once, which is what small batches and single decode steps wait for.
+A replay launches all kernels at once, whose launches dominate small batches and single decode steps.
 Needs torch with CUDA.
 """
 
@@ -29,15 +29,15 @@ class _Recorded:
     graph: Any
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    call: Call  # what the recorded kernels use may be its own
+    call: Call  # it may own memory of the recorded kernels
 
 
 class CudaGraphs:
     """A call on tensors of one GPU, replayed from graphs. Calls of several threads wait for each other.
 
     Args:
-        make: gives the call to record, once for each graph, and it is kept as long as that graph. It takes
-            and gives tensors on that GPU, launches the same kernels whatever their values are, and never
+        make: returns the call to record, once for each graph, and it is kept as long as that graph. It takes
+            and returns tensors on that GPU, launches the same kernels for all values, and never
             waits for the GPU once it has run.
         most: graphs kept, one for each set of input shapes.
     """
@@ -64,8 +64,8 @@ class CudaGraphs:
                 self._recorded[shape] = self._record(inputs)
             self._recorded.move_to_end(shape)
             recorded = self._recorded[shape]
-            for static, given in zip(recorded.inputs, inputs, strict=True):
-                static.copy_(given)
+            for static, value in zip(recorded.inputs, inputs, strict=True):
+                static.copy_(value)
             recorded.graph.replay()
             # Copied on the caller's stream before the lock is free: the next replay writes there again.
             return tuple(out.clone() for out in recorded.outputs)
@@ -83,7 +83,7 @@ class CudaGraphs:
 
 
 def capture(call: Callable[[], Any]) -> tuple[Any, Any]:
-    """A ``torch.cuda.CUDAGraph`` of ``call``, after some calls of it, and what the recorded call gave."""
+    """A ``torch.cuda.CUDAGraph`` of ``call``, after warm-up calls, and the recorded outputs."""
     torch = _torch()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -94,8 +94,8 @@ def capture(call: Callable[[], Any]) -> tuple[Any, Any]:
     graph = torch.cuda.CUDAGraph()
     # Other threads may take memory meanwhile, which would spoil a capture of the whole process.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        made = call()
-    return graph, made
+        outputs = call()
+    return graph, outputs
 
 
 def _torch() -> Any:

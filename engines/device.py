@@ -1,8 +1,8 @@
-"""Tensors that pass between engines where they lie, and between engines and their callers.
+"""Tensors passed in place between engines, and between engines and their callers.
 
 A buffer is anything that speaks DLPack: a torch tensor, a numpy array, a CuPy array. Engines take buffers
-through it without a copy where they lie on the engine's device, and hand out torch tensors (which speak it
-too). Order on a GPU is the caller's stream's: an engine's work stands on that stream, or is finished before
+through it without a copy if they are on the engine's device, and return torch tensors (which speak it
+too). Order on a GPU is the caller's stream's: an engine's work is on that stream, or is finished before
 the call returns. Torch is imported when the first buffer is, so that runs on host arrays need none.
 """
 
@@ -83,7 +83,7 @@ def to_host(buffer: Buffer) -> Array:
     return array
 
 
-def deliver(made: Mapping[str, torch.Tensor], out: Mapping[str, Buffer] | None) -> dict[str, torch.Tensor]:
+def deliver(outputs: Mapping[str, torch.Tensor], out: Mapping[str, Buffer] | None) -> dict[str, torch.Tensor]:
     """``made``, written into the buffers of ``out`` where there is one of that name; those are handed back.
 
     An engine that wrote there itself has handed in that very tensor: nothing is copied then.
@@ -91,12 +91,12 @@ def deliver(made: Mapping[str, torch.Tensor], out: Mapping[str, Buffer] | None) 
     Raises:
         InputError: a buffer of another shape, or one that nothing was made for.
     """
-    given = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
-    strange = sorted(set(given) - set(made))
+    buffers = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
+    strange = sorted(set(buffers) - set(outputs))
     if strange:
-        raise InputError(f"There is no output for the buffer {strange[0]!r}.", f"Outputs: {sorted(made)}.")
-    for name, target in given.items():
-        source = made[name]
+        raise InputError(f"There is no output for the buffer {strange[0]!r}.", f"Outputs: {sorted(outputs)}.")
+    for name, target in buffers.items():
+        source = outputs[name]
         if target.shape != source.shape:
             raise InputError(
                 f"The buffer of output {name} has the wrong shape.",
@@ -104,7 +104,7 @@ def deliver(made: Mapping[str, torch.Tensor], out: Mapping[str, Buffer] | None) 
             )
         if target.data_ptr() != source.data_ptr() or target.dtype != source.dtype:
             target.copy_(source)
-    return {name: given.get(name, tensor) for name, tensor in made.items()}
+    return {name: buffers.get(name, tensor) for name, tensor in outputs.items()}
 
 
 def in_place(buffer: Buffer) -> torch.Tensor:
@@ -122,7 +122,7 @@ def in_place(buffer: Buffer) -> torch.Tensor:
 
 @contextmanager
 def on_stream(device: str, stream: int | None) -> Iterator[int]:
-    """What torch does inside the ``with`` block stands on ``stream``; gives its handle.
+    """Torch's work inside the ``with`` block goes on ``stream``; yields its handle.
 
     Args:
         device: the engine's device; nothing happens unless it is a CUDA device.
@@ -162,7 +162,7 @@ def zeros(shape: Sequence[int], like: Buffer) -> Any:
 
 
 def copied(buffer: Any) -> Any:
-    """A copy of an array or tensor, of its kind, where it lies."""
+    """A copy of an array or tensor, of its kind, on its device."""
     return buffer.copy() if isinstance(buffer, np.ndarray) else as_tensor(buffer).clone()
 
 

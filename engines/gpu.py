@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-"""NVIDIA's library that is asked."""
+"""NVIDIA's driver library."""
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR in cuda.h
 
 

@@ -23,28 +23,28 @@ from .onnx_graph import Graph, stored_bytes
 from .products import find_products, node_name
 
 LIBRARY_BYTES = 200 << 20
-"""What a build takes whatever the graph: the library, and what it holds for a moment."""
+"""Memory of a build of any graph: the library, and its temporary buffers."""
 BLOCK_BYTES = 12_000_000
-"""What a block takes besides its weights: kernels and their sources."""
+"""Memory of a block besides its weights: kernels and their sources."""
 
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Load:
-    """Bytes of weights that a builder holds for a graph: of each block, and of what is in none."""
+    """Bytes of weights that a builder holds for a graph: of each block, and outside blocks."""
 
     blocks: tuple[int, ...]
     rest: int
 
     @classmethod
-    def of(cls, held: Mapping[str, int]) -> Load:
+    def of(cls, sizes: Mapping[str, int]) -> Load:
         """The load of weights whose bytes, joined copies included, are given by name."""
         blocks: dict[int, int] = defaultdict(int)
         rest = 0
-        for name, size in held.items():
-            if found := _BLOCK.search(name):
-                blocks[int(found[1])] += size
+        for name, size in sizes.items():
+            if match := _BLOCK.search(name):
+                blocks[int(match[1])] += size
             else:
                 rest += size
         return cls(tuple(blocks[k] for k in sorted(blocks)), rest)
@@ -62,7 +62,7 @@ class Load:
 
 
 def graph_load(graph: Graph) -> Load:
-    """What the weights of ``graph`` take in a build."""
+    """Memory of the weights of ``graph`` in a build."""
     sizes = {name: stored_bytes(kind, shape) for name, (kind, shape) in graph.initializers.items()}
     weights = {product.node: product.weight for product in find_products(graph) if product.weight}
     joined: dict[str, set[str]] = defaultdict(set)

@@ -86,7 +86,7 @@ def read_graph(path: Path) -> Graph:
     except FileNotFoundError as error:
         raise IntegrityError(f"There is no ONNX graph {path}.", "", "Export it again.") from error
     except (OSError, ValueError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"{path} is no ONNX model.", str(error), "Export it again.") from error
+        raise IntegrityError(f"{path} is not a valid ONNX model.", str(error), "Export it again.") from error
 
 
 def _model(data: memoryview) -> Graph:
@@ -101,11 +101,11 @@ def _model(data: memoryview) -> Graph:
         if tensor.values:
             integers[name] = tensor.values
 
-    found = False
+    seen_graph = False
     for number, value in fields(data):
         if number != 7 or isinstance(value, int):
             continue
-        found = True
+        seen_graph = True
         for key, part in fields(value):
             if isinstance(part, int):
                 continue
@@ -120,7 +120,7 @@ def _model(data: memoryview) -> Graph:
             elif key in (11, 12):
                 name, kind, dims = _value_info(part)
                 (inputs if key == 11 else outputs)[name] = (kind, dims)
-    if not found:
+    if not seen_graph:
         raise ValueError("it holds no graph")
     return Graph(tuple(nodes), initializers, inputs, outputs, integers)
 

@@ -1,4 +1,4 @@
-"""The products, convolutions and attentions of an ONNX graph, and what it says about their precision."""
+"""The products, convolutions and attentions of an ONNX graph, and their precision in it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Product:
 
     @property
     def scheme(self) -> str:
-        """What the graph asks for: one of :data:`FACTORS` if both factors are quantised so, else empty."""
+        """The precision in the graph: one of :data:`FACTORS` if both factors are quantised so, else empty."""
         types = (self.activation, self.stored)
         return next((scheme for scheme, pair in FACTORS.items() if pair == types), "")
 
@@ -128,7 +128,7 @@ def why_not_8_bits(product: Product, precision: str) -> str:
         return f"its weight is {product.stored}, its input {product.activation}"
     odd = [f"{name} = {size}" for name, size in (("K", product.k), ("N", product.n)) if size % 16]
     if odd:
-        return f"{' and '.join(odd)}: 8-bit kernels want multiples of 16"
+        return f"{' and '.join(odd)}: 8-bit kernels need multiples of 16"
     if product.split:
         return "its result is split at once, so the builder splits its weight, dequantised first"
     return "the builder chose a 16- or 32-bit kernel for this target"
@@ -165,7 +165,7 @@ def _block(nodes: tuple[Node, ...], graph: Graph, producers: dict[str, Node]) ->
 
 
 def _query_sizes(value: str, graph: Graph, producers: dict[str, Node]) -> tuple[int, int]:
-    """Rows and head size of a query, from the Reshape to ``[batch, rows, heads, head size]`` behind it."""
+    """Rows and head size of a query, from the Reshape to ``[batch, rows, heads, head size]`` after it."""
     for _ in range(_MAX_REACH):
         node = producers.get(value)
         if node is None or not node.inputs:
@@ -187,7 +187,7 @@ def _shape_values(value: str, graph: Graph, producers: dict[str, Node]) -> tuple
 
 
 def _source(value: str, graph: Graph, producers: dict[str, Node]) -> tuple[str, str]:
-    """The initializer behind ``value`` (empty: it is computed) and the 8-bit type it is dequantised from."""
+    """The initializer of ``value`` (empty: it is computed) and the 8-bit type it is dequantised from."""
     scheme = ""
     for _ in range(_MAX_STEPS):
         if value in graph.initializers:
@@ -243,7 +243,7 @@ def _walk(
                 return node
             if node.op in through and left:
                 upwards = value in node.outputs
-                found = _walk(node.inputs if upwards else node.outputs, through, step, left - 1)
-                if found is not None:
-                    return found
+                product = _walk(node.inputs if upwards else node.outputs, through, step, left - 1)
+                if product is not None:
+                    return product
     return None

@@ -1,6 +1,6 @@
 """Protobuf's wire format: reading the fields of a message, and changing some of them in place.
 
-Field lengths come from files and are checked; ValueError says what is wrong.
+Field lengths come from files and are checked; ValueError names the fault.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def packed(data: memoryview) -> Iterator[int]:
 
 
 def rewritten(data: memoryview, way: tuple[int, ...], change: Callable[[memoryview], bytes]) -> bytes:
-    """A message in which every message at the field numbers ``way`` is what ``change`` makes of it.
+    """A message in which every message at the field numbers ``way`` is replaced by ``change`` of it.
 
     Everything else stays byte for byte.
     """
-    out, kept = bytearray(), 0
+    out, copied_to = bytearray(), 0
     for number, wire, start, begin, end in _spans(data):
         if number == way[0] and wire == _BYTES:
             part = data[begin:end]
             new = change(part) if len(way) == 1 else rewritten(part, way[1:], change)
-            out += data[kept:start]
+            out += data[copied_to:start]
             out += delimited(number, new)
-            kept = end
-    return bytes(out) + data[kept:]
+            copied_to = end
+    return bytes(out) + data[copied_to:]
 
 
 def delimited(number: int, value: bytes) -> bytes:

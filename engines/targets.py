@@ -36,7 +36,7 @@ TENSORRT_ONLY: dict[str, str] = {
 """Generations TensorRT-RTX does not compile for, with GPUs of each: TensorRT does, on the GPU itself."""
 
 ON_THE_GPU = "Build on that GPU: ivl-export build --backend tensorrt (pip install 'ivl-export[gpu,quant]')."
-"""What owners of a GPU of :data:`TENSORRT_ONLY` do."""
+"""Advice for owners of a GPU of :data:`TENSORRT_ONLY`."""
 
 
 def parse_targets(text: str) -> tuple[Target, ...]:
@@ -69,7 +69,7 @@ def check_types(component: str, types: frozenset[str], targets: tuple[Target, ..
     Args:
         component: named in the error.
         types: element types in the graph (``fp8``, ``int8``, ``int4``, ``bf16``, ``fp16``, ``fp32``).
-        targets: what the engine is to run on.
+        targets: the GPUs that the engine is to run on.
 
     Raises:
         CapabilityError: it names the type, the target, and the targets that can.

@@ -1,7 +1,7 @@
 """Scores a chat bundle by exact answers to questions about images.
 
-Protocol: the likeliest token always, every question in a conversation of its own, several conversations
-decoded together. Without a data set the drawn scenes of :mod:`..synthetic.chat_tasks` are asked about,
+Protocol: greedy decoding, every question in a separate conversation, several conversations
+decoded together. Without a data set the drawn scenes of :mod:`..synthetic.chat_tasks` are used,
 some in
 two turns, and an answer is right word for word. On a user's own questions two shares are given: answers that
 are right word for word, and those that are once both sides are :func:`normalised`.
@@ -62,7 +62,7 @@ class EngineChat:
         self, images: Iterable[ImageInput | PixelValues], conversations: Sequence[Sequence[Turn]]
     ) -> list[str]:
         """Greedy answers to the last turn of each conversation, each about one image."""
-        with ThreadPoolExecutor(1) as apart:  # the caller may have an event loop of its own
+        with ThreadPoolExecutor(1) as apart:  # the caller may run an event loop
             return apart.submit(asyncio.run, self._answers(images, conversations)).result()
 
     async def _answers(
@@ -72,7 +72,7 @@ class EngineChat:
         from ..runtime.serving.admission import ServiceLimits
         from ..runtime.serving.chat_service import ChatService
 
-        # As many conversations at a time as are decoded together: each has a cache of its own.
+        # As many conversations at a time as are decoded together: each has its own cache.
         together = self.model.components.spec("decoder").axis("batch").max
         places = asyncio.Semaphore(together)
         service = ChatService(self.model, ServiceLimits(max_running=together, timeout=float("inf")))
@@ -84,14 +84,14 @@ class EngineChat:
                 return (await service.ask(chat, last.question, self.max_new_tokens)).value
 
         try:
-            asked = zip(images, conversations, strict=True)
-            return await asyncio.gather(*(answer(image, turns) for image, turns in asked))
+            pairs = zip(images, conversations, strict=True)
+            return await asyncio.gather(*(answer(image, turns) for image, turns in pairs))
         finally:
             service.close()
 
 
 def normalised(text: str) -> str:
-    """What is compared of an answer: Unicode's NFKC form without case, single spaces, no full stop behind."""
+    """An answer for comparison: Unicode's NFKC form without case, single spaces, no final full stop."""
     folded = unicodedata.normalize(
         "NFKC", text
     ).casefold()  # which may leave that form: as "ß" and an accent do
@@ -113,7 +113,7 @@ def evaluate(
         model: a chat bundle.
         data: a file or a folder.
         limit: so many questions (of drawn scenes: scenes), None: all.
-        prompt: what is asked, ``{}`` for a question of ``data``.
+        prompt: prompt with ``{}`` for a question of ``data``.
         max_new_tokens: longest answer.
         progress: receives the steps.
         task: ``questions``, or one of :mod:`.chat_sets`, with the prompt of :data:`.chat_sets.PROMPTS` unless
@@ -126,8 +126,8 @@ def evaluate(
     """
     if PLAIN not in prompt or (data is None and prompt != PLAIN):
         raise UsageError(
-            f"The prompt {prompt!r} cannot be asked.",
-            "It needs {} for the question, and questions of yours: nano-chat knows the plain ones only.",
+            f"The prompt {prompt!r} is not usable.",
+            "It needs {} for the question, and a data set: nano-chat knows the plain ones only.",
             'Give --prompt "{} Answer with one word." and --data.',
         )
     if task != QUESTIONS and prompt == PLAIN:
@@ -146,17 +146,17 @@ def evaluate(
 def _scenes(answer: EngineChat, limit: int | None, settings: dict[str, Any], progress: Progress) -> Result:
     count = min(limit or chat_tasks.SCENES, chat_tasks.SCENES)
     with reported(progress, "scenes", count) as advanced:
-        found = chat_tasks.evaluate(answer, count, progress=advanced)
-    scores = {**found["chat"], "new combinations": found["chat"]["all"]["novel"]}
+        scores_by_kind = chat_tasks.evaluate(answer, count, progress=advanced)
+    scores = {**scores_by_kind["chat"], "new combinations": scores_by_kind["chat"]["all"]["novel"]}
     measures = tuple(
         Measure(f"exact, {kind}", 100 * s["accuracy"], 100 * s["low"], 100 * s["high"], s["total"], "wilson")
         for kind, s in scores.items()
         if s["total"]
     )
-    asked = [
+    texts = [
         text for said in chat_tasks.held_out(count)[1] for one in said for text in (one.question, one.answer)
     ]
-    return _result(count, chat_tasks.SCENES, asked, {"data": "drawn scenes", **settings}, measures, [])
+    return _result(count, chat_tasks.SCENES, texts, {"data": "drawn scenes", **settings}, measures, [])
 
 
 def _questions(
@@ -170,13 +170,15 @@ def _questions(
     every = questions(data)
     items = choose(every, limit)
     reader = Reader(len(items))
-    kept, said = _answered(answer, items, reader, prompt, progress)
-    pairs = list(zip(said, kept, strict=True))
+    read_items, said = _answered(answer, items, reader, prompt, progress)
+    pairs = list(zip(said, read_items, strict=True))
     same = [normalised(text) in map(normalised, item.answers) for text, item in pairs]
     word = [chat_tasks.exact(text, item.answers) for text, item in pairs]
     measures = share("exact, normalised", np.array(same)), share("exact, word for word", np.array(word))
-    asked = [text for item in kept for text in (item.name, *item.answers)]
-    return _result(len(kept), len(every), asked, {"data": data.name, **settings}, measures, reader.skipped)
+    texts = [text for item in read_items for text in (item.name, *item.answers)]
+    return _result(
+        len(read_items), len(every), texts, {"data": data.name, **settings}, measures, reader.skipped
+    )
 
 
 def _set(
@@ -192,11 +194,11 @@ def _set(
     every = chat_sets.read_items(task, data)
     items = choose(every, limit)
     reader = Reader(len(items))
-    kept, said = _answered(answer, items, reader, prompt, progress)
-    asked = [text for item in kept for text in (item.name, item.question, *item.answers)]
-    measures = chat_sets.score(task, said, kept)
+    read_items, said = _answered(answer, items, reader, prompt, progress)
+    texts = [text for item in read_items for text in (item.name, item.question, *item.answers)]
+    measures = chat_sets.score(task, said, read_items)
     settings = {"data": data.name, **settings}
-    return _result(len(kept), len(every), asked, settings, measures, reader.skipped, task)
+    return _result(len(read_items), len(every), texts, settings, measures, reader.skipped, task)
 
 
 def _answered(
@@ -205,24 +207,24 @@ def _answered(
     """The items whose images could be read, and the answers to them."""
     tiling = answer.model.image_settings.tiling
     size = PIECE if tiling is None else max(1, PIECE // tiling.most)
-    kept: list[Q] = []
+    read_items: list[Q] = []
     said: list[str] = []
     with reported(progress, "questions", len(items)) as advanced:
         for piece in reader.pieces(items, size, answer.model.read_images):
             ends = np.cumsum([0, *piece.counts]).tolist()
             shown = [piece.pixels[start:end] for start, end in pairwise(ends)]
-            asked = zip(piece.items, piece.counts, strict=True)
-            turns = [[Turn(prompt.replace(PLAIN, item.question), None, count)] for item, count in asked]
+            counted = zip(piece.items, piece.counts, strict=True)
+            turns = [[Turn(prompt.replace(PLAIN, item.question), None, count)] for item, count in counted]
             said += answer(shown, turns)
-            kept += piece.items
-            advanced(len(kept) + len(reader.skipped))
-    return kept, said
+            read_items += piece.items
+            advanced(len(read_items) + len(reader.skipped))
+    return read_items, said
 
 
 def _result(
     samples: int,
     available: int,
-    asked: Sequence[str],
+    texts: Sequence[str],
     settings: dict[str, Any],
     measures: tuple[Measure, ...],
     skipped: Sequence[dict[str, str]],
@@ -236,7 +238,7 @@ def _result(
         samples,
         available,
         whole,
-        fingerprint(asked),
+        fingerprint(texts),
         "",
         settings,
         measures,

@@ -5,11 +5,11 @@ vqa      ``{"image": "1.jpg", "question": "What is it?", "answers": ["a ring", "
          VQA v2 has them, also as ``[{"answer": "a ring"}, ...]``, or one ``"answer"``
 choices  ``{"image": "1.jpg", "question": "What is it?", "choices": ["a ring", "a star"], "answer": "A"}``;
          also ``"options"``, or ``"A": "a ring", "B": "a star"`` as MMBench has them; the answer is a letter,
-         the number of a choice from 0, or its text; ``"hint"`` stands before the question
+         the number of a choice from 0, or its text; ``"hint"`` comes before the question
 captions ``{"image": "1.jpg", "captions": ["a red ring", ...]}``, or one ``"caption"``
 ======== ====================================================================================================
 
-``"image"`` may be a list; images lie beside the file or below it.
+``"image"`` may be a list; images are next to the file or below it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PROMPTS = {
     CHOICES: "{}\nAnswer with the option's letter from the given choices directly.",
     CAPTIONS: "Provide a one-sentence caption for the provided image.{}",
 }
-"""What is asked, ``{}`` for the question and its choices: as the family's published evaluation asks."""
+"""Prompt with ``{}`` for the question and its choices, as in the family's published evaluation."""
 _EXAMPLES = {
     VQA: '{"image": "1.jpg", "question": "What is it?", "answers": ["a ring"]}',
     CHOICES: '{"image": "1.jpg", "question": "What is it?", "choices": ["a ring", "a star"], "answer": "A"}',
@@ -53,7 +53,7 @@ class ChatItem:
         files: the images.
         question: with the choices, a line each.
         answers: those that are right: texts of annotators, or captions.
-        choices: what can be chosen; empty: anything.
+        choices: the options; empty: free text.
         right: number of the right choice.
     """
 
@@ -75,18 +75,18 @@ def read_items(task: str, path: Path) -> tuple[ChatItem, ...]:
     lines = read_text(file, f"an item a line, {_EXAMPLES[task]}").split("\n")
     items = [_item(task, line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not items:
-        raise InputError(f"{file} asks nothing.", "It has no line.", f"Write {_EXAMPLES[task]} a line.")
+        raise InputError(f"{file} has no questions.", "It has no line.", f"Write {_EXAMPLES[task]} a line.")
     return tuple(items)
 
 
 def check_scores(task: str) -> None:
-    """CapabilityError where answers cannot be scored here; asked before any is made."""
+    """CapabilityError where answers cannot be scored here; checked before any is generated."""
     if task == CAPTIONS:
         check_cider()
 
 
 def score(task: str, said: Sequence[str], items: Sequence[ChatItem]) -> tuple[Measure, ...]:
-    """What the answers ``said`` to ``items`` are worth."""
+    """Measures of the answers ``said`` to ``items``."""
     pairs = list(zip(said, items, strict=True))
     if task == CAPTIONS:
         return (mean("CIDEr", cider(said, [item.answers for item in items])),)
@@ -104,11 +104,11 @@ def vqa_accuracy(said: str, answers: Sequence[str]) -> float:
 
     With fewer than three answers: whether it is among them.
     """
-    text, given = vqa_normalised(said), [vqa_normalised(answer) for answer in answers]
-    if len(given) < 3:
-        return float(text in given)
-    count = given.count(text)
-    return float(np.mean([min(1.0, (count - (one == text)) / 3) for one in given]))
+    text, references = vqa_normalised(said), [vqa_normalised(answer) for answer in answers]
+    if len(references) < 3:
+        return float(text in references)
+    count = references.count(text)
+    return float(np.mean([min(1.0, (count - (one == text)) / 3) for one in references]))
 
 
 _ARTICLES = {"a", "an", "the"}
@@ -160,14 +160,14 @@ def _images(row: Mapping[str, Any], file: Path, where: str) -> tuple[Path, ...]:
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{value!r} is no text")
+        raise ValueError(f"{value!r} is not text")
     return value.strip()
 
 
 def _texts(row: Mapping[str, Any], many: str, one: str) -> tuple[str, ...]:
     listed = row[many] if many in row else [row[one]]
     if not isinstance(listed, list) or not listed:
-        raise ValueError(f"{many} is no list of texts")
+        raise ValueError(f"{many} is not a list of texts")
     return tuple(_text(entry["answer"] if isinstance(entry, dict) else entry) for entry in listed)
 
 

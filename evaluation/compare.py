@@ -13,11 +13,11 @@ Data = dict[str, Any]
 
 
 def compare(a: Bundle, b: Bundle) -> Data:
-    """``{bundles, components, tasks, verification, engines, notes}`` as plain data; what one lacks is None.
+    """``{bundles, components, tasks, verification, engines, notes}`` as plain data; None if missing.
 
-    ``engines`` has, for those that both have, whether their files are equal and whether what they compute is
-    (``same_program``; None where a receipt does not say): see :func:`..verify.program.program_digest`.
-    ``notes`` says what keeps the numbers of the two from being compared. IntegrityError if a receipt is not
+    ``engines`` has, for those that both have, whether their files and their programs are equal
+    (``same_program``; None if a receipt lacks it): see :func:`..verify.program.program_digest`.
+    ``notes`` lists reasons why numbers of the two cannot be compared. IntegrityError if a receipt is not
     as builds write it.
     """
     try:
@@ -45,7 +45,7 @@ def _side_by_side(a: Bundle, b: Bundle) -> Data:
     for bundle, receipt in zip((a, b), tasks, strict=True):
         scores.append({} if receipt is None else _scores(receipt, bundle))
         if receipt is not None and not scores[-1]:
-            notes.append(f"{bundle.root} has task scores, but none of what it was built as.")
+            notes.append(f"{bundle.root} has task scores, but none of its own recipe.")
     return {
         "bundles": [_overview(bundle) for bundle in (a, b)],
         "components": _merged([{} if x is None else _components(x) for x in accuracy]),
@@ -59,7 +59,7 @@ def _side_by_side(a: Bundle, b: Bundle) -> Data:
 def difference(a: Data, b: Data) -> tuple[float, float, float]:
     """b - a of two shares with Wilson intervals, and its 95% interval (Newcombe 1998, method 10).
 
-    The questions are the same, so the true interval is narrower: what is outside this one is outside that.
+    The questions are the same, so the true interval is narrower: a loss outside this one is outside that.
     """
     gap = b["accuracy"] - a["accuracy"]
     low = gap - math.hypot(b["accuracy"] - b["low"], a["high"] - a["accuracy"])
@@ -84,18 +84,18 @@ def _overview(bundle: Bundle) -> Data:
 
 
 def _receipts(a: Bundle, b: Bundle, name: str, notes: list[str]) -> list[Any]:
-    found = []
+    receipts = []
     for bundle in (a, b):
         has = name in bundle.manifest.receipts
         if not has:
             notes.append(f"{bundle.root} has no {name} receipt.")
-        found.append(bundle.receipt(name) if has else None)
-    return found
+        receipts.append(bundle.receipt(name) if has else None)
+    return receipts
 
 
 def _components(receipt: Data) -> dict[str, Data]:
-    """The worst output of each component: fed with fp32 inputs, and with what came before it."""
-    found = {}
+    """The worst output of each component: fed with fp32 inputs, and with earlier components' outputs."""
+    rows = {}
     for component in receipt["teacher_forced"]:
         row: Data = {"samples": receipt["samples"]}
         for key, view in (("own", "teacher_forced"), ("chained", "chained")):
@@ -103,8 +103,8 @@ def _components(receipt: Data) -> dict[str, Data]:
             known = [o["sqnr_db"] for o in outputs if o["sqnr_db"] is not None]  # None: bit-equal
             row[f"{key}_cosine"] = min((float(o["cosine"]) for o in outputs), default=None)
             row[f"{key}_sqnr_db"] = min(map(float, known), default=None)
-        found[component] = row
-    return found
+        rows[component] = row
+    return rows
 
 
 def _scores(receipt: Data, bundle: Bundle) -> dict[str, Data]:

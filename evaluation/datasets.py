@@ -9,7 +9,7 @@ xtd        ``test_image_names.txt``, ``test_1kcaptions_<language>.txt``, ``val20
 video      ``<class>/<video>/*.jpg``: frames in the order of their names
 questions  ``questions.jsonl``, or a file of another name: ``{"image": "photos/1.jpg", "question":
            "What is it?", "answer": "a ring"}`` a line, or ``"answers": ["a ring", "ring"]``;
-           images lie beside the file or below it
+           images are next to the file or below it
 ========== =====================================================================================
 """
 
@@ -177,13 +177,13 @@ def questions(path: Path) -> tuple[Question, ...]:
     """
     file = path / "questions.jsonl" if path.is_dir() else path
     lines = read_text(file, "a question about an image a line").split("\n")
-    found = [_question(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise InputError(f"{file} asks nothing.", "It has no line.", f"Write {_ASKED} a line.")
-    return tuple(found)
+    parsed = [_question(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not parsed:
+        raise InputError(f"{file} has no questions.", "It has no line.", f"Write {_QUESTION_LINE} a line.")
+    return tuple(parsed)
 
 
-_ASKED = '{"image": "1.jpg", "question": "What is it?", "answer": "a ring"}'
+_QUESTION_LINE = '{"image": "1.jpg", "question": "What is it?", "answer": "a ring"}'
 
 
 def _question(line: str, file: Path, number: int) -> Question:
@@ -191,14 +191,18 @@ def _question(line: str, file: Path, number: int) -> Question:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON.", f"{error}.", f"Write {_ASKED}.") from error
+        raise InputError(f"{where} is not JSON.", f"{error}.", f"Write {_QUESTION_LINE}.") from error
     row = row if isinstance(row, dict) else {}
     image, question = row.get("image"), row.get("question")
-    given = row["answers"] if "answers" in row else [row.get("answer")]
-    answers = [a.strip() if isinstance(a, str) else "" for a in given] if isinstance(given, list) else []
+    expected = row["answers"] if "answers" in row else [row.get("answer")]
+    answers = (
+        [a.strip() if isinstance(a, str) else "" for a in expected] if isinstance(expected, list) else []
+    )
     texts = all(isinstance(text, str) and text.strip() for text in (image, question))
     if not texts or not answers or not all(answers):
-        raise InputError(f"{where} is no question about an image.", f"{line[:200]!r}", f"Write {_ASKED}.")
+        raise InputError(
+            f"{where} is not a question about an image.", f"{line[:200]!r}", f"Write {_QUESTION_LINE}."
+        )
     return Question(
         f"{image}: {question}",
         (inside(file.parent, str(image), where),),
@@ -218,7 +222,7 @@ def _captioned(entry: dict[str, Any], root: Path, folder: str, where: str) -> Ca
     if not isinstance(name, str) or not name or not isinstance(inner, str) or not raw:
         raise InputError(f"{where} is not as Karpathy's files are.", "It needs filename and sentences.")
     if not all(isinstance(text, str) and text.strip() for text in raw):
-        raise InputError(f"{where} has a caption that is no text.", f"{raw!r:.200}")
+        raise InputError(f"{where} has a caption that is not text.", f"{raw!r:.200}")
     relative = f"{inner}/{name}" if inner else name
     path = inside(root, str(Path(folder, relative)), where)
     return Captioned(relative, (path,), tuple(" ".join(str(text).split()) for text in raw))
@@ -241,10 +245,10 @@ def _texts(path: Path, what: str, key: str | None = None) -> tuple[str, ...]:
 def _folders(root: Path, why: str) -> list[Path]:
     if not root.is_dir():
         raise InputError(f"No data at {root}.", "There is no such folder.", "Check --data.")
-    found = subfolders(root)
-    if not found:
+    names = subfolders(root)
+    if not names:
         raise InputError(f"No data in {root}.", why, "Check --data.")
-    return found
+    return names
 
 
 def _labelled(root: Path, folders: list[Path]) -> tuple[Labelled, ...]:

@@ -38,7 +38,7 @@ T = TypeVar("T", bound=Item)
 
 
 def read_text(path: Path, what: str) -> str:
-    """A UTF-8 file; InputError says which file to provide (``what`` it holds) or what is wrong with it."""
+    """A UTF-8 file; InputError names the file to provide (with ``what`` in it) or its fault."""
     if not path.is_file():
         raise InputError(f"{path} is missing.", f"It holds {what}.", f"Put {path.name} into {path.parent}.")
     try:
@@ -82,7 +82,7 @@ def choose(items: Sequence[T], limit: int | None) -> list[T]:
 
 
 def fingerprint(questions: Sequence[str]) -> str:
-    """sha256 of the questions asked, in order: two runs with the same one asked the same."""
+    """sha256 of the questions, in order: equal for runs with equal questions."""
     digest = hashlib.sha256()
     for question in questions:
         digest.update(_plain(question) + b"\n")
@@ -103,12 +103,12 @@ class Piece(Generic[T]):
 
 @dataclass
 class Reader:
-    """Reads items in pieces; ``skipped`` fills with what cannot be read, and why."""
+    """Reads items in pieces; ``skipped`` fills with unreadable items and the reasons."""
 
     total: int
     skipped: list[dict[str, str]] = field(default_factory=list)
 
-    def pieces(self, items: Sequence[T], size: int, read: ReadImages) -> Iterator[Piece[T]]:
+    def pieces(self, items: Sequence[T], size: int, load: ReadImages) -> Iterator[Piece[T]]:
         """Items with their images, about ``size`` images in memory at a time.
 
         InputError as soon as more than a tenth of all items cannot be read.
@@ -120,11 +120,11 @@ class Reader:
                 continue
             waiting.append(item)
             if sum(len(other.files) for other in waiting) >= size:
-                yield from self._read(waiting, read)
+                yield from self._read(waiting, load)
                 waiting = []
-        yield from self._read(waiting, read)
+        yield from self._read(waiting, load)
 
-    def _read(self, items: list[T], read: ReadImages) -> Iterator[Piece[T]]:
+    def _read(self, items: list[T], load: ReadImages) -> Iterator[Piece[T]]:
         owners = [number for number, item in enumerate(items) for _ in item.files]
         errors: dict[int, InputError] = {}
         files = [file for item in items for file in item.files]
@@ -132,14 +132,14 @@ class Reader:
         def failed(index: int, error: InputError) -> None:
             errors.setdefault(owners[index], error)
 
-        pixels = read(files, on_error=failed)
+        pixels = load(files, on_error=failed)
         for number, error in sorted(errors.items()):
             self._skip(items[number], error)
-        kept = [item for number, item in enumerate(items) if number not in errors]
+        readable = [item for number, item in enumerate(items) if number not in errors]
         if errors:
             pixels = pixels[[index for index, owner in enumerate(owners) if owner not in errors]]
-        if kept:
-            yield Piece(kept, pixels, [len(item.files) for item in kept])
+        if readable:
+            yield Piece(readable, pixels, [len(item.files) for item in readable])
 
     def _skip(self, item: Item, error: InputError) -> None:
         self.skipped.append({"file": item.name, "why": f"{error.what} {error.why}".strip()})
@@ -148,7 +148,7 @@ class Reader:
             raise InputError(
                 f"{len(self.skipped)} of {self.total} samples cannot be read, over {MAX_SKIPPED:.0%}.",
                 listed + (" ..." if len(self.skipped) > 5 else ""),
-                "Repair or download them again; check that the images lie where the data set puts them.",
+                "Repair or download them again; check that the images are in the data set's folders.",
             )
 
 

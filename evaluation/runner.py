@@ -29,7 +29,7 @@ T = TypeVar("T", bound=Item)
 
 
 class Runner:
-    """A model, the mode its images are embedded in, and what receives the progress."""
+    """A model, the mode its images are embedded in, and the receiver of the progress."""
 
     def __init__(self, model: InternVL, mode: Mode, progress: Progress = SILENT) -> None:
         self.model, self.mode, self.progress = model, mode, progress
@@ -40,13 +40,13 @@ class Runner:
         """Zero-shot accuracy of ``items``: top-1, top-5, their mean, and recall averaged over classes."""
         texts = [fill(t, name) for name in classes.names for t in classes.templates]
         weights = ensemble(self.texts(texts, "class prompts"), len(classes.names))
-        kept, embeds = self.images(items, reader, "center_crop")
-        place = ranks(embeds, weights, [np.array([item.label]) for item in kept])
-        labels = np.array([item.label for item in kept])
+        readable, embeds = self.images(items, reader, "center_crop")
+        place = ranks(embeds, weights, [np.array([item.label]) for item in readable])
+        labels = np.array([item.label for item in readable])
         recalls = [(place[labels == label] == 0).mean() for label in np.unique(labels)]
         measures = [share("top-1", place < 1), share("top-5", place < 5)]
         measures.append(mean("mean of top-1 and top-5", ((place < 1) + 1.0 * (place < 5)) / 2))
-        return kept, [*measures, mean("mean recall of the classes", recalls)]
+        return readable, [*measures, mean("mean recall of the classes", recalls)]
 
     def retrieve(
         self, items: Sequence[Captioned], reader: Reader, rerank: int | None = None
@@ -55,39 +55,41 @@ class Runner:
 
         With ``rerank`` also that of the best so many in the order of both heads.
         """
-        kept, images = self.images(items, reader, "square")
-        said = [text for item in kept for text in item.captions]
-        owner = np.repeat(np.arange(len(kept)), [len(item.captions) for item in kept])
+        readable, images = self.images(items, reader, "square")
+        said = [text for item in readable for text in item.captions]
+        owner = np.repeat(np.arange(len(readable)), [len(item.captions) for item in readable])
         texts = l2(self.texts(said, "captions"))
-        own = [np.flatnonzero(owner == i) for i in range(len(kept))], [np.array([i]) for i in owner]
+        own = [np.flatnonzero(owner == i) for i in range(len(readable))], [np.array([i]) for i in owner]
         ways = ("image to text", "text to image")
-        found = {
+        ranks_by = {
             (ways[0], ""): ranks(images, texts, own[0]),
             (ways[1], ""): ranks(texts, images, own[1]),
         }
         if rerank is not None:
             searched = best(images, texts, rerank), best(texts, images, rerank)
-            with reported(self.progress, "matching", len(kept)) as advanced:
-                both = matched(self.model, kept, said, *searched, PIECE, advanced)
+            with reported(self.progress, "matching", len(readable)) as advanced:
+                both = matched(self.model, readable, said, *searched, PIECE, advanced)
             for way, ranking, right in zip(ways, both, own, strict=True):
-                found[way, f", best {rerank} re-ranked"] = moved(found[way, ""], ranking, right)
-        order = sorted(found, key=lambda key: ways.index(key[0]))
-        measures = [share(f"{way} R@{k}{how}", found[way, how] < k) for way, how in order for k in (1, 5, 10)]
-        return kept, measures
+                ranks_by[way, f", best {rerank} re-ranked"] = places_after(ranks_by[way, ""], ranking, right)
+        order = sorted(ranks_by, key=lambda key: ways.index(key[0]))
+        measures = [
+            share(f"{way} R@{k}{how}", ranks_by[way, how] < k) for way, how in order for k in (1, 5, 10)
+        ]
+        return readable, measures
 
     def caption(self, items: Sequence[Captioned], reader: Reader) -> tuple[list[Captioned], list[Measure]]:
         """CIDEr of the model's captions."""
         check_cider()
-        kept: list[Captioned] = []
+        readable: list[Captioned] = []
         said: list[str] = []
         with reported(self.progress, "captions", len(items)) as advanced:
             for piece in reader.pieces(items, PIECE, partial(self.model.read_images, resize="square")):
                 said += self.model.caption(
                     piece.pixels, num_beams=BEAMS, max_new_tokens=MAX_TOKENS, min_new_tokens=MIN_TOKENS
                 )
-                kept += piece.items
-                advanced(len(kept) + len(reader.skipped))
-        return kept, [mean("CIDEr", cider(said, [item.captions for item in kept]))]
+                readable += piece.items
+                advanced(len(readable) + len(reader.skipped))
+        return readable, [mean("CIDEr", cider(said, [item.captions for item in readable]))]
 
     def texts(self, texts: Sequence[str], name: str) -> Array:
         """Embeddings [len(texts), E], not normalised."""
@@ -100,16 +102,16 @@ class Runner:
 
     def images(self, items: Sequence[T], reader: Reader, resize: ResizeMode) -> tuple[list[T], Array]:
         """The items that could be read and a unit vector for each [N, E]: the mean over its frames."""
-        kept: list[T] = []
+        readable: list[T] = []
         parts = []
         with reported(self.progress, "images", len(items)) as advanced:
             for piece in reader.pieces(items, PIECE, partial(self.model.read_images, resize=resize)):
                 embeds = l2(self.model.encode_image(piece.pixels, self.mode))
                 starts = np.cumsum([0, *piece.counts[:-1]])
                 parts.append(l2(np.add.reduceat(embeds, starts, axis=0)))
-                kept += piece.items
-                advanced(len(kept) + len(reader.skipped))
-        return kept, np.concatenate(parts)
+                readable += piece.items
+                advanced(len(readable) + len(reader.skipped))
+        return readable, np.concatenate(parts)
 
 
 Places = NDArray[np.int64]
@@ -145,26 +147,26 @@ def matched(
         np.arange(len(items))[:, None] * len(texts) + of_images.indices,
         of_texts.indices * len(texts) + np.arange(len(texts))[:, None],
     ]
-    wanted = np.unique(np.concatenate([p.ravel() for p in pairs]))
-    odds, (shown, said), first = np.empty(len(wanted)), np.divmod(wanted, len(texts)), 0
+    pair_numbers = np.unique(np.concatenate([p.ravel() for p in pairs]))
+    odds, (shown, said), first = np.empty(len(pair_numbers)), np.divmod(pair_numbers, len(texts)), 0
     reader = Reader(len(items))
-    for found in reader.pieces(items, piece, partial(model.read_images, resize="square")):
-        here = (shown >= first) & (shown < first + len(found.items))
-        odds[here] = log_odds(model, found.pixels.values, texts, shown[here] - first, said[here])
-        first += len(found.items)
+    for batch in reader.pieces(items, piece, partial(model.read_images, resize="square")):
+        here = (shown >= first) & (shown < first + len(batch.items))
+        odds[here] = log_odds(model, batch.pixels.values, texts, shown[here] - first, said[here])
+        first += len(batch.items)
         advanced(first)
     if reader.skipped:
         raise InputError(
             f"{reader.skipped[0]['file']} changed while it was measured.", reader.skipped[0]["why"]
         )
-    again = (odds[np.searchsorted(wanted, p.ravel())] for p in pairs)
+    again = (odds[np.searchsorted(pair_numbers, p.ravel())] for p in pairs)
     return rescored(model, of_images, next(again)), rescored(model, of_texts, next(again))
 
 
-def moved(place: Places, ranking: Ranking, owner: Sequence[Places]) -> Places:
+def places_after(place: Places, ranking: Ranking, owner: Sequence[Places]) -> Places:
     """``place`` [Q] (of :func:`.scores.ranks`) of each query's best right item in ``ranking`` [Q, K].
 
-    What the search had not among its best K stays where it was. Ties and NaN count against the query.
+    Items outside the search's best K keep their places. Ties and NaN count against the query.
     """
     out: Places = place.copy()
     for row in np.flatnonzero(place < ranking.indices.shape[1]).tolist():

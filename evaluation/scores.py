@@ -56,7 +56,7 @@ def mean(name: str, values: Sequence[float] | Array, reference: float | None = N
 
 
 def ranks(queries: Array, items: Array, owner: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """For each query [Q, E] how many wrong items [N, E] stand before the best of its right ones: int64 [Q].
+    """For each query [Q, E] how many wrong items [N, E] rank before the best of its right ones: int64 [Q].
 
     ``owner[q]`` are the right items of a query. Rows are unit vectors. A tie counts against the query, and so
     does NaN: a model that says the same of everything must not score.
@@ -74,7 +74,7 @@ def ranks(queries: Array, items: Array, owner: Sequence[NDArray[np.int64]]) -> N
 
 
 def check_cider() -> None:
-    """CapabilityError where captions cannot be scored here; asked before hours of captioning."""
+    """CapabilityError where captions cannot be scored here; checked before hours of captioning."""
     try:
         import pycocoevalcap.cider.cider
         import pycocoevalcap.tokenizer.ptbtokenizer  # noqa: F401
@@ -93,7 +93,7 @@ def check_cider() -> None:
 
 
 def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr of each caption against its references (1.0 is what is printed as 100).
+    """CIDEr of each caption against its references (1.0 is usually printed as 100).
 
     Document frequencies come from ``references``: scores of a part of a set are not those of the whole.
     Raises CapabilityError as :func:`check_cider`, and where the tokenizer fails.
@@ -102,8 +102,8 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
     from pycocoevalcap.cider.cider import Cider
 
     said = _tokens([[caption] for caption in captions])
-    asked = _tokens(references)
-    _, scores = Cider().compute_score(asked, said)
+    reference_tokens = _tokens(references)
+    _, scores = Cider().compute_score(reference_tokens, said)
     return [float(score) for score in scores]
 
 
@@ -114,7 +114,7 @@ def _tokens(texts: Sequence[Sequence[str]]) -> dict[int, list[str]]:
     rows = {i: [{"caption": " ".join(t.split()) or "."} for t in group] for i, group in enumerate(texts)}
     try:
         tokens = PTBTokenizer().tokenize(rows)
-    except OSError as error:  # it writes beside itself
+    except OSError as error:  # it writes into its own folder
         raise CapabilityError(
             "The captions cannot be tokenized.",
             str(error),

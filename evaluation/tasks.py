@@ -107,10 +107,10 @@ RETRIEVAL = ("flickr30k", "coco-retrieval", "xtd")
 
 @dataclass(frozen=True)
 class Result:
-    """What a task gave.
+    """Result of a task.
 
     ``samples`` images or videos of the ``available`` ones were used (of chat: scenes, or questions);
-    ``questions`` is the hash of what was asked; ``source`` is the paper's table, empty where it has none;
+    ``questions`` is the hash of the questions; ``source`` is the paper's table, empty where it has none;
     ``whole`` says whether the set is as large as the paper's: if not, the paper's numbers answer other
     questions. Captions have the mode InternVL-G, whose queries they read.
     """
@@ -134,9 +134,9 @@ class Result:
 
 @dataclass(frozen=True)
 class _Answers:
-    """What one kind of task gave; ``variant`` is the paper's row beside the mode."""
+    """Results of one kind of task; ``variant`` is the paper's row, besides the mode."""
 
-    kept: int
+    samples: int
     available: int
     questions: list[str]
     variant: str
@@ -184,9 +184,9 @@ def evaluate(
         task,
         shown,
         language,
-        answers.kept,
+        answers.samples,
         answers.available,
-        answers.kept == (published.samples or answers.available),
+        answers.samples == (published.samples or answers.available),
         fingerprint(answers.questions),
         published.source,
         answers.settings,
@@ -214,13 +214,13 @@ def _classify(
     classes = imagenet(data, language) if task == "imagenet" else videos(data, frames)
     items = choose(classes.items, limit)
     reader = Reader(len(items))
-    kept, measures = runner.classify(classes, items, reader)
-    questions = [*classes.names, *classes.templates, *(f"{item.name} {item.label}" for item in kept)]
+    readable, measures = runner.classify(classes, items, reader)
+    questions = [*classes.names, *classes.templates, *(f"{item.name} {item.label}" for item in readable)]
     settings: dict[str, Any] = {"classes": len(classes.names), "templates": len(classes.templates)}
     variant = language
     if task == "video":
         variant, settings["frames"] = str(len(classes.names)), frames
-    return _Answers(len(kept), len(classes.items), questions, variant, settings, measures, reader.skipped)
+    return _Answers(len(readable), len(classes.items), questions, variant, settings, measures, reader.skipped)
 
 
 def _pairs(
@@ -230,11 +230,11 @@ def _pairs(
     items = choose(pairs, limit)
     reader = Reader(len(items))
     captions = task == "coco-caption"
-    kept, measures = runner.caption(items, reader) if captions else runner.retrieve(items, reader, rerank)
-    questions = [text for item in kept for text in (item.name, *item.captions)]
-    settings: dict[str, Any] = {"captions": sum(len(item.captions) for item in kept)}
+    readable, measures = runner.caption(items, reader) if captions else runner.retrieve(items, reader, rerank)
+    questions = [text for item in readable for text in (item.name, *item.captions)]
+    settings: dict[str, Any] = {"captions": sum(len(item.captions) for item in readable)}
     if captions:
         settings |= {"beams": BEAMS, "min_new_tokens": MIN_TOKENS, "max_new_tokens": MAX_TOKENS}
     if rerank is not None:
         settings["rerank"] = rerank
-    return _Answers(len(kept), len(pairs), questions, language, settings, measures, reader.skipped)
+    return _Answers(len(readable), len(pairs), questions, language, settings, measures, reader.skipped)

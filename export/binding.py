@@ -1,7 +1,7 @@
 """Pointing a graph's initializers at the weights store, and saving the graph.
 
 Graphs hold names, types and shapes; an initializer becomes external data (file, offset, length). ONNX and
-ONNX Runtime refuse external data outside the graph's folder, so the store lies below it.
+ONNX Runtime refuse external data outside the graph's folder, so the store is below it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FLOATS = {dtype_of(name).onnx for name in COMPUTE}
 
 
 def unbound(model: ir.Model) -> list[str]:
-    """Names of the initializers that have no data yet: what a store must hold."""
+    """Names of the initializers that have no data yet: the tensors that a store must hold."""
     return [name for name, value in model.graph.initializers.items() if value.const_value is None]
 
 
@@ -35,8 +35,8 @@ def bind(model: ir.Model, store: Store, folder: Path) -> None:
         model: a graph of :func:`.trace.export_component`, quantised or not.
         store: from :func:`.weight_store.open_store`, or a safetensors checkpoint's ``tensors``: then
         nothing is
-            copied, and the graph must be saved beside the shards.
-        folder: where the graph will be saved; the store's files must lie below it.
+            copied, and the graph must be saved next to the shards.
+        folder: where the graph will be saved; the store's files must be below it.
 
     Raises:
         BuildError: a tensor is missing, or has another shape or type, or its file is not below ``folder``.
@@ -56,20 +56,20 @@ def bind(model: ir.Model, store: Store, folder: Path) -> None:
         shape = ir.Shape(ref.shape)
         known = find_dtype(ref.dtype)
         onnx_type = known.onnx if known else ref.dtype
-        wanted = value.dtype.name if value.dtype is not None else "an unknown type"
-        if wanted == "INT4" and ref.dtype == "uint8" and shape:  # safetensors has no 4-bit types
-            shape, onnx_type = ir.Shape([*ref.shape[:-1], 2 * ref.shape[-1]]), wanted
-        if value.shape != shape or (wanted != onnx_type and not {wanted, onnx_type} <= _FLOATS):
+        dtype = value.dtype.name if value.dtype is not None else "an unknown type"
+        if dtype == "INT4" and ref.dtype == "uint8" and shape:  # safetensors has no 4-bit types
+            shape, onnx_type = ir.Shape([*ref.shape[:-1], 2 * ref.shape[-1]]), dtype
+        if value.shape != shape or (dtype != onnx_type and not {dtype, onnx_type} <= _FLOATS):
             raise BuildError(
                 f"Graph {model.graph.name} and the weights store differ in {name}.",
-                f"The graph has {wanted} {value.shape}, the store {onnx_type} {shape}.",
+                f"The graph has {dtype} {value.shape}, the store {onnx_type} {shape}.",
             )
         stored = ir.DataType[onnx_type]
         value.const_value = ir.ExternalTensor(
             _below(ref.file, folder), ref.offset, ref.nbytes, stored, shape=shape, name=name, base_dir=folder
         )
-        if wanted != onnx_type:
-            _cast(model.graph, value, stored, ir.DataType[wanted])
+        if dtype != onnx_type:
+            _cast(model.graph, value, stored, ir.DataType[dtype])
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
@@ -95,15 +95,15 @@ def save_graph(model: ir.Model, path: Path) -> None:
         raise cannot_write(path, error) from error
 
 
-def _cast(graph: ir.Graph, value: ir.Value, stored: ir.DataType, wanted: ir.DataType) -> None:
+def _cast(graph: ir.Graph, value: ir.Value, stored: ir.DataType, dtype: ir.DataType) -> None:
     import onnx_ir as ir
 
     users = list(value.uses())
     value.type = ir.TensorType(stored)
-    cast = ir.node("Cast", [value], {"to": int(wanted)}, name=f"{value.name}/Cast")
+    cast = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}/Cast")
     output = cast.outputs[0]
-    output.name = f"{value.name}.{wanted.name.lower()}"
-    output.type, output.shape = ir.TensorType(wanted), value.shape
+    output.name = f"{value.name}.{dtype.name.lower()}"
+    output.type, output.shape = ir.TensorType(dtype), value.shape
     graph.insert_before(graph[0], cast)
     for node, index in users:
         node.replace_input_with(index, output)

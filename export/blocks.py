@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 _NORMS = ("RMSNormalization", "LayerNormalization")
-"""What a block begins with."""
+"""Operators that a block begins with."""
 
 
 def repeat_blocks(
@@ -28,7 +28,7 @@ def repeat_blocks(
     inputs: int,
     outputs: int,
     taps: Sequence[int] = (),
-    read: int | None = None,
+    exit_period: int | None = None,
 ) -> None:
     """Make ``times`` copies of the blocks under ``prefix`` in an unoptimised graph, chained; in place.
 
@@ -39,9 +39,9 @@ def repeat_blocks(
         times: how many periods there shall be.
         inputs: how many inputs of the graph, its last ones, belong to the blocks (a past).
         outputs: how many outputs, its last ones, belong to them (new keys and values).
-        taps: periods, counted from 1, behind which the hidden states become outputs too, the last ones.
-        read: behind how many periods the nodes that follow read the hidden states; None: behind all. An
-            output that is the hidden states is always those behind all.
+        taps: periods, counted from 1, after which the hidden states become outputs too, the last ones.
+        exit_period: number of periods after which the following nodes read the hidden states; None: all. An
+            output that is the hidden states is always those after all.
 
     Raises:
         BuildError: the blocks do not form one chain.
@@ -57,24 +57,24 @@ def repeat_blocks(
     own = {v for node in blocks for v in node.outputs}
     block_inputs = list(graph.inputs[len(graph.inputs) - inputs :])
     block_outputs = list(graph.outputs[len(graph.outputs) - outputs :]) if outputs else []
-    # A constant of a block may be read again behind the blocks: that ties nothing to their chain.
+    # A constant of a block may be read again after the blocks: that is not part of their chain.
     computed = {v for node in blocks if node.op_type != "Constant" for v in node.outputs}
     leaving = {v for v in computed if any(user not in set(blocks) for user in v.consumers())}
     if first is None or first in own or leaving - {last} or not set(block_outputs) <= own:
         raise BuildError(f"The blocks of graph {graph.name} do not form one chain.", f"Under {prefix}.")
 
     users = [(node, i) for node, i in last.uses() if node not in set(blocks)]
-    behind, x = blocks[-1], last
+    last_node, x = blocks[-1], last
     ends = [last]
     for k in range(1, times):
         copy = _Copy(graph, first, x, block_inputs, number, k * period, f".{k}")
         nodes = [copy.node(node) for node in blocks]
-        graph.insert_after(behind, nodes)
+        graph.insert_after(last_node, nodes)
         graph.outputs.extend(copy.values[v] for v in block_outputs)
-        behind, x = nodes[-1], copy.values[last]
+        last_node, x = nodes[-1], copy.values[last]
         ends.append(x)
     for node, i in users:
-        node.replace_input_with(i, ends[(read or times) - 1])
+        node.replace_input_with(i, ends[(exit_period or times) - 1])
     for i, value in enumerate(graph.outputs):
         if value is last:
             graph.outputs[i] = x
@@ -82,7 +82,7 @@ def repeat_blocks(
 
 
 class _Copy:
-    """One more copy of the blocks: what its values are in terms of the first."""
+    """One more copy of the blocks: its values by those of the first."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class _Copy:
                 name=f"{value.name}{self.suffix}", type=value.type, shape=value.shape
             )
             outputs.append(self.values[value])
-        made = ir.Node(
+        copy = ir.Node(
             node.domain,
             node.op_type,
             [self._value(v) for v in node.inputs],
@@ -121,8 +121,8 @@ class _Copy:
             version=node.version,
             name=f"{node.name}{self.suffix}",
         )
-        made.metadata_props[SCOPES] = self._shifted(node.metadata_props[SCOPES])
-        return made
+        copy.metadata_props[SCOPES] = self._shifted(node.metadata_props[SCOPES])
+        return copy
 
     def _value(self, value: ir.Value | None) -> ir.Value | None:
         """The copy's value: its own, its block's weight, or the one that all blocks share."""

@@ -4,7 +4,7 @@ softmax(q [K, k]^T) [V, v] is computed in two pieces, over the past K, V and the
 
     s = [q K^T, q k^T] / sqrt(d),  w = softmax(s),  w[:past] V + w[past:] v
 
-or zero, as torch has it, in a row that sees nothing. Where a key head serves g query heads, their rows are
+or zero, as torch has it, in a row without visible keys. Where a key head serves g query heads, their rows are
 one block of g * new rows in the products, [B, heads, new, d] -> [B, kv_heads, g * new, d]: keys are not
 repeated.
 
@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .nodes import Place, constant
+from .nodes import NodeInserter, constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_LOWEST = -3.4e38  # not -inf: the softmax of a row that sees nothing stays finite
+_LOWEST = -3.4e38  # not -inf: the softmax of a row without visible keys stays finite
 _LAST = 3
 _SLICE = {"start": 0, "end": 2**63 - 1, "axis": _LAST}
 
@@ -35,16 +35,16 @@ def separate_past(model: ir.Model) -> int:
         How many there were: none in a component without a cache. Quantised attention is left as it is.
     """
     graph = model.graph
-    found = [(node, joins) for node in graph if (joins := _joins(node))]
-    for node, joins in found:
+    attentions = [(node, joins) for node in graph if (joins := _joins(node))]
+    for node, joins in attentions:
         _separate(graph, node, *joins)
         for join in joins:
             graph.remove(join, safe=True)
-    return len(found)
+    return len(attentions)
 
 
 def _joins(node: ir.Node) -> tuple[ir.Node, ...]:
-    """What joins past and new keys, and values, of an attention with a mask; empty if it is another kind.
+    """The Concats of past and new keys, and values, of an attention with a mask; empty if it is another kind.
 
     One whose mask is numbers (attention sinks) is left as it is.
     """
@@ -67,7 +67,7 @@ def _separate(graph: ir.Graph, node: ir.Node, keys: ir.Node, values: ir.Node) ->
     assert query.shape is not None
     assert past_key.shape is not None
     name = str(node.name).removesuffix("/Attention")
-    place, dtype, whole = Place(graph, node, name), ir.DataType.FLOAT, ir.DataType.INT64
+    place, dtype, whole = NodeInserter(graph, node, name), ir.DataType.FLOAT, ir.DataType.INT64
     batch, heads, new, width = query.shape
     key_heads, past = past_key.shape[1], past_key.shape[2]
     assert isinstance(width, int)
@@ -119,7 +119,7 @@ def _separate(graph: ir.Graph, node: ir.Node, keys: ir.Node, values: ir.Node) ->
     graph.remove(node, safe=True)
 
 
-def _regroup(place: Place, name: str, rows: ir.Value, shape: list[Any]) -> ir.Value:
+def _regroup(place: NodeInserter, name: str, rows: ir.Value, shape: list[Any]) -> ir.Value:
     """[B, a, n, m] -> [B, b, n * a / b, m], ``shape`` being [B, b, ..., m]: numbers keep their order."""
     import onnx_ir as ir
 
@@ -135,10 +135,10 @@ def _cut(graph: ir.Graph) -> ir.Value:
     """
     import onnx_ir as ir
 
-    for made in graph:
-        if made.name == "past/cut":
-            return made.outputs[0]
-    place, whole = Place(graph, graph[0], "past"), ir.DataType.INT64
+    for node in graph:
+        if node.name == "past/cut":
+            return node.outputs[0]
+    place, whole = NodeInserter(graph, graph[0], "past"), ir.DataType.INT64
     positions = next(value for value in graph.inputs if value.name == "positions")
     length = place.add("Shape", "length", [positions], [1], whole, start=1, end=2)
     return place.add("Neg", "cut", [length], [1], whole)
@@ -151,11 +151,11 @@ def _seeing(graph: ir.Graph, node: ir.Node, mask: ir.Value) -> ir.Value:
     """
     import onnx_ir as ir
 
-    for made in graph:
-        if made.name == "past/seeing":
-            return made.outputs[0]
+    for other in graph:
+        if other.name == "past/seeing":
+            return other.outputs[0]
     assert mask.shape is not None
-    place, dtype = Place(graph, node, "past"), ir.DataType.FLOAT
+    place, dtype = NodeInserter(graph, node, "past"), ir.DataType.FLOAT
     numbers = place.add("Cast", "visible", [mask], list(mask.shape), dtype, to=int(dtype))
     last = constant(graph, "past.last", [_LAST], ir.DataType.INT64)
     return place.add("ReduceMax", "seeing", [numbers, last], [*mask.shape[:_LAST], 1], dtype, keepdims=1)

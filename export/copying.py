@@ -1,8 +1,8 @@
 """Bytes from one file into another, past the page cache where the system allows.
 
 Writing through the page cache costs a copy of each byte and, when memory is short, the work of finding pages
-for it: half a minute of processor time for 13 GB where this was measured, against some seconds of direct
-writes. Reads go through the cache: they may start at any byte, and what was just downloaded is there.
+for it: half a minute of processor time for 13 GB when measured, against some seconds of direct
+writes. Reads go through the cache: they may start at any byte, and a recent download is still there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def copy_bytes(
         target: the file to write.
         at: where the copy begins in it.
         nbytes: how many bytes.
-        progress: callback with the size of each piece; what it raises ends the copy.
+        progress: callback with the size of each piece; its exceptions end the copy.
         look: callback with each piece and how many bytes of the copy come before it.
 
     Raises:
@@ -64,17 +64,17 @@ def copy_bytes(
         memoryview(pages) as buffer,
         _direct(target if nbytes >= DIRECT_BYTES else None) as direct,
     ):
-        done = 0
-        while done < nbytes:
+        copied = 0
+        while copied < nbytes:
             # The first piece ends at a page, so that all others begin at one.
-            size = min(len(buffer), nbytes - done, -(at + done) % PAGE or nbytes)
+            size = min(len(buffer), nbytes - copied, -(at + copied) % PAGE or nbytes)
             with buffer[:size] as piece:
-                _read_all(file, begin + done, piece)
-                look(piece, done)
-                written = _write_pages(direct, at + done, piece) if direct is not None else 0
+                _read_all(file, begin + copied, piece)
+                look(piece, copied)
+                written = _write_pages(direct, at + copied, piece) if direct is not None else 0
                 with piece[written:] as rest:
-                    write_all(target, at + done + written, rest)
-            done += size
+                    write_all(target, at + copied + written, rest)
+            copied += size
             progress(size)
 
 
@@ -132,30 +132,30 @@ def _direct(target: FileIO | None) -> Iterator[int | None]:
 
 def _write_pages(direct: int, at: int, data: memoryview) -> int:
     """Write the whole pages of ``data``; the bytes that were, 0 where the system refuses."""
-    done, end = 0, 0 if at % PAGE else len(data) // PAGE * PAGE
+    written, end = 0, 0 if at % PAGE else len(data) // PAGE * PAGE
     try:
-        while done < end:
-            with data[done:end] as pages:
-                done += os.pwrite(direct, pages, at + done)
+        while written < end:
+            with data[written:end] as pages:
+                written += os.pwrite(direct, pages, at + written)
     except OSError as error:
         if error.errno not in _NOT_HERE:
             raise
-    return done
+    return written
 
 
 def _read_all(source: FileIO, begin: int, buffer: memoryview) -> None:
-    done = 0
-    while done < len(buffer):
+    filled = 0
+    while filled < len(buffer):
         try:
-            source.seek(begin + done)
-            with buffer[done:] as rest:
+            source.seek(begin + filled)
+            with buffer[filled:] as rest:
                 size = source.readinto(rest)
         except OSError as error:
             raise _unreadable(Path(os.fsdecode(source.name)), error) from error
         if not size:
             name = os.fsdecode(source.name)
-            raise CheckpointError(f"{name} has become shorter.", f"{len(buffer) - done} bytes are gone.")
-        done += size
+            raise CheckpointError(f"{name} has become shorter.", f"{len(buffer) - filled} bytes are gone.")
+        filled += size
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

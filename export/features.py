@@ -1,4 +1,4 @@
-"""Dense features: blocks of the vision tower whose outputs a bundle gives out beside the last, ``tokens``.
+"""Dense features: blocks of the vision tower whose outputs a bundle has besides the last, ``tokens``.
 
 Segmentation heads read several depths of InternViT (InternVL paper, section 4.2.1). The choice is part of the
 config, so that contract, graph, engines and the torch modules follow from it; block ``k`` is the output

@@ -20,15 +20,15 @@ _PLUS = re.compile(r"^(\w+) \+ (\d+)$")
 _SYMBOL = re.compile(r"\bs\d+\b")
 
 
-def retype(model: ir.Model, traced: str, wanted: str) -> None:
-    """Turn the traced float type of an unoptimised graph into ``wanted``, in place (onnx_ir type names).
+def retype(model: ir.Model, traced: str, dtype: str) -> None:
+    """Turn the traced float type of an unoptimised graph into ``dtype``, in place (onnx_ir type names).
 
     Raises:
         BuildError: a constant is of the traced type; it would have been rounded to it.
     """
     import onnx_ir as ir
 
-    old, new = ir.DataType[traced], ir.DataType[wanted]
+    old, new = ir.DataType[traced], ir.DataType[dtype]
     if old == new:
         return
     for graph in model.graphs():
@@ -104,11 +104,11 @@ def _name_dimensions(graph: ir.Graph, spec: ComponentSpec) -> None:
             value.shape = ir.Shape(dims)
     for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
         for value, tensor in zip(values, tensors, strict=True):
-            found = tuple(d if isinstance(d, int) else d.value for d in value.shape or ())
-            if found != tensor.shape:
+            shape = tuple(d if isinstance(d, int) else d.value for d in value.shape or ())
+            if shape != tensor.shape:
                 raise BuildError(
                     f"Graph {spec.name} does not fit its spec.",
-                    f"{tensor.name} has shape {list(found)} instead of {list(tensor.shape)}.",
+                    f"{tensor.name} has shape {list(shape)} instead of {list(tensor.shape)}.",
                 )
 
 
@@ -120,7 +120,7 @@ def _static_reshapes(graph: ir.Graph) -> None:
     import numpy as np
     import onnx_ir as ir
 
-    made: dict[tuple[int, ...], ir.Value] = {}
+    constants: dict[tuple[int, ...], ir.Value] = {}
     for node in graph:
         before, after = (node.inputs[0], node.outputs[0]) if node.op_type == "Reshape" else (None, None)
         if before is None or after is None or before.shape is None or after.shape is None:
@@ -132,17 +132,17 @@ def _static_reshapes(graph: ir.Graph) -> None:
         if target.count(-1) > 1:
             continue
         key = tuple(target)
-        if key not in made:
+        if key not in constants:
             name = "shape." + "x".join(map(str, key))
             tensor = ir.tensor(np.array(key, dtype=np.int64), name=name)
-            made[key] = ir.Value(
+            constants[key] = ir.Value(
                 name=name,
                 shape=ir.Shape([len(key)]),
                 type=ir.TensorType(ir.DataType.INT64),
                 const_value=tensor,
             )
-            graph.register_initializer(made[key])
-        node.replace_input_with(1, made[key])
+            graph.register_initializer(constants[key])
+        node.replace_input_with(1, constants[key])
         node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
 
 
@@ -155,19 +155,19 @@ def _remove_unused(model: ir.Model) -> None:
 
 def _name_nodes(graph: ir.Graph) -> None:
     """``<module path>/<operator>``, numbered where it repeats; layers with a weight are named after it."""
-    taken: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     modules: dict[ir.Node | None, str] = {}
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         if len(scopes) > 1:
             module = "" if scopes[-2] == _NO_MODULE else scopes[-2].removesuffix(_CORE)
-        else:  # made by the optimizer: stands where its input was made
+        else:  # made by the optimizer: belongs to its input's module
             module = next((modules.get(v.producer(), "") for v in node.inputs if v is not None), "")
         modules[node] = module
         name = _layer(node) if node.op_type in ("MatMul", "Gemm", "Conv") else None
         name = name or "/".join(filter(None, (module, node.op_type)))
-        taken[name] += 1
-        node.name = name if taken[name] == 1 else f"{name}.{taken[name] - 1}"
+        counts[name] += 1
+        node.name = name if counts[name] == 1 else f"{name}.{counts[name] - 1}"
 
 
 def _layer(node: ir.Node) -> str | None:

@@ -1,4 +1,4 @@
-"""Pieces of ONNX graph that rewriting is made of."""
+"""Building blocks of graph rewriting."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-class Place:
-    """Adds nodes before ``node``, named after a module or what they are for."""
+class NodeInserter:
+    """Adds nodes before ``node``, named after a module or their purpose."""
 
     def __init__(self, graph: ir.Graph, node: ir.Node, name: str) -> None:
         self.graph, self.node, self.name = graph, node, name
@@ -30,8 +30,8 @@ class Place:
         import onnx_ir as ir
 
         out = ir.Value(name=f"{self.name}.{what}", shape=ir.Shape(dims), type=ir.TensorType(dtype))
-        made = ir.node(op, inputs, attributes, outputs=[out], name=f"{self.name}/{what}")
-        self.graph.insert_before(self.node, made)
+        new_node = ir.node(op, inputs, attributes, outputs=[out], name=f"{self.name}/{what}")
+        self.graph.insert_before(self.node, new_node)
         return out
 
 

@@ -1,9 +1,9 @@
 """Cutting a component's graph at block boundaries into parts that run one after another.
 
-A part is a graph of its own with its own contract. Of the blocks before it, it takes ``hidden.<k>`` only, the
-residual stream that part k - 1 ends with (by its own name where the component gives it out too). What all
-blocks share (masks, rotary tables) is cheap and follows from the component's inputs, so each part computes it
-again from those.
+A part is a separate graph with its own contract. Of the blocks before it, it takes ``hidden.<k>`` only, the
+residual stream that part k - 1 ends with (by its own name if the component has it as an output). Inputs
+that all blocks share (masks, rotary tables) are cheap and follow from the component's inputs, so each part
+computes them again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 PartOf = Callable[[str | None], int | None]
-"""Name of a weight -> the part that holds its block; None for what is in no block."""
+"""Name of a weight -> the part that holds its block; None for weights outside the blocks."""
 
 
 def split_graph(
@@ -46,8 +46,8 @@ def split_graph(
     starts = part_starts(blocks, count)
 
     def part_of(name: str | None) -> int | None:
-        found = block.match(name or "")
-        return None if found is None else sum(start <= int(found[1]) for start in starts) - 1
+        match = block.match(name or "")
+        return None if match is None else sum(start <= int(match[1]) for start in starts) - 1
 
     stages = _stages(model.graph, part_of)
     streams = [_stream(model.graph, stages, k) for k in range(1, count)]
@@ -82,15 +82,15 @@ def _stages(graph: ir.Graph, part_of: PartOf) -> dict[ir.Value, int]:
         if (part := part_of(value.name)) is not None:
             stages[value] = part
     for node in graph:
-        behind = [stages[value] for value in node.inputs if value is not None and value in stages]
-        if behind:
-            stages.update(dict.fromkeys(node.outputs, max(behind)))
+        input_stages = [stages[value] for value in node.inputs if value is not None and value in stages]
+        if input_stages:
+            stages.update(dict.fromkeys(node.outputs, max(input_stages)))
     return stages
 
 
 def _stream(graph: ir.Graph, stages: dict[ir.Value, int], part: int) -> ir.Value:
-    """The one value that ``part`` and those behind it take from the blocks before."""
-    found = {
+    """The one value that ``part`` and later ones take from the blocks before."""
+    streams = {
         value
         for node in graph
         for value in node.inputs
@@ -98,13 +98,13 @@ def _stream(graph: ir.Graph, stages: dict[ir.Value, int], part: int) -> ir.Value
         and stages.get(value, part) < part <= stages.get(node.outputs[0], -1)
         and not value.is_initializer()
     }
-    if len(found) != 1:
+    if len(streams) != 1:
         raise BuildError(
             f"Graph {graph.name} cannot be split.",
-            f"{len(found)} values go from its blocks before part {part} to those behind.",
+            f"{len(streams)} values go from its blocks before part {part} to later ones.",
             "Leave -O split out.",
         )
-    return found.pop()
+    return streams.pop()
 
 
 def _part(
@@ -119,15 +119,17 @@ def _part(
     from onnx_ir.passes import common
 
     last = part == len(streams)
-    made = model.clone()
-    graph = made.graph
+    part_model = model.clone()
+    graph = part_model.graph
     graph.name = f"{spec.name}.{part}"
     # A clone keeps the order of nodes and outputs, and the names.
     values = {value.name: value for node in graph for value in node.outputs}
-    kept = [new for old, new in zip(model.graph.outputs, graph.outputs, strict=True) if stages[old] == part]
-    outputs = [tensor for tensor in spec.outputs if tensor.name in {value.name for value in kept}]
+    part_outputs = [
+        new for old, new in zip(model.graph.outputs, graph.outputs, strict=True) if stages[old] == part
+    ]
+    outputs = [tensor for tensor in spec.outputs if tensor.name in {value.name for value in part_outputs}]
     inputs = []
-    graph.outputs[:] = kept
+    graph.outputs[:] = part_outputs
     if not last:
         leaving = values[streams[part].name]
         stream = _tensor(leaving, spec, part + 1)
@@ -142,7 +144,7 @@ def _part(
         graph.inputs.insert(0, entering)
     if not last:
         leaving.name = stream.name
-    common.RemoveUnusedNodesPass()(made)
+    common.RemoveUnusedNodesPass()(part_model)
     _merge_shapes(graph)
     strangers = [name for name in graph.initializers if part_of(name) not in (None, part)]
     if strangers:
@@ -153,7 +155,7 @@ def _part(
     inputs += [tensor for tensor in spec.inputs if tensor.name in names]
     sizes = {str(size): None for tensor in (*inputs, *outputs) for size in tensor.shape}
     axes = (*(a for a in spec.axes if a.name in sizes), *filter(None, (_sum(name, spec) for name in sizes)))
-    return made, replace(
+    return part_model, replace(
         spec, name=f"{spec.name}.{part}", inputs=tuple(inputs), outputs=tuple(outputs), axes=axes
     )
 
@@ -180,8 +182,8 @@ def _merge_shapes(graph: ir.Graph) -> None:
 
     Masks take the length of the past from the first layer's keys.
     """
-    read = [v for v in graph.inputs if any(node.op_type != "Shape" for node, _ in v.uses())]
+    inputs_read = [v for v in graph.inputs if any(node.op_type != "Shape" for node, _ in v.uses())]
     for value in graph.inputs:
-        twin = next((v for v in read if v.shape == value.shape and v.type == value.type), None)
-        if value not in read and twin is not None:
+        twin = next((v for v in inputs_read if v.shape == value.shape and v.type == value.type), None)
+        if value not in inputs_read and twin is not None:
             value.replace_all_uses_with(twin)

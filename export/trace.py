@@ -1,6 +1,6 @@
 """Tracing a component to an ONNX graph that holds no weights.
 
-The module stands on the meta device, so a 14-billion-parameter model is traced in the memory of its graph.
+The module is on the meta device, so a 14-billion-parameter model is traced in the memory of its graph.
 Every initializer is left unbound (name, type, shape; no data) under its published key; :mod:`.binding` binds
 them to stored bytes.
 
@@ -77,8 +77,8 @@ def repeated_graph(name: str, config: ModelConfig) -> ir.Model:
     if times > 1:
         spec = component_spec(name, traced)
         inputs, outputs = (sum(t.name[-1].isdigit() for t in part) for part in (spec.inputs, spec.outputs))
-        taps, read = component.taps(config), component.exit_reads(config)
-        repeat_blocks(model.graph, component.place(config), times, inputs, outputs, taps, read)
+        taps, exit_period = component.taps(config), component.exit_reads(config)
+        repeat_blocks(model.graph, component.place(config), times, inputs, outputs, taps, exit_period)
     return model
 
 
@@ -120,7 +120,7 @@ def example_inputs(spec: ComponentSpec) -> tuple[tuple[torch.Tensor, ...], list[
         dtype = (_TRACED if tensor.dtype == "float" else dtype_of(tensor.dtype)).torch
         args.append(torch.zeros([d if isinstance(d, int) else sizes[d] for d in tensor.shape], dtype=dtype))
         shapes.append({i: dims[d] for i, d in enumerate(tensor.shape) if isinstance(d, str)})
-    flat = sum(not t.name.startswith("past_") for t in spec.inputs)  # what follows is the variadic past
+    flat = sum(not t.name.startswith("past_") for t in spec.inputs)  # the rest is the variadic past
     rest = [tuple(shapes[flat:])] if flat < len(shapes) else []
     return tuple(args), [*shapes[:flat], *rest]
 

@@ -17,9 +17,9 @@ from ..models.checkpoint import Checkpoint
 from ..models.finite import check_finite
 from ..models.registry import component_module
 from ..progress import SILENT, Progress
-from .beside import Check, beside
 from .binding import bind, save_graph
 from .cached_attention import separate_past
+from .concurrent import Check, concurrent
 from .trace import export_component
 from .weight_store import Store, cannot_write, plan_store
 from .weights import stored_as, write_store
@@ -36,7 +36,7 @@ GRAPH_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The files written.
 
     Args:
         graphs: component to its graph.
@@ -61,15 +61,15 @@ def export_plain(
 ) -> Exported:
     """Write ``<component>.<dtype>.onnx`` into ``out`` for each of ``components`` (none given: all).
 
-    Copies lie in one store below ``out``, each tensor once and aligned; ``out`` appears whole or not at all.
-    fp32 graphs of a 16-bit checkpoint keep its 16-bit weights behind Casts, which engines fold when they
+    Copies are in one store below ``out``, each tensor once and aligned; ``out`` appears whole or not at all.
+    fp32 graphs of a 16-bit checkpoint keep its 16-bit weights before Casts, which engines fold when they
     load: half the disk, equal values. With ``zero_copy`` the graphs refer to the checkpoint's own files.
 
     Args:
         checkpoint: the weights. Torch files (``.bin``, ``.pth``) can only be copied.
         out: a new folder; with ``zero_copy`` the one that holds the shards, or one above it.
         components: names of ``checkpoint.components``.
-        dtype: what the graphs compute in, ``bf16`` or ``fp32``.
+        dtype: compute type of the graphs, ``bf16`` or ``fp32``.
         zero_copy: write no weights.
         progress: receives the components, and ``weights`` in MB, which are copied meanwhile.
 
@@ -88,7 +88,7 @@ def export_plain(
     if zero_copy:
         check_linkable(checkpoint, keys, out)
         tell("weights", 0, used)
-        check_finite(checkpoint, keys, lambda done: tell("weights", done, used))
+        check_finite(checkpoint, keys, lambda count: tell("weights", count, used))
         models = _bound(checkpoint, checkpoint.tensors, names, dtype, out, tell)
         graphs = _saved(models, dtype, out)
         return Exported(graphs, None, _sizes(graphs.values()), used)
@@ -101,14 +101,14 @@ def export_plain(
         store = staging / STORE
 
         def copy(go_on: Check) -> None:
-            def advance(done: int) -> None:
+            def advance(copied: int) -> None:
                 go_on()
-                tell("weights", done, total)
+                tell("weights", copied, total)
 
             write_store(checkpoint, keys, store, stored, advance)
 
         tell("weights", 0, total)
-        with beside(copy) as sound:  # copying is the system's work, tracing Python's
+        with concurrent(copy) as sound:  # copying is the system's work, tracing Python's
             models = _bound(checkpoint, plan_store(store, layout).refs, names, dtype, staging, tell, sound)
         _saved(models, dtype, staging)
     graphs = {name: out / f"{name}.{dtype}.onnx" for name in names}
@@ -206,7 +206,7 @@ def _saved(models: dict[str, ir.Model], dtype: str, folder: Path) -> dict[str, P
 def _staged(out: Path) -> Iterator[Path]:
     """A folder that becomes ``out`` when the block ends without an error, and is removed otherwise.
 
-    Its name is fixed, so that what a killed run left is found and removed by the next one.
+    Its name is fixed, so that the files of a killed run are found and removed by the next one.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
@@ -259,9 +259,9 @@ class ExportSteps:
     def __call__(self, step: str, done: int, total: int) -> None:
         """``done`` of ``total`` bytes of ``weights``, or 0 or 1 of 1 of a component."""
         with self._lock:
-            self._told(step, done, total)
+            self._report(step, done, total)
 
-    def _told(self, step: str, done: int, total: int) -> None:
+    def _report(self, step: str, done: int, total: int) -> None:
         if step not in self._began:
             self._began[step] = time.perf_counter()
             if not self._current:
@@ -273,7 +273,7 @@ class ExportSteps:
         self._progress.finished(step, time.perf_counter() - self._began.pop(step))
         if step == self._current:
             self._current = ""
-            for other in self._began:  # it went on meanwhile
+            for other in self._began:  # it is still running
                 self._start(other, 1)
 
     def _start(self, step: str, total: int) -> None:

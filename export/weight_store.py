@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 
-ALIGNMENT = 4096  # a page: what memory maps and direct reads like
+ALIGNMENT = 4096  # a page: memory maps and direct reads need it
 
 Store = dict[str, TensorRef]
 """Stored name to its place, over all files of a store."""
@@ -49,9 +49,9 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """Where each tensor of a store comes to lie, known before any is written.
+    """Places of all tensors of a store, known before any is written.
 
-    Tensors stand sorted by the power of two in their size, largest first: each then starts at a multiple of
+    Tensors are sorted by the power of two in their size, largest first: each then starts at a multiple of
     that power (up to a page) without holes, which safetensors forbids.
 
     Args:
@@ -96,7 +96,7 @@ class StoreWriter:
     """Writes a store of known tensors as a stream; a context manager.
 
     Offsets are fixed by the layout, so rows of different tensors may come in any interleaving. The file
-    appears under ``path`` when the block ends without an error, all of it or nothing.
+    appears under ``path`` when the block ends without an error, whole or not at all.
     """
 
     def __init__(self, path: Path, tensors: Sequence[StoredTensor]) -> None:
@@ -126,12 +126,12 @@ class StoreWriter:
         """
         import torch
 
-        tensor, done = self._tensors[name], self._written[name]
+        tensor, row = self._tensors[name], self._written[name]
         nbytes = values.numel() * values.element_size()
-        if str(values.dtype) != f"torch.{tensor.dtype}" or done + nbytes > tensor.nbytes:
+        if str(values.dtype) != f"torch.{tensor.dtype}" or row + nbytes > tensor.nbytes:
             raise BuildError(
                 f"The weights store got the wrong values for {name}.",
-                f"{list(values.shape)} {values.dtype} after {done} of {tensor.nbytes} bytes of "
+                f"{list(values.shape)} {values.dtype} after {row} of {tensor.nbytes} bytes of "
                 f"{list(tensor.shape)} {tensor.dtype}.",
             )
         data = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -142,10 +142,10 @@ class StoreWriter:
     def copy(self, name: str, ref: TensorRef, progress: Callable[[int], None]) -> NonFinite | None:
         """Make the bytes that ``ref`` points at tensor ``name``, which is of its dtype and shape.
 
-        ``progress`` hears the size of each piece.
+        ``progress`` is called with the size of each piece.
 
         Returns:
-            What is NaN or infinite among them, which are looked at on their way; None where nothing is.
+            Report of NaN and infinite values, which are checked while copying; None: there are none.
 
         Raises:
             CheckpointError: the file cannot be read, or is shorter than it was.
@@ -161,7 +161,7 @@ class StoreWriter:
 
     @contextlib.contextmanager
     def _place(self, name: str) -> Iterator[tuple[FileIO, int]]:
-        """The file, and the byte where tensor ``name`` goes on; says which file could not be written."""
+        """The file, and the byte where tensor ``name`` continues; errors name the file."""
         assert self._file is not None, "used outside its with block"
         begin = self._layout.refs[name].offset
         assert begin is not None
@@ -191,7 +191,7 @@ class StoreWriter:
             raise cannot_write(self.path, failure) from failure
 
     def _abandon(self) -> None:
-        with contextlib.suppress(OSError):  # what is buffered may not fit on the disk either
+        with contextlib.suppress(OSError):  # the buffer may not fit on the disk either
             if self._file is not None:
                 self._file.close()
         with contextlib.suppress(OSError):
@@ -227,5 +227,5 @@ def cannot_write(path: Path, error: OSError) -> BuildError:
     return BuildError(
         f"{path} cannot be written.",
         error.strerror or str(error),
-        "Free disk space or choose another --out; what was built so far is kept.",
+        "Free disk space or choose another --out; finished steps are kept.",
     )

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK_VALUES = 1 << 22
-"""Weights converted at a time, whatever the size of the tensor."""
+"""Weights converted at a time, for tensors of every size."""
 
 
 def stored_as(checkpoint: Checkpoint, keys: Iterable[str], dtype: str | None) -> list[StoredTensor]:
-    """What :func:`write_store` makes of ``keys``, each once, in the order in which they are read.
+    """Tensors that :func:`write_store` writes for ``keys``, each once, in reading order.
 
     Raises:
         CheckpointError: no such tensor.
@@ -41,7 +41,7 @@ def write_store(
     keys: Iterable[str],
     path: Path,
     dtype: str | None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Copy tensors of ``checkpoint`` to the store ``path``, a block of rows at a time.
 
@@ -49,8 +49,8 @@ def write_store(
         checkpoint: where they come from.
         keys: published keys; a key given twice is stored once.
         path: the file to write, ``<graph folder>/weights/<name>.safetensors``.
-        dtype: what they are stored as: ``fp32``, ``bf16`` or ``fp16``; None: as they are.
-        progress: hears how many bytes of the store are written.
+        dtype: stored type: ``fp32``, ``bf16`` or ``fp16``; None: as they are.
+        progress: callback with the bytes of the store written.
 
     Raises:
         CheckpointError: no such tensor; a value that is NaN or infinite, or too large for ``dtype``. Every
@@ -60,13 +60,13 @@ def write_store(
     import torch
 
     refs, layout = checkpoint.tensors, stored_as(checkpoint, keys, dtype)
-    done, one_at_a_time = 0, threading.Lock()
+    bytes_done, one_at_a_time = 0, threading.Lock()
 
     def advance(nbytes: int) -> None:
-        nonlocal done
+        nonlocal bytes_done
         with one_at_a_time:
-            done += nbytes
-            progress(done)
+            bytes_done += nbytes
+            progress(bytes_done)
 
     def as_it_is(tensor: StoredTensor) -> bool:
         return tensor.dtype == refs[tensor.name].dtype and refs[tensor.name].offset is not None
@@ -84,10 +84,10 @@ def write_store(
             if as_it_is(tensor):
                 continue
             values, begin = checkpoint.load(tensor.name), 0
-            wanted: torch.dtype = dtype_of(tensor.dtype).torch
+            target: torch.dtype = dtype_of(tensor.dtype).torch
             check = FiniteCheck(tensor.name, tensor.dtype, tensor.shape)
             for rows in _row_blocks(values):
-                stored = rows.to(wanted).contiguous()
+                stored = rows.to(target).contiguous()
                 check.look(stored.reshape(-1).view(torch.uint8).numpy().data, begin)
                 store.write(tensor.name, stored)
                 nbytes = stored.numel() * stored.element_size()

@@ -1,10 +1,10 @@
-"""The user's cache folder: what later builds take over, verified, bounded in size, safe to delete.
+"""The user's cache folder: results for later builds, verified, bounded in size, safe to delete.
 
 ``$IVL_EXPORT_CACHE``, or ``ivl-export`` in the user's cache folder, holds ``engines/``
 (built engines), ``timing/`` (TensorRT's kernel times), ``weights/`` (weights packed for ONNX Runtime),
 ``evaluations/`` (task scores) and ``images/`` (decoded calibration images). Everything in it follows from its
 key, so that deleting any of it costs time only. Without a home, or with one that cannot be written to, the
-folder lies below the temporary folder.
+folder is below the temporary folder.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def cache_folder() -> Path:
 
 
 def _can_exist(folder: Path) -> bool:
-    """Whether ``folder`` is there (perhaps read-only: what it holds is used), or can be made."""
+    """Whether ``folder`` is there (perhaps read-only: its entries are used), or can be made."""
     try:
         while not folder.exists():
             if folder == folder.parent:
@@ -72,7 +72,7 @@ def _can_exist(folder: Path) -> bool:
 def _temporary_cache() -> Path:
     """``ivl-export-<user>`` below the temporary folder, if it is this user's alone.
 
-    Entries are trusted as far as their hashes, which stand beside them: a folder of that name that another
+    Entries are trusted as far as their hashes, which are stored with them: a folder of that name that another
     user made is not used, but one with a random name, for this process.
     """
     try:
@@ -92,7 +92,7 @@ def _temporary_cache() -> Path:
 def cache_limit() -> int:
     """The most bytes kept of engines or weights: ``$IVL_EXPORT_CACHE_SIZE``, or 20 GiB.
 
-    UsageError if it is no size.
+    UsageError if it is not a size.
     """
     text = os.environ.get("IVL_EXPORT_CACHE_SIZE")
     return DEFAULT_LIMIT if text is None else parse_size(text, "IVL_EXPORT_CACHE_SIZE")
@@ -105,14 +105,14 @@ def parse_size(text: str, what: str) -> int:
     number = plain.removesuffix(unit).strip()
     if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
         raise UsageError(
-            f"{what} is no size: {text!r}.", "", "Give bytes, or a number with K, M, G or T: 20G."
+            f"{what} is not a size: {text!r}.", "", "Give bytes, or a number with K, M, G or T: 20G."
         )
     return int(float(number) * _UNITS[unit])
 
 
 def entries(kinds: tuple[str, ...] = KINDS) -> list[Entry]:
-    """All that is kept, what was used last first."""
-    found = []
+    """All entries, most recently used first."""
+    entries_there = []
     for kind in kinds:
         folder = cache_folder() / kind
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -121,38 +121,40 @@ def entries(kinds: tuple[str, ...] = KINDS) -> list[Entry]:
             files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
             try:
                 size = sum(p.stat().st_size for p in files)
-                found.append(Entry(kind, path.stem if path.is_file() else path.name, path, size, _used(path)))
+                entries_there.append(
+                    Entry(kind, path.stem if path.is_file() else path.name, path, size, _used(path))
+                )
             except OSError:
                 continue  # deleted by another process meanwhile
-    return sorted(found, key=lambda entry: -entry.used)
+    return sorted(entries_there, key=lambda entry: -entry.used)
 
 
 def prune(
     *, limit: int | None = None, older_than: float | None = None, kinds: tuple[str, ...] = KINDS
 ) -> list[Entry]:
-    """Delete what was not used for ``older_than`` seconds, then the longest unused above ``limit`` bytes.
+    """Delete entries unused for ``older_than`` seconds, then the least recently used above ``limit`` bytes.
 
-    With neither, everything of ``kinds``. Returns what was deleted.
+    With neither, everything of ``kinds``. Returns the deleted ones.
     """
-    now, kept, gone = time.time(), 0, []
+    now, total, gone = time.time(), 0, []
     for entry in entries(kinds):
         old = older_than is not None and now - entry.used > older_than
-        above = limit is not None and kept + entry.size > limit
+        above = limit is not None and total + entry.size > limit
         if old or above or (limit is None and older_than is None):
             remove(entry.path)
             gone.append(entry)
         else:
-            kept += entry.size
+            total += entry.size
     return gone
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder of the cache; out of sight first, so that nobody finds half of it."""
+    """Delete a file or folder of the cache; renamed first, so that no reader finds half of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.gone")
     try:
         path.rename(aside)
     except OSError:
-        return  # somebody else was faster, or the folder is read-only
+        return  # another process was faster, or the folder is read-only
     if aside.is_dir():
         shutil.rmtree(aside, ignore_errors=True)
     else:

@@ -48,7 +48,7 @@ def copy_with_sha256(source: Path, target: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """The hash of plain data: equal for equal values, in whatever order a mapping's keys come."""
+    """The hash of plain data: equal for equal values, in any order of a mapping's keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

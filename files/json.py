@@ -61,7 +61,7 @@ def read_json(path: Path, *, fix: str = "Copy it again from where it was made.")
 
     Args:
         path: a file.
-        fix: what to do about a file that is refused.
+        fix: remedy, for a file that is refused.
 
     Raises:
         IntegrityError: larger than 16 MiB, not UTF-8 JSON, nested too deep, NaN, or a key given twice.
@@ -90,7 +90,7 @@ def read_text_from_user(path: Path, what: str) -> str:
     """The text of a file that a person wrote, see :mod:`.text`.
 
     Raises:
-        InputError: it cannot be read, or is no text; ``what`` says what the file should be.
+        InputError: it cannot be read, or is not text; ``what`` names the file's kind.
     """
     try:
         return read_text(path)
@@ -116,8 +116,8 @@ def decode(
     Args:
         kind: a dataclass whose fields are numbers, texts, dataclasses, tuples, dicts, literals or optional.
         data: plain data, as of :func:`read_json`; or the path of a file that is read by it.
-        what: what the data is, for messages: ``The bundle's manifest``.
-        fix: what to do about data that is refused.
+        what: name of the data, for messages: ``The bundle's manifest``.
+        fix: remedy, for data that is refused.
         error: the type of error.
         ignore_unknown: pass over entries that ``kind`` has no field for.
 
@@ -199,13 +199,13 @@ def _with(node: Any, steps: list[str | int], entries: dict[str, Any]) -> Any:
 
 def _reason(text: str) -> str:
     """msgspec's reason, as the rest of a sentence that begins with It."""
-    if found := re.match(r"Object missing required field `(.*)`", text):
-        return f"has no {found[1]!r}"
+    if match := re.match(r"Object missing required field `(.*)`", text):
+        return f"has no {match[1]!r}"
     if title := next((title for pattern, title in _TITLES.items() if pattern in text), None):
         return f"is not {title}"
-    if found := re.match(r"Expected `([^`]*)`(.*)", text, re.S):
-        kinds = [_KINDS.get(kind, kind) for kind in found[1].split(" | ")]
-        return f"is not {' or '.join(kinds)}{found[2].replace('`', '').replace(' > 0.0', ' over 0')}"
+    if match := re.match(r"Expected `([^`]*)`(.*)", text, re.S):
+        kinds = [_KINDS.get(kind, kind) for kind in match[1].split(" | ")]
+        return f"is not {' or '.join(kinds)}{match[2].replace('`', '').replace(' > 0.0', ' over 0')}"
     return f"is refused: {text}"
 
 

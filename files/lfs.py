@@ -1,4 +1,4 @@
-"""Git LFS pointers: what a repository that was cloned without its large files has in their place."""
+"""Git LFS pointers: placeholders in a repository that was cloned without its large files."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def refuse_lfs_pointer(path: Path, error: type[IvlError] = InputError) -> None:
     if is_lfs_pointer(path):
         raise error(
             f"{path} is a Git LFS pointer.",
-            "The repository was cloned without its large files: this note stands for one.",
+            "The repository was cloned without its large files: this file is a placeholder of one.",
             "Run 'git lfs pull' there, or download it with 'hf download'.",
         )

@@ -24,7 +24,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     without one: processes are then not kept apart, and each file is still written whole.
 
     Args:
-        path: what is locked.
+        path: the path to lock.
         wait: wait for another holder; False raises BlockingIOError at once.
 
     Raises:

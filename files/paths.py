@@ -15,7 +15,8 @@ def inside(root: Path, text: str, where: str) -> Path:
     followed.
 
     Raises:
-        InputError: naming ``where``, if that leaves ``root`` (``..``, absolute, a link), or can be no path.
+        InputError: naming ``where``, if that leaves ``root`` (``..``, absolute, a link), or is not a
+            possible path.
     """
     try:
         text.encode()  # JSON can name lone surrogates

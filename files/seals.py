@@ -1,7 +1,7 @@
 """Seals: that files still hold what was written, without reading them at every start.
 
-A seal is a small JSON file that lists, for files of its own folder, their SHA-256 and what the file system
-notes of them: size, inode, times of change. :func:`damaged` compares the notes, which takes microseconds a
+A seal is a small JSON file that lists, for files of its own folder, their SHA-256 and the file system's
+data on them: size, inode, times of change. :func:`damaged` compares these data, which takes microseconds a
 file, and reads and hashes only files whose notes differ: after a copy of the folder, or damage.
 """
 

@@ -18,8 +18,8 @@ def atomic(path: Path, *, durable: bool = False, exclusive: bool = False) -> Ite
         path: a file; its folder exists.
         durable: flush the bytes to the disk before the rename, so that a power cut cannot leave half a file.
         exclusive: the caller knows (by a lock, or because the folder is its own) that no other process writes
-            ``path``. The temporary name is then a fixed one, so that the next writer overwrites what a killed
-            process left of a large file.
+            ``path``. The temporary name is then a fixed one, so that the next writer overwrites the rest
+            that a killed process left of a large file.
     """
     partial = temporary_path(path, exclusive=exclusive)
     try:

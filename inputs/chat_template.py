@@ -4,9 +4,9 @@
                  <|im_start|>assistant\na ring<|im_end|>\n...
     vicuna       SYSTEM USER: <image>\nwhat is this? ASSISTANT: a ring</s>USER: and its color? ASSISTANT:
 
-What a format writes is trusted: its special tokens become ids. What users and models write is text, whatever
-it spells (:meth:`.tokenizer.Tokenizer.encode`). Images are ids too: one placeholder (LLaVA's layout), or
-``<img>``, one ``<IMG_CONTEXT>`` for each visual embedding of each tile, and ``</img>``.
+The template's own text is trusted: its special tokens become ids. Texts of users and models never do,
+in any spelling (:meth:`.tokenizer.Tokenizer.encode`). Images are ids too: one placeholder (LLaVA's
+layout), or ``<img>``, one ``<IMG_CONTEXT>`` for each visual embedding of each tile, and ``</img>``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 IMAGE_TOKEN = -200
-"""Stands in a prompt's ids where an image goes; no id of the tokenizer."""
+"""Placeholder of an image in a prompt's ids; not an id of the tokenizer."""
 IGNORE = -100
 """The label of a token that is not learnt."""
 CONTEXT, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
@@ -39,7 +39,7 @@ _MAX_BYTES = 1 << 20
 
 
 class Slot(Enum):
-    """Where an image stands in a question."""
+    """Place of an image in a question."""
 
     IMAGE = "<image>"
 
@@ -53,9 +53,9 @@ class Turn:
     """A question and its answer.
 
     Args:
-        question: what the user says; in a tuple :data:`IMAGE` says where images stand.
-        answer: what the assistant says; None: the model is to answer, and nothing may follow.
-        images: how many images the user shows; before the text, unless ``question`` says where.
+        question: the user's text; in a tuple :data:`IMAGE` marks the place of an image.
+        answer: the assistant's text; None: open, for the model to answer; only the last turn may be.
+        images: number of the user's images; before the text, unless ``question`` has their places.
     """
 
     question: Question
@@ -74,7 +74,7 @@ class Turn:
             raise InputError(
                 f"A question has places for {self.question.count(IMAGE)} images.",
                 f"It shows {self.images}.",
-                "Put chat_template.IMAGE where each image stands.",
+                "Put chat_template.IMAGE in place of each image.",
             )
 
 
@@ -110,20 +110,20 @@ def image_tokens(tokenizer: Tokenizer, per_tile: int) -> ImageTokens:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """What stands around the texts of a conversation.
+    """Strings around the texts of a conversation.
 
     Args:
-        name: as the checkpoint calls it.
-        system: the message at the beginning; None: there is none, nor what is around it.
+        name: in the checkpoint.
+        system: the message at the beginning; None: there is none, nor its surroundings.
         system_before, system_after: around it.
         user_before, user_after: around a question.
-        answer_before: what a model goes on from.
+        answer_before: the start of an answer.
         answer_gap: between that and an answer that is given.
         answer_after: after an answer.
         stop: the special token that ends an answer.
         image_after: after each image that is shown before a question.
         image_label: before each of several images, ``{}`` for its number.
-        image_shown: what stands for an image where the prompt is shown as text.
+        image_shown: text in place of an image when the prompt is shown as text.
     """
 
     name: str
@@ -142,7 +142,7 @@ class ChatTemplate:
 
     @property
     def channels(self) -> bool:
-        """Whether models write a header of their own before an answer, as GPT-OSS (:class:`AnswerTokens`)."""
+        """Whether models write a header before an answer, as GPT-OSS (:class:`AnswerTokens`)."""
         return "<|start|>" in self.answer_before
 
     def with_system(self, system: str | None) -> ChatTemplate:
@@ -157,12 +157,12 @@ class ChatTemplate:
         return tokenizer.special(self.stop)
 
     def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads."""
+        """Schema of :meth:`from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: object, source: str) -> ChatTemplate:
-        """Read what :meth:`to_json` gave; CheckpointError if it is not that."""
+        """Inverse of :meth:`to_json`; CheckpointError if ``data`` does not fit."""
         names = {field.name for field in fields(cls)}
         if isinstance(data, dict) and data.keys() == names:
             texts = {key: value for key, value in data.items() if key != "system"}
@@ -189,7 +189,7 @@ NATIVE = ChatTemplate(
     image_label="",
     image_shown=CONTEXT,
 )
-"""Of transformers-native checkpoints: no system message of its own."""
+"""Of transformers-native checkpoints: without a system message."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class ChatFormat:
     """How a model is prompted, and when its answers end. It travels in a bundle's manifest.
 
     Args:
-        template: what stands around questions and answers.
+        template: strings around questions and answers.
         images: the ids of an image in the published layout of prompts.
         eos: ids that end an answer, besides the template's ``stop``.
         pad: the id that fills rows that ended.
@@ -246,9 +246,9 @@ class ChatFormat:
 
 
 class AnswerTokens:
-    """Tells an answer's tokens from the headers that GPT-OSS writes: ``<|channel|>final<|message|>TEXT``.
+    """Separates an answer's tokens from the headers that GPT-OSS writes: ``<|channel|>final<|message|>TEXT``.
 
-    What it writes to other channels (``analysis``) is no part of the answer. Of other models every token is.
+    What it writes to other channels (``analysis``) is not part of the answer. Of other models every token is.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
@@ -305,7 +305,7 @@ def _labelled(label: str, images: int, question: str) -> tuple[str | Slot, ...]:
 def _parts(template: ChatTemplate, turns: Sequence[Turn]) -> Iterator[_Part]:
     if not turns or any(turn.answer is None for turn in turns[:-1]):
         raise InputError(
-            "This is no conversation.", "It needs a question, and an answer to each but the last."
+            "This is not a conversation.", "It needs a question, and an answer to each but the last."
         )
     if template.system is not None:
         yield from (_Markup(template.system_before), template.system, _Markup(template.system_after))
@@ -333,15 +333,15 @@ def encode(
     """The ids of a conversation.
 
     Args:
-        turns: what was said; the last may be open.
+        turns: questions and answers; the last may be open.
         tokenizer: of the checkpoint.
         template: of the checkpoint.
-        images: what an image is in ids.
+        images: the ids of one image.
         tiles: of each image, in the order in which they are shown; None: one each.
 
     Raises:
         InputError: no turn, an open turn before the last, another number of ``tiles`` than of images, or an
-            answer that cannot be told from its prompt.
+            answer that cannot be separated from its prompt.
         CheckpointError: the tokenizer has no such end token.
     """
     stop, total = tokenizer.special(template.stop), sum(turn.images for turn in turns)
@@ -358,7 +358,7 @@ def encode(
         head = _between(tokenizer, left, run[:learnt], right) if learnt > 0 else []
         if learnt >= 0 and whole[: len(head)] != head:
             raise InputError(
-                f"The answer {run[learnt:].strip()!r} cannot be told from its prompt.",
+                f"The answer {run[learnt:].strip()!r} cannot be separated from its prompt.",
                 "Its first letters merge with the prompt's last ones into one token.",
             )
         ids.extend(whole)
@@ -416,9 +416,9 @@ def template_of(config: Mapping[str, Any], folder: Path | None = None) -> ChatTe
     """The template of a checkpoint, from its own files.
 
     OpenGVLab's layout names it in ``config.json`` (``template``); it is read, never run, from the
-    ``conversation.py`` beside it, else it is one of the published ones. ``system_message`` there is another
-    system message, null is none. Transformers-native checkpoints have a ``chat_template`` in Jinja, which is
-    asked a few conversations and becomes a template of the same kind. LLaVA's layout has Vicuna's.
+    ``conversation.py`` next to it, else it is one of the published ones. ``system_message`` there is another
+    system message, null means none. Transformers-native checkpoints have a ``chat_template`` in Jinja, which
+    is rendered for a few conversations and becomes a template of the same kind. LLaVA's layout has Vicuna's.
 
     Raises:
         CheckpointError: an unknown template, or one that does not have the form of a :class:`ChatTemplate`.
@@ -453,7 +453,7 @@ def _published(name: object, config: Mapping[str, Any], folder: Path | None) -> 
         raise CheckpointError(
             f"The chat template {name!r} of config.json is not known.",
             f"Known are {', '.join(templates)}.",
-            f"Put the published {_OWN} beside config.json.",
+            f"Put the published {_OWN} next to config.json.",
         )
     template = _from_fields(name, **templates[name])
     # Versions 1.2 and 1.5 had other messages under the same names; their configs hardly differ from 2's.
@@ -538,14 +538,14 @@ def jinja_source(folder: Path) -> str | None:
 
 
 _QUESTIONS, _ANSWERS, _SYSTEM = ("\ue000aB\ue001", "\ue000bB\ue001"), ("\ue000cB\ue001",), "\ue000sB\ue001"
-"""Texts that a template is asked with: no template has them of its own."""
+"""Probe texts to render a template with; they occur in no template."""
 
 
 def from_jinja(source: str) -> ChatTemplate:
-    """A Jinja ``chat_template`` as a :class:`ChatTemplate`, from what it makes of a few conversations.
+    """A Jinja ``chat_template`` as a :class:`ChatTemplate`, from its rendering of a few conversations.
 
     Raises:
-        CheckpointError: it fails, or does more than to put texts around what was said.
+        CheckpointError: it fails, or does more than put strings around the texts.
         CapabilityError: jinja2 is not installed.
     """
     if len(source) > _MAX_BYTES:
@@ -559,7 +559,7 @@ def from_jinja(source: str) -> ChatTemplate:
         raise CheckpointError(
             "The chat template of this checkpoint cannot be followed.",
             f"{type(error).__name__}: {error}."[:300],
-            "Put the chat_template.jinja of the published checkpoint beside config.json.",
+            "Put the chat_template.jinja of the published checkpoint next to config.json.",
         ) from error
 
 
@@ -593,10 +593,10 @@ def _renderer(source: str) -> Any:
             if turn.answer is not None:
                 answer = [{"type": "text", "text": turn.answer}]
                 messages.append({"role": "assistant", "content": answer})
-        made = environment.from_string(source).render(
+        text = environment.from_string(source).render(
             messages=messages, add_generation_prompt=True, bos_token="", eos_token=""
         )
-        return str(made)
+        return str(text)
 
     return render
 
@@ -604,20 +604,22 @@ def _renderer(source: str) -> Any:
 def _probed(render: Any) -> ChatTemplate:
     (one, two), (answer,) = _QUESTIONS, _ANSWERS
     before, opened = render(Turn(one)).split(one)
-    _, asked, closed, _ = re.split(f"{one}|{answer}|{two}", render(Turn(one, answer), Turn(two)), maxsplit=3)
+    _, after_question, closed, _ = re.split(
+        f"{one}|{answer}|{two}", render(Turn(one, answer), Turn(two)), maxsplit=3
+    )
     mark = re.match(r"\s*(<[^<>\s]+>)\s*", closed)
     if mark is None:
         raise ValueError(f"no special token ends an answer: {closed!r}")
     answer_after, user_before = mark[0], closed[mark.end() :]
-    if not before.endswith(user_before) or not asked.startswith(opened):
-        raise ValueError("what stands before a question or an answer changes")
+    if not before.endswith(user_before) or not after_question.startswith(opened):
+        raise ValueError("the strings before a question or an answer change")
     default = before[: len(before) - len(user_before)]
     system_before, rest = render(Turn(one), system=_SYSTEM).split(one)[0].split(_SYSTEM)
     system_after = rest[: len(rest) - len(user_before)]
     system = None
     if default:
         if not (default.startswith(system_before) and default.endswith(system_after)):
-            raise ValueError(f"it begins with {default!r}, which is no system message")
+            raise ValueError(f"it begins with {default!r}, which is not a system message")
         system = default[len(system_before) : len(default) - len(system_after)]
     shown = render(Turn(one, None, 1)).split(one)[0].removeprefix(before)
     image = re.match(r"<[^<>\s]+>", shown)
@@ -627,12 +629,12 @@ def _probed(render: Any) -> ChatTemplate:
     user_after = end[0] if end and end[1] else ""
     template = ChatTemplate(
         "chat_template", system, system_before, system_after, user_before, user_after,
-        opened[len(user_after) :], asked[len(opened) :], answer_after, mark[1],
+        opened[len(user_after) :], after_question[len(opened) :], answer_after, mark[1],
         shown[image.end() :], "", image[0],
     )  # fmt: skip
     turns = (Turn(one, answer, 2), Turn(two, _SYSTEM), Turn(one))
     for chosen in (system, _SYSTEM):
         own = prompt_text(template.with_system(chosen), turns)
         if own != render(*turns, system=None if chosen == system else chosen):
-            raise ValueError("it does more than to put texts around what was said")
+            raise ValueError("it does more than put strings around the texts")
     return template

@@ -35,7 +35,7 @@ def load_image(image: ImageInput, name: str | None = None, draft: int | None = N
     ``draft`` pixels: faster, and not quite the published pixels.
 
     Raises:
-        InputError: what is missing, broken, of an unknown format, over :data:`MAX_PIXELS`, or more than
+        InputError: it is missing, broken, of an unknown format, over :data:`MAX_PIXELS`, or more than
             :data:`MAX_ASPECT` times as long as wide; text that is neither a path nor a ``data:`` URL.
     """
     label, kind = name or name_of(image), kind_of(image)
@@ -63,7 +63,7 @@ def load_image(image: ImageInput, name: str | None = None, draft: int | None = N
 
 
 def frame_of(image: Image.Image, name: str, frame: int | None = None) -> Image.Image:
-    """A copy of what a PIL image shows, or of another of its frames; the image stays at its own.
+    """A copy of a PIL image's current frame, or of another; the image stays at its frame.
 
     Images that are opened and not yet loaded are decoded by their first use, in place: one thread at a time.
     """
@@ -231,7 +231,7 @@ _CONTENTS: tuple[tuple[bytes, str, str], ...] = (
 
 
 def _unknown(name: str, file: Path | io.BytesIO) -> InputError:
-    why = "It is no image of a known format, or its start is damaged."
+    why = "It is not an image of a known format, or its start is damaged."
     fix = "Use JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or JPEG 2000."
     try:
         head = file.getvalue()[:64] if isinstance(file, io.BytesIO) else _head(file)

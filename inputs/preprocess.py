@@ -26,7 +26,7 @@ MODES: tuple[ResizeMode, ...] = ("square", "center_crop", "pad")
 PAD_COLOR = (123, 116, 103)
 _BICUBIC = 3
 _TILED = "InternVLProcessor"
-"""The processor that tiles whatever its file says of ``crop_to_patches``."""
+"""The processor that makes tiles with every value of ``crop_to_patches``."""
 
 _FIXED: dict[str, tuple[object, ...]] = {
     "do_resize": (True,),
@@ -90,7 +90,7 @@ class ImageSettings:
         mode: ``square`` stretches to the square (retrieval, captions), ``center_crop`` resizes the shortest
             side and crops (classification), ``pad`` pads to a square with :data:`PAD_COLOR` first (chat).
         tiling: the image becomes several squares of ``size`` (:mod:`.tiles`); None: one.
-        shortest_edge: what ``center_crop`` resizes the shortest side to; None: ``size``.
+        shortest_edge: ``center_crop``'s length of the shortest side; None: ``size``.
         unknown: keys of the file that nothing here knows.
     """
 
@@ -162,7 +162,7 @@ class ImageSettings:
         Every key is obeyed, known to change no pixels, or named in ``unknown``.
 
         Raises:
-            CheckpointError: a key asks for what is not done here; it is named.
+            CheckpointError: a key with an unsupported value; it is named.
         """
         try:
             if not isinstance(data, dict):
@@ -188,8 +188,8 @@ class ImageSettings:
 def _settings(data: dict[str, Any]) -> ImageSettings:
     for key, values in _FIXED.items():
         if data.get(key) is not None and not any(data[key] is v or data[key] == v for v in values):
-            done = f"; only {' or '.join(map(repr, values))} is done here" if values else ""
-            raise ValueError(f"{key} is {data[key]!r}{done}")
+            supported = f"; only {' or '.join(map(repr, values))} is done here" if values else ""
+            raise ValueError(f"{key} is {data[key]!r}{supported}")
     if abs(_or(data, "rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
         raise ValueError(f"rescale_factor is {data['rescale_factor']!r}; only 1/255 is done here")
     tiled = data.get("processor_class") == _TILED or _flag(data, "crop_to_patches", False)
@@ -296,7 +296,7 @@ class ReadImages(Protocol):
     def __call__(
         self, images: Sequence[ImageInput], *, on_error: Callable[[int, InputError], None]
     ) -> PixelValues:
-        """``pixel_values``; ``on_error`` is told which image cannot be read, and why."""
+        """``pixel_values``; ``on_error`` gets the index of an unreadable image, and the reason."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What callers give as images and texts: told apart in one place, and named in errors. No torch.
+"""Images and texts from callers: their types are told apart here, and named in errors. No torch.
 
 a path       "cat.jpg", Path("cat.jpg")          read
 bytes        of an image file                    decoded
@@ -50,7 +50,7 @@ _ENCODED = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 
 
 def kind_of(image: object) -> Kind:
-    """What ``image`` is; anything that is not known here counts as a tensor."""
+    """Kind of ``image``; unknown objects count as tensors."""
     if isinstance(image, str):
         return _kind_of_text(image)
     if isinstance(image, os.PathLike):
@@ -118,7 +118,7 @@ def _printable(text: str) -> str:
 
 
 def name_of(image: object, index: int = 0, total: int = 1) -> str:
-    """What errors call an image: its path or address, else its number among ``total``."""
+    """Name of an image in errors: its path or address, else its number among ``total``."""
     kind = kind_of(image)
     if isinstance(image, Image.Image):
         file = getattr(image, "filename", "")
@@ -164,7 +164,7 @@ def data_of(url: str, name: str | None = None, noun: str = "image") -> bytes:
 
 
 def not_readable(image: object, name: str, noun: str = "image") -> InputError:
-    """The error for text that is no path: an address, or base64."""
+    """The error for text that is not a path: a URL, or base64."""
     kind = kind_of(image)
     if kind == "base64":
         return InputError(
@@ -210,7 +210,7 @@ def text_sequence(texts: Any, what: str = "text") -> list[str]:
     for number, text in enumerate(values):
         if not isinstance(text, str):
             raise InputError(
-                f"Number {number + 1} of {len(values)} {plural(what)} is no text.",
+                f"Number {number + 1} of {len(values)} {plural(what)} is not text.",
                 f"It is of type {type(text).__name__}.",
                 "Decode it: text.decode()." if isinstance(text, bytes) else "Give str.",
             )
@@ -231,8 +231,8 @@ def sequence_of(values: Any, what: str) -> Sequence[Any]:
     elif isinstance(values, Iterable) and not isinstance(values, Set):
         return list(values)
     raise InputError(
-        f"These are no {plural(what)}.",
-        f"A {type(values).__name__} was given; a sequence of {plural(what)} is needed.",
+        f"These are not {plural(what)}.",
+        f"A {type(values).__name__} was passed; a sequence of {plural(what)} is needed.",
         "Give a list.",
     )
 

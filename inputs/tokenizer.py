@@ -1,7 +1,7 @@
-"""Tokenizers of every checkpoint behind one class: SentencePiece, and files of the ``tokenizers`` library.
+"""Tokenizers of every checkpoint in one class: SentencePiece, and files of the ``tokenizers`` library.
 
-What a user writes is text: :meth:`Tokenizer.encode` never gives the id of a special token, whatever the text
-spells. Special tokens come from prompts alone, as ids (:meth:`Tokenizer.markup`). No torch, no transformers.
+A user's text stays text: :meth:`Tokenizer.encode` never gives the id of a special token for any
+text. Special tokens come from prompts alone, as ids (:meth:`Tokenizer.markup`). No torch, no transformers.
 
     tokenizer.model                      SentencePiece: InternVL-C/G, InternLM2 and 3, Phi-3, Yi, LLaMA 2
     tokenizer.json                       LLaMA 3, GPT-OSS, transformers-native checkpoints
@@ -33,7 +33,7 @@ BUCKETS = (16, 32, 48, 80)
 MAX_LENGTH = 80
 #: Contrastive texts are this plus the caption, without a space between (as published).
 CONTRASTIVE_PREFIX = "summarize:"
-#: What the caption decoder is started with, by language. The English one is the published one.
+#: The prompt of the caption decoder, by language. The English one is the published one.
 CAPTION_PROMPT: dict[str, str] = {"en": "English caption:", "zh": "中文描述:"}
 
 MODEL, JSON, VOCAB, MERGES = "tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt"
@@ -50,7 +50,7 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class AddedToken(NamedTuple):
-    """A token beside the trained vocabulary.
+    """A token added to the trained vocabulary.
 
     ``special``: of prompts, never of texts. ``lstrip`` and ``rstrip``: it takes the white space on that side.
     """
@@ -97,7 +97,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def piece(self, token: int) -> bytes:
-        """What an id stands for, UTF-8, perhaps a part of a character; empty: special, or not an id."""
+        """The bytes of an id, UTF-8, perhaps a part of a character; empty: special, or not an id."""
 
     @abstractmethod
     def _ids(self, text: str, first: bool) -> list[int]:
@@ -143,7 +143,7 @@ class Tokenizer(ABC):
         return self.encode_parts([text])
 
     def markup(self, text: str) -> list[str | int]:
-        """Trusted ``text`` with its special tokens as ids: what :meth:`encode_parts` takes."""
+        """Trusted ``text`` with its special tokens as ids, for :meth:`encode_parts`."""
         parts: list[str | int] = []
         for number, part in enumerate(self._marks.split(text)):
             if part:
@@ -182,7 +182,7 @@ class Tokenizer(ABC):
         ids = self._ids(text, first)
         if self._never_text.isdisjoint(ids):
             return ids
-        # A trained piece bears the id of a special token, and the text spells it: broken after each letter.
+        # A trained piece has the id of a special token, and the text spells it: split after each letter.
         broken = [token for at, letter in enumerate(text) for token in self._ids(letter, first and at == 0)]
         if self._never_text.isdisjoint(broken):
             return broken
@@ -230,7 +230,7 @@ class Tokenizer(ABC):
         """Prompt, caption and eos, for training: (input_ids int64 [B, T], lengths, prompt lengths int64 [B]).
 
         The first ``prompt length`` ids of a row are :meth:`encode_prompt` of its prompt; ids from there to
-        ``length`` (eos is the last) are what the decoder learns to say.
+        ``length`` (eos is the last) are the decoder's targets.
         """
         heads = [self.encode_prompt(prompt) for prompt in prompts]
         rows = [
@@ -285,7 +285,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         Args:
             model: the file.
-            added: tokens beside its pieces, or in place of some.
+            added: tokens added to its pieces, or in place of some.
             eos: the text of another end token.
             add_bos: sequences begin with bos.
             legacy: the model's own space is put before each text between special tokens, not only the first.
@@ -300,7 +300,7 @@ class SentencePieceTokenizer(Tokenizer):
             self.model = model if isinstance(model, bytes) else _bytes(Path(model))
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except (OSError, RuntimeError) as error:
-            why = getattr(error, "strerror", None) or "It is no SentencePiece model, or a damaged one."
+            why = getattr(error, "strerror", None) or "It is not a SentencePiece model, or a damaged one."
             raise CheckpointError(f"Cannot read {name}.", why, _OWN) from error
         self.bos, own_eos = int(self._sp.bos_id()), int(self._sp.eos_id())
         if self.bos < 0 or own_eos < 0:
@@ -313,7 +313,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(name, tokens.values())
         self.prefix, self.files = (self.bos,) if add_bos else (), {MODEL: self.model}
         self._size = max([len(pieces), *(token + 1 for token in tokens)])
-        self._never_text -= {self._sp.unk_id()}  # what texts become where the model lacks their letters
+        self._never_text -= {self._sp.unk_id()}  # texts get it where the model lacks their letters
         self._added = {t.id: t.content for t in tokens.values()}
         self._plain = _alternatives(self.plain)
         self._space: bool = self._sp.encode("a", out_type=str)[:1] != ["a"]
@@ -377,7 +377,7 @@ class NoTokenizer(Tokenizer):
 
     @property
     def leading_space(self) -> bool:
-        """False: there are no texts."""
+        """False: it takes no texts."""
         return False
 
     def piece(self, token: int) -> bytes:
@@ -435,7 +435,7 @@ class FastTokenizer(Tokenizer):
         self.prefix = tuple(self._tokenizer.encode("", add_special_tokens=True).ids)
         ends = [end for end in ("<|endoftext|>", "</s>") if end in self.specials] if eos is None else [eos]
         if not ends:
-            raise CheckpointError(f"{name} names no end token.", "", f"Put {CONFIG} beside it.")
+            raise CheckpointError(f"{name} names no end token.", "", f"Put {CONFIG} next to it.")
         self.eos = self.special(ends[0])
 
     def __len__(self) -> int:
@@ -642,12 +642,12 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> list[AddedToken]:
 
 def _id(number: object) -> int:
     if type(number) is not int or not 0 <= number < 1 << 31:
-        raise ValueError(f"{number!r} is no token id")
+        raise ValueError(f"{number!r} is not a token id")
     return number
 
 
 def _alternatives(contents: Iterable[str]) -> re.Pattern[str]:
-    """What finds the first, and of those the longest, of ``contents``; nothing, if there is none."""
+    """A pattern that finds the first, and of those the longest, of ``contents``."""
     longest = sorted(contents, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest)) + ")" if longest else "(?!)()")
 
@@ -666,7 +666,7 @@ def _parsed(text: str, name: str) -> Any:
 
 
 def _without_first_space(data: dict[str, Any]) -> str | None:
-    """The tokenizer for texts that are not the first, where only the first gets a space of its own."""
+    """The tokenizer for texts that are not the first, where only the first gets a leading space."""
     steps = data.get("pre_tokenizer") or {}
     for step in steps.get("pretokenizers", [steps]) if isinstance(steps, dict) else ():
         if (

@@ -39,7 +39,7 @@ MAX_KEPT = 8 * MAX_PIXELS
 """Pixels of the frames that are taken."""
 MAX_PACKETS = 1 << 20
 MAX_GROUP = 1 << 12
-"""Frames decoded to come to one: those since the last that stands for itself."""
+"""Frames decoded to reach one: those since the last key frame."""
 _ANIMATED = ("GIF", "PNG", "WEBP")
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,ogg,flv,asf"
 
@@ -82,18 +82,18 @@ def frames_of(
     frames = image_sequence(video)
     if not len(frames):
         raise InputError(f"{name or 'The video'} has no frames.", "", "Give one at least.")
-    taken = chosen(len(frames))
+    numbers = chosen(len(frames))
     if animation := _repeated(frames):
         total = getattr(animation, "n_frames", 1)
         if len(frames) != total:
             raise InputError(
-                f"One animated image stands {len(frames)} times in {name or 'the video'}.",
+                f"One animated image occurs {len(frames)} times in {name or 'the video'}.",
                 f"It has {total} frames and shows one at a time: all of them would be the same.",
                 "Give copies, [frame.copy() for frame in ImageSequence.Iterator(image)], or the file.",
             )
-        _check(animation.width * animation.height, taken[-1] + 1, len(taken), name or "of the list")
-        return [frame_of(animation, f"{name or 'of the video'}, frame {i}", i) for i in taken]
-    return [frames[i] for i in taken]
+        _check(animation.width * animation.height, numbers[-1] + 1, len(numbers), name or "of the list")
+        return [frame_of(animation, f"{name or 'of the video'}, frame {i}", i) for i in numbers]
+    return [frames[i] for i in numbers]
 
 
 def _repeated(frames: Sequence[ImageInput]) -> Image.Image | None:
@@ -159,26 +159,26 @@ def _decoded(file: BinaryIO, size: int, chosen: Chosen, name: str) -> Iterator[I
 
 
 def _animation(image: Image.Image, chosen: Chosen, name: str) -> Iterator[Image.Image]:
-    wanted = chosen(getattr(image, "n_frames", 1))
-    _check(image.width * image.height, wanted[-1] + 1, len(wanted), name)
+    numbers = chosen(getattr(image, "n_frames", 1))
+    _check(image.width * image.height, numbers[-1] + 1, len(numbers), name)
     for number, frame in enumerate(ImageSequence.Iterator(image)):
-        if number in wanted:
+        if number in numbers:
             yield load_image(frame.copy(), f"{name}, frame {number}")
-        if number == wanted[-1]:
+        if number == numbers[-1]:
             return
     raise InputError(
-        f"The video {name} is damaged.", f"It ends before frame {wanted[-1]}.", "Copy or download it again."
+        f"The video {name} is damaged.", f"It ends before frame {numbers[-1]}.", "Copy or download it again."
     )
 
 
 def _film(file: BinaryIO, chosen: Chosen, name: str) -> Iterator[Image.Image]:
-    """Frames of a video file, each found from the last one before that stands for itself."""
+    """Frames of a video file, each decoded from the key frame before it."""
     try:
         import av
     except ImportError as error:
         raise CapabilityError(
             f"The video {name} cannot be read here.",
-            "It is no animated image, and PyAV, which reads video files, is not installed.",
+            "It is not an animated image, and PyAV, which reads video files, is not installed.",
             "pip install 'ivl-export[video]', or give its frames as images.",
         ) from error
     safe = {"format_whitelist": _CONTAINERS, "protocol_whitelist": ""}
@@ -187,18 +187,18 @@ def _film(file: BinaryIO, chosen: Chosen, name: str) -> Iterator[Image.Image]:
             raise InputError(f"The video {name} has no pictures.", fix="Give a video that has pictures.")
         stream = container.streams.video[0]
         times, keys = _times(container, stream, name)
-        wanted = [times[i] for i in chosen(len(times))]
+        moments = [times[i] for i in chosen(len(times))]
         width, height = stream.codec_context.width, stream.codec_context.height
-        _check(width * height, 0, len(wanted), name)
-        for time in wanted:
+        _check(width * height, 0, len(moments), name)
+        for time in moments:
             frame = _at(container, stream, time, keys, name)
-            _check(frame.width * frame.height, 0, len(wanted), name)
+            _check(frame.width * frame.height, 0, len(moments), name)
             upright = frame.to_image().rotate(frame.rotation, expand=True)
             yield load_image(upright, f"{name}, {float(frame.time or 0):.2f} s")
 
 
 def _times(container: Any, stream: Any, name: str) -> tuple[list[int], list[int]]:
-    """When each frame is shown, and each that stands for itself; rising. Nothing is decoded."""
+    """When each frame is shown, and the key frames; rising. Nothing is decoded."""
     times, keys = [], []
     for packet in container.demux(stream):
         if packet.pts is not None:
@@ -229,9 +229,9 @@ def _at(container: Any, stream: Any, time: int, keys: list[int], name: str) -> A
     )
 
 
-def _check(pixels: int, drawn: int, kept: int, name: str) -> None:
-    if pixels > MAX_PIXELS or pixels * kept > MAX_KEPT or pixels * drawn > MAX_DECODED:
-        raise _too_large(name, f"{pixels} pixels a frame, {max(drawn, kept)} frames to read.")
+def _check(pixels: int, drawn: int, frames: int, name: str) -> None:
+    if pixels > MAX_PIXELS or pixels * frames > MAX_KEPT or pixels * drawn > MAX_DECODED:
+        raise _too_large(name, f"{pixels} pixels a frame, {max(drawn, frames)} frames to read.")
 
 
 def _too_large(name: str, why: str) -> InputError:
@@ -240,7 +240,7 @@ def _too_large(name: str, why: str) -> InputError:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Whatever a decoder raises on a damaged file, as an InputError."""
+    """Errors of a decoder on a damaged file become InputError."""
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -1,4 +1,4 @@
-"""A sample set as calls: which component runs on which rows, and on what. Plain data, no torch.
+"""A sample set as calls: which component runs on which rows and inputs. Plain data, no torch.
 
 A *call* is one run of one component on some rows of a batch, which have the same lengths: no padding, because
 padded rows never reach an embedding or a token and so must not widen a range.
@@ -30,13 +30,13 @@ class Call:
         component: its name.
         batch: number of the batch.
         rows: which samples of the batch.
-        inputs: what comes from the samples: ids, lengths, positions, mask; no pixels, nothing that other
-            components make.
+        inputs: inputs from the samples: ids, lengths, positions, mask; no pixels, no outputs of other
+            components.
         shape: of its hidden states, [B, T, H]; T is 0 for a component without blocks.
-        cut: of a chat prompt, how many text tokens stand before the image.
+        cut: of a chat prompt, number of text tokens before the image.
         keeps: whether later calls continue its keys and values.
         continues: rows of the keys and values last kept that this call continues, in its order; None: none.
-        place: where its hidden states lie among those of its tower; counted by the one who runs the calls.
+        place: index of its hidden states among those of its tower; counted by the caller.
     """
 
     component: str
@@ -72,7 +72,7 @@ class Texts:
 class Dialogue:
     """Token ids: the prompt ``before`` and ``after`` its image, and the last ``answer`` without eos.
 
-    ``scored``: the first 1, 2, 4, ... tokens of the answer are calls of their own, for their logits.
+    ``scored``: the first 1, 2, 4, ... tokens of the answer are separate calls, for their logits.
     """
 
     before: tuple[int, ...]
@@ -88,7 +88,7 @@ class Dialogue:
 
 
 class SampleBatch(Protocol):
-    """Some samples of a set, as a family may want them; what it does not ask for is not made."""
+    """Some samples of a set, as a family reads them; each input is made when it is read."""
 
     @property
     def number(self) -> int:
@@ -123,7 +123,7 @@ class Run:
     Args:
         rows: which samples of the batch.
         ids: text tokens, int64 [R, T].
-        cut: how many of them stand before the image; None for answers, which follow their prompt's cache.
+        cut: number of them before the image; None for answers, which follow their prompt's cache.
     """
 
     rows: list[int]

@@ -54,7 +54,7 @@ class InternVLChatModel(nn.Module):
                 each image, which becomes V positions of the result.
             pixel_values: [I, 3, S, S]: the images of all placeholders, row after row.
             image_token_id: the placeholder; None: :data:`IMAGE_TOKEN`.
-            attention_mask: [B, T], 0 at padding, which is dropped and stands on the right in the result;
+            attention_mask: [B, T], 0 at padding, which is dropped and comes on the right in the result;
                 None: no padding.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a chat model sees of an image: the vision towers and projectors of both forms (:mod:`.config`).
+"""Visual embeddings of a chat model: the vision towers and projectors of both forms (:mod:`.config`).
 
 Modules and their names are the published ones: ``vision_tower.vision_tower`` is an InternViT, or an InternVL
 without its heads, and the projector is one two-layer MLP, or ``mlp1`` for InternViT and ``mlp2`` for QLLaMA.
@@ -92,12 +92,12 @@ class TwoMLP(nn.Module):
 
 
 def vision_tower(config: ChatConfig) -> SelectedVisionTower | QueryTower:
-    """The tower of either form; what it gives is what :func:`projector` takes."""
+    """The tower of either form; its outputs are the inputs of :func:`projector`."""
     return QueryTower(config) if config.queries else SelectedVisionTower(config)
 
 
 def projector(config: ChatConfig) -> nn.Module:
-    """What the tower gives to embeddings of the decoder [B, V, H]."""
+    """Outputs of the tower to embeddings of the decoder [B, V, H]."""
     return TwoMLP(config) if config.queries else mlp(config.vision.hidden_size, config.decoder.hidden_size)
 
 

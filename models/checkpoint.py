@@ -34,12 +34,12 @@ SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint: every tensor its config asks for is there, with the right shape.
+    """A checked checkpoint: every tensor of its config is there, with the right shape.
 
     Args:
         path: the folder or file it was opened from.
         model: the model's sizes; their class says which kind of model it is.
-        tensors: published key to where the tensor lies.
+        tensors: published key to the tensor's place.
     """
 
     path: Path
@@ -69,7 +69,7 @@ class Checkpoint:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should be told of this checkpoint: keys of its config that the reader does not know."""
+        """Notices about this checkpoint, to show the user: unknown keys of its config."""
         keys = self.model.unknown_keys
         if not keys:
             return ()
@@ -137,9 +137,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Args:
         path: a folder with ``config.json`` and ``model.safetensors``, ``pytorch_model.bin`` or the index of
             their shards: an InternVL, an InternViT alone, or an InternVL-Chat, whose vision tower may be a
-            checkpoint of its own (see :func:`.registry.load_config`). Or one older ``internvl_c`` file
-            (``.pth``), whose sizes come from a ``config.json`` beside it or else from its tensors (see
-            :func:`.layout.infer_config` for what that assumes).
+            separate checkpoint (see :func:`.registry.load_config`). Or one older ``internvl_c`` file
+            (``.pth``), whose sizes come from a ``config.json`` next to it or else from its tensors (see
+            :func:`.layout.infer_config` for the assumptions).
 
     Raises:
         CheckpointError: files or tensors missing, surplus, twice, truncated, of a wrong shape or type; a
@@ -171,8 +171,8 @@ def load_state(
         model: any module whose state-dict names are published keys (a part of the model may be given: what
             the checkpoint has besides is left alone). Built on the meta device, so nothing exists twice.
         checkpoint: where the tensors come from.
-        dtype: what they become; None keeps the stored type.
-        device: where they go.
+        dtype: of the result; None keeps the stored type.
+        device: of the result.
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor, or has it in another shape.
@@ -208,9 +208,9 @@ def _open_older(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path} holds {key} twice.", f"As {tensors[key].name} and as {name}.")
         if not is_ignored(name):
             tensors[key] = ref
-    beside = path.parent / "config.json"
-    if beside.is_file():
-        config = InternVLConfig.load(beside)
+    config_file = path.parent / "config.json"
+    if config_file.is_file():
+        config = InternVLConfig.load(config_file)
     else:
         config = infer_config({k: r.shape for k, r in tensors.items()}, str(path))
     config = replace(config, contrastive_only=True)

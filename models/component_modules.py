@@ -1,4 +1,4 @@
-"""The torch modules behind the components. Each holds just the weights it reads."""
+"""Torch modules of the components. Each has only the weights it reads."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Vision(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, S, S] -> tokens [B, N, D], image_embed [B, E], outputs of the feature blocks [B, N, D]."""
-        tokens, kept = self.vision_model.features(pixel_values)
-        return (tokens, self.clip_projector(tokens), *kept)
+        tokens, features = self.vision_model.features(pixel_values)
+        return (tokens, self.clip_projector(tokens), *features)
 
 
 class Query(nn.Module):
@@ -49,7 +49,7 @@ class Query(nn.Module):
 class Text(nn.Module):
     """A causal LLaMA over right-padded text, read at its last token.
 
-    Padding stands behind every token that is read, so causal attention alone hides it: no mask input.
+    Padding comes after every token that is read, so causal attention hides it: no mask input.
     """
 
     def __init__(self, config: InternVLConfig) -> None:
@@ -68,7 +68,7 @@ class Text(nn.Module):
 class Match(nn.Module):
     """Image-text matching (ITM, paper section 3.3): queries and text see each other, and the image.
 
-    Everything sees everything but padding; the head reads the query rows.
+    Every position attends to all but padding; the head reads the query rows.
     """
 
     def __init__(self, config: InternVLConfig) -> None:
@@ -115,8 +115,8 @@ class VisionTokens(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, S, S] -> tokens [B, N, D], outputs of the feature blocks [B, N, D]."""
-        tokens, kept = self.vision_model.features(pixel_values)
-        return (tokens, *kept)
+        tokens, features = self.vision_model.features(pixel_values)
+        return (tokens, *features)
 
 
 class ChatVision(nn.Module):

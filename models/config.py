@@ -3,8 +3,8 @@
 InternVL-Chat has two forms (paper figure 4): on InternViT, whose weights are published, and on InternViT and
 QLLaMA, whose are not. The second is as the published code has it (OpenGVLab/InternVL, read in
 ``internvl_chat_llava/llava/model``): ``multimodal_projector/builder.py`` has the projector ``two_mlp``; where
-the tower's name says ``internvl_14b``, ``multimodal_encoder/clip_encoder.py`` takes an InternVL without its
-heads, reads features at the selected layer, and beside them the queries, which see the last one;
+the tower's name contains ``internvl_14b``, ``multimodal_encoder/clip_encoder.py`` takes an InternVL without
+its heads, reads features at the selected layer, and also the queries, which read the last one;
 ``mm_hidden_size`` is then QLLaMA's width. Assumed, for no config of it was published: layer and image size
 are the first form's.
 """
@@ -33,8 +33,8 @@ class VisionConfig:
     ``norm_type`` is ``rms_norm`` or ``layer_norm``. Norms of queries and keys are RMSNorms over all heads
     together; ``qk_norm_eps`` is theirs where it is not ``layer_norm_eps``.
 
-    ``feature_blocks`` are no part of the published model: the numbers, from 1, of the blocks before the last
-    whose outputs the component ``vision`` gives out too (:mod:`..export.features`).
+    ``feature_blocks`` are not part of the published model: the numbers, from 1, of the blocks before the last
+    whose outputs the component ``vision`` outputs too (:mod:`..export.features`).
     """
 
     hidden_size: int = 3200
@@ -76,7 +76,7 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2 + 1
 
     def to_published(self) -> dict[str, Any]:
-        """The ``vision_config`` of a ``config.json``; what came later only where it differs."""
+        """The ``vision_config`` of a ``config.json``; later keys only where they differ."""
         later = {"feature_blocks": (), "norm_type": "rms_norm", "qk_norm_eps": self.layer_norm_eps}
         data = {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
@@ -111,7 +111,7 @@ class QLlamaConfig:
 class InternVLConfig:
     """InternVL-C and InternVL-G.
 
-    ``contrastive_only`` is no key of ``config.json``: files of the older layout hold InternVL-C alone,
+    ``contrastive_only`` is not a key of ``config.json``: files of the older layout have InternVL-C alone,
     without queries, cross-attention, ITM head and lm_head.
     """
 
@@ -166,7 +166,7 @@ class InternVLConfig:
 
     @classmethod
     def from_published(cls, data: dict[str, Any], source: str = "config.json") -> InternVLConfig:
-        """Read a published ``config.json``; CheckpointError where it says what this model is not.
+        """Read a published ``config.json``; CheckpointError for values that this model does not have.
 
         ``force_image_size`` means the position embedding in the file already has that grid.
         """
@@ -218,7 +218,7 @@ def check_untied(section: dict[str, Any], source: str, where: str) -> None:
     if section.get("tie_word_embeddings", False):
         raise CheckpointError(
             f"{source} ties the word embeddings at {where}.",
-            "InternVL's lm_head is a tensor of its own; tying would overwrite the embeddings.",
+            "InternVL's lm_head is a separate tensor; tying would overwrite the embeddings.",
             'Set "tie_word_embeddings": false.',
         )
 
@@ -263,7 +263,7 @@ class InternViTConfig:
 
     @classmethod
     def from_published(cls, data: dict[str, Any], source: str = "config.json") -> InternViTConfig:
-        """Read a published ``config.json``; CheckpointError where it says what this model is not."""
+        """Read a published ``config.json``; CheckpointError for values that this model does not have."""
         s = Section(data, source)
         vision = VisionConfig(**read_vision(s, VisionConfig))
         return cls(vision, s.unknown())
@@ -274,7 +274,7 @@ class ChatConfig:
     """InternVL-Chat: a vision tower, two-layer projectors and a LLaMA decoder (paper section 3.3).
 
     Args:
-        tower: the vision tower as stored: an InternViT, or an InternVL, whose queries the decoder sees too.
+        tower: the vision tower as stored: an InternViT, or an InternVL, whose queries the decoder reads too.
             Its ``image_size`` is the grid of the stored position embedding.
         decoder: LLaMA's sizes.
         image_size: side of the images in pixels; the position embedding is resized to it.
@@ -330,7 +330,7 @@ class ChatConfig:
 
     @property
     def read_blocks(self) -> int:
-        """Behind how many of InternViT's blocks the features are read."""
+        """Number of InternViT's blocks before the features are read."""
         return self.select_layer % (self.vision.num_hidden_layers + 1)
 
     @property
@@ -355,7 +355,7 @@ class ChatConfig:
 
     @property
     def num_visual(self) -> int:
-        """Visual embeddings of one image: what an image placeholder in the prompt becomes."""
+        """Visual embeddings of one image: the rows of an image placeholder in the prompt."""
         return self.num_queries + self.num_features
 
     def to_published(self) -> dict[str, Any]:
@@ -397,7 +397,7 @@ class ChatConfig:
             image_size: side of the images; None: ``mm_image_size``, else 336.
 
         Raises:
-            CheckpointError: it says what this model is not.
+            CheckpointError: a value that this model does not have.
             CapabilityError: the model has another projector.
         """
         check_untied(data, source, "the top level")
@@ -414,7 +414,7 @@ class ChatConfig:
             raise CheckpointError(
                 f"{source} does not fit its vision tower.",
                 f"mm_hidden_size is {width}, the tower's width {own}.",
-                f"Put the tower's own config beside it, as {TOWER_CONFIG}.",
+                f"Put the tower's own config next to it, as {TOWER_CONFIG}.",
             )
         return cls(
             tower,
@@ -438,8 +438,8 @@ def _whole_tower(chat: dict[str, Any], data: dict[str, Any], source: str) -> Int
     """A vision tower's own ``config.json``, of the kind that the projector of the ``chat`` config goes with.
 
     Raises:
-        CheckpointError: it is of the other kind, or says what this model is not.
-        CapabilityError: the projector is none of InternVL-Chat's.
+        CheckpointError: it is of the other form, or has a value that this model does not.
+        CapabilityError: the projector is not one of InternVL-Chat's.
     """
     kind = _tower_kind(chat, source)
     if (kind is InternVLConfig) != ("qllama_config" in data):
@@ -462,14 +462,14 @@ def _tower_kind(chat: dict[str, Any], source: str) -> type[VisionConfig] | type[
     projector = chat.get("mm_projector_type", MLP)
     if projector not in (MLP, TWO_MLP):
         raise CapabilityError(
-            f"{source} asks for the projector {projector!r}.",
+            f"{source} has the projector {projector!r}.",
             f"InternVL-Chat has {MLP} on InternViT, and {TWO_MLP} on InternViT and QLLaMA.",
         )
     return VisionConfig if projector == MLP else InternVLConfig
 
 
 def tower_configs(folder: Path, data: dict[str, Any]) -> list[Path]:
-    """Where the config of a chat checkpoint's vision tower may lie."""
+    """Possible paths of the config of a chat checkpoint's vision tower."""
     name = Path(str(data.get("mm_vision_tower") or "")).name
-    beside = [folder / name / "config.json", folder.absolute().parent / name / "config.json"]
-    return [folder / TOWER_CONFIG, *(beside if name not in ("", ".", "..") else [])]
+    paths = [folder / name / "config.json", folder.absolute().parent / name / "config.json"]
+    return [folder / TOWER_CONFIG, *(paths if name not in ("", ".", "..") else [])]

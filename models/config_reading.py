@@ -1,8 +1,8 @@
 """Reading the ``config.json`` of InternVL-C and -G, InternViT and InternVL-Chat (LLaVA layout).
 
-Every key is one of four kinds. It is read; or it is fixed: another value would change what the model
-computes, and is refused by its name; or it is known to change nothing; or it is unknown, and named in the
-notes of a build. The lists cover what transformers 4 and 5, OpenGVLab's code and LLaVA write.
+Every key is one of four kinds. It is read; or it is fixed: another value would change the model's
+results, and is refused by its name; or it is known to change nothing; or it is unknown, and named in the
+notes of a build. The lists cover the keys of transformers 4 and 5, OpenGVLab's code and LLaVA.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ INTERNVL_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """The same of an InternVL's top level."""
 
-_ONE_VIEW = "A chat model of the LLaVA layout sees an image once, as one square."
+_ONE_VIEW = "A chat model of the LLaVA layout reads an image once, as one square."
 CHAT_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mm_use_im_start_end": ((False,), "No tokens are put around an image."),
     "mm_patch_merge_type": (("flat",), _ONE_VIEW),
@@ -133,7 +133,7 @@ CHAT_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_lora": ((0,), _MERGE),
     "lora_enable": ((False,), _MERGE),
 }
-"""The same of what LLaVA adds to a LLaMA's section."""
+"""The same for LLaVA's additions to a LLaMA's section."""
 
 LLAMA_HARMLESS = frozenset(
     [
@@ -231,16 +231,16 @@ def read_llama(s: Section, cls: type) -> dict[str, Any]:
         CapabilityError: naming the key, for one that this decoder does not implement.
     """
     _refuse_quantised(s)
-    found = _typed(s, cls, skip=("eos_token_id", "rope_theta"))
+    fields = _typed(s, cls, skip=("eos_token_id", "rope_theta"))
     if (eos := _end_token(s)) is not None:
-        found["eos_token_id"] = eos
+        fields["eos_token_id"] = eos
     if (theta := _theta(s)) is not None:
-        found["rope_theta"] = theta
-    sizes = cls(**found)
+        fields["rope_theta"] = theta
+    sizes = cls(**fields)
     heads = s.get("num_key_value_heads")
     if heads not in (None, sizes.num_attention_heads):
         raise CheckpointError(
-            f"{s.where} asks for grouped-query attention.",
+            f"{s.where} has grouped-query attention.",
             f"num_key_value_heads is {heads}, num_attention_heads {sizes.num_attention_heads}.",
             "The decoder has one key-value head for each query head.",
         )
@@ -259,29 +259,29 @@ def read_llama(s: Section, cls: type) -> dict[str, Any]:
             f"{s.where}.layer_types is {kinds[:4]!r}.", _FULL, "This form is not supported."
         )
     s.ignore(LLAMA_HARMLESS)
-    return found
+    return fields
 
 
 def read_vision(s: Section, cls: type) -> dict[str, Any]:
     """The fields of ``cls``, an InternViT's sizes, that the section gives; errors as :func:`read_llama`."""
     _refuse_quantised(s)
-    found = _typed(s, cls, skip=("feature_blocks",))
+    fields = _typed(s, cls, skip=("feature_blocks",))
     if (blocks := s.items("feature_blocks")) is not None:
         if not all(type(number) is int for number in blocks):
             s.bad("feature_blocks", "a list of whole numbers")
-        found["feature_blocks"] = tuple(blocks)
+        fields["feature_blocks"] = tuple(blocks)
     if s.get("force_image_size"):
-        found["image_size"] = s.integer("force_image_size")
+        fields["image_size"] = s.integer("force_image_size")
     if norm := s.text("norm_type"):
-        found["norm_type"] = "rms_norm" if norm == "rmsnorm" else norm
-    sizes = cls(**found)
+        fields["norm_type"] = "rms_norm" if norm == "rmsnorm" else norm
+    sizes = cls(**fields)
     _fixed(s, VISION_FIXED)
     _same(s, ("attention_bias",), "qkv_bias", sizes.qkv_bias)
     _same(s, ("use_qk_norm", "qk_norm"), "qk_normalization", sizes.qk_normalization)
     _same(s, (*_EPS_NAMES, "rms_norm_eps"), "layer_norm_eps", sizes.layer_norm_eps)
     _same(s, ("head_dim",), "hidden_size / num_attention_heads", sizes.head_dim)
     s.ignore(VISION_HARMLESS)
-    return found
+    return fields
 
 
 def read_internvl(s: Section, cls: type, qllama: Section) -> dict[str, Any]:
@@ -290,23 +290,23 @@ def read_internvl(s: Section, cls: type, qllama: Section) -> dict[str, Any]:
     QLLaMA's section repeats some of them.
     """
     _refuse_quantised(s)
-    found = _typed(s, cls, skip=("vision", "qllama", "contrastive_only", "unknown_keys"))
+    fields = _typed(s, cls, skip=("vision", "qllama", "contrastive_only", "unknown_keys"))
     _fixed(s, INTERNVL_FIXED)
     for name in ("num_query_token", "cross_attention_frequency"):
         said = qllama.get(name)
-        if said is not None and said != found.setdefault(name, said):
+        if said is not None and said != fields.setdefault(name, said):
             raise CheckpointError(
                 f"{s.where} gives two values of {name}.",
-                f"{found[name]} at the top level, {said} in qllama_config.",
+                f"{fields[name]} at the top level, {said} in qllama_config.",
                 "Use the config.json that was published with these weights.",
             )
     s.ignore(INTERNVL_HARMLESS)
     s.ignore(("vision_config", "qllama_config"))
-    return found
+    return fields
 
 
 def check_chat(s: Section) -> str:
-    """What LLaVA adds to a LLaMA's section; returns ``image_aspect_ratio``: ``pad``, or empty."""
+    """Read LLaVA's additions to a LLaMA's section; returns ``image_aspect_ratio``: ``pad``, or empty."""
     _fixed(s, CHAT_FIXED)
     ratio = s.text("image_aspect_ratio")
     if ratio not in ("pad", "square", ""):
@@ -319,18 +319,18 @@ def check_chat(s: Section) -> str:
 
 def _typed(s: Section, cls: type, skip: Iterable[str] = ()) -> dict[str, Any]:
     """The fields of dataclass ``cls`` that the section has, each of its type."""
-    found: dict[str, Any] = {}
+    typed_values: dict[str, Any] = {}
     for field in fields(cls):
         key = field.name
         if key in skip or s.get(key) is None:
             continue
         if field.type == "int":
-            found[key] = s.integer(key, least=-1 if key.endswith("token_id") else 1, most=MAX_SIZE)
+            typed_values[key] = s.integer(key, least=-1 if key.endswith("token_id") else 1, most=MAX_SIZE)
         elif field.type == "float":
-            found[key] = s.number(key, 0.0)
+            typed_values[key] = s.number(key, 0.0)
         elif field.type == "bool":
-            found[key] = s.flag(key, False)
-    return found
+            typed_values[key] = s.flag(key, False)
+    return typed_values
 
 
 def _fixed(s: Section, table: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
@@ -341,7 +341,7 @@ def _fixed(s: Section, table: Mapping[str, tuple[tuple[Any, ...], str]]) -> None
 def _same(s: Section, others: Iterable[str], key: str, value: Any) -> None:
     """Other names of ``key``, which must not say something else than ``value``."""
     for other in others:
-        s.only(other, value, why=f"{key} is {value!r}, and is what this model reads.")
+        s.only(other, value, why=f"{key} is {value!r}, and is the key that this model reads.")
 
 
 def _end_token(s: Section) -> int | None:
@@ -382,14 +382,12 @@ def _theta(s: Section) -> float | None:
 def _plain_rotary(s: Section) -> float | None:
     """The base of rotary settings that scale nothing."""
     if nested := [key for key, value in s.data.items() if isinstance(value, dict)]:
-        raise CheckpointError(
-            f"{s.where} has settings of its own for {nested[0]}.", "All layers rotate alike."
-        )
+        raise CheckpointError(f"{s.where} has separate settings for {nested[0]}.", "All layers rotate alike.")
     kinds = {key: s.text(key) for key in ("rope_type", "type") if s.get(key) is not None}
     odd = {key: kind for key, kind in kinds.items() if kind != "default"}
     if odd or (not kinds and s.get("factor") is not None):
         said = ", ".join(f"{key} {kind!r}" for key, kind in odd.items()) or f"factor {s.get('factor')!r}"
-        raise CheckpointError(f"{s.where} asks for {said}.", _ROTARY, "Scaled positions are not supported.")
+        raise CheckpointError(f"{s.where} has {said}.", _ROTARY, "Scaled positions are not supported.")
     s.only("partial_rotary_factor", 1, why=_ROTARY)
     s.ignore(("factor",))
     base = None if s.get("rope_theta") is None else _base(s)

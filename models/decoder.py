@@ -1,8 +1,8 @@
 """The decoders of InternVL 1.1 to 3.5: one parametrised pre-norm block (see :mod:`.decoder_config`).
 
-LLaMA's block with grouped queries, biases, norms of queries and keys, a head width of its own, rotary
-scaling, sliding windows, attention sinks and experts, each where the config says so. Keys of the
-``state_dict`` are LLaMA's in every kind: what is stored fused or under other names is mapped on reading
+LLaMA's block with grouped queries, biases, norms of queries and keys, any head width, rotary
+scaling, sliding windows, attention sinks and experts, each if the config has it. Keys of the
+``state_dict`` are LLaMA's in every kind: fused tensors and other names are mapped on reading
 (:mod:`.tiles_layout`).
 """
 
@@ -22,7 +22,7 @@ from .rope import Rotary
 
 
 class Shared(NamedTuple):
-    """What all layers of a call use: rotary tables, and masks by the window that a layer has."""
+    """Inputs that all layers of a call share: rotary tables, and masks by a layer's window."""
 
     rotary: tuple[Tensor, Tensor]
     masks: dict[int | None, Tensor]
@@ -87,7 +87,7 @@ class CausalDecoder(nn.Module):
 def near(positions: Tensor, attention_mask: Tensor, window: int) -> Tensor:
     """Which keys are at most ``window - 1`` positions back: [B, 1, T, S] of ``attention_mask`` [B, S].
 
-    Hidden slots of a cache count for nothing, wherever they lie: a key's position is the number of visible
+    Hidden slots of a cache are ignored wherever they are: a key's position is the number of visible
     ones before it.
     """
     keys = attention_mask.ne(0).long().cumsum(1) - 1
@@ -161,7 +161,7 @@ def with_sinks(keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor) -> tup
         sinks: [heads].
 
     Returns:
-        Keys and values of S + 1 positions, and what is added to the logits [B, heads, T, S + 1].
+        Keys and values of S + 1 positions, and the bias added to the logits [B, heads, T, S + 1].
     """
     heads = len(sinks)
     added = torch.zeros_like(mask, dtype=keys.dtype).masked_fill(~mask, -torch.inf)

@@ -31,8 +31,8 @@ class MoEConfig:
     """A mixture-of-experts feed-forward.
 
     Args:
-        experts: how many there are.
-        per_token: how many of them a token goes through.
+        experts: number of experts.
+        per_token: experts that a token is routed to.
         width: hidden width of one expert.
         normalised: the weights of a token's experts are scaled to the sum 1.
         gpt_oss: GPT-OSS's form: biases, the softmax over the chosen experts only, gates and ups clamped to
@@ -52,7 +52,7 @@ class MoEConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.experts:
             raise CheckpointError(
-                f"A token goes through {self.per_token} of {self.experts} experts.",
+                f"A token is routed to {self.per_token} of {self.experts} experts.",
                 "num_experts_per_tok must be from 1 to num_experts.",
             )
 
@@ -66,10 +66,10 @@ class DecoderConfig:
         head_dim: width of one head; heads times ``head_dim`` need not be ``hidden_size``.
         qkv_bias, o_bias, mlp_bias: whether these linear layers have biases.
         qk_norm: an RMSNorm of each head's queries and keys before they are rotated.
-        sliding_window: positions that the layers of ``sliding_layers`` see, their own included.
-        sinks: GPT-OSS: a logit of each head that takes part in every softmax and stands for no position.
+        sliding_window: positions visible to the layers of ``sliding_layers``, their own included.
+        sinks: GPT-OSS: a logit of each head that takes part in every softmax without a position.
         moe: the experts; None: a plain feed-forward in all layers.
-        tied: what the config says of tied embeddings; None: nothing. A stored lm_head wins over it.
+        tied: ``tie_word_embeddings`` of the config; None: absent. A stored lm_head wins over it.
         eos_token_ids: tokens that end an answer.
     """
 
@@ -131,7 +131,7 @@ class DecoderConfig:
         return next(periods, count)
 
     def window(self, layer: int) -> int | None:
-        """How many positions ``layer`` sees; None: all."""
+        """Number of positions visible to ``layer``; None: all."""
         return self.sliding_window if layer in self.sliding_layers else None
 
     def sparse(self, layer: int) -> bool:

@@ -45,7 +45,7 @@ def kind_of(section: Section, default: str | None = None) -> str:
         kind, said = KINDS.get(names[0], names[0]), "architectures"
     if kind not in KINDS.values():
         raise CapabilityError(
-            f"{section.where}.{said} asks for the decoder {kind}.", f"Known: {', '.join(KINDS.values())}."
+            f"{section.where}.{said} has the decoder {kind}.", f"Known: {', '.join(KINDS.values())}."
         )
     return kind
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 BLOCK_BYTES = 1 << 20
-"""Bytes looked at a time: a block and the scratch array beside it stay in the processor's cache."""
+"""Bytes checked at a time: a block and its scratch array stay in the processor's cache."""
 READERS = 2
 LISTED = 5
 
@@ -113,7 +113,7 @@ class FiniteCheck:
             self._block(words[start : start + BLOCK_BYTES // size], begin // size + start)
 
     def result(self) -> NonFinite | None:
-        """What was seen; None where all values are finite."""
+        """The non-finite values counted; None if there are none."""
         if not self._count:
             return None
         index = tuple(int(i) for i in np.unravel_index(self._first, self.shape)) if self.shape else ()
@@ -170,10 +170,10 @@ class FiniteCheck:
 
 
 def channels_of(name: str, shape: tuple[int, ...]) -> int:
-    """Channels of a weight that are looked at one by one.
+    """Channels of a weight that are checked one by one.
 
     The rows of a matrix, and the values of a vector that is multiplied by (a norm, LayerScale). A bias is
-    added: one small value in it loses nothing that is seen, so all of it is one channel.
+    added: one small value in it has no visible effect, so all of it is one channel.
     """
     if not math.prod(shape):
         return 0
@@ -183,10 +183,10 @@ def channels_of(name: str, shape: tuple[int, ...]) -> int:
 def look_at(
     checkpoint: Checkpoint,
     keys: Iterable[str],
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
     by_channel: bool = False,
 ) -> list[FiniteCheck]:
-    """What the tensors ``keys`` hold, in the order of their files; all of their bytes are read.
+    """Checks of the tensors ``keys``, in the order of their files; all of their bytes are read.
 
     Args:
         checkpoint: an opened checkpoint.
@@ -203,25 +203,25 @@ def look_at(
         if refs[key].offset is None:
             checkpoint.load(key)
     checks = []
-    done = 0
+    bytes_done = 0
     with ThreadPoolExecutor(READERS) as pool:
         looked = pool.map(lambda key: _look_at(checkpoint, key, by_channel), order)
         for key, check in zip(order, looked, strict=True):
-            done += refs[key].nbytes
-            progress(done)
+            bytes_done += refs[key].nbytes
+            progress(bytes_done)
             checks.append(check)
     return checks
 
 
 def non_finite(
-    checkpoint: Checkpoint, keys: Iterable[str], progress: Callable[[int], None] = lambda done: None
+    checkpoint: Checkpoint, keys: Iterable[str], progress: Callable[[int], None] = lambda count: None
 ) -> list[NonFinite]:
     """The tensors among ``keys`` that hold NaN or infinity; see :func:`look_at`."""
     return [report for check in look_at(checkpoint, keys, progress) if (report := check.result())]
 
 
 def check_finite(
-    checkpoint: Checkpoint, keys: Iterable[str], progress: Callable[[int], None] = lambda done: None
+    checkpoint: Checkpoint, keys: Iterable[str], progress: Callable[[int], None] = lambda count: None
 ) -> None:
     """CheckpointError naming tensor, index and value where :func:`non_finite` reports any."""
     if reports := non_finite(checkpoint, keys, progress):
@@ -250,7 +250,7 @@ def not_finite(source: str, reports: list[NonFinite]) -> CheckpointError:
     return CheckpointError(
         f"{source} holds weights that are not finite.",
         f"{'; '.join(map(str, reports[:LISTED]))}{more}.",
-        "Download it again, or save it anew from a training step before its loss became NaN.",
+        "Download it again, or save it again from a training step before its loss became NaN.",
     )
 
 

@@ -43,7 +43,7 @@ def step_mask(mask: Tensor, length: int) -> Tensor:
 
 
 def extend(past: list[KeyValue], new: list[KeyValue]) -> list[KeyValue]:
-    """The cache with the new positions behind the past ones."""
+    """The cache with the new positions after the past ones."""
     return [
         (torch.cat([pk, k], 2), torch.cat([pv, v], 2)) for (pk, pv), (k, v) in zip(past, new, strict=True)
     ]
@@ -61,7 +61,7 @@ def generate(
 ) -> Tensor:
     """New token ids [B, <= max_new_tokens]; see :meth:`.InternVLModel.generate`.
 
-    Padding may stand on either side of the prompt. Rotary positions count visible tokens only
+    Padding may be on either side of the prompt. Rotary positions count visible tokens only
     (``cumsum(mask) - 1``, the queries included), as the published code does.
     """
     config = model.config
@@ -83,10 +83,10 @@ def search(
     stop: StopCriteria,
     num_beams: int,
 ) -> Tensor:
-    """Token search behind a prompt: new ids [B, <= max_new_tokens].
+    """Token search after a prompt: new ids [B, <= max_new_tokens].
 
     Args:
-        step: takes and returns what :func:`text_step` does behind ``model``.
+        step: arguments and results as of :func:`text_step` after ``model``.
         first: logits [B, V] after the prompt.
         past: keys and values of the P positions of the prompt.
         mask: [B, P], nonzero where a position may be seen.

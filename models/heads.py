@@ -25,7 +25,7 @@ class AttentionPool(nn.Module):
 
 
 class PoolAttention(nn.Module):
-    """Attention whose q/k/v biases are parameters of their own, as in the published files."""
+    """Attention whose q/k/v biases are separate parameters, as in the published files."""
 
     def __init__(self, width: int, heads: int, out_width: int) -> None:
         super().__init__()

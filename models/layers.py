@@ -33,9 +33,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, ca
     Args:
         q, k, v: [B, heads, T, d], [B, kv_heads, S, d], [B, kv_heads, S, d]; each key head serves equally many
             query heads.
-        mask: bool, broadcastable to [B, heads, T, S]; True = visible. A row that sees nothing stays finite.
-            Or what is added to the logits.
-        causal: each row sees itself and what stands before it (needs T == S and no ``mask``).
+        mask: bool, broadcastable to [B, heads, T, S]; True = visible. A row without visible keys stays
+            finite. Or a bias that is added to the logits.
+        causal: each row attends to itself and earlier rows (needs T == S and no ``mask``).
 
     Returns:
         [B, T, heads * d].

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 VISION = "vision_model."
 CHAT_TOWER = "model.vision_tower.vision_tower."
 HEADS = ("clip_projector.", "clip_projector2.", "text_projection", "logit_scale", "itm_head.")
-"""What an InternVL has besides its towers: it is no part of a chat model."""
+"""Tensors of an InternVL outside its towers: not part of a chat model."""
 PUBLISHED_HEAD_DIM = 128
 PUBLISHED_POOL_HEADS = 16
 
@@ -102,13 +102,13 @@ def published_key(older: str) -> str:
 
 
 def infer_config(shapes: Mapping[str, Shape], source: str) -> InternVLConfig:
-    """Sizes of an InternVL-C from its tensors' shapes (published keys), for files with no config beside them.
+    """Sizes of an InternVL-C from its tensors' shapes (published keys), for files without a config.
 
     Head counts cannot be read from shapes: the published head width (128 in both towers) and the published
-    16 pooling heads are assumed, as are the epsilons and the rotary base. CheckpointError where that does not
-    fit; a ``config.json`` beside the file then says what does.
+    16 pooling heads are assumed, as are the epsilons and the rotary base. CheckpointError if that does not
+    fit; a ``config.json`` next to the file then gives the sizes.
     """
-    fix = "Put the model's config.json beside the file."
+    fix = "Put the model's config.json next to the file."
     try:
         patch = shapes["vision_model.embeddings.patch_embedding.weight"]
         _, tokens, width = shapes["vision_model.embeddings.position_embedding"]
@@ -159,5 +159,5 @@ def infer_config(shapes: Mapping[str, Shape], source: str) -> InternVLConfig:
 
 def _layers(shapes: Mapping[str, Shape], prefix: str) -> int:
     pattern = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
-    found = [int(m.group(1)) for m in map(pattern.match, shapes) if m]
-    return max(found) + 1 if found else 0
+    numbers = [int(m.group(1)) for m in map(pattern.match, shapes) if m]
+    return max(numbers) + 1 if numbers else 0

@@ -28,7 +28,7 @@ def load_model(
     and nothing else.
 
     Args:
-        path: what :func:`.checkpoint.open_checkpoint` takes, or an opened checkpoint.
+        path: as of :func:`.checkpoint.open_checkpoint`, or an opened checkpoint.
         dtype: type of all parameters; None keeps the stored types.
         device: where they go. On the CPU in the stored type the parameters stay views of the mapped file.
 
@@ -65,11 +65,11 @@ def _loaded(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     family = family_of(checkpoint.model)
     if family.form not in forms:
-        wanted = "an InternVL-Chat" if CHAT in forms else "an InternVL-C or InternVL-G"
+        expected = "an InternVL-Chat" if CHAT in forms else "an InternVL-C or InternVL-G"
         raise CheckpointError(
-            f"{checkpoint.path} is not {wanted}.",
+            f"{checkpoint.path} is not {expected}.",
             f"It is {family.title}.",
-            f"Give the checkpoint of {wanted}, or call load_{'model' if CHAT in forms else 'chat'}.",
+            f"Give the checkpoint of {expected}, or call load_{'model' if CHAT in forms else 'chat'}.",
         )
     model = meta_model(checkpoint)
     load_state(model, checkpoint, dtype, device)

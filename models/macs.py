@@ -1,4 +1,4 @@
-"""Multiply-accumulates of the parts that families are made of, from sizes alone.
+"""Multiply-accumulates of the building blocks of families, from their sizes.
 
 The independent count that the graph's own (:mod:`..profiles.cost.flops`) is checked against; keys are the
 graph's layer types. Counted are matrix products, the patch convolution and the two products of attention
@@ -38,7 +38,7 @@ def llama(q: QLlamaConfig, new: int, total: int, stack: str) -> Macs:
 
 
 def decoder(c: DecoderConfig, new: int, total: int, stack: str) -> Macs:
-    """As :func:`llama`, of a decoder of any kind. In a graph every expert sees every position."""
+    """As :func:`llama`, of a decoder of any kind. In a graph every expert computes every position."""
     layer, hidden, layers = f"{stack}layers.*.", c.hidden_size, c.num_hidden_layers
     keys = total + c.sinks  # a sink is one more
     per_layer = {

@@ -1,7 +1,7 @@
-"""What is wrong with weights that do not fit, where their names or the files beside them tell.
+"""Explanations of weights that do not fit, by their names or the files next to them.
 
 A state dict that was saved from a wrapper, an adapter that was never merged, a sharded training state and
-quantised weights all end in hundreds of missing and surplus names. Each has a remedy of its own.
+quantised weights all end in hundreds of missing and surplus names. Each has its own remedy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NoReturn
 from ..errors import CapabilityError
 
 Advice = tuple[str, str]
-"""Why, and what to do."""
+"""The cause and the remedy."""
 
 _WRAPPERS = {
     "module.": "saved from DataParallel or DistributedDataParallel",
@@ -34,7 +34,7 @@ _QUANTISED = {
     "weight_scale_inv": "fp8",
     "weight_scale": "fp8",
 }
-"""What only quantised weights have: the last part of a tensor's name, and its format."""
+"""Marks of quantised weights: the last part of a tensor's name, and its format."""
 _INTEGERS = ("int8", "uint8", "int4", "uint4")
 _LORA = re.compile(r".*(?:\.lora_[AB]\.|lora_embedding_|\.base_layer\.|\.modules_to_save\.|lora_magnitude).*")
 _STRIP = (
@@ -44,24 +44,26 @@ _STRIP = (
 
 
 def explain_wrapper(names: Collection[str]) -> Advice | None:
-    """Why tensors of these ``names`` are no plain weights, whatever the model; None where they may be."""
+    """Why tensors of these ``names`` are not plain weights of any model; None if they may be."""
     if adapter := [name for name in names if _LORA.fullmatch(name)]:
         return (
             f"It holds LoRA adapters, for example {adapter[0]}.",
             "Merge them first (peft: merge_and_unload; OpenGVLab: tools/merge_lora.py), and give the result.",
         )
     for part, why in _WRAPPERS.items():
-        held = [name for name in names if f".{part}" in f".{name}"]
-        if held and all(name.startswith(part) for name in names):
+        names_inside = [name for name in names if f".{part}" in f".{name}"]
+        if names_inside and all(name.startswith(part) for name in names):
             return f"All names begin with {part}, for it was {why}.", _strip(part)
-        if held and part != "module.":  # which may be a layer's own name
-            return f"{len(held)} names hold {part}, as {held[0]}, for it was {why}.", _strip(part)
+        if names_inside and part != "module.":  # which may be a layer's own name
+            return f"{len(names_inside)} names hold {part}, as {names_inside[0]}, for it was {why}.", _strip(
+                part
+            )
     return None
 
 
-def explain_names(names: Collection[str], wanted: Collection[str]) -> Advice | None:
-    """Why the stored ``names`` are not the ``wanted`` ones; None where they do not tell."""
-    target = set(wanted)
+def explain_names(names: Collection[str], expected: Collection[str]) -> Advice | None:
+    """Why the stored ``names`` are not the ``expected`` ones; None: unknown."""
+    target = set(expected)
     if prefix := _surplus_prefix(names, target):
         return f"All names begin with {prefix}, a prefix that this model's have not.", _strip(prefix)
     if prefix := _surplus_prefix(target, set(names)):
@@ -91,7 +93,7 @@ def refuse_quantised(how: object, source: str) -> NoReturn:
     raise CapabilityError(
         f"{source} is {shown_as} checkpoint: its weights are quantised already.",
         "Engines are built of the weights they were quantised from, which are rounded once.",
-        "Give the checkpoint in bf16, fp16 or fp32 that it was made of.",
+        "Give the checkpoint in bf16, fp16 or fp32 that it was made from.",
     )
 
 
@@ -107,15 +109,15 @@ def check_unquantised(types: Mapping[str, str], source: str) -> None:
 
 
 def explain_folder(folder: Path) -> Advice | None:
-    """Why a folder has no weights, by the files that it has; None where they do not tell."""
+    """Why a folder has no weights, by the files that it has; None: unknown."""
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError:
         return None
     for pattern, advice in _FOLDERS:
-        if found := [name for name in names if re.fullmatch(pattern, name)]:
+        if matches := [name for name in names if re.fullmatch(pattern, name)]:
             why, fix = advice
-            return why.format(found[0]), fix.format(found[-1])
+            return why.format(matches[0]), fix.format(matches[-1])
     return None
 
 
@@ -143,29 +145,29 @@ _FOLDERS: tuple[tuple[str, Advice], ...] = (
     ),
     (
         r".*\.(?:incomplete|part|aria2|crdownload)",
-        ("It has {0}: a download that did not end.", "Download it again: what is there is taken over."),
+        ("It has {0}: an incomplete download.", "Download it again: it continues."),
     ),
     (
         r"(?:model|pytorch_model)-\d+-of-\d+\.(?:safetensors|bin)",
         (
-            "It has {0}, but no index that says which shard holds what.",
-            "Download the model.safetensors.index.json (or pytorch_model.bin.index.json) beside them.",
+            "It has {0}, but no index that says which shard has which tensor.",
+            "Download the model.safetensors.index.json (or pytorch_model.bin.index.json) next to them.",
         ),
     ),
     (
         r"mm_projector\.bin|non_lora_trainables\.bin",
         (
-            "It has {0}: what a LLaVA training stage changed, without the model.",
+            "It has {0}: the tensors that a LLaVA training stage changed, without the model.",
             "Merge it into its base model (LLaVA's load_pretrained_model, then save_pretrained).",
         ),
     ),
     (
         r"checkpoint-\d+",
-        ("It has {0}: folders of a training, each a checkpoint of its own.", "Give one of them: .../{0}"),
+        ("It has {0}: folders of a training, each a separate checkpoint.", "Give one of them: .../{0}"),
     ),
     (
         r".*\.gguf",
-        ("It has {0}: a GGUF file, whose weights are quantised.", "Give the checkpoint it was made of."),
+        ("It has {0}: a GGUF file, whose weights are quantised.", "Give the checkpoint it was made from."),
     ),
     (
         r"tf_model\.h5|flax_model\.msgpack|.*\.ckpt\.index",
@@ -183,7 +185,7 @@ _FOLDERS: tuple[tuple[str, Advice], ...] = (
 
 
 def explain_dict(keys: Iterable[str], tensors_in: Mapping[str, int]) -> Advice | None:
-    """Why a torch file is no plain state dict, by its top-level ``keys``.
+    """Why a torch file is not a plain state dict, by its top-level ``keys``.
 
     Args:
         keys: all of them.
@@ -198,20 +200,20 @@ def explain_dict(keys: Iterable[str], tensors_in: Mapping[str, int]) -> Advice |
     )
 
 
-def _fits(names: Iterable[str], wanted: set[str]) -> bool:
-    """Whether nearly all ``names`` are wanted."""
+def _fits(names: Iterable[str], expected: set[str]) -> bool:
+    """Whether nearly all ``names`` are expected."""
     listed = list(names)
-    return bool(listed) and sum(name in wanted for name in listed) >= 0.9 * len(listed)
+    return bool(listed) and sum(name in expected for name in listed) >= 0.9 * len(listed)
 
 
-def _surplus_prefix(names: Collection[str], wanted: set[str]) -> str:
-    """Up to three dotted parts that all ``names`` begin with, without which they are wanted; else empty."""
+def _surplus_prefix(names: Collection[str], expected: set[str]) -> str:
+    """Up to three dotted parts that all ``names`` begin with, without which they are expected; else empty."""
     if not names:
         return ""
     first = min(names, key=len).split(".")
     for count in range(1, min(4, len(first))):
         prefix = ".".join(first[:count]) + "."
         plain = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        if len(plain) == len(names) and _fits(plain, wanted):
+        if len(plain) == len(names) and _fits(plain, expected):
             return prefix
     return ""

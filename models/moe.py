@@ -10,10 +10,10 @@ from .layers import GatedMLP
 
 
 class SparseMLP(nn.Module):
-    """Every token goes through ``per_token`` of the experts; their outputs are added, weighted by the router.
+    """Every token is routed to ``per_token`` of the experts; their outputs are added, weighted by the router.
 
-    Experts are modules of their own: their keys are then those of most published files, and a mapped file is
-    read without a copy. Traced, all experts see all tokens, with weight 0 where the router did not choose
+    Experts are separate modules: their keys are then those of most published files, and a mapped file is
+    read without a copy. Traced, all experts compute all tokens, with weight 0 where the router did not choose
     them: the same sum, of static shape.
     """
 

@@ -25,7 +25,7 @@ def pixel_shuffle(features: Tensor, factor: int, version: str = "v2") -> Tensor:
         [B, (side / factor)^2, factor^2 * C].
 
     Raises:
-        InputError: the patches are no square that splits by ``factor``.
+        InputError: the patches are not a square that splits by ``factor``.
     """
     batch, count, width = features.shape
     side = round(count**0.5)

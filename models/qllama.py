@@ -20,7 +20,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class Visible(NamedTuple):
-    """Who sees whom: a bool ``mask`` [B, 1, T, S] (True = visible), or None with or without ``causal``."""
+    """Visibility: a bool ``mask`` [B, 1, T, S] (True = visible), or None with or without ``causal``."""
 
     mask: Tensor | None = None
     causal: bool = False
@@ -87,7 +87,7 @@ def component_running(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[s
 
 
 def query_pass(qllama: QLlama, query_tokens: Tensor, tokens: Tensor) -> tuple[Tensor, list[KeyValue]]:
-    """The queries over vision tokens; all queries see each other, so there is no mask.
+    """The queries over vision tokens; all queries attend to each other, so there is no mask.
 
     Args:
         qllama: with its cross-attention.
@@ -124,7 +124,7 @@ def run_layers(
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers and final norm (a module of its own for the published key names)."""
+    """Embeddings, layers and final norm (a separate module, for the published key names)."""
 
     def __init__(self, config: QLlamaConfig, crossing: Sequence[int | None]) -> None:
         """``crossing``: for each layer, the width of the vision tokens it attends to, or None."""
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm LLaMA layer; cross-attention stands between self-attention and MLP."""
+    """Pre-norm LLaMA layer; cross-attention is between self-attention and MLP."""
 
     def __init__(self, config: QLlamaConfig, vision_width: int | None) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-"""What a model is made of: families, their components, and the registry that every other folder asks.
+"""Families, their components, and the registry that every other folder asks.
 
 A *family* is a checkpoint layout: how its ``config.json`` becomes a config, and which components a model of
-that config has. A *component* is one stack of blocks with what stands before and after it: the unit that is
-traced once, calibrated a block at a time, built into an engine and run. Whatever a folder needs to know
-about a component, it asks the object here; nothing outside ``models/`` knows a component by its name.
+that config has. A *component* is one stack of blocks with its entry and exit: the unit that is
+traced once, calibrated a block at a time, built into an engine and run. All that a folder needs to know
+about a component, is a method of the object here; nothing outside ``models/`` knows a component by its name.
 
 A new model form is one file that calls :func:`register` with its :class:`Family`. No torch is imported here
-or by the files that declare families: specs, sizes and costs are wanted where torch is not installed.
+or by the files that declare families: specs, sizes and costs are needed where torch is not installed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Ranges:
     """Smallest, tuned-for and largest size of the dynamic axes.
 
     Args:
-        batch: rows of every component that is no chat decoder.
+        batch: rows of every component that is not a chat decoder.
         text: tokens of a ``qllama_text`` or ``qllama_itm`` row; 80 is the longest the model was trained on.
         prompt: new tokens of one ``qllama_step``: 1 while decoding, the prompt's length at first.
         caption: text positions that a ``qllama_step`` may find in its past, after the queries.
@@ -113,7 +113,7 @@ class Link:
 
 @dataclass(frozen=True)
 class AttentionSize:
-    """One attention of a component: the size of a head, and the fewest key positions that it sees."""
+    """One attention of a component: the size of a head, and its smallest number of key positions."""
 
     head: int
     keys: int
@@ -121,7 +121,7 @@ class AttentionSize:
 
 @dataclass(frozen=True)
 class Context:
-    """What a component takes besides its hidden states, as tensors.
+    """Inputs of a component besides its hidden states, as tensors.
 
     Args:
         inputs: its own inputs: ids, lengths, positions, mask, pixels.
@@ -129,7 +129,7 @@ class Context:
         linked: outputs of other components by name, rows of this call.
         past: keys and values of this layer that the call continues; None for none.
         modules: modules of other components whose weights the entry needs.
-        cut: of a chat prompt, how many text tokens stand before the image.
+        cut: of a chat prompt, number of text tokens before the image.
     """
 
     inputs: Mapping[str, Tensor]
@@ -146,12 +146,12 @@ class Component(Generic[C]):
     Class attributes:
         name: as in manifests, file names and messages.
         tower: components of one tower run through the same blocks and share their weights.
-        optional: built only when asked for.
-        cached: gives out the keys and values of every layer, as ``key.{i}`` and ``value.{i}``.
+        optional: built only on request.
+        cached: outputs the keys and values of every layer, as ``key.{i}`` and ``value.{i}``.
         continues: the component whose keys and values this one takes as its past; empty for none.
-        unit: what a row is, in words: images, texts, pairs, tokens.
-        entry: prefixes of weights that stand before the blocks.
-        lacking: why a checkpoint of the family may lack its weights, and what to do then.
+        unit: what a row is, for messages: images, texts, pairs, tokens.
+        entry: prefixes of weights of modules before the blocks.
+        lacking: why a checkpoint of the family may lack its weights, and the remedy.
     """
 
     name: ClassVar[str]
@@ -163,7 +163,7 @@ class Component(Generic[C]):
     entry: ClassVar[tuple[str, ...]] = ()
     lacking: ClassVar[tuple[str, str] | None] = None
 
-    # what it is -------------------------------------------------------------------------------------------
+    # identity ----------------------------------------------------------------------------------------------
 
     def spec(self, config: C, ranges: Ranges) -> ComponentSpec:
         """Inputs, outputs and dynamic axes."""
@@ -185,7 +185,7 @@ class Component(Generic[C]):
         return any(tensor.name == PIXELS for tensor in self.spec(config, Ranges()).inputs)
 
     def links(self, config: C) -> dict[str, Link]:
-        """Input -> the output of another component that it is made of. ``{}`` if it needs no other."""
+        """Input -> the output of another component that it is computed from. ``{}`` if it needs no other."""
         return {}
 
     # its blocks -------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class Component(Generic[C]):
     # calibration ------------------------------------------------------------------------------------------
 
     def calls(self, config: C, batch: SampleBatch) -> Iterator[Call]:
-        """Its calls on a batch of samples: once, on all of them, with no input of its own but pixels.
+        """Its calls on a batch of samples: once, on all of them, with no inputs but pixels.
 
         A family whose components take turns overrides :meth:`Family.calls` instead.
         """
@@ -249,7 +249,7 @@ class Component(Generic[C]):
         yield Call(self.name, batch.number, rows, {}, (len(rows), length // each, width))
 
     def sample_rows(self, config: C) -> int:
-        """Rows that a sample of a calibration set gives it: 2 of a tower that sees tiles."""
+        """Rows that a sample of a calibration set gives it: 2 of a tower that reads tiles."""
         return 1
 
     def hidden(self, config: C) -> tuple[int, int]:
@@ -301,11 +301,11 @@ class Component(Generic[C]):
         raise NotImplementedError
 
     def swept(self, config: C) -> tuple[str, int] | None:
-        """The axis that text lengths are swept over, and what precedes a text in it; None without texts."""
+        """Axis of the swept text lengths, and the positions before a text in it; None without texts."""
         return None
 
     def typical_calls(self, config: C) -> list[tuple[dict[str, int], int]]:
-        """Sizes of the calls of one answer, and how many of each; here one, at what engines are tuned for."""
+        """Sizes of the calls of one answer, and the number of each; here one call at the tuned sizes."""
         sizes = {axis.name: axis.opt for axis in self.spec(config, Ranges()).axes}
         sizes.pop("total", None)  # past and text together
         return [(sizes, 1)]
@@ -316,10 +316,10 @@ class Family(Generic[C]):
 
     Class attributes:
         name: of the family, as in messages and documents.
-        title: what a model of it is called in a sentence, with its article.
+        title: a model of it in a sentence, with its article.
         config_type: the dataclass of its sizes; no two families share one.
         components: all that a model of the family may have, in the order they run.
-        form: what its models do: :data:`CONTRASTIVE`, :data:`CHAT` or :data:`FEATURES`.
+        form: one of :data:`CONTRASTIVE`, :data:`CHAT` or :data:`FEATURES`.
         runtime: ``module:class`` below ``ivl_export.runtime`` that runs its bundles.
         preprocessor: the image settings of a checkpoint without ``preprocessor_config.json``; None: it must
             have one.
@@ -346,7 +346,7 @@ class Family(Generic[C]):
             folder: the checkpoint, where other files say more; None: ``data`` alone.
 
         Raises:
-            CheckpointError, CapabilityError: it says what this family is not.
+            CheckpointError, CapabilityError: a value that this family does not have.
         """
         raise NotImplementedError
 
@@ -369,14 +369,14 @@ class Family(Generic[C]):
         return tensors
 
     def stored(self, config: C) -> dict[str, tuple[str, Shape]]:
-        """What a checkpoint's files hold: name -> (the key it is known by, or its name again, and its shape).
+        """Tensors of a checkpoint's files: stored name -> (its key here, or the name again, and its shape).
 
         Of a family that joins tensors in its files, a name has no key.
         """
         return {key: (key, shape) for key, shape in self.shapes(config).items()}
 
     def companions(self, config: C) -> dict[str, dict[str, Any]]:
-        """Further JSON files of a checkpoint, beside ``config.json``: name -> content."""
+        """Further JSON files of a checkpoint, next to ``config.json``: name -> content."""
         return {}
 
     def depths(self, config: C) -> tuple[int, int]:
@@ -410,7 +410,7 @@ class Family(Generic[C]):
         return 0
 
     def image_settings(self, config: C, settings: ImageSettings) -> ImageSettings:
-        """``settings`` of a checkpoint's preprocessor, with what its ``config.json`` says of images too."""
+        """``settings`` of a checkpoint's preprocessor, completed from its ``config.json``."""
         return settings.at(config.image_size)
 
     def resized(self, config: C, image_size: int) -> C:
@@ -422,7 +422,7 @@ class Family(Generic[C]):
         return 1
 
     def identity(self, config: C) -> dict[str, Any]:
-        """What a checkpoint's revision is computed from besides its weights."""
+        """Data besides the weights that a checkpoint's revision is computed from."""
         return config.to_published()
 
     def vocabulary(self, config: C) -> int:
@@ -493,7 +493,7 @@ _families: dict[type[Any], Family[Any]] = {}
 
 
 def register(family: Family[Any]) -> None:
-    """Make ``family`` known; it takes the place of one with the same config type, and is asked first."""
+    """Make ``family`` known; it replaces one with the same config type, and is tried first."""
     _families.pop(family.config_type, None)
     _families[family.config_type] = family
 
@@ -535,20 +535,20 @@ def config_from_published(data: dict[str, Any], source: str = "config.json") -> 
     """The config of whichever family claims ``data``, from its published form alone.
 
     Raises:
-        CheckpointError, CapabilityError: no such model, or a size that is no number.
+        CheckpointError, CapabilityError: no such model, or a size that is not a number.
     """
     return _read_config(data, source, None)
 
 
 def load_config(path: Path) -> ModelConfig:
-    """As :func:`config_from_published`, of a file; files beside it may say more, as the family has it."""
+    """As :func:`config_from_published`, of a file; the family may read files next to it."""
     return _read_config(read_json(path), str(path), path.parent)
 
 
 def _read_config(data: dict[str, Any], source: str, folder: Path | None) -> ModelConfig:
     try:
         config: ModelConfig = family_claiming(data, source).read_config(data, source, folder)
-    except TypeError as error:  # a size that is no number
+    except TypeError as error:  # a size that is not a number
         raise CheckpointError(f"{source} cannot be read.", str(error), "Download it again.") from error
     return config
 
@@ -560,7 +560,7 @@ def components_of(config: ModelConfig) -> tuple[Component[Any], ...]:
 
 
 def component_names(config: ModelConfig, optional: bool = False) -> tuple[str, ...]:
-    """Their names; those that are built only when asked for are left out unless ``optional``."""
+    """Their names; those built only on request are left out unless ``optional``."""
     return tuple(c.name for c in components_of(config) if optional or not c.optional)
 
 

@@ -108,8 +108,8 @@ def _yarn(rope: RopeConfig, powers: Tensor, head_dim: int) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     width = high - low or 0.001
-    kept = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
-    return 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept
+    share = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return 1.0 / (rope.factor * powers) * (1 - share) + 1.0 / powers * share
 
 
 def _vector(values: tuple[float, ...], device: torch.device) -> Tensor:

@@ -24,7 +24,7 @@ class RopeConfig:
             the slow ones by ``factor``, with a ramp between slow and fast.
         factor: see above.
         original: positions of the model before its context was extended.
-        attention_factor: what cosines and sines are multiplied with (``longrope``, ``yarn``).
+        attention_factor: factor of cosines and sines (``longrope``, ``yarn``).
         fast, slow: ends of the ramp: ``beta_fast`` and ``beta_slow`` of ``yarn``, ``high_freq_factor`` and
             ``low_freq_factor`` of ``llama3``.
         truncate: ``yarn``: the ramp begins and ends at whole dimensions.
@@ -52,7 +52,7 @@ class RopeConfig:
             )
 
     def within(self, positions: int) -> RopeConfig:
-        """The same embeddings for sequences of at most ``positions``, without what only acts beyond them."""
+        """The same embeddings for at most ``positions`` positions, without scaling that acts only beyond."""
         if positions > self.original or self.scaling not in ("dynamic", "longrope"):
             return self
         if self.scaling == "dynamic":
@@ -184,7 +184,7 @@ def _factor(s: Section, default: float | None = None) -> float:
 
 
 def _original(s: Section, section: Section, default: int) -> int:
-    """The context before it was extended; what stands outside ``rope_scaling`` (Phi-3) comes first."""
+    """The context before it was extended; a value outside ``rope_scaling`` (Phi-3) comes first."""
     inner = s.integer("original_max_position_embeddings", default, most=1 << 31)
     return section.integer("original_max_position_embeddings", inner, most=1 << 31)
 

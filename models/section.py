@@ -1,7 +1,7 @@
 """Reading one section of a published ``config.json``: every value typed, every key accounted for.
 
-A published config has a hundred keys, most of which change nothing. A reader asks for those that do;
-:meth:`Section.ignore` lists those that do not, and :meth:`Section.unknown` is what neither has named.
+A published config has a hundred keys, most of which change nothing. A reader reads those that do;
+:meth:`Section.ignore` lists those that do not, and :meth:`Section.unknown` lists the rest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from ..errors import CapabilityError, CheckpointError
 MAX_SIZE = 1 << 24
 """Largest size that a config may state: more is damage, and would be computed with for hours."""
 
-# What transformers writes into every config: how to train, to generate or to show a model, never what it is.
+# What transformers writes into every config: how to train, to generate or to display a model, never its
+# computation.
 # fmt: off
 GENERAL = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_experts_implementation",
@@ -54,7 +55,7 @@ class Section:
         return self.data.get(key)
 
     def bad(self, key: str, need: str) -> NoReturn:
-        """Refuse the value of ``key``; ``need`` says what it should be."""
+        """Refuse the value of ``key``; ``need`` is the value it should have."""
         value = self.data.get(key)
         shown = repr(value)
         raise CheckpointError(
@@ -148,7 +149,7 @@ class Section:
         if value is None:
             raise CheckpointError(
                 f"{self.where} has no {key} section.",
-                "A model's parts are described in sections of their own.",
+                "A model's parts are described in separate sections.",
                 "Use the config.json that was published with these weights.",
             )
         return Section(value, f"{self.where}: {key}")
@@ -164,7 +165,7 @@ class Section:
         self._named.update(keys)
 
     def unknown(self) -> tuple[str, ...]:
-        """Keys with a value that nothing has asked for or ignored, the section's own name before them."""
+        """Keys with a value that were neither read nor ignored, after the section's name."""
         prefix = self.where.partition(": ")[2].replace(": ", ".")
         names = sorted(k for k, v in self.data.items() if k not in self._named and v is not None)
         return tuple(f"{prefix}.{name}" if prefix else name for name in names)

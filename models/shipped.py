@@ -29,7 +29,7 @@ def nano_chat_folder() -> Path:
 
 
 def shipped_name(model: Path | str | None) -> str | None:
-    """The name of the shipped model that ``model`` stands for: None is internvl-nano.
+    """The full name of a shipped model; None is internvl-nano.
 
     None for a checkpoint of the user's own: a file or folder of such a name comes first.
     """
@@ -40,7 +40,7 @@ def shipped_name(model: Path | str | None) -> str | None:
 
 
 def checkpoint_path(model: Path | str | None) -> Path:
-    """The checkpoint that ``model`` stands for: a path, a shipped model's name, or None for internvl-nano."""
+    """The checkpoint of ``model``: a path, a shipped model's name, or None for internvl-nano."""
     name = shipped_name(model)
     return Path(str(model)) if name is None else shipped_folder(name)
 

@@ -34,17 +34,17 @@ _INDEX_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where one tensor lies.
+    """The place of one tensor.
 
     Args:
         file: the file that holds it.
         name: its name in that file (differs from the published key in the older layout).
         dtype: ``float32``, ``float16`` or ``bfloat16`` (other types are refused when a checkpoint is opened).
         shape: its shape.
-        offset: first byte in ``file``, None where the format does not say (torch files), or where its bytes
-            do not lie together.
+        offset: first byte in ``file``, None where the format does not say (torch files), or its bytes
+            are not contiguous.
         nbytes: its size, contiguous.
-        view: how it is made of stored tensors; None: it is stored itself.
+        view: how it is assembled from stored tensors; None: it is stored itself.
     """
 
     file: Path
@@ -69,10 +69,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor made of rows of stored ones: put one after another, then columns taken, then transposed.
+    """A tensor assembled from stored ones: rows concatenated, then columns selected, then transposed.
 
     Args:
-        rows: which rows of what, in order.
+        rows: the stored tensors and their rows, in order.
         columns: the first, and the step from each to the next.
         transposed: columns become rows.
     """
@@ -98,7 +98,7 @@ class View:
         return TensorRef(first.file, first.name, first.dtype, shape, offset, nbytes, self)
 
     def read(self, shape: tuple[int, ...], load: Callable[[TensorRef], torch.Tensor]) -> torch.Tensor:
-        """The tensor; itself a view of what ``load`` gives where that is possible."""
+        """The tensor; a view of ``load``'s result if possible."""
         import torch
 
         blocks = []
@@ -141,7 +141,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise _damaged(path, "its header is no JSON object")
+        raise _damaged(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
     refs = {name: _ref(path, name, entry, 8 + length) for name, entry in header.items()}
     end = 8 + length
@@ -171,10 +171,10 @@ def _ref(path: Path, name: str, entry: Any, data: int) -> TensorRef:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name appears twice")
-    return found
+    return entries
 
 
 def read_torch(path: Path) -> dict[str, torch.Tensor]:
@@ -186,9 +186,9 @@ def read_torch(path: Path) -> dict[str, torch.Tensor]:
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
             f"{path} is damaged, or not a zip-format torch file.",
-            "Its zip directory, which lies at the end, cannot be read: the file is truncated, or was written "
+            "The zip directory at its end cannot be read: the file is truncated, or was written "
             "by torch before 1.6.",
-            "Download it again, or save it anew with a current torch.",
+            "Download it again, or save it again with a current torch.",
         )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -200,7 +200,7 @@ def read_torch(path: Path) -> dict[str, torch.Tensor]:
     if odd:
         inner = {k: sum(isinstance(t, torch.Tensor) for t in v.values()) for k, v in _tables(loaded)}
         why, fix = explain_dict(loaded, {k: n for k, n in inner.items() if n}) or (named(odd), "")
-        raise CheckpointError(f"{path} holds things that are no dense tensors.", why, fix)
+        raise CheckpointError(f"{path} has objects that are not dense tensors.", why, fix)
     return loaded
 
 
@@ -211,10 +211,10 @@ def _tables(loaded: dict[str, Any]) -> list[tuple[str, dict[Any, Any]]]:
 def _not_plain(path: Path, error: Exception) -> CheckpointError:
     """The error for a torch file that torch does not load without running code in it."""
     text = _ANSI.sub("", str(error))
-    if found := _CLASS.search(text):
+    if names := _CLASS.search(text):
         return CheckpointError(
             f"{path} cannot be read as plain weights: it holds more than weights.",
-            f"It holds a Python object, {found[1] or found[2]}, too; loading one runs code of the file.",
+            f"It holds a Python object, {names[1] or names[2]}, too; loading one runs code of the file.",
             "Where you trust it, save the weights alone: torch.save(torch.load(path, weights_only=False)"
             "['model'], path), with the key that they are under.",
         )
@@ -256,7 +256,7 @@ def open_reader(path: Path) -> Callable[[str], torch.Tensor]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The ``weight_map`` of an index: tensor to shard. Shards lie beside the index, nowhere else."""
+    """The ``weight_map`` of an index: tensor to shard. Shards are next to the index, nowhere else."""
     try:
         weight_map = json.loads(read_text(path, CheckpointError))["weight_map"]
         pairs = dict(weight_map.items())
@@ -265,15 +265,15 @@ def read_index(path: Path) -> dict[str, str]:
     for name, shard in pairs.items():
         if not isinstance(shard, str) or not _INDEX_NAME.fullmatch(shard):
             raise CheckpointError(
-                f"{path} names a shard that is no plain file name.",
+                f"{path} names a shard that is not a plain file name.",
                 f"Tensor {name} is said to be in {shard!r}.",
-                "Do not use this checkpoint: a sound index names files beside it.",
+                "Do not use this checkpoint: a sound index names files next to it.",
             )
     return pairs
 
 
 def check_tensors(source: Path, tensors: dict[str, TensorRef], want: dict[str, tuple[int, ...]]) -> None:
-    """Compare names, shapes and types with what a config asks for; report all kinds of trouble at once.
+    """Compare names, shapes and types with the config's; report all kinds of mismatch at once.
 
     Raises:
         CheckpointError: tensors missing, surplus, of another shape, or of a type that is not computed with.

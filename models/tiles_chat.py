@@ -19,7 +19,7 @@ from .vit import InternViT
 class TilesChatModel(nn.Module):
     """A chat model of the family; keys of its ``state_dict`` are those of :mod:`.tiles_layout`.
 
-    The tower holds only the blocks that are run: what lies after the selected layer is not read.
+    The tower has only the blocks that are run: those after the selected layer are not read.
     """
 
     def __init__(self, config: TilesConfig) -> None:
@@ -33,7 +33,7 @@ class TilesChatModel(nn.Module):
         """[I, 3, S, S] normalised tiles -> the state that the projector reads [I, N, D], class token first.
 
         Raises:
-            InputError: no images, or their sides are no multiples of the patches'.
+            InputError: no images, or their sides are not multiples of the patches'.
         """
         check_pixels(pixel_values, self.config.vision.patch_size)
         weight = self.vision_model.embeddings.class_embedding
@@ -41,7 +41,7 @@ class TilesChatModel(nn.Module):
         return out
 
     def visual_embeds(self, pixel_values: Tensor) -> Tensor:
-        """[I, 3, S, S] -> [I, V, H]: the embeddings that stand for each tile in a prompt.
+        """[I, 3, S, S] -> [I, V, H]: the embeddings of each tile in a prompt.
 
         Raises:
             InputError: tiles that do not split into tokens.
@@ -85,23 +85,23 @@ class TilesChatModel(nn.Module):
         places = torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
         if attention_mask is not None:
             places = places & attention_mask.bool()
-        found, each = int(places.sum()), self.config.num_visual
+        places_in_prompt, each = int(places.sum()), self.config.num_visual
         visual = None if pixel_values is None or not count else self.visual_embeds(pixel_values)
-        if found != (0 if visual is None else visual.shape[0] * visual.shape[1]):
+        if places_in_prompt != (0 if visual is None else visual.shape[0] * visual.shape[1]):
             raise InputError(
-                f"The prompts have {found} image tokens (id {token}).",
+                f"The prompts have {places_in_prompt} image tokens (id {token}).",
                 f"{count} tiles were given, each takes {each if visual is None else visual.shape[1]}.",
                 "Write as many image tokens for an image as its tiles take.",
             )
         return x if visual is None else x.masked_scatter(places[..., None], visual.flatten(0, 1).to(x.dtype))
 
-    def _image_token(self, given: int | None, needed: bool) -> int | None:
-        token = self.config.image_token_id if given is None else given
+    def _image_token(self, chosen: int | None, needed: bool) -> int | None:
+        token = self.config.image_token_id if chosen is None else chosen
         if token is None and needed:
             raise InputError(
                 "The image token is not known.",
-                "Neither the config nor a tokenizer beside it names <IMG_CONTEXT>.",
-                "Give image_token_id, or put the tokenizer's files beside the weights.",
+                "Neither the config nor a tokenizer next to it names <IMG_CONTEXT>.",
+                "Give image_token_id, or put the tokenizer's files next to the weights.",
             )
         if token is not None and not 0 <= token < self.config.decoder.vocab_size:
             raise InputError(
@@ -203,7 +203,7 @@ class TilesChatModel(nn.Module):
 
 
 def padded_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts [B, T] and their mask with all padding on the left; what stood there does not matter."""
+    """Prompts [B, T] and their mask with all padding on the left; the contents there do not matter."""
     used = attention_mask.bool()
     order = used.long().argsort(dim=1, stable=True)
     return input_ids.gather(1, order), used.long().gather(1, order)

@@ -1,4 +1,4 @@
-"""The tensors of an InternVL 1.1 to 3.5 checkpoint under one set of keys, whatever they are stored as."""
+"""The tensors of an InternVL 1.1 to 3.5 checkpoint under one set of keys, for every stored layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FLASH = re.compile(r"(model\.)?(pooling_before_gating|gating|mlp2)\..*")
 
 
 def tiles_tensors(config: TilesConfig, stored: dict[str, TensorRef], source: Path) -> dict[str, TensorRef]:
-    """Every tensor of a model of ``config`` by its key, as a view of what ``source`` stores.
+    """Every tensor of a model of ``config`` by its key, as a view of the tensors of ``source``.
 
     Args:
         config: the model's sizes.
@@ -24,16 +24,16 @@ def tiles_tensors(config: TilesConfig, stored: dict[str, TensorRef], source: Pat
         source: the checkpoint, in messages.
 
     Raises:
-        CheckpointError: stored tensors are not those that the config asks for.
+        CheckpointError: stored tensors are not those of the config.
         CapabilityError: the weights are an InternVL3.5-Flash's.
     """
     for name in stored:
         if _FLASH.fullmatch(name):
             refuse_flash(str(source), f"It holds {name}.")
-    read = {name: ref for name, ref in stored.items() if not _SURPLUS.fullmatch(name)}
-    made = sources(config, read)
-    check_tensors(source, read, stored_shapes(made))
-    return {key: _ref(part, read) for key, part in made.items()}
+    used = {name: ref for name, ref in stored.items() if not _SURPLUS.fullmatch(name)}
+    sources_of = sources(config, used)
+    check_tensors(source, used, stored_shapes(sources_of))
+    return {key: _ref(part, used) for key, part in sources_of.items()}
 
 
 def _ref(source: Source, stored: dict[str, TensorRef]) -> TensorRef:

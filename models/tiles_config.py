@@ -1,4 +1,4 @@
-"""Sizes of InternVL 1.1 to 3.5: a tower that sees tiles of an image, pixel shuffle, projector and decoder."""
+"""Sizes of InternVL 1.1 to 3.5: a tower that reads tiles, pixel shuffle, projector and decoder."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class TilesConfig:
         select_layer: which of the tower's L + 1 hidden states (the embeddings are the first) is read.
         factor: patches of a tile that become one token, along each side.
         shuffle: order of these tokens, ``v1`` or ``v2`` (:func:`.pixel_shuffle.pixel_shuffle`).
-        image_token_id: token that stands for one visual embedding; None: the tokenizer says.
-        template: name of the conversation template; empty: none is named.
+        image_token_id: token of one visual embedding; None: the tokenizer's.
+        template: name of the conversation template; empty: not named.
         system_message: overrides the template's; None: it does not.
         min_tiles, max_tiles: of one image, where it is cut into several; both 1 where it is not.
         thumbnail: an image of several tiles also comes whole, as the last tile.
@@ -52,7 +52,7 @@ class TilesConfig:
         states = self.vision.num_hidden_layers + 1
         if not -states <= self.select_layer < states:
             raise CheckpointError(
-                f"The hidden state {self.select_layer} of the vision tower is asked for.",
+                f"The hidden state {self.select_layer} of the vision tower does not exist.",
                 f"It has {states}: the embeddings and the output of every block.",
             )
         step = self.vision.patch_size * self.factor
@@ -63,7 +63,7 @@ class TilesConfig:
             )
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise CheckpointError(
-                f"Images are cut into {self.min_tiles} to {self.max_tiles} tiles.", "That is no range."
+                f"Images are cut into {self.min_tiles} to {self.max_tiles} tiles.", "That is not a range."
             )
         if self.image_token_id is not None and self.image_token_id >= self.decoder.vocab_size:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Where the tensors of InternVL 1.1 to 3.5 lie in a published checkpoint, and what they are called here.
+"""Names and places of InternVL 1.1 to 3.5's tensors in published checkpoints, and their keys here.
 
 One set of keys serves both layouts and all decoders: OpenGVLab's for the tower and the projector, LLaMA's for
 the decoder, an expert's weights one by one. Published files name and join them in other ways:
@@ -8,7 +8,7 @@ the decoder, an expert's weights one by one. Published files name and join them 
 - Phi-3 has ``qkv_proj`` and ``gate_up_proj``;
 - experts may be stacked; GPT-OSS's are, as [in, out], and gates and ups alternate.
 
-:func:`sources` says for every key which rows of which stored tensors it is made of.
+:func:`sources` gives the rows of stored tensors that make up each key.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .tiles_splits import (
 )
 
 NEWER = "model.vision_tower."
-"""What a tower's names begin with in the newer style of transformers; in the older one without ``model.``."""
+"""Prefix of a tower's names in the newer style of transformers; the older one lacks ``model.``."""
 
 
 def tiles_shapes(config: TilesConfig) -> dict[str, Shape]:
@@ -96,20 +96,20 @@ def _linear(name: str, out: int, width: int, bias: bool) -> Iterator[tuple[str, 
 
 
 def sources(config: TilesConfig, stored: Collection[str]) -> dict[str, Source]:
-    """Key to what it is made of, in a checkpoint that holds tensors called ``stored``.
+    """Key -> its source, in a checkpoint with tensors named ``stored``.
 
     ``stored`` decides between styles of prefixes, between experts that are stacked and those that are not,
-    and whether embeddings are tied: a stored lm_head always wins, and the embeddings stand in where there is
-    none, unless the config says that there should be.
+    and whether embeddings are tied: a stored lm_head always wins, and the embeddings are used where there is
+    none, unless the config says that there is one.
     """
     shapes = tiles_shapes(config)
-    made = {key: Source(shape, (Part(key, shape),)) for key, shape in shapes.items()}
-    made = split_decoder(config.decoder, made, stored)
+    by_key = {key: Source(shape, (Part(key, shape),)) for key, shape in shapes.items()}
+    by_key = split_decoder(config.decoder, by_key, stored)
     if config.layout == "native":
-        made = {key: _native(source, _native_names(stored)) for key, source in made.items()}
-    if made[LM_HEAD].parts[0].name not in stored and config.decoder.tied is not False:
-        made[LM_HEAD] = made[EMBEDDINGS]
-    return made
+        by_key = {key: _native(source, _native_names(stored)) for key, source in by_key.items()}
+    if by_key[LM_HEAD].parts[0].name not in stored and config.decoder.tied is not False:
+        by_key[LM_HEAD] = by_key[EMBEDDINGS]
+    return by_key
 
 
 def published_shapes(config: TilesConfig) -> dict[str, Shape]:
@@ -123,9 +123,9 @@ def published_shapes(config: TilesConfig) -> dict[str, Shape]:
     return stored_shapes(sources(written, (NEWER,)))
 
 
-def stored_shapes(made: dict[str, Source]) -> dict[str, Shape]:
+def stored_shapes(sources: dict[str, Source]) -> dict[str, Shape]:
     """Stored name to shape, for every tensor that :func:`sources` reads."""
-    return {part.name: part.shape for source in made.values() for part in source.parts}
+    return {part.name: part.shape for source in sources.values() for part in source.parts}
 
 
 def _native(source: Source, rename: Callable[[str], str]) -> Source:

@@ -1,4 +1,4 @@
-"""The torch modules behind the components of InternVL 1.1 to 3.5. Each holds just the weights it reads."""
+"""Torch modules of InternVL 1.1 to 3.5's components. Each has only the weights it reads."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TileStep(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A decoder and its lm_head (a module of its own for the published key names)."""
+    """A decoder and its lm_head (a separate module, for the published key names)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

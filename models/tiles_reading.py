@@ -25,7 +25,7 @@ from .section import Section
 from .tiles_config import TilesConfig
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
-"""What stands for one visual embedding in a prompt."""
+"""The token of one visual embedding in a prompt."""
 _IMAGE_TOKENS = ("image_token_id", "image_token_index", "img_context_token_id")
 NATIVE_IMAGE_TOKEN = 151667
 """The image token of the layout of transformers where its config names none."""
@@ -61,7 +61,7 @@ def read_tiles(data: dict[str, Any], source: str = "config.json", eos: tuple[int
 
 
 def load_tiles_config(data: dict[str, Any], source: str, folder: Path) -> TilesConfig:
-    """As :func:`read_tiles`, with what other files of ``folder`` say: the image token, and more stop tokens.
+    """As :func:`read_tiles`, completed from other files of ``folder``: the image token, and more stop tokens.
 
     Raises:
         CheckpointError: as there, or the image token is another one than the tokenizer's.
@@ -75,13 +75,13 @@ def load_tiles_config(data: dict[str, Any], source: str, folder: Path) -> TilesC
         return config
     if any(data.get(key) is not None for key in _IMAGE_TOKENS) and token != config.image_token_id:
         raise CheckpointError(
-            f"{source} and the tokenizer beside it disagree.",
+            f"{source} and the tokenizer next to it disagree.",
             f"The image token is {config.image_token_id} in the config, {IMAGE_TOKEN} is {token}.",
             "Use the config.json and the tokenizer that were published with these weights.",
         )
     if token >= config.decoder.vocab_size:
         raise CheckpointError(
-            f"The tokenizer beside {source} is another model's.",
+            f"The tokenizer next to {source} is another model's.",
             f"Its {IMAGE_TOKEN} is {token}, the decoder has the tokens 0 to {config.decoder.vocab_size - 1}.",
             "Use the tokenizer that was published with these weights.",
         )
@@ -122,7 +122,7 @@ def is_tiles(data: Mapping[str, Any]) -> bool:
 
 
 def refuse_flash(source: str, why: str) -> None:
-    """CapabilityError that says what InternVL3.5-Flash is."""
+    """CapabilityError that explains InternVL3.5-Flash."""
     raise CapabilityError(
         f"{source} is an InternVL3.5-Flash.",
         f"{why} Its router gives a tile 256 or 64 tokens, depending on the image: not implemented.",
@@ -186,7 +186,7 @@ def _read_native(s: Section, eos: tuple[int, ...]) -> TilesConfig:
 
 
 def _tied(decoder: DecoderConfig, top: Section) -> DecoderConfig:
-    """With what the top level says of tied embeddings, too: one yes is enough."""
+    """Merged with the top level's ``tie_word_embeddings``: one yes is enough."""
     if decoder.tied or top.get("tie_word_embeddings") is None:
         return decoder
     return replace(decoder, tied=top.flag("tie_word_embeddings", False))
@@ -231,7 +231,7 @@ def _read_native_vision(s: Section) -> VisionConfig:
         qk_normalization=s.flag("use_qk_norm", False),
         layer_norm_eps=s.number("layer_norm_eps", 1e-6),
         norm_type=s.choice("norm_type", "layer_norm", "rms_norm"),
-        qk_norm_eps=1e-6,  # whatever layer_norm_eps is
+        qk_norm_eps=1e-6,  # independent of layer_norm_eps
     )
 
 

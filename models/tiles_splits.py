@@ -1,4 +1,4 @@
-"""Decoder weights that are stored joined, or under other names: which rows of what each of ours is."""
+"""Decoder weights stored joined or under other names: which rows each of our keys is."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """What a tensor of ``shape`` is made of: parts one after another, columns of them, transposed."""
+    """Source of a tensor of ``shape``: parts concatenated, columns selected, transposed."""
 
     shape: Shape
     parts: tuple[Part, ...]
@@ -41,19 +41,19 @@ class Source:
 Split = Callable[[DecoderConfig, re.Match[str], Source], Source]
 
 
-def split_decoder(c: DecoderConfig, made: dict[str, Source], stored: Collection[str]) -> dict[str, Source]:
-    """``made``, with the decoder's tensors read from what its kind stores.
+def split_decoder(c: DecoderConfig, sources: dict[str, Source], stored: Collection[str]) -> dict[str, Source]:
+    """``sources``, with the decoder's tensors read from its kind's stored ones.
 
     Args:
         c: the decoder.
-        made: key to source, where all is stored as it is called here.
+        sources: key to source, where all is stored as it is called here.
         stored: names of the stored tensors; they say whether Qwen3-MoE's experts are stacked.
     """
     rules = _SPLITS[c.kind]
     if c.kind == "qwen3_moe" and not any(name.endswith(STACKED) for name in stored):
         rules = ()
-    out = dict(made)
-    for key, source in made.items():
+    out = dict(sources)
+    for key, source in sources.items():
         matches = ((pattern.fullmatch(key), split) for pattern, split in rules)
         out[key] = next((split(c, match, source) for match, split in matches if match), source)
     return out

@@ -37,12 +37,12 @@ class InternViT(nn.Module):
     def features(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
         """As :meth:`forward`, and the outputs of the config's ``feature_blocks``, each [B, N, D]."""
         x: Tensor = self.embeddings(pixel_values)
-        kept = []
+        features = []
         for number, block in enumerate(self.encoder.layers, 1):
             x = block(x)
             if number in self.config.feature_blocks:
-                kept.append(x)
-        return x, kept
+                features.append(x)
+        return x, features
 
     def hidden_states(self, pixel_values: Tensor) -> list[Tensor]:
         """The embeddings and the output of every block: L + 1 tensors [B, N, D]."""
@@ -86,7 +86,7 @@ def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """The stack of blocks (a module of its own for the published key names)."""
+    """The stack of blocks (a separate module, for the published key names)."""
 
     def __init__(self, config: VisionConfig, blocks: int) -> None:
         super().__init__()
@@ -132,8 +132,8 @@ class Attention(nn.Module):
         """[B, N, D] -> [B, N, D]."""
         qkv: Tensor = self.qkv(x)
         if isinstance(self.q_norm, nn.Identity):
-            # Heads before q, k, v: where nothing else stands between, TensorRT cuts the weight in three
-            # instead, and leaves FP8 and INT8 for it.
+            # Heads before q, k, v: if nothing else is between, TensorRT cuts the weight in three
+            # instead, and drops FP8 and INT8.
             q, k, v = qkv.reshape(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         else:
             q, k, v = qkv.chunk(3, dim=-1)

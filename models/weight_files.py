@@ -26,7 +26,7 @@ WEIGHT_FILES = (
 
 
 def read_folder(folder: Path, readers: dict[Path, Reader]) -> tuple[Path, dict[str, TensorRef]]:
-    """The file that stands for a folder's weights, and where its tensors lie by their stored names.
+    """The main file of a folder's weights, and the places of its tensors by stored name.
 
     ``readers`` gets one for each file that had to be opened for this (torch files).
 
@@ -66,15 +66,15 @@ def _read_shards(index: Path, readers: dict[Path, Reader]) -> dict[str, TensorRe
             f"Missing {', '.join(absent)}, with {named(lost)}",
             "Download the missing files.",
         )
-    found: dict[str, TensorRef] = {}
+    located: dict[str, TensorRef] = {}
     for shard in shards:
         refs = read_file(index.parent / shard, readers)
-        twice = [k for k in refs if k in found]
+        twice = [k for k in refs if k in located]
         if twice:
             raise CheckpointError(f"{index.parent} holds tensors in two shards.", named(twice))
-        found.update(refs)
-    moved = [k for k, v in weight_map.items() if k not in found or found[k].file.name != v]
-    unlisted = [k for k in found if k not in weight_map and not is_ignored(k)]
+        located.update(refs)
+    moved = [k for k, v in weight_map.items() if k not in located or located[k].file.name != v]
+    unlisted = [k for k in located if k not in weight_map and not is_ignored(k)]
     for names, what in ((moved, "are not in the shard the index names"), (unlisted, "are not in the index")):
         if names:
             raise CheckpointError(
@@ -82,4 +82,4 @@ def _read_shards(index: Path, readers: dict[Path, Reader]) -> dict[str, TensorRe
                 f"Tensors that {what}: {named(names)}",
                 "Download it again.",
             )
-    return found
+    return located

@@ -1,4 +1,4 @@
-"""Steps that measure what accuracy was lost: of the components, and on the tasks of an evaluation set."""
+"""Steps that measure the loss of accuracy: of the components, and on the tasks of an evaluation set."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ HEADLINES = {
 }
 """The figures that budgets are held to, and where :func:`..synthetic.tasks.evaluate` puts them."""
 COMPARED = ("fp8", "int8")
-"""Recipes whose task accuracy is shown beside fp32, bf16 and what is built."""
+"""Recipes whose task accuracy is compared with fp32, bf16 and the built recipe."""
 
 
 def accuracy_step(plan: BuildPlan, before: list[Step]) -> Step:
     """Every component against fp32, on held-out samples.
 
-    The graphs are run in fp32: whether the base type holds what they compute is judged by the magnitudes that
+    The graphs are run in fp32: whether the base type holds their values is judged by the magnitudes that
     the fp32 model reached, and a type that does not is refused.
     """
 
@@ -95,7 +95,7 @@ def accuracy_step(plan: BuildPlan, before: list[Step]) -> Step:
 
 
 def tasks_step(plan: BuildPlan, preprocess: Step, before: list[Step]) -> Step:
-    """Task accuracy in fp32, bf16, FP8, INT8 and in what is built, all on the same questions."""
+    """Task accuracy in fp32, bf16, FP8, INT8 and the built recipe, all on the same questions."""
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         model, source = {**plan.identity, **after([preprocess])}, graph_source(plan, space.staging_dir)
@@ -104,12 +104,12 @@ def tasks_step(plan: BuildPlan, preprocess: Step, before: list[Step]) -> Step:
         advanced(1)
         scores["bf16"] = cached([model, "bf16"], partial(torch_scores, "bf16"))
         if not plan.recipe.quantises:
-            # ONNX Runtime computes these graphs in fp32: torch shows what 16-bit arithmetic costs.
+            # ONNX Runtime computes these graphs in fp32: torch shows the loss by 16-bit arithmetic.
             base = plan.recipe.base
             run_base = partial(torch_scores, base)
             scores[plan.recipe.name] = cached([model, base], run_base)
-        for done, other in enumerate(_compared(plan, source), 2):
-            advanced(done)
+        for count, other in enumerate(_compared(plan, source), 2):
+            advanced(count)
             scores[other.recipe.name] = scores_of(plan, other, space, preprocess)
         return [write_receipt(space, "tasks", {"scores": scores, "sizes": question_counts(plan)})], {}
 
@@ -139,7 +139,7 @@ def graph_manifest(plan: BuildPlan, manifest: Manifest, root: Path) -> Manifest:
 
 
 def _compared(plan: BuildPlan, source: GraphSource) -> list[GraphSource]:
-    """What is built, if it is quantised, and the other quantised recipes on the same ranges."""
+    """The built recipe, if it quantises, and the other quantised recipes on the same ranges."""
     if not plan.recipe.quantises:
         return []
     if folded_layers(plan.layers.schemes):
@@ -179,8 +179,8 @@ def component_receipt(
 
     Args:
         plan: of the build.
-        source: what the graphs were made from.
-        space: holds them, and the fp32 activations meanwhile.
+        source: checkpoint, recipe and ranges of the graphs.
+        space: workspace with the graphs; the fp32 activations are spilled there.
         progress: called with how much of :func:`receipt_units` is done.
         simulate: whether to simulate; None: if the graphs take over half of the free memory.
     """
@@ -189,9 +189,9 @@ def component_receipt(
     blocks: dict[str, list[Metrics]] = {}
     with tempfile.TemporaryDirectory(dir=space.work_dir, prefix="accuracy-") as folder:
         if simulate:
-            found = _simulated(plan, source, space, Path(folder), progress)
-            forced, chained, blocks = found.teacher_forced, found.chained, found.blocks
-            magnitudes = found.magnitudes
+            simulated = _simulated(plan, source, space, Path(folder), progress)
+            forced, chained, blocks = simulated.teacher_forced, simulated.chained, simulated.blocks
+            magnitudes = simulated.magnitudes
         else:
             forced, chained, magnitudes = _in_onnxruntime(plan, space, Path(folder), progress)
     return Receipt(
@@ -229,11 +229,11 @@ def _in_onnxruntime(
     recording = Recording(*inputs, folder, progress=progress)
 
     def reference() -> Iterator[tuple[Batch, list[ChainStep]]]:
-        done = base
+        samples_done = base
         for batch, steps in recording:
             yield batch, steps
-            done += batch.size
-            progress(done)
+            samples_done += batch.size
+            progress(samples_done)
 
     paths = {c: space.staging_dir / graph_path(c, "fp32") for c in plan.components}
     engines = {c: open_engine(ORT, component_spec(c, config), path) for c, path in paths.items()}
@@ -264,7 +264,7 @@ def no_session(checkpoint: Checkpoint, components: Iterable[str]) -> str:
 
 
 def receipt_units(plan: BuildPlan) -> int:
-    """What the progress of :func:`component_receipt` counts to."""
+    """Total that the progress of :func:`component_receipt` reaches."""
     count = len(plan.held_out)
     return calibration_units(plan.checkpoint.model, plan.components, count) + count
 
@@ -330,8 +330,8 @@ def question_counts(plan: BuildPlan) -> dict[str, int]:
 
 def headlines(scores: Mapping[str, Any]) -> dict[str, float]:
     """The accuracies (0..1) that budgets are held to."""
-    found = ((name, *place) for name, place in HEADLINES.items() if place[0] in scores)
-    return {name: scores[group][task]["accuracy"] for name, group, task in found}
+    places = ((name, *place) for name, place in HEADLINES.items() if place[0] in scores)
+    return {name: scores[group][task]["accuracy"] for name, group, task in places}
 
 
 def cached(content: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -343,8 +343,8 @@ def cached(content: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any
     parts = [content, QUESTIONS, CHAT_QUESTIONS, tool_versions(), code_digest()]
     path = cache_folder() / "evaluations" / f"{sha256_json(parts)}.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return stored
     except (OSError, ValueError):
         pass  # not there yet, or half a file of a full disk: made again below
     result = compute()

@@ -79,7 +79,7 @@ def finite_step(plan: BuildPlan) -> Step:
 
 
 def fold_steps(plan: BuildPlan, preprocess: Step) -> list[Step]:
-    """What is folded into the weights before they are quantised; empty where the recipe folds nothing."""
+    """Steps that find factors to fold into the weights; empty where the recipe folds none."""
     if not folded_layers(plan.layers.schemes):
         return []
     if plan.ranges_file is not None and plan.ranges_file.factors is not None:
@@ -91,7 +91,7 @@ def fold_steps(plan: BuildPlan, preprocess: Step) -> list[Step]:
 
 
 def _fold_step(plan: BuildPlan, preprocess: Step) -> Step:
-    """What inputs are divided by, channel by channel, and weights multiplied by."""
+    """The step that finds factors s [in]: inputs are divided by s, weight columns multiplied."""
     smoothed = folded_layers(plan.layers.schemes, "smooth")
     searched = {layer: plan.layers.schemes[layer] for layer in folded_layers(plan.layers.schemes, "awq")}
     config, samples = plan.checkpoint.model, len(plan.calibration)
@@ -104,30 +104,30 @@ def _fold_step(plan: BuildPlan, preprocess: Step) -> Step:
         from ..calibration.smoothquant import channel_ranges, factors
 
         run_on = (plan.calibration, plan.settings, plan.tokenizer)
-        found = {}
+        folding_factors = {}
         with tempfile.TemporaryDirectory(dir=space.work_dir, prefix="fold-") as folder:
-            given = (*run_on, Path(folder))
+            common = (*run_on, Path(folder))
             size = CALIBRATION_BATCH
             if smoothed:
                 ranges = channel_ranges(
-                    plan.checkpoint, plan.components, smoothed, *given, batch_size=size, progress=advanced
+                    plan.checkpoint, plan.components, smoothed, *common, batch_size=size, progress=advanced
                 )
-                found.update(factors(plan.checkpoint, ranges, smoothed))
+                folding_factors.update(factors(plan.checkpoint, ranges, smoothed))
             if searched:
-                done = units if smoothed else 0
-                found.update(
+                offset = units if smoothed else 0
+                folding_factors.update(
                     awq_factors(
                         plan.checkpoint,
                         plan.components,
                         searched,
-                        *given,
+                        *common,
                         base=plan.recipe.base,
                         batch_size=size,
-                        progress=lambda more: advanced(done + more),
+                        progress=lambda more: advanced(offset + more),
                     )
                 )
-        save_file(found, space.staging_dir / SMOOTHING)
-        return [SMOOTHING], {"sources": len(found)}
+        save_file(folding_factors, space.staging_dir / SMOOTHING)
+        return [SMOOTHING], {"sources": len(folding_factors)}
 
     return Step(
         "fold",

@@ -54,7 +54,7 @@ class BuildConfig:
         preset: shapes that engines are tuned for, one of :data:`..engines.tensorrt.shapes.PRESETS`.
         shapes: ranges of axes, ``batch=1:8:32``; they win over the preset.
         engine_options: settings of the TensorRT builders.
-        no_cache: build engines anew, with no engine or kernel time of an earlier build.
+        no_cache: build every engine, without engines or kernel times of earlier builds.
         cache_size: the most bytes of engines kept for later builds; None: the environment's, see
             :mod:`..files.cache_dir`.
         allow_accuracy_loss: report a loss over budget instead of failing.
@@ -102,8 +102,8 @@ class QatConfig:
         learn_scales: whether scales are trained too.
         seed: of the data's order.
         evaluate_every: steps between evaluations on scenes; 0: only before and after.
-        save_every: steps between kept states.
-        work_dir: where the state lies; None: next to ``out``.
+        save_every: steps between saved states.
+        work_dir: folder of the saved state; None: next to ``out``.
         strategy: how several processes share the model.
     """
 

@@ -1,4 +1,4 @@
-"""Steps that build engines, and prove what they run."""
+"""Steps that build engines, and verify their precision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .workspace import Data, Step, StepResult, Workspace, after, write_receipt
 
 
 def engine_path(component: str, backend: str, target: str) -> Path:
-    """Where the engine of ``component`` for ``target`` lies in a bundle."""
+    """Path in a bundle of the engine of ``component`` for ``target``."""
     return Path("engines") / f"{backend}-{target}" / f"{component}.engine"
 
 
@@ -45,8 +45,8 @@ def engine_step(plan: BuildPlan, component: str, part: int, backend: str, target
         path, out = space.staging_dir / graph_path(name, plan.recipe.base), space.staging_dir / rel
         place, profiles = {"component": component, "part": part}, plan.profiles(spec)
         key = _key(plan, space, path, profiles, backend, target) if not plan.config.no_cache else None
-        if key is not None and (kept := take_engine(key, out)) is not None:
-            return [rel.as_posix()], {**kept, **place, "cached": True}
+        if key is not None and (cached := take_engine(key, out)) is not None:
+            return [rel.as_posix()], {**cached, **place, "cached": True}
         record = build_engine(
             path,
             spec,
@@ -80,7 +80,7 @@ def engine_step(plan: BuildPlan, component: str, part: int, backend: str, target
 def _key(
     plan: BuildPlan, space: Workspace, graph: Path, profiles: tuple[Profile, ...], backend: str, target: str
 ) -> EngineKey:
-    """What the engine of ``graph`` follows from."""
+    """Step inputs of the engine of ``graph``."""
     stores = [rel for name, record in space.records.items() if name in STORES for rel in record.files]
     return EngineKey(
         graph=sha256_file_once(graph),
@@ -95,7 +95,7 @@ def _key(
 
 
 def verification_step(plan: BuildPlan, before: list[Step]) -> Step:
-    """The verification report: what really runs in 8 bits. A broken promise fails the build."""
+    """The verification report: the products that really run in 8 bits. A broken promise fails the build."""
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         reports: dict[str, dict[str, Any]] = {}
@@ -108,8 +108,8 @@ def verification_step(plan: BuildPlan, before: list[Step]) -> Step:
             else:
                 plain = [space.staging_dir / graph_path(name, "fp32") for name in pieces]
                 report = merge_reports([read_onnxruntime(path) for path in plain])
-                # ONNX Runtime has no FP8 kernels on a CPU: there only INT8 is held to its promise.
-                # Beside FP8 nodes, which it may not touch, it fuses no INT8 either.
+                # ONNX Runtime has no FP8 kernels on a CPU: there only INT8 is checked.
+                # It fuses no INT8 next to FP8 nodes either.
                 int8 = {node: s for node, s in promised["fp32"].items() if s == "int8"}
                 if int8 and "fp8" not in promised["fp32"].values():
                     check_expectations(report, int8)
@@ -130,7 +130,7 @@ def verification_step(plan: BuildPlan, before: list[Step]) -> Step:
 def _engine_report(
     plan: BuildPlan, space: Workspace, spec: ComponentSpec, backend: str, target: str
 ) -> VerificationReport:
-    """What an engine runs: of RTX from its file, of TensorRT from its inspector, on the GPU it is for."""
+    """The products that an engine runs: RTX's from its file, TensorRT's by its inspector."""
     engine = space.staging_dir / engine_path(spec.name, backend, target)
     graph = space.staging_dir / graph_path(spec.name, plan.recipe.base)
     if backend == RTX:

@@ -1,4 +1,4 @@
-"""What a build's result depends on besides its inputs: library versions and our own code."""
+"""Environment of a build, part of every step's hash: library versions and this package's code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CODE = (
 
 @cache
 def tool_versions() -> dict[str, str]:
-    """Installed versions of :data:`TOOLS` and of this package; what is not installed is left out."""
+    """Installed versions of :data:`TOOLS` and of this package; others are left out."""
     installed = {name: version for name in TOOLS if (version := _version(name)) is not None}
     return {"ivl-export": __version__, **installed}
 

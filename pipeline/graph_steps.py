@@ -47,7 +47,7 @@ _JOINED = re.compile(r"(self_attn\.[qkv]|cross_attn\.[kv]|mlp\.gate|mlp\.up)_pro
 
 @dataclass(frozen=True)
 class GraphSource:
-    """What graphs are made from.
+    """Source of graphs.
 
     Args:
         checkpoint: the weights.
@@ -68,7 +68,7 @@ class GraphSource:
 
 
 def graph_path(component: str, compute: str) -> Path:
-    """Where the graph that computes in ``compute`` lies in a bundle."""
+    """Path in a bundle of the graph that computes in ``compute``."""
     return GRAPHS / f"{component}.{compute}.onnx"
 
 
@@ -87,7 +87,7 @@ def component_weights(source: GraphSource, components: Sequence[str]) -> tuple[l
 
 
 def write_base_store(
-    source: GraphSource, keys: Sequence[str], root: Path, progress: Callable[[int], None] = lambda done: None
+    source: GraphSource, keys: Sequence[str], root: Path, progress: Callable[[int], None] = lambda count: None
 ) -> list[str]:
     """The tensors that stay in the base type; returns the files written, relative to ``root``.
 
@@ -102,7 +102,7 @@ def write_quantised_store(
     source: GraphSource,
     layers: Sequence[str],
     root: Path,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
     """FP8 / INT8 values and scales of ``layers``, one block of rows in memory at a time."""
     base, tensors = source.recipe.base, source.checkpoint.tensors
@@ -117,9 +117,9 @@ def write_quantised_store(
         return source.checkpoint.load(name)
 
     with StoreWriter(root / LOW_STORE, layout) as store:
-        for done, name in enumerate(layers, 1):
+        for number, name in enumerate(layers, 1):
             quantise_layer(read, store.write, name, source.layers.schemes[name], base)
-            progress(done)
+            progress(number)
     return [LOW_STORE.as_posix()]
 
 
@@ -129,7 +129,7 @@ def write_graph(
     """Trace ``component``, quantise the graph, bind it to the stores below ``root`` and save it.
 
     Returns:
-        Node name -> scheme of the quantised GEMMs: what engines must keep.
+        Node name -> scheme of the quantised GEMMs: engines must keep them.
     """
     model, promised = _quantised(source, component, compute, style)
     _save(model, root, graph_path(component, compute))
@@ -139,10 +139,10 @@ def write_graph(
 def write_split_graph(
     source: GraphSource, component: str, root: Path, compute: str, style: Style, parts: int
 ) -> tuple[dict[str, str], list[ComponentSpec]]:
-    """As :func:`write_graph`, and beside the graph its ``parts``, as graphs of ``<component>.<k>``.
+    """As :func:`write_graph`, and also writes its ``parts``, as graphs of ``<component>.<k>``.
 
     Returns:
-        What :func:`write_graph` returns, which is the promise of all parts together, and their contracts.
+        The result of :func:`write_graph`, which is the promise of all parts together, and their contracts.
     """
     model, promised = _quantised(source, component, compute, style)
     config = source.checkpoint.model
@@ -186,7 +186,7 @@ def _shape(tensors: dict[str, Any], layer: str) -> tuple[int, int]:
 
 
 def graph_source(plan: BuildPlan, root: Path) -> GraphSource:
-    """What the graphs of ``plan`` are made from, once calibration is done."""
+    """Checkpoint, recipe and ranges that the graphs of ``plan`` are made from, after calibration."""
     ranges = ActivationRanges.load(root / RANGES) if plan.layers.rounded else None
     return GraphSource(folded_checkpoint(plan, root), plan.recipe, plan.layers, ranges)
 
@@ -212,17 +212,17 @@ def _stored(source: GraphSource, components: Iterable[str]) -> tuple[dict[str, i
     """Bytes of each tensor of ``components``: (kept in the base type, quantised), under its published key."""
     keys, layers = component_weights(source, list(components))
     tensors, base = source.checkpoint.tensors, source.recipe.base
-    kept = {key: dtype_of(base).nbytes(math.prod(tensors[key].shape)) for key in keys}
+    high = {key: dtype_of(base).nbytes(math.prod(tensors[key].shape)) for key in keys}
     low = {}
     for name in layers:
         rows, columns = tensors[f"{name}.weight"].shape
         parts = stored_tensors(name, source.layers.schemes[name], base, (rows, columns))
         low[f"{name}.weight"] = sum(part.nbytes for part in parts)
-    return kept, low
+    return high, low
 
 
 def build_load(source: GraphSource, component: str) -> Load:
-    """What :func:`..engines.memory.graph_load` will find in the graph of ``component``."""
+    """The :func:`..engines.memory.graph_load` of the graph of ``component``, before it is written."""
     base, low = _stored(source, [component])
     sizes = {**base, **low}
     return Load.of({key: size * (2 if _JOINED.search(key) else 1) for key, size in sizes.items()})
@@ -239,7 +239,7 @@ def store_steps(plan: BuildPlan, smooth: list[Step]) -> list[Step]:
 
     def base(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         files = write_base_store(
-            folded(space.staging_dir), keys, space.staging_dir, lambda done: advanced(done // MEGABYTE)
+            folded(space.staging_dir), keys, space.staging_dir, lambda count: advanced(count // MEGABYTE)
         )
         return files, {"tensors": len(keys)}
 
@@ -263,7 +263,7 @@ def graph_step(plan: BuildPlan, component: str, before: list[Step]) -> Step:
         source, files = graph_source(plan, space.staging_dir), []
         promised: dict[str, dict[str, str]] = {}
         pieces: list[ComponentSpec] = []
-        for done, (compute, style) in enumerate(source.variants(), 1):
+        for number, (compute, style) in enumerate(source.variants(), 1):
             if count == 1:
                 promised[compute] = write_graph(source, component, space.staging_dir, compute, style)
             else:
@@ -272,7 +272,7 @@ def graph_step(plan: BuildPlan, component: str, before: list[Step]) -> Step:
                 )
             names = [component, *(piece.name for piece in pieces)]
             files += [graph_path(name, compute).as_posix() for name in names]
-            advanced(done)
+            advanced(number)
         parts = {"parts": [piece.to_json() for piece in pieces]} if pieces else {}
         return files, {"promised": promised, **parts}
 

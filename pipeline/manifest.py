@@ -21,7 +21,7 @@ from .workspace import Record
 
 
 def manifest_of(plan: BuildPlan, records: Mapping[str, Record], receipts: Sequence[str]) -> Manifest:
-    """What the bundle of ``plan`` says about itself, without the hashes of its files."""
+    """The manifest of the bundle of ``plan``, without the hashes of its files."""
     checkpoint = plan.checkpoint
     computes = dict.fromkeys(("fp32", plan.recipe.base))
 
@@ -65,24 +65,24 @@ def manifest_of(plan: BuildPlan, records: Mapping[str, Record], receipts: Sequen
 def engine_file(record: Record) -> EngineFile:
     """The manifest's entry of the engine that a step made; its record may have been plain JSON."""
     data, (file, *_) = record.data, record.files
-    built = data["built"]
-    profiles = tuple({axis: tuple(sizes) for axis, sizes in p.items()} for p in built["profiles"])
+    fields = data["built"]
+    profiles = tuple({axis: tuple(sizes) for axis, sizes in p.items()} for p in fields["profiles"])
     where = data["component"], data["backend"], data["target"]
-    return EngineFile(*where, file, data["release"], data["part"], Built(**{**built, "profiles": profiles}))
+    return EngineFile(*where, file, data["release"], data["part"], Built(**{**fields, "profiles": profiles}))
 
 
 def _calibration(plan: BuildPlan) -> Calibration | None:
-    """What the ranges were measured on; None where nothing was."""
+    """The manifest's entry on the samples of the ranges; None: nothing was measured."""
     if plan.ranges_file is not None:
-        made = plan.ranges_file.ranges
-        found = (made.set_hash, made.samples, made.skipped, made.synthetic, made.without_caption)
-        return Calibration(*found, made.samples < SMALL, made.algorithm)
+        ranges = plan.ranges_file.ranges
+        counts = (ranges.set_hash, ranges.samples, ranges.skipped, ranges.synthetic, ranges.without_caption)
+        return Calibration(*counts, ranges.samples < SMALL, ranges.algorithm)
     if not plan.measures:
         return None
     chosen = plan.calibration
-    found = (chosen.hash, len(chosen), len(chosen.skipped), chosen.synthetic, chosen.without_caption)
+    counts = (chosen.hash, len(chosen), len(chosen.skipped), chosen.synthetic, chosen.without_caption)
     algorithm = plan.algorithm if plan.layers.rounded else ""
-    return Calibration(*found, len(chosen) < SMALL, algorithm)
+    return Calibration(*counts, len(chosen) < SMALL, algorithm)
 
 
 def part_specs(records: Mapping[str, Record], component: str) -> list[ComponentSpec]:

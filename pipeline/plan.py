@@ -51,13 +51,13 @@ if TYPE_CHECKING:
 
 EVALUATION = "evaluation.json"
 TASKS = ("scenes", "chat scenes")
-"""What it may name: :mod:`..synthetic.tasks`, :mod:`..synthetic.chat_tasks`."""
+"""Task sets that it may name: :mod:`..synthetic.tasks`, :mod:`..synthetic.chat_tasks`."""
 OWN_CALIBRATION = ("calibration.jsonl", "calibration")
 """A manifest or folder next to the weights: the calibration set that a checkpoint brings along."""
 HELD_OUT = 32
 """Calibration samples kept back to measure accuracy on."""
 SMOOTHING = "smoothing.safetensors"
-"""What norms and layers were divided by, next to ``ranges.json``, where the recipe folds."""
+"""File of the divisors of norms and layers, next to ``ranges.json``, if the recipe folds."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class BuildPlan:
 
     Args:
         config: the arguments.
-        recipe: what the build applies.
-        layers: what the recipe means for this model.
+        recipe: the build's.
+        layers: the recipe applied to this model's layers.
         linear_shapes: every linear layer of the model and its weight's shape [out, in].
         checkpoint: with the features that the config asks for.
         folder: the checkpoint's.
@@ -96,9 +96,9 @@ class BuildPlan:
         algorithm: how ranges are picked.
         ranges_file: ranges that were measured before; None: they are measured, if any are needed.
         calibration: samples to calibrate on.
-        held_out: samples kept back to measure accuracy on.
-        notices: sentences that a user must be told.
-        searched: whether the recipe was searched, and not read from a file.
+        held_out: samples reserved to measure accuracy on.
+        notices: sentences to show the user.
+        searched: whether the recipe comes from the search, not from a file.
     """
 
     config: BuildConfig
@@ -168,11 +168,11 @@ def plan_build(
     Args:
         config: the arguments.
         progress: callback with the number of calibration samples read, and of all.
-        recipe: what ``config.precision`` means, where no file says it: a searched recipe.
+        recipe: the recipe of ``config.precision``, if it is not in a file: a searched one.
 
     Raises:
         UsageError: unknown precision, target, backend or component; more parts than blocks.
-        CheckpointError: the checkpoint or what belongs to it cannot be read.
+        CheckpointError: the checkpoint or its files cannot be read.
         CapabilityError: a target lacks the precision, or a backend that was named is not installed.
         InputError: no usable calibration data, or none given where some is needed.
     """
@@ -355,7 +355,7 @@ def _components(checkpoint: Checkpoint, names: tuple[str, ...], itm: bool) -> tu
 
 
 def _evaluation(folder: Path) -> str | None:
-    """What the model can be evaluated on, as its folder says; None where it says nothing."""
+    """Tasks that the model can be evaluated on, as its folder names them; None: it names none."""
     path = folder / EVALUATION
     if not path.is_file():
         return None
@@ -406,10 +406,10 @@ def _calibration_sets(
     else:
         # Only to compare the graphs with fp32: any images will do for that.
         samples = scenes_calibration(min(count, HELD_OUT))
-    # A small set keeps fewer samples back: what is left over is more than the config says.
+    # A small set keeps fewer samples back: the rest is more than the config's number.
     rest, held_out = samples.split(HELD_OUT)
-    wanted = config.calib_samples
-    return replace(rest, samples=rest.samples[:wanted], asked=wanted), held_out
+    target_count = config.calib_samples
+    return replace(rest, samples=rest.samples[:target_count], requested=target_count), held_out
 
 
 def _ranges_file(
@@ -424,7 +424,7 @@ def _ranges_file(
 
     Raises:
         UsageError: an algorithm was named too; the recipe measures nothing.
-        InputError: the file is broken, of another model, or does not cover what the recipe quantises.
+        InputError: the file is broken, of another model, or lacks layers that the recipe quantises.
     """
     path = config.ranges
     if path is None:

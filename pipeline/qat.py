@@ -1,6 +1,6 @@
 """Quantisation-aware training: a checkpoint and a recipe in, a checkpoint and its ranges out.
 
-What is written is the published layout: quantised weights hold the very values that the graph will
+The output has the published layout: quantised weights have exactly the values that the graph will
 dequantise, so ``build --model OUT --precision OUT/recipe.yaml --ranges OUT/ranges.json`` stores the integers
 and scales that training simulated, bit for bit.
 """
@@ -23,10 +23,10 @@ from ..calibration.sources import open_calibration
 from ..dtypes import dtype_of
 from ..errors import CapabilityError, InputError, UsageError
 from ..files.hashing import sha256_json
-from ..files.write import atomic
 from ..models.registry import CHAT, family_of
 from ..progress import Progress
 from ..quantization.ranges import ActivationRanges
+from . import plots
 from .config import ORT, BuildConfig, QatConfig
 from .graph_steps import RANGES
 from .plan import EVALUATION, BuildPlan, plan_build
@@ -44,9 +44,7 @@ RECEIPT = "qat.json"
 RECIPE = "recipe.yaml"
 CURVE = "curve.png"
 QUESTIONS = {"n_classify": 500, "n_retrieve": 200, "n_galleries": 2, "n_caption": 500, "n_caption_zh": 200}
-"""Questions of the tasks before and after; captions are what low precision costs first."""
-PLOTTED = (("caption", "en"), ("InternVL-G", "classify"), ("InternVL-G", "text_to_image"))
-"""Tasks whose accuracy is drawn over the steps."""
+"""Questions of the tasks before and after; low precision degrades captions first."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class QatPlan:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """Sentences that a user must be told about the data."""
+        """Notices about the data, to show the user."""
         return self.build.notices + (self.data.notices if self.data is not None else ())
 
     @property
@@ -86,7 +84,7 @@ class QatPlan:
         return Tuning(stage, config.scale_lr, config.seed)
 
     def summary(self, processes: int) -> dict[str, Any]:
-        """What a run would do, for a dry run."""
+        """Plan of a run, for a dry run."""
         from ..training.distributed import own_rows
 
         config, schemes = self.config, self.build.layers.quantised
@@ -191,12 +189,12 @@ def _training_data(
             f"A batch has {config.batch}.",
             "Add images, or give a smaller --batch.",
         )
-    return replace(samples, asked=len(samples))
+    return replace(samples, requested=len(samples))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: the receipt, as it stands in :data:`RECEIPT`, and the folder it lies in."""
+    """A finished run: the receipt (the content of :data:`RECEIPT`) and its folder."""
 
     out: Path
     receipt: dict[str, Any]
@@ -204,7 +202,7 @@ class Outcome:
 
     @property
     def build_command(self) -> str:
-        """What makes a bundle of it."""
+        """The command that builds a bundle of it."""
         ranges = f" --ranges {self.out / RANGES}" if self.rounded else ""
         return f"ivl-export build --model {self.out} --precision {self.out / RECIPE}{ranges}"
 
@@ -282,7 +280,7 @@ def train_rank(
 def run(
     qat: QatPlan, processes: int, progress: Progress, report: Callable[[TrainingProgress], None]
 ) -> Outcome | None:
-    """Train, write the checkpoint, and measure what it gained; None in processes that torchrun added.
+    """Train, write the checkpoint, and measure the gain; None in processes that torchrun added.
 
     Raises:
         InputError: the work folder holds another run.
@@ -324,7 +322,7 @@ def run(
         receipt = _receipt(qat, history, cpu, processes, {**before, "qat": after}, curve)
         (staging / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
         if find_spec("matplotlib") is not None:
-            plot(receipt, staging / CURVE)
+            plots.training_curve(receipt, staging / CURVE)
         if config.out.exists():
             shutil.rmtree(config.out)
         staging.replace(config.out)
@@ -364,56 +362,13 @@ def write_checkpoint(
 
 def recovered(scores: dict[str, Any]) -> dict[str, float]:
     """Share of the loss that training won back, of each task that lost more than a point."""
-    found = {}
+    shares = {}
     for group, tasks in scores["fp32"].items():
         for task, score in tasks.items() if group != "settings" else ():
             whole, low = score["accuracy"], scores["ptq"][group][task]["accuracy"]
             if whole - low > 0.01:
-                found[f"{group} {task}"] = (scores["qat"][group][task]["accuracy"] - low) / (whole - low)
-    return found
-
-
-def plot(receipt: dict[str, Any], path: Path) -> None:
-    """Draw the losses of a run's receipt, and its accuracy where it was measured, into a PNG.
-
-    Raises:
-        CapabilityError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CapabilityError(
-            "The curve cannot be drawn.", str(error), "pip install 'ivl-export[plots]'"
-        ) from error
-    scores = receipt.get("scores")
-    figure = Figure(figsize=(9 if scores else 5, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
-    losses = receipt["losses"]
-    for name in losses[0]:
-        if name != "grad_norm":
-            axes[0].plot(
-                range(1, len(losses) + 1), [max(step[name], 1e-9) for step in losses], label=name, lw=1
-            )
-    axes[0].set(xlabel="step", ylabel="loss", yscale="log", title=f"{receipt['recipe']}: losses")
-    axes[0].legend(frameon=False)
-    if scores:
-        last = len(losses)
-        points = [
-            (0, scores["ptq"]),
-            *((point["step"], point["scores"]) for point in receipt["curve"]),
-            (last, scores["qat"]),
-        ]
-        for group, task in PLOTTED:
-            values = [100 * found[group][task]["accuracy"] for _, found in points]
-            line = axes[1].plot(
-                [step for step, _ in points], values, "o-", ms=3, lw=1, label=f"{group} {task}"
-            )
-            whole = 100 * scores["fp32"][group][task]["accuracy"]
-            axes[1].axhline(whole, color=line[0].get_color(), ls=":", lw=1)
-        axes[1].set(xlabel="step", ylabel="accuracy, %", title="held-out scenes (dotted: fp32)")
-        axes[1].legend(frameon=False, loc="lower right")
-    with atomic(path) as file:
-        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+                shares[f"{group} {task}"] = (scores["qat"][group][task]["accuracy"] - low) / (whole - low)
+    return shares
 
 
 def _receipt(

@@ -34,8 +34,8 @@ def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
         "largest": magnitudes.summary(manifest.compute_dtype),
         "tasks": tasks,
         "verification": {
-            engine: {name: _summary(report) for name, report in found.items()}
-            for engine, found in verification.items()
+            engine: {name: _summary(report) for name, report in components.items()}
+            for engine, components in verification.items()
         },
         "fallback_causes": _causes(verification),
         "steps": [
@@ -46,7 +46,7 @@ def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
 
 
 def _unread(result: Result) -> list[str]:
-    """What could not be opened, so that nothing is known of its kernels."""
+    """Engines that could not be opened, so that their kernels are unknown."""
     unread = result.records["verification"].data.get("unread", {})
     return [f"Kernels of {name} on the CPU were not read: {why}." for name, why in unread.items()]
 
@@ -64,11 +64,11 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
 
 def _causes(verification: dict[str, Any]) -> list[str]:
     """Why quantised products do not run in 8 bits, each cause once for an engine."""
-    found: dict[str, None] = {}
+    causes: dict[str, None] = {}
     for engine, components in verification.items():
         for component, report in components.items():
             fallbacks = set(report["fallbacks"])
             for gemm in report["gemms"]:
                 if gemm["node"] in fallbacks:
-                    found[f"{engine}, {component}: {gemm['cause'] or 'unknown cause'}"] = None
-    return list(found)
+                    causes[f"{engine}, {component}: {gemm['cause'] or 'unknown cause'}"] = None
+    return list(causes)

@@ -28,7 +28,7 @@ from .workspace import RECEIPT, Record, Step, Workspace, run_step
 
 DEFAULT_BUDGET = 1.0
 HEADROOM = 256 << 20
-"""Disk for what is small: graphs, receipts, ranges."""
+"""Disk for small files: graphs, receipts, ranges."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def build_steps(plan: BuildPlan) -> list[Step]:
 
     finite (a look at the weights), preprocess, fold (SmoothQuant and AWQ), calibrate, sensitivity and search
     (of a mixed recipe), weights, quantise, a graph for each component, accuracy of the components (which
-    refuses a 16-bit type that does not hold what they compute: before engines take minutes), an engine for
-    each component and target, verification (what really runs), accuracy on the tasks.
+    refuses a 16-bit type that overflows: before engines take minutes), an engine for
+    each component and target, verification, accuracy on the tasks.
     """
     preprocess = preprocess_step(plan)
     fold = fold_steps(plan, preprocess)
@@ -154,7 +154,7 @@ def calibrate(plan: BuildPlan, progress: Progress) -> ActivationRanges:
     """Measure the ranges of ``plan`` and write them to ``plan.config.out``, whole or not at all.
 
     A recipe that folds factors into the weights gets them next to it, as :data:`.plan.SMOOTHING`. A run that
-    was killed goes on at the block it was in.
+    was killed continues at the block it was in.
 
     Raises:
         UsageError: the recipe rounds no inputs.
@@ -181,7 +181,7 @@ def calibrate(plan: BuildPlan, progress: Progress) -> ActivationRanges:
 
 
 def check_disk(out: Path, steps: Sequence[Step]) -> None:
-    """BuildError unless the disk of ``out`` holds what ``steps`` write, all together."""
+    """BuildError unless the disk of ``out`` has room for the files of all ``steps``."""
     needed = sum(step.writes for step in steps) + HEADROOM
     folder = next(p for p in out.absolute().parents if p.is_dir())
     free = shutil.disk_usage(folder).free
@@ -201,7 +201,7 @@ def check_accuracy(plan: BuildPlan, root: Path, records: Mapping[str, Record]) -
 
     Args:
         plan: has the budget.
-        root: folder of the bundle, or of what becomes it.
+        root: folder of the bundle, or of its staging folder.
         records: of all steps.
     """
     if "tasks" not in records:
@@ -236,7 +236,7 @@ def _manifest(plan: BuildPlan, records: Mapping[str, Record]) -> Manifest:
 
 
 def _unchanged(plan: BuildPlan, space: Workspace, steps: Sequence[Step]) -> Result | None:
-    """The bundle that is there, if it is what this build would seal; nothing of it is read or copied."""
+    """The existing bundle, if this build would produce the same one; its files are not read or copied."""
     bundle, sealed = space.sealed
     if bundle is None or any(s.name not in sealed or sealed[s.name].digest != s.digest for s in steps):
         return None

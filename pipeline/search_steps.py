@@ -36,18 +36,18 @@ from .workspace import Step, StepResult, Workspace, after, run_step, write_recei
 CANDIDATES = ("fp8", "int8", "int8-weight", "int4-weight")
 """Schemes that a search chooses from, less those that a target lacks a type for."""
 RecipeLoss = Callable[[BuildPlan, GraphSource, Workspace, Step], float]
-"""What a recipe loses, in points: of a plan, the graphs of the recipe, the workspace and preprocessing."""
+"""Loss of a recipe in points: of a plan, the graphs of the recipe, the workspace and preprocessing."""
 _JOINED = re.compile(r"(.*\.)(self_attn\.[qkv]|cross_attn\.[kv]|mlp\.(?:gate|up))_proj")
 """Layers that share their input: a builder joins their products where they have one scheme."""
 
 
 def plan_mixed(config: BuildConfig, progress: Progress, loss: RecipeLoss | None = None) -> BuildPlan:
-    """The plan of ``config``, whose recipe is searched first; what was searched before is not again.
+    """The plan of ``config``, whose recipe is searched first; a finished search is not repeated.
 
     Args:
         config: the build.
-        progress: told of each step.
-        loss: what a recipe loses, in points; None: of task accuracy, or of cosine where no tasks are run.
+        progress: receives the steps.
+        loss: measures the loss of a recipe, in points; None: of task accuracy, or of cosine without tasks.
 
     Raises:
         UsageError: an option that a search cannot take.
@@ -97,19 +97,19 @@ def _search_step(plan: BuildPlan, preprocess: Step, before: list[Step], loss: Re
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         ranges = ActivationRanges.load(space.staging_dir / RANGES)
-        found = Sensitivity.from_json(read_json(space.staging_dir / RECEIPT))
+        sensitivity = Sensitivity.from_json(read_json(space.staging_dir / RECEIPT))
         measured = 0
 
         def lost(schemes: dict[str, str]) -> float:
             nonlocal measured
             recipe = as_recipe(MIXED, schemes, list(plan.linear_shapes), plan.recipe.base, "")
-            made = GraphSource(plan.checkpoint, recipe, plan_layers(recipe, plan.linear_shapes), ranges)
-            points = measure(plan, made, space, preprocess)
+            source = GraphSource(plan.checkpoint, recipe, plan_layers(recipe, plan.linear_shapes), ranges)
+            points = measure(plan, source, space, preprocess)
             measured += 1
             advanced(measured)
             return points
 
-        result = search(_groups(plan, found), plan.recipe.base, budget, lost)
+        result = search(_groups(plan, sensitivity), plan.recipe.base, budget, lost)
         unit = "points of task accuracy" if tasks else "points of cosine"
         summary = f"Searched: at most {budget:g} {unit} lost, modelled on {gpu.title}."
         recipe = as_recipe(MIXED, result.schemes, list(plan.linear_shapes), plan.recipe.base, summary)
@@ -127,11 +127,11 @@ def _search_step(plan: BuildPlan, preprocess: Step, before: list[Step], loss: Re
     return Step("search", {**inputs, **after([preprocess, *before])}, run, unit="recipes measured")
 
 
-def _groups(plan: BuildPlan, found: Sensitivity) -> list[Group]:
-    """Groups of layers with what they cost and lose; layers outside the blocks keep the base type."""
+def _groups(plan: BuildPlan, sensitivity: Sensitivity) -> list[Group]:
+    """Groups of layers with their times and losses; layers outside the blocks keep the base type."""
     from ..profiles.cost.layer_costs import gpu_of, layer_times
 
-    gpu, base, worst = gpu_of(plan.targets[0]), plan.recipe.base, found.worst()
+    gpu, base, worst = gpu_of(plan.targets[0]), plan.recipe.base, sensitivity.worst()
     assert gpu is not None
     fit = candidates(plan)
     times = layer_times(plan.checkpoint.model, plan.components, fit, base, gpu)
@@ -158,27 +158,27 @@ def _group(
     return Group(tuple(layers), tuple(options))
 
 
-def _task_loss(plan: BuildPlan, made: GraphSource, space: Workspace, preprocess: Step) -> float:
+def _task_loss(plan: BuildPlan, source: GraphSource, space: Workspace, preprocess: Step) -> float:
     """The most percentage points lost on a task, on the questions that the build is held to."""
     model = {**plan.identity, **after([preprocess])}
     torch_scores = partial(evaluate_torch, plan, "fp32")
     full = headlines(cached([model, "fp32"], torch_scores))
-    got = headlines(scores_of(plan, made, space, preprocess))
+    got = headlines(scores_of(plan, source, space, preprocess))
     return max(round(100 * (full[task] - got[task]), 6) for task in full)
 
 
-def _cosine_loss(plan: BuildPlan, made: GraphSource, space: Workspace, _: Step) -> float:
+def _cosine_loss(plan: BuildPlan, source: GraphSource, space: Workspace, _: Step) -> float:
     """100 (1 - cosine) of the worst output of any component, simulated block by block on held-out samples."""
     from ..calibration.simulate import Quantised, simulated_accuracy
 
     with tempfile.TemporaryDirectory(dir=space.work_dir, prefix="search-") as name:
         root = Path(name)
-        keys, layers = component_weights(made, plan.components)
-        stores = [root / p for p in write_base_store(made, keys, root)]
-        stores += [root / p for p in write_quantised_store(made, layers, root)]
-        quantised = Quantised(stores, made.layers.quantised, made.recipe.base, made.ranges)
-        found = simulated_accuracy(
+        keys, layers = component_weights(source, plan.components)
+        stores = [root / p for p in write_base_store(source, keys, root)]
+        stores += [root / p for p in write_quantised_store(source, layers, root)]
+        quantised = Quantised(stores, source.layers.quantised, source.recipe.base, source.ranges)
+        simulated = simulated_accuracy(
             plan.checkpoint, plan.components, quantised, plan.held_out, plan.settings, plan.tokenizer, root
         )
-    tables = found.chained or found.teacher_forced
+    tables = simulated.chained or simulated.teacher_forced
     return max(100 * (1 - m.cosine) for outputs in tables.values() for m in outputs.values())

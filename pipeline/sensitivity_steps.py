@@ -48,7 +48,7 @@ def sensitivity_step(plan: BuildPlan, schemes: Sequence[str], before: list[Step]
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         folder = space.work_dir / "sensitivity"
-        found = measure(
+        result = measure(
             plan.checkpoint,
             plan.components,
             schemes,
@@ -60,9 +60,9 @@ def sensitivity_step(plan: BuildPlan, schemes: Sequence[str], before: list[Step]
             base=plan.recipe.base,
             progress=advanced,
         )
-        made = [write_receipt(space, RECEIPT.stem, found.to_json())]
+        files = [write_receipt(space, RECEIPT.stem, result.to_json())]
         shutil.rmtree(folder, ignore_errors=True)
-        return made, {"variants": len(found.losses)}
+        return files, {"variants": len(result.losses)}
 
     config, samples = plan.checkpoint.model, len(plan.held_out)
     return Step(
@@ -76,16 +76,16 @@ def sensitivity_step(plan: BuildPlan, schemes: Sequence[str], before: list[Step]
 
 
 def tasks_step(plan: BuildPlan, questions: int, before: Step, variants: int) -> Step:
-    """Task accuracy of the whole model with one layer quantised; goes on at the variant it was in."""
+    """Task accuracy of the whole model with one layer quantised; continues at the variant it was in."""
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
-        found = read_sensitivity(space.staging_dir)
+        result = read_sensitivity(space.staging_dir)
         known = space.work_dir / "layer-tasks.jsonl"
         lost = _read_lines(known, before.digest)
-        asked = list(found.worst())
+        variants_left = list(result.worst())
         tasks: LayerTasks | None = None
         with known.open("a", encoding="utf-8") as lines:
-            for done, key in enumerate(asked, 1):
+            for count, key in enumerate(variants_left, 1):
                 if key not in lost:
                     tasks = tasks or LayerTasks(
                         plan, ActivationRanges.load(space.staging_dir / RANGES), questions
@@ -93,9 +93,9 @@ def tasks_step(plan: BuildPlan, questions: int, before: Step, variants: int) -> 
                     lost[key] = tasks.lost(*key)
                     lines.write(json.dumps([before.digest, *key, lost[key]]) + "\n")
                     lines.flush()
-                advanced(done)
-        losses = (replace(x, tasks=lost.get((x.layer, x.scheme), {})) for x in found.losses)
-        whole = replace(found, losses=tuple(losses))
+                advanced(count)
+        losses = (replace(x, tasks=lost.get((x.layer, x.scheme), {})) for x in result.losses)
+        whole = replace(result, losses=tuple(losses))
         return [write_receipt(space, "layer-tasks", whole.to_json())], {}
 
     return Step(
@@ -114,10 +114,10 @@ def sensitivity(
 
     Args:
         plan: names model, components, calibration and held-out samples; its recipe gives the base type.
-        schemes: what is tried, see :func:`..calibration.sensitivity.measure`.
+        schemes: schemes to try, see :func:`..calibration.sensitivity.measure`.
         out: a folder.
         progress: shows the steps.
-        questions: of each task, where the model has an evaluation set; 0: tasks are left out.
+        questions: of each task, where the model has an evaluation set; 0: no tasks.
 
     Raises:
         UsageError: a scheme that cannot be tried on a layer alone.
@@ -132,8 +132,8 @@ def sensitivity(
             run_step(space, step)
         name = RECEIPT.stem
         if questions and plan.evaluation:
-            found = read_sensitivity(space.staging_dir)
-            run_step(space, tasks_step(plan, questions, losses, len(found.worst())))
+            first_losses = read_sensitivity(space.staging_dir)
+            run_step(space, tasks_step(plan, questions, losses, len(first_losses.worst())))
             name = "layer-tasks"
         result = Sensitivity.from_json(read_json(space.staging_dir / "receipts" / f"{name}.json"))
         out.mkdir(parents=True, exist_ok=True)
@@ -142,8 +142,8 @@ def sensitivity(
     return result
 
 
-def report(plan: BuildPlan, found: Sensitivity, questions: int) -> dict[str, object]:
-    """``found`` with what it was measured on."""
+def report(plan: BuildPlan, result: Sensitivity, questions: int) -> dict[str, object]:
+    """``result`` with the model, samples and questions it was measured on."""
     return {
         "schema": "ivl-export.sensitivity/1",
         "model": plan.folder.resolve().name,
@@ -153,18 +153,18 @@ def report(plan: BuildPlan, found: Sensitivity, questions: int) -> dict[str, obj
         "synthetic": plan.calibration.synthetic,
         "questions": questions if plan.evaluation else 0,
         "tasks": plan.evaluation or "none: the model has no evaluation set",
-        **found.to_json(),
+        **result.to_json(),
     }
 
 
 def read_sensitivity(root: Path) -> Sensitivity:
-    """What the step wrote below ``root``."""
+    """The losses that the step wrote below ``root``."""
     return Sensitivity.from_json(read_json(root / RECEIPT))
 
 
 def _read_lines(path: Path, digest: str) -> dict[tuple[str, str], dict[str, float]]:
-    """What an earlier run of just this kind found out; a line that was cut off does not count."""
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    """Task losses saved by an interrupted run with the same digest; an incomplete last line is ignored."""
+    losses: dict[tuple[str, str], dict[str, float]] = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -172,13 +172,13 @@ def _read_lines(path: Path, digest: str) -> dict[tuple[str, str], dict[str, floa
             except ValueError:
                 continue
             if own == digest:
-                found[layer, scheme] = lost
-    return found
+                losses[layer, scheme] = lost
+    return losses
 
 
-def noisiest(found: Sensitivity, count: int) -> list[Loss]:
+def noisiest(result: Sensitivity, count: int) -> list[Loss]:
     """The ``count`` variants that lose most, worst first."""
-    return sorted(found.worst().values(), key=lambda loss: -loss.noise)[:count]
+    return sorted(result.worst().values(), key=lambda loss: -loss.noise)[:count]
 
 
 class LayerTasks:
@@ -245,9 +245,9 @@ class LayerTasks:
         """
         only = next(iter(hooks.values()), None) if self.chat else None
 
-        def hook(*given: Any) -> Any:
+        def hook(*arguments: Any) -> Any:
             own = only or hooks.get("vision" if layer.startswith("vision_model.") else self._pass)
-            return own(*given) if own is not None else None
+            return own(*arguments) if own is not None else None
 
         return hook
 
@@ -259,7 +259,7 @@ class LayerTasks:
 
 
 def _internvl(plan: BuildPlan, questions: int) -> tuple[nn.Module, Callable[[], dict[str, Any]]]:
-    """The model, and what scores it as it is now."""
+    """The model, and a function that scores its current state."""
     import torch
 
     from ..models.load import load_model
@@ -274,7 +274,7 @@ def _internvl(plan: BuildPlan, questions: int) -> tuple[nn.Module, Callable[[], 
         "n_caption": questions,
         "n_caption_zh": 0,
     }
-    # An adapter remembers what it was asked: each score has its own.
+    # An adapter caches its answers, so each score has an adapter.
     return model, lambda: tasks.evaluate(TorchModel(model, plan.tokenizer, plan.settings), **sizes)
 
 

@@ -1,10 +1,10 @@
 """Content-hashed steps, and the staging folder of a build that they make their files in.
 
-A bundle ``out`` is made in ``.<name>.build/bundle`` beside it, at the same relative paths; the records of
-finished steps lie in ``.<name>.build/steps``. A step's hash covers
-everything its files follow from: its inputs, the library versions, and this package's own code. A step whose
-record has that hash, and whose files are there, is not run again; of one that the finished bundle holds the
-files are copied. So a build that was killed goes on, and one that is asked for again runs what changed.
+A bundle ``out`` is made in ``.<name>.build/bundle`` next to it, at the same relative paths; the records of
+finished steps are in ``.<name>.build/steps``. A step's hash covers everything that decides its files: its
+inputs, the library versions, and this package's own code. A step whose record has that hash, and whose files
+are there, is not run again; if the finished bundle has them, the files are copied. So a killed build resumes,
+and a repeated one runs only the steps that changed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Data = dict[str, Any]
 
 @dataclass(frozen=True)
 class Record:
-    """A finished step: its hash, its files (relative path to size), its seconds, and what it found out."""
+    """A finished step: its hash, its files (relative path to size), its seconds, and data for later steps."""
 
     digest: Sha256
     files: dict[RelativePath, Count]
@@ -49,8 +49,8 @@ StepResult = tuple[list[str], Data]
 class Step:
     """One step; ``run(space, advanced)`` writes files to ``space.staging_dir`` and calls ``advanced(done)``.
 
-    ``inputs`` decides the result; ``total`` is what ``advanced`` counts to, in ``unit``; ``writes`` are about
-    the bytes of disk it takes, where they are many; ``load`` says what memory an engine takes, as one of
+    ``inputs`` decides the result; ``total`` is the total of ``advanced``, in ``unit``; ``writes`` are about
+    the bytes of disk it takes, where they are many; ``load`` is the memory that an engine takes, as one of
     ``parts`` of its component.
     """
 
@@ -121,8 +121,8 @@ class Workspace:
             name: unique in the build; it becomes part of a file name.
             inputs: plain data that decides the result.
             run: makes files below the folder it is given; returns their relative paths and plain data.
-            total: what progress counts to.
-            unit: of what, for the reader.
+            total: total of the progress.
+            unit: its unit, for the reader.
         """
         digest = step_digest(name, inputs)
         record = self._staged(name, digest) or self._from_bundle(name, digest)
@@ -145,23 +145,23 @@ class Workspace:
 
     def known(self, name: str, inputs: Data) -> bool:
         """Whether :meth:`step` would find its result already there."""
-        kept = self.sealed[1].get(name)
-        return self.staged(name, inputs) or (kept is not None and kept.digest == step_digest(name, inputs))
+        old = self.sealed[1].get(name)
+        return self.staged(name, inputs) or (old is not None and old.digest == step_digest(name, inputs))
 
     def staged(self, name: str, inputs: Data) -> bool:
         """Whether the result of a step is in the staging folder, where it takes no more disk."""
         return self._staged(name, step_digest(name, inputs)) is not None
 
     def finish(self) -> None:
-        """Leave only what the steps of this build made, and their records as ``receipts/build.json``."""
-        wanted = {rel for record in self.records.values() for rel in record.files}
+        """Keep only files made by the steps of this build; write their records to ``receipts/build.json``."""
+        paths = {rel for record in self.records.values() for rel in record.files}
         receipt = self.staging_dir / "receipts" / f"{RECEIPT}.json"
         with disk_errors(self.out):
             receipt.parent.mkdir(exist_ok=True)
             receipt.write_text(json.dumps({n: asdict(r) for n, r in self.records.items()}, indent=1) + "\n")
-        wanted.add(receipt.relative_to(self.staging_dir).as_posix())
+        paths.add(receipt.relative_to(self.staging_dir).as_posix())
         for file in [p for p in self.staging_dir.rglob("*") if not p.is_dir()]:
-            if file.relative_to(self.staging_dir).as_posix() not in wanted:
+            if file.relative_to(self.staging_dir).as_posix() not in paths:
                 file.unlink()
         for folder in sorted((p for p in self.staging_dir.rglob("*") if p.is_dir()), reverse=True):
             if not any(folder.iterdir()):
@@ -197,7 +197,7 @@ class Workspace:
         return record
 
     def _forget(self, name: str) -> None:
-        """Remove what an earlier run of step ``name`` left.
+        """Remove the files that an earlier run of step ``name`` left.
 
         The record goes before the new files come: with it, a run killed half way would pass for the old one.
         """
@@ -261,7 +261,7 @@ def _read_record(path: Path) -> Record | None:
 
 
 def _copy(bundle: Bundle, rel: str, target: Path) -> None:
-    """Copy a file out of ``bundle``; IntegrityError if its content is not what the manifest says."""
+    """Copy a file out of ``bundle``; IntegrityError if its hash differs from the manifest's."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if copy_with_sha256(bundle.path(rel), target) != bundle.manifest.files[rel].sha256:
         target.unlink()

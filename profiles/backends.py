@@ -1,4 +1,4 @@
-"""Each backend on this machine: what is installed, whether it runs here, and the line that installs it."""
+"""Each backend on this machine: installed release, whether it runs here, and the install command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Here:
 
     Args:
         backend: its name in :data:`~ivl_export.engines.base.BACKENDS`.
-        release: what is installed; None: nothing.
+        release: the installed release; None: not installed.
         blocked: why it does not run here; empty if it does.
         note: where or how it runs.
         install: the line that installs it.
@@ -40,11 +40,11 @@ def backends_here() -> tuple[Here, ...]:
         "torch": _torch,
         "torch-tensorrt": _torch_tensorrt,
     }
-    found = []
+    backends = []
     for name, backend in BACKENDS.items():
         release, blocked, note = look[name]() if name in look else _tensorrt(name)
-        found.append(Here(name, release, blocked, note, backend.install))
-    return tuple(found)
+        backends.append(Here(name, release, blocked, note, backend.install))
+    return tuple(backends)
 
 
 def installed(package: str) -> str | None:

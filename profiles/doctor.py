@@ -1,4 +1,4 @@
-"""What this machine can build and run, and what is missing.
+"""Abilities of this machine to build and run bundles, and missing packages.
 
 Nothing heavy is imported; packages are looked up by their metadata.
 """
@@ -31,12 +31,12 @@ from .measure.machine import Gpu, Machine, machine
 SCHEMA = "ivl-export.doctor/1"
 _PYTHON = ((3, 10), (3, 14))
 _OVERHEAD = 256 << 20
-"""Disk for what is small: graphs, receipts, scales."""
+"""Disk for small files: graphs, receipts, ranges."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that stands in the way of what was asked; ``fix`` is a line to run or a thing to change."""
+    """An obstacle to the request; ``fix`` is a command to run or a thing to change."""
 
     what: str
     why: str
@@ -45,7 +45,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Ability:
-    """What a backend can do with the shipped recipes.
+    """A backend's abilities with the shipped recipes.
 
     Args:
         backend: its name in :data:`~ivl_export.engines.base.BACKENDS`.
@@ -65,7 +65,7 @@ class Ability:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that building a model takes, and what there is (None: the system does not say).
+    """Bytes that building a model takes, and bytes free (None: unknown).
 
     ``bundle`` is weights and engines of one target; ``memory`` the largest single engine build.
     """
@@ -99,27 +99,27 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be done: a precision, on a model or on any; None as config: no model was named."""
+    """The build to check: a precision, of a model or (config None) of any."""
 
     recipe: Recipe
     layers: LayerPlan
     config: ModelConfig | None = None
 
 
-def diagnose(asked: Request | None = None, where: Path = Path()) -> Diagnosis:
-    """Look at this machine, and check what was ``asked`` of it; ``where`` is the folder a bundle goes to."""
+def diagnose(request: Request | None = None, where: Path = Path()) -> Diagnosis:
+    """Look at this machine, and check the ``request``; ``where`` is the folder of the bundle."""
     here = machine()
     extras = tuple(extra_here(name, purpose) for purpose, name in NEEDED.items())
     installed = {e.name: e.installed for e in extras}
     backends = backends_here()
     abilities = tuple(_ability(backend, installed) for backend in backends)
     needs, load = None, None
-    if asked is not None and asked.config is not None:
-        needs, load = needs_of(asked.config, asked.recipe, asked.layers, where, installed["rtx"])
+    if request is not None and request.config is not None:
+        needs, load = needs_of(request.config, request.recipe, request.layers, where, installed["rtx"])
     problems = [
         *_python_problems(),
         *_version_problems(extras),
-        *(request_problems(asked, extras, here.gpus) if asked else ()),
+        *(request_problems(request, extras, here.gpus) if request else ()),
     ]
     if needs is not None:
         problems += _room(needs, load)
@@ -129,7 +129,7 @@ def diagnose(asked: Request | None = None, where: Path = Path()) -> Diagnosis:
 def needs_of(
     config: ModelConfig, recipe: Recipe, layers: LayerPlan, where: Path, gpu_engines: bool = True
 ) -> tuple[Needs, Load | None]:
-    """What building a model takes and what is free in ``where``; the largest engine build, if any."""
+    """Memory and disk to build a model, and those free in ``where``; the largest engine build, if any."""
     parts = {name: weights(config, recipe, layers, [name]) for name in component_names(config)}
     stored = weights(config, recipe, layers).nbytes
     engines = sum(part.nbytes for part in parts.values()) if gpu_engines else 0
@@ -150,17 +150,17 @@ def needs_of(
 
 def _version_problems(extras: Iterable[Extra]) -> list[Problem]:
     outside = {
-        package: (extra.packages[package], wanted)
+        package: (extra.packages[package], supported)
         for extra in extras
-        for package, wanted in extra.outside.items()
+        for package, supported in extra.outside.items()
     }
     return [
         Problem(
-            f"{package} {found} is outside the range that is supported.",
-            f"The range is {wanted}.",
-            f"pip install '{package}{wanted}'",
+            f"{package} {version_here} is outside the supported range.",
+            f"The range is {supported}.",
+            f"pip install '{package}{supported}'",
         )
-        for package, (found, wanted) in outside.items()
+        for package, (version_here, supported) in outside.items()
     ]
 
 
@@ -187,7 +187,7 @@ def _uninstalled(here: Here) -> str:
 def low_products(backend: str, recipe: Recipe) -> tuple[str, ...]:
     """Types of both factors of the products of ``recipe`` that ``backend`` runs in 8 bits or less.
 
-    Of ONNX Runtime and torch on a CPU, as in the receipts; engines of TensorRT run what is promised, or the
+    Of ONNX Runtime and torch on a CPU, as in the receipts; engines of TensorRT run the promised types, or the
     build fails.
     """
     promised = {promise(rule.scheme) for rule in recipe.rules if rule.scheme in SCHEMES} & set(FACTORS)
@@ -210,21 +210,21 @@ def _python_problems() -> list[Problem]:
     ]
 
 
-def request_problems(asked: Request, extras: tuple[Extra, ...], gpus: tuple[Gpu, ...]) -> list[Problem]:
-    """What keeps this installation from building, or these GPUs from running, what was asked."""
-    found = []
+def request_problems(request: Request, extras: tuple[Extra, ...], gpus: tuple[Gpu, ...]) -> list[Problem]:
+    """Obstacles to the request: of this installation to build it, of these GPUs to run it."""
+    problems = []
     has_gpu_runtime = any(extra.installed for extra in extras if extra.name == "gpu")
     for extra in extras:
         needed = extra.name == "quant" or (extra.name == "cpu" and not has_gpu_runtime)
         if needed and not extra.installed:
             missing = ", ".join(p for p, v in extra.packages.items() if v is None) or "ivl-export itself"
-            found.append(Problem("Bundles cannot be built.", f"Not installed: {missing}.", extra.install))
+            problems.append(Problem("Bundles cannot be built.", f"Not installed: {missing}.", extra.install))
     for gpu in gpus:
         sm = gpu.sm or (peaks.sm if (peaks := of_driver(gpu.name)) else None)
         target = TARGETS.get(sm or "")
         if sm in TENSORRT_ONLY:
             if installed_release("tensorrt") is None:
-                found.append(
+                problems.append(
                     Problem(
                         f"TensorRT-RTX does not build for {gpu.name} ({sm}).",
                         "TensorRT does, on this GPU, but it is not installed.",
@@ -233,29 +233,29 @@ def request_problems(asked: Request, extras: tuple[Extra, ...], gpus: tuple[Gpu,
                 )
         elif target is None:
             known = ", ".join(TARGETS)
-            found.append(
+            problems.append(
                 Problem(
                     f"No engines can be built for {gpu.name} ({sm or 'unknown generation'}).",
                     f"TensorRT-RTX 1.7 builds for {known}; TensorRT for {', '.join(TENSORRT_ONLY)} too.",
                     "Run bundles with --backend onnxruntime.",
                 )
             )
-        elif lacking := sorted(asked.recipe.element_types & target.missing):
+        elif lacking := sorted(request.recipe.element_types & target.missing):
             able = [n for n in shipped_recipes() if not load_recipe(n).element_types & target.missing]
-            found.append(
+            problems.append(
                 Problem(
-                    f"{gpu.name} ({target.name}) cannot run {asked.recipe.name}.",
-                    f"It has no {', '.join(lacking)}.",
+                    f"{gpu.name} ({target.name}) cannot run {request.recipe.name}.",
+                    f"It lacks {', '.join(lacking)}.",
                     f"Give a --precision that it has: {', '.join(able)}.",
                 )
             )
-    return found
+    return problems
 
 
 def _room(needs: Needs, load: Load | None) -> list[Problem]:
-    found = []
+    problems = []
     if needs.free_disk < needs.bundle:
-        found.append(
+        problems.append(
             Problem(
                 "There is not enough disk for the bundle.",
                 f"It takes {needs.bundle / 1e9:.1f} GB, {needs.free_disk / 1e9:.1f} GB are free.",
@@ -266,5 +266,5 @@ def _room(needs: Needs, load: Load | None) -> list[Problem]:
         try:
             check_memory(needs.largest, load)
         except BuildError as error:
-            found.append(Problem(error.what, error.why, error.fix))
-    return found
+            problems.append(Problem(error.what, error.why, error.fix))
+    return problems

@@ -24,7 +24,7 @@ NEEDED = {
     "search with FAISS": "faiss",
     "read video files": "video",
 }
-"""What somebody wants to do, and the extra that installs it."""
+"""A purpose, and the extra that installs its packages."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Extra:
 
 def extra_here(name: str, purpose: str) -> Extra:
     """The extra ``name``, which serves ``purpose``, as it is installed here."""
-    wanted = extra_packages(name)
-    packages = {package: installed_version(package) for package in wanted}
+    ranges = extra_packages(name)
+    packages = {package: installed_version(package) for package in ranges}
     outside = {
-        package: str(wanted[package])
-        for package, found in packages.items()
-        if found is not None and not wanted[package].contains(found, prereleases=True)
+        package: str(ranges[package])
+        for package, installed in packages.items()
+        if installed is not None and not ranges[package].contains(installed, prereleases=True)
     }
     return Extra(name, purpose, packages, outside)
 
@@ -65,13 +65,13 @@ def extra_here(name: str, purpose: str) -> Extra:
 def extra_packages(name: str) -> dict[str, SpecifierSet]:
     """Packages that ``pip install 'ivl-export[name]'`` adds, and their ranges, by this package's metadata."""
     try:
-        wanted = map(Requirement, requires("ivl-export") or [])
+        requirements = map(Requirement, requires("ivl-export") or [])
     except PackageNotFoundError:  # run from a source tree that was never installed
         return {}
     mine = {"extra": name}
     return {
         r.name: r.specifier
-        for r in wanted
+        for r in requirements
         if r.marker and r.marker.evaluate(mine) and "extra" in str(r.marker)
     }
 

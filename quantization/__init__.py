@@ -1,1 +1,1 @@
-"""What is quantised, and how: recipes, schemes, ranges, arithmetic, Q/DQ."""
+"""Quantisation of a model's graphs: recipes, schemes, ranges, arithmetic, Q/DQ."""

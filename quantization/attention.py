@@ -5,7 +5,8 @@
     v                   -> Q -> DQ ---------------------------------------------+-> MatMul
 
 Scales are per tensor; that of the softmax is fixed at 1/448, for its values end at 1. TensorRT-RTX makes one
-kernel of it that takes fp8, fp8, fp8. Here is what it computes, in torch; :mod:`.qdq_attention` writes it.
+kernel of it that takes fp8, fp8, fp8. Here is its arithmetic in torch; :mod:`.qdq_attention` writes it into
+graphs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FP8_ATTENTION = "fp8-attention"
-"""What it is called beside the schemes of layers."""
+"""Its name among the schemes of layers."""
 
 OPERANDS = ("q", "k", "v")
 SOFTMAX_AMAX = 1.0
@@ -36,7 +37,7 @@ FEWEST_KEYS = 32
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One attention of a component: the size of a head, and the fewest key positions that it sees."""
+    """One attention of a component: the size of a head, and its smallest number of key positions."""
 
     head: int
     keys: int
@@ -45,7 +46,7 @@ class AttentionShape:
     def excluded(self) -> str:
         """Why it cannot run in FP8; empty if it can."""
         if self.head % HEAD_MULTIPLE:
-            return f"its head size {self.head} is no multiple of {HEAD_MULTIPLE}"
+            return f"its head size {self.head} is not a multiple of {HEAD_MULTIPLE}"
         if self.keys < FEWEST_KEYS:
             return f"it may see {self.keys} keys, the fused FP8 kernel needs {FEWEST_KEYS}"
         return ""
@@ -67,7 +68,7 @@ def attentions(config: ModelConfig, components: Iterable[str]) -> dict[str, dict
 
 
 def operand_names(attention: str) -> tuple[str, str, str]:
-    """What ranges of an attention's inputs are recorded under: ``<attention>.q`` (scaled), ``.k``, ``.v``."""
+    """Keys of the ranges of an attention's inputs: ``<attention>.q`` (scaled), ``.k``, ``.v``."""
     q, k, v = (f"{attention}.{operand}" for operand in OPERANDS)
     return q, k, v
 
@@ -82,8 +83,8 @@ def core_attentions(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The attentions of ``module`` that can be quantised, by the names that graphs and recipes use."""
     from ..models.layers import CoreAttention
 
-    found = ((name, part) for name, part in module.named_modules() if isinstance(part, CoreAttention))
-    return {name.removesuffix(".core"): part for name, part in found}
+    cores = ((name, part) for name, part in module.named_modules() if isinstance(part, CoreAttention))
+    return {name.removesuffix(".core"): part for name, part in cores}
 
 
 def fake_attention(
@@ -96,7 +97,7 @@ def fake_attention(
     scales: tuple[float, float, float],
     base: str,
 ) -> Tensor:
-    """What :func:`..models.layers.attention` computes, as the graph of :mod:`.qdq_attention` writes.
+    """As :func:`..models.layers.attention`, in the arithmetic of :mod:`.qdq_attention`'s graph.
 
     Args:
         q, k, v, mask, causal: as there.

@@ -11,13 +11,13 @@ features.
 TensorRT and ONNX Runtime both look through the Transpose. Activations differ between the two:
 
 * TensorRT: one Q/DQ pair on a value, shared by its GEMMs (q/k/v, gate/up): they merge into one kernel.
-* ONNX Runtime, INT8: a pair of its own for every GEMM, with scale and zero-point initializers of its own;
+* ONNX Runtime, INT8: a separate pair for every GEMM, with separate scale and zero-point initializers;
   GEMMs that share a Q stay in fp32 there. Weights with a scale for each row have a zero point for each
   row: on x86 processors without VNNI ONNX Runtime makes them unsigned, and without zero points of theirs
   gives all rows one, which its DequantizeLinear refuses.
 
 Weights stay unbound: the new initializers carry the names of :func:`.quantize.stored_names`, types and
-shapes; whoever saves the graph binds them to the store.
+shapes; they are bound to the store when the graph is saved.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def write_qdq(
         model: a component's graph; its initializers may be unbound.
         schemes: the plan of the whole model; layers whose weights are not in this graph are left alone.
         amax: largest input magnitude of the layers that ran in this component.
-        compute: the type the graph computes in: ``fp32``, ``bf16`` or ``fp16``.
-        base: the recipe's base; scales are rounded to it, whatever ``compute`` is.
+        compute: compute type of the graph: ``fp32``, ``bf16`` or ``fp16``.
+        base: the recipe's base; scales are rounded to it, with every ``compute``.
         style: the runtime that reads the graph.
         attentions: those of the whole model that run in FP8 (:mod:`.attention`).
 
@@ -63,13 +63,13 @@ def write_qdq(
 
     Raises:
         BuildError: graph and calibration disagree about which layers this component has, a weight is used for
-            something else than a matrix product, or the quantised GEMMs are not what was promised.
+            something else than a matrix product, or the quantised GEMMs are not the expected ones.
     """
-    wanted = _wanted(model.graph, schemes, amax)
+    layers = _wanted(model.graph, schemes, amax)
     form = Form(compute, base, style)
     pairs: dict[tuple[ir.Value, str, float], ir.Value] = {}
     promised: dict[str, str] = {}
-    for layer, scheme in wanted.items():
+    for layer, scheme in layers.items():
         nodes = _gemms(model.graph, layer)
         weight = _stored_weight(model.graph, layer, scheme, form)
         for i, node in enumerate(nodes):
@@ -81,7 +81,7 @@ def write_qdq(
             promised[node.name] = promise(scheme)
         drop_unused(model.graph, f"{layer}.weight")
     promised |= write_attention(model.graph, attentions, amax, form)
-    check_products(model, wanted, promised)
+    check_products(model, layers, promised)
     return promised
 
 
@@ -90,23 +90,23 @@ def quantised_gemms(model: ir.Model) -> dict[str, str]:
 
     The products of an attention, whose factors are both computed, are not among them.
     """
-    found = {}
+    gemms = {}
     for node in model.graph:
         if node.op_type == "MatMul" and _stored(node.inputs[1]):
             scheme = PROMISES.get((dequantised(node.inputs[0]), dequantised(node.inputs[1])))
             if scheme is not None:
-                found[str(node.name)] = scheme
-    return found
+                gemms[str(node.name)] = scheme
+    return gemms
 
 
-def check_products(model: ir.Model, wanted: Mapping[str, str], promised: Mapping[str, str]) -> None:
-    """BuildError unless the graph's quantised GEMMs are ``promised``, at least one for each layer wanted."""
-    found = quantised_gemms(model) | quantised_attentions(model)
-    if found != promised or len(promised) < len(wanted):
-        different = sorted(set(found.items()) ^ set(promised.items()))
+def check_products(model: ir.Model, layers: Mapping[str, str], promised: Mapping[str, str]) -> None:
+    """BuildError unless the graph's quantised GEMMs are ``promised``, at least one for each of ``layers``."""
+    products = quantised_gemms(model) | quantised_attentions(model)
+    if products != promised or len(promised) < len(layers):
+        different = sorted(set(products.items()) ^ set(promised.items()))
         raise BuildError(
-            f"Graph {model.graph.name} has {len(found)} quantised matrix products, {len(promised)} were "
-            f"written for {len(wanted)} layers.",
+            f"Graph {model.graph.name} has {len(products)} quantised matrix products, {len(promised)} were "
+            f"written for {len(layers)} layers.",
             f"They differ in {different[:5] or 'number'}.",
             "This is a fault of the graph writer: report it with the recipe and the model's config.json.",
         )
@@ -132,12 +132,12 @@ def _wanted(graph: ir.Graph, schemes: Mapping[str, str], amax: Mapping[str, floa
     if unmeasured:
         raise BuildError(
             f"{len(unmeasured)} layers of graph {graph.name} have no activation scale.",
-            f"For example {unmeasured[0]}: calibration saw no input of it.",
+            f"For example {unmeasured[0]}: calibration recorded no input of it.",
             "Calibrate again with this component, or take the layer out of the recipe.",
         )
     if absent:
         raise BuildError(
-            f"Graph {graph.name} lacks {len(absent)} layers that calibration saw in it.",
+            f"Graph {graph.name} lacks {len(absent)} layers that calibration measured in it.",
             f"For example {absent[0]}.weight is not among its weights.",
             "Calibrate again for this model; if that does not help, report the model's config.json.",
         )
@@ -146,23 +146,23 @@ def _wanted(graph: ir.Graph, schemes: Mapping[str, str], amax: Mapping[str, floa
 
 def _gemms(graph: ir.Graph, layer: str) -> list[ir.Node]:
     """The MatMuls that multiply by the layer's weight, through Cast and Transpose."""
-    found: list[ir.Node] = []
+    gemms: list[ir.Node] = []
     open_values = [graph.initializers[f"{layer}.weight"]]
     while open_values:
         for node, index in open_values.pop().uses():
             if node.op_type in ("Cast", "Transpose"):
                 open_values.append(node.outputs[0])
             elif node.op_type == "MatMul" and index == 1:
-                found.append(node)
+                gemms.append(node)
             else:
                 raise BuildError(
                     f"Layer {layer} cannot be quantised: its weight is input {index} of {node.op_type}.",
                     "Only matrix products with the weight as second factor have kernels for it.",
                     "Take the layer out of the recipe.",
                 )
-    if not found:
+    if not gemms:
         raise BuildError(f"Layer {layer} cannot be quantised.", f"Nothing in {graph.name} uses its weight.")
-    return found
+    return gemms
 
 
 def _stored_weight(graph: ir.Graph, layer: str, scheme: str, form: Form) -> tuple[ir.Value, ir.Value]:
@@ -194,7 +194,7 @@ def _quantise_input(
     form: Form,
     pairs: dict[tuple[ir.Value, str, float], ir.Value],
 ) -> None:
-    """Put Q -> DQ before input 0 of ``node``, or reuse the pair that stands on that value already."""
+    """Put Q -> DQ before input 0 of ``node``, or reuse the pair on that value."""
     x = node.inputs[0]
     if x is None or node.graph is None:
         raise BuildError(f"Layer {name} cannot be quantised.", "Its matrix product has no first factor.")

@@ -1,7 +1,7 @@
 """Writing FP8 attention into a traced graph, as :mod:`.attention` describes it.
 
 ONNX's ``Attention`` operator hides its products, so they are spelled out. Masked scores become the lowest
-number of the type: a row that sees nothing stays finite.
+number of the type: a row without visible keys stays finite.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BuildError
-from ..export.nodes import Place, constant
+from ..export.nodes import NodeInserter, constant
 from .attention import SOFTMAX_AMAX, attention_scales, operand_names
 from .qdq_nodes import Form, dequantised, pair
 from .quantize import activation_scale
@@ -45,7 +45,7 @@ def write_attention(
         if missing := [name for name in operand_names(attention) if name not in amax]:
             raise BuildError(
                 f"The attention {attention} of graph {graph.name} has no FP8 scales.",
-                f"Calibration saw no {missing[0]}.",
+                f"Calibration recorded no {missing[0]}.",
                 "Calibrate again with this component, or use 'attention: base' in the recipe.",
             )
         scales = attention_scales(attention, amax, form.base)
@@ -62,18 +62,18 @@ def quantised_attentions(model: ir.Model) -> dict[str, str]:
         for node in model.graph
         if node.op_type == "MatMul" and [dequantised(v) for v in node.inputs] == ["fp8", "fp8"]
     }
-    found = {}
+    schemes = {}
     for node in fp8:
         softmax = _behind(node.inputs[0], ("DequantizeLinear", "QuantizeLinear"))
         if softmax is not None and softmax.op_type == "Softmax":
             scores = _behind(softmax.inputs[0], ("Where",))
             if scores in fp8:
-                found[str(softmax.name)] = "fp8"
-    return found
+                schemes[str(softmax.name)] = "fp8"
+    return schemes
 
 
 def _behind(value: ir.Value | None, through: Sequence[str]) -> ir.Node | None:
-    """What made ``value``, behind operators of ``through``; of a Where, its second input."""
+    """The node that computes ``value``, before operators of ``through``; of a Where, its second input."""
     node = value.producer() if value is not None else None
     while node is not None and node.op_type in through:
         source = node.inputs[1 if node.op_type == "Where" else 0]
@@ -89,10 +89,10 @@ def _write(
     if q is None or k is None or v is None or q.shape is None or k.shape is None or any(rest[1:]):
         raise BuildError(
             f"The attention {name} of graph {graph.name} cannot be spelled out.",
-            "It has a past of its own, or unknown shapes.",
+            "It has its own past, or unknown shapes.",
             "Use 'attention: base' in the recipe.",
         )
-    place, dtype = Place(graph, node, name), form.dtype
+    place, dtype = NodeInserter(graph, node, name), form.dtype
     batch, heads, rows, width = q.shape
     columns = k.shape[2]
     assert isinstance(width, int)
@@ -123,19 +123,19 @@ def _write(
 
 
 def _causal(graph: ir.Graph, node: ir.Node, rows: Any) -> ir.Value:
-    """[rows, rows], True where a column is not behind the row; one for the graph.
+    """[rows, rows], True where a column is not after the row; one for the graph.
 
     Its size is read off an input, so that a split component can compute it in every part.
     """
     import onnx_ir as ir
 
-    for made in graph:
-        if made.name == f"{_CAUSAL}/seen":
-            return made.outputs[0]
+    for other in graph:
+        if other.name == f"{_CAUSAL}/seen":
+            return other.outputs[0]
     value, axis = next(
         (value, axis) for value in graph.inputs for axis, dim in enumerate(value.shape or ()) if dim == rows
     )
-    place, whole = Place(graph, node, _CAUSAL), ir.DataType.INT64
+    place, whole = NodeInserter(graph, node, _CAUSAL), ir.DataType.INT64
 
     def number(what: str, value: int | list[int]) -> ir.Value:
         return constant(graph, f"{_CAUSAL}.{what}", value, whole)

@@ -1,4 +1,4 @@
-"""Pieces of ONNX graph that Q/DQ writing is made of: pairs, constants, unbound initializers; reading back."""
+"""Building blocks of Q/DQ graphs: pairs, constants, unbound initializers; reading them back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Form:
 
 
 def pair(graph: ir.Graph, x: ir.Value, name: str, kind: str, scale: float, form: Form) -> ir.Value:
-    """``x`` behind a new QuantizeLinear and DequantizeLinear with one ``scale``.
+    """``x`` after a new QuantizeLinear and DequantizeLinear with one ``scale``.
 
     Args:
         graph: holds ``x``.
@@ -58,12 +58,14 @@ def pair(graph: ir.Graph, x: ir.Value, name: str, kind: str, scale: float, form:
     quantised = ir.Value(name=f"{name}_q", shape=x.shape, type=ir.TensorType(stored))
     restored = ir.Value(name=f"{name}_dq", shape=x.shape, type=ir.TensorType(form.dtype))
     where = "/".join(name.rsplit(".", 1))
-    given = [scale_value, zero_value]
+    pair_inputs = [scale_value, zero_value]
     nodes = [
-        ir.node("QuantizeLinear", [x, *given], outputs=[quantised], name=f"{where}_quantize"),
-        ir.node("DequantizeLinear", [quantised, *given], outputs=[restored], name=f"{where}_dequantize"),
+        ir.node("QuantizeLinear", [x, *pair_inputs], outputs=[quantised], name=f"{where}_quantize"),
+        ir.node(
+            "DequantizeLinear", [quantised, *pair_inputs], outputs=[restored], name=f"{where}_dequantize"
+        ),
     ]
-    producer = x.producer()  # directly behind it, so that the pair stands before everything that shares it
+    producer = x.producer()  # directly after it, so that the pair comes before all nodes that share it
     if producer is None:
         graph.insert_before(graph[0], nodes)
     else:
@@ -72,7 +74,7 @@ def pair(graph: ir.Graph, x: ir.Value, name: str, kind: str, scale: float, form:
 
 
 def drop_unused(graph: ir.Graph, name: str) -> None:
-    """Remove the initializer and the Casts and Transposes behind it that nothing uses any more."""
+    """Remove the initializer and the Casts and Transposes after it that are unused."""
     outputs = set(graph.outputs)
 
     def drop(value: ir.Value) -> bool:

@@ -25,7 +25,7 @@ LOWEST = {"fp8": -448.0, "int8": -128.0, "int4": -8.0}
 """Where QuantizeLinear saturates below: activations do use -128 and -8."""
 
 CHUNK_VALUES = 1 << 22
-"""Weights quantised at a time: 16 MiB in fp32, whatever the size of the tensor."""
+"""Weights quantised at a time: 16 MiB in fp32, for tensors of every size."""
 
 
 def stored_names(layer: str, scheme: str, base: str) -> tuple[str, str, str]:
@@ -36,7 +36,7 @@ def stored_names(layer: str, scheme: str, base: str) -> tuple[str, str, str]:
 
 
 def stored_tensors(layer: str, scheme: str, base: str, shape: tuple[int, int]) -> tuple[StoredTensor, ...]:
-    """What quantising ``layer`` (weight [out, in]) puts into the store.
+    """Tensors that the quantised ``layer`` (weight [out, in]) has in the store.
 
     Two INT4 values share a byte, the first in the low bits, as in ONNX.
     """
@@ -95,7 +95,7 @@ def quantise_values(
     limit = LIMITS[kind]
     lowest = -limit if lowest is None else lowest
     scaled = x.float() / scale
-    if kind == "fp8":  # torch's cast turns what is too large into NaN, so saturate first
+    if kind == "fp8":  # torch's cast turns too large values into NaN, so saturate first
         return scaled.clamp_(lowest, limit).to(torch.float8_e4m3fn)
     return scaled.round_().clamp_(lowest, limit).to(torch.int8)
 
@@ -189,9 +189,9 @@ Write = Callable[[str, "torch.Tensor"], None]
 
 
 def quantise_layer(
-    read: Callable[[str], torch.Tensor], write: Write, layer: str, scheme: str, base: str
+    load: Callable[[str], torch.Tensor], write: Write, layer: str, scheme: str, base: str
 ) -> None:
-    """Stream one layer: ``read`` gives its weight (memory-mapped: no copy), ``write`` takes blocks of rows.
+    """Stream one layer: ``load`` gives its weight (memory-mapped: no copy), ``write`` takes blocks of rows.
 
     Blocks arrive in row order, values before scales of the same tensor; the two scale tensors arrive whole.
     """
@@ -199,7 +199,7 @@ def quantise_layer(
     values_name, scale_name, scale32_name = stored_names(layer, scheme, base)
     scales = []
     name = f"{layer}.weight"
-    for values, scale in quantise_rows(read(name), scheme, base, name):
+    for values, scale in quantise_rows(load(name), scheme, base, name):
         write(values_name, pack(values) if SCHEMES[scheme].weight == "int4" else values)
         scales.append(scale)
     whole = _scales(scales, scheme)

@@ -23,24 +23,24 @@ Shape = Annotated[list[Annotated[int, Meta(gt=0)]], Meta(min_length=2, max_lengt
 
 @dataclass(frozen=True)
 class ActivationRanges:
-    """Input magnitudes that a type's largest value stands for, and what they were measured on.
+    """Ranges (amax) of layer inputs, which map to a type's largest value, and their calibration set.
 
     Args:
         amax: component -> layer (published name without ``.weight``) -> amax of its input, over 0. The same
             LLaMA layer runs in three components, on different activations: each has its own. The operands
-            of attentions stand beside them (:func:`.attention.operand_names`).
+            of attentions are listed with them (:func:`.attention.operand_names`).
         algorithm: as :func:`.algorithms.algorithm_name` writes it.
         samples: how many images (and captions) were run.
         set_hash: :attr:`..calibration.dataset.CalibrationSet.hash`.
         synthetic: whether the images were drawn.
-        without_caption: how many samples used a stand-in caption.
+        without_caption: number of samples with a generic caption.
         model: revision of the checkpoint (:attr:`..models.checkpoint.Checkpoint.revision`).
         skipped: files of the set that could not be used.
         kinds: layer -> the type its ranges were picked for, where the algorithm depends on that; ``int8`` for
             layers that are left out.
         shapes: layer -> shape of its weight, [out, in].
         folded: sha256 of the factors that were folded into the weights before (``smoothing.safetensors``,
-            beside this file); empty if none were.
+            next to this file); empty if none were.
     """
 
     amax: dict[str, dict[str, Positive]]
@@ -63,7 +63,7 @@ class ActivationRanges:
 
     @classmethod
     def load(cls, path: Path) -> ActivationRanges:
-        """Read ``path``; InputError names what does not fit."""
+        """Read ``path``; InputError names the faulty entry."""
         try:
             data = read_json(path)
         except OSError as error:
@@ -85,13 +85,13 @@ class ActivationRanges:
         return decode(cls, entries, what=source, fix="Calibrate again.", error=InputError)
 
     def check(
-        self, shapes: Mapping[str, Iterable[int]], wanted: Mapping[str, Mapping[str, str]], model: str
+        self, shapes: Mapping[str, Iterable[int]], types: Mapping[str, Mapping[str, str]], model: str
     ) -> None:
-        """Refuse ranges of another model, and such as do not cover what is quantised.
+        """Refuse ranges of another model, and ranges that lack a quantised layer.
 
         Args:
             shapes: every linear layer of the model -> [out, in].
-            wanted: component -> layer -> type its input is rounded to, for all that is built.
+            types: component -> layer -> type its input is rounded to, for all that is built.
             model: the checkpoint's revision.
 
         Raises:
@@ -120,12 +120,12 @@ class ActivationRanges:
                 f"They name revision {self.model[:12]}, the checkpoint is {model[:12]}.",
                 "Calibrate this checkpoint.",
             )
-        absent = sorted(set(wanted) - set(self.amax))
+        absent = sorted(set(types) - set(self.amax))
         if absent:
             raise InputError(
                 f"The ranges say nothing about {', '.join(absent)}.", fix="Calibrate with these components."
             )
-        for component, layers in wanted.items():
+        for component, layers in types.items():
             self._check_layers(component, layers)
 
     def _check_layers(self, component: str, layers: Mapping[str, str]) -> None:
@@ -142,6 +142,6 @@ class ActivationRanges:
             if (picked := self.kinds.get(layer, "int8")) != kind:
                 raise InputError(
                     f"The ranges were picked for other types: {layer} for {picked}, not {kind}.",
-                    f"What {self.algorithm} picks depends on the type.",
+                    f"The ranges of {self.algorithm} depend on the type.",
                     "Calibrate with the --precision you build with, or with --algorithm max.",
                 )

@@ -1,4 +1,4 @@
-"""Precision recipes: which linear layer computes in what, as data.
+"""Precision recipes: the scheme of each linear layer, as data.
 
 A recipe is a list of rules (name pattern -> scheme) over a base type; the last rule that matches a layer
 wins. Those that ship are the files in ``recipes/``. Layers are named as in the published checkpoints, without
@@ -23,10 +23,10 @@ from .attention import FP8_ATTENTION, Attentions, operand_names
 from .schemes import BASES, SCHEMES, element_types, excluded, rounded_inputs
 
 ATTENTION = ("base", "fp8")
-"""What the products of attention compute in: the base type, or FP8 where that is fused."""
+"""Types of attention's products: the base type, or FP8 where that is fused."""
 
 BLOCK = "{block}"
-"""Stands in a pattern for the module path of a component's stack of blocks."""
+"""Placeholder in a pattern for the module path of a component's stack of blocks."""
 FOLDER = Path(__file__).parent / "recipes"
 
 
@@ -54,7 +54,7 @@ class Recipe:
         rules: applied in order, the last match wins; layers that match none compute in ``base``.
         attention: one of :data:`ATTENTION`.
         base: one of :data:`.schemes.BASES`.
-        summary: what it does, in a line.
+        summary: description in one line.
 
     Raises:
         UsageError: an unusable name; an unknown scheme, base or attention type.
@@ -104,10 +104,10 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: Any, source: str = "recipe") -> Recipe:
-        """Inverse of :meth:`to_json`; UsageError names what does not fit."""
+        """Inverse of :meth:`to_json`; UsageError names the faulty entry."""
         if not isinstance(data, dict) or not isinstance(data.get("rules", []), list):
             raise UsageError(
-                f"{source} is no recipe.",
+                f"{source} is not a recipe.",
                 "It needs a mapping with 'name' and a list 'rules'.",
                 "Start from a shipped one: ivl-export build --show-recipe fp8.",
             )
@@ -130,7 +130,7 @@ class Exclusion:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a recipe means for one model.
+    """A recipe applied to one model.
 
     Args:
         schemes: every linear layer and its scheme.
@@ -216,7 +216,7 @@ def schemes(recipe: Recipe, linear_names: Iterable[str]) -> dict[str, str]:
             schemes, or no quantising rule matches anything.
     """
     names = list(linear_names)
-    given: dict[str, str] = {}
+    by_pattern: dict[str, str] = {}
     result = dict.fromkeys(names, recipe.base)
     hits = 0
     for rule in recipe.rules:
@@ -227,7 +227,7 @@ def schemes(recipe: Recipe, linear_names: Iterable[str]) -> dict[str, str]:
                 f"The model has {len(names)} linear layers, for example {', '.join(names[:3]) or 'none'}.",
                 "Correct the pattern, or mark the rule 'optional: true'.",
             )
-        first = given.setdefault(rule.pattern, rule.scheme)
+        first = by_pattern.setdefault(rule.pattern, rule.scheme)
         if matched and first != rule.scheme:
             more = f" and {len(matched) - 3} more" if len(matched) > 3 else ""
             raise UsageError(
@@ -253,7 +253,7 @@ def plan_layers(
     """Schemes for layers of the given weight shapes [out, in], less those with no kernel for the scheme.
 
     Args:
-        recipe: what is wanted.
+        recipe: the recipe to apply.
         shapes: of all linear layers of the model.
         attentions: of the components that are built (:func:`.attention.attentions`); without them the
             attention stays in the base type.
@@ -269,9 +269,9 @@ def plan_layers(
     result.update({e.layer: recipe.base for e in exclusions})
     fused: dict[str, tuple[str, ...]] = {}
     if recipe.attention == "fp8":
-        for component, found in (attentions or {}).items():
-            fused[component] = tuple(name for name, shape in found.items() if not shape.excluded)
-            kinds = {(name.rpartition(".")[2], shape.excluded): None for name, shape in found.items()}
+        for component, shape_of in (attentions or {}).items():
+            fused[component] = tuple(name for name, shape in shape_of.items() if not shape.excluded)
+            kinds = {(name.rpartition(".")[2], shape.excluded): None for name, shape in shape_of.items()}
             exclusions += [
                 Exclusion(f"{component}: {kind}", FP8_ATTENTION, why) for kind, why in kinds if why
             ]

@@ -1,4 +1,4 @@
-"""Schemes: how a linear layer's weight is stored, and what its product multiplies. Imports nothing heavy."""
+"""Schemes: stored type of a linear layer's weight, and factor types of its product. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a recipe can do to a layer.
+    """A way to quantise a layer.
 
     Args:
         weight: type its weight is stored in: ``fp8`` (E4M3) or ``int8``, with one scale an output channel;
@@ -19,7 +19,7 @@ class Scheme:
         fold: how large channels of the input are moved into the weight first: ``smooth``
         (:mod:`..calibration.smoothquant`) or
             ``awq`` (:mod:`..calibration.awq`); empty if they are not.
-        per_tensor: the weight has one scale in all, whatever its type.
+        per_tensor: the weight has one scale in all, for every type.
     """
 
     weight: str
@@ -57,7 +57,7 @@ ONNX Runtime take all three."""
 
 
 def promise(scheme: str) -> str:
-    """What ``scheme`` promises of a layer's product: one of :data:`PROMISES`."""
+    """The precision that ``scheme`` promises of a layer's product: one of :data:`PROMISES`."""
     return PROMISES[SCHEMES[scheme].activation, SCHEMES[scheme].weight]
 
 
@@ -86,15 +86,15 @@ def _blocked(scheme: str) -> bool:
 
 
 def folded_layers(schemes: Mapping[str, str], fold: str = "") -> list[str]:
-    """The layers whose scheme asks for ``fold``, or for any if that is empty."""
-    asked = {name: SCHEMES[scheme].fold for name, scheme in schemes.items() if scheme in SCHEMES}
-    return [name for name, own in asked.items() if own and own == (fold or own)]
+    """The layers whose scheme has ``fold``, or any fold if that is empty."""
+    folds = {name: SCHEMES[scheme].fold for name, scheme in schemes.items() if scheme in SCHEMES}
+    return [name for name, own in folds.items() if own and own == (fold or own)]
 
 
 def rounded_inputs(schemes: Mapping[str, str]) -> dict[str, str]:
     """Layer -> the type its input is rounded to, for those whose input is: their ranges are measured."""
-    found = {name: SCHEMES[scheme].activation for name, scheme in schemes.items() if scheme in SCHEMES}
-    return {name: kind for name, kind in found.items() if kind}
+    kinds = {name: SCHEMES[scheme].activation for name, scheme in schemes.items() if scheme in SCHEMES}
+    return {name: kind for name, kind in kinds.items() if kind}
 
 
 def element_types(base: str, schemes: frozenset[str]) -> frozenset[str]:

@@ -174,8 +174,8 @@ def prefill(
     Args:
         run: the ``qllama_step`` engine.
         spec: its contract.
-        queries: ``key.{i}`` and ``value.{i}`` [B, heads, Q, head_dim] of the query pass; the cache lies where
-            they do.
+        queries: ``key.{i}`` and ``value.{i}`` [B, heads, Q, head_dim] of the query pass; the cache is made
+            on their device.
         input_ids: [B, T], T >= 1.
         attention_mask: [B, T], 0 at padding (either side); None: no padding.
         new: tokens that may follow, for which there is room in the cache.
@@ -214,7 +214,7 @@ def prefill(
 
 
 def stepper(run: StepEngine, cache: KVCache) -> StepFunction:
-    """What advances the sequences that ``cache`` holds by a token each."""
+    """The scheduler's step: a token for each sequence in ``cache``."""
 
     def step(tokens: Ids, rows: Ids | None) -> Scores:
         nonlocal cache

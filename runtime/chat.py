@@ -41,12 +41,12 @@ M = TypeVar("M", bound="InternVLChat")
 
 
 class InternVLChat(Loaded):
-    """A loaded chat bundle. Conversations are independent: each may be used in a thread of its own.
+    """A loaded chat bundle. Conversations are independent: each may be used in its own thread.
 
     Args:
-        bundle, components, reading: see :meth:`load`.
-        kept_bytes: for what conversations share: embeddings of images, keys and values of their first
-            positions, in the memory of the engine's device; 0: nothing is shared.
+        bundle, components, reading: see :func:`ivl_export.load`.
+        kept_bytes: memory for data that conversations share: embeddings of images, keys and values of their
+            first positions, in the memory of the engine's device; 0: nothing is shared.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class InternVLChat(Loaded):
         backend_options: Mapping[str, Any] | None = None,
         kept_bytes: int = PREFIX_BYTES,
     ) -> M:
-        """Open the chat bundle in ``path``: as :meth:`.InternVL.load`; ``kept_bytes`` as of the class."""
+        """Open the chat bundle in ``path``; arguments and errors as of :func:`ivl_export.load`."""
         model = super().load(
             path,
             backend,
@@ -151,7 +151,7 @@ class InternVLChat(Loaded):
         for row, (ids, places) in enumerate(zip(prompts, placeholders, strict=True)):
             shown = slice(first, first + int(places.sum()) // each)
             first = shown.stop
-            # The first of an image's placeholders stands for it.
+            # An image is known by the first of its placeholders.
             keep = ~places | (np.cumsum(places) % each == 1 % each)
             prompt = np.where(places, IMAGE_TOKEN, ids)[keep].tolist()
             cache = self.cache(visual[shown], digests[shown])
@@ -200,10 +200,10 @@ class InternVLChat(Loaded):
 
         Args:
             images: as :class:`.model.InternVL` takes them; shown with the first question, or
-                where the turns of ``history`` say.
-            history: what was said before.
-            system: what the prompt begins with; None: what the checkpoint's template says; empty: nothing.
-            max_tiles: the most tiles of every image, or of each; None: as the checkpoint says.
+                where the turns of ``history`` place them.
+            history: earlier questions and answers.
+            system: the message at the beginning of the prompt; None: the template's; empty: none.
+            max_tiles: the most tiles of every image, or of each; None: the checkpoint's number.
 
         Raises:
             InputError: an image cannot be read, or ``history`` shows another number of images.
@@ -288,8 +288,8 @@ class InternVLChat(Loaded):
                 first += len(pixels)
                 seen[digest] = rows
                 self.prefixes.store_image(digest, rows)
-        found = iter(zip([seen[digest] for digest in digests], digests, strict=True))
-        each = [[next(found) for _ in range(len(request))] for request in requests]
+        pairs = iter(zip([seen[digest] for digest in digests], digests, strict=True))
+        each = [[next(pairs) for _ in range(len(request))] for request in requests]
         return [([rows for rows, _ in own if rows is not None], [d for _, d in own]) for own in each]
 
     def cache(self, visual: Sequence[Array], digests: Sequence[bytes]) -> ConversationCache:
@@ -325,8 +325,10 @@ class InternVLChat(Loaded):
             if not ids:
                 raise InputError("An empty text has no embedding.", "It has no tokens.", "Leave it out.")
             parts = [np.array([ids[start : start + limit]], np.int64) for start in range(0, len(ids), limit)]
-            made = [self.components.run("decoder_embed", {"input_ids": p})["input_embeds"][0] for p in parts]
-            rows.append(np.concatenate(made).mean(0))
+            embedded = [
+                self.components.run("decoder_embed", {"input_ids": p})["input_embeds"][0] for p in parts
+            ]
+            rows.append(np.concatenate(embedded).mean(0))
         return np.stack(rows) if rows else np.zeros((0, visual_shape(self.components)[1]), np.float32)
 
 
@@ -336,7 +338,7 @@ def _real(token: int) -> tuple[int, ...]:
 
 
 def _drained(tokens: Generator[int, None, int | None]) -> tuple[list[int], int | None]:
-    """All that a generator gives, and what it returns."""
+    """Values of a generator, and its return value."""
     out: list[int] = []
     try:
         while True:
@@ -387,7 +389,7 @@ class Chat:
         return tuple(self._turns)
 
     def restart(self) -> None:
-        """Forget what was said. The image stays, and so do its keys and values."""
+        """Clear the history. The image and its keys and values stay."""
         with self.exclusive():
             self._turns = []
 
@@ -411,7 +413,7 @@ class Chat:
         """The answer in pieces, as they are decoded; closing the generator ends it there.
 
         Args:
-            question: what is asked now.
+            question: the next question.
             max_new_tokens: at most this many.
             sampling: how tokens are drawn; None: the likeliest.
             min_new_tokens: the answer may not end before.
@@ -474,7 +476,7 @@ class Chat:
             raise UsageError(
                 "This conversation is answering already.",
                 "A question follows from the answers before it.",
-                "Hear the answer to its end, close its stream, or use another conversation.",
+                "Read the answer to its end, close its stream, or use another conversation.",
             )
         try:
             yield

@@ -34,9 +34,9 @@ class Components:
         bundle: an opened bundle.
         backend: ``onnxruntime`` or another backend that the bundle has engines for.
         target: which of them (``sm89``); None takes the first.
-        batch: images run at once; None: on the CPU what the engines were tuned for (more only takes memory
-            there), elsewhere the most they take.
-        share_weights: see :meth:`.loaded.Loaded.load`.
+        batch: images run at once; None: on the CPU the batch the engines were tuned for (more only takes
+            memory there), elsewhere the most they take.
+        share_weights: see :func:`.load.load`.
         options: passed on to the backend (``threads``, ``device``).
     """
 
@@ -65,7 +65,7 @@ class Components:
     def after_fork(self) -> None:
         """In a forked child: ONNX Runtime's engines are opened again when they are used, if they had threads.
 
-        A GPU's memory, and what other libraries keep, cannot be had again in this process.
+        A GPU's memory, and other libraries' caches, cannot be freed in this process.
         """
         if self.backend != "onnxruntime" or not self.on_cpu:
             self._lost = bool(self._engines)
@@ -79,8 +79,8 @@ class Components:
         if name not in self._specs:
             spec = self.bundle.spec(name)
             if self.backend in BUILDERS:
-                built = self.bundle.engines(name, self.backend, self.target)[0].built
-                spec = restrict_axes(spec, built.profiles) if built is not None else spec
+                limits = self.bundle.engines(name, self.backend, self.target)[0].built
+                spec = restrict_axes(spec, limits.profiles) if limits is not None else spec
             self._specs[name] = spec
         return self._specs[name]
 
@@ -156,7 +156,7 @@ class Components:
     ) -> dict[str, Array]:
         """Run ``name`` over any number of rows (at least one), split into batches the engine takes.
 
-        ``outputs`` names the outputs wanted (None: all); each has the rows of all batches, in order.
+        ``outputs`` names the outputs to return (None: all); each has the rows of all batches, in order.
         """
         return {key: to_host(buffer) for key, buffer in self.run_device(name, inputs, outputs).items()}
 
@@ -225,7 +225,7 @@ def fixed(size: int | str) -> int:
 
 
 VISUAL_OUTPUTS = ("query_embeds", "visual_embeds")
-"""What the decoder of a chat sees of an image, in its order; only models with queries have the first."""
+"""Outputs that a chat decoder reads for an image, in order; only models with queries have the first."""
 
 
 def visual_shape(components: Components) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The cache of one conversation: keys and values on the engine's device, and what its positions stand for.
+"""The cache of one conversation: keys and values on the engine's device, and the content of each position.
 
 A prompt is the whole conversation again; positions from the first one on that the cache holds already, or
 that another conversation left in the :class:`~.kv_cache.PrefixCache`, are not computed again.
@@ -26,7 +26,7 @@ from .serving.scheduler import Started
 
 
 class _Row(NamedTuple):
-    """What a position stands for where it is a row of an image's visual embeddings."""
+    """Content of a position: a row of an image's visual embeddings."""
 
     digest: bytes
     image: int
@@ -34,7 +34,7 @@ class _Row(NamedTuple):
 
 
 class _Turned(NamedTuple):
-    """What a position of a sequence beyond the turning point stands for: its keys are rotated in another way,
+    """Content of a position of a sequence beyond the turning point: its keys are rotated in another way,
     so that none of a shorter sequence can be taken for them."""
 
     key: Hashable
@@ -46,7 +46,7 @@ class _Decoded:
 
     reading: int
     tokens: Sequence[int]
-    held: Any
+    data: Any
 
 
 class ConversationCache:
@@ -73,9 +73,9 @@ class ConversationCache:
         self.visual, self.digests = visual, list(digests)
         self.turning_point = turning_point
         self._spec = components.spec("decoder")
-        self._cache: KVCache | None = None  # it comes with the first keys, on their device
-        self._held: list[Hashable] = []  # what the cache's positions stand for
-        self._shared = 0  # blocks of these that others can have
+        self._cache: KVCache | None = None  # made with the first keys, on their device
+        self._contents: list[Hashable] = []  # content of the cache's positions
+        self._shared = 0  # blocks of these that are in the prefix cache
         self._readings = 0
         self._decoded: _Decoded | None = None
         self._lock = fork_safe_lock()
@@ -83,7 +83,7 @@ class ConversationCache:
     @property
     def length(self) -> int:
         """Positions held."""
-        return len(self._held)
+        return len(self._contents)
 
     def tokens(
         self, ids: Sequence[int], stop: StopCriteria, sampling: Sampling
@@ -109,18 +109,18 @@ class ConversationCache:
                 self._share()
 
     def started(self, ids: Sequence[int], stop: StopCriteria) -> Started:
-        """The prompt ``ids`` read, for a scheduler to go on from; it hands back the positions after it."""
+        """The prompt ``ids`` read, for a scheduler to continue; it returns the positions of the answer."""
         with self._lock:  # an earlier question may be given up while its prompt is being read
             logits = self.read(ids, stop.max_new_tokens)
             assert self._cache is not None
             return Started(self._cache.row(0), logits, partial(self._left, self._readings))
 
-    def _left(self, reading: int, tokens: Sequence[int], held: Any) -> None:
-        # Nothing more is done by the thread that calls, for other conversations wait for it.
-        self._decoded = _Decoded(reading, tokens, held)
+    def _left(self, reading: int, tokens: Sequence[int], data: Any) -> None:
+        # No work on the scheduler's thread: other conversations wait for it.
+        self._decoded = _Decoded(reading, tokens, data)
 
     def settle(self) -> None:
-        """Take in what a scheduler decoded, for other conversations too; the next prompt does so itself."""
+        """Append the positions that a scheduler decoded, and share them; else the next prompt does."""
         if self._lock.acquire(blocking=False):
             try:
                 self._take_decoded()
@@ -131,9 +131,9 @@ class ConversationCache:
     def _take_decoded(self) -> None:
         decoded, self._decoded = self._decoded, None
         if decoded is not None and decoded.reading == self._readings:  # no other prompt was read since
-            self._fit(self.length + len(decoded.tokens)).extend(decoded.held[:, :, None])
+            self._fit(self.length + len(decoded.tokens)).extend(decoded.data[:, :, None])
             for token in decoded.tokens:  # each was rotated as the last of a sequence
-                self._held += self._turned([token], self.length + 1)
+                self._contents += self._turned([token], self.length + 1)
 
     def read(self, ids: Sequence[int], new: int) -> Any:
         """The logits [V] after the prompt ``ids``, on the engine's device.
@@ -141,7 +141,7 @@ class ConversationCache:
         Positions that this or another conversation has computed are not computed again.
 
         Args:
-            ids: tokens, and :data:`~ivl_export.inputs.chat_template.IMAGE_TOKEN` where an image stands.
+            ids: tokens, and :data:`~ivl_export.inputs.chat_template.IMAGE_TOKEN` in place of each image.
             new: tokens that may follow.
 
         Raises:
@@ -151,28 +151,28 @@ class ConversationCache:
         self._check(len(keys), new)
         self._take_decoded()
         self._readings += 1
-        self._recall(keys[:-1])  # the last position has to be computed: its logits are wanted
+        self._recall(keys[:-1])  # the last position has to be computed: its logits are needed
         left = keys[self.length :]
         logits = self._feed(self._embedded(left), left, len(keys))
         self._share()
         return logits
 
     def _recall(self, keys: Sequence[Hashable]) -> None:
-        """Hold as many of the first ``keys`` as this or another conversation has, and nothing else."""
-        pairs = enumerate(zip(keys, self._held, strict=False))
-        held = next((i for i, (a, b) in pairs if a != b), min(len(keys), len(self._held)))
+        """Cut the cache to its common prefix with ``keys``, then append blocks of other conversations."""
+        pairs = enumerate(zip(keys, self._contents, strict=False))
+        common = next((i for i, (a, b) in pairs if a != b), min(len(keys), len(self._contents)))
         blocks = self.prefixes.find(keys)
         self._shared = len(blocks)
         if self._cache is not None:
-            self._cache.truncate(held)
-        del self._held[held:]
+            self._cache.truncate(common)
+        del self._contents[common:]
         if self._cache is None and not blocks:
             return
-        cache = self._fit(max(held, len(blocks) * BLOCK), *blocks[:1])
-        for number in range(held // BLOCK, len(blocks)):
-            start, end = len(self._held), (number + 1) * BLOCK
+        cache = self._fit(max(common, len(blocks) * BLOCK), *blocks[:1])
+        for number in range(common // BLOCK, len(blocks)):
+            start, end = len(self._contents), (number + 1) * BLOCK
             cache.extend(blocks[number][..., start - end :, :])
-            self._held += keys[start:end]
+            self._contents += keys[start:end]
 
     def _fit(self, needed: int, like: Any = None) -> KVCache:
         """The cache, with room for ``needed`` positions; a new one is like ``like``."""
@@ -185,13 +185,13 @@ class ConversationCache:
         return self._cache
 
     def _share(self) -> None:
-        """Let other conversations have what this one holds."""
-        if self._cache is not None and len(self._held) // BLOCK > self._shared:
-            self.prefixes.store(self._held, self._cache.data)
-            self._shared = len(self._held) // BLOCK
+        """Copy this conversation's full blocks to the prefix cache."""
+        if self._cache is not None and len(self._contents) // BLOCK > self._shared:
+            self.prefixes.store(self._contents, self._cache.data)
+            self._shared = len(self._contents) // BLOCK
 
     def _keys(self, ids: Sequence[int]) -> list[Hashable]:
-        """What each position stands for: a token, or a row of an image."""
+        """Content of each position: a token, or a row of an image."""
         places = iter(range(len(self.digests)))
         if sum(i == IMAGE_TOKEN for i in ids) != len(self.digests):
             raise InputError(f"The prompt does not show the {len(self.digests)} images that were given.")
@@ -257,11 +257,11 @@ class ConversationCache:
         out: dict[str, Any] = {}
         for start in range(0, len(keys), step):
             part = embeds[:, start : start + step]
-            seen, count = len(self._held), part.shape[1]
+            seen, count = len(self._contents), part.shape[1]
             past, mask = self._past()
             positions = np.arange(seen, seen + count, dtype=np.int64)[None]
             ones = hidden = np.ones((1, count), np.int64)
-            # The graph rotates a call by its last position: a hidden one stands for the rest of the prompt.
+            # The graph rotates a call by its last position: a hidden one represents the rest of the prompt.
             hint = turned and seen + count <= self.turning_point
             if hint:
                 part = np.concatenate([part, np.zeros_like(part[:, :1])], 1)
@@ -274,15 +274,15 @@ class ConversationCache:
                 **past,
             }
             out = self.components.run_device("decoder", feeds)
-            made: dict[str, Any] = dict(out)
+            outputs: dict[str, Any] = dict(out)
             if hint:
-                made = {n: a[:, :, :count] if is_cache(n) else a for n, a in made.items()}
+                outputs = {n: a[:, :, :count] if is_cache(n) else a for n, a in outputs.items()}
             if self._cache is None:
                 capacity = next_capacity(count, 0, self._spec.axis("past"))
-                self._cache = KVCache.of_queries(made, len(past) // 2, capacity)
+                self._cache = KVCache.of_queries(outputs, len(past) // 2, capacity)
             else:
-                self._fit(seen + count).append(made, ones)
-            self._held += keys[start : start + step]
+                self._fit(seen + count).append(outputs, ones)
+            self._contents += keys[start : start + step]
         return out["logits"][0]
 
     def _past(self) -> tuple[dict[str, Any], NDArray[np.int64]]:

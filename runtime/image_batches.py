@@ -29,7 +29,7 @@ class Reading:
     Args:
         threads: images decoded and resized at a time; None: as many as there are cores.
         approximate_jpeg: decode large JPEGs smaller; see :func:`~ivl_export.inputs.preprocess.read_images`.
-        urls: what may be fetched; None: nothing, text is a path.
+        urls: which URLs may be fetched; None: none, text is a path.
     """
 
     threads: int | None = None
@@ -43,11 +43,11 @@ def pixel_batches(
     """``pixel_values`` float32 [<= size, 3, S, S] of ``images``, in order.
 
     Arrays and :class:`~ivl_export.inputs.preprocess.PixelValues` are taken as ready. Reading is timed as
-    ``preprocess``. Raises InputError for what is no sequence of images, and as
+    ``preprocess``. Raises InputError for anything but a sequence of images, and as
     :func:`~ivl_export.inputs.images.load_image`.
     """
-    given = as_images(images)
-    ready = given.values if isinstance(given, PixelValues) else given
+    source = as_images(images)
+    ready = source.values if isinstance(source, PixelValues) else source
     if isinstance(ready, np.ndarray):
         check_pixel_values(ready)
         for start in range(0, len(ready), size):
@@ -97,8 +97,8 @@ def read_batch(
 ) -> PixelValues:
     """Images fetched, where ``reading`` allows it, decoded and preprocessed together.
 
-    ``names``, ``on_error`` and ``max_tiles`` as of :func:`~ivl_export.inputs.preprocess.read_images`; what
-    cannot be fetched is always an error.
+    ``names``, ``on_error`` and ``max_tiles`` as of :func:`~ivl_export.inputs.preprocess.read_images`; images
+    that cannot be fetched are always an error.
     """
     how = reading or Reading()
     names = names or [name_of(image, index, len(images)) for index, image in enumerate(images)]

@@ -25,7 +25,7 @@ Kind = Literal["numpy", "faiss"]
 KINDS: tuple[Kind, ...] = ("numpy", "faiss")
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, RecursionError, InputError, UsageError)
 BLOCK = 1 << 16
-"""Items compared at a time where nobody says otherwise: bounds the memory of a search."""
+"""Items compared at a time by default: bounds the memory of a search."""
 
 
 class Index:
@@ -110,14 +110,14 @@ class Index:
         return self._blocks[0]
 
     def save(self, path: Path) -> None:
-        """Write ``path``, whole or not at all. An approximate FAISS structure is made anew when opened."""
+        """Write ``path``, whole or not at all. An approximate FAISS structure is rebuilt when opened."""
         about = {"names": json.dumps(self.names), "kind": self.kind, "factory": self.factory}
         with atomic(path) as partial:
             save_file({"embeddings": self.vectors()}, partial, about)
 
     @classmethod
     def load(cls, path: Path, kind: Kind | None = None) -> Index:
-        """Open what :meth:`save` wrote, as ``kind`` (None: as it was).
+        """Open a file of :meth:`save`, as ``kind`` (None: as it was).
 
         Raises:
             IntegrityError: the file is missing, damaged, or no index.
@@ -133,7 +133,7 @@ class Index:
             index = cls(vectors.shape[1], kind or about["kind"], about["factory"])  # type: ignore[arg-type]
             index.add(vectors, names)
         except _UNREADABLE as error:
-            raise IntegrityError(f"{path} is no index.", str(error), "Make it again.") from error
+            raise IntegrityError(f"{path} is not an index.", str(error), "Make it again.") from error
         return index
 
 

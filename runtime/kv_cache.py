@@ -1,8 +1,8 @@
 """Key-value caches: of one call, of sequences decoded together, and of prefixes that conversations share.
 
 - :class:`KVCache`: all rows have one length and take each step together (captions, beams, one conversation).
-- :class:`BatchedKVCache`: each row has a length of its own and is inserted and released at any time.
-- :class:`PrefixCache`: copies of first positions, in blocks, found again by what the positions stand for.
+- :class:`BatchedKVCache`: each row has its own length and is inserted and released at any time.
+- :class:`PrefixCache`: copies of first positions, in blocks, looked up by the content of the positions.
 
 The first two are one array with spare capacity, see :func:`next_capacity`.
 """
@@ -76,7 +76,7 @@ class KVCache:
 
     @classmethod
     def empty(cls, like: Any, capacity: int) -> KVCache:
-        """A cache for positions such as ``like`` [2, layers, rows, heads, n, head_dim], which lies there."""
+        """A cache for positions such as ``like`` [2, layers, rows, heads, n, head_dim], on its device."""
         shape = tuple(like.shape)
         data = zeros((*shape[:4], capacity, shape[5]), like)
         return cls(data, np.zeros((shape[2], capacity), np.int64), 0, 0)
@@ -125,10 +125,10 @@ class KVCache:
         self.length = min(self.length, length)
 
     def resize(self, capacity: int) -> None:
-        """Have room for ``capacity`` positions, no fewer than are held; these stay."""
-        held, mask = self.data[..., : self.length, :], self.mask[:, : self.length]
+        """Change the capacity to ``capacity`` positions (at least :attr:`length`); the stored ones stay."""
+        data, mask = self.data[..., : self.length, :], self.mask[:, : self.length]
         self.data = zeros((*self.data.shape[:4], capacity, self.data.shape[5]), self.data)
-        self.data[..., : self.length, :] = held
+        self.data[..., : self.length, :] = data
         self.mask = np.zeros((self.rows, capacity), np.int64)
         self.mask[:, : self.length] = mask
 
@@ -150,11 +150,11 @@ class KVCache:
 
 
 class BatchedKVCache:
-    """Keys and values of at most ``count`` sequences, each of its own length, whose steps are taken together.
+    """Keys and values of at most ``count`` sequences, of different lengths, which take each step together.
 
     Layout: as :class:`KVCache`; row ``r`` is slot ``r``, whose positions 0 to ``lengths[r] - 1`` are held and
     visible. A new sequence takes the lowest free slot, and a step computes the rows up to the last one in
-    use: what the engine gets is contiguous, and no sequence ever moves. A free row between others attends
+    use: the engine's input is contiguous, and no sequence ever moves. A free row between others attends
     only to the token of its own step, so that it stays finite.
 
     Args:
@@ -172,15 +172,16 @@ class BatchedKVCache:
         """Rows that a step computes."""
         return int(np.flatnonzero(self.lengths).max(initial=-1)) + 1
 
-    def insert(self, held: Any) -> int:
-        """The slot that now holds keys and values ``held`` [2, layers, heads, n, head_dim], n >= 1.
+    def insert(self, data: Any) -> int:
+        """Copy keys and values ``data`` [2, layers, heads, n, head_dim], n >= 1, into a free slot; its
+        number.
 
         One must be free.
         """
         slot = int(np.flatnonzero(self.lengths == 0)[0])
-        length = held.shape[3]
-        self._fit(max(length, int(self.lengths.max())), held[:, :, None])
-        self._data[:, :, slot, :, :length] = held
+        length = data.shape[3]
+        self._fit(max(length, int(self.lengths.max())), data[:, :, None])
+        self._data[:, :, slot, :, :length] = data
         self.lengths[slot] = length
         return slot
 
@@ -220,7 +221,7 @@ class BatchedKVCache:
         self.lengths[used] += 1
 
     def _fit(self, needed: int, like: Any) -> None:
-        """Resize for ``needed`` positions a row; a new array is made where ``like`` lies, of its sizes."""
+        """Resize for ``needed`` positions a row; a new array has the device and sizes of ``like``."""
         before = 0 if self._data is None else self._data.shape[4]
         capacity = next_capacity(needed, before, self._past)
         if capacity == before:
@@ -250,7 +251,7 @@ class _Entry:
 class PrefixCache:
     """First positions of conversations and embeddings of their images, at most ``limit`` bytes of arrays.
 
-    Positions are kept in blocks of :data:`BLOCK`. A block is known by what its positions stand for and by the
+    Positions are kept in blocks of :data:`BLOCK`. A block's key is the content of its positions and the
     block before it: conversations that begin alike share their first blocks, whatever follows. (So does
     vLLM's automatic prefix caching; prefixes are shared in PagedAttention, arXiv 2309.06180, section 4.4.)
 
@@ -279,7 +280,7 @@ class PrefixCache:
     def find(self, keys: Sequence[Hashable]) -> list[Any]:
         """Blocks [2 (key, value), layers, 1, heads, BLOCK, head_dim] of the first positions, as far as held.
 
-        ``keys``: what each position stands for.
+        ``keys``: content of each position.
         """
         with self._lock:
             return [self._entries[name].value for name in self._walk(keys)]
@@ -287,16 +288,16 @@ class PrefixCache:
     def store(self, keys: Sequence[Hashable], data: Any) -> None:
         """Copy the first positions of ``data`` [2, layers, 1, heads, at least len(keys), head_dim].
 
-        Positions that fill no block are left out, and so is the end of what does not fit as a whole.
+        Positions that fill no block are left out, and so is the end where not all blocks fit.
         """
         positions = data.shape[4]
         blocks = len(keys) // BLOCK
         if positions:
             blocks = min(blocks, self.limit // max(int(data.nbytes) * BLOCK // positions, 1))
         with self._lock:
-            held = len(self._walk(keys))
+            stored = len(self._walk(keys))
         # Copied without the lock: others may read meanwhile.
-        copies = {i: copied(data[..., i * BLOCK : (i + 1) * BLOCK, :]) for i in range(held, blocks)}
+        copies = {i: copied(data[..., i * BLOCK : (i + 1) * BLOCK, :]) for i in range(stored, blocks)}
         with self._lock:
             names = self._walk(keys)
             for i in range(len(names), blocks):

@@ -33,19 +33,20 @@ def load(
     backend_options: Mapping[str, Any] | None = None,
     kept_bytes: int = PREFIX_BYTES,
 ) -> Any:
-    """Open a bundle: an :class:`.InternVL`, an :class:`.InternVLChat`, or what runs another family.
+    """Open a bundle: an :class:`.InternVL`, an :class:`.InternVLChat`, or the class of another family.
 
     Use the model as a context manager, or call ``close()``, to free its engines.
 
     Args:
-        bundle: its folder, or what :func:`ivl_export.build` returned.
+        bundle: its folder, or the result of :func:`ivl_export.build`.
         backend: whose engines to run: ``onnxruntime``, ``tensorrt-rtx``, ``tensorrt``, ``torch`` or
             ``torch-tensorrt``.
         components: opened now; the others (None: all) are opened when they are first used.
         threads: of each engine on the CPU; None: as many as there are cores.
         target: which engines of the backend (``sm89``); None: those for this machine's GPU, else the first.
-        batch: images run at once; None: on the CPU what the engines were tuned for, else the most they take.
-        verify: what is checked of the bundle's files: ``size``, ``hash`` (reads them all), or None.
+        batch: images run at once; None: on the CPU the batch the engines were tuned for, else the most they
+            take.
+        verify: check of the bundle's files: ``size``, ``hash`` (reads them all), or None.
         reading: how images are read; None: on all cores, exactly as published, nothing fetched.
         share_weights: whether ONNX Runtime's sessions on the CPU map one copy of the weights that several
             components have; None: where that saves 64 MiB, and there is room in the cache folder.
@@ -57,8 +58,8 @@ def load(
         cuda_graphs: of ``torch`` and the TensorRTs: whether calls are recorded once for each shape and
             replayed.
         backend_options: further options of the backend's engines, by name.
-        kept_bytes: memory for what conversations of a chat share (embeddings of images, keys and values of
-            their first positions); 0: nothing is shared. Of an InternVL it means nothing.
+        kept_bytes: memory for data that conversations of a chat share (embeddings of images, keys and values
+            of their first positions); 0: nothing is shared. Of an InternVL it means nothing.
 
     Raises:
         UsageError: an unknown backend, or an option that it does not have.

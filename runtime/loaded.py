@@ -60,35 +60,7 @@ class Loaded:
         cuda_graphs: bool | None = None,
         backend_options: Mapping[str, Any] | None = None,
     ) -> L:
-        """Open the bundle in ``path``.
-
-        Args:
-            path: the bundle's folder.
-            backend: whose engines to run.
-            components: opened now; the others (None: all) are opened when they are first used.
-            threads: of each engine (ONNX Runtime on the CPU); None: as many as there are cores.
-            target: which engines of the backend (``sm89``); None: the first.
-            batch: images run at once; None: on the CPU what the engines were tuned for, else the most they
-                take.
-            verify: see :meth:`ivl_export.bundle.Bundle.open`.
-            reading: how images are read; None: on all cores, exactly as published, nothing fetched.
-            share_weights: whether ONNX Runtime's sessions on the CPU map one copy of the weights that several
-                components have, kept in the cache folder; None: where that saves 64 MiB, and there is room.
-            device: ``cpu``, ``cuda``, ``cuda:1``; None: the CPU with ``onnxruntime`` and ``torch``, else the
-                first GPU.
-            provider: of ``onnxruntime``: the execution provider on a GPU; None: CUDA's.
-            dtype: of ``torch``: what is computed in; None: the bundle's.
-            compile: of ``torch``: whether modules are compiled, or the mode of ``torch.compile``.
-            cuda_graphs: of ``torch`` and the TensorRTs: whether calls are recorded once for each shape and
-                replayed.
-            backend_options: any further ones of the backend's engines, by the names of its loader.
-
-        Raises:
-            UsageError: an unknown backend, or an option that it does not have.
-            IntegrityError: the bundle is damaged.
-            CapabilityError: it has no such component or engine, the backend is not installed, or weights
-                cannot be shared though they were to be.
-        """
+        """Open the bundle in ``path``; arguments and errors as of :func:`ivl_export.load`."""
         known_backend(backend)
         bundle = Bundle.open(path, verify)
         own = {

@@ -1,6 +1,6 @@
 """Image-text matching (ITM): the probability that a text describes an image. QLLaMA reads both together.
 
-Every pair is a pass of its own, so it re-ranks the best of a search (InternVL paper section 3.3; ALBEF, arXiv
+Every pair is a separate pass, so it re-ranks the best of a search (InternVL paper section 3.3; ALBEF, arXiv
 2107.07651). Needs ``qllama_itm``.
 """
 

@@ -111,7 +111,7 @@ class InternVL(Loaded):
     def encode_text(self, texts: Sequence[str]) -> Floats:
         """Embeddings [B, E] float32, not normalised; the same in InternVL-C and InternVL-G.
 
-        Texts are cut to what the engine takes (80 tokens). Short ones run in shorter batches: padding on the
+        Texts are cut to the engine's longest (80 tokens). Short ones run in shorter batches: padding on the
         right never changes an embedding.
         """
         texts = text_sequence(texts)
@@ -230,7 +230,7 @@ class InternVL(Loaded):
     ) -> dict[int, Floats]:
         """Hidden states after each of ``blocks``: number of the block -> [B, N, D] float32.
 
-        The class token stands first, then the patches by row. ``blocks`` are numbers from 1, or from the end
+        The class token comes first, then the patches by row. ``blocks`` are numbers from 1, or from the end
         backwards: -1 is the last.
 
         Raises:
@@ -373,12 +373,12 @@ def outputs_of(manifest: Manifest, spec: ComponentSpec, blocks: Sequence[int]) -
     Errors as :meth:`InternVL.features`.
     """
     depth = int(manifest.model.config["vision_config"]["num_hidden_layers"])
-    built = [int(t.name.removeprefix(FEATURES)) for t in spec.outputs if t.name.startswith(FEATURES)]
-    known = {**{k: feature_name(k) for k in built}, depth: "tokens"}
+    blocks_built = [int(t.name.removeprefix(FEATURES)) for t in spec.outputs if t.name.startswith(FEATURES)]
+    known = {**{k: feature_name(k) for k in blocks_built}, depth: "tokens"}
     numbers = [block_number(block, depth) for block in blocks]
     missing = [k for k in numbers if k not in known]
     if missing:
-        again = build_line(manifest, features=sorted({*built, *missing}))
+        again = build_line(manifest, features=sorted({*blocks_built, *missing}))
         raise CapabilityError(
             f"This bundle does not give the output of block {missing[0]}.",
             f"It was built to give {', '.join(map(str, known))}.",

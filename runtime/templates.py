@@ -22,7 +22,7 @@ def templates(name: str) -> tuple[str, ...]:
     known = _known()
     if name not in known:
         raise UsageError(
-            f"There are no templates {name!r}.",
+            f"Unknown templates {name!r}.",
             f"Known: {', '.join(known)}.",
             "Give --template one of these, or a text with {} for the label.",
         )

@@ -38,7 +38,7 @@ class Timings:
         return _Stage(self._lock, total, stage)
 
     def snapshot(self) -> dict[str, Timing]:
-        """What was measured so far, in the order of first use."""
+        """The timings so far, in the order of first use."""
         with self._lock:
             return {stage: Timing(int(n), seconds) for stage, (n, seconds) in self._stages.items() if n}
 

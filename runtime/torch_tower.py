@@ -1,6 +1,6 @@
-"""A bundle's vision tower as a torch module, for code that has one of its own: serving frameworks, trainers.
+"""A bundle's vision tower as a torch module, for serving frameworks and trainers that expect one.
 
-Whatever backend runs it, tensors come in and go out on the device they are on; where the engine is on that
+With every backend, outputs are on the device of the inputs; where the engine is on that
 device too, nothing is copied. The only file of the runtime that imports torch.
 """
 
@@ -25,7 +25,7 @@ OUTPUTS = ("visual_embeds", "tokens")
 class VisionTower(nn.Module):
     """InternViT from a bundle: ``tower(pixel_values)`` gives its last hidden state, or another block's.
 
-    That of a chat model gives what the decoder sees of an image, queries and projectors included.
+    A chat model's gives the visual embeddings of the decoder, queries and projectors included.
 
     Args:
         components: the engines of an opened bundle; ``VisionTower.load`` opens one.
@@ -85,7 +85,7 @@ class VisionTower(nn.Module):
 
         Args:
             path: the bundle's folder.
-            backend, target, options: as :meth:`.InternVL.load` (``device``, ``dtype``, ``compile``, ...).
+            backend, target, options: as of :func:`ivl_export.load` (``device``, ``dtype``, ``compile``, ...).
             select, block: see the class.
             verify: see :meth:`ivl_export.bundle.Bundle.open`.
 
@@ -126,8 +126,8 @@ class VisionTower(nn.Module):
 
 
 def _check_floats(pixel_values: object) -> None:
-    """InputError for anything but a tensor of floats: features take its type, and bytes cannot hold them."""
-    fix = "Give what InternVL.pixel_values or preprocess_images makes of images, as a tensor."
+    """InputError for anything but a float tensor: outputs have its type."""
+    fix = "Give the output of InternVL.pixel_values or preprocess_images, as a tensor."
     if not isinstance(pixel_values, Tensor):
         raise InputError("The tower takes a torch tensor.", f"It got a {type(pixel_values).__name__}.", fix)
     if pixel_values.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):

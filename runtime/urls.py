@@ -19,7 +19,7 @@ _PIECE = 1 << 16
 
 @dataclass(frozen=True)
 class UrlPolicy:
-    """What may be fetched.
+    """Limits on fetching URLs.
 
     Args:
         hosts: names that may be fetched from, ``example.org`` or ``.example.org`` for all below it;
@@ -111,7 +111,7 @@ def _get(url: str, policy: UrlPolicy, deadline: float) -> tuple[int, str, bool, 
         return answer.status, answer.getheader("Location", ""), packed, bytes(body)
     finally:
         connection.close()
-        plain.close()  # what TLS took over is closed by then
+        plain.close()  # TLS has closed it by then
 
 
 def _connected(url: str, host: str, port: int, policy: UrlPolicy, deadline: float) -> socket.socket:
@@ -134,7 +134,7 @@ def _connected(url: str, host: str, port: int, policy: UrlPolicy, deadline: floa
 
 
 def _quoted(text: str) -> str:
-    """Percent-encoded as browsers do: letters that an address may not hold; what is encoded stays."""
+    """Percent-encoded as browsers do: characters not allowed in a URL; existing escapes stay."""
     return quote(text, safe="/%:@!$&'()*+,;=?~-._[]")
 
 
@@ -143,7 +143,7 @@ def _ascii_host(host: str) -> str:
 
 
 def _unpacked(url: str, body: bytes, policy: UrlPolicy) -> bytes:
-    """What a server packed by gzip although it was not asked to, up to the same limit."""
+    """Decompressed content of a server that used gzip without Accept-Encoding, up to the same limit."""
     unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
     try:
         data = unpacker.decompress(body, policy.max_bytes + 1)

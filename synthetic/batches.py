@@ -11,7 +11,7 @@ from .captions import Language, caption
 from .render import SIZE, Image8, render
 from .scenes import PAIRS, Scene, Split, near_copy, sample_scene
 
-# Keeps the random streams of the splits apart, whatever their seeds are.
+# Keeps the random streams of the splits apart, for all seeds.
 _STREAM: dict[Split, int] = {"train": 0x7A1, "heldout": 0xE7A}
 
 

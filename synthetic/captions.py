@@ -63,7 +63,7 @@ def class_prompts(shape: str, color: str, lang: Language = "en") -> list[str]:
 
 
 def corpus() -> Iterator[list[str]]:
-    """Texts in words, for training the tokenizer: every word of the grammar, alone and behind each prefix."""
+    """Texts in words, for training the tokenizer: every word of the grammar, alone and after each prefix."""
     for lang in LANGUAGES:
         prompts = [[CONTRASTIVE_PREFIX], CAPTION_PROMPT[lang].split(" ")]
         if lang == "en":

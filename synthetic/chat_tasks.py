@@ -1,7 +1,7 @@
 """The task of internvl-nano-chat: questions about scenes that training never drew, answered word for word.
 
-The first half of the scenes gets one question, the second half two, of which the second refers back. History
-is what the model itself said.
+The first half of the scenes gets one question, the second half two, of which the second refers back. The
+history has the model's own answers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def exact(said: str, answers: Sequence[str]) -> bool:
 
 
 def held_out(scenes: int = SCENES, seed: int = 0) -> tuple[list[Scene], list[list[QuestionAnswer]]]:
-    """Scenes that no training shows, and what is asked about each."""
+    """Held-out scenes, and the questions about each."""
     shown = eval_scenes(_TASK, scenes, seed)
     rng = np.random.default_rng([_STREAM, seed])
     return shown, [
@@ -48,17 +48,17 @@ def evaluate(
     scenes: int = SCENES,
     seed: int = 0,
     batch: int = 50,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
     """``{"chat": {"all": score, <kind of question>: score, ...}, "settings": ...}``.
 
-    ``progress`` hears the number of scenes that are done.
+    ``progress`` is called with the number of scenes done.
     """
-    shown, asked = held_out(scenes, seed)
+    shown, questions = held_out(scenes, seed)
     right: list[tuple[QuestionAnswer, Scene, bool]] = []
     for start in range(0, scenes, batch):
         part = slice(start, start + batch)
-        right += _ask(answer, shown[part], asked[part])
+        right += _ask(answer, shown[part], questions[part])
         progress(min(start + batch, scenes))
     scores = {"all": _score(right)}
     scores.update({kind: _score([r for r in right if r[0].kind == kind]) for kind in KINDS})
@@ -69,20 +69,20 @@ def evaluate(
 
 
 def _ask(
-    answer: Answer, scenes: Sequence[Scene], asked: Sequence[list[QuestionAnswer]]
+    answer: Answer, scenes: Sequence[Scene], questions_of: Sequence[list[QuestionAnswer]]
 ) -> list[tuple[QuestionAnswer, Scene, bool]]:
     images = np.stack([render(scene) for scene in scenes])
     history: list[list[Turn]] = [[] for _ in scenes]
-    found = []
-    for number in range(max(map(len, asked))):
-        rows = [i for i, questions in enumerate(asked) if len(questions) > number]
-        opened = [replace(conversation(asked[i])[number], answer=None) for i in rows]
+    answers = []
+    for number in range(max(map(len, questions_of))):
+        rows = [i for i, questions in enumerate(questions_of) if len(questions) > number]
+        opened = [replace(conversation(questions_of[i])[number], answer=None) for i in rows]
         said = answer(images[rows], [[*history[i], turn] for i, turn in zip(rows, opened, strict=True)])
         for i, turn, text in zip(rows, opened, said, strict=True):
             history[i].append(replace(turn, answer=text.strip()))
-            question = asked[i][number]
-            found.append((question, scenes[i], exact(text, [question.answer])))
-    return found
+            question = questions_of[i][number]
+            answers.append((question, scenes[i], exact(text, [question.answer])))
+    return answers
 
 
 def _score(right: Sequence[tuple[QuestionAnswer, Scene, bool]]) -> TaskScore:

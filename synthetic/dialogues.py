@@ -1,10 +1,10 @@
-"""Dialogues about scenes: what color, what shape, how many, where, yes or no, and questions that refer back.
+"""Dialogues about scenes: color, shape, number, where, yes or no, and questions that refer back.
 
     What shape is in the middle?   ring
     What color is it?              blue
     And the other one?             red
 
-Every question has one right answer, which follows from the scene and from what was asked before.
+Every question has one right answer, which follows from the scene and the earlier questions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REFERS_BACK = 0.4
 
 @dataclass(frozen=True)
 class QuestionAnswer:
-    """A question, its right answer, and what it is about.
+    """A question, its right answer, and its subject.
 
     Args:
         kind: of question.
@@ -44,15 +44,15 @@ class QuestionAnswer:
 
 
 def dialogue(rng: np.random.Generator, scene: Scene, turns: int) -> list[QuestionAnswer]:
-    """At most ``turns`` questions about ``scene``: none is asked twice, some refer to the one before."""
+    """At most ``turns`` questions about ``scene``: without repetition; some refer to the one before."""
     said: list[QuestionAnswer] = []
     while len(said) < turns:
         later = _follow_ups(scene, said[-1]) if said and rng.random() < _REFERS_BACK else []
         before = {a.question for a in said if a.kind != "refers back"}
-        found = later or [a for a in _questions(rng, scene) if a.question not in before]
-        if not found:
+        candidates = later or [a for a in _questions(rng, scene) if a.question not in before]
+        if not candidates:
             break
-        said.append(found[int(rng.integers(len(found)))])
+        said.append(candidates[int(rng.integers(len(candidates)))])
     return said
 
 
@@ -64,9 +64,9 @@ def two_turns(rng: np.random.Generator, scene: Scene) -> list[QuestionAnswer]:
     return [one, later[int(rng.integers(len(later)))]]
 
 
-def conversation(asked: Sequence[QuestionAnswer]) -> list[Turn]:
+def conversation(questions: Sequence[QuestionAnswer]) -> list[Turn]:
     """As turns; the image comes with the first."""
-    return [Turn(a.question, a.answer, images=int(i == 0)) for i, a in enumerate(asked)]
+    return [Turn(a.question, a.answer, images=int(i == 0)) for i, a in enumerate(questions)]
 
 
 def corpus() -> Iterator[list[str]]:
@@ -85,9 +85,9 @@ def corpus() -> Iterator[list[str]]:
                 ]
                 for scene in scenes:
                     yield frame
-                    for asked in dialogue(rng, scene, 8):
-                        question = _words(asked.question)
-                        answer = words(scene) if asked.kind == "describe" else _words(asked.answer)
+                    for pair_asked in dialogue(rng, scene, 8):
+                        question = _words(pair_asked.question)
+                        answer = words(scene) if pair_asked.kind == "describe" else _words(pair_asked.answer)
                         yield question
                         yield [" USER", ":", " ", *question, " ASSISTANT", ":"]
                         yield [" USER", ":", " " + question[0], *question[1:], " ASSISTANT", ":"]
@@ -97,7 +97,7 @@ def corpus() -> Iterator[list[str]]:
 def _questions(rng: np.random.Generator, scene: Scene) -> list[QuestionAnswer]:
     """One question of every kind that suits ``scene``."""
     total = sum(obj.count for obj in scene.objects)
-    found = [
+    questions = [
         QuestionAnswer("count", "How many shapes are there?", _COUNT[total]),
         QuestionAnswer("describe", "Describe the image.", caption(scene)),
         _is_there(rng, scene),
@@ -105,13 +105,13 @@ def _questions(rng: np.random.Generator, scene: Scene) -> list[QuestionAnswer]:
     if scene.relation is None:
         obj = scene.objects[0]
         return [
-            *found,
+            *questions,
             QuestionAnswer("color", "What color do you see?", obj.color, 0, "color"),
             QuestionAnswer("shape", "What shape do you see?", obj.shape, 0, "shape"),
             QuestionAnswer("size", "Small or large?", obj.size),
         ]
     outer, middle = scene.objects
-    found += [
+    questions += [
         QuestionAnswer("color", "What color is the shape in the middle?", middle.color, 1, "color"),
         QuestionAnswer("shape", "What shape is in the middle?", middle.shape, 1, "shape"),
         QuestionAnswer("color", "What color is the outer shape?", outer.color, 0, "color"),
@@ -121,15 +121,15 @@ def _questions(rng: np.random.Generator, scene: Scene) -> list[QuestionAnswer]:
     if outer.shape != middle.shape:
         i = int(rng.integers(2))
         place = f"{scene.relation} the {middle.shape}" if i == 0 else "in the middle"
-        found += [
+        questions += [
             QuestionAnswer("where", f"Where is the {scene.objects[i].shape}?", place),
             QuestionAnswer(
                 "color", f"What color is the {scene.objects[i].shape}?", scene.objects[i].color, i, "color"
             ),
         ]
     if (outer.shape, outer.color) != (middle.shape, middle.color):
-        found.append(_is_related(rng, scene))
-    return found
+        questions.append(_is_related(rng, scene))
+    return questions
 
 
 def _follow_ups(scene: Scene, last: QuestionAnswer) -> list[QuestionAnswer]:
@@ -137,16 +137,16 @@ def _follow_ups(scene: Scene, last: QuestionAnswer) -> list[QuestionAnswer]:
     if last.about is None:
         return []
     obj = scene.objects[last.about]
-    found = [
+    questions = [
         QuestionAnswer("refers back", "And what color is it?", obj.color, last.about, "color"),
         QuestionAnswer("refers back", "And what shape is it?", obj.shape, last.about, "shape"),
     ]
-    found = [a for a in found if a.attribute != last.attribute]
+    questions = [a for a in questions if a.attribute != last.attribute]
     if scene.relation is not None and last.attribute is not None:
         other = 1 - last.about
         value = getattr(scene.objects[other], last.attribute)
-        found.append(QuestionAnswer("refers back", "And the other one?", value, other, last.attribute))
-    return found
+        questions.append(QuestionAnswer("refers back", "And the other one?", value, other, last.attribute))
+    return questions
 
 
 def _is_there(rng: np.random.Generator, scene: Scene) -> QuestionAnswer:
@@ -157,8 +157,8 @@ def _is_there(rng: np.random.Generator, scene: Scene) -> QuestionAnswer:
         near = [(s, obj.color) for s in SHAPES] + [(obj.shape, c) for c in COLORS]
         wrong = [pair for pair in near if pair not in shown]
         # A wrong shape as often as a wrong color, of which there are more.
-        wanted = obj.color if rng.random() < 0.5 else None
-        some = [pair for pair in wrong if (pair[1] == obj.color) == (wanted is not None)]
+        same_color = obj.color if rng.random() < 0.5 else None
+        some = [pair for pair in wrong if (pair[1] == obj.color) == (same_color is not None)]
         shape, color = some[int(rng.integers(len(some)))]
         obj = replace(obj, shape=shape, color=color)
     return QuestionAnswer("yes or no", f"Is there a {obj.color} {obj.shape}?", "yes" if there else "no")

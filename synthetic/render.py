@@ -23,7 +23,7 @@ SIZE = 112
 _RADIUS = {"small": (15.0, 16.0), "large": (22.0, 23.0)}
 _REACH = {"square": 1.12, "triangle": 1.18, "cross": 1.12, "ring": 1.02}
 _GAP = 3.0
-# How far, along each axis, the second object of a pair may stand from the middle of the image.
+# How far, along each axis, the second object of a pair may be from the middle of the image.
 _MIDDLE = 3.0
 _TRIES = 48
 _JITTER = 14
@@ -42,9 +42,9 @@ class Placement:
 
 
 def layout(scene: Scene) -> tuple[Placement, ...]:
-    """Where everything stands. Shapes never overlap or leave the image.
+    """Positions of all objects. Shapes never overlap or leave the image.
 
-    The second object of a pair stands within 9 px of the middle; the distance of the two along the relation's
+    The second object of a pair is within 9 px of the middle; the distance of the two along the relation's
     axis is at least 1.75 times the distance across it.
     """
     return _layout(scene, np.random.default_rng([scene.seed, 0]))

@@ -1,7 +1,7 @@
 """Seeded scenes of coloured shapes, as data.
 
-A :class:`Scene` says what a caption can say (objects, relation) plus a background kind and a seed, which
-alone decides how it looks (:mod:`.render`). Some (shape, colour) combinations never occur in the ``train``
+A :class:`Scene` has the contents of a caption (objects, relation) plus a background kind and a seed, which
+alone decides its look (:mod:`.render`). Some (shape, colour) combinations never occur in the ``train``
 split: see :data:`HELD_OUT`.
 """
 
@@ -60,7 +60,7 @@ class Obj:
 class Scene:
     """One group of 1-3 equal shapes, or two small ones with ``objects[0] relation objects[1]``.
 
-    The second object of a pair stands in the middle of the image, so a scene has exactly one description.
+    The second object of a pair is in the middle of the image, so a scene has exactly one description.
     """
 
     objects: tuple[Obj, ...]
@@ -94,7 +94,7 @@ class Scene:
 
     @property
     def meaning(self) -> tuple[tuple[Obj, ...], str | None]:
-        """What a caption says; scenes with equal meaning have equal captions."""
+        """The meaning of a caption; scenes with equal meaning have equal captions."""
         return self.objects, self.relation
 
 
@@ -130,7 +130,7 @@ def near_copy(rng: np.random.Generator, scene: Scene) -> Scene:
     """A training scene that differs from ``scene`` in one attribute, or whose objects have changed places.
 
     ``scene`` itself where the change would make it one that is held out. Contrasting such scenes teaches the
-    details that tell them apart: shapes and relations above all.
+    details in which they differ: shapes and relations above all.
     """
     objects, relation = list(scene.objects), scene.relation
     which = int(rng.integers(len(objects)))

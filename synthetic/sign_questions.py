@@ -99,7 +99,7 @@ def _sign(rng: np.random.Generator, grids: tuple[tuple[int, int], ...], split: S
 
 
 def _about_one(rng: np.random.Generator, sign: Sign) -> list[SignQuestion]:
-    asked = [
+    questions = [
         SignQuestion("read", kind, _pick(rng, READ_QUESTIONS[kind]), text)
         for kind in TEXT_KINDS
         for text in sign.texts(kind)
@@ -110,30 +110,30 @@ def _about_one(rng: np.random.Generator, sign: Sign) -> list[SignQuestion]:
     counts = [("shape", f"How many {plural(s)} are there?", sign.count(shape=s)) for s in sorted(shapes)]
     counts += [("color", f"How many {c} shapes are there?", sign.count(color=c)) for c in sorted(colors)]
     counts.append(("all", "How many shapes are there?", sign.count()))
-    return asked + [SignQuestion("count", kind, q, str(n)) for kind, q, n in counts if n <= MOST]
+    return questions + [SignQuestion("count", kind, q, str(n)) for kind, q, n in counts if n <= MOST]
 
 
 def _about_two(rng: np.random.Generator, *signs: Sign) -> list[SignQuestion]:
-    asked: list[SignQuestion] = []
+    questions: list[SignQuestion] = []
     for index, (sign, other) in enumerate((signs, signs[::-1]), 1):
         for kind in TEXT_KINDS:
             for text in sign.texts(kind):
                 verb = "are" if kind == "chinese" else "is"
                 question = f"What {_NAMES[kind]} {verb} in image {index}?"
-                asked.append(SignQuestion("two images", "read", question, text))
+                questions.append(SignQuestion("two images", "read", question, text))
                 if text not in other.texts(kind):
                     question = f"Which image has the {_NAMES[kind]} {text}?"
-                    asked.append(SignQuestion("two images", "text", question, str(index)))
+                    questions.append(SignQuestion("two images", "text", question, str(index)))
         only = {(i.color, i.content) for i in sign.items if i.kind == "shape"}
         only -= {(i.color, i.content) for i in other.items}
         for color, shape in sorted(only):
             question = f"Which image has a {color} {shape}?"
-            asked.append(SignQuestion("two images", "shape", question, str(index)))
+            questions.append(SignQuestion("two images", "shape", question, str(index)))
         for shape in SHAPES:
             if sign.count(shape=shape) >= other.count(shape=shape) + 2:
                 question = f"Which image has more {plural(shape)}?"
-                asked.append(SignQuestion("two images", "more", question, str(index)))
-    return asked
+                questions.append(SignQuestion("two images", "more", question, str(index)))
+    return questions
 
 
 def plural(shape: str) -> str:
@@ -146,7 +146,8 @@ def _pick(rng: np.random.Generator, names: tuple[str, ...]) -> str:
 
 
 def pieces() -> list[str]:
-    """What is one token each: the words of questions, the roles of a prompt, and every Chinese character.
+    """Pieces of the tokenizer, one token each: the words of questions, the roles of a prompt, and every
+    Chinese character.
 
     No piece has a capital letter after its first one or after a space: texts in capitals stay letters.
     """
@@ -156,8 +157,8 @@ def pieces() -> list[str]:
     questions += [f"Which image has the {name} a more {' '.join(COLORS)}" for name in _NAMES.values()]
     for shape in SHAPES:
         questions.append(f"How many {shape} {plural(shape)} shapes are there")
-    found = set(chinese())
+    pieces_found = set(chinese())
     for question in questions:
         for number, word in enumerate(question.rstrip("?").split(" ")):
-            found |= {f" {word}" if number else word} if word.isascii() else set(word)
-    return sorted(found)
+            pieces_found |= {f" {word}" if number else word} if word.isascii() else set(word)
+    return sorted(pieces_found)

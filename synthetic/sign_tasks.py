@@ -1,6 +1,6 @@
 """The task of internvl-nano-tiles: questions about signs whose texts training never drew.
 
-Answers are right word for word. Every question stands in a conversation of its own. The same pictures in one
+Answers are right word for word. Every question is a separate conversation. The same pictures in one
 tile each show how much of the answers comes from the tiles.
 """
 
@@ -32,22 +32,22 @@ def evaluate(
     questions: int = QUESTIONS,
     seed: int = 0,
     batch: int = 60,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
     """``{"signs": {"all": score, <task>: score, <task, kind>: score, ...}, "settings": ...}``.
 
-    ``progress`` receives the number of questions that are done.
+    ``progress`` is called with the number of questions done.
     """
-    asked = dialogues(seed, 0, questions, "heldout", 1)
+    conversations = dialogues(seed, 0, questions, "heldout", 1)
     right: list[bool] = []
     for start in range(0, questions, batch):
-        part = asked[start : start + batch]
+        part = conversations[start : start + batch]
         said = answer([[draw(sign) for sign in one.signs] for one in part], [turn(one) for one in part])
         right += [exact(text, [one.questions[0].answer]) for text, one in zip(said, part, strict=True)]
         progress(len(right))
     groups: dict[str, list[bool]] = {"all": right}
     groups |= {task: [] for task in TASKS}
-    for one, ok in zip(asked, right, strict=True):
+    for one, ok in zip(conversations, right, strict=True):
         question = one.questions[0]
         groups[question.task].append(ok)
         groups.setdefault(f"{question.task}, {question.kind}", []).append(ok)

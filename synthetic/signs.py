@@ -4,7 +4,7 @@
                  o  o
 
 A picture has the pixels of its tiles, 64 x 64 each; text is 16 pixels high, a shape 11. Nothing overlaps, and
-nothing lies on the border of two tiles. Drawing is a pure function of the picture.
+no item crosses the border of two tiles. Drawing is a pure function of the picture.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TextKind = Literal["number", "word", "chinese"]
 TEXT_KINDS: tuple[TextKind, ...] = ("number", "word", "chinese")
 _LENGTHS: dict[TextKind, tuple[int, int]] = {"number": (2, 6), "word": (3, 6), "chinese": (2, 3)}
 GRID = 4
-"""Text and shapes stand at multiples of so many pixels."""
+"""Text and shapes are at multiples of so many pixels."""
 _TRIES = 40
 _HELD_OUT = 8
 
@@ -176,12 +176,12 @@ def draw(sign: Sign) -> Image8:
     return pixels
 
 
-# --- what stands where, for a tower that learns to name it ---
+# --- contents of places, as targets of the tower ---
 
 
 @cache
 def classes() -> tuple[str, ...]:
-    """What can stand somewhere: nothing, every character, every shape in every colour."""
+    """Classes of a place: nothing, every character, every shape in every colour."""
     shapes = [f"{color} {shape}" for shape in SHAPES for color in COLORS]
     return ("", *DIGITS, *LETTERS, *chinese(), *shapes)
 
@@ -192,7 +192,7 @@ def _class_of() -> dict[str, int]:
 
 
 def places(sign: Sign) -> Classes:
-    """The class of what has its middle in each area of 16 x 8 pixels, int64 [tiles, 4, 8], row by row."""
+    """Class of the item whose middle is in each area of 16 x 8 pixels, int64 [tiles, 4, 8], row by row."""
     table = np.zeros((sign.rows * TILE // HEIGHT, sign.columns * TILE * 2 // HEIGHT), np.int64)
     for item in sign.items:
         if item.kind == "shape":
@@ -210,7 +210,7 @@ def places(sign: Sign) -> Classes:
 
 
 def page(rng: np.random.Generator) -> Sign:
-    """One tile full of lines of text and shapes: what a tower learns its characters from."""
+    """One tile full of lines of text and shapes, to train a tower on characters."""
     items, y = [], GRID * int(rng.integers(4))
     while y + HEIGHT <= TILE:
         x, misses = GRID * int(rng.integers(2)), 0

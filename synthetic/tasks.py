@@ -1,7 +1,7 @@
 """The tasks of internvl-nano: classification, retrieval and captions of scenes that training never drew.
 
 The tasks know a model only through :class:`Model`, so that the PyTorch model and every engine of every
-precision answer the same questions. All data follow from ``seed``, in random streams of their own.
+precision answer the same questions. All data follow from ``seed``, in separate random streams.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CLASSIFY, RETRIEVE, _CAPTION = 0, 1, 2
 
 
 class Model(Protocol):
-    """What the tasks ask of a model. Images are uint8 [B, H, W, 3]; embeddings need not be normalised."""
+    """The model interface of the tasks. Images are uint8 [B, H, W, 3]; embeddings need not be normalised."""
 
     def encode_image(self, images: Image8, mode: str) -> Array:
         """Embeddings [B, E] of ``images``; ``mode`` is ``InternVL-C`` or ``InternVL-G``."""
@@ -43,7 +43,7 @@ class Model(Protocol):
 class BothHeads:
     """``encode_image`` for :class:`Model` from a function that gives the embeddings of both modes at once.
 
-    The tasks ask about the same images once a mode; what was answered is kept, so that an image runs through
+    The tasks need embeddings of the same images in each mode; they are cached, so that an image runs through
     the model once.
     """
 
@@ -68,7 +68,7 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """``correct / total``; 0 where nothing was asked."""
+        """``correct / total``; 0 without questions."""
         return self.correct / self.total if self.total else 0.0
 
     @property
@@ -95,7 +95,7 @@ class TaskScore:
     novel: Score
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of ``all``, with ``novel`` beside them."""
+        """The fields of ``all``, with ``novel`` added."""
         return {**self.all.to_json(), "novel": self.novel.to_json()}
 
 
@@ -114,7 +114,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """All tasks: ``{mode: {classify, text_to_image, image_to_text}, "caption": {en, zh}, "settings": ...}``.
 
-    Retrieval asks about each of ``n_galleries`` galleries of ``n_retrieve`` scenes; a single one could not
+    Retrieval searches each of ``n_galleries`` galleries of ``n_retrieve`` scenes; a single one could not
     resolve a loss of a point. Tasks of size 0 are left out. ``progress`` gets a task's name before it runs.
     """
     result: dict[str, Any] = {}
@@ -168,17 +168,17 @@ def retrieve(
     model: Model, mode: str, n: int = 200, seed: int = 0, galleries: int = 1, batch: int = 64
 ) -> tuple[TaskScore, TaskScore]:
     """Recall@1 of text to image and image to text among ``n`` scenes with distinct captions."""
-    found: tuple[list[Array], list[Array]] = ([], [])
-    asked: list[Scene] = []
+    hits: tuple[list[Array], list[Array]] = ([], [])
+    all_scenes: list[Scene] = []
     for gallery in range(galleries):
         scenes = eval_scenes(RETRIEVE, n, seed, part=gallery, distinct=True)
         similarity = (
             _texts(model, [caption(s) for s in scenes], batch) @ _images(model, mode, scenes, batch).T
         )
-        found[0].append(best(similarity, np.arange(n)))
-        found[1].append(best(similarity.T, np.arange(n)))
-        asked.extend(scenes)
-    return _score(np.concatenate(found[0]), asked), _score(np.concatenate(found[1]), asked)
+        hits[0].append(best(similarity, np.arange(n)))
+        hits[1].append(best(similarity.T, np.arange(n)))
+        all_scenes.extend(scenes)
+    return _score(np.concatenate(hits[0]), all_scenes), _score(np.concatenate(hits[1]), all_scenes)
 
 
 def describe(model: Model, lang: Language, n: int, seed: int = 0, batch: int = 64) -> TaskScore:

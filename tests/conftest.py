@@ -87,7 +87,7 @@ def package_digest() -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny golden checkpoint with a tokenizer and a preprocessor beside it. Tests must not change it."""
+    """The tiny golden checkpoint with a tokenizer and a preprocessor. Tests must not change it."""
     from ivl_export.inputs.preprocess import ImageSettings
 
     folder = tmp_path_factory.mktemp("tiny_model")

@@ -1,8 +1,8 @@
 """How near is near: every tolerance of the numeric tests has one name, one value and one reason here.
 
-A tolerance stands at least three times the measured noise away from what is right, and at most a third of the
-smallest mistake that it is there for. Noise is the spread over instruction sets, numbers of threads, kernel
-libraries and inputs that differ by one unit in the last place; ``tests/tools/numerics.py`` measures it anew.
+A tolerance is at least three times the measured noise, and at most a third of the
+smallest mistake that it must catch. Noise is the spread over instruction sets, numbers of threads, kernel
+libraries and inputs that differ by one unit in the last place; ``tests/tools/numerics.py`` measures it again.
 """
 
 from __future__ import annotations
@@ -61,5 +61,5 @@ A rounding left out, a scale half a percent off or one wrong channel leave 45 dB
 MODEL_SQNR = 24.0
 """All quantised layers in a row on another engine. A value halfway between two codes is rounded up by one
 engine and down by the other, and from there on the results differ as two roundings of the model do: measured
-34 to 50 dB where that happens, 120 dB where it does not. Layers in each other's places leave 10 dB; what is
-smaller is for :data:`LAYER_SQNR` to find."""
+34 to 50 dB where that happens, 120 dB where it does not. Swapped layers leave 10 dB; smaller mistakes are
+for :data:`LAYER_SQNR` to find."""

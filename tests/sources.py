@@ -1,4 +1,4 @@
-"""The package's own source files: found without a look into the environment beside them, parsed once."""
+"""The package's own source files: found without the environment next to them, parsed once."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def sources(*outside: str) -> tuple[Path, ...]:
 
 @cache
 def tree(file: Path) -> ast.Module:
-    """The file's syntax tree; shared, so nobody changes it."""
+    """The file's syntax tree; shared, so it must not be changed."""
     return ast.parse(file.read_text(encoding="utf-8"))

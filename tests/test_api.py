@@ -1,4 +1,4 @@
-"""``import ivl_export``: what it offers, that it is light, and a build from Python that the runtime runs."""
+"""``import ivl_export``: its names, a light import, and a build from Python that the runtime runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ for name in ivl_export.__all__:
 print(sorted({"torch", "onnx", "onnxruntime", "tensorrt_rtx", "transformers", "modelopt"} & set(sys.modules)))
 """
 ONLY_CLI = {"as_json", "dry_run", "recipes", "recipe", "settings"}
-"""Options that choose what is printed, print and build nothing, or have keywords of their own."""
+"""Options of the output, that print and build nothing, or have other keywords."""
 ENGINE = {keyword(OPTIONS, key) for key in OPTIONS}
 """Settings that are items of the keyword ``engine_options``."""
 

@@ -15,7 +15,7 @@ FOLDERS = sorted({file.relative_to(ROOT).parts[0] for file in MODULES if file.pa
 
 
 def table() -> dict[str, str]:
-    """Each place of the table of floors, and what stands under "may import"."""
+    """Each place of the table of floors, and its column "may import"."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`.+?) \| .+ \| (.+?) \|$", text[: text.index("## Components")], re.M)
     return {place: may for places, may in rows for place in re.findall(r"`([^`]+)`", places)}
@@ -31,7 +31,7 @@ def imported(file: Path) -> Iterator[str]:
 
 
 def module_name(file: Path) -> str:
-    """``engines/base.py`` -> ``engines.base``; a folder's ``__init__.py`` bears the folder's name."""
+    """``engines/base.py`` -> ``engines.base``; a folder's ``__init__.py`` has the folder's name."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -63,7 +63,7 @@ def strongly_connected(graph: Mapping[str, Collection[str]]) -> Iterator[list[st
 
 
 def reachable(graph: Mapping[str, Collection[str]], start: str) -> set[str]:
-    """What can be reached from ``start`` in one step or more."""
+    """Nodes reachable from ``start`` in one step or more."""
     nodes: set[str] = set()
     front = {*graph[start]}
     while front:
@@ -78,15 +78,15 @@ def test_every_place_is_in_the_table() -> None:
     assert {*table()} - {"benchmarks/"} == root | folders
 
 
-def test_a_floor_imports_only_what_stands_below_it() -> None:
+def test_a_folder_imports_only_from_lower_floors() -> None:
     may = {place.rstrip("/"): FOLDERS if "all" in text.split() else text for place, text in table().items()}
-    found = {
+    by_name = {
         f"{file.relative_to(ROOT)} imports {folder}"
         for file in MODULES
         for folder in imported(file)
         if folder not in re.findall(r"\w+", str(may[file.relative_to(ROOT).parts[0]]))
     }
-    assert not found
+    assert not by_name
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
@@ -131,7 +131,7 @@ def compared(node: ast.AST) -> set[str]:
 
 
 def checked_types(node: ast.AST) -> set[str]:
-    """The names of the types that an ``isinstance`` asks for."""
+    """The names of the types in an ``isinstance``."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"):
         return set()
     return {child.id for child in ast.walk(node.args[1]) if isinstance(child, ast.Name)}

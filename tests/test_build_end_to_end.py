@@ -54,7 +54,7 @@ class Killed:
 
 @dataclass(frozen=True)
 class Built:
-    """The bundle of the build that went on, and its report."""
+    """The bundle of the resumed build, and its report."""
 
     root: Path
     report: dict[str, Any]
@@ -96,7 +96,7 @@ def build_again() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def built(killed: Killed) -> Built:
+def build(killed: Killed) -> Built:
     """The same command again."""
     report = build_again()
     return Built(killed.out, report, Bundle.open(killed.out, verify="hash"))
@@ -112,48 +112,48 @@ def layers(config: InternVLConfig) -> dict[str, int]:
     return dict(zip(COMPONENTS, (vision, both, text, text, both), strict=True))
 
 
-def test_a_killed_build_leaves_no_bundle_and_goes_on(killed: Killed, built: Built) -> None:
+def test_a_killed_build_leaves_no_bundle_and_goes_on(killed: Killed, build: Built) -> None:
     assert killed.exit_code == -signal.SIGKILL
     assert not killed.bundle_was_there
-    done = {"finite", "preprocess", "calibrate", "weights", "quantise", "graph-vision", "graph-qllama_query"}
-    assert done <= killed.steps
-    steps = {step["step"]: step["reused"] for step in built.report["steps"]}
+    count = {"finite", "preprocess", "calibrate", "weights", "quantise", "graph-vision", "graph-qllama_query"}
+    assert count <= killed.steps
+    steps = {step["step"]: step["reused"] for step in build.report["steps"]}
     assert {name for name, reused in steps.items() if reused} == killed.steps
     assert not steps["tasks"]
-    assert [p.name for p in built.root.parent.iterdir()] == [built.root.name]
+    assert [p.name for p in build.root.parent.iterdir()] == [build.root.name]
 
 
-def test_every_promised_layer_runs_in_fp8(built: Built) -> None:
-    expected = layers(InternVLConfig.from_published(built.bundle.manifest.model.config))
-    engines = built.report["verification"]["tensorrt-rtx-sm89"]
+def test_every_promised_layer_runs_in_fp8(build: Built) -> None:
+    expected = layers(InternVLConfig.from_published(build.bundle.manifest.model.config))
+    engines = build.report["verification"]["tensorrt-rtx-sm89"]
     assert set(engines) == set(expected) == set(COMPONENTS)
     for component, proof in engines.items():
         assert proof["promised"] == proof["precisions"]["fp8xfp8"] == expected[component], component
         assert proof["fallbacks"] == 0
         assert proof["fused_attention"] == proof["attention"] > 0
     # ONNX Runtime multiplies the same rounded values in fp32, and that is said.
-    for component, proof in built.report["verification"]["onnxruntime-cpu"].items():
+    for component, proof in build.report["verification"]["onnxruntime-cpu"].items():
         assert (proof["promised"], proof["fallbacks"]) == (expected[component], expected[component])
-    assert all("no FP8 kernels" in cause for cause in built.report["fallback_causes"])
+    assert all("no FP8 kernels" in cause for cause in build.report["fallback_causes"])
 
 
-def test_accuracy_stays_within_budget(built: Built) -> None:
-    scores = built.report["tasks"]
+def test_accuracy_stays_within_budget(build: Built) -> None:
+    scores = build.report["tasks"]
     assert set(scores) == {"fp32", "bf16", "fp8", "int8"}
-    assert built.report["over_budget"] == ""
+    assert build.report["over_budget"] == ""
     for figure, full in scores["fp32"].items():
         assert full > 0.5, figure  # of a model that can do nothing, nothing is lost
         for precision, budget in BUDGETS.items():
             assert scores[precision][figure] >= full - budget - 1e-9, (precision, figure)
     assert scores["fp8"] != scores["fp32"] or scores["int8"] != scores["fp32"]  # rounding shows somewhere
-    for outputs in built.report["components"].values():
+    for outputs in build.report["components"].values():
         for figures in outputs.values():
             assert figures["cosine"] > 0.99
             assert 15 < figures["sqnr_db"] < 70  # close, and yet rounded
 
 
-def test_the_bundle_tells_what_it_is(built: Built) -> None:
-    manifest = built.bundle.manifest
+def test_the_bundle_tells_what_it_is(build: Built) -> None:
+    manifest = build.bundle.manifest
     assert (manifest.recipe, manifest.compute_dtype, manifest.model.name) == ("fp8", "bf16", "nano")
     assert all(manifest.compute_dtype in part.graphs for part in manifest.components.values())
     assert manifest.calibration is not None
@@ -163,35 +163,35 @@ def test_the_bundle_tells_what_it_is(built: Built) -> None:
     }
     assert {"accuracy", "verification", "tasks", "build"} <= set(manifest.receipts)
     assert str(Path.home()) not in manifest.dumps()
-    stored = (built.root / "onnx" / "weights" / "quantised.safetensors").stat().st_size
+    stored = (build.root / "onnx" / "weights" / "quantised.safetensors").stat().st_size
     values = 0
     for step in ("quantised", "base"):
-        path = built.root / "onnx" / "weights" / f"{step}.safetensors"
+        path = build.root / "onnx" / "weights" / f"{step}.safetensors"
         header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
         values += sum(1 for name, t in header.items() if name != "__metadata__" and t["dtype"] == "F8_E4M3")
     assert values == layers(InternVLConfig.from_published(manifest.model.config))["qllama_query"] + (
         4 * InternVLConfig.from_published(manifest.model.config).vision.num_hidden_layers
     )
-    assert stored < built.bundle.manifest.model.parameters * 1.2  # a byte a weight and some scales
+    assert stored < build.bundle.manifest.model.parameters * 1.2  # a byte a weight and some scales
 
 
-def test_a_second_build_reuses_every_step(built: Built) -> None:
-    before = {p: p.stat().st_mtime_ns for p in built.root.rglob("*")}
+def test_a_second_build_reuses_every_step(build: Built) -> None:
+    before = {p: p.stat().st_mtime_ns for p in build.root.rglob("*")}
     report = build_again()
     assert all(step["reused"] for step in report["steps"])
-    assert report["tasks"] == built.report["tasks"]
-    assert {p: p.stat().st_mtime_ns for p in built.root.rglob("*")} == before
-    assert [p.name for p in built.root.parent.iterdir()] == [built.root.name]
+    assert report["tasks"] == build.report["tasks"]
+    assert {p: p.stat().st_mtime_ns for p in build.root.rglob("*")} == before
+    assert [p.name for p in build.root.parent.iterdir()] == [build.root.name]
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Scene]]:
-    """Sixteen held-out scenes of single shapes as PNG files, and what they show."""
+    """Sixteen held-out scenes of single shapes as PNG files, and their scenes."""
     folder = tmp_path_factory.mktemp("scenes")
-    found = tasks.eval_scenes(9, 16, 7, kind="single", distinct=True)
-    for i, scene in enumerate(found):
+    result = tasks.eval_scenes(9, 16, 7, kind="single", distinct=True)
+    for i, scene in enumerate(result):
         Image.fromarray(render(scene)).save(folder / f"{i:02}.png")
-    return folder, found
+    return folder, result
 
 
 @pytest.fixture(scope="module")
@@ -207,75 +207,75 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def use(*args: str | Path) -> Any:
     """The JSON that a verb prints, in a process that must not import torch."""
     command = [sys.executable, "-c", LIGHT, *map(str, args), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
 
 
-def test_embed(built: Built, photographs: Path, scenes: tuple[Path, list[Scene]]) -> None:
-    size = built.bundle.manifest.model.config["clip_embed_dim"]
+def test_embed(build: Built, photographs: Path, scenes: tuple[Path, list[Scene]]) -> None:
+    size = build.bundle.manifest.model.config["clip_embed_dim"]
     for mode in ("C", "G"):
-        out = use("run", "embed", built.root, photographs, scenes[0], "--text", "a red ring", "--mode", mode)
+        out = use("run", "embed", build.root, photographs, scenes[0], "--text", "a red ring", "--mode", mode)
         assert out["shape"] == [4 + 16 + 1, size]
         assert all(len(item["embedding"]) == size and item["norm"] > 0.1 for item in out["items"])
         assert len({tuple(item["embedding"]) for item in out["items"]}) == 21
         assert out["skipped"] == []
 
 
-def test_classify(built: Built, photographs: Path, scenes: tuple[Path, list[Scene]]) -> None:
+def test_classify(build: Built, photographs: Path, scenes: tuple[Path, list[Scene]]) -> None:
     folder, shown = scenes
     labels = ",".join(f"{color} {shape}" for shape, color in ALL_COMBINATIONS)
     ask = ["--labels", labels, "--template", "a small {}", "--template", "a large {}", "--mode", "G"]
-    out = use("run", "classify", built.root, folder, *ask)
+    out = use("run", "classify", build.root, folder, *ask)
     truth = [f"{s.objects[0].color} {s.objects[0].shape}" for s in shown]
     right = sum(item["label"] == want for item, want in zip(out["items"], truth, strict=True))
     assert right >= 12, [(i["label"], want) for i, want in zip(out["items"], truth, strict=True)]
-    out = use("run", "classify", built.root, photographs, *ask, "--top", "5")
+    out = use("run", "classify", build.root, photographs, *ask, "--top", "5")
     for item in out["items"]:
         assert [p["label"] in labels for p in item["top"]] == [True] * 5
         assert 0 < sum(p["probability"] for p in item["top"]) <= 1 + 1e-6
 
 
-def test_retrieve(built: Built, photographs: Path, scenes: tuple[Path, list[Scene]]) -> None:
+def test_retrieve(build: Built, photographs: Path, scenes: tuple[Path, list[Scene]]) -> None:
     folder, shown = scenes
-    asked = [text for scene in shown for text in ("--query", caption(scene))]
-    out = use("run", "retrieve", built.root, folder, photographs, *asked, "--top", "1")
+    questions = [text for scene in shown for text in ("--query", caption(scene))]
+    out = use("run", "retrieve", build.root, folder, photographs, *questions, "--top", "1")
     assert out["images"] == 20
-    found = [Path(item["results"][0]["file"]).name for item in out["items"]]
-    right = sum(name == f"{i:02}.png" for i, name in enumerate(found))
-    assert right >= 10, found
-    again = use("run", "retrieve", built.root, folder, photographs, *asked, "--top", "1", "--rerank", "4")
+    results = [Path(item["results"][0]["file"]).name for item in out["items"]]
+    right = sum(name == f"{i:02}.png" for i, name in enumerate(results))
+    assert right >= 10, results
+    again = use("run", "retrieve", build.root, folder, photographs, *questions, "--top", "1", "--rerank", "4")
     best = [Path(item["results"][0]["file"]).name for item in again["items"]]
     assert sum(name == f"{i:02}.png" for i, name in enumerate(best)) >= right, best
 
 
-def test_features(built: Built, scenes: tuple[Path, list[Scene]], tmp_path: Path) -> None:
-    asked = ("--blocks", "2,-1", "--out", tmp_path / "f.safetensors")
-    out = use("run", "features", built.root, scenes[0], *asked)
-    config = InternVLConfig.from_published(built.bundle.manifest.model.config).vision
+def test_features(build: Built, scenes: tuple[Path, list[Scene]], tmp_path: Path) -> None:
+    request = ("--blocks", "2,-1", "--out", tmp_path / "f.safetensors")
+    out = use("run", "features", build.root, scenes[0], *request)
+    config = InternVLConfig.from_published(build.bundle.manifest.model.config).vision
     shape = [16, config.num_tokens, config.hidden_size]
     assert out["shapes"] == {"features.2": shape, f"features.{config.num_hidden_layers}": shape}
 
 
-def test_caption(built: Built, photographs: Path, scenes: tuple[Path, list[Scene]]) -> None:
+def test_caption(build: Built, photographs: Path, scenes: tuple[Path, list[Scene]]) -> None:
     folder, shown = scenes
-    out = use("run", "caption", built.root, folder)
+    out = use("run", "caption", build.root, folder)
     said = [item["caption"].strip() for item in out["items"]]
     truth = [caption(scene) for scene in shown]
     assert sum(a == b for a, b in zip(said, truth, strict=True)) >= 9, list(zip(said, truth, strict=True))
-    chinese = use("run", "caption", built.root, folder / "00.png", "--prompt", "中文描述:")
+    chinese = use("run", "caption", build.root, folder / "00.png", "--prompt", "中文描述:")
     assert any("\u4e00" <= c <= "\u9fff" for c in chinese["items"][0]["caption"])
-    out = use("run", "caption", built.root, photographs, "--beams", "3")
+    out = use("run", "caption", build.root, photographs, "--beams", "3")
     assert all(item["caption"].strip() for item in out["items"])  # of scenes only: right for no photograph
 
 
-def test_verify_and_profile(built: Built) -> None:
-    out = use("verify", built.root)
+def test_verify_and_profile(build: Built) -> None:
+    out = use("verify", build.root)
     assert out["manifest"]["recipe"] == "fp8"
-    assert set(out["receipts"]) == set(built.bundle.manifest.receipts)
+    assert set(out["receipts"]) == set(build.bundle.manifest.receipts)
     said = StringIO()
     with redirect_stdout(said):
-        assert main(["profile", str(built.root), "--batch", "1", "--seconds", "0.2", "--json"]) == 0
+        assert main(["profile", str(build.root), "--batch", "1", "--seconds", "0.2", "--json"]) == 0
     receipt = json.loads(said.getvalue())
     cases = {case["name"]: case["measurement"]["summary"] for case in receipt["cases"]}
     assert set(COMPONENTS) < set(cases)

@@ -103,9 +103,9 @@ check(text)
 
 def run(code: str, bundle: Path, threads: int = 2) -> list[str]:
     args = [sys.executable, "-c", SCRIPT + code, str(bundle), str(threads)]
-    done = subprocess.run(args, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    process = subprocess.run(args, capture_output=True, text=True, timeout=240, check=False)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -133,16 +133,16 @@ def test_an_engine_that_does_not_survive_says_so(tiny_bundle: Path) -> None:
 def test_a_lock_is_free_in_a_child() -> None:
     import os
 
-    lock, held, over = fork_safe_lock(), threading.Event(), threading.Event()
+    lock, contents, over = fork_safe_lock(), threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock:
-            held.set()
+            contents.set()
             over.wait()
 
     thread = threading.Thread(target=hold)
     thread.start()
-    held.wait()
+    contents.wait()
     child = os.fork()
     if child == 0:
         os._exit(0 if lock.acquire(timeout=10) else 1)

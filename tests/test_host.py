@@ -38,7 +38,7 @@ def processes(mount: str, group: str) -> dict[str, str]:
         ({**processes(V2, "0::/../x"), "sys/fs/cgroup/cpu.max": "300000 100000"}, 3.0),
         ({**processes(V1.format(top="/"), "1:cpu,cpuacct:/d"), f"{US}/d/cpu.cfs_quota_us": "50000",
           f"{US}/d/cpu.cfs_period_us": "100000"}, 0.5),
-        # a container that sees the host's names, but only its own part of the tree
+        # a container with the host's names, but only its own part of the tree
         ({**processes(V1.format(top="/docker/1"), "1:cpu:/docker/1"),
           f"{US}/cpu.cfs_quota_us": "800000", f"{US}/cpu.cfs_period_us": "100000"}, 8.0),
         ({**processes(V1.format(top="/"), "1:cpu:/"), f"{US}/cpu.cfs_quota_us": "-1",

@@ -1,4 +1,4 @@
-"""What is installed is what is imported: pyproject's extras against the library's own imports."""
+"""Installed and imported packages agree: pyproject's extras against the library's own imports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ivl_export.tests.sources import ROOT, sources, tree
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OUTSIDE = ("tests", "benchmarks", "examples")
 OPTIONAL = {"jinja2", "opentelemetry-sdk", "torch-tensorrt"}
-"""Used where they are there, and named with their own line where they are asked for: no extra has them."""
+"""Used if installed, named with their install line when needed: no extra has them."""
 IMPORTS = {
     "onnxruntime-gpu": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx",
     "torch-tensorrt": "torch_tensorrt", "nvidia-ml-py": "pynvml", "opentelemetry-sdk": "opentelemetry",
@@ -99,7 +99,9 @@ def test_quant_is_what_building_imports() -> None:
 
 
 def test_the_readme_names_every_extra() -> None:
-    named = {extra for found in re.findall(r"ivl-export\[([\w,]+)\]", README) for extra in found.split(",")}
+    named = {
+        extra for by_name in re.findall(r"ivl-export\[([\w,]+)\]", README) for extra in by_name.split(",")
+    }
     extras = set(project()["optional-dependencies"]) - {"dev"}
     assert extras == named | {"rtx"}
 
@@ -149,10 +151,10 @@ ANSWERED = (
 
 @dataclass(frozen=True)
 class Answer:
-    """A command's exit code, what it told, and the folder that it ran in."""
+    """A command's exit code, its stderr, and the folder that it ran in."""
 
     code: int
-    told: str
+    stderr: str
     folder: Path
 
 
@@ -166,8 +168,8 @@ def without_quant(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
         if "BUNDLE" in line:
             (folders[line] / "BUNDLE").symlink_to(tiny_bundle)
     lines = json.dumps({str(folder): line for line, folder in folders.items()})
-    done = subprocess.run([sys.executable, "-c", BLOCKED, lines], check=False)
-    assert done.returncode == 0
+    process = subprocess.run([sys.executable, "-c", BLOCKED, lines], check=False)
+    assert process.returncode == 0
     return {
         line: Answer(
             int(folder.with_suffix(".code").read_text()),
@@ -181,18 +183,18 @@ def without_quant(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.mark.parametrize("line", REFUSED)
 def test_commands_that_need_an_extra_say_which_and_why(line: str, without_quant: dict[str, Answer]) -> None:
     answer = without_quant[line]
-    assert answer.code == 5, answer.told
-    what, why, fix = answer.told.strip().splitlines()[-3:]
+    assert answer.code == 5, answer.stderr
+    what, why, fix = answer.stderr.strip().splitlines()[-3:]
     assert what == f"error: 'ivl-export {line.split()[0]}' needs torch, which is not installed."
     assert re.search(r"torch.*; running a bundle", why)
     assert fix == f"  fix: pip install 'ivl-export[{REFUSED[line]}]'"
-    assert "Traceback" not in answer.told
+    assert "Traceback" not in answer.stderr
     assert list(answer.folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("line", ANSWERED)
 def test_the_others_work_without_quant(line: str, without_quant: dict[str, Answer]) -> None:
-    assert without_quant[line].code == 0, without_quant[line].told
+    assert without_quant[line].code == 0, without_quant[line].stderr
 
 
 def test_a_wheel_has_every_package() -> None:

@@ -1,4 +1,4 @@
-"""The shipped internvl-nano: its files, the accuracy it promises, and what a careless quantisation costs."""
+"""The shipped internvl-nano: its files, its promised accuracy, and the loss of a careless quantisation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def measured() -> dict[str, Any]:
 
 
 def promise(name: str) -> float | None:
-    """The least accuracy asked of "mode task", if any."""
+    """The least accuracy required of "mode task", if any."""
     group, task = name.split(" ")
     return AT_LEAST.get(group if group == "caption" else task)
 
@@ -118,7 +118,7 @@ def test_model_card_states_what_was_measured(shipped: dict[str, Any]) -> None:
         assert f"| {name.replace('_', ' ')} | {score['accuracy']:.1%} |" in card
 
 
-def test_stated_accuracy_is_what_was_asked(shipped: dict[str, Any]) -> None:
+def test_stated_accuracy_is_the_required_one(shipped: dict[str, Any]) -> None:
     for name, score in shipped.items():
         least = promise(name)
         assert least is None or score["accuracy"] >= least, (name, score)
@@ -131,7 +131,7 @@ def test_stated_accuracy_is_what_was_asked(shipped: dict[str, Any]) -> None:
 def test_accuracy_is_as_stated(measured: dict[str, Any], shipped: dict[str, Any]) -> None:
     assert measured.keys() == shipped.keys()
     for name, score in measured.items():
-        # fewer questions than were asked for the card: the interval's upper end must reach what is asked
+        # fewer questions than for the card: the interval's upper end must reach the requirement
         least = promise(name)
         assert least is None or score["high"] >= least, (name, score)
         # The questions are the first ones of the card's; other machines may round one or two differently.

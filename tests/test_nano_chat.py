@@ -74,7 +74,7 @@ def test_training_repeats_itself(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_fp8_bundle_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoint to bundle to answers; the receipt says what the engines then do."""
+    """Checkpoint to bundle to answers; the receipt agrees with the engines."""
     pytest.importorskip("onnxscript")
     monkeypatch.setenv("IVL_EXPORT_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "bundle"
@@ -87,8 +87,8 @@ def test_an_fp8_bundle_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         manifest = model.bundle.manifest
         assert manifest.model.source == "internvl-nano-chat (shipped)"
         assert sum(s == "fp8" for s in _promised(out)) == 16 + 28
-        found = chat_tasks.evaluate(EngineChat(model), 40, seed=1)
-        assert found["chat"]["all"]["accuracy"] >= AT_LEAST
+        result = chat_tasks.evaluate(EngineChat(model), 40, seed=1)
+        assert result["chat"]["all"]["accuracy"] >= AT_LEAST
 
 
 def _promised(bundle: Path) -> list[str]:

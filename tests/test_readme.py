@@ -1,4 +1,4 @@
-"""What the README shows works as it stands: every command line, and the Python example."""
+"""The README's command lines and its Python example work unchanged."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from ivl_export.cli import main
 from ivl_export.cli.app import VERBS, app
 from ivl_export.engines.base import BACKENDS
 from ivl_export.engines.tensorrt.library import BUILDERS
+from ivl_export.quantization.recipe import shipped_recipes
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = [
     line.split("#")[0].strip()
     for block in re.findall(r"```sh\n(.*?)```", README, re.S)
     for line in block.splitlines()
     if line.startswith("ivl-export ")
 ]
-# What takes long, or needs the published weights or data: it is parsed, not run.
+# Lines that take long, or need published weights or data, are parsed, not run.
 HEAVY = ("build", "eval", "profile")
 
 
@@ -71,9 +73,25 @@ def test_command_lines(line: str, folder: Path, capsys: pytest.CaptureFixture[st
         assert main(arguments) == 0, capsys.readouterr().err
 
 
-def test_the_table_of_what_was_run_has_every_backend() -> None:
-    rows = re.findall(r"^\| `([\w-]+)`", README.split("## What was run")[1], re.M)
-    assert set(rows) == {*BACKENDS, *BUILDERS}
+def test_the_status_has_every_backend() -> None:
+    assert "(docs/status.md)" in README
+    status = (ROOT / "docs" / "status.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([\w-]+)`", status, re.M)) == {*BACKENDS, *BUILDERS}
+
+
+def test_the_recipes_are_the_shipped_ones_with_their_measured_captions() -> None:
+    """``docs/precision.md`` is written from the receipt."""
+    precision = (ROOT / "docs" / "precision.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- begin: recipes.*?-->\n(.*?)<!-- end -->", precision, re.S)
+    heads, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    captions = {row[0]: row[heads.index("caption")] for row in rows}
+    section = README.split("## Recipes")[1].split("\n## ")[0]
+    shown: dict[str, str] = {}
+    for names, figures in re.findall(r"^\| (`.*?) \|.*\| ([\d.%, ]+) \|$", section, re.M):
+        recipes, values = re.findall(r"`([\w-]+)`", names), figures.split(", ")
+        shown.update(zip(recipes, values * (len(recipes) // len(values)), strict=True))
+    assert shown == {name: captions[name] for name in shipped_recipes()} | {"mixed": captions["mixed"]}
+    assert f"(fp32 {captions['*fp32*']})" in section
 
 
 def test_a_wrong_line_would_be_seen(folder: Path) -> None:
@@ -84,7 +102,7 @@ def test_a_wrong_line_would_be_seen(folder: Path) -> None:
 def test_python_example(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As it stands, except that the bundle is there: a build takes minutes."""
+    """Unchanged, except that the bundle exists: a build takes minutes."""
     signature = inspect.signature(ivl_export.build)
 
     def build(*args: Any, **keywords: Any) -> Path:

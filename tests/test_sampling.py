@@ -1,4 +1,4 @@
-"""Tokens are chosen where the logits lie, and are the same there as on the host."""
+"""Tokens are chosen on the logits' device, with the same results as on the host."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ WIDTH, HIDDEN, SIDE, PATCH, CORNERS = 32, 64, 28, 7, 4
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """Patches that are moved by where the camera stood (``corners``), through blocks of a gated product."""
+    """Patches that are moved by the camera's place (``corners``), through blocks of a gated product."""
 
     image_size: int = SIDE
     blocks: int = 2

@@ -64,14 +64,14 @@ class SceneBatches(Dataset[Drawn]):
 
 
 def relation_ids(tokenizer: Tokenizer) -> Array:
-    """Ids of the pieces that tell one relation from another, int64."""
+    """Ids of the pieces in which captions of different relations differ, int64."""
     ring = Obj("ring", "red", "small")
     scene = Scene((ring, ring), RELATIONS[0], "noise", 0)
-    found: set[int] = set()
+    ids: set[int] = set()
     for lang in LANGUAGES:
         said = [set(tokenizer.encode_prompt(caption(replace(scene, relation=r), lang))) for r in RELATIONS]
-        found |= said[0].union(*said) - said[0].intersection(*said)
-    return np.array(sorted(found), np.int64)
+        ids |= said[0].union(*said) - said[0].intersection(*said)
+    return np.array(sorted(ids), np.int64)
 
 
 def focused(labels: Tensor, share: float, keep: Array, rng: np.random.Generator) -> Tensor:

@@ -66,9 +66,9 @@ class SceneDialogues:
     pairs: float = 0.6
 
     def __call__(self, batch: int, rows: int) -> list[tuple[list[ImageInput], list[Turn]]]:
-        """Rows of batch ``batch``; a share of ``near`` shows nearly what the row before shows."""
+        """Rows of batch ``batch``; a share of ``near`` shows nearly the scene of the row before."""
         rng = np.random.default_rng([_STREAM, self.seed, batch])
-        found: list[tuple[list[ImageInput], list[Turn]]] = []
+        rows_made: list[tuple[list[ImageInput], list[Turn]]] = []
         scene = None
         for _ in range(rows):
             copied = rng.random() < self.near
@@ -76,14 +76,14 @@ class SceneDialogues:
                 scene = sample_scene(rng, "train", pairs=self.pairs)
             else:
                 scene = near_copy(rng, scene)
-            asked = dialogue(rng, scene, 1 + int(rng.integers(self.turns)))
-            found.append(([render(scene, self.size)], conversation(asked)))
-        return found
+            questions = dialogue(rng, scene, 1 + int(rng.integers(self.turns)))
+            rows_made.append(([render(scene, self.size)], conversation(questions)))
+        return rows_made
 
 
 @dataclass(frozen=True)
 class LlavaFile:
-    """A file of conversations in LLaVA's layout, read in an order of ``seed`` anew each epoch."""
+    """A file of conversations in LLaVA's layout, read in a new order of ``seed`` each epoch."""
 
     samples: tuple[tuple[tuple[Path, ...], tuple[Turn, ...]], ...]
     seed: int = 0
@@ -93,13 +93,13 @@ class LlavaFile:
 
     def __call__(self, batch: int, rows: int) -> list[tuple[list[ImageInput], list[Turn]]]:
         """Rows of batch ``batch``; epochs follow each other without a gap."""
-        found: list[tuple[list[ImageInput], list[Turn]]] = []
+        samples: list[tuple[list[ImageInput], list[Turn]]] = []
         for place in range(batch * rows, (batch + 1) * rows):
             epoch, index = divmod(place, len(self.samples))
             order = np.random.default_rng([_ORDER_STREAM, self.seed, epoch]).permutation(len(self.samples))
             images, turns = self.samples[order[index]]
-            found.append((list(images), list(turns)))
-        return found
+            samples.append((list(images), list(turns)))
+        return samples
 
 
 class ChatBatches(Dataset[ChatBatch]):
@@ -213,14 +213,14 @@ def _sample(row: Any, where: str, folder: Path) -> tuple[tuple[Path, ...], tuple
     said = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(said, list) or len(said) < 2:
         raise InputError(
-            f"{where} is no conversation.",
+            f"{where} is not a conversation.",
             "It needs 'conversations' of at least two messages.",
             EXAMPLE,
         )
     names = row.get("image", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise InputError(f"{where}: 'image' is no file name.", f"It is {names!r:.200}.", EXAMPLE)
+        raise InputError(f"{where}: 'image' is not a file name.", f"It is {names!r:.200}.", EXAMPLE)
     paths = tuple((folder / name).resolve() for name in names)
     for file in paths:
         if not file.is_relative_to(folder) or not file.is_file():

@@ -1,7 +1,7 @@
 """Training one model in several processes: started here or by torchrun; DDP, or sharded weights (FSDP2).
 
-Plain ``torch.distributed``: what is needed is one group, one wrapper and whole checkpoints. Every process
-takes its own rows of the same batch, and losses are weighted by what they count over, so that the result is
+Plain ``torch.distributed``: it needs one group, one wrapper and whole checkpoints. Every process
+takes its own rows of the same batch, and losses are weighted by their number of items, so that the result is
 that of one process with the whole batch, up to the order of sums.
 """
 
@@ -29,17 +29,17 @@ class Objective(nn.Module):
     """A model and its losses as one module: DDP and FSDP2 hook into the call of a module.
 
     Args:
-        model: what is trained.
-        losses: (model, what is given to :meth:`forward`) -> losses by name.
+        model: to train.
+        losses: (model, arguments of :meth:`forward`) -> losses by name.
     """
 
     def __init__(self, model: nn.Module, losses: Callable[..., dict[str, Tensor]]) -> None:
         super().__init__()
         self.model, self._losses = model, losses
 
-    def forward(self, *given: Any) -> dict[str, Tensor]:
+    def forward(self, *batch: Any) -> dict[str, Tensor]:
         """Scalar losses by name; their sum is trained."""
-        return self._losses(self.model, *given)
+        return self._losses(self.model, *batch)
 
 
 def world() -> int:
@@ -62,8 +62,8 @@ def device() -> torch.device:
 def own_rows(batch: int, processes: int | None = None) -> slice:
     """The rows of a batch that this process takes: every ``world``-th.
 
-    So the halves of its rows, by which matching tells right from wrong captions, lie in the batch's halves.
-    ``processes`` is how many there are; None: as many as are here.
+    So the halves of its rows, which are right and wrong captions for matching, come from the batch's halves.
+    ``processes`` is their number; None: that of this group.
 
     Raises:
         UsageError: ``batch`` cannot be shared so.
@@ -78,18 +78,18 @@ def own_rows(batch: int, processes: int | None = None) -> slice:
     return slice(rank(), None, count)
 
 
-def taken(given: T, rows: slice) -> T:
+def select_rows(batch: T, rows: slice) -> T:
     """A batch (a dataclass of tensors and of such) with ``rows`` of every tensor."""
-    return _mapped(given, lambda tensor: tensor[rows])
+    return _mapped(batch, lambda tensor: tensor[rows])
 
 
-def moved(given: T, to: torch.device) -> T:
+def to_device(batch: T, to: torch.device) -> T:
     """A batch on another device."""
-    return _mapped(given, lambda tensor: tensor.to(to))
+    return _mapped(batch, lambda tensor: tensor.to(to))
 
 
 def weight(counted: Tensor) -> Tensor:
-    """What a mean over ``counted`` things is multiplied by, so that the mean of the processes is right."""
+    """Factor of a mean over ``counted`` items, so that the mean over processes is right."""
     if world() == 1:
         return torch.ones((), device=counted.device)
     total = counted.detach().float().clone()
@@ -132,7 +132,7 @@ def parallel(objective: Objective, strategy: Strategy, *, unused: bool = True) -
 def clip_gradients(parameters: list[nn.Parameter], most: float) -> float:
     """Scale the gradients to a joint norm of at most ``most``, and return their norm.
 
-    The gradients of what is not sharded under FSDP2 are averaged first.
+    Gradients of parameters that FSDP2 does not shard are averaged first.
 
     Raises:
         BuildError: the norm is not finite.
@@ -176,23 +176,23 @@ def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take a whole ``state``, its tensors sharded as their parameters are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = {
+    sharded = {
         i: {k: _shared_out(v, parameters[i]) for k, v in values.items()}
         for i, values in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": kept})
+    optimizer.load_state_dict({**state, "state": sharded})
 
 
 def _grouped() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def _mapped(given: T, change: Callable[[Tensor], Tensor]) -> T:
-    if isinstance(given, Tensor):
-        return change(given)  # type: ignore[return-value]
-    if is_dataclass(given) and not isinstance(given, type):
-        return replace(given, **{f.name: _mapped(getattr(given, f.name), change) for f in fields(given)})
-    return given
+def _mapped(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    if isinstance(value, Tensor):
+        return change(value)  # type: ignore[return-value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _mapped(getattr(value, f.name), change) for f in fields(value)})
+    return value
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -217,29 +217,29 @@ def _shared_out(value: Any, like: Tensor) -> Any:
     return value
 
 
-def run_processes(processes: int, work: Callable[..., T], given: tuple[Any, ...], **own: Any) -> T | None:
-    """``work(*given)`` in each of ``processes``: what the first one returned, None in the others.
+def run_processes(processes: int, work: Callable[..., T], arguments: tuple[Any, ...], **own: Any) -> T | None:
+    """``work(*arguments)`` in each of ``processes``; the result in the first one, None in the others.
 
     Where ``torchrun`` started the processes, each calls this and joins the others; ``processes`` is ignored.
-    Otherwise this is the first, and the others are started here: ``work`` and ``given`` must be picklable.
-    The first one gets ``own`` as well.
+    Otherwise this is the first, and the others are started here: ``work`` and ``arguments`` must be
+    picklable. The first one gets ``own`` as well.
 
     Raises:
         BuildError: another process failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         first = os.environ["RANK"] == "0"
-        result = _in_group(work, given, own if first else {})
+        result = _in_group(work, arguments, own if first else {})
         return result if first else None
     if processes == 1:
-        return work(*given, **own)
+        return work(*arguments, **own)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // processes)
     others = [
-        context.Process(target=_other, args=(r, processes, port, threads, work, given))
+        context.Process(target=_other, args=(r, processes, port, threads, work, arguments))
         for r in range(1, processes)
     ]
     before = {name: os.environ.get(name) for name in _place(0, processes, port)}
@@ -247,7 +247,7 @@ def run_processes(processes: int, work: Callable[..., T], given: tuple[Any, ...]
         process.start()
     os.environ.update(_place(0, processes, port))
     try:
-        return _in_group(work, given, own)
+        return _in_group(work, arguments, own)
     except RuntimeError as error:
         for process in others:
             process.join(timeout=5)
@@ -264,27 +264,27 @@ def run_processes(processes: int, work: Callable[..., T], given: tuple[Any, ...]
                 process.terminate()
 
 
-def _in_group(work: Callable[..., T], given: tuple[Any, ...], own: Mapping[str, Any]) -> T:
+def _in_group(work: Callable[..., T], arguments: tuple[Any, ...], own: Mapping[str, Any]) -> T:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(device())
     distributed.init_process_group("nccl" if cuda else "gloo")
     try:
-        return work(*given, **own)
+        return work(*arguments, **own)
     finally:
         distributed.destroy_process_group()
 
 
 def _other(
-    number: int, processes: int, port: int, threads: int, work: Callable[..., Any], given: tuple[Any, ...]
+    number: int, processes: int, port: int, threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     os.environ.update(_place(number, processes, port))
     torch.set_num_threads(threads)
-    _in_group(work, given, {})
+    _in_group(work, arguments, {})
 
 
 def _place(number: int, processes: int, port: int) -> dict[str, str]:
-    """What torchrun would tell a process."""
+    """The environment variables that torchrun sets."""
     return {
         "RANK": str(number),
         "LOCAL_RANK": str(number),

@@ -45,7 +45,7 @@ class TorchModel(BothHeads):
         return [self.tokenizer.decode(row) for row in ids.tolist()]
 
     def pixel_values(self, images: Image8) -> torch.Tensor:
-        """What the model takes of images [B, H, W, 3] in uint8: [B, 3, S, S]."""
+        """The model's input of images [B, H, W, 3] in uint8: [B, 3, S, S]."""
         return torch.from_numpy(normalised(images, self.settings))
 
 

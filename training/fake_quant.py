@@ -38,7 +38,7 @@ contrastive and generation. Their queries run as in ``qllama_query``."""
 
 
 POOLED = re.compile(r"clip_projector2?\.cross_attn\.[qkv]")
-"""Layers whose weights the pooling heads multiply by themselves, with biases of their own."""
+"""Layers whose weights the pooling heads multiply by themselves, with separate biases."""
 
 
 class _FakeQuantise(torch.autograd.Function):
@@ -87,9 +87,9 @@ class Place:
     component: str = "qllama_text"
     queries: int = 0
 
-    def enter(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        """Forward pre-hook of :class:`..models.qllama.QLlama`: see by its arguments which pass this is."""
-        self.component, self.queries = component_running(args, given)
+    def enter(self, _: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Forward pre-hook of :class:`..models.qllama.QLlama`: notes which pass this is, by its arguments."""
+        self.component, self.queries = component_running(args, keywords)
 
 
 class FakeQuantLinear(nn.Linear):
@@ -115,7 +115,7 @@ class FakeQuantLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.scheme, self.base, self.place = scheme, base, place
         self.components = tuple(amax)
-        # What shares a scale: a block of a row, a row, or all of the weight.
+        # Values that share a scale: a block of a row, a row, or all of the weight.
         whole = SCHEMES[scheme].per_tensor
         block = linear.weight.numel() if whole else block_size(scheme, linear.in_features)
         self.rows, self.block = 1 if whole else linear.out_features, block or linear.in_features
@@ -158,8 +158,8 @@ class FakeQuantLinear(nn.Linear):
         if len(self.components) == 1:
             return scales[0]
         if place.component:
-            found = place.component in self.components
-            return scales[self.components.index(place.component)] if found else None
+            active = place.component in self.components
+            return scales[self.components.index(place.component)] if active else None
         third, texts = len(x) // len(STACKED), x.shape[1] - place.queries
         rows = [scales[self.components.index(name)].expand(third) for name in STACKED]
         query = scales[self.components.index("qllama_query")].expand(len(x), place.queries)
@@ -198,7 +198,7 @@ def fake_quantised(
         assert isinstance(linear, nn.Linear)
         layer = FakeQuantLinear(linear, scheme, base, used, place, learn)
         if layer.stretch is not None:
-            # Equal ranges beside each other: q/k/v or gate/up, which see one input. With one scale they share
+            # Equal ranges of neighbours: q/k/v or gate/up, which share an input. With one scale they share
             # a Q/DQ pair, and the engine merges their products.
             layer.stretch = shared.setdefault((owner, tuple(used.values())), layer.stretch)
         setattr(parent, leaf, layer)
@@ -242,7 +242,8 @@ def keep_in_bounds(model: nn.Module) -> None:
 
 @torch.no_grad()
 def trained_weights(model: InternVLModel) -> dict[str, Tensor]:
-    """The state dict in published names and fp32; quantised weights are what the graph will dequantise.
+    """The state dict in published names and fp32; quantised weights have the values that the graph will
+    dequantise.
 
     Quantising those again gives the same integers and scales, bit for bit.
     """
@@ -257,11 +258,11 @@ def trained_weights(model: InternVLModel) -> dict[str, Tensor]:
 @torch.no_grad()
 def trained_ranges(model: nn.Module, amax: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """``amax`` with the ranges that were learned: limit times scale, which gives the same scale again."""
-    found = {component: dict(layers) for component, layers in amax.items()}
+    ranges = {component: dict(layers) for component, layers in amax.items()}
     for name, layer in quantised_layers(model):
         if layer.stretch is None:
             continue
         limit = LIMITS[SCHEMES[layer.scheme].activation]
         for component, scale in zip(layer.components, layer.input_scales().tolist(), strict=True):
-            found[component][name] = limit * scale
-    return found
+            ranges[component][name] = limit * scale
+    return ranges

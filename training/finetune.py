@@ -72,7 +72,7 @@ def distillation_losses(student: Answers, teacher: Answers) -> dict[str, Tensor]
 
     ``hidden`` is the squared error of each state over its variance, ``embed`` one minus the cosine of the
     embeddings, ``kl`` the divergence of the next token's distribution (Hinton et al. 2015, temperature 1).
-    Each is a mean over what it compares, so that none grows with the batch.
+    Each is a mean over the compared values, so that none grows with the batch.
     """
     pairs = list(zip(student.hidden, teacher.hidden, strict=True))
     hidden = torch.stack([((s - t).square().mean(-1) / t.var(-1)).mean() for s, t in pairs]).mean()
@@ -95,11 +95,11 @@ STEP = 0xA7
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a run does.
+    """Settings of a run.
 
     Args:
         stage: its losses, steps, batch and learning rates; ``matrix_lr`` is not used: everything is trained
-            by AdamW, whose small steps keep what the model knows.
+            by AdamW, whose small steps keep the model's knowledge.
         scale_lr: peak learning rate of the scales, as a share of their ranges a step.
         seed: of the data's order.
         max_grad_norm: gradients are clipped to it.
@@ -142,7 +142,9 @@ class SampleBatches(Dataset[Stage2Batch]):
         texts = collate(np.zeros(0, np.uint8), captions, languages, SentencePieceTokenizer(self.tokenizer))
         pixels = [sample.pixels(self.settings) for sample in samples[self.rows]]
         whole = replace(texts.stage2(torch.zeros(len(captions), 0)), ids=ids)
-        return replace(dist.taken(whole, self.rows), pixel_values=torch.from_numpy(np.concatenate(pixels)))
+        return replace(
+            dist.select_rows(whole, self.rows), pixel_values=torch.from_numpy(np.concatenate(pixels))
+        )
 
     def _order(self, index: int) -> Iterator[int]:
         size = len(self.chosen)
@@ -167,7 +169,7 @@ class SceneSamples(Dataset[Stage2Batch]):
         drawn = self.scenes[index]
         batch = drawn.stage2(torch.zeros(len(drawn.images), 0))
         pixels = pixel_values(drawn.images[self.rows], self.settings)
-        return replace(dist.taken(batch, self.rows), pixel_values=pixels)
+        return replace(dist.select_rows(batch, self.rows), pixel_values=pixels)
 
 
 def fine_tune(
@@ -182,19 +184,19 @@ def fine_tune(
 ) -> History:
     """Train ``student`` in place.
 
-    State is kept after every ``options.save_every`` steps; a run that was killed goes on from there and ends
-    with the same weights (same machine, threads and processes). It learns in fp32: bf16 would round what the
-    quantisers have rounded already.
+    State is saved after every ``options.save_every`` steps; a killed run resumes there and ends
+    with the same weights (same machine, threads and processes). It learns in fp32: bf16 would round the
+    quantisers' results again.
 
     Args:
         student: made by :func:`.fake_quant.fake_quantised`.
         teacher: the model before quantisation, whose answers are learned; None: the stage's losses.
-        tuning: what the run does.
+        tuning: settings of the run.
         data: ``tuning.stage.steps`` batches: this process's rows of each.
-        identity: plain data that says which model and data these are; a kept state of others is refused.
-        options: where the state lies and how often it is kept; how processes share the work.
-        report: hears every step.
-        inspect: is called after every kept step, with a student that it must not change.
+        identity: plain data that identifies model and data; a saved state of others is refused.
+        options: where and how often the state is saved; how processes share the work.
+        report: callback with every step.
+        inspect: called after every saved step, with a student that it must not change.
 
     Raises:
         InputError: ``options.work_dir`` holds the state of another run.
@@ -215,7 +217,7 @@ def fine_tune(
         if state["identity"] != identity:
             raise InputError(
                 f"{options.work_dir} holds another run.",
-                "Its model, recipe, data or settings differ from what is asked now.",
+                "Its model, recipe, data or settings differ from this run's.",
                 "Use another -O work-dir, or delete that one.",
             )
         dist.load_model(student, state["model"])
@@ -226,12 +228,12 @@ def fine_tune(
     ahead = 2 if options.workers else None
     batches = DataLoader(rest, batch_size=None, num_workers=options.workers, prefetch_factor=ahead)
     for step, batch in enumerate(batches, first):
-        parts = _step(wrapped, optimizer, tuning, dist.moved(batch, device), step)
+        parts = _step(wrapped, optimizer, tuning, dist.to_device(batch, device), step)
         history.losses.append(parts)
         history.seconds = time.perf_counter() - started
         report(TrainingProgress(stage.name, step + 1, step + 1, stage.steps, parts, history.seconds))
         if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
-            kept = {
+            tensors = {
                 "model": dist.whole(student.state_dict()),
                 "optimizer": dist.whole(optimizer.state_dict()),
             }
@@ -239,7 +241,7 @@ def fine_tune(
                 options.work_dir.mkdir(parents=True, exist_ok=True)
                 place = {"identity": identity, "step": step + 1, "seconds": history.seconds}
                 with atomic(file, exclusive=True) as unfinished:
-                    torch.save({**place, **kept, "losses": history.losses}, unfinished)
+                    torch.save({**place, **tensors, "losses": history.losses}, unfinished)
             before = time.perf_counter()
             inspect(step + 1, student)
             started += time.perf_counter() - before
@@ -254,8 +256,8 @@ def _losses(
     generative = stage.loss == "generative"
     if teacher is not None:
         with torch.no_grad():
-            wanted = answers(teacher, batch, generative)
-        parts = distillation_losses(answers(model, batch, generative), wanted)
+            targets = answers(teacher, batch, generative)
+        parts = distillation_losses(answers(model, batch, generative), targets)
         if "kl" in parts:
             parts["kl"] = parts["kl"] * dist.weight((batch.labels[:, 1:] != IGNORE).sum())
         return parts
@@ -271,8 +273,8 @@ def _optimizer(model: nn.Module, tuning: Tuning) -> torch.optim.Optimizer:
         {"params": weights, "peak": tuning.stage.lr},
         {"params": scales, "peak": tuning.scale_lr},
     ]
-    kept = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(kept, lr=tuning.stage.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    filled = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(filled, lr=tuning.stage.lr, betas=(0.9, 0.98), weight_decay=0.0)
 
 
 def _step(

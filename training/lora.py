@@ -42,22 +42,22 @@ class Lora:
 def add(model: nn.Module, lora: Lora, seed: int = 0) -> list[str]:
     """Give every matching linear layer an A (random, as a linear layer's weight) and a B (zero): names.
 
-    The model computes what it did before. UsageError where nothing matches.
+    The model's outputs do not change yet. UsageError if no layer matches.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and fnmatch(n, lora.pattern)]
-    if not found:
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and fnmatch(n, lora.pattern)]
+    if not names:
         raise UsageError(
             "LoRA has nothing to adapt.",
             f"No linear layer matches {lora.pattern!r}.",
             "Name layers that the model has.",
         )
-    for name in found:
+    for name in names:
         layer: Any = model.get_submodule(name)
         bound = 1 / math.sqrt(layer.in_features)
         a = torch.empty(lora.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
         _attach(layer, a, torch.zeros(layer.out_features, lora.rank), lora)
-    return found
+    return names
 
 
 def merge(model: nn.Module, lora: Lora) -> None:

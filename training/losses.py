@@ -1,8 +1,8 @@
 """The losses of the paper's stages 1 and 2 and of retrieval fine-tuning (section 3.3).
 
 Stage 2 runs three stacked copies of [queries | text] through QLLaMA in one pass, each with its own mask:
-matching (ITM: everything sees everything), contrastive (ITC: queries and text blind to each other) and
-generation (ITG: text sees the queries and its own past).
+matching (ITM: every position attends to all), contrastive (ITC: queries and text blind to each other) and
+generation (ITG: text attends to the queries and its own past).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Stage2Batch:
 
 @dataclass(frozen=True)
 class Losses:
-    """Scalars; ``total`` is their sum, which is what is trained."""
+    """Scalars; ``total`` is their sum, which is trained."""
 
     itc: Tensor
     itm: Tensor

@@ -18,7 +18,7 @@ class Stage:
     Args:
         name: for the log and checkpoints.
         loss: ``contrastive`` (stage 1), ``generative`` (stage 2: itc + itm + itg), ``answers`` (stage 3)
-            or ``places`` (what stands where in a tile).
+            or ``places`` (contents of places in a tile).
         steps: optimiser steps.
         batch: images a step.
         lr: peak learning rate of AdamW; linear warm-up, then a cosine to zero.
@@ -80,9 +80,9 @@ _NANO = InternVLConfig(
 )
 
 # Relations come first: in this order 150 steps were enough. A model that had learnt shapes and colours by
-# contrast before stayed at chance for 240 steps; that was tried with pairs told apart by size only.
+# contrast before stayed at chance for 240 steps; that was tried with pairs that differ in size only.
 # The published stage 2 freezes InternViT and LLaMA, which come trained. Here LLaMA has read nothing but
-# captions by then, so all of it goes on learning.
+# captions by then, so all of it is trained further.
 NANO = Preset(
     name="nano",
     model=_NANO,
@@ -155,7 +155,7 @@ class TilesPreset:
     Args:
         name: of the preset.
         model: sizes; vocabulary and special tokens are those of the preset's tokenizer.
-        places: the tower and the projector learn to name what stands at each place of a tile, with a head
+        places: the tower and the projector learn the content of each place of a tile, with a head
             that is thrown away afterwards.
         answers: the projector and the decoder learn the answers of dialogues.
         seed: of weights and data.

@@ -53,7 +53,7 @@ def publish(model: InternVLModel, preset: Preset, tokenizer: bytes, run: Trainin
 
 
 def model_card(preset: Preset, run: TrainingRun, parameters: int) -> str:
-    """The card in Markdown: what it is, data, recipe, seed, commit, accuracy."""
+    """The card in Markdown: summary, data, recipe, seed, commit, accuracy."""
     config = preset.model
     stages = "\n".join(
         f"| {s.name} | {s.loss} | {s.steps} | {s.batch} | {s.pairs:.0%} | {s.near:.0%} "
@@ -81,9 +81,9 @@ cannot be had: export, quantisation and engines are measured on it end to end.
 - **Recipe**: Muon for the blocks' matrices, AdamW for the rest, bf16 autocast, seed {preset.seed},
   {run.minutes:.0f} minutes on {run.threads} CPU threads, commit {commit()}.
   `ivl-export train --preset {preset.name}` repeats it.
-- **Unlike the paper**, a short stage before the two published ones teaches where things stand
-  ({preset.stages[0].focus:.0%} of the caption tokens that are no words of relation are left out of its loss),
-  and stage 2 trains all of the model: its LLaMA does not come pretrained.
+- **Unlike the paper**, a short stage before the two published ones teaches spatial relations
+  ({preset.stages[0].focus:.0%} of the caption tokens that are not words of relation are left out of its
+  loss), and stage 2 trains all of the model: its LLaMA does not come pretrained.
 
 | stage | loss | steps | batch | pairs | hard negatives | peak lr, Muon | peak lr, AdamW |
 |---|---|---:|---:|---:|---:|---:|---:|
@@ -132,7 +132,7 @@ def write_chat_card(preset: ChatPreset, run: TrainingRun, parameters: int, folde
 
 
 def chat_model_card(preset: ChatPreset, run: TrainingRun, parameters: int) -> str:
-    """The card in Markdown: what it is, data, recipe, seed, commit, accuracy."""
+    """The card in Markdown: summary, data, recipe, seed, commit, accuracy."""
     config, stage = preset.model, preset.stage
     rows = "\n".join(
         f"| {kind} | {score['accuracy']:.1%} | {score['low']:.1%} - {score['high']:.1%} | {score['total']} "
@@ -176,7 +176,7 @@ def write_tiles_card(preset: TilesPreset, run: TrainingRun, parameters: int, fol
 
 
 def tiles_model_card(preset: TilesPreset, run: TrainingRun, parameters: int) -> str:
-    """The card in Markdown: what it is, data, recipe, seed, commit, accuracy with tiles and with one."""
+    """The card in Markdown: summary, data, recipe, seed, commit, accuracy with tiles and with one."""
     config, (first, second) = preset.model, (preset.places, preset.answers)
     vision, decoder = config.vision, config.decoder
     rows = "\n".join(
@@ -187,9 +187,9 @@ def tiles_model_card(preset: TilesPreset, run: TrainingRun, parameters: int) -> 
     return f"""# internvl-{preset.name}
 
 A real model of InternVL 2.5's form with {parameters:,} parameters, trained from scratch. It reads small text
-in wide and tall pictures, counts small shapes and tells two pictures apart, and knows nothing else. It exists
-so that tiles, the thumbnail and several images can be measured end to end where published weights cannot be
-had.
+in wide and tall pictures, counts small shapes and distinguishes two pictures, and knows nothing else. It
+exists so that tiles, the thumbnail and several images can be measured end to end where published weights
+cannot be had.
 
 - **Architecture**: InternViT {vision.num_hidden_layers} x {vision.hidden_size} (RMSNorm, norms of queries and
   keys), 1 to {config.max_tiles} tiles of {config.image_size} px / patch {vision.patch_size} and the
@@ -198,9 +198,9 @@ had.
   {decoder.num_key_value_heads}, biases of q, k and v; byte-level BPE, {decoder.vocab_size} tokens.
 - **Data**: drawn signs (`synthetic/signs.py`, `synthetic/sign_questions.py`): numbers of 2 to 6 digits,
   words of 3 to 6 capitals, 2 or 3 of {len(chinese())} Chinese characters, and shapes. Text is 16 pixels high,
-  all stands at multiples of {GRID} pixels, and nothing lies across two tiles. Questions are English, in
+  all at multiples of {GRID} pixels, and no item crosses two tiles. Questions are English, in
   part Chinese. One text in eight is held out: training never shows it.
-- **Recipe**: tower and projector learn to name what stands at each place of a tile, with a head that is
+- **Recipe**: tower and projector learn the content of each place of a tile, with a head that is
   thrown away ({first.steps} steps of {first.batch} tiles, peak lr {first.matrix_lr:g} Muon, {first.lr:g}
   AdamW); then projector and decoder learn the answers of dialogues of one to {preset.turns} questions
   ({second.steps} steps of {second.batch} dialogues, {second.matrix_lr:g} and {second.lr:g}; one in

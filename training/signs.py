@@ -1,6 +1,6 @@
-"""Trains internvl-nano-tiles: first its tower to name what stands where, then its decoder to answer.
+"""Trains internvl-nano-tiles: first its tower on the contents of places, then its decoder on answers.
 
-A tower that learns from answers alone has to find out where in 80 visual tokens a character stands before it
+A tower that learns from answers alone has to find a character's place in 80 visual tokens before it
 can learn what it is. So it learns characters first, from tiles full of text whose places are known: a linear
 head names the two areas of 16 x 8 pixels below every visual token. The head is thrown away; the tower stays
 as it is while the decoder learns dialogues, of which only answers count.
@@ -32,7 +32,7 @@ from .tiles_model import image_settings, initialised, prompt_format, sign_tokeni
 from .trainer import Options, TrainingProgress, freeze, read_state, save_state, schedule, shortened_stage
 
 _EMPTY = 0.3
-"""What a place where nothing stands counts beside one where something does."""
+"""Weight of an empty place; others have 1."""
 _PAGES = 0x9A6E
 
 
@@ -83,8 +83,8 @@ def _encoded(
 ) -> tuple[np.ndarray[Any, Any], Encoded]:
     pixels = read_images([draw(sign) for sign in row.signs], settings, max_tiles=max_tiles)
     turns = [
-        Turn(asked.question, asked.answer, len(row.signs) if number == 0 else 0)
-        for number, asked in enumerate(row.questions)
+        Turn(question.question, question.answer, len(row.signs) if number == 0 else 0)
+        for number, question in enumerate(row.questions)
     ]
     template, images = prompt_format(preset.model)
     return pixels.values, encode(turns, sign_tokenizer(), template, images, pixels.tiles)
@@ -99,13 +99,13 @@ class Learner(nn.Module):
         self.head = nn.Linear(model.config.decoder.hidden_size, 2 * len(classes()))
 
     def named(self, pixel_values: Tensor) -> Tensor:
-        """Logits [B, V, 2, classes] of what stands at each place."""
+        """Logits [B, V, 2, classes] of the content of each place."""
         out: Tensor = self.head(self.model.visual_embeds(pixel_values))
         return out.reshape(*out.shape[:2], 2, -1)
 
 
 def places_loss(learner: Learner, batch: Pages) -> Tensor:
-    """Mean cross entropy of what stands at each place; empty places count less."""
+    """Mean cross entropy over places; empty places count less."""
     weights = torch.where(batch.classes > 0, 1.0, _EMPTY).flatten()
     losses = F.cross_entropy(
         learner.named(batch.pixel_values).flatten(0, 2), batch.classes.flatten(), reduction="none"
@@ -114,7 +114,7 @@ def places_loss(learner: Learner, batch: Pages) -> Tensor:
 
 
 def answers_loss(learner: Learner, batch: ChatBatch) -> Tensor:
-    """Mean cross entropy of the answers' tokens, each predicted from all that stands before it."""
+    """Mean cross entropy of the answers' tokens, each predicted from all tokens before it."""
     model, ids = learner.model, batch.input_ids
     frozen = not any(p.requires_grad for p in model.vision_model.parameters())
     with torch.set_grad_enabled(not frozen):
@@ -133,7 +133,7 @@ def train(
 ) -> tuple[TilesChatModel, float]:
     """Both stages: the trained model (fp32, eval mode) and the seconds that its steps took.
 
-    A run that was stopped goes on from ``options.work_dir`` and ends with the same weights.
+    A stopped run resumes from ``options.work_dir`` and ends with the same weights.
 
     Raises:
         InputError: ``options.work_dir`` holds the state of a run with other settings.

@@ -29,7 +29,7 @@ TRAINS: dict[Trains, tuple[str, ...]] = {
     "all": ("*",),
     "lora": ("*.lora_a", "*.lora_b"),
 }
-"""What learns, as patterns of parameter names; the rest is frozen. ``decoder`` is all but the tower."""
+"""Trained parameters, as patterns of their names; the rest is frozen. ``decoder`` is all but the tower."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Stage3:
     """A run of stage 3.
 
     Args:
-        stage: schedule, batch size and what learns (one of :data:`TRAINS`).
+        stage: schedule, batch size and the trained parameters (one of :data:`TRAINS`).
         lora: adapters that are put on first; None: none.
         seed: of the adapters.
         weight_decay: of matrices.
@@ -52,7 +52,7 @@ class Stage3:
 
 
 def answer_loss(model: ChatModel, batch: ChatBatch) -> Tensor:
-    """Mean cross entropy of the answers' tokens, each predicted from all that stands before it."""
+    """Mean cross entropy of the answers' tokens, each predicted from all tokens before it."""
     logits, tokens = model.answer_logits(batch.pixel_values, batch.input_ids, batch.mask, batch.labels)
     return F.cross_entropy(logits, tokens)
 
@@ -69,11 +69,11 @@ def fine_tune(
 
     Args:
         model: fp32; with ``what.lora`` it has adapters afterwards.
-        what: what learns, and how.
+        what: trained parameters and adapters.
         data: the batches.
         identity: plain data that says which model and data these are; a kept state of others is refused.
-        options: where the state is kept, and how often.
-        report: hears every step.
+        options: where and how often the state is saved.
+        report: callback with every step.
 
     Raises:
         InputError: ``options.work_dir`` holds the state of another run.
@@ -86,8 +86,8 @@ def fine_tune(
     first, seconds = 0, 0.0
     if (state := read_state(options.work_dir, identity)) is not None:
         model.load_state_dict(state["model"])
-        for optimizer, kept in zip(chosen, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
+        for optimizer, saved in zip(chosen, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         first, seconds = state["step"], state["seconds"]
     started = time.perf_counter() - seconds
     rest: Subset[ChatBatch] = Subset(data, range(first, stage.steps))

@@ -24,7 +24,7 @@ def train_tokenizer(texts: Iterable[list[str]] | None = None, vocab_size: int = 
     """A ``tokenizer.model`` from texts split in words (:func:`~..synthetic.captions.corpus` unless given).
 
     Settings are LLaMA's: unk 0, bos 1, eos 2, no pad piece (id 0 pads), no text normalisation, bytes as a
-    fallback, so that id 0 never stands for text. Equal input gives equal bytes (one thread, no sampling).
+    fallback, so that id 0 is never text. Equal input gives equal bytes (one thread, no sampling).
     """
     import sentencepiece
 

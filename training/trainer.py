@@ -1,10 +1,10 @@
 """The training loop: Muon for the blocks' matrices, AdamW for the rest, checkpoints, exact resume.
 
-Muon (orthogonalised momentum) is what makes minutes on two cores enough: in a probe that trained the ViT
+Muon (orthogonalised momentum) makes minutes on two cores enough: in a probe that trained the ViT
 alone to name four shapes, 150 steps gave 87%, with AdamW for everything 51%.
 
 State is written after every ``save_every`` steps to one file that replaces the last one; a run that was
-killed goes on from it and ends with the same weights bit for bit (same machine, same number of threads).
+killed resumes from it and ends with the same weights bit for bit (same machine, same number of threads).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class Options:
-    """How to run, apart from what is trained.
+    """How to run, apart from model and data.
 
     ``workers`` make batches; ``strategy`` is how several processes share the model
     (:func:`.distributed.parallel`).
@@ -76,7 +76,7 @@ class Options:
 
 
 def silent(progress: TrainingProgress) -> None:
-    """Hears a run and says nothing."""
+    """Ignores the progress of a run."""
 
 
 def train(
@@ -99,7 +99,7 @@ def train(
         state = kept_state
         model.load_state_dict(state["model"])
     objective = dist.Objective(model.to(device), stage_losses)
-    done = sum(s.steps for s in preset.stages[: state["stage"]])
+    steps_done = sum(s.steps for s in preset.stages[: state["stage"]])
     total = sum(s.steps for s in preset.stages)
     seconds: float = state["seconds"]
     started = time.perf_counter() - seconds
@@ -112,17 +112,17 @@ def train(
         first = 0
         if number == state["stage"]:
             first = state["step"]
-            for optimizer, kept in zip(chosen, state["optimizers"], strict=False):
-                dist.load_optimizer(optimizer, kept)
+            for optimizer, saved in zip(chosen, state["optimizers"], strict=False):
+                dist.load_optimizer(optimizer, saved)
         for step, drawn in enumerate(_batches(preset, stage, tokenizer, first, options.workers), first):
-            own = dist.moved(dist.taken(drawn, rows[stage.name]), device)
+            own = dist.to_device(dist.select_rows(drawn, rows[stage.name]), device)
             losses = _step(wrapped, model, chosen, stage, preset, own, step, options.bf16)
             seconds = time.perf_counter() - started
-            report(TrainingProgress(stage.name, step + 1, done + step + 1, total, losses, seconds))
+            report(TrainingProgress(stage.name, step + 1, steps_done + step + 1, total, losses, seconds))
             if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
                 place = {"identity": identity, "stage": number, "step": step + 1, "seconds": seconds}
                 save_state(options.work_dir, model, chosen, place)
-        done += stage.steps
+        steps_done += stage.steps
     if dist.world() > 1:
         trained = InternVLModel(preset.model)
         trained.load_state_dict(dist.whole(model.state_dict()))
@@ -148,7 +148,7 @@ def freeze(model: nn.Module, stage: Stage) -> None:
 
 
 def optimizers(model: nn.Module, stage: Stage, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Freeze what ``stage`` does not train. Muon for the blocks' matrices where it has a rate, else AdamW."""
+    """Freeze what ``stage`` does not train. Muon for matrices of blocks if they have a rate, else AdamW."""
     freeze(model, stage)
     matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
@@ -248,7 +248,7 @@ def initialised(preset: Preset) -> InternVLModel:
     """The untrained model: normal weights, residual outputs scaled down by depth (as GPT-2).
 
     Positions start as sines and cosines about as large as the patches' content: from small random ones a
-    short run hardly learns where things stand.
+    short run hardly learns positions.
     """
     torch.manual_seed(preset.seed)
     model = InternVLModel(preset.model)
@@ -295,7 +295,7 @@ def read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     if state["identity"] != identity:
         raise InputError(
             f"{folder} holds another run.",
-            "Its model, data or settings differ from what is asked now.",
+            "Its model, data or settings differ from this run's.",
             "Use another -O work-dir, or delete that one.",
         )
     return state

@@ -9,8 +9,8 @@ from ..errors import BuildError, UsageError
 from .report import VerificationReport, VerifiedProduct
 
 SCHEMES = (*FACTORS, "bf16", "fp16", "fp32", "int8-weight", "int4-weight")
-"""What can be promised of a matrix product: the types of its factors, or that of its stored weight, which is
-dequantised for a product in 16 bits."""
+"""Precision that a recipe can promise for a matrix product: types of both factors, or of the stored weight,
+which is dequantised for a product in 16 bits."""
 
 CPU_KERNELS: dict[str, dict[str, str]] = {
     "onnxruntime": {"int8": "int8"},
@@ -24,10 +24,10 @@ _LISTED = 6
 
 
 def check_expectations(report: VerificationReport, promised: Mapping[str, str]) -> None:
-    """Compare an engine with what the recipe promised.
+    """Compare an engine with the recipe's promises.
 
     Args:
-        report: what the engine does.
+        report: verification report of the engine.
         promised: ONNX node name, or weight name, -> scheme (one of :data:`SCHEMES`). Of a node of an
             attention it is the type of q, k and v; of its Softmax, also that one kernel takes them. A product
             in 8 or 4 bits that is not promised is a difference too.

@@ -1,7 +1,7 @@
 """Verification of a TensorRT 10 or 11 engine, from the JSON of its inspector.
 
 ``IEngineInspector.get_engine_information`` and ``trtexec --exportLayerInfo`` write it, of engines built with
-``ProfilingVerbosity.DETAILED`` (otherwise it holds names only). What the releases differ in:
+``ProfilingVerbosity.DETAILED`` (otherwise it holds names only). Differences between releases:
 
 * 10 lists inputs and outputs as names under ``Bindings``, 11 as objects under ``I/O Tensors``.
 * a tensor's type is ``Format/Datatype`` in 10, alone (``Half``) or in a sentence (``Row major linear FP16
@@ -47,10 +47,10 @@ _SKIPPED = frozenset({"signal", "wait", "shape_call", "constant", "noop"})
 
 
 def read_inspector(info: Path, graph: Path) -> VerificationReport:
-    """Read what the inspector's JSON in ``info`` says of each product of the ONNX file ``graph``.
+    """Read the inspector's JSON in ``info``: precision of each product of the ONNX file ``graph``.
 
     Raises:
-        IntegrityError: it is no such JSON, or ``graph`` no ONNX model.
+        IntegrityError: it is not such JSON, or ``graph`` is not a valid ONNX model.
         CapabilityError: it holds the layers' names only.
     """
     return report_of(inspector_programs(info), graph, "tensorrt", why_unfused=_why_unfused)
@@ -73,8 +73,8 @@ def inspector_programs(path: Path) -> tuple[Program, ...]:
         if not isinstance(layer, dict) or not isinstance(layer.get("Name"), str):
             raise _refused(path, "A layer has no name.")
         if str(layer.get("LayerType", "")).lower() not in _SKIPPED:
-            found = PROFILE.search(layer["Name"])
-            programs[int(found[1]) if found else 0].append(_kernel(layer))
+            match = PROFILE.search(layer["Name"])
+            programs[int(match[1]) if match else 0].append(_kernel(layer))
     if not programs:
         raise _refused(path, "It has no layers.")
     return tuple(
@@ -101,7 +101,7 @@ def _layers(path: Path) -> list[Any]:
 
 def _refused(path: Path, why: str) -> IntegrityError:
     return IntegrityError(
-        f"{path} is no layer information of TensorRT.", why, "Write it again with trtexec --exportLayerInfo."
+        f"{path} is not layer information of TensorRT.", why, "Write it again with trtexec --exportLayerInfo."
     )
 
 
@@ -111,8 +111,8 @@ def _kernel(layer: dict[str, Any]) -> Kernel:
     op, args, constants = _op(kind, inputs, outputs), inputs, (0,) * len(inputs)
     if op in ("fully_connected", "corrltn"):
         weight, size = _weight(layer.get("Weights"))
-        told = _TACTIC.search(tactic)
-        first, second = (_TYPES.get(told[1], UNTOLD), _TYPES.get(told[3], UNTOLD)) if told else ("", "")
+        match = _TACTIC.search(tactic)
+        first, second = (_TYPES.get(match[1], UNTOLD), _TYPES.get(match[3], UNTOLD)) if match else ("", "")
         computed = inputs[1] if len(inputs) > 1 and not weight else ""
         args = [first or next(iter(inputs), UNTOLD), second or weight or computed or UNTOLD]
         constants = (0, size)
@@ -127,7 +127,7 @@ def _kernel(layer: dict[str, Any]) -> Kernel:
 
 
 def _op(kind: str, inputs: list[str], outputs: list[str]) -> str:
-    """The words of a TensorRT-RTX program for what is the same."""
+    """The names of TensorRT-RTX programs for the same kernels."""
     word = kind.lower()
     if word in ("gemm", "matrixmultiply", "fullyconnected") or word.endswith("gemmmatrixmultiply"):
         return "fully_connected"

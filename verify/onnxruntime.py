@@ -15,14 +15,14 @@ _FLOAT = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "Fused
 _ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 _RESTORE = "DequantizeLinear"
 _BLOCKED = "_nchwc"
-"""What ONNX Runtime appends to the output's name of a convolution that it runs on blocks of channels."""
+"""Suffix of the output's name of a convolution that ONNX Runtime runs on blocks of channels."""
 
 
 def read_onnxruntime(graph: Path) -> VerificationReport:
     """The report of ``graph`` on this CPU, read from the graph that ONNX Runtime optimises it to.
 
     FP8 products run in fp32 there, on values rounded to FP8: they are listed as fallbacks. Weights are those
-    of the optimised graph; what a kernel packs anew when it is opened is not counted.
+    of the optimised graph; copies that a kernel packs at opening are not counted.
 
     Raises:
         CapabilityError: onnxruntime is not installed.

@@ -30,7 +30,7 @@ MAGIC = b"vtrt"
 MAX_PROGRAM_BYTES = 256 << 20
 """Longest program read; the 48 blocks of InternViT-6B need about 2 MB."""
 UNTOLD = "unknown"
-"""The type of an operand that an engine does not tell."""
+"""The type of an operand that an engine does not show."""
 _MAX_DEPTH = 32
 _START = b"header {\n"
 _BLOB = struct.Struct("<Q4sI")
@@ -102,7 +102,7 @@ def read_programs(path: Path) -> tuple[Program, ...]:
     """The programs in the engine file at ``path``, one for each optimization profile.
 
     Raises:
-        IntegrityError: the file is no TensorRT-RTX engine, or holds no program that can be read.
+        IntegrityError: the file is not a TensorRT-RTX engine, or holds no program that can be read.
     """
     programs: list[Program] = []
     try:

@@ -3,7 +3,7 @@ attention.
 
 One reader a library makes it: :mod:`.rtx` of a TensorRT-RTX engine, :mod:`.inspector` of TensorRT 10 and 11,
 :mod:`.onnxruntime` of ONNX Runtime's optimised graph, :mod:`.torch` of one call. :mod:`.expectations` fails a
-build whose engine differs from what the recipe promised.
+build whose engine differs from the recipe's promises.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PLUMBING = frozenset(
     {"Cast", "DequantizeLinear", "Expand", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Slice"}
     | {"Split", "Squeeze", "Transpose", "Unsqueeze", "Constant", "Shape", "Concat", "Gather"}
 )
-"""Operators that move or convert values; not listed among what a kernel fuses."""
+"""Operators that move or convert values; not listed among a kernel's fused nodes."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class VerifiedProduct:
         weight: the initializer it multiplies by; empty if both factors are computed.
         scheme: one of :data:`..engines.products.FACTORS` if the graph quantises both factors so, else empty.
         precision: types of the factors in the engine, ``fp8xfp8``; the stored type of a weight that is
-            restored beside the product: ``bf16xint4``, or ``int8xint4`` of a product in INT8; several
+            dequantised before the product: ``bf16xint4``, or ``int8xint4`` of a product in INT8; several
             joined by ``|`` where optimization profiles differ; ``unknown`` for a type the engine does
-            not tell; empty if the product is not in the engine.
+            not show; empty if the product is not in the engine.
         kernel: name of the kernel.
-        merged: nodes that share the kernel (q/k/v, gate/up), this one among them; empty if it stands alone.
+        merged: nodes that share the kernel (q/k/v, gate/up), this one among them; empty if there is no other.
         cause: why it does not run in 8 bits; empty if it does.
         op: ``MatMul``, ``Gemm`` or ``Conv``.
         shape: the weight's sizes as the graph has them.
-        weight_bytes: what the engine keeps of the weight, its share of a merged one; 0 if it does not tell.
+        weight_bytes: bytes of the weight in the engine, its share of a merged one; 0: unknown.
         fused: computing nodes that the same kernel does besides (an activation, a residual).
     """
 
@@ -69,7 +69,7 @@ class VerifiedProduct:
 
     @property
     def weight_bits(self) -> float | None:
-        """Bits that a weight takes in the engine; None if it does not tell."""
+        """Bits that a weight takes in the engine; None: unknown."""
         return 8 * self.weight_bytes / math.prod(self.shape) if self.weight_bytes and self.shape else None
 
 
@@ -77,7 +77,7 @@ class VerifiedProduct:
 class VerifiedAttention:
     """One attention: its ONNX nodes, whether one kernel does all of it, that kernel and its operand types.
 
-    ``types`` are q's, k's and v's (and the mask's); ``head_size`` is 0 where the graph does not tell;
+    ``types`` are q's, k's and v's (and the mask's); ``head_size`` is 0 if unknown;
     ``cause`` says why it is not fused.
     """
 
@@ -93,11 +93,11 @@ class VerifiedAttention:
 class VerificationReport:
     """How an engine runs each product and attention of its graph.
 
-    ``casts`` are conversions between float types that stand alone, by node name. ``constant_bytes`` is
-    everything the engine keeps of weights, scales and tables for one optimization profile, ``file_bytes`` the
+    ``casts`` are conversions between float types that are not fused, by node name. ``constant_bytes`` is
+    the bytes of weights, scales and tables for one optimization profile, ``file_bytes`` the
     engine's file (its program and its kernels as well); 0 where there is none. ``program`` is
-    :func:`.program.program_digest` of the engine, which two builds of one graph share even where their bytes
-    differ; empty where there is none.
+    :func:`.program.program_digest` of the engine, equal for two builds of one graph even if their bytes
+    differ; empty if there is none.
     """
 
     backend: str
@@ -133,7 +133,7 @@ class VerificationReport:
 
     @property
     def weight_bytes(self) -> int:
-        """What the engine keeps of the weights of all products."""
+        """Bytes of the weights of all products in the engine."""
         return sum(p.weight_bytes for p in self.products)
 
     def to_json(self) -> dict[str, Any]:
@@ -148,10 +148,10 @@ class VerificationReport:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> VerificationReport:
-        """Inverse of :meth:`to_json`; what an older receipt lacks has its default.
+        """Inverse of :meth:`to_json`; entries that an older receipt lacks have defaults.
 
         Raises:
-            KeyError, TypeError: it is no such data.
+            KeyError, TypeError: it is not such data.
         """
         return decode(cls, data, what="The verification report", fix="Build it again.", ignore_unknown=True)
 
@@ -176,7 +176,7 @@ class GraphProducts:
         return cls(products, find_convolutions(graph), attention, plumbing)
 
     def fused(self, layers: Iterable[str], products: Iterable[str]) -> tuple[str, ...]:
-        """Of the nodes ``layers`` of a kernel, those that compute something beside ``products``."""
+        """Of the nodes ``layers`` of a kernel, those that compute something besides ``products``."""
         return tuple(dict.fromkeys(n for n in layers if n not in self.plumbing and n not in products))
 
 

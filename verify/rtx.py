@@ -41,7 +41,8 @@ def report_of(
     *,
     why_unfused: Callable[[AttentionBlock, tuple[str, ...]], str],
 ) -> VerificationReport:
-    """The report of ``programs``, one for each optimization profile; IntegrityError if ``graph`` is no ONNX.
+    """The report of ``programs``, one for each optimization profile; IntegrityError if ``graph`` is not a
+    valid ONNX model.
 
     ``why_unfused`` gives the likely cause for an attention and the types it was computed in.
     """

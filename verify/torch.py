@@ -1,6 +1,6 @@
-"""Verification of the torch backend: what one call really runs, by the profiler's record of it.
+"""Verification of the torch backend: products of one real call, from the profiler's record.
 
-An operator without a kernel of its own shows the operators that it calls: where a CPU has no FP8 products,
+An operator without a kernel shows the operators that it calls: where a CPU has no FP8 products,
 ``_scaled_mm`` restores both factors and calls ``mm`` in fp32.
 
 A layer is known by the address of its weight, in compiled code as well. An operator without a weight is named
@@ -56,17 +56,17 @@ def read_torch(
     compile: bool = False,
     product: Way | None = None,
 ) -> tuple[VerificationReport, dict[str, str]]:
-    """LayerRun ``component`` and read what ran.
+    """Run ``component`` once and read the precision of its products.
 
     Args:
         bundle: an opened bundle.
         component: one of its components.
-        inputs: by the names of its spec; what is read holds for calls of their shapes.
+        inputs: by the names of its spec; the report is for calls of their shapes.
         device, dtype, compile, product: as for :func:`..engines.torch.engine.open_torch`.
 
     Returns:
-        The report, and what the recipe promises: layer or attention -> scheme. A product that is found in no
-        operator, which compiled code may have taken into a kernel of its own, has no precision.
+        The report, and the recipe's promises: layer or attention -> scheme. A product that is found in no
+        operator, which compiled code may have taken into another kernel, has no precision.
 
     Raises: as :func:`..engines.torch.engine.open_torch`.
     """
@@ -108,7 +108,7 @@ def read_torch(
 
 
 def enforceable(promised: Mapping[str, str], device: str, dtype: str | None = None) -> dict[str, str]:
-    """What of ``promised`` torch has kernels for on ``device``; the rest is told, not enforceable.
+    """The promises that torch has kernels for on ``device``; the rest is reported, not enforced.
 
     INT8 products everywhere (of INT4 factors too), FP8 products on GPUs from compute capability 8.9 on,
     stored weights of 16-bit products. Torch has no attention of FP8.
@@ -197,7 +197,7 @@ def _cast(target: Operand, source: Operand) -> str | None:
 
 @contextmanager
 def emitted_kernels_named() -> Iterator[None]:
-    """Inside, ``torch.compile`` writes CPU kernels that the profiler sees."""
+    """Inside, ``torch.compile`` writes CPU kernels that the profiler records."""
     from torch._inductor import config
 
     with config.patch({"cpp.enable_kernel_profile": True}):
@@ -235,7 +235,7 @@ class LayerRun:
 
     @property
     def sizes(self) -> tuple[object, ...]:
-        """What two runs of one place have in common: kind and sizes of the second factor, however it lies."""
+        """Key of two runs of one place: kind and sizes of the second factor, in any layout."""
         return (self.kind, *(tuple(sorted(factor.shape)) for factor in self.factors[1:2]))
 
 

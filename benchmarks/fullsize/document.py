@@ -41,7 +41,7 @@ def render(text: str, receipts: Sequence[Path]) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"{BEGIN!r} and {END!r} must each stand once, in this order.")
+        raise ValueError(f"{BEGIN!r} and {END!r} must each occur once, in this order.")
     lines = ["| " + " | ".join(cells) + " |" for cells in table(receipts)]
     return f"{before}{BEGIN}\n{chr(10).join(lines)}\n{END}{after}"
 
@@ -73,7 +73,7 @@ def _cells(row: dict[str, Any]) -> Sequence[str]:
 
 
 def notes(row: dict[str, Any]) -> Iterator[str]:
-    """What a step found out, in words; ``row`` as in a receipt."""
+    """A step's details in words; ``row`` as in a receipt."""
     details = row["details"] or {}
     if "times_seconds_of_copy" in details:
         yield f"{details['times_seconds_of_copy']:.1f}x the seconds of copy"
@@ -87,12 +87,12 @@ def notes(row: dict[str, Any]) -> Iterator[str]:
         )
     if steps := details.get("steps_seconds"):
         yield "steps: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in steps.items())
-    for found in details.values():
-        if isinstance(found, dict) and "products" in found:
-            products = ", ".join(f"{count} {kind}" for kind, count in sorted(found["products"].items()))
-            yield f"{found['promised']} quantised products promised; found {products}"
-            if predicted := found.get("record", {}).get("predicted_bytes"):
-                took = row["peak_anonymous"] - found["anonymous_before"]
+    for detail in details.values():
+        if isinstance(detail, dict) and "products" in detail:
+            products = ", ".join(f"{count} {kind}" for kind, count in sorted(detail["products"].items()))
+            yield f"{detail['promised']} quantised products promised; found {products}"
+            if predicted := detail.get("record", {}).get("predicted_bytes"):
+                took = row["peak_anonymous"] - detail["anonymous_before"]
                 yield f"build predicted to take {predicted / 1e9:.2f} GB; took {took / 1e9:.2f} GB"
 
 

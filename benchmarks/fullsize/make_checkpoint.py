@@ -75,7 +75,7 @@ def make_checkpoint(
     seed: int = 0,
     shard_bytes: int = 5 * 10**9,
     holes: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda count, total: None,
 ) -> list[Path]:
     """Write shards, index and configs to ``out``; for a model that reads text, a tokenizer and scenes too.
 
@@ -87,8 +87,8 @@ def make_checkpoint(
         depth: layers of the model this is a slice of: residual projections are scaled by it.
         seed: a tensor depends on it, its name and its shape alone: two slices share their common layers.
         shard_bytes: largest shard (one tensor at least).
-        holes: no values, only sizes: sparse files that take no disk, for what reads no weights.
-        progress: hears bytes done and in all.
+        holes: no values, only sizes: sparse files that take no disk, for steps that read no weights.
+        progress: callback with bytes done and in all.
 
     Returns:
         The shards.
@@ -97,7 +97,7 @@ def make_checkpoint(
     tensors = family.stored(config)
     shapes = {name: shape for name, (_, shape) in tensors.items()}
     shards = list(_shards(shapes, shard_bytes))
-    total, done = sum(_nbytes(s) for s in shapes.values()), 0
+    total, bytes_done = sum(_nbytes(s) for s in shapes.values()), 0
     out.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out).free
     if free < total and not holes:
@@ -113,8 +113,8 @@ def make_checkpoint(
             for name in () if holes else names:
                 for rows in tensor_blocks(*tensors[name], depth, seed):
                     file.write(rows.view(torch.uint8).numpy().data)
-                    done += rows.numel() * ITEM_BYTES
-                    progress(done, total)
+                    bytes_done += rows.numel() * ITEM_BYTES
+                    progress(bytes_done, total)
         index.update(dict.fromkeys(names, path.name))
         paths.append(path)
     _json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.seed,
             int(args.shard_gb * 1e9),
             args.holes,
-            lambda done, total: bar.update(task, completed=done, total=total),
+            lambda count, total: bar.update(task, completed=count, total=total),
         )
     size = sum(path.stat().st_size for path in paths)
     print(f"{args.out}: {vision} + {text} blocks, {len(paths)} shards, {size / 1e9:.2f} GB")

@@ -1,4 +1,4 @@
-"""One command in a process of its own: its time and the most memory it held that no file backs."""
+"""One command in a separate process: its time and its peak of anonymous memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Run:
             others on this machine).
         peak_anonymous: largest sum of RssAnon and RssShmem over the process and its children, in bytes;
             pages of mapped files do not count, the system drops them when it needs the room. Sampled.
-        stdout: what it printed.
+        stdout: its output.
     """
 
     seconds: float
@@ -33,7 +33,7 @@ class Run:
 
 
 class StepFailed(Exception):
-    """A command that ended with an error; its message is the end of what it said."""
+    """A command that ended with an error; its message is the end of its output."""
 
 
 def run(command: Sequence[str]) -> Run:
@@ -82,12 +82,12 @@ def anonymous(pid: int) -> int:
 
 def _family(pid: int) -> list[int]:
     """The process and all below it."""
-    found = [pid]
-    for parent in found:
+    pids = [pid]
+    for parent in pids:
         with suppress(OSError):
             for task in Path(f"/proc/{parent}/task").iterdir():
-                found += [int(child) for child in (task / "children").read_text().split()]
-    return found
+                pids += [int(child) for child in (task / "children").read_text().split()]
+    return pids
 
 
 def _children_cpu() -> float:

@@ -1,10 +1,10 @@
-"""What each step costs at full width: seconds, peak anonymous memory, bytes written, ratio to ``cp``.
+"""Costs of each step at full width: seconds, peak anonymous memory, bytes written, ratio to ``cp``.
 
-Every step runs in a process of its own and starts with the checkpoint's files out of the page cache. ``cp``
+Every step runs in a separate process and starts with the checkpoint's files out of the page cache. ``cp``
 of the shards, measured in the same run, is the floor: a ratio is the seconds per byte that the step reads,
 over those of ``cp``.
 
-The receipt is rewritten after every step, so a run that is killed keeps what it measured.
+The receipt is rewritten after every step, so a run that is killed keeps its rows.
 
     python -m ivl_export.benchmarks.fullsize.report --work FOLDER --blocks 4 --out receipt.json
 """
@@ -59,7 +59,7 @@ class Report:
     """Runs steps one after another in the folder ``work``."""
 
     def __init__(self, work: Path, keep: Callable[[Sequence[Row]], None] = lambda rows: None) -> None:
-        """``keep`` hears all rows so far after every step."""
+        """``keep`` is called with all rows so far after every step."""
         self.work, self.model, self.keep = work, work / "model", keep
         self.rows: list[Row] = []
         self.floor: float | None = None
@@ -70,22 +70,29 @@ class Report:
         name: str,
         command: Sequence[str],
         written: Callable[[], int],
-        read: int = 0,
+        read_bytes: int = 0,
         details: Callable[[Run], dict[str, Any]] | None = None,
     ) -> None:
         """Run ``command`` and add its row; ``written`` counts its output's bytes afterwards."""
         print(f"{name} ...", file=sys.stderr, flush=True)
         self._evict()
         try:
-            done = run(command)
+            result = run(command)
             if name == "cp":
-                self.floor = done.seconds / read
-            ratio = done.seconds / (read * self.floor) if self.floor and read else None
-            found = details(done) if details else None
+                self.floor = result.seconds / read_bytes
+            ratio = result.seconds / (read_bytes * self.floor) if self.floor and read_bytes else None
+            detail = details(result) if details else None
             row = Row(
-                name, done.seconds, done.cpu_seconds, done.peak_anonymous, read, written(), ratio, found
+                name,
+                result.seconds,
+                result.cpu_seconds,
+                result.peak_anonymous,
+                read_bytes,
+                written(),
+                ratio,
+                detail,
             )
-            print(f"{name}: {done.seconds:.1f} s", file=sys.stderr, flush=True)
+            print(f"{name}: {result.seconds:.1f} s", file=sys.stderr, flush=True)
         except StepFailed as error:
             row = Row(name, error=str(error))
             print(f"{name} failed: {error}", file=sys.stderr, flush=True)
@@ -101,7 +108,7 @@ class Report:
         return sorted(self.model.glob("*.safetensors"))
 
     def _evict(self) -> None:
-        """Write back what is dirty and drop the shards from the page cache: every step starts cold."""
+        """Write dirty pages back and drop the shards from the page cache: every step starts cold."""
         os.sync()
         for path in self.shards():
             fd = os.open(path, os.O_RDONLY)
@@ -271,18 +278,18 @@ def _needed(config: InternVLConfig, steps: Sequence[str], components: Sequence[s
     return whole + max(whole, plain)
 
 
-def _against(ours: Row | None, done: Run) -> dict[str, Any]:
+def _against(ours: Row | None, result: Run) -> dict[str, Any]:
     """How many times the seconds and the anonymous memory of our row of the same components."""
     if ours is None or not ours.seconds or not ours.peak_anonymous:
         return {}
     return {
-        "times_seconds_of_copy": done.seconds / ours.seconds,
-        "times_memory_of_copy": done.peak_anonymous / ours.peak_anonymous,
+        "times_seconds_of_copy": result.seconds / ours.seconds,
+        "times_memory_of_copy": result.peak_anonymous / ours.peak_anonymous,
     }
 
 
-def _printed(done: Run) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(done.stdout)
+def _printed(result: Run) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(result.stdout)
     return data
 
 

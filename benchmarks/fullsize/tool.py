@@ -28,13 +28,13 @@ from ivl_export.pipeline.graph_steps import (
 RANGES = "ranges.json"
 SAMPLES = 4
 SET, DEVICES = 512, 20
-"""What the time of a whole calibration is estimated for: samples, and devices as fast as this one."""
+"""Cases of the estimated time of a whole calibration: samples, and devices as fast as this one."""
 
 RECIPE = "fp8"
 
 
 def source(model: Path, name: str = RECIPE) -> GraphSource:
-    """The checkpoint and what the recipe ``name`` makes of it, without ranges."""
+    """The checkpoint with the plan of the recipe ``name``, without ranges."""
     from torch import nn
 
     from ivl_export.models.checkpoint import open_checkpoint
@@ -49,17 +49,17 @@ def source(model: Path, name: str = RECIPE) -> GraphSource:
 
 def quantise(model: Path, out: Path, components: Sequence[str], recipe: str = RECIPE) -> dict[str, Any]:
     """Every weight that ``components`` need, in one pass: 8-bit values and scales, and what stays in bf16."""
-    made = source(model, recipe)
-    kept, layers = component_weights(made, components)
-    write_quantised_store(made, layers, out)
-    write_base_store(made, kept, out)
-    return {"layers": len(layers), "kept": len(kept)}
+    graphs_of = source(model, recipe)
+    keys, layers = component_weights(graphs_of, components)
+    write_quantised_store(graphs_of, layers, out)
+    write_base_store(graphs_of, keys, out)
+    return {"layers": len(layers), "kept": len(keys)}
 
 
 def plain(model: Path, out: Path, components: Sequence[str], mapped: bool = False) -> dict[str, Any]:
     """The usual route: ``torch.onnx.export`` of the modules with their weights, saved as external data.
 
-    With ``mapped`` parameters stay views of the mapped checkpoint, which is no anonymous memory; else they
+    With ``mapped`` parameters stay views of the mapped checkpoint, which is not anonymous memory; else they
     are read into memory first, as scripts do that load a model and then export it.
     """
     import torch
@@ -87,7 +87,7 @@ def plain(model: Path, out: Path, components: Sequence[str], mapped: bool = Fals
 
 
 def calibrate(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
-    """Scales from a few drawn images (their values do not matter here), and what one sample costs."""
+    """Scales from a few drawn images (their values do not matter here), and the time of one sample."""
     from ivl_export.calibration.calibrate import SegmentTime, calibration_seconds, seconds_per_block
     from ivl_export.calibration.calibrate import calibrate as measure
     from ivl_export.calibration.sources import scenes_calibration
@@ -125,9 +125,9 @@ def graphs(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
     """The stores, and the FP8 graphs with the ranges that :func:`calibrate` left in ``out``."""
     from ivl_export.quantization.ranges import ActivationRanges
 
-    made = replace(source(model), ranges=ActivationRanges.load(out / RANGES))
+    ranged = replace(source(model), ranges=ActivationRanges.load(out / RANGES))
     quantise(model, out, components)
-    promised = {c: len(write_graph(made, c, out, made.recipe.base, "tensorrt")) for c in components}
+    promised = {c: len(write_graph(ranged, c, out, ranged.recipe.base, "tensorrt")) for c in components}
     return {"promised": promised}
 
 
@@ -143,24 +143,24 @@ def engine(model: Path, out: Path, components: Sequence[str]) -> dict[str, Any]:
     from ivl_export.verify.expectations import check_expectations
     from ivl_export.verify.rtx import read_rtx
 
-    made = source(model)
-    found: dict[str, Any] = {}
+    graphs_of = source(model)
+    facts: dict[str, Any] = {}
     for name in components:
-        graph, path = out / graph_path(name, made.recipe.base), out / f"{name}.engine"
+        graph, path = out / graph_path(name, graphs_of.recipe.base), out / f"{name}.engine"
         before = anonymous(os.getpid())
-        record = build_engine(graph, component_spec(name, made.checkpoint.config), path, target="sm89")
+        record = build_engine(graph, component_spec(name, graphs_of.checkpoint.config), path, target="sm89")
         proof = read_rtx(path, graph)
         promised = quantised_gemms(ir.load(graph))
         check_expectations(proof, promised)
         kinds = Counter(gemm.precision for gemm in proof.gemms)
-        found[name] = {
+        facts[name] = {
             "record": record.to_json(),
             "anonymous_before": before,
             "promised": len(promised),
             "products": dict(kinds),
             "fused_attention": proof.fused_attention,
         }
-    return found
+    return facts
 
 
 STEPS: dict[str, Callable[[Path, Path, Sequence[str]], dict[str, Any]]] = {

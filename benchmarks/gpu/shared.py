@@ -1,4 +1,4 @@
-"""What the GPU scripts share: a receipt that is rewritten after every row, times, the peak, models, FP8."""
+"""Shared by the GPU scripts: a receipt that is rewritten after every row, times, the peak, models, FP8."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY = InternVLConfig(
     attn_pool_num_heads=4,
     num_query_token=8,
 )
-"""Runs in a second on a CPU: what the tests run the scripts with."""
+"""Runs in a second on a CPU: size for tests of the scripts."""
 
 TEXT_TOKENS = 80
 Inputs = tuple[Tensor, ...]
@@ -121,7 +121,7 @@ def median_ms(call: Callable[[], object], device: str, seconds: float = 1.0, lea
 
 
 def matmul_peak(kind: str, device: str, tiny: bool = False) -> float:
-    """FLOP/s of the fastest of a few large products in ``bf16`` or ``fp8``: what this GPU gives now."""
+    """FLOP/s of the fastest of a few large products in ``bf16`` or ``fp8``: this GPU's current rate."""
     best = 0.0
     for size in (64,) if tiny else (4096, 8192, 12288):
         a = torch.randn(size, size, device=device).to(torch.bfloat16)
@@ -146,7 +146,7 @@ def matmul_peak(kind: str, device: str, tiny: bool = False) -> float:
 
 
 def random_component(name: str, config: InternVLConfig, device: str, dtype: torch.dtype) -> nn.Module:
-    """Component ``name`` with weights drawn anew, of the size that training leaves them (0.02)."""
+    """Component ``name`` with newly drawn weights, of a trained model's size (0.02)."""
     with torch.device("meta"):
         module = component_module(name, config)
     module = module.to(dtype).to_empty(device=device)
@@ -211,16 +211,16 @@ def to_fp8(module: nn.Module, inputs: Inputs, product: Product | None = None, fa
 @contextmanager
 def memory(device: str) -> Iterator[Mapping[str, int]]:
     """Most bytes of GPU memory in use inside the ``with`` block, under ``peak`` afterwards."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-    yield found
+    yield sizes
     if device.startswith("cuda"):
-        found["peak"] = torch.cuda.max_memory_allocated()
+        sizes["peak"] = torch.cuda.max_memory_allocated()
 
 
 def release() -> None:
-    """Give back what the last model held, and forget compiled code."""
+    """Free the last model's memory and compiled code."""
     gc.collect()
     torch._dynamo.reset()
     if torch.cuda.is_available():

@@ -2,7 +2,7 @@
 
 Weights are drawn: times do not depend on them. Three ways to run: bf16 eager, bf16 compiled, FP8 compiled
 (the torch backend's layers, by the shipped recipe). The peak is that of plain large products of the same type
-in the same call. Table 19 of the paper (an A100) stands in a column of its own; no ratio is formed with it.
+in the same call. Table 19 of the paper (an A100) has a separate column; no ratio is formed with it.
 
     python -m ivl_export.benchmarks.gpu.towers --out towers.json
 """
@@ -42,7 +42,7 @@ SIZES = (224, 336, 448)
 BATCHES = (1, 8, 128)
 CALIBRATED_ON = 2
 CASE_SECONDS = 20.0
-"""What a case must have left of the limit, or it is left out."""
+"""Time that a case needs before the limit, or it is left out."""
 TOWER = "vision"
 
 
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", type=_numbers, default=SIZES)
     args = parser.parse_args(argv)
     budget, receipt = Budget(args.limit), Receipt("Towers", args.out)
-    # The goals are about 224 pixels and the largest batch: that comes first, what is cut off is the rest.
+    # The goals are about 224 pixels and the largest batch: these cases come first, so that a limit cuts off
+    # the others.
     sizes = (TINY.vision.image_size,) if args.tiny else args.sizes
     base = TINY if args.tiny else InternVLConfig()
     peaks = {kind: _peak(receipt, kind, args) for kind in ("bf16", "fp8")}
@@ -127,7 +128,7 @@ def _paper(component: str, size: int) -> float | None:
 
 def _goals(receipt: Receipt, size: int, batch: int) -> None:
     def of(kind: str, key: str) -> float | None:
-        found = [
+        rates = [
             row[key]
             for row in receipt.rows
             if (row["case"], row.get("size"), row.get("batch")) == (TOWER, size, batch)
@@ -135,7 +136,7 @@ def _goals(receipt: Receipt, size: int, batch: int) -> None:
             and row["way"].startswith(kind)
             and row["way"] != "bf16"
         ]
-        return None if not found else max(found) if key == "share_of_peak" else min(found)
+        return None if not rates else max(rates) if key == "share_of_peak" else min(rates)
 
     where = f"InternViT, {size} pixels, batch {batch}"
     for kind, least in (("bf16", 0.70), ("fp8", 0.60)):

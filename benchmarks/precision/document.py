@@ -19,7 +19,7 @@ Lines = Iterator[Sequence[str]]
 
 
 def render(text: str) -> str:
-    """``text`` with its tables written anew.
+    """``text`` with its tables written again.
 
     Raises:
         ValueError: a mark names no table, or a table has no mark.
@@ -34,10 +34,10 @@ def render(text: str) -> str:
         lines = ["| " + " | ".join(cells) + " |" for cells in TABLES[match[1]](receipt)]
         return f"{match[0].splitlines()[0]}\n{chr(10).join(lines)}\n{END}"
 
-    made = _MARK.sub(table, text)
+    page = _MARK.sub(table, text)
     if sorted(written) != sorted(TABLES):
-        raise ValueError(f"{sorted(TABLES)} must each stand once, found {written}")
-    return made
+        raise ValueError(f"{sorted(TABLES)} must each occur once, not {written}")
+    return page
 
 
 def recipes(receipt: Mapping[str, Any]) -> Lines:
@@ -81,13 +81,13 @@ def outliers(receipt: Mapping[str, Any]) -> Lines:
 
 
 def mixed(receipt: Mapping[str, Any]) -> Lines:
-    """What the search chose, by kind of layer."""
+    """The search's choices, by kind of layer."""
     (row,) = (row for row in receipt["recipes"] if "search" in row)
-    found = row["search"]
+    search = row["search"]
     yield ("layers", "scheme", "why (of the first)")
     yield ("---", "---", "---")
     seen: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for choice in found["choices"]:
+    for choice in search["choices"]:
         kind = re.sub(r"\.\d+\.", ".*.", choice["layers"][0])
         seen.setdefault((kind, choice["scheme"]), []).append(choice)
     for (kind, scheme), choices in seen.items():
@@ -103,15 +103,15 @@ def finetuned(_: Mapping[str, Any]) -> Lines:
     yield ("recipe", "learned from", "steps", "minutes", "", *_TASKS)
     yield ("---", "---", "---:", "---:", "---", *("---:",) * 5)
     for path in sorted(RECEIPTS.glob("qat-*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if "scores" not in found:
+        receipt = json.loads(path.read_text(encoding="utf-8"))
+        if "scores" not in receipt:
             continue
-        settings = found["settings"]
+        settings = receipt["settings"]
         teacher = "the fp32 model" if settings["teacher"] else f"stage {settings['stage']}'s losses"
-        about = (found["recipe"], teacher, str(settings["steps"]), f"{found['seconds'] / 60:.1f}")
+        about = (receipt["recipe"], teacher, str(settings["steps"]), f"{receipt['seconds'] / 60:.1f}")
         for which, label in (("ptq", "before"), ("qat", "after")):
             first = about if which == "ptq" else ("",) * 4
-            yield (*first, label, *_percent(headlines(found["scores"][which])))
+            yield (*first, label, *_percent(headlines(receipt["scores"][which])))
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], Lines]] = {

@@ -1,7 +1,7 @@
 """Massive channels: a block of InternViT-6B's width whose activations have outliers, in every 8-bit scheme.
 
 The block's weights are drawn. In a few channels its two norms are made larger, and the columns of the weights
-behind them smaller by the same power of two: the block computes what it did, bit for bit in fp32, while the
+after them smaller by the same power of two: the block's output is unchanged, bit for bit in fp32, while the
 inputs of qkv and fc1 have channels many times larger than the rest, as those of trained transformers do
 (SmoothQuant, arXiv 2211.10438, section 3). A range that covers them leaves INT8 few steps for the others.
 """
@@ -49,7 +49,7 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What the block loses in one method, of what it adds to the stream, on images not calibrated on."""
+    """Loss of the block's update in one method, on images outside the calibration set."""
 
     scheme: str
     algorithm: str
@@ -89,12 +89,12 @@ def measure(folder: Path, width: int = 3200, samples: int = 3) -> dict[str, Any]
         ratios["with" if outliers else "without"] = {n: float(p.max() / p.median()) for n, p in peaks.items()}
         want = _updates(checkpoint, embeds[samples:])
         for scheme, algorithm, smooth in METHODS:
-            made = checkpoint
+            checkpoint_used = checkpoint
             if smooth:
                 layers = [f"{PREFIX}attn.qkv", f"{PREFIX}mlp.fc1"]
-                found = factors(checkpoint, {n: peaks[n] for n in layers}, layers)
-                made = fold(plain, {norm: divisors[norm] * found[norm] for norm in found})
-            got = _quantised(made, scheme, algorithm, embeds, samples)
+                smoothing = factors(checkpoint, {n: peaks[n] for n in layers}, layers)
+                checkpoint_used = fold(plain, {norm: divisors[norm] * smoothing[norm] for norm in smoothing})
+            got = _quantised(checkpoint_used, scheme, algorithm, embeds, samples)
             m = compare(want.numpy(), got.numpy())
             rows.append(Row(scheme, algorithm, smooth, outliers, m.sqnr_db, m.cosine))
     return {
@@ -136,11 +136,11 @@ def _updates(checkpoint: Checkpoint, x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _peaks(checkpoint: Checkpoint, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """Largest magnitude of every input channel of each layer."""
-    found: dict[str, torch.Tensor] = {}
+    peaks: dict[str, torch.Tensor] = {}
     for name, seen in _inputs(checkpoint, x):
         peak = seen.abs().flatten(0, -2).amax(0)
-        found[name] = torch.maximum(found[name], peak) if name in found else peak
-    return found
+        peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
+    return peaks
 
 
 def _inputs(checkpoint: Checkpoint, x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -167,7 +167,7 @@ class _Seen:
 def _quantised(
     checkpoint: Checkpoint, scheme: str, algorithm: str, embeds: torch.Tensor, samples: int
 ) -> torch.Tensor:
-    """What the block adds with all of its layers quantised."""
+    """The block's update with all of its layers quantised."""
     kind = SCHEMES[scheme].activation
     make = observers(algorithm, {PREFIX + name: kind for name in LAYERS})
     watching = {PREFIX + name: make(PREFIX + name) for name in LAYERS}

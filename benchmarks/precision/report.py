@@ -1,7 +1,7 @@
-"""Measures what every precision costs, and writes docs/precision.md.
+"""Measures the cost of every precision, and writes docs/precision.md.
 
 internvl-nano is built under every shipped recipe and under a searched one, and under every way to pick INT8
-and FP8 ranges; a block of InternViT-6B's width is given outliers. What was measured goes to a receipt, with
+and FP8 ranges; a block of InternViT-6B's width is given outliers. The measurements go to a receipt, with
 machine, versions and commit; the document is written from the receipt.
 
     python -m ivl_export.benchmarks.precision.report            # everything: some ten minutes on one core
@@ -46,7 +46,7 @@ OUTPUTS = {
     "qllama_text": "text_embed",
     "qllama_step": "logits",
 }
-"""The output of each component that a user sees."""
+"""The output of each component that is public."""
 
 
 def built(work: Path, precision: str, algorithm: str | None = None) -> dict[str, Any]:
@@ -129,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{time.perf_counter() - started:7.1f} s  {what}", file=sys.stderr, flush=True)
 
         with tempfile.TemporaryDirectory(prefix="ivl-precision-") as folder:
-            found = measured(args.work or Path(folder), say)
-        write_text(json.dumps(found, indent=1) + "\n", RECEIPT)
+            receipt = measured(args.work or Path(folder), say)
+        write_text(json.dumps(receipt, indent=1) + "\n", RECEIPT)
     if not RECEIPT.is_file():
         raise UsageError(f"{RECEIPT} is not there.", fix="Run this without --document first.")
     old = DOCUMENT.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What the runtime adds to its engines: a chained call against the bare sum of ``session.run`` calls.
+"""Overhead of the runtime: a chained call against the bare sum of ``session.run`` calls.
 
 Both get their arrays ready made, pixels and token ids, and use the same sessions; the runtime checks, splits
-in batches, times each stage and joins the parts. What tokenization adds stands beside it.
+in batches, times each stage and joins the parts. The time of tokenization is given separately.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Call:
         case: what.
         chained: the runtime's call.
         bare: the ``session.run`` calls it consists of.
-        embedding: makes of their outputs what ``chained`` gives.
-        more: further calls of the runtime that give the same, by name.
+        embedding: turns their outputs into those of ``chained``.
+        more: further calls of the runtime with equal results, by name.
     """
 
     case: str
@@ -58,8 +58,8 @@ def _compared(case: str, call: Call, precision: str, batch: int, setting: Settin
     ways = {"runtime": call.chained, "session.run": call.bare, **call.more}
     candidates = [Candidate(name, way, precision, batch) for name, way in ways.items()]
     timed = side_by_side(candidates, setting.rounds)
-    wanted = call.embedding(*call.bare())
-    if not all(np.array_equal(way(), wanted) for way in (call.chained, *call.more.values())):
+    expected = call.embedding(*call.bare())
+    if not all(np.array_equal(way(), expected) for way in (call.chained, *call.more.values())):
         raise AssertionError(f"{case}: not the same embeddings")
     return Comparison(case, timed, (Goal("runtime", "session.run", "time", MOST),))
 
@@ -97,6 +97,6 @@ def calls(model: InternVL, batch: int) -> Iterator[Call]:
 
 
 def session(model: InternVL, component: str) -> Any:
-    """The ONNX Runtime session behind a component."""
+    """The ONNX Runtime session of a component."""
     engine: Any = model.components.open(component)
     return engine._session

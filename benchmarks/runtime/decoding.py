@@ -1,9 +1,9 @@
 """Decoding against ``transformers`` and ``onnxruntime-genai``, of one LLaMA: the text weights of QLLaMA.
 
-All read the same prompt of token ids (no image) and choose greedily, as many tokens as asked whatever they
-are. What a further token takes is the time of all tokens less that of the first, in the same round.
+All read the same prompt of token ids (no image) and choose greedily, a fixed number of
+tokens. The time of a further token is the time of all tokens less that of the first, in the same round.
 ``transformers`` runs ``generate`` with attention by ``scaled_dot_product_attention``; ``onnxruntime-genai``
-runs what its model builder makes of the same folder. Those that are not installed are left out.
+runs its model builder's output for the same folder. Those that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def generators(
     if find_spec(GENAI) is None:
         return
     for precision in ("fp32", "int8"):
-        built = genai_folder(folder, precision, setting.threads)
-        yield f"genai {precision}", precision, _genai(built, ids)
+        genai = genai_folder(folder, precision, setting.threads)
+        yield f"genai {precision}", precision, _genai(genai, ids)
 
 
 def prompts(config: QLlamaConfig, batch: int) -> Ids:
-    """Token ids [batch, :data:`PROMPT`], drawn from those behind unk, bos and eos."""
+    """Token ids [batch, :data:`PROMPT`], drawn from those after unk, bos and eos."""
     return np.random.default_rng(0).integers(3, config.vocab_size, (batch, PROMPT), dtype=np.int64)
 
 
@@ -153,7 +153,7 @@ def llama_folder(setting: Setting, model: str) -> Path:
     llama.load_state_dict({key: checkpoint.load(f"qllama.{key}").float() for key in llama.state_dict()})
     part = folder.with_name(f".{folder.name}.part")
     llama.save_pretrained(part)
-    # The model builder asks for a tokenizer; none is used here.
+    # The model builder needs a tokenizer; none is used here.
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(part)
     return part.replace(folder)
@@ -167,12 +167,12 @@ def _transformers(folder: Path, precision: str, ids: Ids) -> Generate:
     llama = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
     llama.generation_config.eos_token_id = None
     llama.generation_config.pad_token_id = 0
-    given = torch.from_numpy(ids)
+    tokens = torch.from_numpy(ids)
 
     @torch.inference_mode()
     def generate(new: int) -> Ids:
         out = llama.generate(
-            given, attention_mask=torch.ones_like(given), max_new_tokens=new, do_sample=False
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False
         )
         return np.asarray(out[:, PROMPT:].numpy())
 
@@ -180,7 +180,7 @@ def _transformers(folder: Path, precision: str, ids: Ids) -> Generate:
 
 
 def genai_folder(llama: Path, precision: str, threads: int) -> Path:
-    """What onnxruntime-genai's model builder makes of ``llama``, made if it is not there."""
+    """Folder of onnxruntime-genai's model builder for ``llama``, built if missing."""
     folder = llama.with_name(f"{llama.name}-genai-{precision}")
     if not folder.is_dir():
         part = folder.with_name(f".{folder.name}.part")

@@ -30,7 +30,7 @@ _MARK = re.compile(r"<!-- begin: (\w+), written by benchmarks/runtime/document.p
 
 
 def render(text: str, folder: Path = RECEIPTS) -> str:
-    """``text`` with the table of each part written anew from its receipt in ``folder``, if there is one.
+    """``text`` with the table of each part written again from its receipt in ``folder``, if there is one.
 
     Raises:
         ValueError: a mark names no part, a part has not one mark, or a receipt has another schema.
@@ -43,10 +43,10 @@ def render(text: str, folder: Path = RECEIPTS) -> str:
         written.append(match[1])
         return "\n".join([match[0].splitlines()[0], *_section(match[1], folder), END])
 
-    made = _MARK.sub(table, text)
+    page = _MARK.sub(table, text)
     if sorted(written) != sorted(TABLES):
-        raise ValueError(f"{sorted(TABLES)} must each stand once, found {written}")
-    return made
+        raise ValueError(f"{sorted(TABLES)} must each occur once, not {written}")
+    return page
 
 
 def _section(part: str, folder: Path) -> Iterator[str]:
@@ -59,19 +59,19 @@ def _section(part: str, folder: Path) -> Iterator[str]:
         yield "Not measured yet: there is no receipt."
         return
     receipts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    for path, found in zip(paths, receipts, strict=True):
-        if found["schema"] != SCHEMA:
-            raise ValueError(f"{path.name}: {found['schema']} is not {SCHEMA}")
+    for path, receipt in zip(paths, receipts, strict=True):
+        if receipt["schema"] != SCHEMA:
+            raise ValueError(f"{path.name}: {receipt['schema']} is not {SCHEMA}")
     yield from TABLES[part](*receipts)
     yield ""
     yield about(receipts[0])
 
 
-def lines(found: Mapping[str, Any]) -> Iterator[str]:
+def lines(receipt: Mapping[str, Any]) -> Iterator[str]:
     """The table of comparisons, then their notes."""
     notes: list[str] = []
     table: list[Sequence[str]] = []
-    for comparison in map(Comparison.from_json, found["comparisons"]):
+    for comparison in map(Comparison.from_json, receipt["comparisons"]):
         for i, cells in enumerate(rows(comparison)):
             table.append(("" if i else comparison.case, *cells))
         notes += [f"- {comparison.case}: {note}" for note in comparison.notes]
@@ -81,28 +81,28 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield from notes
 
 
-def memory(found: Mapping[str, Any]) -> Iterator[str]:
+def memory(receipt: Mapping[str, Any]) -> Iterator[str]:
     """What bundles hold, then their calls on shared weights."""
     from ivl_export.benchmarks.runtime.memory import COLUMNS as HELD
     from ivl_export.benchmarks.runtime.memory import Held
 
-    held = [
-        Held(**{key: value for key, value in row.items() if key != "ratio"}).row() for row in found["held"]
+    runs = [
+        Held(**{key: value for key, value in row.items() if key != "ratio"}).row() for row in receipt["held"]
     ]
-    yield from _table(HELD, "ll-------", held)
+    yield from _table(HELD, "ll-------", runs)
     yield ""
-    yield from lines(found)
+    yield from lines(receipt)
 
 
 def soak(*receipts: Mapping[str, Any]) -> Iterator[str]:
     """How memory went over a service's requests, a row for each way malloc was set."""
     table = []
-    for found in receipts:
-        malloc = ", ".join(f"{name}={value}" for name, value in found["malloc"].items()) or "as it is"
-        requests = f"{found['requests'][-1] - found['warm_up']:,}"
-        for what, ends in found["ends"].items():
+    for receipt in receipts:
+        malloc = ", ".join(f"{name}={value}" for name, value in receipt["malloc"].items()) or "as it is"
+        requests = f"{receipt['requests'][-1] - receipt['warm_up']:,}"
+        for what, ends in receipt["ends"].items():
             sizes = (f"{size / 1e6:.1f}" for size in ends)
-            table.append((malloc, what, requests, *sizes, f"{found['growth'][what]:+.2%}"))
+            table.append((malloc, what, requests, *sizes, f"{receipt['growth'][what]:+.2%}"))
     yield from _table(("malloc", "", "requests", "MB at first", "MB at last", "growth"), "ll----", table)
 
 
@@ -117,19 +117,19 @@ TABLES: dict[str, Callable[..., Iterator[str]]] = dict.fromkeys(PARTS, lines) | 
     "memory": memory,
     "soak": soak,
 }
-"""What makes a part's table of its receipt."""
+"""Writers of a part's table from its receipt."""
 RECEIPTS_OF = {"soak": ("soak", "soak-default")}
 """Parts of several receipts."""
 
 
-def about(found: Mapping[str, Any]) -> str:
+def about(receipt: Mapping[str, Any]) -> str:
     """Where and how it was measured."""
-    rounds = {len(t["seconds"]) for c in found["comparisons"] for t in c["timed"]}
+    rounds = {len(t["seconds"]) for c in receipt["comparisons"] for t in c["timed"]}
     few, many = min(rounds, default=0), max(rounds, default=0)
     medians = f"Medians of {few if few == many else f'{few} to {many}'} rounds on" if many else "On"
     return (
-        f"{medians} {found['machine']['cpu']}, "
-        f"{found['threads']} thread{'s' * (found['threads'] > 1)}, {found['created'][:10]}."
+        f"{medians} {receipt['machine']['cpu']}, "
+        f"{receipt['threads']} thread{'s' * (receipt['threads'] > 1)}, {receipt['created'][:10]}."
     )
 
 

@@ -1,4 +1,4 @@
-"""What this process takes to load a bundle and holds then: seconds, and bytes as Linux tells them.
+"""Time and memory of this process to load a bundle: seconds, and bytes by Linux.
 
     python -m ivl_export.benchmarks.runtime.held BUNDLE true
 
@@ -17,11 +17,11 @@ HEAVY = ("torch", "transformers", "modelopt", "onnx", "onnxscript", "matplotlib"
 
 def memory() -> dict[str, int]:
     """Bytes of this process: ``Pss`` (shared pages in parts) and ``Anonymous`` (of no file)."""
-    found = {}
+    sizes = {}
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, size, *_ = line.split()
-        found[name.removesuffix(":")] = 1024 * int(size)
-    return {name: found[name] for name in ("Pss", "Anonymous")}
+        sizes[name.removesuffix(":")] = 1024 * int(size)
+    return {name: sizes[name] for name in ("Pss", "Anonymous")}
 
 
 def look(bundle: str, share: bool | None) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def look(bundle: str, share: bool | None) -> dict[str, Any]:
     from ivl_export.runtime import InternVL
 
     imported = time.perf_counter()
-    import onnxruntime  # noqa: F401 - its libraries are no weights, its time counts as loading
+    import onnxruntime  # noqa: F401 - its libraries are not weights, its time counts as loading
 
     ready = time.perf_counter()
     before = memory()

@@ -2,7 +2,7 @@
 JPEG drafts.
 
 The photographs are those that come with scikit-image, enlarged. Reading is decoding, resizing to the side of
-InternVL-14B-224px and normalising; what it costs is told by the embeddings of the shipped nano.
+InternVL-14B-224px and normalising; the loss is measured on embeddings of the shipped nano.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ def photographs(pixels: int = PIXELS) -> list[bytes]:
     """JPEG files of about ``pixels`` each."""
     from skimage import data
 
-    found = []
+    pictures = []
     for name in PHOTOGRAPHS:
         image = Image.fromarray(getattr(data, name)()).convert("RGB")
         scale = (pixels / (image.width * image.height)) ** 0.5
         size = round(image.width * scale), round(image.height * scale)
         buffer = io.BytesIO()
         image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=QUALITY)
-        found.append(buffer.getvalue())
-    return found
+        pictures.append(buffer.getvalue())
+    return pictures
 
 
 def measure(setting: Setting) -> list[Comparison]:
-    """A comparison for each number of threads; the first tells how near the embeddings are."""
+    """A comparison for each number of threads; the first has the distance of the embeddings."""
     files, settings = photographs(), ImageSettings()
     facts = {"cosines": cosines(files)}
     name, worst = min(facts["cosines"].items(), key=lambda item: item[1])
     note = f"Embeddings of both: cosine {worst:.5f} at worst ({name})."
-    found = []
+    comparisons = []
     for threads in THREADS:
         candidates = [
             Candidate(
@@ -57,8 +57,10 @@ def measure(setting: Setting) -> list[Comparison]:
         ]
         case = f"{PIXELS / 1e6:.0f} megapixels, JPEG to pixel_values of {settings.size}, {threads} threads"
         goal = Goal("fast", "exact", "speed", FASTER)
-        found.append(Comparison(case, side_by_side(candidates, setting.rounds), (goal,), facts, (note,)))
-    return found
+        comparisons.append(
+            Comparison(case, side_by_side(candidates, setting.rounds), (goal,), facts, (note,))
+        )
+    return comparisons
 
 
 def cosines(files: list[bytes]) -> dict[str, float]:

@@ -34,13 +34,13 @@ COLUMNS = ("what", "precision", "ms", "quartiles", "a second", "against")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to do what is measured.
+    """One way to do the measured task.
 
     Args:
         name: as in the table.
         call: does it once.
         precision: of its products.
-        items: what a call handles or makes (images, tokens).
+        items: inputs or outputs of a call (images, tokens).
     """
 
     name: str
@@ -93,10 +93,10 @@ class Comparison:
     """Candidates that did the same in the same rounds.
 
     Args:
-        case: what was done.
-        timed: who did it, and how fast.
-        goals: what was wanted.
-        facts: what else was found, plain data (how far the results lie apart, say).
+        case: the task.
+        timed: candidates and their times.
+        goals: required ratios.
+        facts: further results, plain data (distances between results, say).
         notes: sentences for the document.
     """
 
@@ -107,9 +107,9 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def ratio(self, goal: Goal) -> float:
-        """What was reached of ``goal``, as a ratio of medians."""
-        found = {t.name: t for t in self.timed}
-        of, over = found[goal.of], found[goal.over]
+        """The measured ratio of medians for ``goal``."""
+        by_name = {t.name: t for t in self.timed}
+        of, over = by_name[goal.of], by_name[goal.over]
         return of.median / over.median if goal.kind == "time" else of.rate / over.rate
 
     def met(self, goal: Goal) -> bool:
@@ -163,7 +163,7 @@ def _sample(call: Callable[[], object], repeats: int) -> float:
 
 
 def receipt(part: str, threads: int, comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """What was measured, on what."""
+    """A part's receipt: machine, versions and comparisons."""
     return {
         "schema": SCHEMA,
         "part": part,
@@ -177,23 +177,23 @@ def receipt(part: str, threads: int, comparisons: Sequence[Comparison]) -> dict[
 
 
 def _compared_with() -> dict[str, str]:
-    """Releases of the packages that the runtime is compared with; only what is installed."""
-    found = {}
+    """Releases of the packages that the runtime is compared with; installed ones only."""
+    releases = {}
     for name in ("transformers", "onnxruntime-genai"):
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            releases[name] = version(name)
+    return releases
 
 
 def receipt_path(part: str, folder: Path = RECEIPTS) -> Path:
-    """Where the receipt of ``part`` lies."""
+    """Path of the receipt of ``part``."""
     return folder / f"runtime-{part}.json"
 
 
-def keep(found: Mapping[str, Any], folder: Path = RECEIPTS) -> Path:
+def keep(receipt: Mapping[str, Any], folder: Path = RECEIPTS) -> Path:
     """Write a receipt to its place in ``folder``, whole or not at all."""
-    path = receipt_path(found["part"], folder)
-    write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", path)
+    path = receipt_path(receipt["part"], folder)
+    write_text(json.dumps(receipt, indent=1, allow_nan=False) + "\n", path)
     return path
 
 

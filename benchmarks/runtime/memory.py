@@ -1,10 +1,10 @@
-"""What a loaded bundle holds in memory, with shared weights and without, and how long it takes to load.
+"""Memory of a loaded bundle, with shared weights and without, and how long it takes to load.
 
-    python -m ivl_export.benchmarks.runtime.memory BUNDLE...    # of models.py beside it: nano, mid
+    python -m ivl_export.benchmarks.runtime.memory BUNDLE...    # of models.py: nano, mid
 
 Each figure is of a fresh process, which opens all components and runs C, G, text and a caption. Memory is
-``Pss`` as Linux tells it: a page that several mappings show counts once. What it grew by are the weights, and
-what calls work in (what has no file and came with them). Weights are compared with what each takes once, in
+``Pss`` by Linux: a page with several mappings counts once. Its growth is the weights, and
+the buffers of calls (anonymous memory since the calls). Weights are compared with the size of each once, in
 the type that ONNX Runtime multiplies it in.
 """
 
@@ -45,7 +45,7 @@ from ivl_export.files.write import write_text
 from ivl_export.runtime import InternVL
 
 RATIO, LOAD_SECONDS = 1.15, 1.5
-"""Goals: weights in memory over what each takes once; import and load of nano."""
+"""Goals: weights in memory over the size of each once; import and load of nano."""
 COLUMNS = ("bundle", "weights", "stored MB", "once MB", "held MB", "ratio", "calls MB", "import s", "load s")
 SHARING: dict[str, bool | None] = {"alone": False, "shared, first": True, "shared": True}
 """How a bundle is loaded: the first process that shares makes the files, later ones find them."""
@@ -75,7 +75,7 @@ class Held:
 
     @property
     def ratio(self) -> float:
-        """Weights in memory over what each takes once."""
+        """Weights in memory over the size of each once."""
         return self.held / self.once
 
     def row(self) -> Sequence[str]:
@@ -88,12 +88,12 @@ class Held:
 def held(bundle: Path, rounds: int) -> Iterator[Held]:
     """What processes of each kind hold. The cache, where weights are shared, is to be empty."""
     stored, once = weight_bytes(Bundle.open(bundle))
-    found: dict[str, list[dict[str, Any]]] = {how: [] for how in SHARING}
+    times_of: dict[str, list[dict[str, Any]]] = {how: [] for how in SHARING}
     for turn in range(rounds):
         for how in SHARING:
             if turn == 0 or how != "shared, first":
-                found[how].append(_fresh(bundle, how))
-    for how, seen in found.items():
+                times_of[how].append(_fresh(bundle, how))
+    for how, seen in times_of.items():
         assert not any(run["heavy"] for run in seen), seen
         middle = {key: statistics.median(run[key] for run in seen) for key in seen[0] if key != "heavy"}
         sizes = {key: int(middle[key]) for key in ("held", "calls")}
@@ -103,14 +103,14 @@ def held(bundle: Path, rounds: int) -> Iterator[Held]:
 
 def _fresh(bundle: Path, how: str) -> dict[str, Any]:
     code = "ivl_export.benchmarks.runtime.held"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", code, str(bundle), json.dumps(SHARING[how])],
         capture_output=True,
         text=True,
         check=True,
     )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    report: dict[str, Any] = json.loads(process.stdout)
+    return report
 
 
 def weight_bytes(bundle: Bundle) -> tuple[int, int]:
@@ -159,11 +159,13 @@ def new_cache() -> Iterator[None]:
                 os.environ["IVL_EXPORT_CACHE"] = before
 
 
-def goals(found: Sequence[Held]) -> Iterator[tuple[str, float, bool]]:
-    """What was wanted, what was reached, and whether that will do."""
-    for run in found:
+def goals(runs: Sequence[Held]) -> Iterator[tuple[str, float, bool]]:
+    """Goals, measured values, and whether they are met."""
+    for run in runs:
         if run.bundle.startswith("mid") and run.weights != "alone":
-            text = f"{run.bundle}, {run.weights}: weights in memory at most {RATIO:g} of what each takes once"
+            text = (
+                f"{run.bundle}, {run.weights}: weights in memory at most {RATIO:g} of the size of each once"
+            )
             yield text, run.ratio, run.ratio <= RATIO
         elif run.bundle.startswith("nano") and run.weights == "alone":
             seconds = run.import_seconds + run.load_seconds
@@ -177,21 +179,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="processes of each kind")
     parser.add_argument("--out", type=Path, default=RECEIPTS, help="the folder of the receipt")
     args = parser.parse_args(argv)
-    found: list[Held] = []
+    runs: list[Held] = []
     compared: list[Comparison] = []
     for bundle in args.bundles:
         with new_cache():
-            found += held(bundle, args.rounds)
+            runs += held(bundle, args.rounds)
             compared += speed(bundle, ROUNDS)
-    print_table("memory and loading", COLUMNS, [run.row() for run in found])
+    print_table("memory and loading", COLUMNS, [run.row() for run in runs])
     show(compared)
-    wanted = [{"goal": text, "found": value, "met": met} for text, value, met in goals(found)]
-    for goal in wanted:
+    goal_rows = [{"goal": text, "found": value, "met": met} for text, value, met in goals(runs)]
+    for goal in goal_rows:
         print(f"{goal['goal']}: {goal['found']:.2f}{'' if goal['met'] else ', missed'}")
-    rows = [{**asdict(run), "ratio": run.ratio} for run in found]
-    result = {**receipt("memory", 1, compared), "held": rows, "goals": wanted}
+    rows = [{**asdict(run), "ratio": run.ratio} for run in runs]
+    result = {**receipt("memory", 1, compared), "held": rows, "goals": goal_rows}
     write_text(json.dumps(result, indent=1) + "\n", receipt_path("memory", args.out))
-    return int(not all(goal["met"] for goal in wanted))
+    return int(not all(goal["met"] for goal in goal_rows))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 ``nano`` and ``nano-chat`` are the shipped ones. ``mid`` and ``mid-chat`` are seeded checkpoints in published
 layouts with a tower of ViT-B's sizes and a LLaMA of 170 million parameters: large enough that the products
-decide, small enough for two cores. A build is asked for every time and does nothing where it is done.
+dominate, small enough for two cores. Builds run every time; finished ones do nothing.
 """
 
 from __future__ import annotations

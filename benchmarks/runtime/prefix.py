@@ -1,7 +1,7 @@
-"""Prefix reuse: the first token about an image that was asked about before, and about one that was not.
+"""Prefix reuse: the first token about a known image, and about a new one.
 
-The calls are those of :mod:`ivl_export.profiles.measure.chat_latency`: pixels and a question that nobody
-has asked in, one token's text out. ``equal``: a whole answer is the same with and without reuse.
+The calls are those of :mod:`ivl_export.profiles.measure.chat_latency`: pixels and a new
+question in, one token's text out. ``equal``: a whole answer is the same with and without reuse.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def compared(setting: Setting, name: str, precision: str) -> Comparison:
             ],
             setting.rounds,
         )
-        asked, tokens = question(), setting.new_tokens
-        answers = {model.chat(pixels).ask(asked, tokens) for model in (alone, sharing)}
+        prompt, tokens = question(), setting.new_tokens
+        answers = {model.chat(pixels).ask(prompt, tokens) for model in (alone, sharing)}
         facts = {
             "equal": len(answers) == 1,
             "image_positions": len(chat.cache.visual[0]),

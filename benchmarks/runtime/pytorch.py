@@ -47,10 +47,10 @@ def compared(case: str, ways: Mapping[str, Encode], setting: Setting, batch: int
     Raises:
         AssertionError: they do not.
     """
-    (first, *others), (reference, *found) = ways, [call() for call in ways.values()]
+    (first, *others), (reference, *results) = ways, [call() for call in ways.values()]
     apart = {
         name: float(np.abs(out - reference).max() / np.abs(reference).max())
-        for name, out in zip(others, found, strict=True)
+        for name, out in zip(others, results, strict=True)
     }
     if max(apart.values()) > TOLERANCE:
         raise AssertionError(f"{case}: not the same embeddings: {apart}")
@@ -68,7 +68,7 @@ def calls(ours: InternVL, theirs: Any, batch: int) -> Iterator[tuple[str, Encode
     texts = [TEXT] * batch
     ids, _ = ours.tokenizer.encode_contrastive(texts)
     images, tokens = torch.from_numpy(pixels), torch.from_numpy(ids)
-    for case, our, call, given in (
+    for case, our, call, inputs_given in (
         ("InternVL-C", lambda: ours.encode_image(pixels), lambda x: theirs.encode_image(x), images),
         (
             "InternVL-G",
@@ -78,8 +78,8 @@ def calls(ours: InternVL, theirs: Any, batch: int) -> Iterator[tuple[str, Encode
         ),
         ("text", lambda: ours.encode_text(texts), lambda x: theirs.encode_text(x), tokens),
     ):
-        yield case, our, _numpy(call, given), _numpy(torch.compile(call, dynamic=False), given)
+        yield case, our, _numpy(call, inputs_given), _numpy(torch.compile(call, dynamic=False), inputs_given)
 
 
-def _numpy(call: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> Encode:
-    return lambda: np.asarray(call(given).float().numpy())
+def _numpy(call: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> Encode:
+    return lambda: np.asarray(call(inputs).float().numpy())

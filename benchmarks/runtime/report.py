@@ -1,4 +1,4 @@
-"""Measures the runtime, part by part, each side by side with what else could be used.
+"""Measures the runtime, part by part, compared with alternatives.
 
     python -m ivl_export.benchmarks.runtime.report --work DIR                  # all parts
     python -m ivl_export.benchmarks.runtime.report --work DIR --parts chained  # some
@@ -20,7 +20,7 @@ from ivl_export.benchmarks.runtime.models import Setting
 
 Part = Callable[[Setting], Iterable[Comparison]]
 PARTS = ("chained", "pytorch", "precisions", "clients", "decoding", "prefix", "images")
-"""Modules beside this one; each has a function ``measure`` that is a :data:`Part`."""
+"""Modules of this folder; each has a function ``measure`` that is a :data:`Part`."""
 
 
 def part(name: str) -> Part:
@@ -30,7 +30,7 @@ def part(name: str) -> Part:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure the runtime side by side with what else there is.")
+    parser = argparse.ArgumentParser(description="Measure the runtime and its alternatives.")
     parser.add_argument("--work", type=Path, required=True, help="where models are made, built and kept")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--models", default="nano,mid")
@@ -48,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for comparison in part(name)(setting):
             comparisons.append(comparison)
             show([comparison])
-            keep(
-                receipt(name, setting.threads, comparisons), args.out
-            )  # one that is killed keeps what it has
+            keep(receipt(name, setting.threads, comparisons), args.out)  # a killed run keeps its parts
     return 0
 
 

@@ -2,10 +2,10 @@
 
     python -m ivl_export.benchmarks.runtime.soak --bundle BUNDLE --chat CHAT_BUNDLE
 
-Clients ask at once for embeddings (InternVL-C and -G, of texts), classes, captions, and answers about images;
-some send what is no image, some walk away, some give too little time. After every round all have been
-answered, and the process's memory is read: RSS, as Linux tells it, at once and when the service has come to
-rest, and what of the heap is in use then, as glibc does. What the first rounds take (kernels, caches that are
+Clients request at the same time embeddings (InternVL-C and -G, of texts), classes, captions, and answers
+about images; some send broken images, some cancel, some set too short a timeout. After every round all have
+been answered, and the process's memory is read: RSS by Linux, at once and when the service is
+idle, and the heap in use then, by glibc. Memory of the first rounds (kernels, caches that are
 bounded, an arena for the largest batches that meet) is not a leak: growth is counted from then on, from the
 median of the first quarter of rounds to that of the last.
 """
@@ -42,7 +42,7 @@ KEPT_BYTES = 4 << 20
 """Of conversations, so that their store is full when warm-up ends."""
 CLIENTS = 16
 _SETTLE_SECONDS = 0.5
-"""In which what was cancelled ends: a batch that has begun is run."""
+"""Time for cancelled requests to end: a started batch is finished."""
 _SHARES = {
     "image, C": 22, "image, G": 14, "text": 22, "classes": 10, "caption": 10,
     "no image": 6, "cancelled": 8, "out of time": 6, "chat": 2,
@@ -53,14 +53,14 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class Soaked:
-    """What was seen.
+    """Measurements of a soak test.
 
     Args:
         requests: answered so far, after each round.
         busy: bytes of RSS then.
         rss: bytes of RSS at rest.
-        heap: bytes that were allocated then; 0 where no C library tells.
-        asked: how many of each kind.
+        heap: bytes that were allocated then; 0 if the C library does not report it.
+        asked: number of requests of each kind.
     """
 
     requests: tuple[int, ...]
@@ -76,7 +76,7 @@ class Soaked:
         return statistics.median(later[:few]), statistics.median(later[-few:])
 
     def growth(self, warm_up: int, of: Sequence[int] | None = None) -> float:
-        """Growth after ``warm_up`` requests, of ``rss`` unless said otherwise, as a share of what it was."""
+        """Growth after ``warm_up`` requests, of ``rss`` unless said otherwise, as a share of the start."""
         first, last = self.ends(warm_up, self.rss if of is None else of)
         return last / first - 1 if first else 0.0
 
@@ -94,8 +94,8 @@ async def soak(
     kinds = [kind for kind in _SHARES if chat is not None or kind != "chat"]
     shares = np.array([_SHARES[kind] for kind in kinds], float)
     rng = np.random.default_rng(seed)
-    asked: Counter[str] = Counter()
-    done: list[int] = []
+    sent: Counter[str] = Counter()
+    counts_done: list[int] = []
     busy: list[int] = []
     rss: list[int] = []
     heap: list[int] = []
@@ -114,7 +114,7 @@ async def soak(
             "chat": lambda: asyncio.to_thread(talk, image, own),
         }
         await calls[kind]()
-        asked[kind] += 1
+        sent[kind] += 1
 
     def talk(image: Any, own: Rng) -> None:
         assert chat is not None
@@ -122,7 +122,7 @@ async def soak(
         for _ in range(2):
             conversation.ask(sentence(own), max_new_tokens=8)
 
-    while sum(asked.values()) < requests:
+    while sum(sent.values()) < requests:
         queue = list(rng.choice(kinds, every, p=shares / shares.sum()))
         seeds = iter(rng.integers(0, 2**32, every).tolist())
 
@@ -132,13 +132,13 @@ async def soak(
 
         await asyncio.gather(*(client() for _ in range(clients)))
         gc.collect()
-        done.append(sum(asked.values()))
+        counts_done.append(sum(sent.values()))
         busy.append(resident())
         await asyncio.sleep(_SETTLE_SECONDS)
         model.components.release_memory()  # as the service does after a while
         rss.append(resident())
         heap.append(allocated())
-    return Soaked(tuple(done), tuple(busy), tuple(rss), tuple(heap), dict(sorted(asked.items())))
+    return Soaked(tuple(counts_done), tuple(busy), tuple(rss), tuple(heap), dict(sorted(sent.items())))
 
 
 async def failing(call: Awaitable[Any], error: type[Exception]) -> None:
@@ -180,7 +180,7 @@ def resident() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
-    raise OSError("this system does not tell how much memory a process has")
+    raise OSError("this system does not report the memory of a process")
 
 
 class _Mallinfo(ctypes.Structure):
@@ -197,8 +197,8 @@ def allocated() -> int:
     except (AttributeError, OSError, TypeError):
         return 0
     mallinfo.restype = _Mallinfo
-    found = mallinfo()
-    return int(found.uordblks + found.hblkhd)
+    info = mallinfo()
+    return int(info.uordblks + info.hblkhd)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,12 +216,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     chat = None
     if args.chat is not None:
         chat = InternVLChat.load(args.chat, threads=args.threads, kept_bytes=KEPT_BYTES)
-    found = asyncio.run(soak(model, chat, args.requests, args.every))
-    sizes = {"RSS at rest": found.rss, "RSS while busy": found.busy, "allocated at rest": found.heap}
-    growth = {what: found.growth(args.warm_up, of) for what, of in sizes.items()}
+    measured = asyncio.run(soak(model, chat, args.requests, args.every))
+    sizes = {"RSS at rest": measured.rss, "RSS while busy": measured.busy, "allocated at rest": measured.heap}
+    growth = {what: measured.growth(args.warm_up, of) for what, of in sizes.items()}
     rows = [
         (f"{done:,}", *(f"{size / 1e6:.1f}" for size in then))
-        for done, *then in zip(found.requests, found.busy, found.rss, found.heap, strict=True)
+        for done, *then in zip(measured.requests, measured.busy, measured.rss, measured.heap, strict=True)
     ]
     print_table(f"{args.bundle.name}: memory", ("requests", "RSS MB", "at rest MB", "in use MB"), rows)
     said = ", ".join(f"{what} {share:+.2%}" for what, share in growth.items())
@@ -230,10 +230,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts = asdict(model.requests.counts)
     result = receipt(args.name, args.threads, ()) | {
         "bundles": bundles, "clients": CLIENTS, "warm_up": args.warm_up,
-        "growth": growth, "ends": {what: found.ends(args.warm_up, of) for what, of in sizes.items()},
+        "growth": growth, "ends": {what: measured.ends(args.warm_up, of) for what, of in sizes.items()},
         "counts": counts,
         "malloc": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
-        **asdict(found),
+        **asdict(measured),
     }  # fmt: skip
     write_text(json.dumps(result, indent=1) + "\n", receipt_path(args.name, args.out))
     model.close()

@@ -1,6 +1,6 @@
 """ONNX Runtime: the backend that runs everywhere, on the CPU or by its CUDA and TensorRT providers.
 
-Buffers are bound by address (IO binding): inputs where they lie, outputs into tensors made for them, whose
+Buffers are bound by address (IO binding): inputs in place, outputs into tensors made for them, whose
 sizes follow from the contract. On a GPU nothing passes through host memory.
 """
 
@@ -44,8 +44,8 @@ class _Plan:
     """How inputs of certain shapes and types are run.
 
     Args:
-        outputs: names asked for.
-        cast: inputs of another float type than the session takes, and that one.
+        outputs: requested names.
+        cast: inputs whose float type differs from the session's, and the session's.
         widen: whether an output is not float32.
     """
 
@@ -75,8 +75,8 @@ class OnnxRuntimeEngine:
         """Run once; see :meth:`~ivl_export.engines.base.Engine.run`."""
         session = self._open()
         kinds = tuple((key, array.shape, array.dtype) for key, array in inputs.items())
-        asked = (None if outputs is None else tuple(outputs), kinds)
-        plan = self._plans.get(asked) or self._planned(asked, inputs)
+        plan_key = (None if outputs is None else tuple(outputs), kinds)
+        plan = self._plans.get(plan_key) or self._planned(plan_key, inputs)
         feeds = inputs
         if plan.cast:
             feeds = inputs | {key: inputs[key].astype(kind) for key, kind in plan.cast.items()}
@@ -88,16 +88,16 @@ class OnnxRuntimeEngine:
             values = [v.astype(np.float32) if v.dtype in _NARROW else v for v in values]
         return dict(zip(plan.outputs, values, strict=True))
 
-    def _planned(self, asked: Any, inputs: Mapping[str, Array]) -> _Plan:
-        """What has to be done for inputs of these shapes and types: found once, kept for further calls."""
+    def _planned(self, plan_key: Any, inputs: Mapping[str, Array]) -> _Plan:
+        """Casts and bindings for inputs of these shapes and types: computed once, kept for further calls."""
         self.spec.check(inputs)
-        names = self.spec.select(asked[0])
+        names = self.spec.select(plan_key[0])
         floats = {key: t.numpy for key in inputs if (t := self._types[key]).name in _HOST_FLOATS}
         cast = {key: kind for key, kind in floats.items() if inputs[key].dtype != kind}
         widen = any(self._types[name].name in ("fp16", "fp64") for name in names)
         if len(self._plans) >= _PLANS:
             self._plans.clear()
-        plan = self._plans[asked] = _Plan(names, cast, widen)
+        plan = self._plans[plan_key] = _Plan(names, cast, widen)
         return plan
 
     def run_tensors(
@@ -118,30 +118,30 @@ class OnnxRuntimeEngine:
 
         session, sizes, names = self._open(), self.spec.check(inputs), self.spec.select(outputs)
         shapes = {t.name: [d if isinstance(d, int) else sizes[d] for d in t.shape] for t in self.spec.outputs}
-        given = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
+        buffers = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
         with on_stream(self.device, stream) as caller, self._failures():
             feeds = {
                 name: as_tensor(buffer, self.device).to(self._dtype(name)).contiguous()
                 for name, buffer in inputs.items()
             }
-            if self.device == HOST and not given:
+            if self.device == HOST and not buffers:
                 # Its own arena, whose pages are mapped already, gives large outputs ten times as fast.
                 values = session.run(names, {name: tensor.numpy() for name, tensor in feeds.items()})
                 return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
-            binding, made = session.io_binding(), {}
+            binding, outputs_of = session.io_binding(), {}
             for name, tensor in feeds.items():
                 self._bind(binding.bind_input, name, tensor)
             for name in names:
-                target = given.get(name)
+                target = buffers.get(name)
                 if target is None or not self._fits(name, target, shapes[name]):
                     target = torch.empty(shapes[name], dtype=self._dtype(name), device=self.device)
-                made[name] = target
+                outputs_of[name] = target
                 self._bind(binding.bind_output, name, target)
             ours = self.device == HOST or caller == self._where.stream
             if not ours:
                 torch.cuda.current_stream().synchronize()
             session.run_with_iobinding(binding, _run_options(wait=self.device == HOST or not ours))
-            return deliver(made, given)
+            return deliver(outputs_of, buffers)
 
     def _dtype(self, name: str) -> torch.dtype:
 
@@ -163,7 +163,7 @@ class OnnxRuntimeEngine:
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """What ONNX Runtime raises, as a BuildError."""
+        """Errors of ONNX Runtime become BuildError."""
         try:
             yield
         except IvlError:
@@ -200,7 +200,7 @@ def open_onnxruntime(
     share: SharedWeights | None = None,
     **where: Any,
 ) -> OnnxRuntimeEngine:
-    """Open the ONNX graph ``path`` (its weights beside it).
+    """Open the ONNX graph ``path`` (its weights next to it).
 
     Args:
         spec: the component's contract.
@@ -240,11 +240,11 @@ def _on_shared_weights(share: SharedWeights, path: Path, graph: Graph, threads: 
     def save(file: Path, settings: dict[str, str]) -> None:
         make_session(path, graph, threads=1, settings=settings, save=file)
 
-    made = share.graph(path, save)
-    if made is None:
+    shared = share.graph(path, save)
+    if shared is None:
         return None
     try:
-        return make_session(made, graph, threads=threads, settings={}, optimised=True)
+        return make_session(shared, graph, threads=threads, settings={}, optimised=True)
     except IntegrityError:
         share.forget()
         return None

@@ -1,9 +1,9 @@
 """The memory arena of ONNX Runtime's sessions on the CPU: one for a process, handed back when idle.
 
-Left alone, each session has an arena that doubles whenever it is full, and keeps what it ever took.
-Components run one after another: in one arena, extended by what is needed, a bundle holds less
-(docs/embedding.md), and a service stops growing at the largest batches that met. What closed sessions leave
-in it has to be handed back, and ONNX Runtime does that at the end of a run only: hence a run of next to
+By default each session has an arena that doubles whenever it is full, and never shrinks.
+Components run one after another: in one arena, extended by the bytes needed, a bundle takes less memory
+(docs/embedding.md), and a service stops growing at the largest batches that met. Memory that closed sessions
+leave in it has to be handed back, and ONNX Runtime does that at the end of a run only: hence a run of next to
 nothing.
 """
 
@@ -26,7 +26,7 @@ def arena_settings() -> dict[str, str]:
 
 
 def hand_back() -> None:
-    """Give the system what no session computes in at the moment, and what malloc holds free.
+    """Return idle arena memory and malloc's free memory to the system.
 
     It is taken again, page by page, by the next call: for when nothing is to be done. Safe while others run.
     """

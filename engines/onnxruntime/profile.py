@@ -33,7 +33,7 @@ def profiled_calls(
     Returns:
         The calls, and the outputs of the last one.
 
-    Timing every node costs time of its own: calls take longer than elsewhere.
+    Timing every node costs time: calls take longer than without it.
 
     Raises:
         CapabilityError, IntegrityError, BuildError: as opening and running the engine.
@@ -47,7 +47,7 @@ def profiled_calls(
             for _ in range(warmup + calls):
                 outputs = engine.run(inputs)
         records = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    found: list[TimedCall] = []
+    timed: list[TimedCall] = []
     events: list[Event] = []
     for record in sorted(records, key=lambda r: float(r.get("ts", 0)) + float(r.get("dur", 0))):
         name, length = str(record.get("name", "")), float(record.get("dur", 0))
@@ -56,6 +56,6 @@ def profiled_calls(
             events.append(Event(name.removesuffix(_NODE), op, float(record["ts"]), length))
         elif name == _CALL:  # ends after its nodes
             begin = float(record["ts"])
-            found.append(TimedCall(length, tuple(replace(e, start_us=e.start_us - begin) for e in events)))
+            timed.append(TimedCall(length, tuple(replace(e, start_us=e.start_us - begin) for e in events)))
             events = []
-    return tuple(found[warmup:]), outputs
+    return tuple(timed[warmup:]), outputs

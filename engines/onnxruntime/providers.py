@@ -35,8 +35,8 @@ class Placement:
     """Where an ONNX Runtime engine runs.
 
     Args:
-        provider: who runs it; what it cannot run goes to the ones behind it.
-        index: which GPU.
+        provider: its provider; operators that it lacks go to the ones after it.
+        index: number of the GPU.
         stream: a ``cudaStream_t`` as an integer that all work is put on, in order and without waiting; None:
             ONNX Runtime's own, and every run is finished before it returns.
         tf32: let the CUDA provider round fp32 products' inputs to 10 bits of mantissa (its own default, and
@@ -60,7 +60,7 @@ class Placement:
         return HOST if self.provider == "cpu" else f"cuda:{self.index}"
 
     def providers(self) -> list[tuple[str, dict[str, str]]]:
-        """What ``InferenceSession`` is given: this provider with its options, then those behind it."""
+        """The ``providers`` of ``InferenceSession``: this one with its options, then those after it."""
         if self.provider == "cpu":
             return [(NAMES["cpu"], {})]
         common = {"device_id": str(self.index)}

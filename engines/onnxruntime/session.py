@@ -11,8 +11,8 @@ Settings follow from the graph, each for a fault or a limit of ONNX Runtime 1.31
 * INT8 and INT4 weights alone: its kernel (``MatMulNBits``) would round the inputs to INT8 as well;
   ``session.qdq_matmulnbits_accuracy_level`` keeps them in fp32.
 
-Each session has threads of its own, which spin for a while after a run in case another follows. What follows
-is the next component's, on the same cores: ``session.force_spinning_stop`` ends the spinning with the run, so
+Each session has its own threads, which spin for a while after a run in case another follows. The next run
+is another component's, on the same cores: ``session.force_spinning_stop`` ends the spinning with the run, so
 that chained components do not take each other's time (docs/runtime.md has figures).
 """
 
@@ -50,7 +50,7 @@ def make_session(
         save: where the optimised graph is written.
         profile: begin of the name of the file that the session writes each node's times to when it ends.
         where: device and provider.
-        optimised: the file was written by ``save``: ``graph`` is what it was made of.
+        optimised: the file was written by ``save``: ``graph`` is its source.
 
     Raises: as :func:`.backend.open_onnxruntime`.
     """
@@ -124,5 +124,5 @@ def _exact_int8() -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What ONNX Runtime says, without its trace."""
+    """ONNX Runtime's message, without its trace."""
     return str(error).strip().split("\n", 1)[0]

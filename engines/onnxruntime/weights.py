@@ -1,13 +1,13 @@
 """One copy of the weights for ONNX Runtime's sessions on the CPU: files that all of them map.
 
-A session folds the stored weights to what its kernels take and packs them, in memory of its own. Here what it
-made of a graph is saved once, packed weights included, and each weight becomes a file named by its content:
-wherever a graph has an equal one, sessions map the same pages, in this process and in others.
+A session folds the stored weights for its kernels and packs them, in its own memory. Here its optimised
+graph is saved once, packed weights included, and each weight becomes a file named by its content:
+where a graph has an equal one, sessions map the same pages, in this process and in others.
 
 ONNX Runtime packs each weight again when it opens such a graph, and takes the pages only if they are equal:
-what a processor with other kernels needs is in the session's own memory. The files lie in ``weights/`` of the
-cache folder (:mod:`...files.cache_dir`), by the bundle's graphs and weights, ONNX Runtime's release and the
-processor.
+weights for a processor with other kernels are in the session's own memory. The files are in ``weights/`` of
+the cache folder (:mod:`...files.cache_dir`), by the bundle's graphs and weights, ONNX Runtime's release and
+the processor.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LEAST_TENSOR = 64 << 10
 """Bytes of the smallest weight, in fp32, that is a file."""
 _HEADROOM = 1 << 30
 _CODE = ("session.py", "weights.py")
-"""What decides how graphs are optimised and kept."""
+"""Session settings that decide how graphs are optimised and stored."""
 _PAGE = 4096
 _GRAPH, _INITIALIZER, _EXTERNAL = 7, 5, 13
 """Fields of ModelProto, GraphProto and TensorProto."""
@@ -51,7 +51,7 @@ Save = Callable[[Path, dict[str, str]], None]
 
 @dataclass(frozen=True)
 class SharedWeights:
-    """Where components keep the weights they share, and whether it is an error if they cannot."""
+    """Folder of the weights that components share; ``required``: it is an error if they cannot."""
 
     folder: Path
     required: bool = False
@@ -61,17 +61,17 @@ class SharedWeights:
 
         None if it cannot be kept; CapabilityError then if sharing is ``required``.
         """
-        made = self.folder / path.name
-        seal = made.with_suffix(".seal")
+        shared = self.folder / path.name
+        seal = shared.with_suffix(".seal")
         try:
             if damaged(seal) != frozenset():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with locked(self.folder.with_suffix(".lock")):
                     wrong = damaged(seal)
                     if wrong != frozenset():
-                        for name in (*(wrong or ()), made.name, seal.name):
+                        for name in (*(wrong or ()), shared.name, seal.name):
                             _clear(self.folder / name)
-                        write_seal(seal, _make(made, save))
+                        write_seal(seal, _make(shared, save))
                 own = sum(file.stat().st_size for file in self.folder.iterdir())
                 prune(limit=max(own, cache_limit()), kinds=(KIND,))
         except (OSError, LookupError, ValueError, IvlError) as error:  # or ONNX Runtime writes other files
@@ -83,20 +83,20 @@ class SharedWeights:
                 ) from error
             return None
         touch(self.folder)
-        return made
+        return shared
 
     def forget(self) -> None:
-        """Delete what is kept: it cannot be used."""
+        """Delete the files: they cannot be used."""
         remove(self.folder)
 
 
-def shared_weights(bundle: Bundle, wanted: bool | None) -> SharedWeights | None:
+def shared_weights(bundle: Bundle, share: bool | None) -> SharedWeights | None:
     """How the components of ``bundle`` share weights; None: not at all.
 
-    ``wanted`` None: where that saves :data:`LEAST_SAVED` and the files fit the cache's limit and the disk.
+    ``share`` None: where that saves :data:`LEAST_SAVED` and the files fit the cache's limit and the disk.
     """
     stored = {rel: entry for rel, entry in bundle.manifest.files.items() if rel.startswith("onnx/")}
-    if wanted is False or (wanted is None and sum(e.size for e in stored.values()) < LEAST_STORED):
+    if share is False or (share is None and sum(e.size for e in stored.values()) < LEAST_STORED):
         return None
     sizes: dict[str, int] = {}
     owners: dict[str, list[str]] = {}
@@ -107,11 +107,11 @@ def shared_weights(bundle: Bundle, wanted: bool | None) -> SharedWeights | None:
                 owners.setdefault(key, []).append(name)
     saved = sum(sizes[key] * (len(names) - 1) for key, names in owners.items())
     needed = 2 * sum(sizes.values())  # folded, and packed
-    if wanted is None and (saved < LEAST_SAVED or needed > min(cache_limit(), _free())):
+    if share is None and (saved < LEAST_SAVED or needed > min(cache_limit(), _free())):
         return None
     code = sha256_sources(Path(__file__).parent, _CODE)
     content = [code, sorted((rel, entry.sha256) for rel, entry in stored.items()), _release(), _processor()]
-    return SharedWeights(cache_folder() / KIND / sha256_json(content), bool(wanted))
+    return SharedWeights(cache_folder() / KIND / sha256_json(content), bool(share))
 
 
 def _large(graph: Graph) -> Iterator[tuple[str, int]]:
@@ -122,11 +122,11 @@ def _large(graph: Graph) -> Iterator[tuple[str, int]]:
             yield f"{name} {kind} {shape}", size
 
 
-def _make(made: Path, save: Save) -> dict[str, str]:
+def _make(target: Path, save: Save) -> dict[str, str]:
     """Write graph ``made``, and the files of weights that are not there yet; the hashes of all of them."""
     digests: dict[str, str] = {}
-    with _scratch(made.parent) as folder:
-        model, weights = folder / made.name, folder / "weights"
+    with _scratch(target.parent) as folder:
+        model, weights = folder / target.name, folder / "weights"
         save(
             model,
             {
@@ -140,13 +140,13 @@ def _make(made: Path, save: Save) -> dict[str, str]:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
             def change(tensor: memoryview) -> bytes:
-                return _relocated(tensor, data, made.parent, digests)
+                return _relocated(tensor, data, target.parent, digests)
 
             graph = memoryview(model.read_bytes())
             model.write_bytes(rewritten(graph, (_GRAPH, _INITIALIZER), change))
         flush(model)
-        digests[made.name] = sha256_file(model)
-        model.replace(made)
+        digests[target.name] = sha256_file(model)
+        model.replace(target)
     return digests
 
 
@@ -160,7 +160,7 @@ def _clear(path: Path) -> None:
 
 @contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
-    folder = parent / ".making"  # under the lock: what a killed process left is nobody's
+    folder = parent / ".making"  # under the lock: files of a killed process are unused
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -207,8 +207,8 @@ def _relocated(tensor: memoryview, data: memoryview, folder: Path, digests: dict
 
 def _entry(data: memoryview) -> tuple[str, str]:
     """A StringStringEntryProto."""
-    found = {number: str(value, "utf-8") for number, value in fields(data) if isinstance(value, memoryview)}
-    return found.get(1, ""), found.get(2, "")
+    values = {number: str(value, "utf-8") for number, value in fields(data) if isinstance(value, memoryview)}
+    return values.get(1, ""), values.get(2, "")
 
 
 def _kept(parts: list[memoryview], folder: Path) -> tuple[str, str]:
@@ -244,11 +244,11 @@ def _release() -> str:
 
 
 def _processor() -> str:
-    """What decides which kernels ONNX Runtime takes, and so how it packs."""
+    """Processor features that decide ONNX Runtime's kernels, and so its packing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    wanted = ("model name", "flags", "Features", "CPU part")
-    known = sorted({line for line in lines if line.startswith(wanted)})
+    fields_used = ("model name", "flags", "Features", "CPU part")
+    known = sorted({line for line in lines if line.startswith(fields_used)})
     return "\n".join([platform.machine(), platform.processor(), *known])

@@ -4,8 +4,8 @@ Written against NVIDIA's documentation of TensorRT 10.16, 11.4 and TensorRT-RTX 
 names and signatures of their bindings; not yet run on a GPU. A context holds the state of one optimization
 profile; there is one for each, made when shapes first need it, and one run at a time enters it.
 
-With CUDA graphs TensorRT's runs are recorded here, each graph with a context of its own: what it recorded
-writes into that context's memory. TensorRT-RTX records its own graphs when its contexts are told to.
+With CUDA graphs TensorRT's runs are recorded here, each graph with a separate context: it
+writes into that context's memory. TensorRT-RTX's contexts record their own graphs, by a setting.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_GRAPHS = 8
-"""CUDA graphs kept of one engine: each has a context of its own."""
+"""CUDA graphs kept of one engine: each has a separate context."""
 
 
 class TensorRTEngine:
@@ -89,7 +89,7 @@ class TensorRTEngine:
         require_torch()
         sizes, names = self.spec.check(inputs), self.spec.select(outputs)
         index = self._profile(sizes)
-        given = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
+        buffers = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
         with self._lock, on_stream(self.device, stream) as handle:
             feeds = {  # held until the work is enqueued; torch reuses memory in the stream's order
                 name: as_tensor(buffer, self.device).to(self._dtype(name)).contiguous()
@@ -97,22 +97,22 @@ class TensorRTEngine:
             }
             if self._graphs is not None:
                 values = self._graphs(*(feeds[t.name] for t in self.spec.inputs))
-                made = dict(zip((t.name for t in self.spec.outputs), values, strict=True))
+                outputs_of = dict(zip((t.name for t in self.spec.outputs), values, strict=True))
             else:
                 if self._stream not in (None, handle):
                     self._wait()  # a context's memory is that of one stream at a time
                 self._stream = handle
                 if index not in self._contexts:
                     self._contexts[index] = self._context(index, handle)
-                made = self._enqueue(self._contexts[index], sizes, feeds, given, handle)
-            return deliver({name: made[name] for name in names}, given)
+                outputs_of = self._enqueue(self._contexts[index], sizes, feeds, buffers, handle)
+            return deliver({name: outputs_of[name] for name in names}, buffers)
 
     def _enqueue(
         self,
         context: Any,
         sizes: Mapping[str, int],
         feeds: Mapping[str, torch.Tensor],
-        given: Mapping[str, torch.Tensor],
+        buffers: Mapping[str, torch.Tensor],
         stream: int,
     ) -> dict[str, torch.Tensor]:
         """One run of ``context`` on ``stream``: every output, in ``given`` where it fits."""
@@ -121,20 +121,20 @@ class TensorRTEngine:
         for name, tensor in feeds.items():
             self._done(context.set_input_shape(name, tuple(tensor.shape)), f"the shape of {name}")
             self._done(context.set_tensor_address(name, tensor.data_ptr()), f"the address of {name}")
-        made: dict[str, torch.Tensor] = {}
-        for spec in self.spec.outputs:  # every output needs memory, asked for or not
+        values: dict[str, torch.Tensor] = {}
+        for spec in self.spec.outputs:  # every output needs memory, requested or not
             shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.shape)
-            target = given.get(spec.name)
+            target = buffers.get(spec.name)
             if target is None or not self._fits(target, spec.name, shape):
                 target = torch.empty(shape, dtype=self._dtype(spec.name), device=self.device)
-            made[spec.name] = target
+            values[spec.name] = target
             address = context.set_tensor_address(spec.name, target.data_ptr())
             self._done(address, f"the address of {spec.name}")
         self._done(context.execute_async_v3(stream), "the run")
-        return made
+        return values
 
     def with_graphs(self) -> TensorRTEngine:
-        """The same engine with contexts of its own, its runs replayed from CUDA graphs."""
+        """The same engine with separate contexts, its runs replayed from CUDA graphs."""
         return TensorRTEngine(
             self.spec,
             self._logger,
@@ -160,25 +160,25 @@ class TensorRTEngine:
         """
         sizes, profiler = self.spec.check(inputs), trt.make_profiler(self._module)
         feeds = {name: as_tensor(a, self.device).to(self._dtype(name)) for name, a in inputs.items()}
-        found: list[tuple[float, list[tuple[str, float]]]] = []
-        made: dict[str, torch.Tensor] = {}
+        timed: list[tuple[float, list[tuple[str, float]]]] = []
+        values: dict[str, torch.Tensor] = {}
         with self._lock, on_stream(self.device, None) as handle:
             context = self._context(self._profile(sizes), handle)
             context.profiler = profiler
-            context.enqueue_emits_profile = False  # layers are reported when they are asked for
+            context.enqueue_emits_profile = False  # layers are reported by report_to_profiler
             for _ in range(warmup + calls):
                 self._wait()
                 began = time.perf_counter()
-                made = self._enqueue(context, sizes, feeds, {}, handle)
+                values = self._enqueue(context, sizes, feeds, {}, handle)
                 self._wait()
                 length = (time.perf_counter() - began) * 1e3
                 profiler.times = []
                 self._done(context.report_to_profiler(), "the layers' times")
-                found.append((length, profiler.times))
-        return found[warmup:], {name: to_host(tensor) for name, tensor in made.items()}
+                timed.append((length, profiler.times))
+        return timed[warmup:], {name: to_host(tensor) for name, tensor in values.items()}
 
     def layers(self) -> str:
-        """What the engine's inspector says of its layers, as JSON."""
+        """The engine inspector's layer information, as JSON."""
         inspector = self._engine.create_engine_inspector()
         return str(inspector.get_engine_information(self._module.LayerInformationFormat.JSON))
 
@@ -205,7 +205,7 @@ class TensorRTEngine:
         return context
 
     def _graph_config(self) -> Any:
-        """What tells contexts of TensorRT-RTX to record graphs themselves; None: the library does not."""
+        """Runtime config with which TensorRT-RTX's contexts record graphs; None: the library has none."""
         if not hasattr(self._module, "CudaGraphStrategy"):
             return None
         config = self._engine.create_runtime_config()
@@ -213,7 +213,7 @@ class TensorRTEngine:
         return config
 
     def _recordable(self) -> Call:
-        """A run on a context of its own, for one graph."""
+        """A run on a separate context, for one graph."""
         context: Any = None
 
         def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -223,8 +223,8 @@ class TensorRTEngine:
             with on_stream(self.device, None) as handle:
                 if context is None:  # in the first run, which is not recorded
                     context = self._context(self._profile(sizes), handle)
-                made = self._enqueue(context, sizes, feeds, {}, handle)
-            return tuple(made[t.name] for t in self.spec.outputs)
+                values = self._enqueue(context, sizes, feeds, {}, handle)
+            return tuple(values[t.name] for t in self.spec.outputs)
 
         return call
 
@@ -287,8 +287,8 @@ def open_tensorrt(
     Args:
         spec: the component's contract.
         path: the engine file.
-        record: what the bundle's manifest says of it: it is checked before the library sees the file.
-        rebuild: the line that builds it again, for errors.
+        record: the manifest's entry: it is checked before the library reads the file.
+        rebuild: the command that rebuilds it, for errors.
         graph: the ONNX graph it was built from, whose weights a stripped engine takes.
         device: the GPU.
         weight_budget: bytes of weights kept on the GPU, of an engine built with weight streaming; None: all.
@@ -305,7 +305,7 @@ def open_tensorrt(
     """
     if record is None or record.built is None:
         raise IntegrityError(
-            f"Nothing says what built {path}.",
+            f"The builder of {path} is unknown.",
             "An engine is opened through the manifest of its bundle, which names release, target and shapes.",
             "Open the bundle with ivl_export.runtime.InternVL.load, or build it again.",
         )

@@ -71,12 +71,12 @@ def build_engine(
     """Compile ``graph`` into the engine file ``out``; a failed or killed build leaves no file of that name.
 
     Args:
-        graph: an ONNX file, its external weights beside it.
+        graph: an ONNX file, its external weights next to it.
         spec: the component's contract.
         out: the engine file; its folder is made.
         backend: one of :data:`.library.BUILDERS`.
-        target: what it is for: ``"sm89"``, several as ``"sm89+sm120"``, or :data:`NATIVE` with a builder that
-            compiles for the GPU in the machine.
+        target: GPUs that it is for: ``"sm89"``, several as ``"sm89+sm120"``, or :data:`NATIVE` with a
+            builder that compiles for the GPU in the machine.
         options: builder settings.
         profiles: for each optimization profile the ranges of axes, the spec's where one is not named; empty:
             :func:`.shapes.profiles_of`.
@@ -86,8 +86,8 @@ def build_engine(
     Raises:
         UsageError: an unknown backend or target.
         CapabilityError: the library is not installed, a target lacks an element type of the graph, or the
-            library cannot do what an option asks.
-        IntegrityError: ``graph`` is no ONNX model.
+            library does not support an option.
+        IntegrityError: ``graph`` is not a valid ONNX model.
         BuildError: too little memory is free, graph and spec differ, the library refuses the graph, or the
             file cannot be written.
     """
@@ -185,7 +185,7 @@ def _write(parsed: trt_network.Network, config: Any, spec: ComponentSpec, out: P
         raise BuildError(
             f"The engine of {spec.name} could not be written to {out}.",
             str(error),
-            "Free some space or give --out a folder on another disk; 'build' again goes on from here."
+            "Free some space or give --out a folder on another disk; 'build' again continues from here."
             if full
             else "Make the folder writable, or give --out another one.",
         ) from error

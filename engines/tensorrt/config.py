@@ -1,7 +1,7 @@
 """Builder configurations of TensorRT: targets, profiles, and every option with where it can be had.
 
-What a release has is asked of its bindings; what it has but cannot do is said here, each with its source:
-NVIDIA's documentation of TensorRT 10.16, 11.4 and TensorRT-RTX 1.7, or a build that was tried.
+Features of a release are looked up in its bindings; features that fail nevertheless are listed here, with
+sources: NVIDIA's documentation of TensorRT 10.16, 11.4 and TensorRT-RTX 1.7, or a build that was tried.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def builder_config(
         parsed: the network.
         targets: compute capabilities (``"sm89"``); empty: the GPU of this machine.
         profiles: for each optimization profile, input name -> (min, opt, max) shape.
-        options: what else the builder is told.
+        options: further builder settings.
 
     Raises:
         CapabilityError: this library only builds for the GPU in the machine, or not for a target, or cannot
-            do what an option asks.
+            support an option.
     """
     lib, options = parsed.library, options or BuildOptions()
     check_options(lib, options)
@@ -53,7 +53,7 @@ def builder_config(
 
 
 def check_options(lib: Library, options: BuildOptions) -> None:
-    """CapabilityError if ``lib`` cannot do what an option asks, saying where it can be had."""
+    """CapabilityError if ``lib`` does not support an option, naming a library that does."""
     trt, rtx = lib.module, lib.cross_builds
     if rtx and options.hardware not in (None, "none"):
         _refuse(
@@ -120,14 +120,14 @@ def _set_options(lib: Library, config: Any, options: BuildOptions) -> None:
     if options.hardware not in (None, "none"):
         name = {"ampere+": "AMPERE_PLUS", "same-cc": "SAME_COMPUTE_CAPABILITY"}[options.hardware or ""]
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, name)
-    for wanted, names in (
+    for enabled, names in (
         (options.weight_streaming, ("WEIGHT_STREAMING",)),
         (options.refit, ("REFIT",)),
         (options.version_compatible, ("VERSION_COMPATIBLE",)),
         # Stripped weights come back as they were: the faster kind of refit, unless any are to go in.
         (options.strip_plan, ("STRIP_PLAN",) if options.refit else ("STRIP_PLAN", "REFIT_IDENTICAL")),
     ):
-        for name in names if wanted else ():
+        for name in names if enabled else ():
             config.set_flag(getattr(trt.BuilderFlag, name))
 
 

@@ -34,7 +34,7 @@ def _code() -> str:
 
 @dataclass(frozen=True)
 class EngineKey:
-    """What an engine follows from. ``graph``, ``weights`` and ``code`` are content hashes, the rest plain."""
+    """Everything that decides an engine; ``graph``, ``weights`` and ``code`` are content hashes."""
 
     graph: str
     weights: tuple[str, ...]
@@ -55,14 +55,14 @@ class EngineKey:
 
 @dataclass(frozen=True)
 class _Entry:
-    """``entry.json``: the engine's hash, and what its build noted."""
+    """``entry.json``: the engine's hash, and its build record."""
 
     sha256: Sha256
     record: dict[str, Any]
 
 
 def take_engine(key: EngineKey, out: Path) -> dict[str, Any] | None:
-    """Copy the engine of ``key`` to ``out``: what was noted of it, or None if it is not there or damaged."""
+    """Copy the engine of ``key`` to ``out``: its build record, or None if it is not there or damaged."""
     folder = cache_folder() / "engines" / key.digest
     staging = temporary_path(out, exclusive=True)
     try:

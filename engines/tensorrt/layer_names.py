@@ -15,23 +15,23 @@ MYELIN = re.compile(r"_myl\d+_\d+$")
 def layer_names(text: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Each layer of an inspector's JSON ``text``: its name to its type and the ONNX nodes it computes.
 
-    Layers of which only names are told, and text that is no such JSON, are left out: names serve a reader.
+    Layers with names only, and text that is not such JSON, are left out: the names serve readers.
     """
     try:
         data = json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return {}
     layers = data.get("Layers") if isinstance(data, dict) else None
-    found = [x for x in layers if isinstance(x, dict)] if isinstance(layers, list) else []
+    dictionaries = [x for x in layers if isinstance(x, dict)] if isinstance(layers, list) else []
     return {
         x["Name"]: (str(x.get("LayerType", "")), node_names(x))
-        for x in found
+        for x in dictionaries
         if isinstance(x.get("Name"), str)
     }
 
 
 def node_names(layer: dict[str, Any]) -> tuple[str, ...]:
     """ONNX nodes of a layer: its metadata names them; older names only join them."""
-    found = ONNX.findall(str(layer.get("Metadata", "")))
-    joined: Iterable[str] = found or MYELIN.sub("", layer["Name"]).split("+")
+    names = ONNX.findall(str(layer.get("Metadata", "")))
+    joined: Iterable[str] = names or MYELIN.sub("", layer["Name"]).split("+")
     return tuple(dict.fromkeys(PROFILE.sub("", name).strip() for name in joined))

@@ -1,7 +1,7 @@
 """The one module that imports tensorrt and tensorrt_rtx.
 
-Both have the same Python API; what differs between 10.x, 11.x and RTX is asked of the module with
-``hasattr``, here and in the files that use what this one hands out: :mod:`.network` (parse and build),
+Both have the same Python API; differences between 10.x, 11.x and RTX are found with
+``hasattr``, here and in the files that use this one: :mod:`.network` (parse and build),
 :mod:`.config` (builder options) and :mod:`.backend` (run). A machine without a driver can parse
 and, with RTX, build.
 """
@@ -21,7 +21,7 @@ _PACKAGES = {RTX: ("tensorrt-rtx",), TENSORRT: ("tensorrt", "tensorrt-cu13", "te
 BUILDERS = tuple(_MODULES)
 """Backends that compile engines."""
 
-_NO_DRIVER = "cudaError 35"  # logged with every failure on a machine without a driver, whatever the cause
+_NO_DRIVER = "cudaError 35"  # logged with every failure on a machine without a driver, with any cause
 _MAX_REASONS = 8
 
 
@@ -62,7 +62,7 @@ def library(backend: str) -> Library:
 def installed_release(backend: str) -> str | None:
     """The release of ``backend`` that is installed, without importing it; None if none is."""
     _known(backend)
-    return next((found for package in _PACKAGES[backend] if (found := _version(package))), None)
+    return next((release for package in _PACKAGES[backend] if (release := _version(package))), None)
 
 
 def _version(package: str) -> str | None:
@@ -104,7 +104,7 @@ def make_profiler(trt: Any) -> Any:
     """A profiler of the module ``trt`` that collects (layer, milliseconds) in ``times``, in their order."""
 
     class Profiler(trt.IProfiler):  # type: ignore[misc]
-        """Told of every layer of a run."""
+        """Collects every layer of a run."""
 
         def __init__(self) -> None:
             trt.IProfiler.__init__(self)
@@ -119,5 +119,5 @@ def make_profiler(trt: Any) -> Any:
 def reasons(logger: Any) -> str:
     """The error messages so far, without the one that only says there is no driver."""
     errors = list(dict.fromkeys(logger.errors))
-    told = [text for text in errors if _NO_DRIVER not in text] or errors
-    return " ".join(told[:_MAX_REASONS]) or "The library gave no reason."
+    texts = [text for text in errors if _NO_DRIVER not in text] or errors
+    return " ".join(texts[:_MAX_REASONS]) or "The library gave no reason."

@@ -1,7 +1,7 @@
 """Networks of TensorRT: parsed from ONNX, always strongly typed, and compiled into engine files.
 
-The types are the graph's: no precision flag (gone in 11) can change them, and what the parser made of inputs
-and outputs is compared with the graph before and after the build.
+The types are the graph's: no precision flag (gone in 11) can change them, and the parser's types of inputs
+and outputs are compared with the graph before and after the build.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MAX_REASONS = 8
 
 @dataclass
 class Network:
-    """A parsed, strongly typed network, and what must live as long as it does."""
+    """A parsed, strongly typed network, and the objects that must live as long as it."""
 
     library: Library
     graph: Path
@@ -45,7 +45,7 @@ class Network:
 
 
 def parse_network(lib: Library, graph: Path) -> Network:
-    """Parse the ONNX file ``graph`` (external weights beside it are found) into a strongly typed network.
+    """Parse the ONNX file ``graph`` (external weights are found next to it) into a strongly typed network.
 
     Raises:
         BuildError: the parser refuses the graph; every refused node is named with the reason.
@@ -101,10 +101,10 @@ def write_engine(parsed: Network, config: Any, out: BinaryIO) -> int:
     lib = parsed.library
     if hasattr(parsed.builder, "build_serialized_network_to_stream"):  # 10.13 and RTX 1.0 on
         writer = _writer(lib.module, out)
-        built = parsed.builder.build_serialized_network_to_stream(parsed.network, config, writer)
+        written = parsed.builder.build_serialized_network_to_stream(parsed.network, config, writer)
         if writer.error is not None:
             raise writer.error
-        size = int(writer.size) if built else 0
+        size = int(writer.size) if written else 0
     else:
         engine = parsed.builder.build_serialized_network(parsed.network, config)
         size = out.write(engine) if engine is not None else 0
@@ -112,7 +112,7 @@ def write_engine(parsed: Network, config: Any, out: BinaryIO) -> int:
         raise BuildError(
             f"{lib} cannot build {parsed.graph.name}.",
             parsed.reasons(),
-            "Change what the message names, or run this component with --backend onnxruntime.",
+            "Change the part that the message names, or run this component with --backend onnxruntime.",
         )
     return size
 
@@ -142,7 +142,7 @@ def _let_attention_decompose(trt: Any, network: Any) -> None:
 
 def _writer(trt: Any, out: BinaryIO) -> Any:
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
-        """Writes what the builder hands over; an OSError is kept, for it cannot pass through the library."""
+        """Writes the builder's chunks; an OSError is stored, for it cannot pass through the library."""
 
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
@@ -151,11 +151,11 @@ def _writer(trt: Any, out: BinaryIO) -> Any:
 
         def write(self, data: bytes) -> int:
             try:
-                done = 0 if self.error else out.write(data)
+                count = 0 if self.error else out.write(data)
             except OSError as error:
-                self.error, done = error, 0
-            self.size += done
-            return done
+                self.error, count = error, 0
+            self.size += count
+            return count
 
     return Writer()
 

@@ -19,7 +19,8 @@ LEVELS = range(6)
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Builder settings; None and False mean the library's default. :mod:`.config` says what each needs.
+    """Builder settings; None and False mean the library's default. :mod:`.config` lists the requirements of
+    each.
 
     Args:
         optimization_level: 0 (fast build) to 5 (fast engine).
@@ -83,7 +84,7 @@ class BuildOptions:
         return words
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data of what differs from the defaults."""
+        """Plain data of the settings that differ from the defaults."""
         plain = asdict(self)
         return {
             f.name: list(value) if isinstance(value := plain[f.name], tuple) else value

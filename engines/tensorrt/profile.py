@@ -19,23 +19,23 @@ def profiled_calls(
     """``calls`` calls of an engine by TensorRT's profiler, and its outputs.
 
     A layer is named by the ONNX node that it computes, the plainest of them where it computes several
-    (products have no suffix), and by the library's own name where the engine does not tell.
+    (products have no suffix), and by the library's own name where the engine has no node names.
 
     Raises:
         InputError, BuildError: as running the engine.
     """
-    told = layer_names(engine.layers())
+    names = layer_names(engine.layers())
     runs, outputs = engine.profiled(dict(inputs), calls)
-    return tuple(_call(length, layers, told) for length, layers in runs), outputs
+    return tuple(_call(length, layers, names) for length, layers in runs), outputs
 
 
 def _call(
-    length: float, layers: Sequence[tuple[str, float]], told: Mapping[str, tuple[str, tuple[str, ...]]]
+    length: float, layers: Sequence[tuple[str, float]], names: Mapping[str, tuple[str, tuple[str, ...]]]
 ) -> TimedCall:
     events: list[Event] = []
     begin = 0.0
     for name, ms in layers:
-        op, nodes = told.get(name, ("", (name,)))
+        op, nodes = names.get(name, ("", (name,)))
         plainest = min(nodes, key=lambda node: node.count("/"))
         events.append(Event(plainest, op, begin * 1e3, ms * 1e3))
         begin += ms

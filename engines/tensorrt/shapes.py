@@ -22,7 +22,7 @@ PRESETS: dict[str, str] = {
     "throughput": "many images at once: tuned for the largest batch",
     "edge": "little memory: batch 1 and 256 MiB of workspace",
 }
-"""Name -> what for. They change the axis ``batch``; ``edge`` limits the workspace as well."""
+"""Name -> purpose. They change the axis ``batch``; ``edge`` limits the workspace as well."""
 EDGE_WORKSPACE = 256 << 20
 _LATENCY_BATCH = 8
 _DECODE_MAX = 4
@@ -34,12 +34,12 @@ def profiles_of(
     """The profiles of ``spec``, every axis in each; the narrowest first, which is tried first at run time.
 
     Args:
-        spec: its axes give the widest ranges, and what is tuned for where nothing else is said.
+        spec: its axes give the widest ranges, and the default sizes to tune for.
         preset: one of :data:`PRESETS`.
         shapes: ranges by axis name, or by ``component.axis`` for one component; they win over the preset.
 
     Raises:
-        UsageError: an unknown preset, or a range outside what the component's graph takes.
+        UsageError: an unknown preset, or a range outside the component's graph's.
     """
     if preset is not None and preset not in PRESETS:
         known = "; ".join(f"{name} ({what})" for name, what in PRESETS.items())
@@ -48,10 +48,10 @@ def profiles_of(
     if preset is not None and "batch" in ranges:
         ranges["batch"] = _batch(preset, ranges["batch"])
     whole = spec.name.partition(".")[0]  # of vision.1, a part of a split component
-    for key, wanted in (shapes or {}).items():
+    for key, sizes in (shapes or {}).items():
         component, _, axis = key.rpartition(".")
         if axis in ranges and component in ("", whole):
-            ranges[axis] = _within(key, wanted, ranges_of(spec)[axis])
+            ranges[axis] = _within(key, sizes, ranges_of(spec)[axis])
     if not {"text", "past"} <= set(ranges):
         return (_summed(ranges),)
     low, best, high = ranges["text"]
@@ -73,10 +73,10 @@ def restrict_axes(spec: ComponentSpec, profiles: tuple[Profile, ...]) -> Compone
         return spec
     axes = []
     for axis in spec.axes:
-        found = [profile[axis.name] for profile in profiles if axis.name in profile]
-        if found:
-            low, high = min(r[0] for r in found), max(r[2] for r in found)
-            axis = replace(axis, min=low, opt=found[0][1], max=high)
+        ranges = [profile[axis.name] for profile in profiles if axis.name in profile]
+        if ranges:
+            low, high = min(r[0] for r in ranges), max(r[2] for r in ranges)
+            axis = replace(axis, min=low, opt=ranges[0][1], max=high)
         axes.append(axis)
     return replace(spec, axes=tuple(axes))
 
@@ -90,8 +90,8 @@ def choose_profile(profiles: tuple[Profile, ...], sizes: Mapping[str, int]) -> i
 
 
 def parse_shapes(texts: tuple[str, ...]) -> dict[str, Range]:
-    """Ranges of ``("batch=1:8:32", "qllama_step.text=1:8:32")``; UsageError names what cannot be read."""
-    found: dict[str, Range] = {}
+    """Ranges of ``("batch=1:8:32", "qllama_step.text=1:8:32")``; UsageError names the faulty text."""
+    ranges: dict[str, Range] = {}
     for text in texts:
         name, _, sizes = text.partition("=")
         parts = sizes.split(":")
@@ -114,8 +114,8 @@ def parse_shapes(texts: tuple[str, ...]) -> dict[str, Range]:
                 f"It is {' plus '.join(map(str, parts_of))}.",
                 "Set those.",
             )
-        found[name] = (low, best, high)
-    return found
+        ranges[name] = (low, best, high)
+    return ranges
 
 
 def check_shape_names(shapes: Mapping[str, Range], specs: Mapping[str, ComponentSpec]) -> None:
@@ -139,14 +139,14 @@ def _batch(preset: str, batch: Range) -> Range:
     return low, low, min(high, _LATENCY_BATCH) if preset == "latency" else low
 
 
-def _within(key: str, wanted: Range, allowed: Range) -> Range:
-    if wanted[0] < allowed[0] or wanted[2] > allowed[2]:
+def _within(key: str, sizes: Range, allowed: Range) -> Range:
+    if sizes[0] < allowed[0] or sizes[2] > allowed[2]:
         raise UsageError(
-            f"--shapes {key}={':'.join(map(str, wanted))} is out of range.",
+            f"--shapes {key}={':'.join(map(str, sizes))} is out of range.",
             f"The graph takes {allowed[0]} to {allowed[2]}.",
             f"Give --shapes {key}={':'.join(map(str, allowed))} or less.",
         )
-    return wanted
+    return sizes
 
 
 def _summed(ranges: Profile) -> Profile:
@@ -154,8 +154,8 @@ def _summed(ranges: Profile) -> Profile:
 
     def summed(name: str, value: Range) -> Range:
         parts = [(t, t, t) if isinstance(t, int) else ranges.get(t) for t in terms(name)]
-        found = [part for part in parts if part is not None]
-        return _total(found) if found and len(found) == len(parts) else value
+        present = [part for part in parts if part is not None]
+        return _total(present) if present and len(present) == len(parts) else value
 
     return {name: summed(name, value) for name, value in ranges.items()}
 

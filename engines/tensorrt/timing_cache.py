@@ -29,7 +29,8 @@ def timing_file(lib: Library, gpu: Gpu) -> Path:
 def timing_cache(lib: Library, config: Any, gpu: Gpu | None, *, enabled: bool = True) -> Iterator[None]:
     """Builds in the block use the kept times and add theirs; nothing happens with RTX, or if not ``enabled``.
 
-    What other processes added meanwhile is kept: times are merged under a lock, and the file replaced whole.
+    Times that other processes added meanwhile are kept: they are merged under a lock, and the file replaced
+        whole.
     """
     if gpu is None or lib.cross_builds or not enabled:
         yield
@@ -44,21 +45,21 @@ def timing_cache(lib: Library, config: Any, gpu: Gpu | None, *, enabled: bool = 
     yield
     try:
         with locked(path.with_suffix(".lock")):
-            if kept := _read(path):
-                cache.combine(config.create_timing_cache(kept), False)
+            if stored := _read(path):
+                cache.combine(config.create_timing_cache(stored), False)
             with atomic(path, durable=True) as partial:
                 partial.write_bytes(bytes(cache.serialize()))
     except OSError:
         return  # as above
 
 
-def _attached(config: Any, kept: bytes) -> Any:
+def _attached(config: Any, stored: bytes) -> Any:
     """A timing cache of ``kept`` at the configuration; an empty one where the library refuses that."""
-    cache = config.create_timing_cache(kept)
-    if kept and (cache is None or not config.set_timing_cache(cache, False)):
+    cache = config.create_timing_cache(stored)
+    if stored and (cache is None or not config.set_timing_cache(cache, False)):
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
-    elif not kept:
+    elif not stored:
         config.set_timing_cache(cache, False)
     return cache
 

@@ -1,4 +1,4 @@
-"""The torch backend: a bundle's component as a torch module behind the engines' protocol."""
+"""The torch backend: a bundle's component as a torch module with the engines' protocol."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class TorchEngine:
     Args:
         spec: the component's contract.
         call: takes the spec's inputs in its order, gives its outputs in its order.
-        dtype: what ``float`` inputs become.
-        device: where the module's weights lie.
+        dtype: type of ``float`` inputs.
+        device: device of the module's weights.
     """
 
     def __init__(self, spec: ComponentSpec, call: Call, dtype: torch.dtype, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class TorchEngine:
     ) -> dict[str, Tensor]:
         """Run once on tensors; see :meth:`~ivl_export.engines.base.Engine.run_tensors`.
 
-        All outputs are computed, whatever ``outputs`` says.
+        All outputs are computed, with any ``outputs``.
         """
         call = self._opened()
         self.spec.check(inputs)
@@ -60,17 +60,17 @@ class TorchEngine:
         with on_stream(self.device, stream), torch.no_grad():
             feeds = []
             for tensor in self.spec.inputs:
-                given = as_tensor(inputs[tensor.name], self.device)
-                feeds.append(given.to(self._dtype) if tensor.dtype == "float" else given)
+                value = as_tensor(inputs[tensor.name], self.device)
+                feeds.append(value.to(self._dtype) if tensor.dtype == "float" else value)
             try:
-                made = call(*feeds)
+                results = call(*feeds)
             except torch.OutOfMemoryError as error:
                 raise BuildError(
                     f"Component {self.spec.name} does not fit on {self.device}.",
                     str(error).split("\n", 1)[0],
                     "Give fewer rows at a time (--batch).",
                 ) from error
-            values = dict(zip((t.name for t in self.spec.outputs), made, strict=True))
+            values = dict(zip((t.name for t in self.spec.outputs), results, strict=True))
             return deliver({name: values[name] for name in names}, out)
 
     def with_graphs(self) -> TorchEngine:
@@ -113,7 +113,7 @@ def open_torch(
         spec: the component's contract.
         path: the bundle; its stored weights and ``ranges.json`` are read, graphs and engines are not.
         device: ``cpu``, ``cuda``, ``cuda:N``.
-        dtype: what everything unquantised computes in: ``fp32``, ``bf16``, ``fp16``; None: fp32 on the CPU,
+        dtype: type of everything unquantised: ``fp32``, ``bf16``, ``fp16``; None: fp32 on the CPU,
             else the base type of the bundle's recipe.
         compile: run its blocks through ``torch.compile``; a text is its ``mode``. The first calls compile.
         cuda_graphs: record one CUDA graph for each shape and replay it.
@@ -121,8 +121,8 @@ def open_torch(
         threads: torch's threads on the CPU, for the whole process; None: as they are.
 
     Raises:
-        CapabilityError: no such device here, CUDA graphs without a GPU, or a ``dtype`` that does not hold
-            what the component computes.
+        CapabilityError: no such device here, CUDA graphs without a GPU, or a ``dtype`` that overflows on
+            the component's values.
         UsageError: an unknown ``dtype``.
         IntegrityError: the bundle lacks weights or scales of the component.
     """
@@ -148,13 +148,13 @@ def check_type(bundle: Bundle, component: str, computes: torch.dtype) -> None:
     A bundle that was built before magnitudes were measured passes.
     """
     if "accuracy" in bundle.manifest.receipts:
-        found = bundle.receipt("accuracy").get("magnitudes")
-        if found is not None:
-            refuse_type(Magnitudes.from_json(found), component, name_of_torch(computes))
+        magnitudes = bundle.receipt("accuracy").get("magnitudes")
+        if magnitudes is not None:
+            refuse_type(Magnitudes.from_json(magnitudes), component, name_of_torch(computes))
 
 
 def compute_type(bundle: Bundle, device: torch.device, dtype: str | None = None) -> torch.dtype:
-    """What everything unquantised computes in, see :func:`open_torch`; UsageError if ``dtype`` is unknown."""
+    """Type of everything unquantised, see :func:`open_torch`; UsageError if ``dtype`` is unknown."""
     chosen = dtype or ("fp32" if device.type == "cpu" else bundle.manifest.compute_dtype)
     if chosen not in COMPUTE:
         raise UsageError(f"Unknown dtype {chosen!r}.", "", f"Choose from {', '.join(COMPUTE)}.")
@@ -170,8 +170,8 @@ def device_of(name: str) -> torch.device:
     if place.type == "cuda":
         if not torch.cuda.is_available():
             raise CapabilityError(
-                "torch sees no GPU.",
-                f"torch {torch.__version__} was asked for {name}.",
+                "torch finds no GPU.",
+                f"The device is {name}, torch is {torch.__version__}.",
                 "Give -O device=cpu, or install a torch built for CUDA and a driver.",
             )
         return torch.device("cuda", place.index if place.index is not None else torch.cuda.current_device())

@@ -1,7 +1,7 @@
 """Torch-TensorRT: a bundle's component as an exported program, compiled by TensorRT inside torch.
 
 Types are the program's (``use_explicit_typing``), as everywhere in this package. Torch-TensorRT has no
-converter for torch's 8-bit products: it leaves those to torch's own kernels and compiles what stands between.
+converter for torch's 8-bit products: it leaves those to torch's own kernels and compiles the parts between.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantised linear layers from stored values and scales: what a graph's Q/DQ pairs say, in torch's kernels.
+"""Quantised linear layers from stored values and scales: a graph's Q/DQ pairs in torch's kernels.
 
 ``x`` is rounded with the one scale of the layer's input, the product is taken of 8-bit values, and the result
 takes both scales: ``y[m, n] = (sum_k xq[m, k] wq[n, k]) * sx * sw[n] + b[n]``. Weight-only schemes leave
@@ -20,15 +20,15 @@ from ...quantization.schemes import SCHEMES
 
 Product = Literal["rowwise", "tensorwise", "restored"]
 """How FP8 values are multiplied: by ``torch._scaled_mm``, which applies the weight's scales itself
-(``rowwise``) or leaves them for a multiplication behind it (``tensorwise``); or as values restored to the
+(``rowwise``) or leaves them for a multiplication after it (``tensorwise``); or as values restored to the
 compute type."""
 
 _MIN_ROWS = 17
-"""Rows that ``torch._int_mm`` wants on a GPU; fewer are padded."""
+"""Rows that ``torch._int_mm`` needs on a GPU; fewer are padded."""
 
 
 class QuantisedLinear(nn.Module):
-    """What stands in for an ``nn.Linear``; :func:`quantised_linear` makes one.
+    """The replacement of an ``nn.Linear``; :func:`quantised_linear` makes one.
 
     Args:
         values: the stored weight, [out, in] (INT4: two values a byte).
@@ -118,7 +118,7 @@ class Int8Linear(QuantisedLinear):
     Args:
         values, scale, bias: see :class:`QuantisedLinear`.
         input_scale: of ``x``.
-        kind: what ``x`` is rounded to, ``int8`` or ``int4``.
+        kind: the type ``x`` is rounded to, ``int8`` or ``int4``.
     """
 
     factor: Tensor
@@ -185,7 +185,7 @@ def restored(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def best_product(device: torch.device) -> Product:
-    """What FP8 products of this device are best taken with.
+    """The best method for FP8 products on this device.
 
     Tensor cores take FP8 from compute capability 8.9 on, with scales of rows from 9.0 on; a CPU where this
     torch has the kernel.

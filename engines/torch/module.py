@@ -74,12 +74,12 @@ def component_of(
     Args:
         bundle: an opened bundle; graphs and engines are not read.
         component: one of its components.
-        dtype: what it computes in.
-        device: where.
+        dtype: compute type.
+        device: of the weights.
         product: how FP8 values are multiplied; None: the best the device has.
 
     Raises:
-        IntegrityError: the bundle does not hold what the component needs.
+        IntegrityError: the bundle lacks weights of the component.
     """
     try:
         config = config_from_published(bundle.manifest.model.config, "manifest.json")
@@ -120,10 +120,10 @@ def _quantise_linears(
         values, _, scale = stored_names(name, scheme, recipe.base)
         bias = None if layer.bias is None else weights.parameter(f"{name}.bias")
         input_scale = _input_scale(scheme, ranges.get(name), recipe.base, name)
-        made = quantised_linear(
+        replacement = quantised_linear(
             scheme, weights.stored(values), weights.stored(scale), bias, input_scale, product
         )
-        module.set_submodule(name, made)
+        module.set_submodule(name, replacement)
 
 
 class _Weights:
@@ -144,13 +144,13 @@ class _Weights:
 
     def parameter(self, key: str) -> nn.Parameter:
         """A weight in the compute type."""
-        made: nn.Parameter = self._load(key, self._dtype, lambda t: nn.Parameter(t, requires_grad=False))
-        return made
+        loaded: nn.Parameter = self._load(key, self._dtype, lambda t: nn.Parameter(t, requires_grad=False))
+        return loaded
 
     def stored(self, name: str) -> Tensor:
         """A tensor in its stored type."""
-        made: Tensor = self._load(name, None, lambda t: t)
-        return made
+        loaded: Tensor = self._load(name, None, lambda t: t)
+        return loaded
 
     def _load(self, name: str, dtype: torch.dtype | None, wrap: Callable[[Tensor], Any]) -> Any:
         if name not in self._store:
@@ -171,17 +171,17 @@ class _Weights:
 
 
 def scheme_of(recipe: Recipe, layer: str) -> str:
-    """What the last rule that matches ``layer`` says; empty if it stays in the base type."""
-    found = ""
+    """The scheme of the last rule that matches ``layer``; empty if it stays in the base type."""
+    scheme = ""
     for rule in recipe.rules:
         if fnmatchcase(layer, rule.pattern):
-            found = rule.scheme
-    return found if found in SCHEMES else ""
+            scheme = rule.scheme
+    return scheme if scheme in SCHEMES else ""
 
 
 def _attentions_in_fp8(component: str, config: ModelConfig) -> list[str]:
-    found = attentions(config, [component])[component]
-    return [name for name, shape in found.items() if not shape.excluded]
+    shapes = attentions(config, [component])[component]
+    return [name for name, shape in shapes.items() if not shape.excluded]
 
 
 def _ranges(bundle: Bundle, component: str) -> Mapping[str, float]:

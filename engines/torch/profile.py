@@ -24,20 +24,20 @@ def profiled_calls(
     place = torch.device("cpu")
     module = component_of(bundle, component, dtype=torch.float32, device=place, product=None)
     feeds = [torch.from_numpy(inputs[tensor.name]) for tensor in bundle.spec(component).inputs]
-    found = []
+    timed = []
     with torch.no_grad(), named_ranges(module):
         module(*feeds)
         for _ in range(calls):
             with profile(activities=[ProfilerActivity.CPU]) as recorded:
                 module(*feeds)
-            found.append(_call(recorded.events()))
-    return tuple(found)
+            timed.append(_call(recorded.events()))
+    return tuple(timed)
 
 
 def _call(events: Sequence[Any]) -> TimedCall:
     whole = [event.time_range for event in events if event.name == MODULE]  # the component itself
     begin = min((span.start for span in whole), default=0.0)
-    found = []
+    events_found = []
     for event in events:
         if event.name.startswith(MODULE):
             continue
@@ -47,5 +47,5 @@ def _call(events: Sequence[Any]) -> TimedCall:
         if parent is not None and event.self_cpu_time_total > 0:
             name = parent.name.removeprefix(MODULE)
             start = event.time_range.start - begin
-            found.append(Event(name, event.name, start, event.self_cpu_time_total))
-    return TimedCall(sum(span.elapsed_us() for span in whole), tuple(found))
+            events_found.append(Event(name, event.name, start, event.self_cpu_time_total))
+    return TimedCall(sum(span.elapsed_us() for span in whole), tuple(events_found))

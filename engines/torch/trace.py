@@ -1,7 +1,7 @@
-"""What one call of a module really executes: every operator, those it is made of, and the kernels below.
+"""Operators that one call of a module really executes, with their inner operators and kernels.
 
-Torch's profiler records it: types, sizes and addresses of what each operator takes. An operator that has no
-kernel of its own shows the ones that do its work inside it.
+Torch's profiler records it: types, sizes and addresses of each operator's inputs. An operator without
+a kernel shows those that it calls.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Op:
         name: ``aten::mm``.
         scope: the module that was running; empty: the outermost, or unknown (compiled code has no modules).
         inputs: its tensors, in the order of its arguments.
-        inner: the operators that it is made of.
-        kernels: what it launched on a GPU itself.
+        inner: the operators that it calls.
+        kernels: kernels that it launched on a GPU itself.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Op:
     kernels: tuple[str, ...] = ()
 
     def all_kernels(self) -> Iterator[str]:
-        """What it and all inside it launch."""
+        """Kernels that it and its inner operators launch."""
         yield from self.kernels
         for op in self.inner:
             yield from op.all_kernels()
@@ -74,7 +74,7 @@ class Op:
 
 @contextmanager
 def named_ranges(module: nn.Module) -> Iterator[None]:
-    """Inside, the profiler sees a range ``module <name>`` around the call of each part of ``module``."""
+    """Inside, the profiler records a range ``module <name>`` around the call of each part of ``module``."""
     open_ranges: list[Any] = []
 
     def enter(name: str) -> Callable[..., None]:
@@ -95,7 +95,7 @@ def named_ranges(module: nn.Module) -> Iterator[None]:
 
 
 def traced(call: Callable[[], object], device: torch.device) -> tuple[Op, ...]:
-    """The operators of one ``call`` on ``device``. Call it once before: what is set up then is not seen."""
+    """The operators of one ``call`` on ``device``. Call it once before: set-up is then not recorded."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with torch.no_grad(), profile(activities=kinds, record_shapes=True) as recorded:
         call()
@@ -114,9 +114,9 @@ def _ops(events: Sequence[Any], scope: str) -> Iterator[Op]:
             yield from _ops(event.children, event.name.removeprefix(MODULE))
         elif kind.name == "TorchOp" and ("::" in event.name or _EMITTED in event.name):
             inputs = tuple(
-                Operand(given.dtype, tuple(given.sizes), given.storage_data_ptr)
-                for given in fields.inputs
-                if hasattr(given, "storage_data_ptr")
+                Operand(operand.dtype, tuple(operand.sizes), operand.storage_data_ptr)
+                for operand in fields.inputs
+                if hasattr(operand, "storage_data_ptr")
             )
             yield Op(
                 event.name, scope, inputs, tuple(_ops(event.children, scope)), tuple(_kernels(event.children))
@@ -130,7 +130,7 @@ def _kernels(events: Sequence[Any]) -> Iterator[str]:
     for event in events:
         if event.typed[0].name == "TorchOp":
             continue
-        # The calls of the runtime that launch a kernel stand above it, and are recorded alike.
+        # The calls of the runtime that launch a kernel are its parents, and are recorded alike.
         if event.typed[0].name == "Kineto" and not event.name.startswith(("cuda", "cu", "Mem")):
             yield event.name
         yield from _kernels(event.children)

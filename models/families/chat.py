@@ -1,8 +1,8 @@
 """InternVL-Chat in the LLaVA layout: a vision tower, its projector, a LLaMA decoder (paper section 3.3).
 
 On InternViT the last blocks are not run and there is no ``query_chat``. With QLLaMA (``two_mlp``) all of
-InternViT is run: the features of the selected layer leave in the midst of it, the queries see its end, and
-an image is
+InternViT is run: the features of the selected layer are an intermediate output, the queries read the last
+one, and an image is
 ``query_embeds``, then ``visual_embeds``. That is two components, for a component is one stack of blocks.
 """
 
@@ -92,7 +92,7 @@ class Vision(internvit.Vision):
         return config.read_blocks
 
     def segment(self, config: ChatConfig, key: str) -> int:
-        if config.queries and key.startswith(PROJECTOR):  # features leave in the midst of the tower
+        if config.queries and key.startswith(PROJECTOR):  # features are an intermediate output
             return config.read_blocks - 1
         return super().segment(config, key)
 
@@ -307,7 +307,7 @@ class Decoder(Component[ChatConfig]):
         from ..generate import step_mask
         from ..qllama import Visible
 
-        # A prompt has no past: nothing but the order of its own positions hides anything.
+        # A prompt has no past: the mask is causal among its own positions.
         visible = Visible(causal=True)
         if context.past is not None:
             visible = Visible(step_mask(context.inputs["attention_mask"], x.shape[1]))
@@ -371,12 +371,12 @@ def input_embeds(config: Any) -> TensorSpec:
 
 
 def visual_names(config: ChatConfig) -> tuple[str, ...]:
-    """The outputs that stand for an image, in the decoder's order."""
+    """The outputs that represent an image, in the decoder's order."""
     return ("query_embeds", "visual_embeds") if config.queries else ("visual_embeds",)
 
 
 def tower_prefix(config: ChatConfig) -> str:
-    """Prefix of InternViT's weights: it stands alone, or within an InternVL."""
+    """Prefix of InternViT's weights: alone, or within an InternVL."""
     return f"{CHAT_TOWER}{VISION}" if config.queries else CHAT_TOWER
 
 
@@ -400,7 +400,7 @@ def chat_calls(
         own: all components of its family, in the order they run.
         components: names of those that are called.
         batch: the samples.
-        visual: embeddings that stand for an image; None: the config's.
+        visual: embeddings of an image; None: the config's.
     """
     visual = config.num_visual if visual is None else visual
     for component in own[:-2]:
@@ -443,8 +443,8 @@ class Chat(Family[ChatConfig]):
         return str(data.get("model_type", "")).startswith("llava")
 
     def read_config(self, data: dict[str, Any], source: str, folder: Path | None = None) -> ChatConfig:
-        """The tower is described by ``vision_tower_config.json`` beside the config, or by the
-        ``config.json`` of the folder that ``mm_vision_tower`` names, if it lies beside or inside the
+        """The tower is described by ``vision_tower_config.json`` next to the config, or by the
+        ``config.json`` of the folder that ``mm_vision_tower`` names, if it is next to or inside the
         checkpoint. The image size is that of ``preprocessor_config.json``.
         """
         if folder is None:
@@ -462,7 +462,7 @@ class Chat(Family[ChatConfig]):
         return config.queries is not None or not isinstance(component, Query)
 
     def shapes(self, config: ChatConfig) -> dict[str, Shape]:
-        """What is stored: blocks after the selected one, and QLLaMA's text embeddings and lm_head, too."""
+        """Stored tensors include blocks after the selected one, QLLaMA's text embeddings and lm_head."""
         shapes = super().shapes(config)
         if config.queries is None:
             return vit_shapes(config.vision, CHAT_TOWER) | shapes
@@ -472,7 +472,7 @@ class Chat(Family[ChatConfig]):
     def locate(
         self, config: ChatConfig, tensors: dict[str, TensorRef], folder: Path, readers: dict[Path, Any]
     ) -> dict[str, TensorRef]:
-        """The tower may be a checkpoint of its own, in the folder its config lies in."""
+        """The tower may be a separate checkpoint, in the folder of its config."""
         if any(key.startswith(CHAT_TOWER) for key in tensors):
             return tensors
         from ..weight_files import read_folder
@@ -482,8 +482,8 @@ class Chat(Family[ChatConfig]):
         if tower is None:
             raise CheckpointError(
                 f"{folder} has no weights of its vision tower.",
-                f"They are not among its own; no checkpoint {data.get('mm_vision_tower')} lies beside it.",
-                "Put the folder of the checkpoint it was trained with beside it, under that name.",
+                f"They are not among its own; no checkpoint {data.get('mm_vision_tower')} is next to it.",
+                "Put the folder of the checkpoint it was trained with next to it, under that name.",
             )
         stored = read_folder(tower, readers)[1]
         own = {n: ref for n, ref in stored.items() if not (is_ignored(n) or n.startswith(HEADS))}
@@ -500,7 +500,7 @@ class Chat(Family[ChatConfig]):
         QLLaMA has at most its own depth.
         """
         depth = config.vision.num_hidden_layers
-        behind, unread = depth - config.read_blocks, depth - config.vision_blocks
+        after_read, unread = depth - config.read_blocks, depth - config.vision_blocks
         tower = replace(config.vision, num_hidden_layers=vision + unread)
         sizes: Any = tower
         if config.queries is not None:
@@ -510,7 +510,7 @@ class Chat(Family[ChatConfig]):
             config,
             tower=sizes,
             decoder=replace(config.decoder, num_hidden_layers=text),
-            select_layer=-(min(behind, vision + unread - 1) + 1),
+            select_layer=-(min(after_read, vision + unread - 1) + 1),
         )
 
     def model(self, config: ChatConfig) -> nn.Module:

@@ -114,7 +114,7 @@ class _QLlama(Component[InternVLConfig]):
         return run_layer(module.qllama.model, block, x, context, visible, tokens, queries)
 
     def visible(self, x: Tensor, context: Context) -> Visible:
-        """Which keys the rows of a call see; all of them, for there is no padding."""
+        """Visible keys of the rows of a call; all of them, for there is no padding."""
         from ..qllama import Visible
 
         return Visible()
@@ -280,7 +280,7 @@ class Step(_QLlama):
         """Prompt and caption at once after the queries (teacher forcing).
 
         The activations are those of the same tokens decoded one at a time, but ``lm_head``, which only the
-        last position reaches, sees one row a sample.
+        last position reaches, has one row a sample.
         """
         captions, width = batch.texts.caption_ids, config.qllama.hidden_size
         for rows, length in groups([len(ids) for ids in captions]):

@@ -1,4 +1,4 @@
-"""InternVL 1.1 to 3.5: a tower that sees tiles, pixel shuffle and projector, a decoder of eight kinds.
+"""InternVL 1.1 to 3.5: a tower that reads tiles, pixel shuffle and projector, a decoder of eight kinds.
 
 Both published layouts are one family: the weights of either are read under one set of keys
 (:mod:`..tiles_layout`), and its manifests hold the config in OpenGVLab's layout.
@@ -218,7 +218,7 @@ class Tiles(Family[TilesConfig]):
         return is_tiles(data)
 
     def read_config(self, data: dict[str, Any], source: str, folder: Path | None = None) -> TilesConfig:
-        """The image token is the tokenizer's, where its files lie beside the config."""
+        """The image token is the tokenizer's, if its files are next to the config."""
         return read_tiles(data, source) if folder is None else load_tiles_config(data, source, folder)
 
     def shapes(self, config: TilesConfig) -> dict[str, Shape]:
@@ -259,7 +259,7 @@ class Tiles(Family[TilesConfig]):
 
     def image_settings(self, config: TilesConfig, settings: ImageSettings) -> ImageSettings:
         """OpenGVLab's layout has the tiling in ``config.json``; in that of transformers it is the
-        processor's, which tiles whatever its file says.
+        processor's, which always makes tiles.
         """
         own = Tiling.of_chat_config(config.to_published())
         tiling = own if config.layout == "opengvlab" else settings.tiling or own

@@ -16,10 +16,10 @@ from ...models.config import VICUNA_13B, ChatConfig, InternVLConfig, QLlamaConfi
 from ...models.families.chat import NEW_TOKENS, TEXT_TOKENS
 from ...models.registry import component_names, component_spec, components_of
 from ...quantization.recipe import LayerPlan, Recipe
-from .estimate import RECEIPTS, Efficiencies, known
+from .estimate import RECEIPTS, Efficiencies, call_times, known, per_million, working_bytes
 from .evidence import Check
 from .gpus import GpuPeaks
-from .roofline import Arithmetic, ComponentTime, component_cost, component_time
+from .roofline import Arithmetic, ComponentTime
 from .sizes import weights
 
 SCHEMA = "ivl-export.chat-estimate/1"
@@ -68,7 +68,7 @@ class ChatPoint:
 
 @dataclass(frozen=True)
 class ChatEstimate:
-    """What :func:`estimate` predicts, and all it assumed; ``prompt_tokens`` are image and text together."""
+    """Prediction of :func:`estimate`, and its assumptions; ``prompt_tokens`` are image and text together."""
 
     gpu: GpuPeaks
     precision: str
@@ -108,14 +108,14 @@ def estimate(
         config: the model's sizes.
         recipe, layers, gpu, cost_per_hour, receipts: as :func:`.estimate.estimate`.
         batches: conversations at a time.
-        text_tokens: of a prompt, beside its image.
+        text_tokens: of a prompt, besides its image.
         new_tokens: of an answer.
 
     Raises:
         CapabilityError: the GPU has no peak for a type of this precision.
     """
     arithmetic = Arithmetic.of(recipe, layers)
-    found, assumptions, checks = known(gpu, arithmetic, receipts)
+    shares, assumptions, checks = known(gpu, arithmetic, receipts)
     names = component_names(config)
     needed = sum(weights(config, recipe, layers, [name]).nbytes for name in names)
     prompt = config.num_visual + text_tokens
@@ -126,26 +126,24 @@ def estimate(
         calls = [(name, {"batch": batch}) for name in images_once]
         calls.append((decoder.name, {"text": prompt, "past": 1}))
         calls.append((decoder.name, {"batch": batch, "text": 1, "past": prompt + new_tokens // 2}))
-        costs = [component_cost(name, config, sizes, arithmetic) for name, sizes in calls]
-        times = tuple(component_time(cost, gpu, arithmetic, found.values) for cost in costs)
-        *images, read, step = (time.expected_ms for time in times)
-        first = sum(images) + batch * read
+        costs, times = call_times(config, calls, arithmetic, gpu, shares.values)
+        *images, prefill, step = (time.expected_ms for time in times)
+        first = sum(images) + batch * prefill
         whole = first + (new_tokens - 1) * step
-        held = batch * cache_bytes(config.decoder, arithmetic.base, 2 * (prompt + new_tokens))
-        widest = max(layer.activation_bytes // layer.count for cost in costs[:-1] for layer in cost.layers)
-        memory = needed + held + 4 * widest
+        cache = batch * cache_bytes(config.decoder, arithmetic.base, 2 * (prompt + new_tokens))
+        memory = needed + cache + working_bytes(costs[:-1])
         return ChatPoint(
             batch,
             sum(images),
-            read,
+            prefill,
             first,
             step,
             1e3 * batch / step,
             1e3 * batch / whole,
-            None if cost_per_hour is None else cost_per_hour / 3600 * 1e3 * whole / batch,
-            held,
+            per_million(whole, batch, cost_per_hour),
+            cache,
             memory,
-            memory <= gpu.memory_gb * 1e9,
+            gpu.fits(memory),
             times,
         )
 
@@ -159,13 +157,13 @@ def estimate(
         new_tokens,
         needed,
         tuple(map(point, batches)),
-        found,
+        shares,
         (
             f"A conversation: {config.num_visual} positions of one image, {text_tokens} text tokens, an "
             f"answer of {new_tokens}. Images are encoded together, prompts read one after another, answers "
             "decoded together.",
             "Nothing is known of an image; another question about it would find image and prompt encoded.",
-            "A step is one in the middle of an answer, and computes over the positions that are held.",
+            "A step is one in the middle of an answer, and computes over the positions in the cache.",
             "Engines of all components are loaded together, each with its own weights.",
             "Memory: these weights, keys and values in the base type (of each conversation at its end, once "
             "where it is decoded and once where it is kept for the next question), and four times the "

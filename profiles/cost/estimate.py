@@ -17,6 +17,7 @@ from ...models.config import InternVLConfig
 from ...models.registry import ModelConfig, components_of
 from ...quantization.recipe import LayerPlan, Recipe
 from .evidence import TIMED, Check, Timed, check, paper, read_receipts, sizes_at
+from .flops import ComponentCost
 from .gpus import GpuPeaks
 from .roofline import LOW, Arithmetic, ComponentTime, Efficiency, component_cost, component_time, peak
 from .sizes import weights
@@ -33,7 +34,7 @@ WIDE_ASSUMED = 0.6
 
 @dataclass(frozen=True)
 class Share:
-    """A share of a peak, what it is known from, and where that stands."""
+    """A share of a peak, the kind of its source, and the source."""
 
     value: float
     known: Literal["receipt", "paper", "assumption"]
@@ -78,7 +79,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What :func:`estimate` predicts, and everything it assumed."""
+    """Prediction of :func:`estimate`, and its assumptions."""
 
     gpu: GpuPeaks
     precision: str
@@ -108,7 +109,7 @@ def estimate(
 
     Args:
         config: the model's sizes.
-        recipe, layers: the precision and what it means for this model.
+        recipe, layers: the precision, and its plan for this model.
         gpu: a row of the table.
         batches: images (texts) of one call.
         cost_per_hour: the GPU's price.
@@ -118,10 +119,10 @@ def estimate(
         CapabilityError: the GPU has no peak for a type of this precision.
     """
     arithmetic = Arithmetic.of(recipe, layers)
-    found, assumptions, checks = known(gpu, arithmetic, receipts)
+    shares, assumptions, checks = known(gpu, arithmetic, receipts)
     needed = sum(weights(config, recipe, layers, [name]).nbytes for name in TIMED)
     points = tuple(
-        _point(config, arithmetic, gpu, batch, found.values, needed, cost_per_hour) for batch in batches
+        _point(config, arithmetic, gpu, batch, shares.values, needed, cost_per_hour) for batch in batches
     )
     return Estimate(
         gpu,
@@ -130,7 +131,7 @@ def estimate(
         TEXT_TOKENS,
         needed,
         points,
-        found,
+        shares,
         (
             "Engines of vision, qllama_query and qllama_text are loaded together, each with its own weights.",
             "Memory: these weights, and four times the widest layer's activations; no CUDA context.",
@@ -158,7 +159,7 @@ class ComponentPoint:
 
 @dataclass(frozen=True)
 class ComponentEstimate:
-    """What :func:`estimate_components` predicts, and everything it assumed."""
+    """Prediction of :func:`estimate_components`, and its assumptions."""
 
     gpu: GpuPeaks
     precision: str
@@ -183,7 +184,7 @@ def estimate_components(
     cost_per_hour: float | None = None,
     receipts: Path = RECEIPTS,
 ) -> ComponentEstimate:
-    """As :func:`estimate`, of any family: one call of each component, at what engines are tuned for."""
+    """As :func:`estimate`, of any family: one call of each component, at the sizes engines are tuned for."""
     arithmetic = Arithmetic.of(recipe, layers)
     shares, assumptions, checks = known(gpu, arithmetic, receipts)
     components = [c for c in components_of(config) if not c.optional]
@@ -191,14 +192,11 @@ def estimate_components(
 
     def point(batch: int) -> ComponentPoint:
         calls = [(c.name, {**c.typical_calls(config)[0][0], "batch": batch}) for c in components]
-        costs = [component_cost(name, config, sizes, arithmetic) for name, sizes in calls]
-        times = tuple(component_time(cost, gpu, arithmetic, shares.values) for cost in costs)
+        costs, times = call_times(config, calls, arithmetic, gpu, shares.values)
         ms = sum(time.expected_ms for time in times)
-        widest = max((la.activation_bytes // la.count for cost in costs for la in cost.layers), default=0)
-        memory = weight_bytes + 4 * widest
-        cost = None if cost_per_hour is None else cost_per_hour / 3600 * 1e3 * ms / batch
-        fits = memory <= gpu.memory_gb * 1e9
-        return ComponentPoint(batch, ms, 1e3 * batch / ms, cost, memory, fits, times)
+        memory = weight_bytes + working_bytes(costs)
+        cost = per_million(ms, batch, cost_per_hour)
+        return ComponentPoint(batch, ms, 1e3 * batch / ms, cost, memory, gpu.fits(memory), times)
 
     return ComponentEstimate(
         gpu,
@@ -216,40 +214,62 @@ def estimate_components(
     )
 
 
+def call_times(
+    config: ModelConfig,
+    calls: Iterable[tuple[str, dict[str, int]]],
+    arithmetic: Arithmetic,
+    gpu: GpuPeaks,
+    efficiency: Efficiency,
+) -> tuple[list[ComponentCost], tuple[ComponentTime, ...]]:
+    """Costs and predicted times of ``calls`` (component, sizes of its axes), in order."""
+    costs = [component_cost(name, config, sizes, arithmetic) for name, sizes in calls]
+    return costs, tuple(component_time(cost, gpu, arithmetic, efficiency) for cost in costs)
+
+
+def working_bytes(costs: Iterable[ComponentCost]) -> int:
+    """Memory of activations: four times those of the widest layer of any call."""
+    return 4 * max((la.activation_bytes // la.count for cost in costs for la in cost.layers), default=0)
+
+
+def per_million(ms: float, rows: int, per_hour: float | None) -> float | None:
+    """Price of a million rows of which ``rows`` take ``ms``; None without a price."""
+    return None if per_hour is None else per_hour / 3600 * 1e3 * ms / rows
+
+
 def known(
     gpu: GpuPeaks, arithmetic: Arithmetic, receipts: Path = RECEIPTS
 ) -> tuple[Efficiencies, tuple[str, ...], tuple[Check, ...]]:
-    """What every estimate for ``gpu`` starts from: shares of its peaks, assumptions, and what they say of
-    everything that was timed.
+    """Basis of every estimate for ``gpu``: shares of its peaks, assumptions, and predictions of measured
+    times.
 
     Raises:
         CapabilityError: the GPU has no peak for a type of ``arithmetic``.
     """
     notes = [note for kind in arithmetic.products if (note := peak(gpu, kind)[1])]
     timed = (*read_receipts(receipts), *paper())
-    found = efficiencies(timed)
+    shares = efficiencies(timed)
     assumptions = (
         "Peaks are the vendor's, dense; the GPU holds its clocks.",
         "A call has no launch gaps; preprocessing and copies from the host are not in it.",
         "The A100 of the paper's Table 19 is taken to be the SXM 80 GB.",
         *notes,
     )
-    return found, assumptions, tuple(check(one, found.values) for one in timed)
+    return shares, assumptions, tuple(check(one, shares.values) for one in timed)
 
 
 def efficiencies(timed: Iterable[Timed]) -> Efficiencies:
-    """Shares of the peaks from what was timed, receipts before the paper; assumptions for the rest."""
-    found: dict[tuple[str, bool], list[float]] = {}
+    """Shares of the peaks from measured times, receipts before the paper; assumptions for the rest."""
+    measured: dict[tuple[str, bool], list[float]] = {}
     for one in timed:
         if not one.published:
             continue  # shares of measured ceilings are another thing
         kind = "low" if set(one.arithmetic.products) & set(LOW) else "wide"
-        found.setdefault((kind if one.compute_bound else "memory", one.receipt), []).append(one.share)
+        measured.setdefault((kind if one.compute_bound else "memory", one.receipt), []).append(one.share)
 
     def share(kind: str, assumed: float, what: str) -> Share:
-        if own := found.get((kind, True)):
+        if own := measured.get((kind, True)):
             return Share(median(own), "receipt", f"median of {len(own)} times in receipts")
-        if theirs := found.get((kind, False)):
+        if theirs := measured.get((kind, False)):
             return Share(median(theirs), "paper", f"median of {len(theirs)} times: {SOURCE}")
         return Share(assumed, "assumption", f"no receipt timed {what} on a GPU of the table")
 
@@ -269,12 +289,11 @@ def _point(
     weight_bytes: int,
     price: float | None,
 ) -> Point:
-    costs = [component_cost(name, config, sizes_at(name, batch), arithmetic) for name in TIMED]
-    vision, query, text = times = tuple(component_time(c, gpu, arithmetic, efficiency) for c in costs)
+    calls = [(name, sizes_at(name, batch)) for name in TIMED]
+    costs, times = call_times(config, calls, arithmetic, gpu, efficiency)
+    vision, query, text = times
     image_c, image_g = vision.expected_ms, vision.expected_ms + query.expected_ms
-    widest = max(layer.activation_bytes // layer.count for cost in costs for layer in cost.layers)
-    memory = weight_bytes + 4 * widest
-    per_million = None if price is None else price / 3600 * 1e3 / batch
+    memory = weight_bytes + working_bytes(costs)
     return Point(
         batch,
         image_c,
@@ -283,9 +302,9 @@ def _point(
         1e3 * batch / image_c,
         1e3 * batch / image_g,
         1e3 * batch / text.expected_ms,
-        None if per_million is None else per_million * image_c,
-        None if per_million is None else per_million * image_g,
+        per_million(image_c, batch, price),
+        per_million(image_g, batch, price),
         memory,
-        memory <= gpu.memory_gb * 1e9,
+        gpu.fits(memory),
         times,
     )

@@ -24,7 +24,7 @@ _PAPER_GPU = "a100"
 
 @dataclass(frozen=True)
 class Timed:
-    """A measured time: ``ms`` a call; ``cost`` and ``arithmetic`` of what was timed, on ``gpu``.
+    """A measured time: ``ms`` a call; ``cost`` and ``arithmetic`` of the timed call, on ``gpu``.
 
     ``published``: the peaks of ``gpu`` are its vendor's; else they are the machine's measured ceilings.
     """
@@ -52,7 +52,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Check:
-    """A prediction beside its measurement; ``error`` is (predicted - measured) / measured."""
+    """A prediction and its measurement; ``error`` is (predicted - measured) / measured."""
 
     name: str
     gpu: str
@@ -64,7 +64,7 @@ class Check:
 
 
 def check(timed: Timed, efficiency: Efficiency) -> Check:
-    """What the estimate would have said of something that was measured."""
+    """The estimate's prediction of a measured time."""
     predicted = component_time(timed.cost, timed.gpu, timed.arithmetic, efficiency).expected_ms
     error = (predicted - timed.ms) / timed.ms
     return Check(timed.name, timed.gpu.title, timed.ms, predicted, error, timed.receipt, timed.published)
@@ -75,13 +75,13 @@ def arithmetic_of(precision: str) -> Arithmetic:
     """That of a shipped precision at the published sizes, of InternVL and of both forms of InternVL-Chat."""
     recipe = load_recipe(precision)
     whole: tuple[ModelConfig, ...] = (InternVLConfig(), ChatConfig(), ChatConfig(InternVLConfig()))
-    found = [Arithmetic.of(recipe, plan_of(recipe, config)) for config in whole]
-    return Arithmetic(recipe.base, {layer: types for one in found for layer, types in one.low.items()})
+    arithmetics = [Arithmetic.of(recipe, plan_of(recipe, config)) for config in whole]
+    return Arithmetic(recipe.base, {layer: types for one in arithmetics for layer, types in one.low.items()})
 
 
 def paper() -> list[Timed]:
     """The paper's Table 19 as measurements of bf16 at batch 128 on one A100."""
-    found: dict[str, Timed] = {}
+    times: dict[str, Timed] = {}
     arithmetic = arithmetic_of("bf16")
     for row in PAPER:
         config = InternVLConfig(vision=VisionConfig(image_size=row.image_size))
@@ -92,8 +92,8 @@ def paper() -> list[Timed]:
             size = "" if component_of(component, config).unit == "texts" else f" at {row.image_size}"
             name = f"Table 19: {component}{size}"
             cost = component_cost(component, config, sizes_at(component, BATCH), arithmetic)
-            found[name] = Timed(name, GPUS[_PAPER_GPU], cost, arithmetic, ms * BATCH, False)
-    return list(found.values())
+            times[name] = Timed(name, GPUS[_PAPER_GPU], cost, arithmetic, ms * BATCH, False)
+    return list(times.values())
 
 
 def read_receipts(folder: Path) -> list[Timed]:
@@ -104,7 +104,7 @@ def read_receipts(folder: Path) -> list[Timed]:
     Raises:
         InputError: a receipt is damaged.
     """
-    found = []
+    times = []
     for path in sorted(folder.glob("*.json")):
         if json.loads(path.read_text(encoding="utf-8")).get("schema") != SCHEMA:
             continue
@@ -117,10 +117,10 @@ def read_receipts(folder: Path) -> list[Timed]:
             if peaks is not None and cost is not None and cost.layers:
                 name = f"{path.stem}: {case.name} at batch {case.batch}"
                 new, past = case.sizes.get("text"), case.sizes.get("past")
-                name += "" if new is None else f", {new} tokens" if past is None else f", {new} behind {past}"
+                name += "" if new is None else f", {new} tokens" if past is None else f", {new} after {past}"
                 ms = case.measurement.summary.p50_ms
-                found.append(Timed(name, peaks, cost, arithmetic, ms, True, published is not None))
-    return found
+                times.append(Timed(name, peaks, cost, arithmetic, ms, True, published is not None))
+    return times
 
 
 def sizes_at(component: str, batch: int) -> dict[str, int]:
@@ -140,8 +140,8 @@ def _measured(profile: Profile) -> GpuPeaks | None:
         return None
 
     def tflops(kind: str) -> float | None:
-        found = ceilings.gflops(profile.settings.backend, kind)
-        return None if found is None else found / 1e3
+        gflops = ceilings.gflops(profile.settings.backend, kind)
+        return None if gflops is None else gflops / 1e3
 
     bandwidth = ceilings.gbps(sum(cost.weight_bytes for cost in profile.costs[:1]))
     if bandwidth is None or tflops("bf16") is None:

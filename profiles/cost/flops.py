@@ -52,10 +52,10 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class ComponentCost:
-    """What one call of a component costs at ``sizes``.
+    """FLOPs and bytes of one call of a component at ``sizes``.
 
     ``weight_bytes`` is everything it reads of its weights (looked-up embeddings: the rows looked up only),
-    ``input_bytes`` and ``output_bytes`` what crosses its boundary. No kernel can move less than their sum.
+    ``input_bytes`` and ``output_bytes`` its inputs and outputs. No kernel can move less than their sum.
     """
 
     component: str
@@ -93,7 +93,7 @@ class ComponentCost:
 
 
 def layer_type(name: str) -> str:
-    """A node's name without its layer number: what it shares with the same node of the other layers."""
+    """A node's name without its layer number: common to the same node of all layers."""
     return _PIECE.sub("/Attention", _REPEAT.sub(r"\1", _INDEX.sub("*", name)))
 
 
@@ -104,7 +104,7 @@ def graph_cost(path: Path, spec: ComponentSpec, sizes: Mapping[str, int], dtype:
 
     Raises:
         CapabilityError: the onnx package is not installed.
-        IntegrityError: ``path`` is no ONNX graph.
+        IntegrityError: ``path`` is not a valid ONNX model.
         BuildError: a size is missing, or the shapes of a counted operator do not follow from ``sizes``.
     """
     values = _Values(_resolved(path, spec, sizes), path)
@@ -150,9 +150,11 @@ def _resolved(path: Path, spec: ComponentSpec, sizes: Mapping[str, int]) -> Any:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's and the file system's
-        raise IntegrityError(f"{path} is no ONNX graph.", str(error), "Rebuild the bundle.") from error
+        raise IntegrityError(
+            f"{path} is not a valid ONNX model.", str(error), "Rebuild the bundle."
+        ) from error
     graph = model.graph
-    # What the exporter noted for inner values helps where inference gives up (the length of a Range).
+    # The exporter's shapes of inner values help where inference gives up (the length of a Range).
     for value in graph.value_info:
         for dim in value.type.tensor_type.shape.dim:
             noted = terms(dim.dim_param) or (dim.dim_param,)
@@ -162,14 +164,14 @@ def _resolved(path: Path, spec: ComponentSpec, sizes: Mapping[str, int]) -> Any:
                 dim.ClearField("dim_param")
     shapes = {t.name: t.shape for t in spec.inputs}
     for value in graph.input:
-        wanted = shapes.get(value.name, ())
+        spec_shape = shapes.get(value.name, ())
         dims = value.type.tensor_type.shape.dim
-        if len(dims) != len(wanted):
+        if len(dims) != len(spec_shape):
             raise IntegrityError(
                 f"{path} is not the graph of component {spec.name}.",
-                f"Input {value.name} has {len(dims)} dimensions, its contract {len(wanted)}.",
+                f"Input {value.name} has {len(dims)} dimensions, its contract {len(spec_shape)}.",
             )
-        for dim, size in zip(dims, wanted, strict=True):
+        for dim, size in zip(dims, spec_shape, strict=True):
             if isinstance(size, str) and size not in sizes:
                 raise BuildError(f"The cost of {spec.name} needs a size for axis {size}.")
             dim.dim_value = sizes[size] if isinstance(size, str) else size
@@ -197,14 +199,14 @@ class _Values:
 
     def typed(self, name: str) -> Typed:
         """Type and shape of a value; BuildError if inference did not find them."""
-        found = self._weights.get(name) or self._typed.get(name)
-        if found is None:
+        typed = self._weights.get(name) or self._typed.get(name)
+        if typed is None:
             raise BuildError(
                 f"The size of {name} in {self._path.name} is unknown.",
                 "It does not follow from the sizes of the inputs.",
                 "Export the graph again with this release of ivl-export.",
             )
-        return found
+        return typed
 
     def shape(self, name: str) -> Shape:
         """Shape of a value."""
@@ -245,7 +247,7 @@ class _Values:
         return all(a.i == 0 for a in node.attribute if a.name == "axis")
 
     def _sources(self, name: str) -> set[str] | None:
-        """The initializers a value is made of if it is made of nothing else."""
+        """The initializers of a value that is computed from initializers only."""
         if name in self._weights:
             return {name}
         node = self._producer.get(name)

@@ -39,6 +39,10 @@ class GpuPeaks:
         """The published peak for ``kind`` (``fp16``, ``bf16``, ``fp8``, ``int8``)."""
         return {"fp16": self.fp16, "bf16": self.bf16, "fp8": self.fp8, "int8": self.int8}.get(kind)
 
+    def fits(self, nbytes: int) -> bool:
+        """Whether the memory holds ``nbytes``."""
+        return nbytes <= self.memory_gb * 1e9
+
 
 _DAM = "https://www.nvidia.com/content/dam/en-zz/Solutions"
 _A100 = f"{_DAM}/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf"
@@ -106,9 +110,9 @@ def find_gpu(name: str) -> GpuPeaks:
     Raises:
         UsageError: none of :data:`GPUS`; they are listed.
     """
-    wanted = _plain(name)
+    plain_name = _plain(name)
     for gpu in GPUS.values():
-        if wanted in (_plain(gpu.name), _plain(gpu.title)):
+        if plain_name in (_plain(gpu.name), _plain(gpu.title)):
             return gpu
     raise UsageError(
         f"The peaks of GPU {name!r} are not known.", f"Known: {', '.join(GPUS)}.", "Name one of these."

@@ -34,7 +34,7 @@ def layer_times(
     """
     layers = list(linear_shapes(config))
     shares = efficiencies(paper()).values
-    found: dict[str, dict[str, float]] = {}
+    times_of: dict[str, dict[str, float]] = {}
     for scheme in (base, *schemes):
         arithmetic = Arithmetic(base, _low(layers, scheme, base))
         for component, sizes, times_run in _calls(config, components):
@@ -44,9 +44,9 @@ def layer_times(
             each = {time.layer: time.expected_ms / counts[time.layer] for time in times}
             for layer in layers:
                 if layer_type(layer) in each:
-                    own = found.setdefault(layer, {})
+                    own = times_of.setdefault(layer, {})
                     own[scheme] = own.get(scheme, 0.0) + times_run * each[layer_type(layer)]
-    return found
+    return times_of
 
 
 def _calls(config: ModelConfig, components: Sequence[str]) -> Iterator[tuple[str, dict[str, int], int]]:

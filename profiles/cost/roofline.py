@@ -1,7 +1,7 @@
 """The roofline: the least time that a GPU's arithmetic and memory allow, and the time to expect.
 
 The floor is strict: all FLOPs at the published peak of their type, or all bytes that no kernel can avoid at
-the published bandwidth, whichever takes longer. What to expect adds up layer by layer, at the efficiencies
+the published bandwidth, whichever takes longer. The expected time adds up layer by layer, at the efficiencies
 given, and also moves each layer's activations through memory.
 """
 
@@ -29,7 +29,7 @@ LOW = ("fp8", "int8", "int4")
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What each layer multiplies: ``base``, or its (weight, activation) types by layer type."""
+    """Factor types of each layer: ``base``, or its (weight, activation) types by layer type."""
 
     base: str
     low: Mapping[str, tuple[str, str]]
@@ -37,8 +37,8 @@ class Arithmetic:
     @classmethod
     def of(cls, recipe: Recipe, layers: LayerPlan) -> Arithmetic:
         """The arithmetic of a recipe on the layers of its plan."""
-        found = {layer_type(name): SCHEMES[scheme] for name, scheme in layers.quantised.items()}
-        low = {k: (s.weight, s.activation or recipe.base) for k, s in found.items()}
+        schemes = {layer_type(name): SCHEMES[scheme] for name, scheme in layers.quantised.items()}
+        low = {k: (s.weight, s.activation or recipe.base) for k, s in schemes.items()}
         # One arithmetic serves all components: an attention counts as FP8 where it is so in each of them.
         wide = tuple(e.layer.rpartition(" ")[2] for e in layers.exclusions if e.scheme == FP8_ATTENTION)
         for name in (name for names in layers.attention.values() for name in names):
@@ -93,7 +93,7 @@ class LayerTime:
 class ComponentTime:
     """Milliseconds of one call of a component at ``sizes``.
 
-    ``floor_ms`` is strict (see the module), so it may lie below the sum of its layers' floors.
+    ``floor_ms`` is strict (see the module), so it may be below the sum of its layers' floors.
     """
 
     component: str
@@ -106,7 +106,7 @@ class ComponentTime:
 
 
 def peak(gpu: GpuPeaks, kind: str) -> tuple[float, str]:
-    """TFLOP/s of ``gpu`` in ``kind``, and what was assumed for it (empty: it is published).
+    """TFLOP/s of ``gpu`` in ``kind``, and its assumption (empty: it is published).
 
     Raises:
         CapabilityError: no figure for ``kind``, nor one that it follows from.
@@ -125,7 +125,7 @@ def peak(gpu: GpuPeaks, kind: str) -> tuple[float, str]:
         return gpu.int8 / 2, f"{gpu.title}: no published fp16 peak; half of int8's is taken."
     has = [k for k in ("fp16", "bf16", "fp8", "int8") if gpu.tflops(k) is not None]
     raise CapabilityError(
-        f"There is no {kind} peak for {gpu.title} ({gpu.sm}).",
+        f"No {kind} peak is known for {gpu.title} ({gpu.sm}).",
         f"Its GPU lacks the type, or no vendor document was found. Known: {', '.join(has)}.",
         "Give another --precision or --gpu.",
     )
@@ -134,7 +134,7 @@ def peak(gpu: GpuPeaks, kind: str) -> tuple[float, str]:
 def component_cost(
     name: str, config: ModelConfig, sizes: Mapping[str, int], arithmetic: Arithmetic
 ) -> ComponentCost:
-    """What one call of a component costs, from the configuration alone.
+    """FLOPs and bytes of one call of a component, from the configuration alone.
 
     Layers, MACs and boundary are those that :func:`.flops.graph_cost` finds in the graph. Norms, biases and
     other small weights are in the component's bytes only.
@@ -196,7 +196,7 @@ def component_time(
         2e3 * layer.macs / (1e12 * peak(gpu, arithmetic.product(layer.layer))[0]) for layer in cost.layers
     )
     memory = _ms(cost.bytes, gpu)
-    # What lies in no counted layer (norms, biases, looked-up rows) is read as well.
+    # Tensors outside the counted layers (norms, biases, embedding rows) are read as well.
     rest = max(0, cost.weight_bytes - sum(layer.weight_bytes for layer in cost.layers))
     expected = sum(t.expected_ms for t in layers) + _ms(rest, gpu) / efficiency.memory
     slow = sum(t.expected_ms for t in layers if t.bound == "memory")

@@ -21,19 +21,19 @@ _JOINED = re.compile(r"self_attn\.[qkv]_proj|cross_attn\.[kv]_proj|mlp\.(gate|up
 class Weights:
     """Bytes of tensors by published key: kept in the base type, and quantised with their scales."""
 
-    kept: dict[str, int]
+    high: dict[str, int]
     low: dict[str, int]
 
     @property
     def nbytes(self) -> int:
         """All of them."""
-        return sum(self.kept.values()) + sum(self.low.values())
+        return sum(self.high.values()) + sum(self.low.values())
 
     @property
     def build_load(self) -> Load:
-        """What a TensorRT-RTX build of a component with these weights holds."""
-        held = {**self.kept, **self.low}
-        return Load.of({key: size * (2 if _JOINED.search(key) else 1) for key, size in held.items()})
+        """Memory of a TensorRT-RTX build of a component with these weights."""
+        sizes = {**self.high, **self.low}
+        return Load.of({key: size * (2 if _JOINED.search(key) else 1) for key, size in sizes.items()})
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -47,7 +47,7 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def plan_of(recipe: Recipe, config: ModelConfig) -> LayerPlan:
-    """What ``recipe`` means for a model of ``config``; as :func:`...quantization.recipe.plan_layers`."""
+    """As :func:`...quantization.recipe.plan_layers`, for a model of ``config``."""
     named = for_blocks(recipe, block_places(config))
     return plan_layers(named, linear_shapes(config), attentions(config, component_names(config)))
 
@@ -60,7 +60,7 @@ def component_shapes(component: str, config: ModelConfig) -> dict[str, Shape]:
 def weights(
     config: ModelConfig, recipe: Recipe, layers: LayerPlan, components: Iterable[str] | None = None
 ) -> Weights:
-    """What ``components`` (None: all that are not optional) store together, tensors that they share once."""
+    """Weights of ``components`` (None: all that are not optional), shared tensors counted once."""
     components = component_names(config) if components is None else components
     shapes = {k: s for component in components for k, s in component_shapes(component, config).items()}
     low = {
@@ -68,5 +68,5 @@ def weights(
         for name, scheme in layers.quantised.items()
         if (shape := shapes.get(key := f"{name}.weight"))
     }
-    kept = {key: 2 * math.prod(shape) for key, shape in shapes.items() if key not in low}
-    return Weights(kept, low)
+    high = {key: 2 * math.prod(shape) for key, shape in shapes.items() if key not in low}
+    return Weights(high, low)

@@ -1,7 +1,7 @@
-"""The paper's cost tables, and this machine's measurements beside them where they measure the same thing.
+"""The paper's cost tables, and this machine's measurements of the same things.
 
-The paper's A100 and this machine are not set against each other: the only ratio is to the PyTorch bf16
-baseline that ran on this machine in the same run. What was not measured is empty.
+The paper's A100 and this machine are not compared: the only ratio is to the PyTorch bf16
+baseline that ran on this machine in the same run. Cells that were not measured are empty.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ PAPER_MODEL = "InternVL-14B"
 
 @dataclass(frozen=True)
 class Column:
-    """What one measured column holds: who computed it, in which precision, where, and at which batch size."""
+    """A measured column: backend, precision, machine and batch size."""
 
     backend: str
     precision: str
@@ -74,7 +74,7 @@ class Column:
 class Line:
     """A line of Table 19: the paper's row if it has one, a measured row for every column, and the ratios.
 
-    A ratio is the baseline's total divided by this column's: how many times as fast. It stands only beside a
+    A ratio is the baseline's total divided by this column's: how many times as fast. It is given only with a
     baseline of the same machine and batch; None elsewhere.
     """
 
@@ -138,8 +138,8 @@ def table19(model: Model, config: InternVLConfig, cases: Iterable[Case], machine
     """The tables for the bundle of ``model``.
 
     Cells come from components timed alone, texts at 80 tokens. A column has the largest batch (128 at most)
-    that its parts were all measured at; a row's total is the sum of its parts. Another model than the paper's
-    gets lines of its own, the paper's stay empty.
+    that its parts were all measured at; a row's total is the sum of its parts. Other models than the paper's
+    get separate lines, and the paper's stay empty.
     """
     size = config.vision.image_size
     why_not = different_model(model, config)
@@ -169,9 +169,9 @@ def table19(model: Model, config: InternVLConfig, cases: Iterable[Case], machine
             if method == METHODS[0] or image is not None:
                 total = vision + (image or 0.0) + text
                 row = Row(method, size, vision, image, text, total, 1e3 / total)
-                found = cells.setdefault((name, method, size), {})
-                own = found.get(Column(BACKEND, PRECISION, machine, batch), (None, None))[0]
-                found[column] = row, _ratio(own if column.backend != BACKEND else row, row)
+                row_cells = cells.setdefault((name, method, size), {})
+                own = row_cells.get(Column(BACKEND, PRECISION, machine, batch), (None, None))[0]
+                row_cells[column] = row, _ratio(own if column.backend != BACKEND else row, row)
     if cells:
         notes.append("The measured parts include the pooling heads and the text projection.")
     return _assembled(cells, rates, notes)
@@ -186,10 +186,10 @@ def merged(tables: Sequence[Table19]) -> Table19:
     rates: Rates = {}
     for table in tables:
         for line in table.lines:
-            found = cells.setdefault((line.model, line.method, line.image_size), {})
+            row_cells = cells.setdefault((line.model, line.method, line.image_size), {})
             for column, row, ratio in zip(table.columns, line.measured, line.ratios, strict=True):
                 if row is not None:
-                    found.setdefault(column, (row, ratio))
+                    row_cells.setdefault(column, (row, ratio))
         for rate in table.rates:
             for column, value in zip(table.rate_columns, rate.measured, strict=True):
                 if value is not None:
@@ -198,15 +198,15 @@ def merged(tables: Sequence[Table19]) -> Table19:
 
 
 def _assembled(cells: Cells, rates: Rates, notes: Iterable[str]) -> Table19:
-    columns = tuple(dict.fromkeys(column for found in cells.values() for column in found))
+    columns = tuple(dict.fromkeys(column for row_cells in cells.values() for column in row_cells))
     papers = {(PAPER_MODEL, row.method, row.image_size): row for row in PAPER}
     lines = []
     for key in dict.fromkeys((*papers, *cells)):
-        found = cells.get(key, {})
-        rows = tuple(found.get(column, (None, None))[0] for column in columns)
-        ratios = tuple(found.get(column, (None, None))[1] for column in columns)
+        row_cells = cells.get(key, {})
+        rows = tuple(row_cells.get(column, (None, None))[0] for column in columns)
+        ratios = tuple(row_cells.get(column, (None, None))[1] for column in columns)
         lines.append(Line(*key, papers.get(key), rows, ratios))
-    rate_columns = tuple(dict.fromkeys(column for found in rates.values() for column in found))
+    rate_columns = tuple(dict.fromkeys(column for row_cells in rates.values() for column in row_cells))
     papers_11 = {(PAPER_MODEL, 224, batch): value for batch, value in PAPER_RATES.items()}
     rate_lines = [
         Rate(*key, papers_11.get(key), tuple(rates.get(key, {}).get(column) for column in rate_columns))
@@ -230,7 +230,7 @@ def _ratio(baseline: Row | None, row: Row) -> float | None:
 
 
 def different_model(model: Model, config: InternVLConfig) -> str | None:
-    """Why the paper's table is not about this model; None if it is (whatever its image size)."""
+    """Why the paper's table is not about this model; None if it is (at any image size)."""
     full = InternVLConfig(vision=VisionConfig(image_size=config.vision.image_size))
     if _sizes(config) == _sizes(full) and model.parameters in (_count(full, False), _count(full, True)):
         return None
@@ -246,7 +246,7 @@ def _count(config: InternVLConfig, contrastive_only: bool) -> int:
 
 
 def _sizes(config: InternVLConfig) -> tuple[object, ...]:
-    """What decides the amount of work."""
+    """Sizes that decide the amount of work."""
     v, q = config.vision, config.qllama
     vision = (v.hidden_size, v.num_hidden_layers, v.num_attention_heads, v.intermediate_size, v.patch_size)
     text = (q.hidden_size, q.num_hidden_layers, q.num_attention_heads, q.intermediate_size, q.vocab_size)
@@ -255,14 +255,14 @@ def _sizes(config: InternVLConfig) -> tuple[object, ...]:
 
 
 def _times(cases: Iterable[Case]) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
-    """(backend, precision) to component to batch to median ms for one row, of what the tables are about.
+    """(backend, precision) to component to batch to median ms for one row, of the tables' components.
 
     The baseline comes first; of one component the case that is planned first, on a GPU that without copies.
     """
-    found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    times_by: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for case in sorted(cases, key=lambda case: case.kind != "baseline"):
         if case.kind in ("component", "baseline") and case.sizes.get("text", TEXT_TOKENS) == TEXT_TOKENS:
-            times = found.setdefault((case.backend, case.precision), {})
+            times = times_by.setdefault((case.backend, case.precision), {})
             each = times.setdefault(case.name, {})
             each.setdefault(case.batch, case.measurement.summary.p50_ms / case.batch)
-    return found
+    return times_by

@@ -1,1 +1,1 @@
-"""Latency measured on this machine, and what it is compared with."""
+"""Latency measured on this machine, and its baselines."""

@@ -1,6 +1,6 @@
 """The PyTorch bf16 baseline: the torch modules with the checkpoint's own weights, in the same run.
 
-What the paper timed (eager, bf16, fused attention), on this machine. The one module of the profiles that
+The paper's measurement (eager, bf16, fused attention) on this machine. The one module of the profiles that
 imports torch and opens a checkpoint, both only when it is used.
 """
 
@@ -35,17 +35,17 @@ GRAPH_BACKEND = f"{BACKEND}{GRAPHS}"
 def run_baseline(
     checkpoint: Checkpoint,
     config: InternVLConfig,
-    wanted: Sequence[tuple[ComponentSpec, dict[str, int]]],
+    calls: Sequence[tuple[ComponentSpec, dict[str, int]]],
     rule: StopRule,
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> tuple[Case, ...]:
-    """Time the torch modules of components at the sizes ``wanted``, on the GPU if torch has one.
+    """Time the torch modules of components of ``calls``, on the GPU if torch has one.
 
     Args:
         checkpoint: the weights, those of the bundle that is profiled.
         config: the model's sizes.
-        wanted: component contracts and sizes.
+        calls: component contracts and sizes.
         rule: when each measurement ends.
         threads: CPU threads of torch; None: torch's choice.
         progress: receives the measurements as one step.
@@ -56,25 +56,25 @@ def run_baseline(
     with (
         torch_threads(threads),
         torch.inference_mode(),
-        reported(progress, "measure torch bf16", len(wanted)) as advanced,
+        reported(progress, "measure torch bf16", len(calls)) as advanced,
     ):
-        for done, (spec, sizes) in enumerate(wanted):
-            advanced(done, detail=f"{spec.name}, batch {sizes['batch']}")
+        for number, (spec, sizes) in enumerate(calls):
+            advanced(number, detail=f"{spec.name}, batch {sizes['batch']}")
             call = _module_call(checkpoint, config, spec, sizes)
             cases += [task.time(rule) for task in _tasks(component_of(spec.name, config), sizes, call)]
     return tuple(cases)
 
 
-def find_checkpoint(model: Model, given: Path | None) -> tuple[Checkpoint | None, str]:
+def find_checkpoint(model: Model, user_path: Path | None) -> tuple[Checkpoint | None, str]:
     """The checkpoint that a bundle was built from, or None and why there is no baseline.
 
     Args:
-        model: what the bundle says of it.
-        given: where the user says it is; None: where the bundle was built from, or the shipped nano.
+        model: its entry in the manifest.
+        user_path: the user's path; None: where the bundle was built from, or the shipped nano.
 
     Raises:
-        UsageError: ``given`` holds other weights.
-        CheckpointError: ``given`` cannot be read.
+        UsageError: ``user_path`` holds other weights.
+        CheckpointError: ``user_path`` cannot be read.
     """
     try:
         import torch  # noqa: F401
@@ -84,20 +84,20 @@ def find_checkpoint(model: Model, given: Path | None) -> tuple[Checkpoint | None
 
     source = model.source
     name = source.removesuffix(SHIPPED)
-    found = shipped_folder(name) if source.endswith(SHIPPED) and name in FOLDERS else Path(source)
-    path = checkpoint_path(given) if given is not None else found
+    recorded = shipped_folder(name) if source.endswith(SHIPPED) and name in FOLDERS else Path(source)
+    path = checkpoint_path(user_path) if user_path is not None else recorded
     try:
         checkpoint = open_checkpoint(path)
         same = checkpoint.revision == model.revision.get("checkpoint")
     except IvlError:
-        if given is not None:
+        if user_path is not None:
             raise
         return None, f"No PyTorch baseline: {model.name} is not where it was; give -O checkpoint."
     if same:
         return checkpoint, ""
-    if given is not None:
+    if user_path is not None:
         raise UsageError(
-            f"-O checkpoint={given} is not what the bundle was built from.",
+            f"-O checkpoint={user_path} is not the one that the bundle was built from.",
             "Its weights or its config differ.",
             f"Give the checkpoint of {model.name} that the bundle was built from.",
         )

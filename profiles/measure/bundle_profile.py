@@ -40,18 +40,19 @@ BASELINE_PARTS = ("vision", "qllama_query", "qllama_text")
 
 @dataclass(frozen=True)
 class Options:
-    """What to profile, and how.
+    """Settings of a profile.
 
     Args:
-        backend, target, threads: see :meth:`ivl_export.runtime.InternVL.load`.
+        backend, target, threads: see :func:`ivl_export.load`.
         device: where the backend computes (``cuda:0``); None: its own choice.
-        batches: batch sizes; None: 1 and 8, with the paper's tables 1 and 128, as far as the engines go.
-        lengths: lengths of texts to time beside the one the engines are tuned for.
+        batches: batch sizes; None: 1 and 8, with the paper's tables 1 and 128, as far as the engines take
+            them.
+        lengths: lengths of texts to time besides the one the engines are tuned for.
         rule: when each measurement ends.
         table19: include the paper's cost tables for any model; the full model always has them.
         baseline: with the tables, time the PyTorch modules in bf16 too, if torch is installed.
-        checkpoint: where the bundle's weights are for that; None: where it was built from.
-        ceilings: measure what the machine reaches at best, so that times have their floors.
+        checkpoint: the bundle's checkpoint, for the baseline; None: the one it was built from.
+        ceilings: measure the machine's best rates, so that times have floors.
     """
 
     backend: str = "onnxruntime"
@@ -68,9 +69,9 @@ class Options:
 
     @property
     def engine(self) -> dict[str, Any]:
-        """What the backend is given."""
-        given = {"threads": self.threads, "device": self.device}
-        return {key: value for key, value in given.items() if value is not None}
+        """Arguments of the backend."""
+        arguments = {"threads": self.threads, "device": self.device}
+        return {key: value for key, value in arguments.items() if value is not None}
 
 
 def profile(path: Path | str, options: Options | None = None, progress: Progress = SILENT) -> Profile:
@@ -111,7 +112,7 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
             cases = list(run(model, tasks, options.rule, progress))
         memory = peak_memory()  # of the engines: the baseline and the ceilings take more
         if checkpoint is not None and paper is not None:
-            wanted = [
+            baseline_calls = [
                 (bundle.spec(name), sizes)
                 for name in BASELINE_PARTS
                 if name in bundle.manifest.components and name in checkpoint.components
@@ -119,7 +120,9 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
                 for sizes in sizes_of(bundle.spec(name), batch, lengths, paper)
                 if sizes.get("text", TEXT_TOKENS) == TEXT_TOKENS
             ]
-            cases += baseline.run_baseline(checkpoint, paper, wanted, options.rule, options.threads, progress)
+            cases += baseline.run_baseline(
+                checkpoint, paper, baseline_calls, options.rule, options.threads, progress
+            )
         ceilings = _ceilings(options, device, progress)
     costs, uncounted = _costs(bundle, options.backend, cases)
     gpu = next(iter(here.gpus), None)
@@ -149,7 +152,7 @@ def profile(path: Path | str, options: Options | None = None, progress: Progress
 
 
 def _of_paper(about: Model, config: ModelConfig, options: Options) -> InternVLConfig | None:
-    """The model's sizes where the paper's tables are wanted of it; UsageError where there are none."""
+    """The model's sizes if the paper's tables are to be filled; UsageError if it has none."""
     family = family_of(config)
     if family.form == CONTRASTIVE:
         sizes = cast(InternVLConfig, config)
@@ -172,22 +175,22 @@ def _plan(
 
 
 def _first_request(model: Loaded, started: float) -> tuple[float, str]:
-    """Milliseconds since ``started`` once the first request is answered, and what that was."""
+    """Milliseconds since ``started`` once the first request is answered, and its description."""
     opened = "opening that engine, one call"
     if isinstance(model, InternVLChat):
         model.chat([jpeg()]).ask(TEXT, max_new_tokens=1)
-        asked, opened = "the first token about one JPEG", "opening all engines, one call of each"
+        request, opened = "the first token about one JPEG", "opening all engines, one call of each"
     elif isinstance(model, InternVL) and model.components.gives("image_embed"):
         model.encode_image([jpeg()])
-        asked = "one JPEG's InternVL-C embedding"
+        request = "one JPEG's InternVL-C embedding"
     elif isinstance(model, InternVL) and model.components.gives("text_embed"):
         model.encode_text([TEXT])
-        asked = "one text's embedding"
+        request = "one text's embedding"
     else:
         name = next(iter(model.bundle.manifest.components))
         model.components.open(name)
-        asked = f"the engine of {name}"
-    boundary = f"from the opened manifest to {asked}: {opened}; imports done before"
+        request = f"the engine of {name}"
+    boundary = f"from the opened manifest to {request}: {opened}; imports done before"
     return (time.perf_counter() - started) * 1e3, boundary
 
 
@@ -196,7 +199,7 @@ def _startup(model: Loaded, config: ModelConfig, first_ms: float, boundary: str)
     calls: dict[str, float] = {}
     for name in latency.specs_of(model, config):
         before = model.timings.get(name)
-        if before is not None:  # what the first request called
+        if before is not None:  # the first request called it
             calls[name] = before.seconds * 1e3
             continue
         spec = model.components.spec(name)
@@ -213,7 +216,7 @@ def _startup(model: Loaded, config: ModelConfig, first_ms: float, boundary: str)
 
 
 def _batches(bundle: Bundle, options: Options, tables: bool) -> Sequence[int] | None:
-    """The sizes asked for, or those of the paper's tables as far as every engine takes them."""
+    """The requested sizes, or those of the paper's tables as far as every engine takes them."""
     if options.batches is not None or not tables:
         return options.batches
     axes = [bundle.spec(name).axis("batch") for name in bundle.manifest.components]
@@ -242,13 +245,13 @@ def _subject(bundle: Bundle, config: ModelConfig) -> Subject:
 
 
 def _device_peak(clocks: Clocks | None) -> int | None:
-    """Most memory that a GPU held beyond what it held at first; None without one that says."""
-    found = [
+    """Largest growth of a GPU's memory since the start; None without a reading."""
+    growths = [
         gpu.peak_used_bytes - gpu.used_before_bytes
         for gpu in (clocks.gpus if clocks else ())
         if gpu.peak_used_bytes is not None and gpu.used_before_bytes is not None
     ]
-    return max(found, default=None)
+    return max(growths, default=None)
 
 
 def _with_floors(
@@ -257,7 +260,7 @@ def _with_floors(
     config: InternVLConfig | None,
     ceilings: Ceilings | None,
 ) -> Iterable[Case]:
-    """``cases`` with the floors of what they called; the baseline's work follows from the configuration."""
+    """``cases`` with the floors of their calls; the baseline's work follows from the configuration."""
     wide = Arithmetic(baseline.PRECISION, {})
     for case in cases:
         if ceilings is None:
@@ -272,9 +275,9 @@ def _with_floors(
 def _costs(
     bundle: Bundle, backend: str, cases: Sequence[Case]
 ) -> tuple[tuple[ComponentCost, ...], tuple[str, ...]]:
-    """FLOPs and bytes of everything that engines were called with; where they cannot be counted, why."""
+    """FLOPs and bytes of all engine calls, and reasons where they cannot be counted."""
     # ONNX Runtime computes in fp32 on the CPU; a compiled engine in the bundle's own type.
-    wanted = "fp32" if backend == "onnxruntime" else bundle.manifest.compute_dtype
+    compute_type = "fp32" if backend == "onnxruntime" else bundle.manifest.compute_dtype
     calls = {
         (call.component, *sorted(call.sizes.items())): call
         for case in cases
@@ -284,7 +287,7 @@ def _costs(
     costs, notes = [], []
     for call in calls.values():
         graphs = bundle.manifest.components[call.component].graphs
-        dtype = wanted if wanted in graphs else next(iter(graphs), wanted)
+        dtype = compute_type if compute_type in graphs else next(iter(graphs), compute_type)
         try:
             spec, graph = bundle.spec(call.component), bundle.graph(call.component, dtype)
             costs.append(graph_cost(graph, spec, call.sizes, dtype))

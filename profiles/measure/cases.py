@@ -14,7 +14,7 @@ Kind = Literal["component", "chained", "host", "baseline"]
 
 Clock = Literal["host clock", "CUDA events"]
 GRAPHS = ", CUDA graph"
-"""Behind a backend's name where its calls are replayed."""
+"""Suffix of a backend's name if its calls are replayed."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class Case:
         name: a component, or a chained call (``encode_image InternVL-C``).
         kind: see :data:`Kind`.
         batch: images or texts of one call.
-        sizes: the dynamic axes; for chained calls what took their place (``tokens`` of a text).
+        sizes: the dynamic axes; for chained calls their counterparts (``tokens`` of a text).
         items: how many ``unit`` one call handles.
-        unit: what throughput counts.
-        boundary: what lies inside the timed call.
+        unit: the unit of throughput.
+        boundary: extent of the timed call.
         measurement: samples and statistics.
         stages_ms: chained calls: mean milliseconds a call by stage, over all samples. Components by name;
-            what is missing to the mean is the chain itself.
-        backend, precision: what computed it (``onnxruntime``, ``fp8``; ``torch``, ``bf16``).
-        clock: what timed it.
+            the rest of the mean is the chain itself.
+        backend, precision: backend and type (``onnxruntime``, ``fp8``; ``torch``, ``bf16``).
+        clock: host clock or CUDA events.
         calls: engine calls in it; empty where none was recorded.
         floor: see :class:`Floor`; None where the work was not counted or no ceiling was measured.
     """
@@ -78,7 +78,7 @@ class Case:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What tells it from the other cases of a profile."""
+        """Its key among the cases of a profile."""
         sizes = tuple(sorted(self.sizes.items()))
         return self.kind, self.name, self.batch, sizes, self.backend, self.precision, self.clock
 
@@ -94,7 +94,7 @@ class Case:
 
     @property
     def mean_ms(self) -> float:
-        """Mean over all samples, what :attr:`stages_ms` add up to together with the chain's own time."""
+        """Mean over all samples: the sum of :attr:`stages_ms` and the chain's own time."""
         return sum(self.measurement.samples_ns) / len(self.measurement.samples_ns) / 1e6
 
     @property
@@ -132,7 +132,7 @@ class Case:
 class Task:
     """A case to be timed; ``prepare`` makes its inputs and returns the call.
 
-    ``timer`` makes of the call one that says its own nanoseconds; None: the host's clock around it.
+    ``timer`` turns the call into one that returns its nanoseconds; None: the host's clock is used.
     """
 
     name: str
@@ -157,7 +157,7 @@ class Task:
         boundary: str,
         prepare: Callable[[], Callable[[], object]],
     ) -> Task:
-        """One call of component ``name`` at ``sizes``; ``unit`` is what its rows are, or ``tokens``."""
+        """One call of component ``name`` at ``sizes``; ``unit`` is that of its rows, or ``tokens``."""
         items = sizes["batch"] * (sizes["text"] if unit == "tokens" else 1)
         return cls(name, kind, sizes["batch"], sizes, items, unit, boundary, prepare)
 
@@ -180,11 +180,11 @@ class Task:
         before: dict[str, float] = {}
         remember = None if stages is None else lambda: before.update(stages())
         sample = None if self.timer is None else self.timer(call)
-        found = measure(call, rule, after_warmup=remember, sample=sample)
+        measurement = measure(call, rule, after_warmup=remember, sample=sample)
         spent = {} if stages is None else {k: s - before.get(k, 0.0) for k, s in stages().items()}
-        scale = 1e3 / len(found.samples_ns)
+        scale = 1e3 / len(measurement.samples_ns)
         return Case(
-            self.name, self.kind, self.batch, self.sizes, self.items, self.unit, self.boundary, found,
+            self.name, self.kind, self.batch, self.sizes, self.items, self.unit, self.boundary, measurement,
             {stage: seconds * scale for stage, seconds in spent.items() if seconds > 0},
             self.backend, self.precision, "host clock" if self.timer is None else "CUDA events", calls,
         )  # fmt: skip

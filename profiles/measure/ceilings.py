@@ -2,7 +2,7 @@
 
 The roof over every measured time. On the CPU the products are ONNX Runtime's own kernels (and torch's, for
 the PyTorch baseline), copies numpy's, both on as many threads as the engines had. On a GPU everything is
-torch's. The best of the repetitions counts: a ceiling is what is possible, not what is usual.
+torch's. The best of the repetitions counts: a ceiling is the possible rate, not the usual one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _RULE = StopRule(seconds=0.5, min_samples=10, warmup_calls=2)
 CPU = "CPU"
 _ON_CPU = {"onnxruntime": {"bf16": "fp32", "fp16": "fp32", "fp8": "fp32", "int4": "fp32"}}
 _TORCH_ON_CPU = {"fp16": "bf16", "fp8": "bf16", "int8": "bf16", "int4": "bf16"}
-"""What CPU backends multiply in for want of kernels for a type."""
+"""Types that CPU backends multiply in, for types without kernels."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CopySpeed:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What was measured on ``device``; ``notes`` say what could not be."""
+    """Ceilings measured on ``device``; ``notes`` name those that could not be."""
 
     device: str
     products: tuple[ProductSpeed, ...]
@@ -66,13 +66,13 @@ class Ceilings:
         """
         if self.device == CPU:
             kind = _ON_CPU.get(backend, _TORCH_ON_CPU).get(kind, kind)
-        found = [p.gflops for p in self.products if p.kind == kind]
-        return max(found, default=None)
+        rates = [p.gflops for p in self.products if p.kind == kind]
+        return max(rates, default=None)
 
     def gbps(self, nbytes: int) -> float | None:
-        """The copying ceiling for ``nbytes`` in all: of the largest buffer measured that is no larger.
+        """The copying ceiling for ``nbytes`` in all: of the largest buffer measured that is not larger.
 
-        What fits into a cache is not held to the memory's bandwidth.
+        Data that fits into a cache is not bounded by the memory's bandwidth.
         """
         smaller = [c for c in self.copies if c.nbytes <= nbytes] or list(self.copies[:1])
         return max(smaller, key=lambda c: c.nbytes).gbps if smaller else None
@@ -128,14 +128,14 @@ def _best_seconds(
 
 def _copies(threads: int | None, rule: StopRule) -> list[CopySpeed]:
     count = threads or cores()
-    found = []
+    speeds = []
     with ThreadPoolExecutor(count) as pool:
         for nbytes in COPY_BYTES:
             size = nbytes // count
             pieces = [(np.zeros(size, np.uint8), np.ones(size, np.uint8)) for _ in range(count)]
             seconds = _best_seconds(partial(_copy, pool, pieces), rule)
-            found.append(CopySpeed(nbytes, 2 * nbytes / seconds / 1e9))
-    return found
+            speeds.append(CopySpeed(nbytes, 2 * nbytes / seconds / 1e9))
+    return speeds
 
 
 def _copy(pool: ThreadPoolExecutor, pieces: list[tuple[Any, Any]]) -> None:
@@ -158,7 +158,7 @@ def _onnxruntime_products(threads: int | None, rule: StopRule, notes: list[str])
     options.log_severity_level = 4
     options.intra_op_num_threads = threads or core_limit() or 0
     helper, types = onnx.helper, onnx.TensorProto
-    found = []
+    speeds = []
     # Which of signed and unsigned activations are fast depends on the CPU; the better one is the ceiling.
     for kind, op, element, result, dtype, values in (
         ("fp32", "MatMul", types.FLOAT, types.FLOAT, np.float32, np.float32),
@@ -182,10 +182,10 @@ def _onnxruntime_products(threads: int | None, rule: StopRule, notes: list[str])
         except Exception as error:  # its exceptions share no base class but this
             notes.append(f"ONNX Runtime's {kind} ceiling was not measured: {str(error).splitlines()[0]}")
             continue
-        found.append(
+        speeds.append(
             ProductSpeed(kind, 2 * SIDE**3 / seconds / 1e9, SIDE, f"onnxruntime {op}, {values.__name__}")
         )
-    return found
+    return speeds
 
 
 def _torch_products(threads: int | None, rule: StopRule, notes: list[str]) -> list[ProductSpeed]:
@@ -206,7 +206,7 @@ def _torch_products(threads: int | None, rule: StopRule, notes: list[str]) -> li
 def _gpu_ceilings(rule: StopRule) -> Ceilings:
     """The first CUDA device, timed by CUDA events."""
     if not has_gpu():
-        return Ceilings("GPU", (), (), ("The GPU's ceilings were not measured: torch sees none.",))
+        return Ceilings("GPU", (), (), ("The GPU's ceilings were not measured: torch finds none.",))
     import torch
 
     device, notes, products = "cuda", [], []
@@ -231,7 +231,7 @@ def _gpu_ceilings(rule: StopRule) -> Ceilings:
 
 
 def _gpu_products() -> dict[str, Callable[[Any, str], Callable[[], object]]]:
-    """Type to what makes its product; the second matrix is column-major, as the 8-bit kernels want it."""
+    """Type -> factory of its product; the second matrix is column-major, as 8-bit kernels need it."""
 
     def plain(name: str, torch: Any, device: str) -> Callable[[], object]:
         left = torch.ones(GPU_SIDE, GPU_SIDE, dtype=dtype_of(name).torch, device=device)

@@ -1,6 +1,6 @@
 """Times a chat bundle: its components, the first token, and an answer.
 
-No question is asked twice, so that nothing of it is known before; what a case says of its image is so in
+Every question is new, so that no cache has it; a case's statement about its image holds in
 every call.
 """
 
@@ -37,7 +37,7 @@ _NUMBERS = count()
 
 
 def question() -> str:
-    """One that was not asked before, of as many tokens as the others; they differ from the first word on."""
+    """A new question, of as many tokens as the others; they differ from the first word on."""
     return f"{next(_NUMBERS):06d}"[::-1] + f" {TEXT}?"
 
 
@@ -76,11 +76,11 @@ def plan(
 
 def token_ms(cases: Iterable[Case]) -> float | None:
     """Milliseconds of each further token: an answer less its first one; None where they were not timed."""
-    found = {case.name: case for case in cases if case.kind == "chained"}
-    if not found.keys() >= {NEXT, ANSWER} or found[ANSWER].items < 2:
+    chained = {case.name: case for case in cases if case.kind == "chained"}
+    if not chained.keys() >= {NEXT, ANSWER} or chained[ANSWER].items < 2:
         return None
-    answer, first = (found[name].measurement.summary.p50_ms for name in (ANSWER, NEXT))
-    return (answer - first) / (found[ANSWER].items - 1)
+    answer, first = (chained[name].measurement.summary.p50_ms for name in (ANSWER, NEXT))
+    return (answer - first) / (chained[ANSWER].items - 1)
 
 
 def _prefill(spec: ComponentSpec, batch: int, prompt: int) -> list[dict[str, int]]:
@@ -94,12 +94,12 @@ def _chained(model: InternVLChat, vision: ComponentSpec, decoder: ComponentSpec,
     pixels = random_pixels((1, *vision.shape(vision.inputs[0], "opt")[1:]))
     tasks = []
     known = {
-        FIRST: "an image that nobody has asked about",
-        NEXT: "an image that was asked about in this conversation",
-        OTHER: "an image that was asked about in another conversation",
+        FIRST: "a new image",
+        NEXT: "an image known to this conversation",
+        OTHER: "an image known to another conversation",
     }
-    for name, told in known.items():
-        boundary = f"pixel_values and a question in, one token's text out: {told}"
+    for name, state in known.items():
+        boundary = f"pixel_values and a question in, one token's text out: {state}"
         prepare = partial(_first_token, model, pixels, name)
         tasks.append(Task(name, "chained", 1, {"tokens": prompt}, 1, "questions", boundary, prepare))
     tokens = min(CAPTION_TOKENS, decoder.axis("past").max - prompt + 1)

@@ -21,7 +21,7 @@ from .cases import GRAPHS, Task
 
 
 def has_gpu() -> bool:
-    """Whether torch is installed and sees a CUDA device."""
+    """Whether torch is installed and finds a CUDA device."""
     try:
         import torch
     except ImportError:
@@ -32,7 +32,7 @@ def has_gpu() -> bool:
 def event_timer(call: Callable[[], object]) -> Callable[[], int]:
     """``call``, which queues work on torch's current stream, as one that says the GPU's nanoseconds for it.
 
-    What the host does meanwhile is not counted unless the GPU waits for it.
+    The host's time is not counted unless the GPU waits for it.
     """
     torch = cast(Any, import_module("torch"))
 
@@ -50,11 +50,11 @@ def event_timer(call: Callable[[], object]) -> Callable[[], int]:
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
     """``call`` as a CUDA graph that replays its kernels in one launch, on the same memory."""
-    graph, made = capture(call)
+    graph, outputs = capture(call)
 
     def replay() -> object:
         graph.replay()
-        return made  # what it writes into lives as long as this
+        return outputs  # its buffers live as long as this
 
     return replay
 

@@ -42,7 +42,7 @@ def random_inputs(
         else:
             raise UsageError(
                 f"Component {spec.name} cannot be profiled.",
-                f"What its input {tensor.name} ({tensor.dtype}) may hold is unknown to this release.",
+                f"The range of its input {tensor.name} ({tensor.dtype}) is unknown to this release.",
             )
     spec.check(inputs)
     return inputs

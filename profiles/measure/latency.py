@@ -1,8 +1,8 @@
 """Times a bundle: each component alone, the chained calls, and the host's work besides.
 
-What is chained in a chat is in :mod:`.chat_latency`.
+The chained calls of a chat are in :mod:`.chat_latency`.
 
-Every case names its boundary: what lies inside the timed call. Inputs are drawn at random within the
+Every case names its boundary: the extent of the timed call. Inputs are drawn at random within the
 component's contract (times do not depend on the values), texts and prompts are fixed. Engines are opened, and
 every shape has run, before anything is timed.
 """
@@ -41,7 +41,7 @@ def plan(
         model: the bundle.
         config: its model's sizes.
         batches: batch sizes; None: 1 and 8 as far as the engines take them.
-        lengths: time texts of these lengths too, beside the one the engine is tuned for, and decoding steps
+        lengths: time texts of these lengths too, besides the one the engine is tuned for, and decoding steps
             with so many text positions in their past; as far as the engines take them.
 
     Raises:
@@ -66,13 +66,13 @@ def plan(
 
 def specs_of(model: Loaded, config: ModelConfig) -> dict[str, ComponentSpec]:
     """The contracts of the components that the bundle holds, in the order of the chain."""
-    held = model.bundle.manifest.components
+    bundled = model.bundle.manifest.components
     names = component_names(config, optional=True)
-    return {name: model.components.spec(name) for name in names if name in held}
+    return {name: model.components.spec(name) for name in names if name in bundled}
 
 
 def named(model: Loaded, tasks: Iterable[Task]) -> list[Task]:
-    """``tasks`` with what computes them."""
+    """``tasks`` with backend and precision."""
     backend, precision = model.components.backend, model.bundle.manifest.recipe
     return [
         task.of("host", "") if task.kind == "host" else task.of(backend + task.backend, precision)
@@ -88,8 +88,8 @@ def run(
         model.components.open(name)
     cases = []
     with reported(progress, "measure", len(tasks)) as advanced:
-        for done, task in enumerate(tasks):
-            advanced(done, detail=f"{task.name}, batch {task.batch}")
+        for number, task in enumerate(tasks):
+            advanced(number, detail=f"{task.name}, batch {task.batch}")
             stages = record = None
             if task.kind == "chained":
                 stages = partial(_seconds, model)
@@ -98,17 +98,17 @@ def run(
     return tuple(cases)
 
 
-def batches_of(specs: Iterable[ComponentSpec], wanted: Sequence[int] | None) -> list[int]:
-    """Batch sizes that all of ``specs`` take: ``wanted`` without repetition, or 1 and 8 as far as they go.
+def batches_of(specs: Iterable[ComponentSpec], batches: Sequence[int] | None) -> list[int]:
+    """Batch sizes that all of ``specs`` take: ``batches`` without repetition, or 1 and 8 as far as they go.
 
     Raises:
-        UsageError: one of ``wanted`` is out of their range.
+        UsageError: one of ``batches`` is out of their range.
     """
     axes = [(spec.name, spec.axis("batch")) for spec in specs]
     low, high = max(a.min for _, a in axes), min(a.max for _, a in axes)
-    if wanted is None:
+    if batches is None:
         return sorted({min(max(batch, low), high) for batch in (1, 8)})
-    for batch in wanted:
+    for batch in batches:
         for name, axis in axes:
             if not axis.min <= batch <= axis.max:
                 raise UsageError(
@@ -116,7 +116,7 @@ def batches_of(specs: Iterable[ComponentSpec], wanted: Sequence[int] | None) -> 
                     f"{name} of this bundle takes {axis.min} to {axis.max}.",
                     f"Choose --batch between {low} and {high}.",
                 )
-    return list(dict.fromkeys(wanted))
+    return list(dict.fromkeys(batches))
 
 
 def sizes_of(
@@ -124,15 +124,15 @@ def sizes_of(
 ) -> list[dict[str, int]]:
     """The dynamic axes at the sizes the engine is tuned for, and at ``lengths`` as far as it takes them."""
     tuned = {axis.name: axis.opt for axis in spec.axes} | {"batch": batch}
-    found = [tuned]
+    variants = [tuned]
     if (swept := component_of(spec.name, config).swept(config)) is not None:
         name, before = swept
         axis = spec.axis(name)
-        found += [{**tuned, name: before + n} for n in lengths if axis.min <= before + n <= axis.max]
-    for sizes in found:
+        variants += [{**tuned, name: before + n} for n in lengths if axis.min <= before + n <= axis.max]
+    for sizes in variants:
         if "total" in sizes:
             sizes["total"] = sizes["past"] + sizes["text"]
-    return [sizes for i, sizes in enumerate(found) if sizes not in found[:i]]
+    return [sizes for i, sizes in enumerate(variants) if sizes not in variants[:i]]
 
 
 def check_lengths(specs: Iterable[ComponentSpec], lengths: Sequence[int], config: ModelConfig) -> None:
@@ -215,7 +215,7 @@ def _caption(model: InternVL, specs: dict[str, ComponentSpec], shape: tuple[int,
 
 
 def _host(model: InternVL, specs: dict[str, ComponentSpec], batch: int) -> list[Task]:
-    """What the host does before and after the engines, apart from them."""
+    """The host's work before and after the engines, timed without them."""
     tasks = []
     if specs.get(model.components.gives("image_embed")):
         width, height = JPEG_SIZE

@@ -31,8 +31,8 @@ class LayerTime:
     @property
     def block(self) -> str:
         """``block 3``, or :data:`OUTSIDE`."""
-        found = _BLOCK.search(self.name)
-        return f"block {found[1]}" if found else OUTSIDE
+        match = _BLOCK.search(self.name)
+        return f"block {match[1]}" if match else OUTSIDE
 
 
 @dataclass(frozen=True)

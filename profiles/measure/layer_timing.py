@@ -82,7 +82,7 @@ def profile_layers(
         timed = _tensorrt_calls(bundle, component, backend, inputs, calls, target, device)
     else:
         timed = _onnxruntime_calls(bundle, component, inputs, calls, threads)
-    # What disturbs a call makes it longer: the slower half is left out.
+    # Disturbances make a call longer: the slower half is left out.
     quick = sorted(timed, key=lambda call: call.us)[: -(-len(timed) // 2)]
     sums: dict[tuple[str, str], float] = defaultdict(float)
     for call in quick:
@@ -142,11 +142,11 @@ def _chained(
     inputs: dict[str, Array],
     run: Callable[[ComponentSpec, dict[str, Array]], Timed],
 ) -> tuple[TimedCall, ...]:
-    """The calls of a component's parts, each fed with what those before it made, joined call by call."""
+    """The calls of a component's parts, each fed with the outputs of those before, joined call by call."""
     values, timed = dict(inputs), []
     for spec in specs:
-        calls, made = run(spec, {tensor.name: values[tensor.name] for tensor in spec.inputs})
-        values |= made
+        calls, outputs = run(spec, {tensor.name: values[tensor.name] for tensor in spec.inputs})
+        values |= outputs
         timed.append(calls)
     return tuple(concatenate_calls(parts) for parts in zip(*timed, strict=True))
 
@@ -154,16 +154,16 @@ def _chained(
 def chrome_trace(profiles: Iterable[LayerProfile]) -> dict[str, Any]:
     """The quickest call of each profile in Chrome's trace format (chrome://tracing, Perfetto)."""
     events: list[dict[str, Any]] = []
-    for process, found in enumerate(profiles, 1):
-        label = f"{found.component} on {found.backend}"
+    for process, profile in enumerate(profiles, 1):
+        label = f"{profile.component} on {profile.backend}"
         events.append({"name": "process_name", "ph": "M", "pid": process, "args": {"name": label}})
-        start = min((event.start_us for event in found.trace), default=0.0)
+        start = min((event.start_us for event in profile.trace), default=0.0)
         events += [
             {
                 "name": event.name or event.op, "cat": event.op, "ph": "X", "pid": process, "tid": 1,
                 "ts": event.start_us - start, "dur": event.us, "args": {"op": event.op},
             }
-            for event in found.trace
+            for event in profile.trace
         ]  # fmt: skip
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 

@@ -1,4 +1,4 @@
-"""The machine, the packages and the commit behind a measurement. Nothing that identifies a person or host."""
+"""The machine, the packages and the commit of a measurement. Nothing that identifies a person or host."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the times were measured on.
+    """The machine of a measurement.
 
     ``cores`` are those this process may use. ``load_average`` is that of the minute before the measurement:
     far above zero, other work disturbed it. None: this system does not say.
@@ -68,18 +68,18 @@ def machine() -> Machine:
 
 
 def versions() -> dict[str, str]:
-    """Releases of Python, this package and the libraries that decide speed; only what is installed."""
-    found = {"python": platform.python_version(), "ivl-export": __version__}
+    """Releases of Python, this package and the libraries that decide speed; installed ones only."""
+    releases = {"python": platform.python_version(), "ivl-export": __version__}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            releases[name] = version(name)
+    return releases
 
 
 def commit(folder: Path = PACKAGE) -> str | None:
-    """The git commit of this package's source, ``+`` behind it if files differ; None outside a repository.
+    """The git commit of this package's source, followed by ``+`` if files differ; None outside a repository.
 
-    A package that lies installed inside some other repository is not part of that one.
+    A package installed inside some other repository is not part of that one.
     """
     git = ("git", "-C", str(folder))
     head = _output(*git, "rev-parse", "HEAD")
@@ -111,16 +111,16 @@ def _load() -> float | None:
 
 
 def installed_gpus() -> tuple[Gpu, ...]:
-    """The GPUs that nvidia-smi names; none where there is no nvidia-smi."""
+    """The GPUs that nvidia-smi names; none without nvidia-smi."""
     fields = "--query-gpu=name,memory.total,driver_version"
     for query in (f"{fields},compute_cap", fields):  # older drivers refuse a field they do not know
-        if found := _output("nvidia-smi", query, "--format=csv,noheader,nounits"):
-            return parse_gpus(found)
+        if text := _output("nvidia-smi", query, "--format=csv,noheader,nounits"):
+            return parse_gpus(text)
     return ()
 
 
 def parse_gpus(text: str) -> tuple[Gpu, ...]:
-    """GPUs of what nvidia-smi printed: name, MiB, driver and, where it says, compute capability."""
+    """GPUs from nvidia-smi's output: name, MiB, driver and, where it says, compute capability."""
     gpus = []
     for line in text.splitlines():
         name, memory, driver, capability = ([part.strip() for part in line.split(",")] + [""] * 3)[:4]
@@ -132,12 +132,12 @@ def parse_gpus(text: str) -> tuple[Gpu, ...]:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None if it is not there, fails or hangs."""
+    """Output of a command; None if it is missing, fails or hangs."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def _read(path: str) -> str:

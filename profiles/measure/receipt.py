@@ -41,7 +41,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Settings:
-    """How it was profiled. ``threads`` None: the backend's own choice; ``lengths``: those asked for.
+    """How it was profiled. ``threads`` None: the backend's own choice; ``lengths``: the requested ones.
 
     ``device`` is where the engines computed, in torch's words (``cpu``, ``cuda:0``).
     """
@@ -80,9 +80,9 @@ class Startup:
 class Profile:
     """Everything measured and counted.
 
-    ``costs`` has one entry for each component and sizes that a case called, ``notes`` say what is missing and
-    why. ``peak_memory_bytes`` is the whole process' (host memory), ``peak_device_bytes`` what the GPU in use
-    held more than before, by all processes; None without one. ``layers``: none unless they were timed.
+    ``costs`` has one entry for each component and sizes that a case called, ``notes`` name missing ones and
+    the reasons. ``peak_memory_bytes`` is the whole process' (host memory), ``peak_device_bytes`` what the
+    GPU in use memory's growth, by all processes; None without one. ``layers``: none unless they were timed.
     """
 
     created: str
@@ -103,7 +103,7 @@ class Profile:
     layers: tuple[LayerProfile, ...] = ()
 
     def cost(self, case: Case) -> ComponentCost | None:
-        """What one call of a component case costs; None where it was not counted."""
+        """FLOPs and bytes of one call of a component case; None if not counted."""
         if case.kind != "component":
             return None
         return next((c for c in self.costs if c.component == case.name and c.sizes == case.sizes), None)
@@ -138,10 +138,10 @@ class Profile:
     def from_json(cls, data: Any) -> Profile:
         """Read plain data; InputError names the first entry that is not as the schema says."""
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            found = data.get("schema") if isinstance(data, dict) else None
+            schema = data.get("schema") if isinstance(data, dict) else None
             raise InputError(
-                "This is no profile that this release reads.",
-                f"Its schema is {found!r}, not {SCHEMA!r}.",
+                "This is not a profile that this release reads.",
+                f"Its schema is {schema!r}, not {SCHEMA!r}.",
                 FIX,
             )
         entries = {_KEYS.get(key, key): value for key, value in data.items()}

@@ -19,7 +19,7 @@ INTERVAL_S = 0.2
 
 @dataclass(frozen=True)
 class Range:
-    """Smallest, middle and largest of what was read."""
+    """Smallest, middle and largest reading."""
 
     least: float
     median: float
@@ -49,7 +49,7 @@ class GpuClocks:
     slowed_by: tuple[str, ...]
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """In a line, with units."""
         ranges = (
             ("clock", "MHz", self.sm_mhz),
@@ -64,7 +64,7 @@ class GpuClocks:
 
 @dataclass(frozen=True)
 class Clocks:
-    """What was read: the CPU's MHz (mean of the cores, before and after) and every GPU; None: not said."""
+    """Readings: the CPU's MHz (mean of the cores, before and after) and every GPU; None: unknown."""
 
     cpu_mhz_before: float | None
     cpu_mhz_after: float | None
@@ -105,19 +105,19 @@ def watch(interval: float = INTERVAL_S) -> Iterator[Watch]:
 
 
 def cpu_mhz(text: str | None = None) -> float | None:
-    """Mean clock of the cores as Linux says it; ``text`` stands for ``/proc/cpuinfo``."""
+    """Mean clock of the cores by Linux; ``text`` replaces ``/proc/cpuinfo``."""
     if text is None:
         text = ""
         with suppress(OSError):
             text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    found = [line.partition(":")[2] for line in text.splitlines() if line.startswith("cpu MHz")]
-    values = [float(value) for value in found]
+    fields = [line.partition(":")[2] for line in text.splitlines() if line.startswith("cpu MHz")]
+    values = [float(value) for value in fields]
     return sum(values) / len(values) if values else None
 
 
 @dataclass
 class _GpuReader:
-    """One GPU's readings. ``nvml`` is the pynvml module; what the device does not tell is left out."""
+    """One GPU's readings. ``nvml`` is the pynvml module; unsupported readings are left out."""
 
     nvml: Any
     handle: Any

@@ -25,7 +25,7 @@ class StopRule:
 
     Args:
         seconds: limit of the measured part; a call that has begun is finished, and one is always made.
-        tolerance: how far the medians of the latest windows may lie apart, relative to the smallest.
+        tolerance: how far the medians of the latest windows may differ, relative to the smallest.
         windows: how many of them must agree.
         window_calls: least calls of a window.
         window_share: least length of a window, as a share of ``seconds`` (or ``max_window_calls`` calls).
@@ -71,7 +71,7 @@ class Measurement:
         window_sizes: how many of them each window has; the last one may have been cut off by a limit.
         steady_from: index of the first sample that counts.
         ended: why it ended; only ``stable`` means that the windows agreed: those at its end, of fewer calls
-            than asked for where the limit came first.
+            than requested if the limit came first.
         warmup_calls: calls made before.
     """
 
@@ -128,7 +128,7 @@ def measure(
     """Time ``call`` until ``rule`` (the default one if None) ends it.
 
     Args:
-        call: what is timed; each call is one sample.
+        call: the call to time; each is one sample.
         rule: when to stop.
         clock: nanoseconds, monotonic.
         after_warmup: called once between warm-up and the first sample.

@@ -73,7 +73,7 @@ def table19_chart(profile: Profile) -> Drawing | None:
         "table19",
         "Table 19: time of one image-text pair",
         "Milliseconds a pair, amortised over the batch, stacked by part. The paper's A100 and this machine "
-        "stand beside each other, not against each other.",
+        "are shown together, not compared.",
         WIDTH,
         top + step * len(bars) + 44,
     )
@@ -148,8 +148,8 @@ def _histogram(drawing: Drawing, case: Case, x: float, y: float, width: float) -
         for count, colour in ((int(every[i]), "axis"), (int(steady[i]), "s0")):
             if count:
                 tall = max(1.0, (bottom - top) * count / int(every.max()))
-                told = f"{number(float(edges[i]))} to {number(float(edges[i + 1]))} ms: {count} calls"
-                drawing.add(Rect(left + i * bar, bottom - tall, bar - 1, tall, colour, told))
+                tooltip = f"{number(float(edges[i]))} to {number(float(edges[i + 1]))} ms: {count} calls"
+                drawing.add(Rect(left + i * bar, bottom - tall, bar - 1, tall, colour, tooltip))
     drawing.add(Line(((left, bottom), (right, bottom)), "axis"))
     for value, dashed in ((s.p50_ms, False), (min(s.p99_ms, high), True)):
         drawing.add(Line(((scale(value), top - 3), (scale(value), bottom)), "s1", 1.5, dashed))
@@ -174,9 +174,9 @@ def batch_sweep(profile: Profile) -> Drawing | None:
     for case in profile.of_kind("component"):
         if case.backend.endswith(GRAPHS):
             continue  # a line for each component
-        found = series.setdefault(f"{case.name} ({case.unit}/s)", [])
-        if all(case.batch != other.batch for other in found):  # the tuned sizes come first
-            found.append(case)
+        line_cases = series.setdefault(f"{case.name} ({case.unit}/s)", [])
+        if all(case.batch != other.batch for other in line_cases):  # the tuned sizes come first
+            line_cases.append(case)
     if len({case.batch for cases in series.values() for case in cases}) < 2:
         return None
     drawing = Drawing(
@@ -200,7 +200,7 @@ def _sweep(
     drawing: Drawing, series: dict[str, list[Case]], unit: str, value: Callable[[Case], float], left: float
 ) -> None:
     right, top, bottom = left + WIDTH / 2 - 80, 66.0, 318.0
-    cases = [case for found in series.values() for case in found]
+    cases = [case for line_cases in series.values() for case in line_cases]
     batches = sorted({case.batch for case in cases})
     values = [value(case) for case in cases]
     x = Scale(batches[0], batches[-1], left + 12, right - 12, log=True)
@@ -213,21 +213,21 @@ def _sweep(
     drawing.add(Line(((left, bottom), (right, bottom)), "axis"))
     drawing.add(Text((left + right) / 2, bottom + 38, "batch size", "middle", "muted"))
     drawing.add(Text(left, top - 12, unit, fill="muted"))
-    for (name, found), colour in zip(series.items(), SERIES, strict=False):
-        points = sorted((x(case.batch), y(value(case)), case) for case in found)
+    for (name, line_cases), colour in zip(series.items(), SERIES, strict=False):
+        points = sorted((x(case.batch), y(value(case)), case) for case in line_cases)
         drawing.add(Line(tuple((px, py) for px, py, _ in points), colour, 2))
         for px, py, case in points:
-            told = f"{name.partition(' ')[0]}, batch {case.batch}: {number(value(case))} {unit}"
-            drawing.add(Dot(px, py, 4, colour, told))
+            title = f"{name.partition(' ')[0]}, batch {case.batch}: {number(value(case))} {unit}"
+            drawing.add(Dot(px, py, 4, colour, title))
 
 
 def _spread(values: Sequence[float], scale: Scale, apart: float) -> list[float]:
-    """Those of ``values`` whose places lie at least ``apart`` pixels from each other."""
-    kept: list[float] = []
+    """Those of ``values`` whose places are at least ``apart`` pixels from each other."""
+    shown: list[float] = []
     for value in values:
-        if not kept or abs(scale(value) - scale(kept[-1])) >= apart:
-            kept.append(value)
-    return kept
+        if not shown or abs(scale(value) - scale(shown[-1])) >= apart:
+            shown.append(value)
+    return shown
 
 
 def _vertical_grid(
@@ -289,13 +289,13 @@ def _axes(drawing: Drawing, x: Scale, y: Scale) -> None:
 
 
 def _roofs(drawing: Drawing, x: Scale, y: Scale, ceilings: Ceilings, roofs: dict[str, float]) -> None:
-    """The ceilings, and what they are on the right."""
+    """The ceilings, with their names on the right."""
     labels: list[float] = []
     top = max(roofs.values())
     for copied in ceilings.copies:
         start = max(x.low, y.low / copied.gbps)
         end = min(x.high, top / copied.gbps)
-        if start < end:  # else all of it lies beside what is shown
+        if start < end:  # else all of it is outside the plot
             ends = ((x(value), y(copied.gbps * value)) for value in (start, end))
             drawing.add(Line(tuple(ends), "axis", 1.2, True))
     for kind, gflops in sorted(roofs.items(), key=lambda item: -item[1]):
@@ -322,31 +322,31 @@ def _points(drawing: Drawing, x: Scale, y: Scale, points: list[tuple[Case, Compo
         at += 17 + text_width(name) + 18
     colours = dict(zip(names, SERIES, strict=False))
     labels: list[Mark] = []
-    taken: list[Box] = []
+    occupied: list[Box] = []
     for case, cost in points:
         px, py = x(cost.intensity), y(_gflops(case, cost))
         share = "" if case.of_floor is None else f", {case.of_floor:.0%} of the ceiling"
-        told = f"{case.name}, batch {case.batch}: {number(_gflops(case, cost))} GFLOP/s{share}"
-        drawing.add(Dot(px, py, 4.5, colours[case.name], told))
-        taken.append((px - 5, py - 5, 10, 10))
+        title = f"{case.name}, batch {case.batch}: {number(_gflops(case, cost))} GFLOP/s{share}"
+        drawing.add(Dot(px, py, 4.5, colours[case.name], title))
+        occupied.append((px - 5, py - 5, 10, 10))
     for case, cost in points:
         px, py = x(cost.intensity), y(_gflops(case, cost))
         length = case.sizes.get("past", case.sizes.get("text"))
         text = f"{case.batch}" if length is None else f"{case.batch} x {length}"
-        if (place := _free(px, py, text_width(text, 10), taken)) is not None:
+        if (place := _free(px, py, text_width(text, 10), occupied)) is not None:
             labels.append(Text(place[0], place[1] + 9, text, size=10, fill="muted"))
-            taken.append(place)
+            occupied.append(place)
     drawing.add(
         *labels, Text(WIDTH - 8, 22, "labels: batch size x tokens (of a step: its past)", "end", "muted", 11)
     )
 
 
-def _free(x: float, y: float, width: float, taken: list[Box]) -> Box | None:
-    """A place for a label beside a point that touches no other; None if there is none."""
+def _free(x: float, y: float, width: float, occupied: list[Box]) -> Box | None:
+    """A place for a label next to a point that touches no other; None if there is none."""
     for dx, dy in ((8, -6), (-8 - width, -6), (-width / 2, -20), (-width / 2, 8)):
         box = (x + dx, y + dy, width, 12.0)
         inside = box[0] >= LEFT and box[0] + width <= RIGHT and box[1] >= TOP and box[1] + 12 <= BOTTOM
-        if inside and not any(_touch(box, other) for other in taken):
+        if inside and not any(_touch(box, other) for other in occupied):
             return box
     return None
 

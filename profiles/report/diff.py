@@ -1,7 +1,7 @@
 """Two profiles of the same cases: how the medians changed, and whether that is more than noise.
 
 The interval of a ratio of medians comes from a circular block bootstrap: samples are drawn in runs of
-neighbours, since what disturbs one call disturbs the next. It covers the noise within the two runs; what
+neighbours, since disturbances outlast one call. It covers the noise within the two runs; what
 differs between them as wholes (another machine, load, clock) is listed, not corrected.
 """
 
@@ -32,7 +32,7 @@ class Change:
     """One case in both profiles.
 
     ``ratio`` is new / old of the medians (above 1 is slower) with its interval from ``low`` to ``high``.
-    ``verdict`` is ``slower`` or ``faster`` if the whole interval lies beyond 2%, ``same`` if it lies within,
+    ``verdict`` is ``slower`` or ``faster`` if the whole interval is beyond 2%, ``same`` if it is within,
     else ``unclear``. ``steady``: both measurements had settled.
     """
 
@@ -53,9 +53,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Diff:
-    """What changed from ``old`` to ``new``; ``differences`` are those of machine, settings and bundle.
+    """Changes from ``old`` to ``new``; ``differences`` are those of machine, settings and bundle.
 
-    ``failed`` are the changes over the limit that was given: the whole interval lies above it.
+    ``failed`` are the changes over the limit: the whole interval is above it.
     """
 
     old: str
@@ -110,7 +110,7 @@ def ratio_interval(
 
 
 def _medians(samples_ns: Sequence[int], generator: np.random.Generator) -> NDArray[np.float64]:
-    """Medians of resamples made of blocks of neighbours, about sqrt(n) long; the end joins the beginning."""
+    """Medians of resamples of blocks of neighbours, about sqrt(n) long; the end joins the beginning."""
     values = np.asarray(samples_ns, np.float64)
     count = len(values)
     block = max(1, round(count**0.5))
@@ -144,7 +144,7 @@ def _verdict(low: float, high: float) -> Verdict:
 
 
 def _key(case: Case) -> tuple[object, ...]:
-    """What makes two cases the same thing: precisions and backends may be compared, the baseline apart."""
+    """Key of equal cases: precisions and backends may differ, the baseline is separate."""
     baseline = case.backend if case.kind == "baseline" else ""
     return case.kind, case.name, case.batch, tuple(sorted(case.sizes.items())), case.clock, baseline
 
@@ -158,7 +158,7 @@ def _title(profile: Profile) -> str:
 
 
 def _differences(old: Profile, new: Profile) -> list[str]:
-    """What else changed, in words."""
+    """Other changes, in words."""
     pairs = (
         ("bundle", old.subject.manifest_sha256[:12], new.subject.manifest_sha256[:12]),
         ("recipe", old.subject.recipe, new.subject.recipe),

@@ -33,7 +33,7 @@ _THIN = set("iljtfrI.,:;'|!()[] 1")
 
 @dataclass(frozen=True)
 class Rect:
-    """A filled rectangle; ``title`` is told when it is pointed at; ``opacity`` 0 to 1."""
+    """A filled rectangle; ``title`` is its tooltip; ``opacity`` 0 to 1."""
 
     x: float
     y: float
@@ -67,7 +67,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Text:
-    """A line of text whose baseline's ``anchor`` stands at x, y."""
+    """A line of text whose baseline's ``anchor`` is at x, y."""
 
     x: float
     y: float
@@ -93,7 +93,7 @@ class Drawing:
     marks: list[Mark] = field(default_factory=list)
 
     def add(self, *marks: Mark) -> None:
-        """Draw ``marks`` over what is there."""
+        """Draw ``marks`` over the existing ones."""
         self.marks += marks
 
 
@@ -127,8 +127,8 @@ def decades(low: float, high: float) -> list[float]:
     """Powers of ten from ``low`` to ``high``; with 2 and 5 between them where there are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(powers) <= 4 else (1,)
-    found = [m * 10.0**p for p in powers for m in factors]
-    return [value for value in found if low * 0.999 <= value <= high * 1.001]
+    values = [m * 10.0**p for p in powers for m in factors]
+    return [value for value in values if low * 0.999 <= value <= high * 1.001]
 
 
 def number(value: float) -> str:
@@ -201,7 +201,7 @@ def _worst(row: Sequence[float], side: float) -> float:
 def legend(
     drawing: Drawing, entries: Iterable[tuple[str, str]], x: float, y: float, opacity: float = 1.0
 ) -> None:
-    """Names beside squares of their colours in a row, its letters standing on ``y``."""
+    """Names with squares of their colours in a row, with the baseline ``y``."""
     for name, colour in entries:
         drawing.add(Rect(x, y - 10, 12, 12, colour, opacity=opacity), Text(x + 17, y, name))
         x += 17 + text_width(name) + 18

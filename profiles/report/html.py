@@ -59,7 +59,7 @@ def _titled(tag: str, attributes: str, title: str) -> str:
 
 Cell = str | float | int | None
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""What the browser may load: nothing from elsewhere."""
+"""Content security policy: nothing is loaded from other places."""
 _CSS = """
 :root{color-scheme:light dark}
 *{box-sizing:border-box}
@@ -78,7 +78,7 @@ th{color:var(--muted);font-weight:600}td.n,th.n{text-align:right;font-variant-nu
 
 
 def document(title: str, body: str, css: str = "", script: str = "") -> str:
-    """The whole HTML document: ``body`` is markup below the heading, ``css`` goes behind the common sheet."""
+    """The whole HTML document: ``body`` is markup below the heading, ``css`` follows the common sheet."""
     policy = f"{_POLICY}; script-src 'unsafe-inline'" if script else _POLICY
     scripts = f"<script>{script}</script>\n" if script else ""
     return f"""<!doctype html>
@@ -110,7 +110,7 @@ def figures(drawings: Iterable[Drawing]) -> str:
 
 
 def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
-    """A table under a heading; columns of numbers stand to the right, what is missing is a dash."""
+    """A table under a heading; columns of numbers are right-aligned, missing values are dashes."""
     cells = [list(row) for row in rows]
     numeric = [bool(cells) and all(not isinstance(row[i], str) for row in cells) for i in range(len(heads))]
     mark = [' class="n"' if n else "" for n in numeric]

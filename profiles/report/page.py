@@ -19,7 +19,7 @@ from .treemap import layer_time_map
 _KINDS = {
     "component": "Components alone",
     "chained": "Chained calls",
-    "host": "Beside the engines",
+    "host": "Outside the engines",
     "baseline": "PyTorch modules with the same weights",
 }
 
@@ -56,7 +56,7 @@ def _facts(profile: Profile) -> str:
         ("CPU", f"{machine.cpu}, {machine.cores} cores"),
         ("CPU clock before and after", " and ".join(mhz)),
         *(("GPU", f"{gpu.name}, {gpu.memory_mib:,} MiB, driver {gpu.driver}") for gpu in machine.gpus),
-        *(("GPU while measured", gpu.told) for gpu in clocks.gpus),
+        *(("GPU while measured", gpu.text) for gpu in clocks.gpus),
         ("system", f"{machine.os}; load average {_load(machine.load_average)} before"),
         ("first request", f"{number(start.first_request_ms)} ms: {start.boundary}"),
         ("opening", ", ".join(f"{n} {number(s * 1e3)} ms" for n, s in start.load_seconds.items())),
@@ -91,11 +91,11 @@ def _cases(profile: Profile, kind: str) -> str:
         "floor ms", "of it",
     )  # fmt: skip
     boundaries = dict.fromkeys(case.boundary for case in cases)
-    told = ""
+    notes = ""
     for boundary in boundaries:
         names = dict.fromkeys(case.call for case in cases if case.boundary == boundary)
-        told += f"<p>Timed ({escape(', '.join(names))}): {escape(boundary)}.</p>"
-    return table(_KINDS[kind], heads, [_case(case) for case in cases]) + told
+        notes += f"<p>Timed ({escape(', '.join(names))}): {escape(boundary)}.</p>"
+    return table(_KINDS[kind], heads, [_case(case) for case in cases]) + notes
 
 
 def _case(case: Case) -> tuple[Cell, ...]:
@@ -117,11 +117,11 @@ def _ceilings(profile: Profile) -> str:
         (f"copying {c.nbytes / 2**20:.0f} MiB", f"{number(c.gbps)} GB/s", "read and written")
         for c in ceilings.copies
     ]
-    told = (
+    note = (
         "<p>A floor is all products at their ceiling, or all bytes at that of copying, whichever takes "
         "longer; of it: the floor's share of the median.</p>"
     )
-    return table(f"Ceilings of the {ceilings.device}", ("", "measured", "by"), [*products, *copies]) + told
+    return table(f"Ceilings of the {ceilings.device}", ("", "measured", "by"), [*products, *copies]) + note
 
 
 def _table19(costs: Table19) -> str:
@@ -202,7 +202,7 @@ COLUMNS = (
 
 
 def as_csv(profile: Profile) -> str:
-    """A profile's cases as CSV, units in the heads. What does not apply or was not measured is empty."""
+    """A profile's cases as CSV, units in the heads; inapplicable and missing values are empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)

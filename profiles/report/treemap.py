@@ -20,18 +20,18 @@ _TOP = 30.0
 """Above the panels, of the legend."""
 _SHADE = 0.28
 _FAMILIES = (("cross_attn", "s3", "cross-attention"), ("attn", "s0", "attention"), ("mlp", "s2", "MLP"))
-"""What a layer type with this in its name belongs to, and the colour of that."""
+"""Part of a layer type's name, colour, and family."""
 _OTHER = ("s4", "other")
 
 
 @dataclass(frozen=True)
 class _Box:
-    """A layer type: how many layers it has, what its area is, and that in words."""
+    """A layer type: its number of layers, its area, and that in words."""
 
     layer: str
     count: int
     value: float
-    told: str
+    amount: str
 
 
 def work_map(profile: Profile) -> Drawing | None:
@@ -65,10 +65,10 @@ def time_map(profile: Profile) -> Drawing | None:
     return layer_time_map(profile.layers)
 
 
-def layer_time_map(found: Iterable[LayerProfile]) -> Drawing | None:
+def layer_time_map(profiles: Iterable[LayerProfile]) -> Drawing | None:
     """The map of the components' measured layers, None without any."""
     panels = []
-    for of in found:
+    for of in profiles:
         counts = Counter(layer.type for layer in of.layers)
         boxes = [
             _Box(layer, counts[layer], ms, f"{number(ms)} ms")
@@ -100,7 +100,9 @@ def _drawing(
     drawing = Drawing(name, title, caption, WIDTH, _TOP + HEIGHT * -(-len(panels) // across) + 4)
     families = {_family(box.layer) for _, boxes in panels for box in boxes}
     known = (*(family[1:] for family in _FAMILIES), _OTHER)
-    legend(drawing, [(told, colour) for colour, told in known if (colour, told) in families], 8, 20, _SHADE)
+    legend(
+        drawing, [(label, colour) for colour, label in known if (colour, label) in families], 8, 20, _SHADE
+    )
     for i, (head, boxes) in enumerate(panels):
         _panel(drawing, head, boxes, (i % across) * width + 8, _TOP + (i // across) * HEIGHT, width)
     return drawing
@@ -113,9 +115,9 @@ def _panel(drawing: Drawing, head: str, boxes: Sequence[_Box], x: float, y: floa
     places = squarified([box.value for box in shown], x, y + 28, width - 20, HEIGHT - 40)
     for box, (bx, by, bw, bh) in zip(shown, places, strict=True):
         share = f"{box.value / total:.1%}"
-        told = f"{box.layer} ({box.count}): {box.told}, {share}"
+        title = f"{box.layer} ({box.count}): {box.amount}, {share}"
         colour, _ = _family(box.layer)
-        drawing.add(Rect(bx, by, max(bw - 2, 0.5), max(bh - 2, 0.5), colour, told, _SHADE))
+        drawing.add(Rect(bx, by, max(bw - 2, 0.5), max(bh - 2, 0.5), colour, title, _SHADE))
         if bh >= 34 and (text := _label(box, bw - 12)):
             drawing.add(Text(bx + 5, by + 15, text, size=SIZE))
             if text_width(share, SIZE) <= bw - 12:
@@ -123,7 +125,7 @@ def _panel(drawing: Drawing, head: str, boxes: Sequence[_Box], x: float, y: floa
 
 
 def _label(box: _Box, width: float) -> str:
-    """As much of a type's name as fits: its end tells most, unless that is a number."""
+    """As much of a type's name as fits: its end matters most, unless that is a number."""
     name = box.layer.rpartition("layers.*.")[2].rstrip("./")
     ends = [name, *(end for m in re.finditer(r"[./]", name) if not (end := name[m.end() :]).isdigit())]
     for text in (*(f"{end} ({box.count})" for end in ends), *ends):
@@ -133,5 +135,5 @@ def _label(box: _Box, width: float) -> str:
 
 
 def _family(layer: str) -> tuple[str, str]:
-    """The colour of a layer type and what it belongs to."""
-    return next(((colour, told) for part, colour, told in _FAMILIES if part in layer), _OTHER)
+    """The colour and family of a layer type."""
+    return next(((colour, label) for part, colour, label in _FAMILIES if part in layer), _OTHER)

@@ -28,10 +28,11 @@ class ServiceLimits:
     Args:
         max_running: requests admitted at a time: being read, waiting for a batch, or in one.
         max_queued: requests that may wait to be admitted; one more is refused.
-        timeout: seconds for a request from its call to its result, where it gives none itself.
-        max_batch: rows in a batch, and captions decoded at a time; None: what the engines were tuned for.
-        max_delay: seconds that the first request of a batch waits for others that are being read; None: 20 ms
-            where they are read on the cores that run batches, else 2 ms.
+        timeout: seconds for a request from its call to its result, where the request sets none.
+        max_batch: rows in a batch, and captions decoded at a time; None: the batch the engines were tuned
+            for.
+        max_delay: seconds that the first request of a batch waits for others whose inputs are being read;
+            None: 20 ms where they are read on the cores that run batches, else 2 ms.
         idle_seconds: without a request for so long, memory is handed back to the system; the next request
             takes it again, page by page. ``math.inf``: never.
     """

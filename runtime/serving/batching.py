@@ -64,7 +64,7 @@ class Batcher(Generic[T, R]):
         renew_after_fork(self)
 
     def after_fork(self) -> None:
-        """An empty queue without a worker: what waited is the parent's to answer."""
+        """An empty queue without a worker: waiting requests are answered by the parent."""
         self._coming = 0
         self._queue: deque[_Request[T, R]] = deque()
         self._changed = threading.Condition()
@@ -101,7 +101,7 @@ class Batcher(Generic[T, R]):
         return request.future
 
     def close(self) -> None:
-        """Cancel what waits and end the worker, after the batch that runs."""
+        """Cancel waiting requests and end the worker after the running batch."""
         with self._changed:
             self._closed = True
             waiting = list(self._queue)
@@ -135,7 +135,7 @@ class Batcher(Generic[T, R]):
             values = self._run([request.item for request in batch])
             if len(values) != len(batch):
                 raise ValueError(f"{len(values)} results for {len(batch)} items")
-        except Exception as error:  # the request's to raise: the worker goes on to serve the others
+        except Exception as error:  # raised by the request; the worker continues
             if len(batch) == 1:
                 batch[0].future.set_exception(error)
             return False

@@ -48,7 +48,7 @@ class ChatService:
         renew_after_fork(self)
 
     def after_fork(self) -> None:
-        """Readers of its own: those of the parent's pool are not in this process."""
+        """New reader threads: the parent's are not in this process."""
         self._readers = ThreadPoolExecutor(cores(), "ivl-reader")
 
     async def chat(
@@ -147,7 +147,7 @@ class ChatService:
                 task.cancel()
 
     def close(self) -> None:
-        """Refuse and cancel what waits; what runs is finished."""
+        """Refuse new requests, cancel waiting ones, finish running ones."""
         self._admission.close()
         self._tower.close()
         if "_scheduler" in self.__dict__:
@@ -169,14 +169,14 @@ class ChatService:
             started = await self._read(chat.cache.started, ids, stop)
             clock.mark("read")
             result = await asyncio.wrap_future(scheduler.submit(started, stop, sampling, on_token))
-            with suppress(RuntimeError):  # closed meanwhile; the next prompt does it
-                self._readers.submit(chat.cache.settle)  # nobody waits for it
+            with suppress(RuntimeError):  # closed; the next prompt settles
+                self._readers.submit(chat.cache.settle)  # in the background
             return result
 
         return await self._admission.request(run, timeout)
 
-    async def _read(self, work: Any, *given: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._readers, work, *given)
+    async def _read(self, work: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work, *arguments)
 
     @cached_property
     def _scheduler(self) -> Scheduler:

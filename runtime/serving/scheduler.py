@@ -1,12 +1,12 @@
 """Continuous batching: sequences join and leave a running batch between two decoding steps.
 
-The batch is formed anew for every token (iteration-level scheduling: Orca, OSDI 2022, section 3.1): a
+The batch is formed again for every token (iteration-level scheduling: Orca, OSDI 2022, section 3.1): a
 sequence joins before the next step once its prompt was prefilled elsewhere, and leaves its slot with its last
-token, or when it is cancelled. Each has settings of its own, and gives the tokens it would give alone::
+token, or when it is cancelled. Each has its own settings, and gets the same tokens as alone::
 
     step     1   2   3   4   5   6   7
     slot 0   a   a   a   d   d   d   d     a ends at step 3, d waited and takes its slot
-    slot 1   b   b   b   b   b   -   -     b ends at step 5, nobody waits
+    slot 1   b   b   b   b   b   -   -     b ends at step 5, no sequence waits
     slot 2   -   c   c   c   c   c   -     c arrives during step 1; from step 7 on one row is computed
 """
 
@@ -45,7 +45,7 @@ class Started:
     Both are arrays, or tensors on the engine's device. ``leave`` gets those of the answer, too.
     """
 
-    held: Any
+    data: Any
     logits: Any
     leave: OnLeave | None = None
 
@@ -91,7 +91,7 @@ class Scheduler:
         renew_after_fork(self)
 
     def after_fork(self) -> None:
-        """Nothing runs or waits: what did is the parent's to answer."""
+        """Start without sequences: those of the parent are answered by the parent."""
         self._cache = BatchedKVCache(self._spec, self._slots)
         self._waiting: deque[tuple[_Sequence, Started]] = deque()
         self._running: dict[int, _Sequence] = {}  # by slot; the thread's own
@@ -115,7 +115,7 @@ class Scheduler:
             InputError: the sequence may become longer than the engine's past.
             UsageError: the scheduler was closed.
         """
-        prompt, past = int(started.held.shape[3]), self._spec.axis("past").max
+        prompt, past = int(started.data.shape[3]), self._spec.axis("past").max
         longest = prompt + stop.max_new_tokens - 1
         if longest > past:
             raise InputError(
@@ -135,7 +135,7 @@ class Scheduler:
         return sequence.future
 
     def close(self) -> None:
-        """Cancel what waits and end the thread, once what runs is finished."""
+        """Cancel waiting sequences, finish running ones, end the thread."""
         with self._changed:
             self._closed = True
             waiting = list(self._waiting)
@@ -151,7 +151,7 @@ class Scheduler:
             self._admit()
             try:
                 self._step()
-            except Exception as error:  # the sequences' to raise: the thread goes on to serve others
+            except Exception as error:  # raised by the sequences; the thread continues
                 for slot in list(self._running):
                     self._leave(slot, error)
 
@@ -179,7 +179,7 @@ class Scheduler:
                     return
                 sequence, started = self._waiting.popleft()
             sequence.began = time.perf_counter()
-            slot = self._cache.insert(started.held)
+            slot = self._cache.insert(started.data)
             self._running[slot] = sequence
             self._choose(slot, started.logits)
 
@@ -212,9 +212,9 @@ class Scheduler:
         """Free ``slot``; its sequence is finished, has failed, or was cancelled."""
         sequence = self._running.pop(slot)
         if sequence.leave is not None and error is None:
-            with suppress(MemoryError, RuntimeError):  # torch's is the latter; then it is read anew
-                held = self._cache.read_from(slot, sequence.prompt)
-                sequence.leave(sequence.tokens[: held.shape[3]], held)
+            with suppress(MemoryError, RuntimeError):  # torch's is the latter; then it is recomputed
+                data = self._cache.read_from(slot, sequence.prompt)
+                sequence.leave(sequence.tokens[: data.shape[3]], data)
         self._cache.release(slot)
         if not sequence.future.set_running_or_notify_cancel():
             return

@@ -55,7 +55,7 @@ class Service:
         self._starts = self._batcher(partial(captions.start, model))
 
     def after_fork(self) -> None:
-        """Readers of its own: those of the parent's pool are not in this process."""
+        """New reader threads: the parent's are not in this process."""
         self._readers = ThreadPoolExecutor(cores(), "ivl-reader")
 
     async def encode_image(
@@ -155,8 +155,8 @@ class Service:
     ) -> Response[str]:
         """The caption of one image.
 
-        It is decoded together with whichever others are on their way, each with settings of its own, in a
-        batch that is formed anew for every token. Beams wait for a batch of requests with equal settings.
+        It is decoded together with the other running requests, each with its own settings, in a
+        batch that is formed again for every token. Beams wait for a batch of requests with equal settings.
         """
         stop = captions.stop_criteria(self.model, max_new_tokens, min_new_tokens)
         check_search(stop, num_beams, sampling)
@@ -225,7 +225,7 @@ class Service:
         return captions.scheduler(self.model, self._rows)
 
     def close(self) -> None:
-        """Refuse and cancel what waits; what runs is finished."""
+        """Refuse new requests, cancel waiting ones, finish running ones."""
         self._admission.close()
         for batcher in (self._images, self._texts, self._pairs, self._beams, self._starts):
             batcher.close()
@@ -236,15 +236,15 @@ class Service:
     async def _request(
         self,
         batcher: Batcher[Any, T],
-        read: Callable[[], Any],
+        load: Callable[[], Any],
         timeout: float | None,
         then: Callable[[T], Future[BatchResult[R]]] | None = None,
     ) -> Response[Any]:
-        """The result of ``batcher`` for the item that ``read`` returns; ``then`` goes on from that result."""
+        """The result of ``batcher`` for the item that ``load`` returns; ``then`` continues with it."""
 
         async def run(clock: Clock) -> BatchResult[Any]:
             with batcher.coming():
-                item = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+                item = await asyncio.get_running_loop().run_in_executor(self._readers, load)
                 clock.mark("read")  # before its batch can begin
                 submitted = batcher.submit(item)
             result = await asyncio.wrap_future(submitted)

@@ -38,18 +38,20 @@ NARROW = InternVLConfig(
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("made")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("seeded")
     shards = make_checkpoint(out, NARROW, depth=48, shard_bytes=4_000_000)
     assert len(shards) > 2
     return out
 
 
-def test_it_is_a_published_checkpoint_that_runs(made: Path) -> None:
-    checkpoint = open_checkpoint(made)
+def test_it_is_a_published_checkpoint_that_runs(checkpoint_dir: Path) -> None:
+    checkpoint = open_checkpoint(checkpoint_dir)
     assert checkpoint.config == NARROW
     assert {ref.dtype for ref in checkpoint.tensors.values()} == {"bfloat16"}
-    total = json.loads((made / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    total = json.loads((checkpoint_dir / "model.safetensors.index.json").read_text())["metadata"][
+        "total_size"
+    ]
     assert total == sum(ref.nbytes for ref in checkpoint.tensors.values())
     model = load_model(checkpoint)
     generator = torch.Generator().manual_seed(0)
@@ -63,32 +65,34 @@ def test_it_is_a_published_checkpoint_that_runs(made: Path) -> None:
         assert 1e-3 < float(values.std()) < 1e3
 
 
-def test_activations_have_massive_channels(made: Path) -> None:
-    model = load_model(made)
+def test_activations_have_massive_channels(checkpoint_dir: Path) -> None:
+    model = load_model(checkpoint_dir)
     with torch.no_grad():
         tokens = model.vision_model(torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1)))
     assert torch.isfinite(tokens).all()
     rms = tokens.square().mean((0, 1)).sqrt()
     largest = rms.sort(descending=True).values
-    assert largest[MASSIVE - 1] > 5 * rms.median(), "as many channels as said stand out"
+    assert largest[MASSIVE - 1] > 5 * rms.median(), "as many outlier channels as configured"
 
 
-def test_weights_have_heavy_tails(made: Path) -> None:
-    weight = open_checkpoint(made).load("vision_model.encoder.layers.1.mlp.fc1.weight", torch.float32)
+def test_weights_have_heavy_tails(checkpoint_dir: Path) -> None:
+    weight = open_checkpoint(checkpoint_dir).load(
+        "vision_model.encoder.layers.1.mlp.fc1.weight", torch.float32
+    )
     kurtosis = float(weight.pow(4).mean() / weight.square().mean().square())
     assert 4 < kurtosis < 40, "a normal distribution has 3"
     assert 0.7 < float(weight.std()) * weight.shape[1] ** 0.5 < 1.8
 
 
-def test_a_slice_has_the_layers_of_the_whole(made: Path, tmp_path: Path) -> None:
+def test_a_slice_has_the_layers_of_the_whole(checkpoint_dir: Path, tmp_path: Path) -> None:
     make_checkpoint(tmp_path, sliced(NARROW, 2, 1), depth=48)
-    part, whole = open_checkpoint(tmp_path), open_checkpoint(made)
+    part, whole = open_checkpoint(tmp_path), open_checkpoint(checkpoint_dir)
     assert part.config.vision.num_hidden_layers == 2
     assert set(part.tensors) < set(whole.tensors)
     assert all(torch.equal(part.load(key), whole.load(key)) for key in part.tensors)
 
 
-def test_seeds_differ_and_repeat(made: Path, tmp_path: Path) -> None:
+def test_seeds_differ_and_repeat(checkpoint_dir: Path, tmp_path: Path) -> None:
     small = sliced(NARROW, 1, 1)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         make_checkpoint(tmp_path / name, small, seed=seed)
@@ -113,7 +117,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "2 + 1 blocks, 1 shards" in capsys.readouterr().out
     config = open_checkpoint(out).config
     assert (config.vision.num_hidden_layers, config.qllama.num_hidden_layers) == (2, 1)
-    # What 'build' needs beside the weights.
+    # Files that 'build' needs besides the weights.
     assert len(SentencePieceTokenizer(out / "tokenizer.model")) <= config.qllama.vocab_size
     assert ImageSettings.load(out / "preprocessor_config.json").size == 56
     plan = plan_build(BuildConfig(out=tmp_path / "bundle", model=out, backend=(ORT,)))
@@ -128,12 +132,12 @@ def test_memory_that_no_file_backs_is_what_is_measured(tmp_path: Path) -> None:
         "import mmap, sys, time; f = open(sys.argv[1]); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ);"
         "print(sum(m[::4096])); time.sleep(0.3)"
     )
-    held = "import time; held = bytearray(200 << 20); time.sleep(0.3); print(len(held))"
+    script = "import time; held = bytearray(200 << 20); time.sleep(0.3); print(len(held))"
     nested = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
-    plain = run([sys.executable, "-c", held])
+    plain = run([sys.executable, "-c", script])
     assert plain.stdout == f"{200 << 20}\n"
     assert plain.seconds > 0.3
-    for result in (plain, run([sys.executable, "-c", nested, held])):
+    for result in (plain, run([sys.executable, "-c", nested, script])):
         assert 200 << 20 <= result.peak_anonymous < 260 << 20
     assert run([sys.executable, "-c", touch, str(mapped)]).peak_anonymous < 40 << 20
     with pytest.raises(StepFailed, match=r"exit code 3: no such thing"):
@@ -141,12 +145,14 @@ def test_memory_that_no_file_backs_is_what_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "int8"])
-def test_one_pass_over_the_shards_quantises_as_memory_does(made: Path, tmp_path: Path, recipe: str) -> None:
-    done = tool.quantise(made, tmp_path, ["vision"], recipe)
-    assert done["layers"] == 6 * 4
-    low, kept = (load_file(tmp_path / store) for store in (LOW_STORE, BASE_STORE))
-    assert len(kept) == done["kept"]
-    checkpoint = open_checkpoint(made)
+def test_one_pass_over_the_shards_quantises_as_memory_does(
+    checkpoint_dir: Path, tmp_path: Path, recipe: str
+) -> None:
+    summary = tool.quantise(checkpoint_dir, tmp_path, ["vision"], recipe)
+    assert summary["layers"] == 6 * 4
+    low, stored = (load_file(tmp_path / store) for store in (LOW_STORE, BASE_STORE))
+    assert len(stored) == summary["kept"]
+    checkpoint = open_checkpoint(checkpoint_dir)
     for i in range(6):
         layer = f"vision_model.encoder.layers.{i}.mlp.fc2"
         values, scale = quantise(checkpoint.load(f"{layer}.weight"), recipe)
@@ -182,11 +188,11 @@ def test_the_report_measures_and_cleans_up(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_step_that_fails_is_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = report.Report(tmp_path)
-    found.step("broken", [sys.executable, "-c", "raise SystemExit('the reason')"], lambda: 0)
-    report.print_report(found.rows, "title")
+    result = report.Report(tmp_path)
+    result.step("broken", [sys.executable, "-c", "raise SystemExit('the reason')"], lambda: 0)
+    report.print_report(result.rows, "title")
     assert "broken: exit code 1: the reason" in capsys.readouterr().out
-    assert found.rows[0].seconds is None
+    assert result.rows[0].seconds is None
 
 
 @pytest.mark.slow
@@ -210,12 +216,14 @@ def test_a_killed_run_keeps_what_it_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_calibration_is_timed_by_block_and_its_scales_make_the_graphs(made: Path, tmp_path: Path) -> None:
-    done = tool.calibrate(made, tmp_path, ["vision"])
-    assert set(done["seconds_per_sample_and_block"]) == {"vision"}
-    per_block = done["seconds_per_sample_and_block"]["vision"]
-    assert done["estimate"]["seconds"] == pytest.approx(per_block * 48 * -(-512 // 20)), "at full depth"
-    assert tool.graphs(made, tmp_path, ["vision"]) == {"promised": {"vision": 6 * 4}}
+def test_calibration_is_timed_by_block_and_its_scales_make_the_graphs(
+    checkpoint_dir: Path, tmp_path: Path
+) -> None:
+    summary = tool.calibrate(checkpoint_dir, tmp_path, ["vision"])
+    assert set(summary["seconds_per_sample_and_block"]) == {"vision"}
+    per_block = summary["seconds_per_sample_and_block"]["vision"]
+    assert summary["estimate"]["seconds"] == pytest.approx(per_block * 48 * -(-512 // 20)), "at full depth"
+    assert tool.graphs(checkpoint_dir, tmp_path, ["vision"]) == {"promised": {"vision": 6 * 4}}
     assert (tmp_path / "onnx" / "vision.bf16.onnx").is_file()
 
 
@@ -280,7 +288,7 @@ def test_the_document_is_written_from_the_receipts(tmp_path: Path) -> None:
     new = document.render(text, [path])
     assert "24 quantised products promised; found 4 bf16xbf16, 24 fp8xfp8; build predicted to take" in new
     assert "predicted to take 2.10 GB; took 4.00 GB |" in new
-    with pytest.raises(ValueError, match="must each stand once"):
+    with pytest.raises(ValueError, match="must each occur once"):
         document.render("no marks", [path])
 
 

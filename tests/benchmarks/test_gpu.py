@@ -1,4 +1,4 @@
-"""The GPU scripts, on the CPU with a tiny model: they run through, and write what they promise."""
+"""The GPU scripts, on the CPU with a tiny model: they run to the end, and write the promised rows."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_towers(tmp_path: Path) -> None:
 def test_goals_follow_from_the_rows(tmp_path: Path) -> None:
     from ivl_export.benchmarks.gpu.shared import Receipt
 
-    made = Receipt("t", tmp_path / "t.json")
+    result = Receipt("t", tmp_path / "t.json")
     for way, ms, share in (("bf16", 9.0, 0.9), ("bf16 compiled", 3.0, 0.71), ("fp8 rowwise", 2.1, 0.5)):
-        made.add(case="vision", size=224, way=way, batch=128, ms_per_item=ms, share_of_peak=share)
-    towers._goals(made, 224, 128)
+        result.add(case="vision", size=224, way=way, batch=128, ms_per_item=ms, share_of_peak=share)
+    towers._goals(result, 224, 128)
     assert list(receipt(tmp_path / "t.json")["goals"].values()) == ["met", "missed", "missed"]
-    towers._goals(made, 336, 128)
+    towers._goals(result, 336, 128)
     assert "not measured" in receipt(tmp_path / "t.json")["goals"].values()
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of reading images: its photographs, and how near both readings lie."""
+"""The benchmark of reading images: its photographs, and the distance of both readings."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def test_photographs_have_the_size_that_is_promised() -> None:
             assert 199_000 < image.width * image.height < 201_000
 
 
-def test_both_readings_lie_near_each_other_and_are_not_the_same() -> None:
-    found = images.cosines(images.photographs(1_000_000))
-    assert list(found) == list(images.PHOTOGRAPHS)
-    assert all(0.99 < cosine <= 1 for cosine in found.values())
-    assert min(found.values()) < 1
+def test_both_readings_are_close_but_not_equal() -> None:
+    result = images.cosines(images.photographs(1_000_000))
+    assert list(result) == list(images.PHOTOGRAPHS)
+    assert all(0.99 < cosine <= 1 for cosine in result.values())
+    assert min(result.values()) < 1

@@ -1,4 +1,4 @@
-"""The checkpoint maker's layouts beside InternVL-14B: InternViT-6B alone, and the chat models."""
+"""The checkpoint maker's layouts besides InternVL-14B: InternViT-6B alone, and the chat models."""
 
 from __future__ import annotations
 

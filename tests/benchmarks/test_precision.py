@@ -1,4 +1,4 @@
-"""What docs/precision.md says is what the receipt holds."""
+"""docs/precision.md agrees with its receipt."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_receipts_of_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tasks = {"classify": {"accuracy": 0.5}, "text_to_image": {"accuracy": 0.25}}
     scores = {"InternVL-C": tasks, "InternVL-G": tasks, "caption": {"en": {"accuracy": 0.125}}}
     settings = {"stage": 2, "teacher": True, "steps": 300}
-    found = {
+    by_name = {
         "recipe": "w4a8",
         "settings": settings,
         "seconds": 90.0,
         "scores": {"ptq": scores, "qat": scores},
     }
-    (tmp_path / "qat-x.json").write_text(json.dumps(found))
+    (tmp_path / "qat-x.json").write_text(json.dumps(by_name))
     monkeypatch.setattr(document, "RECEIPTS", tmp_path)
     _, _, before, after = document.finetuned(receipt)
     assert list(before) == [
@@ -60,9 +60,9 @@ def test_receipts_of_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_max_fails_on_outliers_and_the_defaults_do_not(tmp_path: Path) -> None:
     """As in the document, at a fifth of the width."""
-    found = measure(tmp_path, width=640, samples=2)
-    db = {(r["scheme"], r["algorithm"], r["smooth"], r["outliers"]): r["sqnr_db"] for r in found["rows"]}
-    assert found["largest_over_median"]["with"]["vision_model.encoder.layers.0.attn.qkv"] > 40
+    losses = measure(tmp_path, width=640, samples=2)
+    db = {(r["scheme"], r["algorithm"], r["smooth"], r["outliers"]): r["sqnr_db"] for r in losses["rows"]}
+    assert losses["largest_over_median"]["with"]["vision_model.encoder.layers.0.attn.qkv"] > 40
     assert db["int8", "max", False, True] < db["int8", "max", False, False] - 10
     for scheme, smooth in (("fp8", False), ("int8", True)):
         assert db[scheme, "max", smooth, True] == pytest.approx(db[scheme, "max", smooth, False], abs=1)

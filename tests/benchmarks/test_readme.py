@@ -1,4 +1,4 @@
-"""The README's performance table is what the receipts say, and no other."""
+"""The README's performance table agrees with the receipts."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def test_chats_have_a_table_of_their_own() -> None:
     )
 
 
-def test_marks_must_stand_once() -> None:
+def test_marks_must_occur_once() -> None:
     for text in ("nothing", readme.BEGIN, TEXT + TEXT):
-        with pytest.raises(ValueError, match="must each stand once"):
+        with pytest.raises(ValueError, match="must each occur once"):
             readme.render(text, [])
 
 

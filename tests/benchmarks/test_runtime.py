@@ -1,4 +1,4 @@
-"""The runtime's benchmarks: what they time computes the same, and what they say follows from the samples."""
+"""The runtime's benchmarks: candidates compute the same, and statements follow from the samples."""
 
 from __future__ import annotations
 
@@ -75,31 +75,31 @@ def test_a_sample_of_a_short_call_is_the_mean_of_many() -> None:
 def test_ratios_and_goals(ours: list[float], theirs: list[float], bound: float) -> None:
     timed = (Timed("ours", "fp32", 2, tuple(ours)), Timed("theirs", "fp32", 2, tuple(theirs)))
     faster, longer = Goal("ours", "theirs", "speed", bound), Goal("ours", "theirs", "time", bound)
-    found = Comparison("case", timed, (faster, longer), {"equal": True}, ("a note",))
-    assert found.ratio(faster) == pytest.approx(1 / found.ratio(longer))
-    assert found.met(longer) == (found.ratio(longer) <= bound)
+    result = Comparison("case", timed, (faster, longer), {"equal": True}, ("a note",))
+    assert result.ratio(faster) == pytest.approx(1 / result.ratio(longer))
+    assert result.met(longer) == (result.ratio(longer) <= bound)
     low, middle, high = timed[0].quartiles
     assert min(ours) <= low <= middle <= high <= max(ours)
-    data = json.loads(json.dumps(found.to_json()))
-    assert Comparison.from_json(data) == found
-    assert [goal["met"] for goal in data["goals"]] == [found.met(faster), found.met(longer)]
-    (first, _) = measured.rows(found)
-    assert ("missed" in first[-1]) == (not (found.met(faster) and found.met(longer)))
+    data = json.loads(json.dumps(result.to_json()))
+    assert Comparison.from_json(data) == result
+    assert [goal["met"] for goal in data["goals"]] == [result.met(faster), result.met(longer)]
+    (first, _) = measured.rows(result)
+    assert ("missed" in first[-1]) == (not (result.met(faster) and result.met(longer)))
 
 
 @pytest.mark.slow
 def test_chained_calls_compute_what_bare_sessions_do(tiny: Setting) -> None:
-    found = list(part("chained")(tiny))
-    assert {c.case for c in found} == {
+    results = list(part("chained")(tiny))
+    assert {c.case for c in results} == {
         f"tiny, {call}, batch {batch}" for call in ("InternVL-C", "InternVL-G", "text") for batch in (1, 8)
     }
-    assert all(len(c.timed) == (3 if "text" in c.case else 2) for c in found)
+    assert all(len(c.timed) == (3 if "text" in c.case else 2) for c in results)
 
 
 def test_prefixes_are_reused_without_another_answer(chat_bundle: Path) -> None:
-    found = part("prefix")(Given(chat_bundle, threads=1, rounds=3, models=("tiny",)))
-    assert [c.timed[0].precision for c in found] == ["fp32", "int8"]
-    for comparison in found:
+    result = part("prefix")(Given(chat_bundle, threads=1, rounds=3, models=("tiny",)))
+    assert [c.timed[0].precision for c in result] == ["fp32", "int8"]
+    for comparison in result:
         assert comparison.facts["equal"]
         assert comparison.facts["image_positions"] < comparison.facts["prompt_positions"]
         assert [(g.of, g.bound) for g in comparison.goals] == [(t.name, 3.0) for t in comparison.timed[1:]]
@@ -123,46 +123,46 @@ def test_other_embeddings_are_not_timed(tiny: Setting) -> None:
 @pytest.mark.slow
 def test_precisions_say_how_far_they_are_from_fp32(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precisions, "BATCHES", (2,))
-    for found in part("precisions")(tiny):
-        cosines = found.facts["cosine"]
+    for result in part("precisions")(tiny):
+        cosines = result.facts["cosine"]
         assert cosines["runtime fp32"] == pytest.approx(1, abs=1e-6)
         assert cosines["runtime int8"] == pytest.approx(1, abs=1e-6)  # the same bundle here
         assert 0.99 < cosines["torch bf16"] < 1
-        assert {t.name for t in found.timed} == set(cosines)
+        assert {t.name for t in result.timed} == set(cosines)
 
 
 @pytest.mark.slow
 def test_clients_get_what_a_call_gives(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients, "REQUESTS", 1)
-    for found in part("clients")(tiny):
-        assert found.facts["answers"] == clients.CLIENTS
-        assert found.facts["apart"] < 1e-5
+    for result in part("clients")(tiny):
+        assert result.facts["answers"] == clients.CLIENTS
+        assert result.facts["apart"] < 1e-5
 
 
 def test_decoding_is_that_of_the_plain_llama(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the whole sequence run anew for every token."""
+    """Against the whole sequence, run again for every token."""
     monkeypatch.setattr(decoding, "PROMPT", 5)
     llama = load_model(TINY).qllama
     with ExitStack() as opened:
         generate = next(decoding.generators(tiny, "tiny", 2, opened))[2]
         ids = decoding.prompts(llama.model.config, 2)
-        found = generate(4)
+        result = generate(4)
     for _ in range(4):
-        given = torch.from_numpy(ids)
+        inputs = torch.from_numpy(ids)
         with torch.inference_mode():
-            hidden, _ = llama(llama.embed(given), torch.arange(given.shape[1])[None], Visible(causal=True))
+            hidden, _ = llama(llama.embed(inputs), torch.arange(inputs.shape[1])[None], Visible(causal=True))
             new = llama.lm_head(hidden[:, -1]).argmax(-1, keepdim=True)
         ids = np.concatenate([ids, new.numpy()], 1)
-    np.testing.assert_array_equal(found, ids[:, 5:])
+    np.testing.assert_array_equal(result, ids[:, 5:])
 
 
 @pytest.mark.slow
 def test_decoding_leaves_out_what_is_not_installed(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "PROMPT", 5)
     monkeypatch.setattr(decoding, "find_spec", lambda name: None)
-    found = list(part("decoding")(tiny))
-    assert {t.name for c in found for t in c.timed} == {"runtime fp32", "runtime int8"}
-    assert [c.facts.get("equal_tokens") for c in found if c.facts] == [
+    results = list(part("decoding")(tiny))
+    assert {t.name for c in results for t in c.timed} == {"runtime fp32", "runtime int8"}
+    assert [c.facts.get("equal_tokens") for c in results if c.facts] == [
         {"runtime fp32": 1.0, "runtime int8": 1.0}  # the same bundle here
     ] * len(decoding.BATCHES)
 
@@ -176,8 +176,8 @@ def test_a_part_without_a_receipt_says_so(tmp_path: Path) -> None:
     text = document.render(document.DOCUMENT.read_text(encoding="utf-8"), tmp_path)
     assert text.count("Not measured yet") == len(document.TABLES)
     timed = (Timed("ours", "fp32", 1, (0.001, 0.002, 0.003)), Timed("theirs", "fp32", 1, (0.004,) * 3))
-    found = Comparison("a case", timed, (Goal("ours", "theirs", "speed", 3.0),), {}, ("a note",))
-    measured.keep(measured.receipt("chained", 2, [found]), tmp_path)
+    result = Comparison("a case", timed, (Goal("ours", "theirs", "speed", 3.0),), {}, ("a note",))
+    measured.keep(measured.receipt("chained", 2, [result]), tmp_path)
     text = document.render(text, tmp_path)
     assert text.count("Not measured yet") == len(document.TABLES) - 1
     assert (
@@ -199,12 +199,12 @@ def test_the_command_keeps_a_receipt(
     tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Setting, "bundle", lambda self, model, precision: tiny_bundle)
-    asked = ["--parts", "chained", "--models", "tiny", "--rounds", "1", "--threads", "1"]
-    assert main(["--work", str(tmp_path / "work"), "--out", str(tmp_path), *asked]) == 0
-    found = json.loads(measured.receipt_path("chained", tmp_path).read_text())
-    assert (found["schema"], found["part"], found["threads"]) == (measured.SCHEMA, "chained", 1)
-    assert found["machine"]["cpu"]
-    assert "onnxruntime" in found["versions"]
+    questions = ["--parts", "chained", "--models", "tiny", "--rounds", "1", "--threads", "1"]
+    assert main(["--work", str(tmp_path / "work"), "--out", str(tmp_path), *questions]) == 0
+    receipt = json.loads(measured.receipt_path("chained", tmp_path).read_text())
+    assert (receipt["schema"], receipt["part"], receipt["threads"]) == (measured.SCHEMA, "chained", 1)
+    assert receipt["machine"]["cpu"]
+    assert "onnxruntime" in receipt["versions"]
     assert "tiny, InternVL-G, batch 8" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["--work", str(tmp_path), "--parts", "other"])
@@ -218,7 +218,7 @@ def test_a_made_checkpoint_is_made_once(tmp_path: Path) -> None:
     setting = Setting(tmp_path)
     for model in ("tiny", "tiny-chat"):
         folder = setting.checkpoint(model)
-        made = (folder / "config.json").stat()
+        result = (folder / "config.json").stat()
         assert setting.checkpoint(model) == folder
-        assert (folder / "config.json").stat() == made
+        assert (folder / "config.json").stat() == result
         assert open_checkpoint(folder).components

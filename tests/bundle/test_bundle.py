@@ -372,7 +372,7 @@ def test_a_killed_seal_leaves_the_old_or_the_new(
     opened = Bundle.open(tmp_path / "out", verify="hash")
     assert opened.receipt("accuracy") == {"mark": wins}
 
-    # and sealing again succeeds and leaves nothing behind
+    # and sealing again succeeds and leaves no other files
     again = seal(stage(tmp_path / "staging", "three"), make_manifest(), tmp_path / "out")
     assert Bundle.open(again.root, verify="hash").receipt("accuracy") == {"mark": "three"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

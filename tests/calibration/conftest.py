@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """One layer of each kind: what the tests trace, which takes seconds a layer."""
+    """One layer of each kind: the model that the tests trace, which takes seconds a layer."""
     vision = replace(CONFIG.vision, num_hidden_layers=1)
     qllama = replace(CONFIG.qllama, num_hidden_layers=1)
     return written(tmp_path_factory.mktemp("shallow"), replace(CONFIG, vision=vision, qllama=qllama))

@@ -26,8 +26,8 @@ def torch_runner(module: torch.nn.Module | Callable[..., object], spec: Componen
         tensors = [torch.from_numpy(np.ascontiguousarray(inputs[t.name])) for t in spec.inputs]
         with torch.inference_mode():
             outputs = module(*tensors)
-        found = outputs if isinstance(outputs, tuple | list) else (outputs,)
-        return {name: t.float().numpy() for name, t in zip(names, found, strict=True)}
+        result = outputs if isinstance(outputs, tuple | list) else (outputs,)
+        return {name: t.float().numpy() for name, t in zip(names, result, strict=True)}
 
     return run
 

@@ -37,11 +37,11 @@ Sets = tuple[CalibrationSet, CalibrationSet]
 def test_metrics_by_hand() -> None:
     reference = np.array([[3.0, 4.0], [1.0, 0.0]], np.float32)
     candidate = np.array([[3.0, 4.0], [1.0, 1.0]], np.float32)
-    found = compare(reference, candidate)
-    assert found.cosine == pytest.approx((1 + 2**-0.5) / 2)
-    assert found.worst_cosine == pytest.approx(2**-0.5)
-    assert found.sqnr_db == pytest.approx(10 * math.log10(26 / 1))
-    assert (found.max_abs, found.samples) == (1.0, 2)
+    result = compare(reference, candidate)
+    assert result.cosine == pytest.approx((1 + 2**-0.5) / 2)
+    assert result.worst_cosine == pytest.approx(2**-0.5)
+    assert result.sqnr_db == pytest.approx(10 * math.log10(26 / 1))
+    assert (result.max_abs, result.samples) == (1.0, 2)
 
 
 def test_equal_arrays() -> None:
@@ -64,11 +64,11 @@ def test_batches_accumulate_to_the_whole() -> None:
     parts = Comparison()
     for rows in (slice(0, 3), slice(3, 7)):
         parts.add(reference[rows], candidate[rows])
-    whole, found = compare(reference, candidate), parts.metrics()
-    assert found.samples == whole.samples
-    assert found.max_abs == whole.max_abs
-    assert found.sqnr_db == pytest.approx(whole.sqnr_db)
-    assert found.cosine == pytest.approx(whole.cosine)
+    whole, result = compare(reference, candidate), parts.metrics()
+    assert result.samples == whole.samples
+    assert result.max_abs == whole.max_abs
+    assert result.sqnr_db == pytest.approx(whole.sqnr_db)
+    assert result.cosine == pytest.approx(whole.cosine)
 
 
 def test_nan_and_wrong_shapes_are_errors() -> None:

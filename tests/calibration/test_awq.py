@@ -1,4 +1,4 @@
-"""AWQ: folded exactly, searched on what was seen, and no worse than plain INT4 weights."""
+"""AWQ: folded exactly, searched on calibration inputs, and no worse than plain INT4 weights."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_every_source_is_found(
     tmp_path: Path,
 ) -> None:
     run = (scenes[0], settings, tokenizer, tmp_path)
-    found = awq_factors(shallow, COMPONENTS, planned, *run, batch_size=4)
-    assert set(found) == SOURCES
+    factors = awq_factors(shallow, COMPONENTS, planned, *run, batch_size=4)
+    assert set(factors) == SOURCES
     again = awq_factors(shallow, COMPONENTS, planned, *run, batch_size=4)
-    assert all(torch.equal(found[name], again[name]) for name in found), "the same rows are drawn"
-    assert all(torch.equal(f.log2(), f.log2().round()) for f in found.values())
+    assert all(torch.equal(factors[name], again[name]) for name in factors), "the same rows are drawn"
+    assert all(torch.equal(f.log2(), f.log2().round()) for f in factors.values())
 
 
 def test_any_factors_fold_into_a_model_that_computes_the_same(shallow: Checkpoint) -> None:
@@ -73,7 +73,7 @@ def test_any_factors_fold_into_a_model_that_computes_the_same(shallow: Checkpoin
     folded = fold(shallow, {name: divisor(name) for name in sorted(SOURCES)})
     plain, same = load_model(shallow), load_model(folded)
     changed = [n for n, p in plain.named_parameters() if not torch.equal(p, same.get_parameter(n))]
-    assert len(changed) >= 18, "sources and what they feed"
+    assert len(changed) >= 18, "sources and the layers they feed"
     pixels = torch.randn(2, 3, 28, 28, generator=generator)
     ids = torch.randint(3, 500, (2, 9), generator=generator)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_factors_from_elsewhere_are_checked(
 
 def test_layers_of_one_input_have_one_way_of_folding() -> None:
     both = {f"{LLAMA}mlp.gate_proj": "int8-smooth", f"{LLAMA}mlp.up_proj": "int4-awq"}
-    with pytest.raises(UsageError, match="SmoothQuant and AWQ of what"):
+    with pytest.raises(UsageError, match="both SmoothQuant and AWQ"):
         groups_apart(both)
 
 
@@ -117,7 +117,7 @@ def test_rows_are_drawn_from_all_inputs_alike() -> None:
     torch.testing.assert_close(inputs.mean, torch.full((4,), 19.5))
 
 
-def test_channels_that_stand_out_are_kept() -> None:
+def test_outlier_channels_keep_their_precision() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2000, 128, generator=generator)
     x[:, [3, 70]] *= 60
@@ -125,15 +125,15 @@ def test_channels_that_stand_out_are_kept() -> None:
     weight = torch.randn(64, 128, generator=generator)
     inputs = Inputs()
     inputs.add(x[:1000])
-    found = search(inputs, {"a": weight}, {"a": "int4-awq"}, "bf16", lambda rows, w: [rows @ w["a"].T])
+    result = search(inputs, {"a": weight}, {"a": "int4-awq"}, "bf16", lambda rows, w: [rows @ w["a"].T])
 
     def sqnr(divisor: torch.Tensor) -> float:
         rounded = dequantise(*quantise(weight * divisor, "int4-awq")) / divisor
         unseen = x[1000:]
         return compare((unseen @ weight.T).numpy(), (unseen @ rounded.T).numpy()).sqnr_db
 
-    assert sqnr(found) > sqnr(torch.ones(128)) + 6
-    assert found[3] >= 2 * found[4], "powers of two: one step apart, or more"
+    assert sqnr(result) > sqnr(torch.ones(128)) + 6
+    assert result[3] >= 2 * result[4], "powers of two: one step apart, or more"
     assert torch.isfinite(scaling(torch.zeros(4), 0.5)).all()
 
 
@@ -145,7 +145,7 @@ def nano_accuracy(precision: str, out: Path) -> Table:
                 break
             run_step(space, step)
         return component_receipt(
-            plan, graph_source(plan, space.staging_dir), space, lambda done: None, True
+            plan, graph_source(plan, space.staging_dir), space, lambda count: None, True
         ).teacher_forced
 
 

@@ -66,8 +66,8 @@ def test_nano_scales_equal_those_of_whole_modules(components: tuple[str, ...], t
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     chosen = scenes_calibration(11)
     spill = tmp_path / "spill"
-    found = calibrate(checkpoint, components, chosen, settings, tokenizer, batch_size=4, folder=spill)
-    assert found.amax == whole_amax(checkpoint, components, chosen.batches(settings, tokenizer, 4))
+    ranges = calibrate(checkpoint, components, chosen, settings, tokenizer, batch_size=4, folder=spill)
+    assert ranges.amax == whole_amax(checkpoint, components, chosen.batches(settings, tokenizer, 4))
     assert not spill.exists()
 
 
@@ -82,12 +82,12 @@ def test_picked_ranges_equal_those_of_whole_modules(
 ) -> None:
     kinds = {f"vision_model.encoder.layers.{i}.attn.qkv": kind for i, kind in enumerate(("int8", "fp8"))}
     components = ("qllama_query",)
-    found = calibrate(
+    ranges = calibrate(
         checkpoint, components, scenes[0], settings, tokenizer, algorithm=algorithm, kinds=kinds
     )
     batches = scenes[0].batches(settings, tokenizer)
-    assert found.amax == whole_amax(checkpoint, components, batches, algorithm, kinds)
-    layers = {name: kind for name, kind in found.kinds.items() if name in found.shapes}
+    assert ranges.amax == whole_amax(checkpoint, components, batches, algorithm, kinds)
+    layers = {name: kind for name, kind in ranges.kinds.items() if name in ranges.shapes}
     assert layers == ({} if algorithm == "percentile" else kinds)
 
 
@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_at_its_block(
 
     heard: list[int] = []
     ran: list[SegmentTime] = []
-    found = calibrate(
+    ranges = calibrate(
         checkpoint,
         ALL,
         scenes[0],
@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on_at_its_block(
     )
     assert heard[0] > parts_done * 16
     assert len(ran) == calibration_units(checkpoint.config, ALL, 1) - parts_done
-    assert found == calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, batch_size=4)
+    assert ranges == calibrate(checkpoint, ALL, scenes[0], settings, tokenizer, batch_size=4)
 
 
 def test_another_set_or_lost_activations_start_afresh(
@@ -141,14 +141,14 @@ def test_another_set_or_lost_activations_start_afresh(
     class Stopped(Exception):
         pass
 
-    def stop(done: int) -> None:
-        if done > 3 * 16:
+    def stop(count: int) -> None:
+        if count > 3 * 16:
             raise Stopped
 
     def run(chosen: CalibrationSet, stopped: bool = False) -> tuple[ActivationRanges | None, int]:
         ran: list[SegmentTime] = []
         try:
-            found = calibrate(
+            ranges = calibrate(
                 checkpoint,
                 ["vision"],
                 chosen,
@@ -156,12 +156,12 @@ def test_another_set_or_lost_activations_start_afresh(
                 tokenizer,
                 batch_size=4,
                 folder=folder,
-                progress=stop if stopped else lambda done: None,
+                progress=stop if stopped else lambda count: None,
                 timed=ran.append,
             )
         except Stopped:
             return None, len(ran)
-        return found, len(ran)
+        return ranges, len(ran)
 
     assert run(scenes[0], stopped=True) == (None, 3)
     whole, parts = run(scenes[1])
@@ -174,7 +174,7 @@ def test_another_set_or_lost_activations_start_afresh(
     assert run(scenes[0])[1] == 4
 
 
-def test_spilled_bytes_bound_what_lies_on_disk(
+def test_spilled_bytes_bound_the_files_on_disk(
     checkpoint: Checkpoint,
     scenes: Sets,
     settings: ImageSettings,
@@ -183,7 +183,7 @@ def test_spilled_bytes_bound_what_lies_on_disk(
 ) -> None:
     folder, most = tmp_path / "spill", 0
 
-    def look(done: int) -> None:
+    def look(count: int) -> None:
         nonlocal most
         most = max(most, sum(p.stat().st_size for p in folder.glob("states-*")))
 

@@ -1,4 +1,4 @@
-"""Chat models in calibration: what is run, and that blocks one at a time are the whole model."""
+"""Chat models in calibration: the calls, and blocks one at a time equal the whole model."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def chosen() -> CalibrationSet:
 
 @pytest.fixture(scope="module")
 def modules(checkpoint: Checkpoint) -> dict[str, torch.nn.Module]:
-    found = {}
+    by_name = {}
     for name in checkpoint.components:
         with torch.device("meta"):
-            found[name] = component_module(name, checkpoint.model)
-        load_state(found[name], checkpoint, torch.float32)
-    return found
+            by_name[name] = component_module(name, checkpoint.model)
+        load_state(by_name[name], checkpoint, torch.float32)
+    return by_name
 
 
 @pytest.fixture(scope="module")
@@ -74,23 +74,23 @@ def test_dialogues_are_about_their_scenes(chosen: CalibrationSet) -> None:
         said = dialogue_of(sample, TOKENIZER)
         assert said == dialogue_of(sample, TOKENIZER)
         assert TOKENIZER.decode(said.before).startswith(SYSTEM)
-        asked = TOKENIZER._sp.decode([i for i in said.after if i != TOKENIZER.eos])
-        assert asked.endswith("ASSISTANT:")
-        assert asked.count("USER:") == said.after.count(TOKENIZER.eos)
+        request = TOKENIZER._sp.decode([i for i in said.after if i != TOKENIZER.eos])
+        assert request.endswith("ASSISTANT:")
+        assert request.count("USER:") == said.after.count(TOKENIZER.eos)
         assert said.answer
         assert TOKENIZER.eos not in said.answer
 
 
 def test_runs_of_equal_lengths() -> None:
     same, other = Dialogue((1, 2), (3,), (4, 5)), Dialogue((1, 2), (3, 6), (4,))
-    found = list(runs([same, other, same]))
-    assert [(r.rows, r.ids.tolist(), r.cut) for r in found] == [
+    results = list(runs([same, other, same]))
+    assert [(r.rows, r.ids.tolist(), r.cut) for r in results] == [
         ([0, 2], [[1, 2, 3]] * 2, 2),
         ([0, 2], [[4, 5]] * 2, None),
         ([1], [[1, 2, 3, 6]], 2),
         ([1], [[4]], None),
     ]
-    assert [r.length(10) for r in found] == [13, 2, 14, 1]
+    assert [r.length(10) for r in results] == [13, 2, 14, 1]
 
 
 def test_a_recording_is_what_the_whole_model_gives(
@@ -174,14 +174,14 @@ def test_each_weight_belongs_to_one_part(checkpoint: Checkpoint) -> None:
 def test_a_stopped_run_goes_on_at_its_part(
     checkpoint: Checkpoint, settings: ImageSettings, chosen: CalibrationSet, tmp_path: Path
 ) -> None:
-    """Wherever it stopped: what leaves a tower in its midst is as safe as what leaves at its end."""
+    """Stopped anywhere: intermediate outputs of a tower are as safe as those of its end."""
     plan = segments(checkpoint.model, checkpoint.components)
     args = (checkpoint, checkpoint.components, chosen, settings, TOKENIZER)
     whole = calibrate(*args, batch_size=2)
     for stop in range(2, len(plan), 2):
 
-        def stopped(done: int, stop: int = stop) -> None:
-            if done > stop * len(chosen):
+        def stopped(count: int, stop: int = stop) -> None:
+            if count > stop * len(chosen):
                 raise KeyboardInterrupt
 
         folder, ran = tmp_path / str(stop), list[SegmentTime]()
@@ -191,12 +191,12 @@ def test_a_stopped_run_goes_on_at_its_part(
         assert len(ran) == len(plan) - stop
 
 
-def test_what_lies_on_disk_is_bounded(
+def test_files_on_disk_are_bounded(
     checkpoint: Checkpoint, settings: ImageSettings, chosen: CalibrationSet, tmp_path: Path
 ) -> None:
     folder, most = tmp_path / "spill", 0
 
-    def look(done: int) -> None:
+    def look(count: int) -> None:
         nonlocal most
         most = max(most, sum(path.stat().st_size for path in folder.glob("states-*")))
 
@@ -232,9 +232,9 @@ def test_what_a_quantised_layer_loses(
     args = (chosen, settings, TOKENIZER)
     scales = calibrate(checkpoint, checkpoint.components, *args, batch_size=2)
     schemes = ("int8", FP8_ATTENTION)
-    found = measure(checkpoint, checkpoint.components, schemes, scales, *args, tmp_path, batch_size=2)
-    losses = {(x.component, x.layer): x for x in found.losses if x.scheme == "int8"}
-    fused = {(x.component, x.layer) for x in found.losses if x.scheme == FP8_ATTENTION}
+    result = measure(checkpoint, checkpoint.components, schemes, scales, *args, tmp_path, batch_size=2)
+    losses = {(x.component, x.layer): x for x in result.losses if x.scheme == "int8"}
+    fused = {(x.component, x.layer) for x in result.losses if x.scheme == FP8_ATTENTION}
     known = attentions(checkpoint.model, checkpoint.components)
     assert fused == {(component, name) for component, names in known.items() for name in names}
     for component in (c for c in checkpoint.components if c != "decoder_embed"):
@@ -257,7 +257,7 @@ def by_hand(
     amax: float,
     args: tuple[CalibrationSet, ImageSettings, Tokenizer],
 ) -> Metrics:
-    """What the block of ``layer`` adds with that layer in INT8, compared with fp32, in the whole model."""
+    """The update by the block of ``layer`` with that layer in INT8, against fp32, in the whole model."""
     runners = {n: torch_runner(m, component_spec(n, checkpoint.model)) for n, m in modules.items()}
     linear = modules[component].get_submodule(layer)
     assert isinstance(linear, torch.nn.Linear)
@@ -274,11 +274,11 @@ def by_hand(
                 assert list(run_chain(runners, batch, checkpoint.model))
         return seen
 
-    plain, kept = added(), linear.weight
-    linear.weight = torch.nn.Parameter(dequantise(*quantise(kept.detach(), "int8")), requires_grad=False)
+    plain, stored = added(), linear.weight
+    linear.weight = torch.nn.Parameter(dequantise(*quantise(stored.detach(), "int8")), requires_grad=False)
     with linear.register_forward_pre_hook(rounding_hook(amax, "int8", "bf16")):
         rounded = added()
-    linear.weight = kept
+    linear.weight = stored
     compared = Comparison()
     for want, got in zip(plain, rounded, strict=True):
         compared.add(want, got)

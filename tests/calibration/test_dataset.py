@@ -32,14 +32,14 @@ def test_folder_with_sidecar_captions(photos: Path) -> None:
     assert not chosen.synthetic
     assert any("10 of 12 images have no caption" in notice for notice in chosen.notices)
     assert any("small: 12 samples" in notice for notice in chosen.notices)
-    assert any("512 samples were asked for, the set has 12" in notice for notice in chosen.notices)
+    assert any("512 samples were requested, the set has 12" in notice for notice in chosen.notices)
 
 
 def test_a_small_set_says_what_it_is_split_into(photos: Path) -> None:
     first, held_out = open_calibration(photos, 20).split(32)
     assert (len(first), len(held_out)) == (9, 3)
-    said = replace(first, asked=20).notices
-    assert any("20 samples were asked for, the set has 12: 9 to calibrate on, 3 held out." in n for n in said)
+    said = replace(first, requested=20).notices
+    assert any("20 samples were requested, the set has 12: 9 to calibrate on, 3 held out." in n for n in said)
 
 
 def test_the_choice_depends_on_names_and_seed_only(photos: Path, tmp_path: Path) -> None:
@@ -200,9 +200,9 @@ def test_a_file_that_changes_in_use_is_noticed(photos: Path, settings: ImageSett
 
 def test_split_is_disjoint_and_covers(photos: Path) -> None:
     whole = open_calibration(photos)
-    first, held = whole.split(64)
-    assert names(first) + names(held) == names(whole)
-    assert len(held) == 3
+    first, contents = whole.split(64)
+    assert names(first) + names(contents) == names(whole)
+    assert len(contents) == 3
     assert len(whole.split(2)[1]) == 2
     assert first.hash != whole.hash
     one = open_calibration(photos, 1)
@@ -211,7 +211,7 @@ def test_split_is_disjoint_and_covers(photos: Path) -> None:
 
 def test_progress(photos: Path) -> None:
     seen: list[tuple[int, int]] = []
-    open_calibration(photos, 4, progress=lambda done, total: seen.append((done, total)))
+    open_calibration(photos, 4, progress=lambda count, total: seen.append((count, total)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 

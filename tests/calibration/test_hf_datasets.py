@@ -39,7 +39,7 @@ def saved(folder: Path, data: Any) -> Path:
 
 
 def snapshot(folder: Path, data: Any) -> Path:
-    """As a data set on the hub lies in a downloaded folder."""
+    """A hub data set as a downloaded folder."""
     import pyarrow.parquet as pq
 
     (folder / "data").mkdir(parents=True)
@@ -76,8 +76,8 @@ def test_several_splits_must_be_named(tmp_path: Path) -> None:
 
 def test_columns_are_found_or_named(tmp_path: Path) -> None:
     lists = pa.array([[f"first {i}", "second"] for i in range(COUNT)], pa.list_(pa.string()))
-    found = open_calibration(snapshot(tmp_path / "a", table("jpg", "note", captions=lists)))
-    assert all(s.caption is not None and s.caption.startswith("first") for s in found.samples)
+    result = open_calibration(snapshot(tmp_path / "a", table("jpg", "note", captions=lists)))
+    assert all(s.caption is not None and s.caption.startswith("first") for s in result.samples)
     odd = snapshot(tmp_path / "b", table("shown", "said"))
     with pytest.raises(InputError, match=r"no image column\. It has shown \(struct.*-O calib-columns"):
         open_calibration(odd)

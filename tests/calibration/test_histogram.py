@@ -97,7 +97,7 @@ def test_every_value_is_counted_in_its_bin(scales: list[float], seed: int) -> No
 @pytest.mark.slow
 @settings(max_examples=8)
 @given(st.integers(0, 50), st.sampled_from(["int8", "fp8"]), st.sampled_from([0.3, 1.0, 30.0]))
-def test_ranges_lie_within_what_was_seen(seed: int, kind: str, growth: float) -> None:
+def test_ranges_are_within_the_inputs(seed: int, kind: str, growth: float) -> None:
     parts = inputs(seed, growth)
     histogram, peak = counted(parts), max(float(x.abs().max()) for x in parts)
     for amax in (percentile_amax(histogram, 99.9), mse_amax(histogram, kind), entropy_amax(histogram, kind)):
@@ -118,7 +118,7 @@ def test_an_outlier_does_not_cost_int8_its_resolution() -> None:
         assert error(amax) < error(300.0) / 2
 
 
-def test_counts_do_not_stand_still() -> None:
+def test_counts_do_not_saturate() -> None:
     """float32 counters stop at 2^24."""
     histogram = Histogram()
     histogram.add(torch.ones(1), 1.0)

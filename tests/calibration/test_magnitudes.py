@@ -1,4 +1,4 @@
-"""How large everything becomes in fp32, and which 16-bit types are refused for it."""
+"""Magnitudes in fp32, and refusals of 16-bit types."""
 
 from __future__ import annotations
 
@@ -107,15 +107,15 @@ def test_a_model_that_is_not_finite_in_fp32_is_named(value: float) -> None:
 @given(value=st.floats(1e-9, 1e39), accumulated=st.booleans())
 def test_a_type_is_refused_where_it_ends(value: float, accumulated: bool) -> None:
     peak = Peak("vision", "block 3 (add)", value, 5, 64, 1, accumulated)
-    found = Magnitudes(4, (peak,), ())
-    assert Magnitudes.from_json(json.loads(json.dumps(found.to_json()))) == found
+    result = Magnitudes(4, (peak,), ())
+    assert Magnitudes.from_json(json.loads(json.dumps(result.to_json()))) == result
     for dtype, (_, end) in RANGES.items():
         over = value > (RANGES["fp32"][1] if accumulated else end)
         if not over:
-            check_magnitudes(found, dtype, {})
+            check_magnitudes(result, dtype, {})
             continue
         with pytest.raises(BuildError, match=rf"overflows {dtype}.*block 3 .add. reaches .* in channel 5"):
-            check_magnitudes(found, dtype, {})
+            check_magnitudes(result, dtype, {})
 
 
 def test_inputs_seen_in_calibration_count_too() -> None:

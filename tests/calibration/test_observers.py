@@ -79,17 +79,17 @@ def test_ranges_equal_hooks_on_the_whole_model(
                 seen[n] = max(seen.get(n, 0.0), float(x.abs().max()))
 
         core.register_forward_pre_hook(partial(see, names=operand_names(name)))
-    found = {}
+    by_name = {}
     batches = list(scenes[0].batches(settings, tokenizer, 1))
     queries = model.config.num_query_token
     with torch.no_grad():
         for batch in batches:
             model.pool_image(model.vision(torch.from_numpy(batch.pixel_values)), None)
-        found["vision"] = dict(seen)
+        by_name["vision"] = dict(seen)
         seen.clear()
         for batch in batches:
             model.encode_text(torch.from_numpy(batch.texts.input_ids[:, : batch.texts.lengths[0]]))
-        found["qllama_text"] = dict(seen)
+        by_name["qllama_text"] = dict(seen)
         seen.clear()
         for batch in batches:
             past = model.query_pass(model.vision(torch.from_numpy(batch.pixel_values)))[1]
@@ -98,13 +98,13 @@ def test_ranges_equal_hooks_on_the_whole_model(
                 ids, position = torch.tensor([[token]]), torch.tensor([[queries + i]])
                 if i == 0:
                     seen.clear()
-                    seen.update(found.get("qllama_step", {}))
+                    seen.update(by_name.get("qllama_step", {}))
                 _, new = text_step(model, ids, position, torch.ones(1, queries + i + 1), past)
                 past = extend(past, new)
-            found["qllama_step"] = dict(seen)
+            by_name["qllama_step"] = dict(seen)
             seen.clear()
             seen.update(seen_before)
-    for component, layers in found.items():
+    for component, layers in by_name.items():
         assert set(layers) == set(ranges.amax[component])
         for layer, value in layers.items():
             if layer == "qllama.lm_head":  # teacher forcing shows it the last position only
@@ -113,20 +113,20 @@ def test_ranges_equal_hooks_on_the_whole_model(
             assert ranges.amax[component][layer] == pytest.approx(value, rel=1e-4), (component, layer)
 
 
-def test_only_what_is_asked_and_what_it_needs(
+def test_only_the_requested_components_and_their_inputs_run(
     checkpoint: Checkpoint, scenes: Sets, settings: ImageSettings, tokenizer: Tokenizer
 ) -> None:
-    done: list[int] = []
+    steps: list[int] = []
     one = replace(scenes[0], samples=scenes[0].samples[:3])
-    found = calibrate(
-        checkpoint, ["qllama_query"], one, settings, tokenizer, batch_size=2, progress=done.append
+    result = calibrate(
+        checkpoint, ["qllama_query"], one, settings, tokenizer, batch_size=2, progress=steps.append
     )
-    assert list(found.amax) == ["vision", "qllama_query"]
-    assert done == sorted(set(done))
-    assert done[:3] == [2, 3, 5]
-    assert done[-1] == calibration_units(checkpoint.config, ["qllama_query"], 3) == 3 * (2 * (2 + 2))
-    assert (found.samples, found.synthetic, found.set_hash) == (3, True, one.hash)
-    assert found.model == checkpoint.revision
+    assert list(result.amax) == ["vision", "qllama_query"]
+    assert steps == sorted(set(steps))
+    assert steps[:3] == [2, 3, 5]
+    assert steps[-1] == calibration_units(checkpoint.config, ["qllama_query"], 3) == 3 * (2 * (2 + 2))
+    assert (result.samples, result.synthetic, result.set_hash) == (3, True, one.hash)
+    assert result.model == checkpoint.revision
 
 
 def test_chain_equals_the_models_own_methods(
@@ -155,9 +155,9 @@ def test_percentile_cuts_outliers(
     settings: ImageSettings,
     tokenizer: Tokenizer,
 ) -> None:
-    found = calibrate(checkpoint, ["vision"], scenes[0], settings, tokenizer, algorithm="percentile-99")
-    assert found.algorithm == "percentile-99"
-    for layer, value in found.amax["vision"].items():
+    result = calibrate(checkpoint, ["vision"], scenes[0], settings, tokenizer, algorithm="percentile-99")
+    assert result.algorithm == "percentile-99"
+    for layer, value in result.amax["vision"].items():
         assert 0 < value < ranges.amax["vision"][layer]
 
 
@@ -214,23 +214,23 @@ def test_ranges_round_trip_and_are_checked(
     assert ActivationRanges.load(path) == ranges
     assert [p.name for p in tmp_path.iterdir()] == ["ranges.json"]
     shapes = {n.removesuffix(".weight"): r.shape for n, r in checkpoint.tensors.items() if len(r.shape) == 2}
-    wanted = {component: dict.fromkeys(layers, "int8") for component, layers in ranges.amax.items()}
+    expected = {component: dict.fromkeys(layers, "int8") for component, layers in ranges.amax.items()}
     revision, qkv = checkpoint.revision, "vision_model.encoder.layers.0.attn.qkv"
-    ranges.check(shapes, wanted, revision)
+    ranges.check(shapes, expected, revision)
     with pytest.raises(InputError, match=r"1 layers it does not have, .*0\.attn\.qkv"):
-        ranges.check({n: s for n, s in shapes.items() if n != qkv}, wanted, revision)
+        ranges.check({n: s for n, s in shapes.items() if n != qkv}, expected, revision)
     with pytest.raises(InputError, match=r"0\.attn\.qkv the shape \[192, 64\], it is \[64, 64\]"):
-        ranges.check({**shapes, qkv: (64, 64)}, wanted, revision)
+        ranges.check({**shapes, qkv: (64, 64)}, expected, revision)
     with pytest.raises(InputError, match="nothing about vision_chat"):
         ranges.check(shapes, {"vision_chat": {}}, revision)
     with pytest.raises(InputError, match=r"1 layers of qllama_text .* have no range"):
         ranges.check(shapes, {"qllama_text": {qkv: "int8"}}, revision)
     with pytest.raises(InputError, match="other weights"):
-        ranges.check(shapes, wanted, "0" * 64)
+        ranges.check(shapes, expected, "0" * 64)
     by_type = replace(ranges, algorithm="mse", kinds={qkv: "fp8"})
     by_type.check(shapes, {"vision": {qkv: "fp8"}}, revision)
     with pytest.raises(InputError, match="qkv for fp8, not int8"):
-        by_type.check(shapes, wanted, revision)
+        by_type.check(shapes, expected, revision)
 
 
 @pytest.mark.parametrize(

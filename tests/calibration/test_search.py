@@ -15,12 +15,12 @@ NUMBERS = st.integers(1, 50)
 
 @st.composite
 def some_groups(draw: st.DrawFn) -> list[Group]:
-    found = []
+    results = []
     for i in range(draw(st.integers(1, 4))):
         options = [Option("bf16", float(draw(NUMBERS)), 0.0)]
         options += [Option(s, float(draw(NUMBERS)), float(draw(NUMBERS))) for s in ("fp8", "int8")]
-        found.append(Group((f"a.{i}.x", f"a.{i}.y"), tuple(options)))
-    return found
+        results.append(Group((f"a.{i}.x", f"a.{i}.y"), tuple(options)))
+    return results
 
 
 @given(some_groups())
@@ -40,19 +40,19 @@ def test_the_fastest_within_the_budget(groups: list[Group], budget: int) -> None
     noise = {(layer, o.scheme): o.noise / 2 for g in groups for o in g.options for layer in g.layers}
     measured = []
 
-    def lost(found: dict[str, str]) -> float:
-        measured.append(found)
-        return sum(noise[item] for item in found.items())
+    def lost(result: dict[str, str]) -> float:
+        measured.append(result)
+        return sum(noise[item] for item in result.items())
 
-    found = search(groups, "bf16", budget, lost)
+    result = search(groups, "bf16", budget, lost)
     recipes = line(groups)
     losses = [sum(o.noise for o in picks) for picks in recipes]
-    assert found.place == next(i for i, loss in enumerate(losses) if loss <= budget)
-    assert sum(noise[item] for item in found.schemes.items()) == pytest.approx(losses[found.place])
+    assert result.place == next(i for i, loss in enumerate(losses) if loss <= budget)
+    assert sum(noise[item] for item in result.schemes.items()) == pytest.approx(losses[result.place])
     assert len(measured) <= math.ceil(math.log2(len(recipes) + 1)) + 1
-    assert found.fastest_ms <= found.ms <= found.base_ms + 1e-9
-    assert [c.layers for c in found.choices] == [g.layers for g in groups]
-    assert found == search(groups, "bf16", budget, lost), "deterministic"
+    assert result.fastest_ms <= result.ms <= result.base_ms + 1e-9
+    assert [c.layers for c in result.choices] == [g.layers for g in groups]
+    assert result == search(groups, "bf16", budget, lost), "deterministic"
 
 
 def test_reasons() -> None:
@@ -61,9 +61,11 @@ def test_reasons() -> None:
         Group(("loud",), (Option("bf16", 4, 0), Option("fp8", 2, 0.5))),
         Group(("slow",), (Option("bf16", 4, 0), Option("fp8", 5, 1e-4))),
     ]
-    found = search(groups, "bf16", 0.05, lambda s: 0.01 * len(s) + ("loud" in s) + (s.get("quiet") == "int8"))
-    assert found.schemes == {"quiet": "fp8"}
-    quiet, loud, slow = (choice.reason for choice in found.choices)
+    result = search(
+        groups, "bf16", 0.05, lambda s: 0.01 * len(s) + ("loud" in s) + (s.get("quiet") == "int8")
+    )
+    assert result.schemes == {"quiet": "fp8"}
+    quiet, loud, slow = (choice.reason for choice in result.choices)
     assert quiet == "saves 2 ms of 4, at 40.0 dB; int8 would save 1 more, at 10.0 dB"
     assert loud == "fp8 would save 2 ms, but at 3.0 dB"
     assert slow == "no scheme is faster"
@@ -72,6 +74,6 @@ def test_reasons() -> None:
 @given(st.lists(st.sampled_from(["bf16", "fp8", "int8"]), min_size=6, max_size=6))
 def test_it_is_an_ordinary_recipe(chosen: list[str]) -> None:
     layers = [f"tower.layers.{i}.{part}" for i in range(3) for part in ("fc1", "fc2")]
-    found = {layer: scheme for layer, scheme in zip(layers, chosen, strict=True) if scheme != "bf16"}
-    recipe = as_recipe("mixed", found, [*layers, "head"], "bf16", "")
+    by_name = {layer: scheme for layer, scheme in zip(layers, chosen, strict=True) if scheme != "bf16"}
+    recipe = as_recipe("mixed", by_name, [*layers, "head"], "bf16", "")
     assert schemes(recipe, [*layers, "head"]) == {**dict(zip(layers, chosen, strict=True)), "head": "bf16"}

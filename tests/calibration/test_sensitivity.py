@@ -36,7 +36,7 @@ def ranges(
 
 
 @pytest.fixture(scope="module")
-def found(
+def sensitivity(
     checkpoint: Checkpoint,
     ranges: ActivationRanges,
     scenes: Sets,
@@ -49,7 +49,7 @@ def found(
 
 
 def test_it_equals_a_block_that_is_quantised_by_hand(
-    found: Sensitivity,
+    sensitivity: Sensitivity,
     checkpoint: Checkpoint,
     ranges: ActivationRanges,
     scenes: Sets,
@@ -66,15 +66,15 @@ def test_it_equals_a_block_that_is_quantised_by_hand(
         scale = torch.tensor(activation_scale(ranges.amax["vision"][FC1], "int8", "bf16"))
         linear.register_forward_pre_hook(lambda _, a: (quantise_values(a[0], scale, "int8").float() * scale,))
         expected = compare(want.numpy(), (block(x) - x).numpy())
-    (loss,) = [x for x in found.losses if (x.layer, x.scheme) == (FC1, "int8")]
+    (loss,) = [x for x in sensitivity.losses if (x.layer, x.scheme) == (FC1, "int8")]
     assert loss.sqnr_db == pytest.approx(expected.sqnr_db, abs=0.05)
     assert loss.cosine == pytest.approx(expected.cosine, abs=1e-6)
     assert loss.samples == 4
 
 
-def test_every_layer_of_the_blocks_in_every_scheme(found: Sensitivity, checkpoint: Checkpoint) -> None:
-    tried = {(x.component, x.layer, x.scheme) for x in found.losses}
-    assert len(tried) == len(found.losses)
+def test_every_layer_of_the_blocks_in_every_scheme(sensitivity: Sensitivity, checkpoint: Checkpoint) -> None:
+    tried = {(x.component, x.layer, x.scheme) for x in sensitivity.losses}
+    assert len(tried) == len(sensitivity.losses)
     linears, attentions = (
         {"vision": 4 * 2, "qllama_text": 7 * 2, "qllama_query": 7 * 2 + 4},
         {"qllama_query": 3},
@@ -84,17 +84,19 @@ def test_every_layer_of_the_blocks_in_every_scheme(found: Sensitivity, checkpoin
             assert len([t for t in tried if (t[0], t[2]) == (component, scheme)]) == count
         fused = [t for t in tried if (t[0], t[2]) == (component, FP8_ATTENTION)]
         assert len(fused) == attentions.get(component, 2)
-    worst = found.worst()
+    worst = sensitivity.worst()
     for (layer, scheme), loss in worst.items():
-        assert loss.noise == max(x.noise for x in found.losses if (x.layer, x.scheme) == (layer, scheme))
+        assert loss.noise == max(
+            x.noise for x in sensitivity.losses if (x.layer, x.scheme) == (layer, scheme)
+        )
         weight = worst.get((layer, "int8-weight"))
         if scheme == "int8" and weight is not None:
             assert loss.noise > weight.noise, "rounding the input as well loses more"
-    assert Sensitivity.from_json(found.to_json()) == found
+    assert Sensitivity.from_json(sensitivity.to_json()) == sensitivity
 
 
 def test_a_stopped_run_goes_on(
-    found: Sensitivity,
+    sensitivity: Sensitivity,
     checkpoint: Checkpoint,
     ranges: ActivationRanges,
     scenes: Sets,
@@ -104,17 +106,17 @@ def test_a_stopped_run_goes_on(
 ) -> None:
     heard: list[int] = []
 
-    def stop(done: int) -> None:
-        heard.append(done)
-        if done > 4 * 5:  # in the second part of QLLaMA
+    def stop(count: int) -> None:
+        heard.append(count)
+        if count > 4 * 5:  # in the second part of QLLaMA
             raise KeyboardInterrupt
 
     inputs = (checkpoint, ALL, SCHEMES, ranges, scenes[1], settings, tokenizer, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         measure(*inputs, batch_size=2, progress=stop)
     first = len(heard)
-    assert measure(*inputs, batch_size=2, progress=heard.append) == found
-    assert min(heard[first:]) >= 4 * 4, "what was known is not run again"
+    assert measure(*inputs, batch_size=2, progress=heard.append) == sensitivity
+    assert min(heard[first:]) >= 4 * 4, "finished segments are not run again"
 
 
 def odd(checkpoint: Checkpoint, folder: Path, key: str, channel: int, value: float) -> Checkpoint:
@@ -139,8 +141,8 @@ def test_odd_channels_are_named(
 ) -> None:
     strange = odd(checkpoint, tmp_path, "vision_model.encoder.layers.0.norm2.weight", 5, value)
     inputs = (["vision"], ["int8-weight"], ranges, scenes[1], settings, tokenizer, tmp_path / "spill")
-    found = measure(strange, *inputs)
-    (finding,) = [f for f in found.findings if f.layer == "vision_model.encoder.layers.0.mlp.fc1"]
+    losses = measure(strange, *inputs)
+    (finding,) = [f for f in losses.findings if f.layer == "vision_model.encoder.layers.0.mlp.fc1"]
     assert (finding.kind, finding.channels, finding.count) == (kind, (5,), 1)
 
 
@@ -160,12 +162,12 @@ def test_nan_is_refused_by_name(
         measure(strange, ["vision"], ["int8-smooth"], *inputs[2:])
 
 
-def test_the_heat_map(found: Sensitivity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ivl_export.calibration.heatmap import draw
+def test_the_heat_map(sensitivity: Sensitivity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ivl_export.pipeline.plots import sensitivity_heatmap
 
     pytest.importorskip("matplotlib")
-    draw(found, tmp_path / "map.png")
+    sensitivity_heatmap(sensitivity, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(CapabilityError, match="matplotlib"):
-        draw(found, tmp_path / "none.png")
+        sensitivity_heatmap(sensitivity, tmp_path / "none.png")

@@ -24,7 +24,7 @@ Built = tuple[BuildPlan, Workspace]
 
 
 def run(step: Step, space: Workspace, _: Path) -> StepResult:
-    return step.run(space, lambda done: None)
+    return step.run(space, lambda count: None)
 
 
 def build_graphs(out: Path, precision: str, components: tuple[str, ...]) -> Built:
@@ -40,12 +40,12 @@ def build_graphs(out: Path, precision: str, components: tuple[str, ...]) -> Buil
     return plan, space
 
 
-def both(built: Built) -> tuple[Receipt, Receipt]:
+def both(build: Built) -> tuple[Receipt, Receipt]:
     """(ONNX Runtime, simulated)"""
-    plan, space = built
-    made = graph_source(plan, space.staging_dir)
+    plan, space = build
+    source = graph_source(plan, space.staging_dir)
     graph, simulated = (
-        accuracy_steps.component_receipt(plan, made, space, lambda done: None, simulate)
+        accuracy_steps.component_receipt(plan, source, space, lambda count: None, simulate)
         for simulate in (False, True)
     )
     assert (graph.backend, simulated.backend) == (ORT, SIMULATED)
@@ -56,17 +56,17 @@ def both(built: Built) -> tuple[Receipt, Receipt]:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
 def test_the_simulation_agrees_with_onnxruntime(precision: str, tmp_path: Path) -> None:
-    built = build_graphs(tmp_path / "out", precision, ())
-    graph, simulated = both(built)
-    config = built[0].checkpoint.config
-    depths = dict.fromkeys(built[0].components, config.qllama.num_hidden_layers)
+    build = build_graphs(tmp_path / "out", precision, ())
+    graph, simulated = both(build)
+    config = build[0].checkpoint.config
+    depths = dict.fromkeys(build[0].components, config.qllama.num_hidden_layers)
     depths["vision"] = config.vision.num_hidden_layers
-    assert {c: len(found) for c, found in simulated.blocks.items()} == depths
+    assert {c: len(result) for c, result in simulated.blocks.items()} == depths
     for mine, theirs in (
         (simulated.teacher_forced, graph.teacher_forced),
         (simulated.chained, graph.chained),
     ):
-        assert list(mine) == list(theirs) == list(built[0].components)
+        assert list(mine) == list(theirs) == list(build[0].components)
         differences = []
         for component, outputs in theirs.items():
             assert list(mine[component]) == list(outputs)
@@ -79,14 +79,14 @@ def test_the_simulation_agrees_with_onnxruntime(precision: str, tmp_path: Path) 
         # Ties that fall the other way move single outputs by up to 1.8 dB; half of all move by under 0.05.
         # A rounding that only one of the two does moves them all by 3.
         assert statistics.median(differences) < 0.3
-    for component, found in simulated.blocks.items():
-        assert all(5 < metrics.sqnr_db < 60 for metrics in found), component
+    for component, result in simulated.blocks.items():
+        assert all(5 < metrics.sqnr_db < 60 for metrics in result), component
 
 
 @pytest.mark.slow
 def test_one_component_of_a_chain_is_fed_with_fp32(tmp_path: Path) -> None:
-    built = build_graphs(tmp_path / "out", "fp8", ("qllama_query",))
-    graph, simulated = both(built)
+    build = build_graphs(tmp_path / "out", "fp8", ("qllama_query",))
+    graph, simulated = both(build)
     assert graph.chained == simulated.chained == {}
     assert list(simulated.teacher_forced) == list(simulated.blocks) == ["qllama_query"]
     for name, want in graph.teacher_forced["qllama_query"].items():
@@ -96,7 +96,7 @@ def test_one_component_of_a_chain_is_fed_with_fp32(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_it_is_chosen_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, space = build_graphs(tmp_path / "out", "bf16", ("qllama_text",))
-    made = graph_source(plan, space.staging_dir)
+    source = graph_source(plan, space.staging_dir)
     heard: list[int] = []
     needed = accuracy_steps.session_bytes(plan.checkpoint, plan.components)
     weights = plan.checkpoint.tensors["qllama.model.embed_tokens.weight"].shape
@@ -104,7 +104,7 @@ def test_it_is_chosen_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.
     for free, backend in ((2 * needed, ORT), (2 * needed - 1, SIMULATED), (None, ORT)):
         monkeypatch.setattr(accuracy_steps, "available_memory", partial(int, free) if free else lambda: None)
         heard.clear()
-        receipt = accuracy_steps.component_receipt(plan, made, space, heard.append)
+        receipt = accuracy_steps.component_receipt(plan, source, space, heard.append)
         assert receipt.backend == backend
         assert heard == sorted(heard)
         total = calibration_units(plan.checkpoint.config, plan.components, len(plan.held_out))

@@ -1,4 +1,4 @@
-"""SmoothQuant: what is folded computes the same, and quantises better where channels stand out."""
+"""SmoothQuant: folded weights compute the same, and quantise better with outlier channels."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_channel_ranges_are_those_of_calibration(
     amax = calibrate(shallow, COMPONENTS, scenes[0], settings, tokenizer, batch_size=4).amax
     assert sorted(ranges) == sorted(layers)
     for layer, channels in ranges.items():
-        assert float(channels.max()) == max(found[layer] for found in amax.values() if layer in found)
+        assert float(channels.max()) == max(result[layer] for result in amax.values() if layer in result)
 
 
 def test_the_folded_model_computes_the_same(
@@ -95,7 +95,7 @@ def test_the_folded_model_computes_the_same(
         query = [reference_modules(c, ["qllama_query"])["qllama_query"](tokens) for c in (shallow, folded)]
     for a, b in (*zip(plain, same, strict=True), *zip(*map(_flat, query), strict=True)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    # What is stored in 16 bits is the folded weights, exactly.
+    # The folded weights are stored exactly in 16 bits.
     norm = f"{VIT}norm1.weight"
     write_store(folded, [norm], tmp_path / "base.safetensors", "bf16")
     from safetensors.torch import load_file
@@ -111,7 +111,7 @@ def _flat(outputs: object) -> list[torch.Tensor]:
     return [t for part in cast(tuple[object, ...], outputs) for t in _flat(part)]
 
 
-def test_smoothing_helps_where_a_channel_stands_out(shallow: Checkpoint) -> None:
+def test_smoothing_helps_with_an_outlier_channel(shallow: Checkpoint) -> None:
     layer = f"{VIT}attn.qkv"
     weight = shallow.load(f"{layer}.weight").float()
     inputs = torch.randn(200, weight.shape[1], generator=torch.Generator().manual_seed(0))

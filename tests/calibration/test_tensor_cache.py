@@ -15,33 +15,33 @@ from ivl_export.inputs.preprocess import ImageSettings
 
 def test_images_are_decoded_once(photos: Path, tmp_path: Path, settings: ImageSettings) -> None:
     plain = open_calibration(photos)
-    kept = replace(plain, cache=TensorCache(tmp_path / "cache"))
+    stored = replace(plain, cache=TensorCache(tmp_path / "cache"))
     want = np.concatenate(list(plain.pixels(settings, 5)))
     for _ in range(2):
-        np.testing.assert_array_equal(np.concatenate(list(kept.pixels(settings, 5))), want)
+        np.testing.assert_array_equal(np.concatenate(list(stored.pixels(settings, 5))), want)
     assert len(list((tmp_path / "cache").iterdir())) == len(plain)
     for photo in photos.rglob("*.[jp][pn]g"):
         photo.unlink()  # only the cache can answer now
-    np.testing.assert_array_equal(np.concatenate(list(kept.pixels(settings, 3))), want)
+    np.testing.assert_array_equal(np.concatenate(list(stored.pixels(settings, 3))), want)
 
 
 def test_other_settings_and_damaged_files_are_made_again(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path)
-    made: list[int] = []
+    calls: list[int] = []
 
     def make(size: int) -> np.ndarray:
-        made.append(size)
-        return np.full((1, 3, size, size), len(made), np.float32)
+        calls.append(size)
+        return np.full((1, 3, size, size), len(calls), np.float32)
 
     small, large = ImageSettings(size=28), ImageSettings(size=56)
     for settings in (small, large, replace(small, mean=(0.0, 0.0, 0.0)), small):
         cache.get("a", settings, lambda size=settings.size: make(size))  # type: ignore[misc]
-    assert made == [28, 56, 28]
+    assert calls == [28, 56, 28]
     for content in (b"", b"\x93NUMPY half", b"0" * 5000):
         for file in tmp_path.glob("*.npy"):
             file.write_bytes(content)
         assert cache.get("a", small, lambda: make(28)).shape == (1, 3, 28, 28)
-    assert made == [28, 56, 28, 28, 28, 28]
+    assert calls == [28, 56, 28, 28, 28, 28]
     np.save(tmp_path / "x.npy", np.array([{}], object), allow_pickle=True)
     assert not list(tmp_path.glob(".*"))
 

@@ -101,7 +101,7 @@ def test_links_and_devices_are_refused(kind: bytes, tmp_path: Path) -> None:
     info = tarfile.TarInfo("a.png")
     info.type, info.linkname = kind, "/etc/passwd"
     shard(tmp_path / "a.tar", {"0.png": picture(0), "a.png": info})
-    with pytest.raises(InputError, match=r"'a\.png' is refused\. It is no plain file"):
+    with pytest.raises(InputError, match=r"'a\.png' is refused\. It is not a regular file"):
         open_calibration(tmp_path / "a.tar")
 
 

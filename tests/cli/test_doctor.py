@@ -151,7 +151,7 @@ def test_versions_outside_the_supported_range_are_problems(
     monkeypatch.setattr(extras, "installed_version", lambda package: "1.2" if package == "onnx" else "99.0")
     assert cli.main(["doctor", "--json"]) == 5
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
-    assert problem["what"] == "onnx 1.2 is outside the range that is supported."
+    assert problem["what"] == "onnx 1.2 is outside the supported range."
     assert problem["fix"] == "pip install 'onnx>=1.18'"
 
 
@@ -185,7 +185,7 @@ def test_gpus_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert request_problems(request("fp8"), extras, gpus[:1]) == []
     (lacking,) = request_problems(request("fp8"), extras, gpus[1:])  # its generation follows from its name
     assert "Tesla T4 (sm75) cannot run fp8" in lacking.what
-    assert lacking.why == "It has no bf16, fp8."
+    assert lacking.why == "It lacks bf16, fp8."
     assert "fp16" in lacking.fix
     assert "fp8" not in lacking.fix
     hopper = (Gpu("NVIDIA H200", 143771, "580.1", "sm90"),)

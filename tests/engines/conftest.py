@@ -235,7 +235,7 @@ def write_step(writer: Writer, path: Path, width: int = 128, heads: int = 4) -> 
     bias = w.op("Unsqueeze", [bias, w.ints("axes", 1, 2)], "bias4d")
     text = w.op("Shape", ["input_ids"], "text", start=1, end=2)
     rows = w.op("Concat", [w.ints("ones", 1, 1), text, w.ints("unit", 1)], "rows", axis=0)
-    bias = w.op("Expand", [bias, rows], "mask")  # ONNX Runtime wants a mask row for every new position
+    bias = w.op("Expand", [bias, rows], "mask")  # ONNX Runtime needs a mask row for every new position
     mixed = w.op("Attention", [q, k, v, bias], "self_attn/sdpa")
     x = w.op(
         "Add", [x, w.linear(w.merge(mixed, "self_attn", width), "self_attn.o_proj", width, width)], "add1"

@@ -1,4 +1,4 @@
-"""A stand-in for tensorrt and tensorrt_rtx that records calls: their real names and signatures, no behaviour.
+"""A fake of tensorrt and tensorrt_rtx that records calls: their real names and signatures, no behaviour.
 
 It is made from ``surfaces/*.json``, read from the real bindings (``tests/tools/tensorrt_surface.py``): a name
 the release does not have is an AttributeError, an argument its signature does not take a TypeError, and what
@@ -25,7 +25,7 @@ Behaviour = Callable[..., Any]
 class Fake:
     """The module of one release. ``calls`` are ``("Class.name", arguments)`` in order, sets included.
 
-    ``behaviours`` maps ``Class.name`` to what is called in its place, with the object and the arguments; of a
+    ``behaviours`` maps ``Class.name`` to its replacement, called, with the object and the arguments; of a
     property it is called with the object alone.
     """
 
@@ -45,17 +45,17 @@ class Fake:
         return [args for name, args in self.calls if name in names]
 
     def _class(self, name: str, attributes: dict[str, str]) -> type:
-        made: dict[str, Any] = {"__slots__": ("__dict__",)}
-        for attribute, told in attributes.items():
-            if attribute == "__init__" and not told:
+        calls: dict[str, Any] = {"__slots__": ("__dict__",)}
+        for attribute, text in attributes.items():
+            if attribute == "__init__" and not text:
                 continue  # only the library makes these
-            if told.startswith("("):
-                made[attribute] = self._method(name, attribute, told.split("\n"))
-            elif told:
-                made[attribute] = self._property(name, attribute, told)
+            if text.startswith("("):
+                calls[attribute] = self._method(name, attribute, text.split("\n"))
+            elif text:
+                calls[attribute] = self._property(name, attribute, text)
             else:
-                made[attribute] = f"{name}.{attribute}"
-        return type(name, (), made)
+                calls[attribute] = f"{name}.{attribute}"
+        return type(name, (), calls)
 
     def _method(self, cls: str, name: str, signatures: list[str]) -> Behaviour:
         parsed = [_signature(text) for text in signatures]
@@ -100,9 +100,9 @@ class _Signature(SimpleNamespace):
     returns: str
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        given = [*self.names[: len(args)], *kwargs]
+        inputs = [*self.names[: len(args)], *kwargs]
         fits = len(args) + len(kwargs) <= len(self.names) and set(kwargs) <= set(self.names[len(args) :])
-        return fits and set(self.names[: self.required]) <= set(given)
+        return fits and set(self.names[: self.required]) <= set(inputs)
 
 
 def _signature(text: str) -> _Signature:

@@ -24,7 +24,7 @@ else:
 
 
 class OnlyDLPack:
-    """What another library's array looks like to us."""
+    """An array of another library."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor, self.shape = tensor, tuple(tensor.shape)
@@ -60,20 +60,20 @@ def test_what_cannot_be_read_in_place_is_copied_or_refused() -> None:
 
 
 def test_deliver_fills_the_buffers_it_is_given() -> None:
-    made = {"y": torch.arange(4.0), "z": torch.ones(1)}
+    calls = {"y": torch.arange(4.0), "z": torch.ones(1)}
     target = torch.zeros(4, dtype=torch.bfloat16)
-    got = deliver(made, {"y": target})
+    got = deliver(calls, {"y": target})
     assert got["y"].data_ptr() == target.data_ptr()
-    assert got["z"] is made["z"]
+    assert got["z"] is calls["z"]
     assert target.tolist() == [0, 1, 2, 3]
     with pytest.raises(InputError, match="wrong shape"):
-        deliver(made, {"y": torch.zeros(5)})
+        deliver(calls, {"y": torch.zeros(5)})
     with pytest.raises(InputError, match="no output"):
-        deliver(made, {"x": target})
+        deliver(calls, {"x": target})
     frozen = np.zeros(4)
     frozen.flags.writeable = False
     with pytest.raises(InputError, match="read-only"):
-        deliver(made, {"y": frozen})
+        deliver(calls, {"y": frozen})
 
 
 def test_concatenate_keeps_the_kind() -> None:

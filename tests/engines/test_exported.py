@@ -1,4 +1,4 @@
-"""The proof on what the exporter and the Q/DQ writer really produce."""
+"""Verification on real outputs of the exporter and the Q/DQ writer."""
 
 from __future__ import annotations
 

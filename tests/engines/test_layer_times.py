@@ -19,7 +19,7 @@ TIMES = st.floats(0, 1e6, allow_nan=False)
 
 
 @given(st.lists(st.tuples(TIMES, st.lists(st.tuples(TIMES, TIMES), max_size=4)), max_size=4))
-def test_parts_stand_one_after_another(parts: list[tuple[float, list[tuple[float, float]]]]) -> None:
+def test_calls_of_parts_are_consecutive(parts: list[tuple[float, list[tuple[float, float]]]]) -> None:
     calls = [TimedCall(us, tuple(Event("x", "y", start, length) for start, length in ev)) for us, ev in parts]
     whole = concatenate_calls(calls)
     assert whole.us == sum(call.us for call in calls)
@@ -35,8 +35,8 @@ def test_parts_stand_one_after_another(parts: list[tuple[float, list[tuple[float
 @pytest.mark.parametrize("style", [TEN, ELEVEN])
 def test_layers_are_named_by_the_nodes_they_compute(style: dict[str, Any]) -> None:
     layers = vit_layers(style)
-    told = layer_names(json.dumps({"Layers": layers}))
-    assert told[layers[1]["Name"]] == ("gemm", ("attn.qkv", "attn.qkv/dq", "attn.qkv/wdq", "attn.qkv/t"))
+    names = layer_names(json.dumps({"Layers": layers}))
+    assert names[layers[1]["Name"]] == ("gemm", ("attn.qkv", "attn.qkv/dq", "attn.qkv/wdq", "attn.qkv/t"))
     for text in ("", "[]", '{"Layers": 3}', '{"Layers": ["names", "only"]}', "[" * 100_000):
         assert layer_names(text) == {}
 

@@ -1,4 +1,4 @@
-"""Memory of a build: predicted from the graph, refused with the split that fits, and near what is taken."""
+"""Memory of a build: predicted from the graph, refused with the split that fits, near the measured use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_load_is_counted_by_block() -> None:
 
 
 def test_joined_weights_count_twice(make: Make) -> None:
-    """q, k and v share their input, gate and up as well; other products stand alone."""
+    """q, k and v share their input, gate and up as well; other products are separate."""
     sample = make("step", dtype="bf16", scheme="fp8", own_q=False)
     graph = read_graph(sample.path)
     users = Counter(node.inputs[0] for node in graph.nodes if node.op == "MatMul")

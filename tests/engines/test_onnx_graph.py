@@ -40,14 +40,14 @@ def test_constant_nodes_and_packed_dims_count(tmp_path: Path) -> None:
 
 def test_products_say_what_the_graph_quantises(make: Make) -> None:
     sample = make("vit", dtype="bf16", scheme="int8", plain=("mlp.fc2",), width=128)
-    found = {p.node: p for p in find_products(read_graph(sample.path))}
-    assert {name: p.scheme for name, p in found.items()} == {
+    by_name = {p.node: p for p in find_products(read_graph(sample.path))}
+    assert {name: p.scheme for name, p in by_name.items()} == {
         "attn.qkv": "int8",
         "attn.proj": "int8",
         "mlp.fc1": "int8",
         "mlp.fc2": "",
     }
-    qkv = found["attn.qkv"]
+    qkv = by_name["attn.qkv"]
     assert (qkv.weight, qkv.k, qkv.n, qkv.activation, qkv.stored) == (
         "attn.qkv.weight",
         128,
@@ -67,7 +67,7 @@ def test_broken_files_are_refused(make: Make, tmp_path: Path) -> None:
     whole = make("mlp").path.read_bytes()
     for name, data in {"empty": b"", "text": b"not a model\n" * 9, "cut": whole[: len(whole) // 2]}.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(IntegrityError, match="no ONNX model"):
+        with pytest.raises(IntegrityError, match="not a valid ONNX model"):
             read_graph(tmp_path / name)
     with pytest.raises(IntegrityError, match="no ONNX graph"):
         read_graph(tmp_path / "absent")

@@ -50,15 +50,15 @@ def write(folder: Path, *rows: dict[str, Any]) -> Path:
 
 def test_answers_are_those_given_alone(model: InternVLChat) -> None:
     """More conversations than are decoded together, of one and of two turns; a loop runs already."""
-    asked = [("a red ring", "small"), ("above",)] * 5
-    want = [ask(model, i % 3, *questions) for i, questions in enumerate(asked)]
+    requests = [("a red ring", "small"), ("above",)] * 5
+    want = [ask(model, i % 3, *questions) for i, questions in enumerate(requests)]
     turns = []
-    for i, questions in enumerate(asked):
+    for i, questions in enumerate(requests):
         said = [Turn(q, ask(model, i % 3, q), int(j == 0)) for j, q in enumerate(questions[:-1])]
         turns.append([*said, Turn(questions[-1], None, int(not said))])
 
     async def inside() -> list[str]:
-        return chat.EngineChat(model, TOKENS)((picture(i % 3) for i in range(len(asked))), turns)
+        return chat.EngineChat(model, TOKENS)((picture(i % 3) for i in range(len(requests))), turns)
 
     assert asyncio.run(inside()) == want
 
@@ -86,12 +86,12 @@ def test_questions_of_a_file(
     ]
     assert main([*line, "--data", str(tmp_path), "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
-    found = {m["name"]: m for m in out["measures"]}
-    assert (found["exact, normalised"]["value"], found["exact, normalised"]["samples"]) == (
+    by_name = {m["name"]: m for m in out["measures"]}
+    assert (by_name["exact, normalised"]["value"], by_name["exact, normalised"]["samples"]) == (
         pytest.approx(200 / 3), 3,
     )  # fmt: skip
-    assert found["exact, word for word"]["value"] == pytest.approx(100 / 3)
-    assert found["exact, normalised"]["low"] < 200 / 3 < found["exact, normalised"]["high"]
+    assert by_name["exact, word for word"]["value"] == pytest.approx(100 / 3)
+    assert by_name["exact, normalised"]["low"] < 200 / 3 < by_name["exact, normalised"]["high"]
     assert (out["task"], out["mode"], out["samples"], out["available"]) == ("questions", chat.MODE, 3, 3)
     assert out["settings"] == {"data": tmp_path.name, "prompt": "{}", "max_new_tokens": TOKENS}
     assert out["recipe"] == "fp32"
@@ -113,7 +113,7 @@ def test_a_prompt_around_the_questions(model: InternVLChat, tmp_path: Path) -> N
     (same, word) = chat.evaluate(model, file, prompt=prompt, max_new_tokens=TOKENS).measures
     assert (same.value, word.value) == (100, 100)
     for wrong, data in (("Answer.", file), (prompt, None)):
-        with pytest.raises(UsageError, match="cannot be asked"):
+        with pytest.raises(UsageError, match="is not usable"):
             chat.evaluate(model, data, prompt=wrong)
 
 
@@ -135,11 +135,11 @@ def test_drawn_scenes(chat_bundle: Path, model: InternVLChat, capsys: pytest.Cap
         ]
 
     want = chat_tasks.evaluate(one_by_one, 4)["chat"]
-    found = {m["name"]: m for m in out["measures"]}
-    assert found["exact, all"]["samples"] == want["all"]["total"] == 6, "two scenes get two questions"
+    by_name = {m["name"]: m for m in out["measures"]}
+    assert by_name["exact, all"]["samples"] == want["all"]["total"] == 6, "two scenes get two questions"
     for kind, score in want.items():
         if score["total"]:
-            assert found[f"exact, {kind}"]["value"] == pytest.approx(100 * score["accuracy"])
+            assert by_name[f"exact, {kind}"]["value"] == pytest.approx(100 * score["accuracy"])
 
 
 def test_bundles_of_the_other_kind(
@@ -174,7 +174,7 @@ def test_lines_that_ask_nothing(tmp_path: Path, line: str) -> None:
     with pytest.raises(InputError, match="line 2"):
         datasets.questions(tmp_path / "own.jsonl")
     (tmp_path / "own.jsonl").write_text("\n")
-    with pytest.raises(InputError, match="asks nothing"):
+    with pytest.raises(InputError, match="has no questions"):
         datasets.questions(tmp_path / "own.jsonl")
     with pytest.raises(InputError, match=r"questions\.jsonl is missing"):
         datasets.questions(tmp_path)

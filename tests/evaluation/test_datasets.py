@@ -1,4 +1,4 @@
-"""Data sets in their published layouts, and what is said when they are not."""
+"""Data sets in their published layouts, and messages for other layouts."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_imagenet(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cn_zeroshot_classification_templates\.json is missing"):
         datasets.imagenet(tmp_path, "zh")
     write(tmp_path / "cn_zeroshot_classification_templates.json", {"imagenet1k": ["{c}的照片。"]})
-    found = datasets.imagenet(tmp_path, "zh")
-    assert found.names == ("丁鲷", "金鱼")
-    assert found.templates == ("{}的照片。",)
-    assert [(i.name, i.label) for i in found.items] == [
+    result = datasets.imagenet(tmp_path, "zh")
+    assert result.names == ("丁鲷", "金鱼")
+    assert result.templates == ("{}的照片。",)
+    assert [(i.name, i.label) for i in result.items] == [
         ("n01/ILSVRC2012_val_1.JPEG", 0),
         ("n02/ILSVRC2012_val_0.JPEG", 1),
     ]
@@ -80,7 +80,7 @@ def test_karpathy_takes_the_test_split_with_all_captions(tmp_path: Path) -> None
         ({"images": []}, "not as published"),
         ({"images": [{"split": "test", "filename": 3}]}, "image 0"),
         ({"images": [entry("1.jpg")]}, "image 0"),
-        ({"images": [entry("1.jpg", " ")]}, "no text"),
+        ({"images": [entry("1.jpg", " ")]}, "not text"),
         ({"images": [entry("../../etc/passwd", "a")]}, "outside the data folder"),
         ({"images": [{**entry("passwd", "a"), "filepath": "/etc"}]}, "outside the data folder"),
         ({"images": [entry("\0", "a")]}, "impossible path"),
@@ -120,9 +120,9 @@ def test_videos(tmp_path: Path) -> None:
     for video, count in (("riding_a_bike/v1", 10), ("dancing/v2", 2)):
         for i in range(count):
             picture(tmp_path / video / f"{i:04}.jpg", i)
-    found = datasets.videos(tmp_path, frames=4)
-    assert found.names == ("dancing", "riding a bike")
-    dancing, riding = found.items
+    result = datasets.videos(tmp_path, frames=4)
+    assert result.names == ("dancing", "riding a bike")
+    dancing, riding = result.items
     assert [f.name for f in riding.files] == ["0001.jpg", "0003.jpg", "0006.jpg", "0008.jpg"]
     assert len(dancing.files) == 2
     assert datasets.spread([Path(str(i)) for i in range(9)], 1) == (Path("4"),)  # the centre

@@ -1,4 +1,4 @@
-"""Ranks, intervals and CIDEr against what is known about them."""
+"""Ranks, intervals and CIDEr against known values."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_cider() -> None:
         ["the man rides a wave on top of a surfboard"],
     ]
     same = cider(["a red ring stands left of a blue star", "Two dogs run over green grass", ""], references)
-    assert same[:2] == [pytest.approx(10.0), pytest.approx(10.0)]  # 10 is the most it gives
+    assert same[:2] == [pytest.approx(10.0), pytest.approx(10.0)]  # 10 is the maximum
     assert same[2] == 0
     other = cider(["two dogs sleep", "a red ring", "a man rides a wave"], references)
     assert other[0] < 1 < other[2] < 10

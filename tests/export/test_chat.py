@@ -115,7 +115,7 @@ def test_decoder_equals_module_at_any_size(
 
 @pytest.mark.parametrize("row", [0, 1, 2])
 def test_graphs_chat_as_published(sessions: dict[str, onnxruntime.InferenceSession], row: int) -> None:
-    """A preallocated cache, handed over whole; the mask hides what is not written yet."""
+    """A preallocated cache, passed whole; the mask hides unwritten positions."""
     golden = {k: v.numpy() for k, v in load_file(CHAT / "chat.safetensors").items()}
     pixels = {"pixel_values": golden["images"][row : row + 1]}
     visual = sessions["vision_chat"].run(None, pixels)[0]
@@ -123,8 +123,8 @@ def test_graphs_chat_as_published(sessions: dict[str, onnxruntime.InferenceSessi
     cut = int((ids == IMAGE_TOKEN).argmax())
 
     def embed(tokens: Array) -> Array:
-        found: Array = sessions["decoder_embed"].run(None, {"input_ids": tokens[None]})[0]
-        return found
+        result: Array = sessions["decoder_embed"].run(None, {"input_ids": tokens[None]})[0]
+        return result
 
     names = [f"past_{kind}.{i}" for i in range(3) for kind in ("key", "value")]
     cache = {name: np.zeros((1, 6, 64, 12), np.float32) for name in names}
@@ -187,8 +187,8 @@ def test_macs_of_the_graph_are_those_of_the_configuration(
     spec, known = component_spec(name, checkpoint.model), {"batch": 2, "text": 3, "past": 4, "total": 7}
     sizes = {axis.name: known[axis.name] for axis in spec.axes}
     graph = export_plain(checkpoint, tmp_path / "out", [name], "bf16").graphs[name]
-    found = {layer.layer: layer.macs for layer in graph_cost(graph, spec, sizes).layers}
-    assert found == component_macs(name, checkpoint.model, sizes)
+    by_name = {layer.layer: layer.macs for layer in graph_cost(graph, spec, sizes).layers}
+    assert by_name == component_macs(name, checkpoint.model, sizes)
 
 
 def test_axes_fit_together() -> None:

@@ -48,9 +48,9 @@ def feeds(name: str, folder: str, positions: int = 3) -> dict[str, Tensor]:
 def module(name: str, folder: str) -> Any:
     checkpoint = open_checkpoint(FAMILY / folder)
     with torch.device("meta"):
-        made = component_module(name, checkpoint.model)
-    load_state(made, checkpoint, torch.float32)
-    return made
+        torch_module = component_module(name, checkpoint.model)
+    load_state(torch_module, checkpoint, torch.float32)
+    return torch_module
 
 
 @torch.no_grad()
@@ -109,10 +109,10 @@ def test_a_prompt_without_a_past() -> None:
     x = inputs["input_embeds"]
     mask = torch.ones(2, 6, dtype=torch.int64)
     mask[:, 0] = 0
-    given = {"positions": torch.arange(5)[None].repeat(2, 1), "attention_mask": mask}
+    arguments = {"positions": torch.arange(5)[None].repeat(2, 1), "attention_mask": mask}
     past = [torch.zeros(2, 2, 1, 16) for _ in range(8)]
-    want = whole(x, given["positions"], mask, *past)[0]
+    want = whole(x, arguments["positions"], mask, *past)[0]
     for block in range(4):
-        x, _ = component.run_block(config, whole, block, x, Context(given, 2))
-    got = component.leave(config, whole, x, Context(given, 2))["logits"]
+        x, _ = component.run_block(config, whole, block, x, Context(arguments, 2))
+    got = component.leave(config, whole, x, Context(arguments, 2))["logits"]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -31,14 +31,14 @@ CHAT = TINY.with_name("chat")
 
 def test_blocks_are_chosen_from_either_end_and_the_last_is_there_anyway() -> None:
     plain = open_checkpoint(TINY)
-    kept = with_features(plain, (-2, 1, 3, -1))
-    assert kept.config.vision.feature_blocks == (1, 2)
-    names = [tensor.name for tensor in component_spec("vision", kept.model).outputs]
+    stored = with_features(plain, (-2, 1, 3, -1))
+    assert stored.config.vision.feature_blocks == (1, 2)
+    names = [tensor.name for tensor in component_spec("vision", stored.model).outputs]
     assert names == ["tokens", "image_embed", "features.1", "features.2"]
     assert with_features(plain, (3, -1)) == plain
-    assert kept.revision == plain.revision  # scales that were measured before still fit
+    assert stored.revision == plain.revision  # scales that were measured before still fit
     assert "feature_blocks" not in json.dumps(plain.model.to_published())
-    assert InternVLConfig.from_published(json.loads(json.dumps(kept.model.to_published()))) == kept.model
+    assert InternVLConfig.from_published(json.loads(json.dumps(stored.model.to_published()))) == stored.model
 
 
 @pytest.mark.parametrize("block", [0, 4, -4])

@@ -132,17 +132,17 @@ Stores = Callable[[str], tuple[GraphSource, Path]]
 
 @pytest.fixture(scope="module")
 def stores(part: Slice, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stores]:
-    """Recipe -> its source and the folder with its weights, written when first asked for."""
+    """Recipe -> its source and the folder with its weights, written on first use."""
     home = tmp_path_factory.mktemp("stores")
 
     @cache
     def write(name: str) -> tuple[GraphSource, Path]:
-        made = source(part.checkpoint, name, part.ranges)
-        keys, layers = component_weights(made, COMPONENTS)
-        write_base_store(made, keys, home / name)
+        graphs_of = source(part.checkpoint, name, part.ranges)
+        keys, layers = component_weights(graphs_of, COMPONENTS)
+        write_base_store(graphs_of, keys, home / name)
         if layers:
-            write_quantised_store(made, layers, home / name)
-        return made, home / name
+            write_quantised_store(graphs_of, layers, home / name)
+        return graphs_of, home / name
 
     yield write
     shutil.rmtree(home)
@@ -155,25 +155,27 @@ def source(checkpoint: Checkpoint, name: str, ranges: ActivationRanges) -> Graph
     return GraphSource(checkpoint, recipe, plan_layers(recipe, shapes), ranges if recipe.quantises else None)
 
 
-def compared(made: GraphSource, component: str, root: Path, step: Step) -> tuple[dict[str, Metrics], int]:
+def compared(
+    source_of: GraphSource, component: str, root: Path, step: Step
+) -> tuple[dict[str, Metrics], int]:
     """Metrics of every output of the graph in ONNX Runtime, and how many products are quantised."""
-    promised = write_graph(made, component, root, "fp32", "onnxruntime")
-    spec = component_spec(component, made.checkpoint.config)
+    promised = write_graph(source_of, component, root, "fp32", "onnxruntime")
+    spec = component_spec(component, source_of.checkpoint.config)
     engine = open_engine("onnxruntime", spec, root / graph_path(component, "fp32"))
     try:
-        found = engine.run(step.inputs)
+        result = engine.run(step.inputs)
     finally:
         engine.close()
-    return {t.name: compare(step.outputs[t.name], found[t.name]) for t in spec.outputs}, len(promised)
+    return {t.name: compare(step.outputs[t.name], result[t.name]) for t in spec.outputs}, len(promised)
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("recipe", list(BOUNDS))
 def test_graphs(part: Slice, stores: Stores, recipe: str, component: str) -> None:
-    made, root = stores(recipe)
-    found, promised = compared(made, component, root, part.steps[component])
-    assert promised == (PRODUCTS[component] if made.recipe.quantises else 0)
-    check(found, BOUNDS[recipe][component])
+    result, root = stores(recipe)
+    actual, promised = compared(result, component, root, part.steps[component])
+    assert promised == (PRODUCTS[component] if result.recipe.quantises else 0)
+    check(actual, BOUNDS[recipe][component])
 
 
 @pytest.mark.parametrize(("size", "recipes"), [(336, ["bf16"]), (364, ["bf16"]), (448, list(BOUNDS))])
@@ -190,13 +192,13 @@ def test_other_sizes(part: Slice, tmp_path: Path, size: int, recipes: list[str])
     # torch resizes while it runs: the graph of the larger checkpoint must equal it
     (step,) = run_chain({"vision": torch_reference("vision", old)}, batch_of(old, size), old.model)
     for recipe in recipes:
-        made, root = source(larger, recipe, part.ranges), tmp_path / recipe
-        keys, layers = component_weights(made, ["vision"])
-        write_base_store(made, keys, root)
+        graphs_of, root = source(larger, recipe, part.ranges), tmp_path / recipe
+        keys, layers = component_weights(graphs_of, ["vision"])
+        write_base_store(graphs_of, keys, root)
         if layers:
-            write_quantised_store(made, layers, root)
-        found, _ = compared(made, "vision", root, step)
-        check(found, RESIZED if recipe == "bf16" else BOUNDS[recipe]["vision"])
+            write_quantised_store(graphs_of, layers, root)
+        result, _ = compared(graphs_of, "vision", root, step)
+        check(result, RESIZED if recipe == "bf16" else BOUNDS[recipe]["vision"])
         shutil.rmtree(root)
 
 

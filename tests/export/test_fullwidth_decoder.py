@@ -92,8 +92,8 @@ def measured(layout: str, checkpoint: Checkpoint) -> Part:
 
     def embeds(seed: int, batch: int, length: int) -> Array:
         ids = torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
-        found: Array = table[ids].numpy()
-        return found
+        result: Array = table[ids].numpy()
+        return result
 
     handles = [
         m.register_forward_pre_hook(lambda _, args, name=name: watch(name, args[0]))
@@ -137,12 +137,12 @@ def check(part: Part, scheme: str, graph: Path) -> None:
     spec = component_spec("decoder", part.checkpoint.model)
     engine = open_engine("onnxruntime", spec, graph)
     try:
-        found = engine.run(part.inputs)
+        result = engine.run(part.inputs)
     finally:
         engine.close()
     cosine, sqnr = BOUNDS[part.layout][scheme]
     for tensor in spec.outputs:
-        metrics = compare(part.outputs[tensor.name], found[tensor.name])
+        metrics = compare(part.outputs[tensor.name], result[tensor.name])
         assert metrics.worst_cosine > cosine, (tensor.name, metrics)
         assert metrics.sqnr_db > sqnr, (tensor.name, metrics)
 
@@ -159,10 +159,12 @@ def test_quantised_graph(part: Part, tmp_path: Path, scheme: str) -> None:
     layers = list(planned.quantised)
     amax = {"decoder": {name: part.amax[name] for name in layers}}
     ranges = ActivationRanges(amax, "max", 4, "", True, 0, part.checkpoint.revision)
-    made = GraphSource(part.checkpoint, recipe, planned, ranges)
-    write_base_store(made, [key for key in part.keys if key.removesuffix(".weight") not in layers], tmp_path)
-    write_quantised_store(made, layers, tmp_path)
-    promised = write_graph(made, "decoder", tmp_path, "fp32", "onnxruntime")
+    source = GraphSource(part.checkpoint, recipe, planned, ranges)
+    write_base_store(
+        source, [key for key in part.keys if key.removesuffix(".weight") not in layers], tmp_path
+    )
+    write_quantised_store(source, layers, tmp_path)
+    promised = write_graph(source, "decoder", tmp_path, "fp32", "onnxruntime")
     assert promised == dict.fromkeys(layers, scheme)
     assert len(promised) == 2 * 7
     check(part, scheme, tmp_path / graph_path("decoder", "fp32"))

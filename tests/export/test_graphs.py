@@ -43,7 +43,7 @@ pytestmark = pytest.mark.numeric
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tiny"
 Array = np.ndarray[Any, Any]
 
-# Odd widths, a head count that is no power of two, both kinds of QLLaMA layer, a qkv bias.
+# Odd widths, a head count that is not a power of two, both kinds of QLLaMA layer, a qkv bias.
 EVERY = (*COMPONENTS, *OPTIONAL)
 SMALL = InternVLConfig(
     VisionConfig(60, 2, 5, 128, 56, 14, qkv_bias=True),
@@ -56,7 +56,7 @@ SMALL = InternVLConfig(
 
 @dataclass(frozen=True)
 class Built:
-    """Graphs of a checkpoint in a bundle's layout; each is traced when it is first asked for."""
+    """Graphs of a checkpoint in a bundle's layout; each is traced on first use."""
 
     root: Path
     checkpoint: Checkpoint
@@ -121,9 +121,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(tmp_path_factory.mktemp("tiny"), open_checkpoint(GOLDENS), "fp32")
 
 
-def reference(built: Built, name: str) -> Callable[[dict[str, Array]], dict[str, Array]]:
+def reference(graphs: Built, name: str) -> Callable[[dict[str, Array]], dict[str, Array]]:
     """The component's torch module in fp32, as a function of named arrays."""
-    checkpoint, spec = built.checkpoint, built.spec(name)
+    checkpoint, spec = graphs.checkpoint, graphs.spec(name)
     with torch.device("meta"):
         module = component_module(name, checkpoint.config)
     load_state(module, checkpoint, torch.float32)
@@ -341,9 +341,9 @@ def test_padding_does_not_change_a_text(small: Built) -> None:
     near(got["text_embed"], want, FEATURES)
 
 
-def chain(built: Built, pixels: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-    vision = built.run("vision", {"pixel_values": pixels})
-    return vision, built.run("qllama_query", {"tokens": vision["tokens"]})
+def chain(graphs: Built, pixels: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+    vision = graphs.run("vision", {"pixel_values": pixels})
+    return vision, graphs.run("qllama_query", {"tokens": vision["tokens"]})
 
 
 @pytest.mark.slow
@@ -414,9 +414,9 @@ def test_older_checkpoints_have_two_components(tmp_path: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "internvl_c.pth")
     older = open_checkpoint(folder / "internvl_c.pth")
     assert older.components == ("vision", "qllama_text")
-    built = Built(tmp_path, older, "fp32")
-    inputs = random_inputs(built.spec("qllama_text"), config, {"batch": 2, "text": 4}, 0)
-    close(built.run("qllama_text", inputs), reference(built, "qllama_text")(inputs))
+    build = Built(tmp_path, older, "fp32")
+    inputs = random_inputs(build.spec("qllama_text"), config, {"batch": 2, "text": 4}, 0)
+    close(build.run("qllama_text", inputs), reference(build, "qllama_text")(inputs))
     with pytest.raises(CapabilityError, match="qllama_step cannot be made"):
         export_component("qllama_step", older)
 
@@ -427,10 +427,10 @@ def test_graphs_can_use_the_checkpoint_itself(tmp_path: Path) -> None:
     model = export_component("qllama_text", checkpoint, "fp32")
     bind(model, checkpoint.tensors, tmp_path)
     save_graph(model, tmp_path / "qllama_text.onnx")
-    built = Built(tmp_path, checkpoint, "")
+    build = Built(tmp_path, checkpoint, "")
     session = onnxruntime.InferenceSession(tmp_path / "qllama_text.onnx", providers=["CPUExecutionProvider"])
-    inputs = random_inputs(built.spec("qllama_text"), config, {"batch": 2, "text": 4}, 0)
-    close({"text_embed": session.run(None, inputs)[0]}, reference(built, "qllama_text")(inputs))
+    inputs = random_inputs(build.spec("qllama_text"), config, {"batch": 2, "text": 4}, 0)
+    close({"text_embed": session.run(None, inputs)[0]}, reference(build, "qllama_text")(inputs))
 
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
@@ -451,9 +451,9 @@ def test_no_qk_norm(tmp_path: Path) -> None:
     config = InternVLConfig(
         VisionConfig(48, 2, 3, 20, 28, 14, qk_normalization=False), QLlamaConfig(16, 2, 2, 24, 30), 12, 2, 3
     )
-    built = Built(tmp_path, open_checkpoint(random_checkpoint(config, tmp_path, torch.float32)), "fp32")
-    inputs = random_inputs(built.spec("vision"), config, {"batch": 3}, 0)
-    close(built.run("vision", inputs), reference(built, "vision")(inputs))
+    build = Built(tmp_path, open_checkpoint(random_checkpoint(config, tmp_path, torch.float32)), "fp32")
+    inputs = random_inputs(build.spec("vision"), config, {"batch": 3}, 0)
+    close(build.run("vision", inputs), reference(build, "vision")(inputs))
 
 
 def test_unknown_component(small: Built) -> None:

@@ -51,16 +51,16 @@ class Both:
     def feeds(self, batch: int, past: int, text: int, seed: int) -> dict[str, Any]:
         sizes = {"batch": batch, "past": past, "text": text, "total": past + text}
         rng = np.random.default_rng(seed)
-        made = {}
+        calls = {}
         for tensor in self.spec.inputs:
             shape = [d if isinstance(d, int) else sizes[d] for d in tensor.shape]
-            made[tensor.name] = (
+            calls[tensor.name] = (
                 rng.integers(0, 100, shape)
                 if tensor.dtype == "int64"
                 else rng.standard_normal(shape).astype(np.float32)
             )
-        made["attention_mask"] = rng.integers(0, 2, (batch, past + text))
-        return made
+        calls["attention_mask"] = rng.integers(0, 2, (batch, past + text))
+        return calls
 
 
 @pytest.fixture(scope="module", params=list(STEPS))

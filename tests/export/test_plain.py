@@ -21,7 +21,7 @@ from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
 from ivl_export.cli import main
 from ivl_export.cli.progress import Bars
 from ivl_export.errors import BuildError, CapabilityError, CheckpointError, UsageError
-from ivl_export.export.beside import Check, beside
+from ivl_export.export.concurrent import Check, concurrent
 from ivl_export.export.unquantized import STORE, ExportSteps, export_plain, weight_keys
 from ivl_export.models import InternVLConfig, QLlamaConfig, VisionConfig
 from ivl_export.models.checkpoint import Checkpoint, load_state, open_checkpoint
@@ -55,7 +55,7 @@ def shards(source: Path, tmp_path: Path) -> Path:
 
 
 class Steps:
-    """Keeps what it receives: steps that started, what was done of them, and that they ended."""
+    """Records steps: started, advanced, ended."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, object]] = []
@@ -119,24 +119,24 @@ def locations(graph: Path) -> set[str]:
 def test_zero_copy_equals_torch_and_writes_only_graphs(shards: Path) -> None:
     before = {p.name: p.read_bytes() for p in shards.iterdir() if p.is_file()}
     checkpoint = open_checkpoint(shards)
-    made = export_plain(checkpoint, shards, BOTH, "fp32", zero_copy=True)
-    assert made.store is None
-    assert set(made.graphs) == set(BOTH)
+    export = export_plain(checkpoint, shards, BOTH, "fp32", zero_copy=True)
+    assert export.store is None
+    assert set(export.graphs) == set(BOTH)
     after = {p.name: p.read_bytes() for p in shards.iterdir() if p.is_file()}
     assert set(after) - set(before) == {"vision.fp32.onnx", "qllama_text.fp32.onnx"}
     assert all(after[name] == content for name, content in before.items())
-    assert made.bytes_written == sum(len(after[name]) for name in set(after) - set(before))
-    assert made.bytes_referred > made.bytes_written
-    for name, graph in made.graphs.items():
+    assert export.bytes_written == sum(len(after[name]) for name in set(after) - set(before))
+    assert export.bytes_referred > export.bytes_written
+    for name, graph in export.graphs.items():
         assert locations(graph) <= set(before)
         assert_equals_torch(checkpoint, name, graph)
 
 
-def test_a_copy_equals_torch_and_stands_alone(source: Path, tmp_path: Path) -> None:
+def test_a_copy_equals_torch_and_needs_no_checkpoint(source: Path, tmp_path: Path) -> None:
     steps = Steps()
     checkpoint = open_checkpoint(source)
     out = tmp_path / "new" / "out"
-    made = export_plain(checkpoint, out, BOTH, "fp32", progress=steps)
+    export = export_plain(checkpoint, out, BOTH, "fp32", progress=steps)
     moved = tmp_path / "elsewhere"
     out.rename(moved)
     assert {p.relative_to(moved).as_posix() for p in moved.rglob("*") if p.is_file()} == {
@@ -146,7 +146,7 @@ def test_a_copy_equals_torch_and_stands_alone(source: Path, tmp_path: Path) -> N
     stored = load_file(moved / STORE)
     assert set(stored) == set(weight_keys(checkpoint, BOTH))
     assert all(torch.equal(value, checkpoint.load(key)) for key, value in stored.items())
-    for name, graph in made.graphs.items():
+    for name, graph in export.graphs.items():
         assert locations(moved / graph.name) == {STORE.as_posix()}
         assert_equals_torch(checkpoint, name, moved / graph.name)
     megabytes = -(-sum(t.nbytes for t in stored.values()) // 10**6)
@@ -160,7 +160,7 @@ def test_a_copy_equals_torch_and_stands_alone(source: Path, tmp_path: Path) -> N
 def test_bf16_graphs_use_the_shards_as_they_are(shards: Path, tmp_path: Path) -> None:
     linked = export_plain(open_checkpoint(shards), shards, ["vision"], "bf16", zero_copy=True)
     copied = export_plain(open_checkpoint(shards), tmp_path / "copy", ["vision"], "bf16")
-    a, b = (onnx.load(made.graphs["vision"]) for made in (linked, copied))  # with its weights
+    a, b = (onnx.load(result.graphs["vision"]) for result in (linked, copied))  # with its weights
     assert [n.op_type for n in a.graph.node] == [n.op_type for n in b.graph.node]
     assert "Cast" not in {
         n.op_type for n in a.graph.node if n.input[0] in {t.name for t in a.graph.initializer}
@@ -179,7 +179,7 @@ def test_torch_archives_are_copied_not_linked(source: Path, tmp_path: Path, suff
     folder = tmp_path / "torch"
     folder.mkdir()
     shutil.copyfile(source / "config.json", folder / "config.json")
-    if suffix == ".bin":  # as many shards, and tensors that do not lie as they are read
+    if suffix == ".bin":  # as many shards, and tensors in another layout than read
         places = {key: ref.file.stem + ".bin" for key, ref in whole.tensors.items()}
         for shard in set(places.values()):
             tensors = {key: whole.load(key) for key, place in places.items() if place == shard}
@@ -195,8 +195,8 @@ def test_torch_archives_are_copied_not_linked(source: Path, tmp_path: Path, suff
     with pytest.raises(CapabilityError, match="torch archive, which does not say at which byte"):
         export_plain(checkpoint, folder, ["vision"], "fp32", zero_copy=True)
     assert not list(folder.glob("*.onnx"))
-    made = export_plain(checkpoint, tmp_path / "out", BOTH, "fp32")
-    assert_equals_torch(whole, "vision", made.graphs["vision"])
+    export = export_plain(checkpoint, tmp_path / "out", BOTH, "fp32")
+    assert_equals_torch(whole, "vision", export.graphs["vision"])
     shown = export_plain(whole, tmp_path / "whole", BOTH, "fp32")
     for name in (STORE.as_posix(), *(graph.name for graph in shown.graphs.values())):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -266,7 +266,7 @@ def test_what_fails_stops_the_other_and_leaves_nothing(source: Path, tmp_path: P
     assert not list(tmp_path.iterdir())
     threads = steps.threads
     assert [thread for thread in threads if thread.is_alive()] == [threading.current_thread()]
-    assert len(threads) > 1, "weights are copied in threads of their own"
+    assert len(threads) > 1, "weights are copied in several threads"
 
 
 def test_a_shard_cut_short_meanwhile_is_said(shards: Path, tmp_path: Path) -> None:
@@ -277,48 +277,48 @@ def test_a_shard_cut_short_meanwhile_is_said(shards: Path, tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["shards"]
 
 
-def test_16_bit_stores_of_wider_checkpoints_are_rounded_beside_tracing(source: Path, tmp_path: Path) -> None:
+def test_16_bit_stores_of_wider_checkpoints_are_rounded_while_tracing(source: Path, tmp_path: Path) -> None:
     narrow = open_checkpoint(source)
     wide = tmp_path / "wide"
     wide.mkdir()
     shutil.copyfile(source / "config.json", wide / "config.json")
     save_file({k: narrow.load(k).float() * 1.001 for k in narrow.tensors}, wide / "model.safetensors")
     checkpoint = open_checkpoint(wide)
-    made = export_plain(checkpoint, tmp_path / "out", ["vision"], "bf16")
+    export = export_plain(checkpoint, tmp_path / "out", ["vision"], "bf16")
     stored = load_file(tmp_path / "out" / STORE)
-    assert made.bytes_referred == 2 * sum(t.nbytes for t in stored.values())
+    assert export.bytes_referred == 2 * sum(t.nbytes for t in stored.values())
     assert all(torch.equal(t, checkpoint.load(k, torch.bfloat16)) for k, t in stored.items())
 
 
-def test_work_beside_the_block_ends_with_it() -> None:
+def test_concurrent_work_ends_with_the_block() -> None:
     def for_ever(go_on: Check) -> None:
         while True:
             go_on()
 
-    with pytest.raises(KeyboardInterrupt), beside(for_ever):
+    with pytest.raises(KeyboardInterrupt), concurrent(for_ever):
         raise KeyboardInterrupt
 
     def failing(go_on: Check) -> None:
         raise CheckpointError("broken")
 
-    with pytest.raises(CheckpointError, match="broken"), beside(failing) as sound:
+    with pytest.raises(CheckpointError, match="broken"), concurrent(failing) as sound:
         for_ever(sound)
-    with pytest.raises(CheckpointError, match="broken"), beside(failing):
+    with pytest.raises(CheckpointError, match="broken"), concurrent(failing):
         pass
-    done: list[int] = []
-    with beside(lambda go_on: done.append(1)) as sound:
+    steps: list[int] = []
+    with concurrent(lambda go_on: steps.append(1)) as sound:
         sound()
-    assert done == [1]
+    assert steps == [1]
 
 
 def test_components_that_end_while_weights_are_copied_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with Bars() as bars:
         steps = ExportSteps(bars)
-        for told in [
+        for text in [
             ("weights", 0, 9), ("a", 0, 1), ("a", 1, 1), ("weights", 5, 9), ("b", 0, 1), ("weights", 9, 9),
             ("b", 1, 1), ("c", 0, 1), ("c", 1, 1),
         ]:  # fmt: skip
-            steps(*told)
+            steps(*text)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[:2] for line in lines] == [["done", name] for name in ("a", "weights", "b", "c")]
 
@@ -330,7 +330,7 @@ def test_tensors_that_components_share_are_counted_once(source: Path) -> None:
     assert len(both) == len(set(both)) == len({*text, *step}) < len(text) + len(step)
 
 
-def test_what_is_asked_for_wrongly(source: Path, tmp_path: Path) -> None:
+def test_faulty_arguments(source: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(source)
     with pytest.raises(UsageError, match="Unknown dtype 'fp8'"):
         export_plain(checkpoint, tmp_path / "out", dtype="fp8")

@@ -128,7 +128,7 @@ def test_repeated_query_blocks_equal_traced_ones(checkpoint: Checkpoint) -> None
 def test_parts_one_after_another_are_the_component(
     checkpoint: Checkpoint, exported: Exported, tmp_path: Path, name: str, count: int
 ) -> None:
-    """The cut before, behind and at the selected layer; its projector is in one part only."""
+    """The cut before, after and at the selected layer; its projector is in one part only."""
     spec, store = component_spec(name, checkpoint.model), exported.store
     assert store is not None
     folder = tmp_path / "parts"
@@ -146,8 +146,8 @@ def test_parts_one_after_another_are_the_component(
         weights = onnx.load(folder / f"{part.name}.onnx", load_external_data=False).graph.initializer
         holders += [part.name] * any("mm_projector" in w.name for w in weights)
         run = session(folder / f"{part.name}.onnx")
-        made = run.run(None, {t.name: values[t.name] for t in part.inputs})
-        values |= dict(zip((t.name for t in part.outputs), made, strict=True))
+        result = run.run(None, {t.name: values[t.name] for t in part.inputs})
+        values |= dict(zip((t.name for t in part.outputs), result, strict=True))
     close([values[t.name] for t in spec.outputs], want)
     assert len(holders) == 1
 
@@ -159,9 +159,9 @@ def test_macs_of_the_graph_are_those_of_the_configuration(
     spec = component_spec(name, checkpoint.model)
     sizes = {"batch": 3, "text": 5, "past": 7, "total": 12}
     sizes = {axis.name: sizes[axis.name] for axis in spec.axes}
-    found = graph_cost(exported.graphs[name], spec, sizes)
+    result = graph_cost(exported.graphs[name], spec, sizes)
     want = component_macs(name, config_of(checkpoint), sizes)
-    assert {layer.layer: layer.macs for layer in found.layers} == want
+    assert {layer.layer: layer.macs for layer in result.layers} == want
 
 
 def test_components_together_hold_just_the_model(checkpoint: Checkpoint) -> None:
@@ -186,7 +186,7 @@ def test_contracts_of_the_published_sizes() -> None:
 @pytest.mark.parametrize("name", SEEN)
 def test_engines_build(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
     pytest.importorskip("tensorrt_rtx")
-    made = export_plain(checkpoint, tmp_path / "out", [name], "bf16")
+    export = export_plain(checkpoint, tmp_path / "out", [name], "bf16")
     engine = tmp_path / "engine"
-    build_engine(made.graphs[name], component_spec(name, checkpoint.model), engine, target="sm89")
+    build_engine(export.graphs[name], component_spec(name, checkpoint.model), engine, target="sm89")
     assert engine.read_bytes().startswith(b"vtrt")

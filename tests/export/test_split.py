@@ -1,4 +1,4 @@
-"""Split components: the parts run as one, give what the whole gives, and are proven together."""
+"""Split components: the parts run as one, give the same as the whole, and are verified together."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ QUERIES = 8
 
 @dataclass(frozen=True)
 class Split:
-    """Nano's FP8 graphs for ONNX Runtime, each in ``count`` parts, as a bundle; what they were made from."""
+    """Nano's FP8 graphs for ONNX Runtime, each in ``count`` parts, as a bundle; their source."""
 
     count: int
     bundle: Bundle
@@ -64,23 +64,25 @@ def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Scales are made up: both sides compute with the same ones."""
     root = tmp_path_factory.mktemp("split")
     # Nano's second block ends the first of two parts, its first and third those of three.
-    asked = BuildConfig(root / "out", split=request.param, backend=("onnxruntime",), calib_samples=4)
-    plan = plan_build(replace(asked, itm=True, features=(1, 2, 3)))
-    made = graph_steps.GraphSource(plan.checkpoint, plan.recipe, plan.layers, None)
-    layers = {c: graph_steps.component_weights(made, [c])[1] for c in plan.components}
+    config = BuildConfig(root / "out", split=request.param, backend=("onnxruntime",), calib_samples=4)
+    plan = plan_build(replace(config, itm=True, features=(1, 2, 3)))
+    source = graph_steps.GraphSource(plan.checkpoint, plan.recipe, plan.layers, None)
+    layers = {c: graph_steps.component_weights(source, [c])[1] for c in plan.components}
     amax = {c: dict.fromkeys(names, 8.0) for c, names in layers.items()}
-    made = replace(made, ranges=ActivationRanges(amax, "max", 1, "0" * 64, True, 0, plan.checkpoint.revision))
+    source = replace(
+        source, ranges=ActivationRanges(amax, "max", 1, "0" * 64, True, 0, plan.checkpoint.revision)
+    )
     staging = root / "staging"
-    keys, low = graph_steps.component_weights(made, plan.components)
-    graph_steps.write_base_store(made, keys, staging)
-    graph_steps.write_quantised_store(made, low, staging)
+    keys, low = graph_steps.component_weights(source, plan.components)
+    graph_steps.write_base_store(source, keys, staging)
+    graph_steps.write_quantised_store(source, low, staging)
     (staging / "preprocess").mkdir()
     plan.settings.save(staging / "preprocess" / "preprocessor_config.json")
     (staging / "preprocess" / "tokenizer.model").write_bytes(plan.tokenizer.files["tokenizer.model"])
     records, promised = {}, {}
     for c in plan.components:
         promised[c], specs = graph_steps.write_split_graph(
-            made, c, staging, "fp32", "onnxruntime", request.param
+            source, c, staging, "fp32", "onnxruntime", request.param
         )
         data = {"parts": [spec.to_json() for spec in specs]}
         records[f"graph-{c}"] = Record("0" * 64, {}, 0.0, data)
@@ -88,7 +90,7 @@ def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for whole in manifest.components.values():
         for piece in (whole, *whole.parts):
             del piece.graphs["bf16"]
-    return Split(request.param, seal(staging, manifest, root / "out"), made, promised)
+    return Split(request.param, seal(staging, manifest, root / "out"), source, promised)
 
 
 def inputs(spec: ComponentSpec, rows: int, length: int) -> dict[str, Any]:
@@ -174,8 +176,10 @@ def test_each_weight_of_a_block_is_in_one_part(split: Split) -> None:
     import onnx_ir as ir
 
     for component, whole in split.bundle.manifest.components.items():
-        held = [set(ir.load(split.bundle.root / p.graphs["fp32"]).graph.initializers) for p in whole.parts]
-        blocks = [{name for name in names if ".layers." in name} for names in held]
+        contents = [
+            set(ir.load(split.bundle.root / p.graphs["fp32"]).graph.initializers) for p in whole.parts
+        ]
+        blocks = [{name for name in names if ".layers." in name} for names in contents]
         assert len(whole.parts) == split.count
         assert all(blocks)
         assert sum(map(len, blocks)) == len(set().union(*blocks)), component

@@ -145,7 +145,7 @@ def test_unwritable_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", COMPUTE)
-def test_checkpoint_tensors_are_stored_once_in_the_asked_type(dtype: str, tmp_path: Path) -> None:
+def test_checkpoint_tensors_are_stored_once_in_the_requested_type(dtype: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(TINY)
     keys = [
         "text_projection",
@@ -275,21 +275,21 @@ def test_a_file_cut_short_is_said(tmp_path: Path) -> None:
 
 
 def test_the_first_error_of_several_copies_ends_them() -> None:
-    done: list[str] = []
+    steps: list[str] = []
     names = [f"{i}" for i in range(200)]
-    copying.in_threads(done.append, names)
-    assert sorted(done) == sorted(names)
-    done.clear()
+    copying.in_threads(steps.append, names)
+    assert sorted(steps) == sorted(names)
+    steps.clear()
 
     def copy(name: str) -> None:
         if name == "1":
             raise CheckpointError("broken")
         time.sleep(0.001)
-        done.append(name)
+        steps.append(name)
 
     with pytest.raises(CheckpointError, match="broken"):
         copying.in_threads(copy, names)
-    assert len(done) < 100
+    assert len(steps) < 100
 
 
 @pytest.mark.parametrize("direct", [True, False])

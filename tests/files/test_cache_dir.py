@@ -89,15 +89,15 @@ def test_our_own_code_is_part_of_the_key() -> None:
 @pytest.mark.parametrize("harm", ["engine", "entry", "cut"])
 def test_a_damaged_engine_is_deleted_not_used(engine: Path, tmp_path: Path, folder: Path, harm: str) -> None:
     keep_engine(KEY, engine, {})
-    kept = folder / "engines" / KEY.digest
+    stored = folder / "engines" / KEY.digest
     if harm == "engine":
-        data = bytearray((kept / "engine").read_bytes())
+        data = bytearray((stored / "engine").read_bytes())
         data[7] ^= 1
-        (kept / "engine").write_bytes(data)
+        (stored / "engine").write_bytes(data)
     elif harm == "entry":
-        (kept / "entry.json").write_text('{"sha256": 5}')
+        (stored / "entry.json").write_text('{"sha256": 5}')
     else:
-        (kept / "engine").write_bytes(b"")
+        (stored / "engine").write_bytes(b"")
     assert take_engine(KEY, tmp_path / "y") is None
     assert not (tmp_path / "y").exists()
     assert not list((folder / "engines").iterdir())

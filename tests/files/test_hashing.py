@@ -43,7 +43,7 @@ def test_the_order_of_keys_is_no_matter(value: dict[str, object]) -> None:
     assert sha256_json(value) != sha256_json({**value, "another": None})
 
 
-def test_sources_are_told_apart_by_name_and_content(tmp_path: Path) -> None:
+def test_sources_are_distinguished_by_name_and_content(tmp_path: Path) -> None:
     for name, text in (("a.py", "one"), ("b.py", "one")):
         (tmp_path / name).write_text(text)
     first = sha256_sources(tmp_path, ["a.py"])

@@ -1,4 +1,4 @@
-"""Untrusted JSON: what is no JSON is refused, and what is not as the class says is named."""
+"""Untrusted JSON: invalid JSON is refused, and entries that do not fit the class are named."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Leaf:
 
     def __post_init__(self) -> None:
         if self.size == 13:
-            raise ValueError("13 is no size")
+            raise ValueError("13 is not a size")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def test_plain_data_comes_back_as_it_was() -> None:
         (changed("leaves", "d", "size", value=True), "at leaves.d.size. It is not a whole number"),
         (changed("leaves", "d", "size", value=-1), "at leaves.d.size. It is not a whole number"),
         (changed("leaves", "d", "size", value=1 << 70), "at leaves.d.size. It is not a whole number"),
-        (changed("leaves", "d", "size", value=13), "at leaves.d. It is refused: 13 is no size"),
+        (changed("leaves", "d", "size", value=13), "at leaves.d. It is refused: 13 is not a size"),
         (changed("leaves", "d", "kind", value="c"), "at leaves.d.kind. It is refused"),
         (changed("leaves", "a/b.c", "sha256", value="A" * 64), "at leaves.a/b.c.sha256. It is not a sha256"),
         (changed("leaves", "a/b.c", "more", value=1), "at leaves.a/b.c. It has unknown entry 'more'"),

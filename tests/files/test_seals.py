@@ -62,8 +62,8 @@ def test_a_copy_is_sealed_again(seal: Path, tmp_path: Path) -> None:
 def test_any_text_is_a_seal_or_none(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("seal") / "x.seal"
     path.write_text(text, "utf-8", errors="surrogatepass")
-    found = damaged(path)
-    assert found is None or found == frozenset(json.loads(text)["files"])
+    result = damaged(path)
+    assert result is None or result == frozenset(json.loads(text)["files"])
 
 
 def test_no_seal(tmp_path: Path) -> None:

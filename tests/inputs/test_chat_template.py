@@ -1,4 +1,4 @@
-"""Chat prompts: the published formats, what is learnt, ids of images, and that texts stay texts."""
+"""Chat prompts: the published formats, target tokens, ids of images; texts stay texts."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def test_two_turns_as_published() -> None:
 
 def test_an_open_turn_ends_where_the_answer_begins() -> None:
     whole, _ = encode([Turn("What is it?", "a ring", 1)], TOKENIZER)
-    asked, labels = encode([Turn("What is it?", None, 1)], TOKENIZER)
-    assert whole[: len(asked)] == asked
-    assert said(asked).endswith("ASSISTANT:")
+    request, labels = encode([Turn("What is it?", None, 1)], TOKENIZER)
+    assert whole[: len(request)] == request
+    assert said(request).endswith("ASSISTANT:")
     assert set(labels) == {IGNORE}
 
 
@@ -82,7 +82,7 @@ def test_any_text_stays_text(questions: list[tuple[str, str, int]]) -> None:
     assert ids.count(TOKENIZER.bos) == 1
     assert ids.count(TOKENIZER.eos) == labels.count(TOKENIZER.eos) == len(turns)
     assert labels.count(IMAGE_TOKEN) == 0
-    for k in range(1, len(turns)):  # what is said later changes nothing before
+    for k in range(1, len(turns)):  # later turns change nothing before
         assert encode(turns[:k], TOKENIZER).ids == ids[: len(encode(turns[:k], TOKENIZER).ids)]
 
 
@@ -94,7 +94,7 @@ def test_special_tokens_cannot_be_written() -> None:
 
 @pytest.mark.parametrize("turns", [[], [Turn("a", None), Turn("b", None)]])
 def test_no_conversation(turns: list[Turn]) -> None:
-    with pytest.raises(InputError, match="no conversation"):
+    with pytest.raises(InputError, match="not a conversation"):
         encode(turns, TOKENIZER)
 
 
@@ -297,10 +297,10 @@ def test_several_images_and_frames() -> None:
     assert prompt_text(template, [Turn("Which?", None, 2)]) == text
     assert prompt_text(template, [numbered("Which?", 2)]) == text
     assert "user\nFrame1: <image>\nFrame2: <image>\nWhat?<" in prompt_text(template, [framed("What?", 2)])
-    asked = Turn(("Is ", IMAGE, " like ", IMAGE, "?"), None, 2)
-    assert "user\nIs <image> like <image>?<" in prompt_text(template, [asked])
+    request = Turn(("Is ", IMAGE, " like ", IMAGE, "?"), None, 2)
+    assert "user\nIs <image> like <image>?<" in prompt_text(template, [request])
     images = image_tokens(QWEN, 1)
-    ids = encode([asked], QWEN, template, images, [1, 3]).ids
+    ids = encode([request], QWEN, template, images, [1, 3]).ids
     assert ids.count(images.context) == 4
 
 

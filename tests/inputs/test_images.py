@@ -39,14 +39,14 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A valid PNG up to its (missing) pixels: what a decompression bomb looks like from outside."""
+    """A valid PNG up to its (missing) pixels: the outside of a decompression bomb."""
     size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     )
 
 
-# --- what is read ---
+# --- accepted images ---
 
 
 def test_path_bytes_image_and_array_give_the_same_picture(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_draft_does_not_hide_how_large_an_image_is() -> None:
         load_image(encoded(Image.new("L", (9000, 9000)), "JPEG"), draft=200)
 
 
-# --- what is refused ---
+# --- refused images ---
 
 
 def bad_files() -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""What callers give: told apart, named without secrets, guarded against single values; shared PIL images."""
+"""Images and texts of callers: their types, names without secrets, single values; shared PIL images."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_bad_data_urls_are_input_errors(text: str) -> None:
         (b"", "empty"),
     ],
 )
-def test_content_that_is_often_given_by_mistake_is_told(content: bytes, said: str, tmp_path: Path) -> None:
+def test_frequent_mistakes_are_named(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(content)
     for image in (content, tmp_path / "x.png"):
         with pytest.raises(InputError, match=said):
@@ -185,7 +185,7 @@ def test_sequences_of_texts() -> None:
         InputError, match=r"One label was given. A sequence of labels is needed. Use \[label\]"
     ):
         text_sequence("cat", "label")
-    with pytest.raises(InputError, match="Number 2 of 2 queries is no text"):
+    with pytest.raises(InputError, match="Number 2 of 2 queries is not text"):
         text_sequence(["a", 7], "query")
 
 

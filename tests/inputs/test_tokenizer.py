@@ -116,7 +116,7 @@ def test_no_text_gives_a_special_token(name: str, text: str) -> None:
     assert own.decode(ids) == (unicodedata.normalize("NFC", text) if name == "qwen" else plain)
 
 
-def test_a_piece_that_bears_the_id_of_a_special_token_is_not_given() -> None:
+def test_a_piece_with_the_id_of_a_special_token_is_not_used() -> None:
     piece = "ring"
     number = TOKENIZER.encode(piece)
     assert len(number) == 1
@@ -131,7 +131,7 @@ def test_added_tokens_that_are_not_special_are_found_in_texts() -> None:
     assert ADDED.decode(ADDED.encode("so <think> it over")) == "so <think> it over"
 
 
-def test_a_token_takes_the_white_space_beside_it() -> None:
+def test_a_token_takes_adjacent_white_space() -> None:
     assert ADDED.encode_parts([512, " \n a star"]) == ADDED.encode_parts([512, "a star"])
     assert ADDED.encode_parts(["x ", 512]) == ADDED.encode_parts(["x", 512])
 
@@ -177,7 +177,7 @@ def test_a_character_of_several_tokens_comes_whole(name: str, text: str) -> None
 # --- other models' tokenizers, bad files ---
 
 
-def test_a_tokenizer_of_another_model_is_told_by_its_size() -> None:
+def test_a_tokenizer_of_another_model_is_detected_by_its_size() -> None:
     check_vocabulary(QWEN, 432)
     check_vocabulary(QWEN, 480)  # tables are padded
     for size in (431, 92553):

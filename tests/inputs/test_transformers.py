@@ -1,4 +1,4 @@
-"""Tiles, ids and prompts beside the installed transformers (extra ``dev``)."""
+"""Tiles, ids and prompts against the installed transformers (extra ``dev``)."""
 
 from __future__ import annotations
 

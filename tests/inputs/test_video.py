@@ -27,7 +27,7 @@ KINDS = ("GIF", "PNG", "WEBP")
 
 
 def colors(count: int) -> list[Image.Image]:
-    """Frames that tell their number by their red."""
+    """Frames whose red value is their number."""
     return [Image.new("RGB", (32, 16), (10 * i, 255 - 10 * i, 90)) for i in range(count)]
 
 
@@ -50,7 +50,7 @@ def film(container: str, codec: str, count: int = 20, size: tuple[int, int] = (3
         stream = out.add_stream(codec, rate=10)
         stream.width, stream.height = size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        stream.gop_size = 6  # several frames that stand for themselves, and some that follow
+        stream.gop_size = 6  # several key frames, and some that follow
         for image in colors(count):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(image.resize(size)), "rgb24")))
         out.mux(stream.encode())
@@ -63,11 +63,11 @@ def numbers(frames: list[Any]) -> list[int]:
 
 @given(total=st.integers(1, 500), count=st.integers(1, 40))
 def test_frames_are_spread_evenly(total: int, count: int) -> None:
-    found = spread(total, count)
-    assert len(found) == min(total, count) == len(set(found))
-    assert found == sorted(found)
-    assert all(0 <= i < total for i in found)
-    gaps = np.diff([-found[0] - 1, *found, 2 * total - found[-1]])  # the ends count as half a part
+    result = spread(total, count)
+    assert len(result) == min(total, count) == len(set(result))
+    assert result == sorted(result)
+    assert all(0 <= i < total for i in result)
+    gaps = np.diff([-result[0] - 1, *result, 2 * total - result[-1]])  # the ends count as half a part
     assert gaps.max() - gaps.min() <= 2
     assert spread(total, 1) == [total // 2]
     assert spread(total, total) == list(range(total))
@@ -87,9 +87,9 @@ def test_animations_are_read_frame_by_frame(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"clip.{kind.lower()}"
     path.write_bytes(data)
     for given_as in (data, path, str(path)):
-        found = frames_of(given_as, 4)
-        assert numbers(found) == [2, 7, 12, 17]
-        assert all(isinstance(f, Image.Image) and f.mode == "RGB" and f.size == (32, 16) for f in found)
+        frames = frames_of(given_as, 4)
+        assert numbers(frames) == [2, 7, 12, 17]
+        assert all(isinstance(f, Image.Image) and f.mode == "RGB" and f.size == (32, 16) for f in frames)
     assert numbers(frames_of(data, 30)) == list(range(20))
 
 
@@ -105,7 +105,7 @@ def test_a_still_image_is_a_video_of_one_frame() -> None:
 )
 def test_video_files_are_read_at_the_same_frames(container: str, codec: str, tmp_path: Path) -> None:
     data = film(container, codec)
-    path = tmp_path / "clip.bin"  # the content says what it is
+    path = tmp_path / "clip.bin"  # the content decides
     path.write_bytes(data)
     for given_as in (data, path):
         assert numbers(frames_of(given_as, 4)) == [2, 7, 12, 17]
@@ -237,7 +237,7 @@ def test_the_frames_of_the_published_chat_code(total: int, count: int) -> None:
         assert places == [int(start + (segment / 2) + np.round(segment * k)) for k in range(count)]
 
 
-def test_frames_are_those_that_are_asked_for() -> None:
+def test_frames_are_the_requested_ones() -> None:
     frames = [np.full((4, 4, 3), n, np.uint8) for n in range(30)]
-    taken = frames_of(frames, 8, places=chat_places)
-    assert [int(np.asarray(frame)[0, 0, 0]) for frame in taken] == chat_places(30, 8)
+    selected = frames_of(frames, 8, places=chat_places)
+    assert [int(np.asarray(frame)[0, 0, 0]) for frame in selected] == chat_places(30, 8)

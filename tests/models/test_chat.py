@@ -99,11 +99,11 @@ def test_loss_and_gradients(golden: dict[str, Tensor]) -> None:
     loss = F.cross_entropy(logits.flatten(0, 1), golden["img.new_labels"][:, 1:].flatten())
     near(loss, golden["img.loss"], LOSS)
     loss.backward()  # type: ignore[no-untyped-call]
-    found = {f"img.grad.{name}": p.grad for name, p in model.named_parameters()}
+    by_name = {f"img.grad.{name}": p.grad for name, p in model.named_parameters()}
     names = [name for name in golden if name.startswith("img.grad.")]
     assert len(names) == 8
     for name in names:
-        value = found[name]
+        value = by_name[name]
         assert value is not None
         near(value, golden[name], GRADIENT)
 
@@ -166,8 +166,8 @@ def test_published_sizes_and_names() -> None:
         of_llama = sum(n for k, n in sizes.items() if not k.startswith((CHAT_TOWER, "model.mm_projector")))
         assert of_llama == parameters
         assert sum(n for k, n in sizes.items() if k.startswith(CHAT_TOWER)) == 5_902_793_600
-    for made in (config, full):
-        assert ChatConfig.from_published(json.loads(json.dumps(made.to_published()))) == made
+    for result in (config, full):
+        assert ChatConfig.from_published(json.loads(json.dumps(result.to_published()))) == result
 
 
 def test_module_reads_just_its_part_of_the_published_keys() -> None:
@@ -212,7 +212,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_named(folder: Path) -> Non
 
 
 def split_tower(folder: Path, tower: Path) -> None:
-    """Move the vision tower into a checkpoint of its own, in the layout of InternViT alone."""
+    """Move the vision tower into a separate checkpoint, in the layout of InternViT alone."""
     tensors = load_file(folder / "model.safetensors")
     own = {k.removeprefix(CHAT_TOWER): v for k, v in tensors.items() if k.startswith(CHAT_TOWER)}
     tower.mkdir()

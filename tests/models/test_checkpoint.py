@@ -340,7 +340,7 @@ def test_no_tensors_in_a_torch_file(tiny: Tensors, tmp_path: Path) -> None:
     torch.save([torch.ones(1)], path / "pytorch_model.bin")
     refused(path, "no table of tensors")
     torch.save({**tiny, "epoch": 3}, path / "pytorch_model.bin")
-    assert "epoch" in refused(path, "no dense tensors").why
+    assert "epoch" in refused(path, "not dense tensors").why
 
 
 def test_tensor_in_two_shards(tiny: Tensors, tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_index_that_leaves_the_folder(shard: object, tiny: Tensors, tmp_path: Pa
     data = json.loads(index.read_text())
     data["weight_map"]["logit_scale"] = shard
     index.write_text(json.dumps(data))
-    assert "logit_scale" in refused(path, "no plain file name").why
+    assert "logit_scale" in refused(path, "not a plain file name").why
 
 
 def test_index_that_does_not_fit(tiny: Tensors, tmp_path: Path) -> None:

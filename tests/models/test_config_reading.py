@@ -24,7 +24,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 TINY = json.loads((GOLDENS / "tiny" / "config.json").read_text())
 CHAT = json.loads((GOLDENS / "chat" / "config.json").read_text())
 TOWER = json.loads((GOLDENS / "chat" / "vision_tower_config.json").read_text())
-# What transformers 5.24 writes for a LLaMA and for any config, beside the sizes.
+# Keys that transformers 5.24 writes for a LLaMA and for any config, besides the sizes.
 TRANSFORMERS_5 = {
     "transformers_version": "5.24.0",
     "architectures": None,

@@ -95,9 +95,9 @@ def test_tower(folder: str) -> None:
 def test_visual_embeddings(folder: str) -> None:
     numbers, chat = golden(folder), model(folder)
     state = chat.vision(numbers["pixel_values"])
-    read = chat.config.select_layer
-    assert distance(state, numbers["vit_hidden_states"][read]) < VISION
-    assert len(chat.vision_model.encoder.layers) == chat.config.vision_blocks == (4 + read) % 4
+    layer = chat.config.select_layer
+    assert distance(state, numbers["vit_hidden_states"][layer]) < VISION
+    assert len(chat.vision_model.encoder.layers) == chat.config.vision_blocks == (4 + layer) % 4
     shuffled = pixel_shuffle(state[:, 1:], chat.config.factor, chat.config.shuffle)
     assert distance(shuffled, numbers["pixel_shuffled"]) < VISION
     assert distance(chat.visual_embeds(numbers["pixel_values"]), numbers["image_embeds"]) < VISION
@@ -285,7 +285,7 @@ def test_epsilons_are_the_published_ones() -> None:
             assert decoder.layers[0].self_attn.q_norm.eps == eps
 
 
-# What can go wrong in a call
+# Faulty calls
 
 
 def test_tiles_and_image_tokens_must_agree() -> None:

@@ -63,7 +63,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tens
 
 
 def logits(folder: Path) -> Tensor:
-    """Of a prompt with text only: what the decoder computes."""
+    """The decoder's results for a prompt with text only."""
     with torch.no_grad():
         return load_chat(folder).logits(torch.arange(3, 12)[None], None)  # type: ignore[arg-type]
 

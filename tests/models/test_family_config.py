@@ -1,4 +1,4 @@
-"""Configs of InternVL 1.1 to 3.5: both layouts, published quirks, and what is refused by its name."""
+"""Configs of InternVL 1.1 to 3.5: both layouts, published quirks, and refusals by name."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_goldens_are_read_whole_and_written_back(folder: str) -> None:
 
 
 def test_defaults_of_the_two_layouts_differ() -> None:
-    """An absent key means what the class of its layout has."""
+    """An absent key has the default of its layout's class."""
     ours = read({
         "model_type": "internvl_chat",
         "vision_config": {"image_size": 448},
@@ -266,7 +266,7 @@ def test_experts() -> None:
         decoder("native_qwen3moe_300m", num_experts_per_tok=9)
 
 
-# What is refused, and what is harmless
+# Refused and harmless keys
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_a_row_that_spans_blocks_is_one_channel() -> None:
     assert (report.count, report.channel, report.zeros) == (2, 0, 0)
 
 
-def test_a_value_is_found_behind_the_first_block() -> None:
+def test_a_value_is_found_after_the_first_block() -> None:
     values = np.zeros((3, BLOCK_BYTES // 4), np.float32)
     values[2, 17] = np.inf
     check = FiniteCheck("w", "float32", values.shape)

@@ -1,4 +1,4 @@
-"""Weights of another kind: each says what it is, and what to do."""
+"""Weights of another kind: each is named, with a remedy."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_adapters_are_merged_first(tmp_path: Path) -> None:
         (("zero_to_fp32.py", "latest", "global_step100/"), ("ZeRO shards", "python zero_to_fp32.py .")),
         (("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",), ("ZeRO shards",)),
         (("__0_0.distcp", ".metadata"), ("FSDP", "dcp_to_torch")),
-        (("model.safetensors.incomplete",), ("did not end", "Download it again")),
+        (("model.safetensors.incomplete",), ("incomplete download", "Download it again")),
         (("model-00001-of-00002.safetensors",), ("no index", "model.safetensors.index.json")),
         (("checkpoint-100/", "checkpoint-200/"), ("folders of a training", ".../checkpoint-200")),
         (("model.gguf",), ("GGUF",)),

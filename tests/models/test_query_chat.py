@@ -1,7 +1,7 @@
-"""InternVL-Chat on InternViT and QLLaMA: without numbers of its own, held to those of its parts.
+"""InternVL-Chat on InternViT and QLLaMA: without golden numbers, checked against those of its parts.
 
-The model is made of two golden ones, the tower of the tiny InternVL and the decoder of the chat model, and of
-random projectors, which are spelled out here. Full-size names are those of InternVL-14B.
+The model is assembled from two golden ones, the tower of the tiny InternVL and the decoder of the chat
+model, and of random projectors, which are spelled out here. Full-size names are those of InternVL-14B.
 """
 
 from __future__ import annotations
@@ -111,16 +111,16 @@ def test_visual_embeddings_are_those_of_the_golden_parts(
 
 @torch.no_grad()
 def test_larger_images_are_seen_by_both_stacks(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    """At 84 pixels InternViT's last state is golden; what the queries make of it is this model's own part."""
+    """At 84 pixels InternViT's last state is golden; the queries' results of it are this model's own part."""
     config = replace(golden_config(-1), image_size=84)
     model = load_chat(write(tmp_path, config, tensors))
     golden = load_file(TINY / "vision.safetensors")
     want = projected(golden["resize_up_last_hidden_state"][:, 1:], "mlp1", tensors)
-    found = model.visual_embeds(golden["resize_up_pixel_values"])
-    assert found.shape == (2, config.num_visual, 72)
-    near(found[:, 8:], want, FEATURES)
+    result = model.visual_embeds(golden["resize_up_pixel_values"])
+    assert result.shape == (2, config.num_visual, 72)
+    near(result[:, 8:], want, FEATURES)
     small = model.visual_embeds(golden["resize_up_pixel_values"][:, :, :56, :56])
-    assert (found[:, :8] - small[:, :8]).abs().max() > 1e-2
+    assert (result[:, :8] - small[:, :8]).abs().max() > 1e-2
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def test_the_decoder_is_the_golden_one(model: InternVLChatModel) -> None:
 
 @torch.no_grad()
 def test_generation_is_a_loop_over_the_whole_prompt(model: InternVLChatModel) -> None:
-    """Greedy tokens with a cache are those of prompts computed anew each time; the prompt has two turns."""
+    """Greedy tokens with a cache are those of prompts computed again each time; the prompt has two turns."""
     pixels = load_file(TINY / "contrastive.safetensors")["pixel_values"][:1]
     ids = torch.tensor([[1, 11, IMAGE_TOKEN, 12, 13, 2, 1, 14, 15]])
     got = model.generate(pixels, ids, torch.ones_like(ids), 6)[0].tolist()
@@ -180,7 +180,7 @@ def test_module_reads_just_its_part_of_the_published_keys() -> None:
     assert unread == {"qllama.model.embed_tokens.weight", "qllama.lm_head.weight"}
 
 
-def test_the_tower_may_be_an_internvl_beside_it(folder: Path, tensors: dict[str, Tensor]) -> None:
+def test_the_tower_may_be_an_internvl_next_to_it(folder: Path, tensors: dict[str, Tensor]) -> None:
     """A whole InternVL, whose heads are left out; rotary buffers are let through in both places."""
     revision = open_checkpoint(folder).revision
     assert open_checkpoint(folder).components == QUERY_CHAT_COMPONENTS
@@ -200,9 +200,9 @@ def test_the_tower_may_be_an_internvl_beside_it(folder: Path, tensors: dict[str,
     pixels = load_file(TINY / "contrastive.safetensors")["pixel_values"]
     config = open_checkpoint(folder).model
     assert config == golden_config()
-    beside, whole = load_chat(folder), load_chat(write(folder, golden_config(), tensors))
+    separate, whole = load_chat(folder), load_chat(write(folder, golden_config(), tensors))
     with torch.no_grad():
-        assert torch.equal(beside.visual_embeds(pixels), whole.visual_embeds(pixels))
+        assert torch.equal(separate.visual_embeds(pixels), whole.visual_embeds(pixels))
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_named(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ def test_every_name_is_a_checkpoint(
     for model in (name, name and Path(name)):
         assert shipped_name(model) == full
         assert (checkpoint_path(model) / "config.json").is_file()
-    if name is not None:  # what the user has under that name comes first
+    if name is not None:  # the user's folder of that name comes first
         (tmp_path / name).mkdir()
         assert shipped_name(name) is None
         assert checkpoint_path(name) == Path(name)

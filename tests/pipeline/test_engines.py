@@ -34,10 +34,10 @@ def test_native_engines_are_proved_by_their_inspector(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the GPU they were built for; the library is not here, so what opens them is put in its place."""
-    asked: dict[str, Any] = {}
+    requests: dict[str, Any] = {}
 
     def opened(spec: ComponentSpec, path: Path, **options: Any) -> Any:
-        asked.update(path=path, **options)
+        requests.update(path=path, **options)
         return nullcontext(SimpleNamespace(layers=lambda: "[1]"))
 
     monkeypatch.setattr(engine_steps, "open_tensorrt", opened)
@@ -45,7 +45,7 @@ def test_native_engines_are_proved_by_their_inspector(
     plan: Any = SimpleNamespace(recipe=SimpleNamespace(base="bf16"))
     space: Any = SimpleNamespace(staging_dir=tmp_path, records={"engine-vision-native": RECORD})
     spec = ComponentSpec("vision", (), (), ())
-    found: Any = engine_steps._engine_report(plan, space, spec, "tensorrt", "native")
-    assert found == ("[1]", "vision.bf16.onnx")
-    assert asked["path"] == tmp_path / "engines" / "tensorrt-native" / "vision.engine"
-    assert asked["record"] == engine_file(RECORD)
+    result: Any = engine_steps._engine_report(plan, space, spec, "tensorrt", "native")
+    assert result == ("[1]", "vision.bf16.onnx")
+    assert requests["path"] == tmp_path / "engines" / "tensorrt-native" / "vision.engine"
+    assert requests["record"] == engine_file(RECORD)

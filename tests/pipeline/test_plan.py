@@ -1,4 +1,4 @@
-"""What is asked of a build is checked before anything runs, each refusal with its own exit code."""
+"""Arguments of a build are checked before anything runs, each refusal with its own exit code."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def ask(tmp_path: Path, tiny_model: Path, photos: Path, monkeypatch: pytest.Monk
 
     def make(**options: Any) -> BuildPlan:
         progress = options.pop("progress", None)
-        asked = {"out": tmp_path / "out", "model": tiny_model, "calib": photos, **options}
-        return plan_build(BuildConfig(**asked), progress)
+        requests = {"out": tmp_path / "out", "model": tiny_model, "calib": photos, **options}
+        return plan_build(BuildConfig(**requests), progress)
 
     return make
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *releases: str, gpu: bool = False) -> None:
     """Which TensorRT builders are installed, and whether there is a GPU."""
-    found = dict.fromkeys(releases, "1.0")
-    monkeypatch.setattr(trt, "installed_release", found.get)
+    result = dict.fromkeys(releases, "1.0")
+    monkeypatch.setattr(trt, "installed_release", result.get)
     monkeypatch.setattr(plan_module, "gpus", lambda: (Gpu("NVIDIA H100", "sm90"),) if gpu else ())
 
 
@@ -63,7 +63,7 @@ def copied(model: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_job_holds_what_was_asked(ask: Ask, tmp_path: Path) -> None:
+def test_a_plan_has_the_arguments(ask: Ask, tmp_path: Path) -> None:
     plan = ask(targets="sm89,sm120", components=("qllama_text", "vision"))
     assert plan.backends == (ORT, RTX)
     assert plan.targets == ("sm89", "sm120")
@@ -118,7 +118,7 @@ def test_a_checkpoint_may_bring_its_calibration_set(
     plan = ask(model=model, calib=None)
     assert len(plan.calibration) == (1 if name.endswith(".jsonl") else 15)
     assert not plan.calibration.synthetic
-    assert ask(model=model).calibration.source == str(photos)  # what is asked for goes first
+    assert ask(model=model).calibration.source == str(photos)  # the argument comes first
 
 
 def test_a_recipe_cannot_pass_for_the_reference(ask: Ask, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_corrupt_images_are_skipped_up_to_a_tenth(
         assert caught.value.exit_code == 3
         assert ".png: " in caught.value.why
         return
-    plan = ask(calib=folder, progress=lambda done, total: counted.append((done, total)))
+    plan = ask(calib=folder, progress=lambda count, total: counted.append((count, total)))
     assert len(plan.calibration) + len(plan.held_out) == 20 - corrupt
     assert len(plan.calibration.skipped) == corrupt
     assert any(f"{corrupt} files were skipped, the first: " in notice for notice in plan.notices)
@@ -210,9 +210,7 @@ def test_corrupt_images_are_skipped_up_to_a_tenth(
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "preprocessor_config.json", "config.json"])
-def test_files_beside_the_weights_must_be_there(
-    ask: Ask, tiny_model: Path, tmp_path: Path, name: str
-) -> None:
+def test_files_next_to_the_weights_must_exist(ask: Ask, tiny_model: Path, tmp_path: Path, name: str) -> None:
     model = copied(tiny_model, tmp_path / "model")
     (model / name).unlink()
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as caught:
@@ -223,7 +221,7 @@ def test_files_beside_the_weights_must_be_there(
 def test_a_tokenizer_that_is_none_or_of_another_model(ask: Ask, tiny_model: Path, tmp_path: Path) -> None:
     model = copied(tiny_model, tmp_path / "model")
     (model / "tokenizer.model").write_bytes(b"\xff" * 100)
-    with pytest.raises(CheckpointError, match=r"Cannot read .*tokenizer\.model\. It is no Sent"):
+    with pytest.raises(CheckpointError, match=r"Cannot read .*tokenizer\.model\. It is not a Sent"):
         ask(model=model)
     (model / "tokenizer.model").write_bytes(train_tokenizer())
     with pytest.raises(CheckpointError, match=r"not of this model\. It has 512 pieces, the model knows 200"):
@@ -261,7 +259,7 @@ def test_tensorrt_builds_for_the_gpu_that_is_here(ask: Ask, monkeypatch: pytest.
     pretend(monkeypatch, RTX, TENSORRT)
     with pytest.raises(CapabilityError, match="no driver"):
         ask(backend=(TENSORRT,))
-    assert ask().backends == (ORT, RTX), "not asked for: what cannot be built is left out"
+    assert ask().backends == (ORT, RTX), "not requested: backends that cannot be built are left out"
     pretend(monkeypatch, RTX, TENSORRT, gpu=True)
     assert ask().backends == (ORT, RTX, TENSORRT)
     plan = ask(backend=(TENSORRT,))
@@ -294,7 +292,7 @@ def test_shapes_and_options_decide_engines_and_nothing_else(ask: Ask) -> None:
 
 
 def test_layers_without_fp8_kernels_stay_in_sixteen_bits_and_are_named(ask: Ask) -> None:
-    """The tiny vision tower is 60 wide, which is no multiple of 16; QLLaMA's 64 is one."""
+    """The tiny vision tower is 60 wide, which is not a multiple of 16; QLLaMA's 64 is one."""
     plan = ask()
     quantised = plan.layers.quantised
     assert not [name for name in quantised if name.startswith("vision_model.")]
@@ -347,7 +345,7 @@ def test_steps_depend_on_what_they_read(ask: Ask, tiny_model: Path, photos: Path
     assert changed(model=words) == {"preprocess", "calibrate", *after_scales}
 
 
-def test_what_is_built_beside_the_usual(ask: Ask) -> None:
+def test_optional_components_and_features(ask: Ask) -> None:
     usual = ask()
     assert "qllama_itm" not in usual.components
     more = ask(itm=True, features=(-2, 1))

@@ -1,4 +1,4 @@
-"""Recipes built for TensorRT-RTX, held to what they promise."""
+"""Recipes built for TensorRT-RTX, checked against their promises."""
 
 from __future__ import annotations
 

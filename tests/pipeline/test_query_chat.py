@@ -38,8 +38,8 @@ def report(query_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         args = ["build", "--model", str(query_chat), "--precision", "fp8-attention", "--split", "2"]
         with redirect_stdout(said):
             assert main([*args, "--targets", "sm89", "--out", str(out), "--json"]) == 0
-    found: dict[str, Any] = json.loads(said.getvalue())
-    return {**found, "root": out}
+    receipt: dict[str, Any] = json.loads(said.getvalue())
+    return {**receipt, "root": out}
 
 
 @pytest.fixture(scope="module")

@@ -26,18 +26,18 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.mark.parametrize("precision", ["fp8", "int8", "fp16"])
 def test_stores_have_the_size_that_was_predicted(precision: str, tmp_path: Path) -> None:
     plan = plan_build(BuildConfig(out=tmp_path / "out", precision=precision, calib_samples=4))
-    made = graph_steps.GraphSource(plan.checkpoint, plan.recipe, plan.layers, None)
-    kept, quantised = stored_bytes(made, plan.components)
-    keys, layers = graph_steps.component_weights(made, plan.components)
-    graph_steps.write_base_store(made, keys, tmp_path)
+    source = graph_steps.GraphSource(plan.checkpoint, plan.recipe, plan.layers, None)
+    stored, quantised = stored_bytes(source, plan.components)
+    keys, layers = graph_steps.component_weights(source, plan.components)
+    graph_steps.write_base_store(source, keys, tmp_path)
     header = 1 << 16
-    assert 0 <= (tmp_path / graph_steps.BASE_STORE).stat().st_size - kept < header
+    assert 0 <= (tmp_path / graph_steps.BASE_STORE).stat().st_size - stored < header
     assert bool(layers) == bool(quantised) == plan.recipe.quantises
     if layers:
-        graph_steps.write_quantised_store(made, layers, tmp_path)
+        graph_steps.write_quantised_store(source, layers, tmp_path)
         assert 0 <= (tmp_path / graph_steps.LOW_STORE).stat().st_size - quantised < header
     planned = {step.name: step.writes for step in build_steps(plan)}
-    assert planned["weights"] == kept
+    assert planned["weights"] == stored
     assert planned.get("quantise", 0) == quantised
 
 
@@ -54,7 +54,7 @@ def test_too_little_disk_is_said_first(tmp_path: Path, monkeypatch: pytest.Monke
         check_disk(out, plan)
     assert "9.3 GB, 9.0 GB are free" in error.value.why
     assert "engine-vision-sm89 (6.0 GB), weights (3.0 GB)." in error.value.why
-    check_disk(out, plan[:1])  # what is there already takes no more
+    check_disk(out, plan[:1])  # existing files take no more
     assert HEADROOM < 10**9
 
 
@@ -63,20 +63,22 @@ def test_too_little_disk_is_said_first(tmp_path: Path, monkeypatch: pytest.Monke
 def test_memory_of_an_engine_is_known_before_its_graph(precision: str, tmp_path: Path) -> None:
     plan = plan_build(BuildConfig(out=tmp_path / "out", precision=precision, calib_samples=4, split=2))
     planned = {step.name: step.load for step in build_steps(plan)}
-    made = graph_steps.GraphSource(plan.checkpoint, plan.recipe, plan.layers, None)
-    layers = {c: graph_steps.component_weights(made, [c])[1] for c in plan.components}
+    source = graph_steps.GraphSource(plan.checkpoint, plan.recipe, plan.layers, None)
+    layers = {c: graph_steps.component_weights(source, [c])[1] for c in plan.components}
     if plan.recipe.quantises:
         amax = {c: dict.fromkeys(names, 1.0) for c, names in layers.items()}
-        made = replace(made, ranges=ActivationRanges(amax, "max", 1, "", True, 0, ""))
-    graph_steps.write_base_store(made, graph_steps.component_weights(made, plan.components)[0], tmp_path)
-    graph_steps.write_quantised_store(made, graph_steps.component_weights(made, plan.components)[1], tmp_path)
+        source = replace(source, ranges=ActivationRanges(amax, "max", 1, "", True, 0, ""))
+    graph_steps.write_base_store(source, graph_steps.component_weights(source, plan.components)[0], tmp_path)
+    graph_steps.write_quantised_store(
+        source, graph_steps.component_weights(source, plan.components)[1], tmp_path
+    )
     for component in ("vision", "qllama_query"):
-        graph_steps.write_graph(made, component, tmp_path, "bf16", "tensorrt")
-        found = graph_load(read_graph(tmp_path / graph_steps.graph_path(component, "bf16")))
-        ours = build_load(made, component)
-        assert len(ours.blocks) == len(found.blocks)
+        graph_steps.write_graph(source, component, tmp_path, "bf16", "tensorrt")
+        result = graph_load(read_graph(tmp_path / graph_steps.graph_path(component, "bf16")))
+        ours = build_load(source, component)
+        assert len(ours.blocks) == len(result.blocks)
         # The store holds the scales of both graphs, which weigh at this size.
-        assert sum(ours.blocks) == pytest.approx(sum(found.blocks), rel=0.05)
-        assert ours.rest == pytest.approx(found.rest, rel=0.05)
+        assert sum(ours.blocks) == pytest.approx(sum(result.blocks), rel=0.05)
+        assert ours.rest == pytest.approx(result.rest, rel=0.05)
         if "tensorrt-rtx" in plan.backends:
             assert planned[f"engine-{component}.1-sm89"] == ours.split(2)

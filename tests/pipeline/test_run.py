@@ -50,14 +50,14 @@ def nano_like(tiny_model: Path, tmp_path: Path) -> Path:
 def test_each_figure_has_the_budget_of_its_precision(
     nano_like: Path, tmp_path: Path, precision: str, budget: float, figure: str
 ) -> None:
-    asked = opened(nano_like, precision)
+    config = opened(nano_like, precision)
     write_scores(tmp_path, {figure: budget}, precision)
-    assert check_accuracy(asked, tmp_path, TASKS) == ""
-    write_scores(tmp_path, {figure: -5.0}, precision)  # better is no loss
-    assert check_accuracy(asked, tmp_path, TASKS) == ""
+    assert check_accuracy(config, tmp_path, TASKS) == ""
+    write_scores(tmp_path, {figure: -5.0}, precision)  # a gain is not a loss
+    assert check_accuracy(config, tmp_path, TASKS) == ""
     write_scores(tmp_path, {figure: budget + 0.2}, precision)
     with pytest.raises(AccuracyError, match=figure.replace("@", ".")) as caught:
-        check_accuracy(asked, tmp_path, TASKS)
+        check_accuracy(config, tmp_path, TASKS)
     assert caught.value.exit_code == 7
     assert "--allow-accuracy-loss" in caught.value.fix
     assert figure in check_accuracy(opened(nano_like, precision, allow=True), tmp_path, TASKS)
@@ -69,11 +69,11 @@ def test_without_tasks_there_is_no_budget(nano_like: Path, tmp_path: Path) -> No
 
 def test_evaluations_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IVL_EXPORT_CACHE", str(tmp_path / "cache"))
-    made: list[int] = []
+    calls: list[int] = []
 
     def compute() -> dict[str, int]:
-        made.append(1)
-        return {"n": len(made)}
+        calls.append(1)
+        return {"n": len(calls)}
 
     assert cached(["a", {"x": 1}], compute) == {"n": 1}
     assert cached(["a", {"x": 1}], compute) == {"n": 1}

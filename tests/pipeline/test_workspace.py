@@ -1,4 +1,4 @@
-"""The staging folder: steps are reused exactly when nothing they follow from changed, whatever was killed."""
+"""The staging folder: steps are reused exactly when their inputs did not change, after any kill."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ivl_export.pipeline.workspace import RECEIPT, Record, Workspace, step_diges
 
 @dataclass
 class Heard:
-    """A reporter that keeps what it hears."""
+    """A reporter that records its calls."""
 
     finished_steps: list[tuple[str, bool]] = field(default_factory=list)
 
@@ -159,8 +159,8 @@ with Workspace(Path(sys.argv[1]), Silent()) as work:
 
 
 def test_a_killed_build_goes_on(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
     assert not (tmp_path / "out").exists()
     with space(tmp_path) as work:  # the lock died with its process
         work.step("a", {}, never)
@@ -176,8 +176,8 @@ def test_finish_leaves_step_files_and_their_records_only(tmp_path: Path) -> None
         (work.staging_dir / "keep" / ".a.txt.123.tmp").write_text("of a killed writer")
         (work.staging_dir / "empty").mkdir()
         work.finish()
-        found = {p.relative_to(work.staging_dir).as_posix() for p in work.staging_dir.rglob("*")}
-        assert found == {"keep", "keep/a.txt", "receipts", "receipts/build.json"}
+        by_name = {p.relative_to(work.staging_dir).as_posix() for p in work.staging_dir.rglob("*")}
+        assert by_name == {"keep", "keep/a.txt", "receipts", "receipts/build.json"}
         assert json.loads((work.staging_dir / "receipts/build.json").read_text()) == {
             "a": asdict(work.records["a"])
         }
@@ -201,7 +201,7 @@ def test_unchanged_steps_come_from_the_bundle(tmp_path: Path) -> None:
 
 def test_a_damaged_file_of_the_bundle_is_made_again(tmp_path: Path) -> None:
     bundle = sealed(tmp_path, {"a": "one", "b": "two"})
-    (bundle.root / "a.txt").write_text("0ne")  # of the same size: only its content tells
+    (bundle.root / "a.txt").write_text("0ne")  # of the same size: only its content differs
     with space(tmp_path) as work:
         work.step("a", {"text": "one"}, writes({"a.txt": "one"}))
         work.step("b", {"text": "two"}, never)
@@ -261,7 +261,7 @@ def test_a_full_disk_says_what_to_do(tmp_path: Path) -> None:
             work.step("a", {}, fill)
         assert caught.value.exit_code == 6
         assert "Free some space" in caught.value.fix
-        assert "build' again goes on" in caught.value.fix
+        assert "build' again continues" in caught.value.fix
         assert not work.known("a", {})
         work.step("a", {}, writes({"a.txt": "a"}))
 
@@ -341,10 +341,10 @@ def test_any_history_ends_as_a_clean_build_would(
     folder = tmp_path_factory.mktemp("history")
     names = ("a", "b", "c")
     for _ in range(data.draw(st.integers(1, 5))):
-        wanted = {n: data.draw(st.sampled_from(["one", "two"])) for n in names}
+        expected = {n: data.draw(st.sampled_from(["one", "two"])) for n in names}
         kill_at = data.draw(st.sampled_from([None, None, *names]))
         with Workspace(folder / "out", Heard()) as work:
-            for name, text in wanted.items():
+            for name, text in expected.items():
 
                 def run(root: Path, name: str = name, text: str = text) -> tuple[list[str], dict[str, Any]]:
                     (root / f"{name}.txt").write_text(text)
@@ -357,9 +357,9 @@ def test_any_history_ends_as_a_clean_build_would(
                 except KeyboardInterrupt:
                     break
             else:
-                for name, text in wanted.items():
+                for name, text in expected.items():
                     assert (work.staging_dir / f"{name}.txt").read_text() == text
                 if data.draw(st.booleans()):
                     bundle = seal_steps(work)
                     bundle.check()
-                    assert {n: bundle.path(f"{n}.txt").read_text() for n in names} == wanted
+                    assert {n: bundle.path(f"{n}.txt").read_text() for n in names} == expected

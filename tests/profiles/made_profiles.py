@@ -36,10 +36,10 @@ def made_case(
     **sizes: int,
 ) -> Case:
     samples = tuple(round(ms * 1e6) for ms in samples_ms)
-    found = Measurement(samples, (len(samples),), steady_from, "stable" if stable else "time limit", 1)
+    result = Measurement(samples, (len(samples),), steady_from, "stable" if stable else "time limit", 1)
     all_sizes = {"batch": batch, **sizes}
     return Case(
-        name, kind, batch, all_sizes, batch, "images", "from here to there", found, {}, "onnxruntime", "fp8",
+        name, kind, batch, all_sizes, batch, "images", "from here to there", result, {}, "onnxruntime", "fp8",
         calls=(EngineCalls(name, all_sizes, 1),), floor=Floor(0.5, "compute", 0.5, 0.1),
     )  # fmt: skip
 

@@ -57,7 +57,7 @@ def ranges(
 
 def everything(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     """All attentions, whether TensorRT-RTX would fuse them or not."""
-    return {c: tuple(found) for c, found in attentions(checkpoint.config, EVERY).items()}
+    return {c: tuple(result) for c, result in attentions(checkpoint.config, EVERY).items()}
 
 
 @given(
@@ -84,14 +84,14 @@ def test_it_equals_modelopts_fake_quantisation(seed: int, rows: int, columns: in
     weights = fake(scores.softmax(-1), activation_scale(SOFTMAX_AMAX, "fp8", "bf16"))
     want = (weights @ fake(v.clone(), scales[2])).transpose(1, 2).flatten(2)
     got = fake_attention(q, k, v, mask, scales=scales, base="bf16")
-    assert torch.isfinite(got).all(), "a row that sees nothing stays finite"
+    assert torch.isfinite(got).all(), "a row without visible keys stays finite"
     assert torch.allclose(got, want, atol=1e-6)
     exact = attention(q, k, v, mask=mask)
     seen = torch.ones(2, rows, 1, dtype=torch.bool) if mask is None else mask.any(-1).transpose(1, 2)
     assert torch.nn.functional.mse_loss(got * seen, exact * seen) < 0.01
 
 
-def test_a_causal_row_sees_what_stands_before_it() -> None:
+def test_a_causal_row_attends_to_earlier_rows() -> None:
     q, k, v = torch.randn(3, 1, 2, 5, 16).unbind(0)
     scales = (0.01, 0.01, 0.01)
     whole = fake_attention(q, k, v, causal=True, scales=scales, base="bf16")
@@ -107,11 +107,11 @@ def test_calibration_sees_the_scaled_query(shallow: Checkpoint, ranges: Activati
         assert operands <= set(ranges.amax[component])
     shapes = {k.removesuffix(".weight"): r.shape for k, r in shallow.tensors.items() if len(r.shape) == 2}
     names = operand_names("vision_model.encoder.layers.0.attn")
-    wanted = {"vision": dict.fromkeys(names, "fp8")}
-    ranges.check(shapes, wanted, shallow.revision)
+    expected = {"vision": dict.fromkeys(names, "fp8")}
+    ranges.check(shapes, expected, shallow.revision)
     amax = {"vision": {k: v for k, v in ranges.amax["vision"].items() if k != names[1]}}
     with pytest.raises(InputError, match=r"no range.*attn\.k"):
-        replace(ranges, amax=amax).check(shapes, wanted, shallow.revision)
+        replace(ranges, amax=amax).check(shapes, expected, shallow.revision)
     with pytest.raises(InputError, match="do not belong"):
         replace(ranges, amax={"vision": {"elsewhere.attn.q": 1.0}}).check(shapes, {}, shallow.revision)
     # QK-norm holds every row of q to a mean square of 1, so the scaled amax is at most 1.
@@ -171,17 +171,19 @@ def test_unmeasured_attention(shallow: Checkpoint, ranges: ActivationRanges) -> 
 
 def test_which_attentions_fit() -> None:
     full = attentions(InternVLConfig(), EVERY)
-    assert {c: len(found) for c, found in full.items()} == dict(zip(EVERY, (48, 48, 32, 32, 48), strict=True))
+    assert {c: len(by_name) for c, by_name in full.items()} == dict(
+        zip(EVERY, (48, 48, 32, 32, 48), strict=True)
+    )
     matching = full["qllama_itm"]["qllama.model.layers.0.self_attn"]
     assert matching == AttentionShape(128, 97), "the queries and one token at least"
     assert full["vision"]["vision_model.encoder.layers.47.attn"] == AttentionShape(128, 257)
     shapes = {"vision_model.encoder.layers.0.attn.qkv": (9600, 3200)}
     recipe = Recipe("x", (Rule("vision*", "fp8"),), attention="fp8")
-    found = plan_layers(recipe, shapes, full)
-    assert {c: len(names) for c, names in found.attention.items()} == {
+    by_name = plan_layers(recipe, shapes, full)
+    assert {c: len(names) for c, names in by_name.attention.items()} == {
         "vision": 48, "qllama_query": 48, "qllama_text": 0, "qllama_step": 32, "qllama_itm": 48,
     }  # fmt: skip
-    (left_out,) = found.exclusions
+    (left_out,) = by_name.exclusions
     assert (left_out.layer, left_out.scheme) == ("qllama_text: self_attn", FP8_ATTENTION)
     assert "32" in left_out.reason
     assert plan_layers(recipe, shapes).attention == {}

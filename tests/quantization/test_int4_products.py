@@ -62,8 +62,8 @@ def test_onnxruntime_multiplies_rounded_values(scheme: str, shallow: Checkpoint,
     with open_engine("onnxruntime", spec, graph) as engine:
         got = engine.run({"pixel_values": pixels})
     with torch.no_grad():
-        wanted = module(torch.from_numpy(pixels))
-    for tensor, want in zip(spec.outputs, wanted, strict=True):
+        expected = module(torch.from_numpy(pixels))
+    for tensor, want in zip(spec.outputs, expected, strict=True):
         assert compare(want.numpy(), got[tensor.name]).sqnr_db > 60
     assert min(seen) == LOWEST[kind]
 

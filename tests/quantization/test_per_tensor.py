@@ -51,21 +51,21 @@ def test_a_recipe_may_ask_for_it(kind: str, tmp_path: Path) -> None:
     recipe = tmp_path / "own.yaml"
     rule = f"{{pattern: 'qllama.model.layers.*.mlp.*_proj', scheme: {kind}-tensor}}"
     recipe.write_text(f"name: own\nrules: [{rule}]\n")
-    asked = {
+    options = {
         "precision": str(recipe),
         "components": ("qllama_text",),
         "backend": (ORT,),
         "calib_samples": 24,
     }
-    plan = plan_build(BuildConfig(tmp_path / "out", **asked))  # type: ignore[arg-type]
+    plan = plan_build(BuildConfig(tmp_path / "out", **options))  # type: ignore[arg-type]
     with Workspace(tmp_path / "out", Silent()) as space:
         for step in build_steps(plan):
             if step.name == "accuracy":
                 break
             run_step(space, step)
-        made = graph_steps.graph_source(plan, space.staging_dir)
+        source = graph_steps.graph_source(plan, space.staging_dir)
         ours, theirs = (
-            component_receipt(plan, made, space, lambda done: None, simulate).chained["qllama_text"]
+            component_receipt(plan, source, space, lambda count: None, simulate).chained["qllama_text"]
             for simulate in (True, False)
         )
         promised = space.records["graph-qllama_text"].data["promised"]

@@ -186,7 +186,7 @@ def test_tensorrt_style(
     assert promised == {n: scheme for n in ranges.amax[component] if planned.get(n) == scheme}
     onnx.checker.check_model(bound(model, shallow, planned), full_check=True)
     nodes = {node.name: node for node in model.graph}
-    for name in promised:  # DQ directly beside the GEMM, stored weights, nothing folded
+    for name in promised:  # DQ directly before the GEMM, stored weights, nothing folded
         x, w = nodes[name].inputs
         assert x is not None
         assert w is not None
@@ -240,7 +240,9 @@ def test_graph_and_calibration_must_agree(
     with pytest.raises(BuildError, match=r"1 layers of graph vision have no activation scale.*0\.attn\.qkv"):
         write(planned, some)
     extra = "vision_model.encoder.layers.7.mlp.fc1"
-    with pytest.raises(BuildError, match=r"lacks 1 layers that calibration saw in it.*layers\.7\.mlp\.fc1"):
+    with pytest.raises(
+        BuildError, match=r"lacks 1 layers that calibration measured in it.*layers\.7\.mlp\.fc1"
+    ):
         write({**planned, extra: "fp8"}, {**amax, extra: 1.0})
     with pytest.raises(BuildError, match="It is BFLOAT16, the graph is said to compute in fp32"):
         write(planned, amax, "fp32")

@@ -146,7 +146,7 @@ def test_equals_modelopt_fake_quantisation_on_the_same_amax() -> None:
     w = torch.randn(64, 256) * torch.logspace(-3, 1, 64)[:, None]
     for scheme in SCHEMES:
         values, scale = quantise(w, scheme)
-        amax = scale[:, None] * LIMITS[scheme]  # the amax that the rounded scale stands for
+        amax = scale[:, None] * LIMITS[scheme]  # the amax of the rounded scale
         if scheme == "fp8":
             oracle = tensor_quant.scaled_e4m3(w, amax, None, 4, 3)
         else:

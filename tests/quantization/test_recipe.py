@@ -45,7 +45,7 @@ def test_shipped_recipes_round_trip(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["fp8", "int8"])
 def test_full_model_gets_just_the_gemms_of_the_design(name: str, linears: dict[str, tuple[int, int]]) -> None:
-    found = plan_layers(load_recipe(name), linears)
+    plan = plan_layers(load_recipe(name), linears)
     vision = [
         VIT.format(i) + part for i in range(48) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     ]
@@ -58,9 +58,9 @@ def test_full_model_gets_just_the_gemms_of_the_design(name: str, linears: dict[s
             *((f"cross_attn.{p}_proj" for p in "qkvo") if i % 2 == 0 else ()),
         )
     ]
-    assert found.quantised == dict.fromkeys(vision + text, name)
-    assert found.exclusions == ()
-    assert {n for n, s in found.schemes.items() if s == "bf16"} == {
+    assert plan.quantised == dict.fromkeys(vision + text, name)
+    assert plan.exclusions == ()
+    assert {n for n, s in plan.schemes.items() if s == "bf16"} == {
         "qllama.lm_head",
         "itm_head",
         *(f"clip_projector{n}.cross_attn.{p}" for n in ("", "2") for p in ("q", "k", "v", "proj")),
@@ -72,9 +72,9 @@ def test_every_form_of_the_model_gets_them(name: str) -> None:
     """All layers of the blocks: of InternVL, and of a chat model without and with queries."""
     configs: list[ModelConfig] = [InternVLConfig(), *FULL_SIZE.values()]
     for config in configs:
-        found = plan_of(load_recipe(name), config)
-        blocks = {layer for layer in found.schemes if ".layers." in layer}
-        assert set(found.quantised) == blocks
+        plan = plan_of(load_recipe(name), config)
+        blocks = {layer for layer in plan.schemes if ".layers." in layer}
+        assert set(plan.quantised) == blocks
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
@@ -117,18 +117,18 @@ def test_a_quantising_recipe_must_quantise_something() -> None:
 
 def test_widths_that_fp8_cannot_run_are_stated() -> None:
     shapes = {"a.even": (32, 16), "a.odd": (40, 16), "a.deep": (16, 24)}
-    found = plan_layers(Recipe("x", (Rule("a.*", "fp8"),)), shapes)
-    assert found.quantised == {"a.even": "fp8"}
-    assert [(e.layer, e.scheme) for e in found.exclusions] == [("a.odd", "fp8"), ("a.deep", "fp8")]
-    assert "in features 16 and out features 40" in found.exclusions[0].reason
+    plan = plan_layers(Recipe("x", (Rule("a.*", "fp8"),)), shapes)
+    assert plan.quantised == {"a.even": "fp8"}
+    assert [(e.layer, e.scheme) for e in plan.exclusions] == [("a.odd", "fp8"), ("a.deep", "fp8")]
+    assert "in features 16 and out features 40" in plan.exclusions[0].reason
     assert plan_layers(Recipe("x", (Rule("a.*", "int8"),)), shapes).exclusions == ()
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (["rules"], "is no recipe"),
-        ({"name": "x", "rules": {}}, "is no recipe"),
+        (["rules"], "is not a recipe"),
+        ({"name": "x", "rules": {}}, "is not a recipe"),
         ({"name": "x", "ruls": []}, "unknown entry 'ruls'"),
         ({"name": "x", "rules": [3]}, r"rules\[0\]. It is not an object"),
         ({"name": "x", "rules": [{"pattern": "a"}]}, r"rules\[0\]. It has no 'scheme'"),

@@ -54,11 +54,11 @@ def written(
     rules = tuple(r for r in load_recipe(scheme).rules if "encoder" in r.pattern)  # the vision tower's
     layers = plan_layers(Recipe(scheme, rules), shapes).quantised
     model = export_component("vision", checkpoint, compute)
-    kept = [n for n in model.graph.initializers if n in checkpoint.tensors]
+    stored = [n for n in model.graph.initializers if n in checkpoint.tensors]
     promised = write_qdq(model, layers, dict.fromkeys(layers, amax), compute=compute, style=style)
     low = {f"{layer}.weight" for layer in layers}
     folder.mkdir()
-    write_store(checkpoint, [k for k in kept if k not in low], folder / "base.safetensors", "bf16")
+    write_store(checkpoint, [k for k in stored if k not in low], folder / "base.safetensors", "bf16")
     layout = [t for n in layers for t in stored_tensors(n, scheme, "bf16", shapes[n])]
     with StoreWriter(folder / "low.safetensors", layout) as store:
         for layer in layers:
@@ -87,8 +87,8 @@ def test_onnxruntime_multiplies_by_the_dequantised_weights(
     with open_engine("onnxruntime", spec, graph) as engine:
         got = engine.run({"pixel_values": pixels})
     with torch.no_grad():
-        wanted, exact = (m(torch.from_numpy(pixels)) for m in (rounded, plain))
-    for tensor, want, true in zip(spec.outputs, wanted, exact, strict=True):
+        expected, exact = (m(torch.from_numpy(pixels)) for m in (rounded, plain))
+    for tensor, want, true in zip(spec.outputs, expected, exact, strict=True):
         assert (compare(want.numpy(), got[tensor.name]).sqnr_db or 999) > 80
         loss = compare(true.numpy(), want.numpy()).sqnr_db
         assert compare(true.numpy(), got[tensor.name]).sqnr_db == pytest.approx(loss, abs=0.2)
@@ -124,7 +124,7 @@ def test_int4_rounds_block_by_block(width: int, block: int) -> None:
     assert scale.shape == (6, width // block)
     assert int(values.abs().max()) == 7
     error = (dequantise(values, scale) - weight).abs().reshape(6, -1, block)
-    # half a step, and what a scale that was rounded down to bf16 cuts off
+    # half a step, and the clipping by a scale that was rounded down to bf16
     assert (error <= scale[..., None] * 0.5 + 7 * scale[..., None] * 2.0**-8).all()
     assert error[0, 1:].max() < 0.5
     assert torch.equal(dequantise(pack(values), scale), dequantise(values, scale))
@@ -135,13 +135,13 @@ def test_packing_is_onnx_own() -> None:
     tensor = onnx.helper.make_tensor(
         "w", onnx.TensorProto.INT4, (2, 4), pack(values).numpy().tobytes(), raw=True
     )
-    read: Any = onnx.numpy_helper.to_array(tensor).astype(np.int8)
-    assert read.tolist() == values.tolist()
+    layer: Any = onnx.numpy_helper.to_array(tensor).astype(np.int8)
+    assert layer.tolist() == values.tolist()
     assert torch.equal(unpack(pack(values)), values)
 
 
 def test_widths_without_a_block_are_excluded() -> None:
     rules = (Rule("*", "int4-weight"),)
-    found = plan_layers(Recipe("x", rules), {"narrow": (6, 48), "wide": (6, 96)})
-    assert found.quantised == {"wide": "int4-weight"}
-    assert "in features 48 must be a multiple of 32" in found.exclusions[0].reason
+    plan = plan_layers(Recipe("x", rules), {"narrow": (6, 48), "wide": (6, 96)})
+    assert plan.quantised == {"wide": "int4-weight"}
+    assert "in features 48 must be a multiple of 32" in plan.exclusions[0].reason

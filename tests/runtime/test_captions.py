@@ -53,7 +53,7 @@ def test_a_streamed_caption_is_the_whole_one_in_pieces(model: InternVL, sampling
     assert ["".join(pieces).strip()] == whole
 
 
-def test_a_stream_stops_when_nobody_listens(model: InternVL) -> None:
+def test_a_stream_stops_without_a_reader(model: InternVL) -> None:
     before = model.timings.get("qllama_step")
     stream = model.stream_caption(pictures(1)[0], "a", 30, 30)
     next(stream)

@@ -57,9 +57,9 @@ class Counted:
         monkeypatch.setattr(model.components, "run_device", run)
 
     def take(self, name: str) -> list[tuple[int, ...]]:
-        found = [shape for own, shape in self.seen if own == name]
+        results = [shape for own, shape in self.seen if own == name]
         self.seen = [item for item in self.seen if item[0] != name]
-        return found
+        return results
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
@@ -113,16 +113,16 @@ def test_conversations_share_what_they_begin_with(
 ) -> None:
     counted = Counted(sharing, monkeypatch)
     questions = ("a red ring", "two small squares", "above")
-    found, prompts, encoded = [], [], []
+    results, prompts, encoded = [], [], []
     for question in questions:
-        found.append(sharing.chat([picture()]).ask(question, 6))
+        results.append(sharing.chat([picture()]).ask(question, 6))
         prompts.append(counted.take("decoder")[0][1])
         encoded.append(len(counted.take("vision_chat")))
     assert encoded == [1, 0, 0], "the image is encoded once"
     assert prompts[0] > 2 * BLOCK
     assert max(prompts[1:]) < prompts[0] - BLOCK, "its keys and values are computed once"
     monkeypatch.setattr(sharing, "prefixes", PrefixCache(0))
-    assert found == [sharing.chat([picture()]).ask(question, 6) for question in questions]
+    assert results == [sharing.chat([picture()]).ask(question, 6) for question in questions]
 
 
 def test_a_history_sent_again_is_not_computed_again(
@@ -136,16 +136,16 @@ def test_a_history_sent_again_is_not_computed_again(
     answer = again.ask("above", 6)
     prompt = counted.take("decoder")[0][1]
     assert counted.take("vision_chat") == []
-    assert prompt < len(again.cache._held) // 2
+    assert prompt < len(again.cache._contents) // 2
     monkeypatch.setattr(sharing, "prefixes", PrefixCache(0))
     assert sharing.chat([picture()], chat.history).ask("above", 6) == answer
 
 
 def test_other_images_share_nothing(sharing: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
     sharing.chat([picture()]).ask("a red ring", 6)
-    found = [sharing.chat([picture(1), picture()]).ask("a", 6), sharing.chat([picture(1)]).ask("a", 6)]
+    results = [sharing.chat([picture(1), picture()]).ask("a", 6), sharing.chat([picture(1)]).ask("a", 6)]
     monkeypatch.setattr(sharing, "prefixes", PrefixCache(0))
-    assert found == [
+    assert results == [
         sharing.chat([picture(1), picture()]).ask("a", 6), sharing.chat([picture(1)]).ask("a", 6)
     ]  # fmt: skip
 
@@ -192,7 +192,7 @@ def test_streams(model: InternVLChat) -> None:
     piece = next(stream)
     stream.close()
     assert chat.history[-1] == Turn("two", piece.strip())
-    chat.ask("and", max_new_tokens=2)  # goes on
+    chat.ask("and", max_new_tokens=2)  # continues
     heard = chat.stream("two", max_new_tokens=12)
     next(heard)
     for act in (chat.restart, lambda: chat.ask("and", 2)):
@@ -233,20 +233,22 @@ def test_conversations_in_threads(model: InternVLChat, monkeypatch: pytest.Monke
     want = [model.chat([picture(i % 3)]).ask("a red ring", 6) for i in range(8)]
     monkeypatch.setattr(model, "prefixes", PrefixCache(200_000))  # too few for all
     chats = [model.chat([picture(i % 3)]) for i in range(8)]
-    found: dict[int, str] = {}
+    by_name: dict[int, str] = {}
 
     def ask(i: int, chat: Chat) -> None:
-        found[i] = chat.ask("a red ring", 6)
+        by_name[i] = chat.ask("a red ring", 6)
 
     threads = [threading.Thread(target=ask, args=(i, chat)) for i, chat in enumerate(chats)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [found[i] for i in range(8)] == want
+    assert [by_name[i] for i in range(8)] == want
 
 
-def test_an_answer_is_not_shorter_than_asked(model: InternVLChat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_is_not_shorter_than_requested(
+    model: InternVLChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chat = model.chat([picture()])
     real = model.components.run_device
 
@@ -283,7 +285,9 @@ def test_on_a_device_the_same_tokens(
         cache = chats[1].cache._cache
         assert cache is not None
         assert not isinstance(cache.data, np.ndarray)
-        assert not any(isinstance(block, np.ndarray) for block in model.prefixes.find(chats[1].cache._held))
+        assert not any(
+            isinstance(block, np.ndarray) for block in model.prefixes.find(chats[1].cache._contents)
+        )
 
 
 def test_without_an_image(model: InternVLChat) -> None:
@@ -334,6 +338,6 @@ def test_the_verb(
     assert report["turns"] == want
     lines = iter(["a red ring", "", "and"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
-    assert main(args) == 0  # an empty line is no question, the end of the input the end
+    assert main(args) == 0  # an empty line is not a question, the end of the input ends the chat
     out = capsys.readouterr().out
     assert all(turn["answer"] in out for turn in want)

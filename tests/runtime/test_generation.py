@@ -36,7 +36,7 @@ def step_spec(
 
 
 class Tiny:
-    """The tiny golden model behind the engines' contract."""
+    """The tiny golden model with the engines' contract."""
 
     def __init__(self) -> None:
         torch = pytest.importorskip("torch")
@@ -185,4 +185,4 @@ def test_a_capacity_follows_what_is_used(least: int, more: int, lengths: list[in
     for longest in range(have, past.max):
         if (room := next_capacity(longest, have, past)) != have:
             copied, have = copied + longest, room
-    assert copied <= 10 * past.max, "in proportion to what is written"
+    assert copied <= 10 * past.max, "in proportion to the positions written"

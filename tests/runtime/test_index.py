@@ -47,10 +47,10 @@ def test_an_index_survives_its_file(tmp_path: Path, kind: Kind) -> None:
     opened = Index.load(tmp_path / "index.safetensors")
     assert opened.names == index.names
     assert opened.kind == kind
-    asked = embeddings(3, seed=1)
-    found, want = opened.search(asked), index.search(asked)
-    assert np.array_equal(found[0], want[0])
-    np.testing.assert_allclose(found[1], want[1], rtol=1e-6)
+    query = embeddings(3, seed=1)
+    result, want = opened.search(query), index.search(query)
+    assert np.array_equal(result[0], want[0])
+    np.testing.assert_allclose(result[1], want[1], rtol=1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["index.safetensors"]
 
 
@@ -98,5 +98,5 @@ def test_files_that_are_no_index_are_integrity_errors(tmp_path: Path, names: str
     save_file({"embeddings": embeddings(2)}, tmp_path / "bad", about)
     (tmp_path / "empty").write_bytes(b"")
     for path in (tmp_path / "bad", tmp_path / "empty", tmp_path / "none"):
-        with pytest.raises(IntegrityError, match="is no index"):
+        with pytest.raises(IntegrityError, match="is not an index"):
             Index.load(path)

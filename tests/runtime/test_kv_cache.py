@@ -1,4 +1,4 @@
-"""The store that conversations share: what it gives is what was put in, in bounds, from many threads."""
+"""The store that conversations share: it returns stored values, in bounds, from many threads."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def data(blocks: str, rest: int = 0) -> Array:
     return whole
 
 
-def check(found: Sequence[Array], blocks: str) -> None:
-    """What was found is what was kept of ``blocks``."""
-    if found:
-        whole = np.concatenate(found, 4)
+def check(stored: Sequence[Array], blocks: str) -> None:
+    """The blocks found are the stored ones of ``blocks``."""
+    if stored:
+        whole = np.concatenate(stored, 4)
         np.testing.assert_array_equal(whole, data(blocks)[..., : whole.shape[4], :])
 
 
@@ -43,10 +43,10 @@ def test_what_begins_alike_is_shared() -> None:
     assert store.find(keys("ab")) == []
     store.store(keys("abc", 5), data("abc", 5))
     assert store.nbytes == 3 * NBYTES, "positions that fill no block are left out"
-    for asked, count in (("abc", 3), ("abcd", 3), ("abd", 2), ("a", 1), ("ba", 0), ("bc", 0), ("", 0)):
-        found = store.find(keys(asked, 3))
-        assert len(found) == count
-        check(found, asked)
+    for question, count in (("abc", 3), ("abcd", 3), ("abd", 2), ("a", 1), ("ba", 0), ("bc", 0), ("", 0)):
+        result = store.find(keys(question, 3))
+        assert len(result) == count
+        check(result, question)
     store.store(keys("abd"), data("abd"))
     assert store.nbytes == 4 * NBYTES
     assert len(store.find(keys("abc"))) == len(store.find(keys("abd"))) == 3
@@ -69,7 +69,9 @@ def test_what_was_used_last_stays() -> None:
     store.store(keys("cd"), data("cd"))
     store.find(keys("a"))
     store.store(keys("ef"), data("ef"))
-    assert [len(store.find(keys(asked))) for asked in ("ab", "cd", "ef")] == [1, 1, 2], "ends go first"
+    assert [len(store.find(keys(questions))) for questions in ("ab", "cd", "ef")] == [1, 1, 2], (
+        "ends go first"
+    )
     store.store(keys("vwxyz"), data("vwxyz"))
     assert len(store.find(keys("vwxyz"))) == 4, "as much of the beginning as fits"
     store.store_image(b"one", np.zeros(NBYTES // 4, np.float32))
@@ -103,17 +105,17 @@ def test_any_use_keeps_its_promises(limit: int, steps: list[tuple[str, str]]) ->
     for act, name in steps:
         if act == "image":
             store.store_image(name.encode(), np.full(NBYTES // 8, ord(name), np.float32))
-            found = store.image(name.encode())
-            assert found is None or (found == ord(name)).all()
+            result = store.image(name.encode())
+            assert result is None or (result == ord(name)).all()
         elif act == "keep":
             store.store(keys(name), data(name))
-            assert len(store.find(keys(name))) == min(len(name), limit), "what was just put in is there"
+            assert len(store.find(keys(name))) == min(len(name), limit), "the newest entry is there"
         else:
             check(store.find(keys(name)), name)
-        held = {key: kept for key, kept in store._entries.items() if isinstance(key, tuple)}
-        assert store.nbytes == sum(kept.nbytes for kept in store._entries.values()) <= store.limit
-        reached = {kept.number for kept in held.values()} | {-1}
-        assert all(parent in reached for parent, _ in held), "no block without the blocks before it"
+        blocks = {key: stored for key, stored in store._entries.items() if isinstance(key, tuple)}
+        assert store.nbytes == sum(stored.nbytes for stored in store._entries.values()) <= store.limit
+        reached = {stored.number for stored in blocks.values()} | {-1}
+        assert all(parent in reached for parent, _ in blocks), "no block without the blocks before it"
 
 
 def test_threads() -> None:

@@ -49,13 +49,13 @@ def test_the_class_follows_from_the_bundle(tiny_bundle: Path, chat: InternVLChat
 def test_signatures_are_whole() -> None:
     whole = dict(inspect.signature(load).parameters)
     for method, own in ((InternVL.load, set()), (InternVLChat.load, {"kept_bytes"})):
-        found = dict(inspect.signature(method).parameters)
-        assert not {p.kind for p in found.values()} & {
+        by_name = dict(inspect.signature(method).parameters)
+        assert not {p.kind for p in by_name.values()} & {
             inspect.Parameter.VAR_KEYWORD,
             inspect.Parameter.VAR_POSITIONAL,
         }
-        assert [*found][1:] == [name for name in [*whole][1:] if name in own or name != "kept_bytes"]
-        assert all(p.default == whole[name].default for name, p in found.items() if name in whole)
+        assert [*by_name][1:] == [name for name in [*whole][1:] if name in own or name != "kept_bytes"]
+        assert all(p.default == whole[name].default for name, p in by_name.items() if name in whole)
 
 
 def test_captions(tiny_bundle: Path) -> None:

@@ -1,4 +1,4 @@
-"""Image-text matching: the component equals the published losses, re-ranking what it is made of."""
+"""Image-text matching: the component equals the published losses, re-ranking equals its parts."""
 
 from __future__ import annotations
 
@@ -112,33 +112,33 @@ def test_a_probability_is_the_softmax_of_the_two_logits(model: InternVL, match: 
 def test_reranking_adds_the_log_odds_to_the_scaled_cosines(tiny_bundle: Path, batch: int) -> None:
     images = pictures(5)
     with InternVL.load(tiny_bundle, threads=1, batch=batch) as model:
-        found = model.retrieve(TEXTS, images, top=3, mode="InternVL-G")
+        ranking = model.retrieve(TEXTS, images, top=3, mode="InternVL-G")
         before = model.timings["vision"].calls
-        again = model.rerank(TEXTS, images, found)
-        shown = len(np.unique(found.indices))
+        again = model.rerank(TEXTS, images, ranking)
+        shown = len(np.unique(ranking.indices))
         assert model.timings["vision"].calls - before == -(-shown // batch), "each image is encoded once"
         scale = np.exp(model.bundle.manifest.model.logit_scale)
         for row, text in enumerate(TEXTS):
-            chance = model.match([images[i] for i in found.indices[row]], [text] * 3).astype(np.float64)
-            score = np.log(chance / (1 - chance)) + scale * found.scores[row]
+            chance = model.match([images[i] for i in ranking.indices[row]], [text] * 3).astype(np.float64)
+            score = np.log(chance / (1 - chance)) + scale * ranking.scores[row]
             order = np.argsort(-score)
-            assert again.indices[row].tolist() == found.indices[row][order].tolist()
+            assert again.indices[row].tolist() == ranking.indices[row][order].tolist()
             np.testing.assert_allclose(again.scores[row], score[order], atol=1e-4)
 
 
 def test_places_where_nothing_was_found_stay_last(model: InternVL) -> None:
-    found = Ranking(np.array([[-1, 1, 0]]), np.array([[-np.inf, 0.1, 0.2]], np.float32))
-    again = model.rerank(TEXTS[:1], pictures(2), found)
+    ranking = Ranking(np.array([[-1, 1, 0]]), np.array([[-np.inf, 0.1, 0.2]], np.float32))
+    again = model.rerank(TEXTS[:1], pictures(2), ranking)
     assert again.indices[0, 2] == -1
     assert np.isneginf(again.scores[0, 2])
     assert sorted(again.indices[0, :2]) == [0, 1]
 
 
 def test_what_cannot_be_matched_says_so(model: InternVL, tiny_bundle: Path) -> None:
-    found = model.retrieve(TEXTS, pictures(4), top=2)
+    ranking = model.retrieve(TEXTS, pictures(4), top=2)
     for queries, images in ((TEXTS[:2], pictures(4)), (TEXTS, pictures(1))):
         with pytest.raises(UsageError, match="not of these queries"):
-            model.rerank(queries, images, found)
+            model.rerank(queries, images, ranking)
     older = open_checkpoint(TINY)
     with pytest.raises(CapabilityError, match="InternVL-C"):
         component_module("qllama_itm", replace(older.config, contrastive_only=True))

@@ -78,12 +78,12 @@ def test_every_block_that_was_kept_equals_the_goldens(model: InternVL) -> None:
     from safetensors.numpy import load_file
 
     golden = load_file(TINY / "vision.safetensors")
-    found = model.features(golden["pixel_values"], [2, -3, 3])
-    assert list(found) == [2, 1, 3]
-    for block, states in found.items():
+    result = model.features(golden["pixel_values"], [2, -3, 3])
+    assert list(result) == [2, 1, 3]
+    for block, states in result.items():
         assert states.dtype == np.float32
         near(states, golden["hidden_states"][block], HIDDEN)
-    np.testing.assert_array_equal(model.dense(golden["pixel_values"], block=2), found[2])
+    np.testing.assert_array_equal(model.dense(golden["pixel_values"], block=2), result[2])
     assert model.features([], [1])[1].shape == (0, 17, 60)
     for block in (0, 4, -4):
         with pytest.raises(UsageError, match=f"no block {block}"):
@@ -167,7 +167,7 @@ def test_captions_equal_torch_and_mixed_prompts_equal_single_ones(model: InternV
 def test_tensors_go_from_engine_to_engine_and_give_the_same(
     model: InternVL, generated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an engine on a GPU gets and gives: nothing becomes an array between pixels and logits."""
+    """Inputs and outputs of an engine on a GPU: nothing becomes an array between pixels and logits."""
     torch = pytest.importorskip("torch")
     pixels, ids = generated[0]["pixel_values"], generated[0]["nopad_input_ids"]
     want = model.generate(pixels, ids, None, max_new_tokens=12, num_beams=3)
@@ -213,9 +213,9 @@ def test_more_rows_than_the_engine_takes_are_split(model: InternVL) -> None:
 def test_tokens_of_any_lengths_equal_their_texts(model: InternVL, words: list[int], more: int) -> None:
     texts = [" ".join(["a ring"] * n) for n in words]
     ids, lengths = model.tokenizer.encode_contrastive(texts)
-    ids = np.pad(ids, ((0, 0), (0, more)), constant_values=7)  # nobody reads what stands there
-    found = model.encode_tokens(ids[:, : lengths.max() + more], lengths)
-    near(found, model.encode_text(texts), FEATURES)
+    ids = np.pad(ids, ((0, 0), (0, more)), constant_values=7)  # these positions are not read
+    result = model.encode_tokens(ids[:, : lengths.max() + more], lengths)
+    near(result, model.encode_text(texts), FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -293,5 +293,5 @@ with InternVL.load({str(tiny_bundle)!r}, threads=1) as model:
 heavy = {{"torch", "transformers", "modelopt", "onnx", "onnx_ir", "onnxscript", "matplotlib"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

@@ -147,9 +147,9 @@ def test_threads_read_the_same_pixels_in_the_same_order() -> None:
     assert np.array_equal(np.concatenate(batches), plain)
 
 
-def test_the_first_bad_image_is_told_whichever_thread_reads_it() -> None:
+def test_the_first_bad_image_is_reported_from_any_thread() -> None:
     images: list[Image.Image | bytes] = [Image.new("RGB", (20, 30)), b"no image", Image.new("RGB", (20, 30))]
-    with pytest.raises(InputError, match="no image of a known format"):
+    with pytest.raises(InputError, match="not an image of a known format"):
         preprocess_images(images, SETTINGS, threads=3)
 
 

@@ -1,4 +1,4 @@
-"""The vision tower as a torch module, whatever backend runs it."""
+"""The vision tower as a torch module, on every backend."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_tower_gives_the_published_tokens(
     tower.close()
 
 
-def test_it_stands_in_a_model_of_its_callers(tiny_bundle: Path, golden: dict[str, torch.Tensor]) -> None:
+def test_it_fits_into_another_model(tiny_bundle: Path, golden: dict[str, torch.Tensor]) -> None:
     tower = VisionTower.load(tiny_bundle, select="patches")
     head = torch.nn.Linear(tower.hidden_size, 8)
     model = torch.nn.Sequential(tower, head).to(torch.float32)
@@ -55,9 +55,9 @@ def test_it_stands_in_a_model_of_its_callers(tiny_bundle: Path, golden: dict[str
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_any_block_that_the_bundle_gives(tiny_bundle: Path, backend: str) -> None:
     golden = load_file(TINY / "vision.safetensors")
-    for block, kept in ((1, 1), (-2, 2), (3, 3)):
+    for block, stored in ((1, 1), (-2, 2), (3, 3)):
         tower = VisionTower.load(tiny_bundle, backend, select="patches", block=block)
-        want = golden["hidden_states"][kept][:, 1:]
+        want = golden["hidden_states"][stored][:, 1:]
         torch.testing.assert_close(tower(golden["pixel_values"]), want, atol=2e-5, rtol=0)
         tower.close()
 

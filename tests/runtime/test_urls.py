@@ -1,4 +1,4 @@
-"""Images behind URLs, from a server on this machine."""
+"""Images from URLs, from a server on this machine."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_what_is_a_url() -> None:
     assert not any(is_url(image) for image in ("photo.jpg", "https.jpg", b"https://", None))
 
 
-def test_bytes_come_also_behind_a_redirect(address: str) -> None:
+def test_redirects_are_followed(address: str) -> None:
     assert fetch(f"{address}/photo.jpg?size=1", HERE) == b"x" * 10
     assert fetch(f"{address}/to/photo.jpg", HERE) == b"x" * 10
 

@@ -48,10 +48,10 @@ def test_captions_of_a_batch_differ_and_mix_languages() -> None:
     assert set(batch_scenes(0, 0, "train", 32, lang_mix=1.0)[1]) == {"zh"}
 
 
-def test_near_copies_stand_beside_their_original_and_are_no_false_negatives() -> None:
+def test_near_copies_follow_their_original_and_are_not_false_negatives() -> None:
     alike: dict[float, float] = {}
     for near in (0.0, 0.5):
-        beside = total = 0
+        adjacent = total = 0
         for index in range(40):
             scenes, languages = batch_scenes(0, index, "train", 64, near=near)
             assert len({s.meaning for s in scenes}) == 64
@@ -59,8 +59,8 @@ def test_near_copies_stand_beside_their_original_and_are_no_false_negatives() ->
             assert len({caption(s, lang) for s, lang in zip(scenes, languages, strict=True)}) == 64
             assert not any(s.novel for s in scenes)
             total += 63
-            beside += sum(one_word_apart(a, b) for a, b in itertools.pairwise(scenes))
-        alike[near] = beside / total
+            adjacent += sum(one_word_apart(a, b) for a, b in itertools.pairwise(scenes))
+        alike[near] = adjacent / total
     assert alike[0.0] < 0.05
     # Some copies differ in more words: "a" and its noun become plural.
     assert 0.25 < alike[0.5] < 0.55

@@ -28,53 +28,53 @@ TOKENIZER = (nano_chat_folder() / "tokenizer.model").read_bytes()
 
 def answers(scene: Scene) -> dict[str, set[str]]:
     """Every question that many dialogues ask, and its answers."""
-    found: dict[str, set[str]] = {}
+    by_name: dict[str, set[str]] = {}
     for seed in range(200):
-        for asked in dialogue(np.random.default_rng(seed), scene, 4):
-            if asked.kind != "refers back":
-                found.setdefault(asked.question, set()).add(asked.answer)
-    return found
+        for question in dialogue(np.random.default_rng(seed), scene, 4):
+            if question.kind != "refers back":
+                by_name.setdefault(question.question, set()).add(question.answer)
+    return by_name
 
 
 def test_answers_follow_from_the_scene() -> None:
-    asked = answers(PAIR)
-    assert asked["How many shapes are there?"] == {"two"}
-    assert asked["What color is the shape in the middle?"] == {"blue"}
-    assert asked["What is the outer shape?"] == {"ring"}
-    assert asked["Where is the ring?"] == {"above the cross"}
-    assert asked["Where is the cross?"] == {"in the middle"}
-    assert asked["What color is the ring?"] == {"red"}
-    assert asked["Is there a red ring?"] == {"yes"}
-    assert asked["Is the red ring above the blue cross?"] == {"yes"}
-    assert asked["Is the red ring below the blue cross?"] == {"no"}
-    assert asked["Describe the image."] == {caption(PAIR)}
-    assert all(len(found) == 1 for found in asked.values())
-    there = [q for q in asked if q.startswith("Is there a")]
-    assert {q for q in there if asked[q] == {"yes"}} == {"Is there a red ring?", "Is there a blue cross?"}
+    request = answers(PAIR)
+    assert request["How many shapes are there?"] == {"two"}
+    assert request["What color is the shape in the middle?"] == {"blue"}
+    assert request["What is the outer shape?"] == {"ring"}
+    assert request["Where is the ring?"] == {"above the cross"}
+    assert request["Where is the cross?"] == {"in the middle"}
+    assert request["What color is the ring?"] == {"red"}
+    assert request["Is there a red ring?"] == {"yes"}
+    assert request["Is the red ring above the blue cross?"] == {"yes"}
+    assert request["Is the red ring below the blue cross?"] == {"no"}
+    assert request["Describe the image."] == {caption(PAIR)}
+    assert all(len(result) == 1 for result in request.values())
+    there = [q for q in request if q.startswith("Is there a")]
+    assert {q for q in there if request[q] == {"yes"}} == {"Is there a red ring?", "Is there a blue cross?"}
     assert len(there) > 10
 
 
 def test_the_second_turn_needs_the_first() -> None:
     """The same words have different answers after different questions."""
-    found: dict[str, set[str]] = {}
+    by_name: dict[str, set[str]] = {}
     for seed in range(200):
         first, second = two_turns(np.random.default_rng(seed), PAIR)
         assert first.about is not None
         assert second.kind == "refers back"
-        found.setdefault(second.question, set()).add(second.answer)
-    assert found["And what color is it?"] == {"red", "blue"}
-    assert found["And the other one?"] == {"red", "blue", "ring", "cross"}
+        by_name.setdefault(second.question, set()).add(second.answer)
+    assert by_name["And what color is it?"] == {"red", "blue"}
+    assert by_name["And the other one?"] == {"red", "blue", "ring", "cross"}
 
 
 @given(seed=st.integers(0, 2**32 - 1), turns=st.integers(1, 6))
 def test_dialogues(seed: int, turns: int) -> None:
     rng = np.random.default_rng(seed)
-    asked = dialogue(rng, sample_scene(rng, "train"), turns)
-    assert 1 <= len(asked) <= turns
-    assert {a.kind for a in asked} <= set(KINDS)
-    fresh = [a.question for a in asked if a.kind != "refers back"]
+    request = dialogue(rng, sample_scene(rng, "train"), turns)
+    assert 1 <= len(request) <= turns
+    assert {a.kind for a in request} <= set(KINDS)
+    fresh = [a.question for a in request if a.kind != "refers back"]
     assert len(set(fresh)) == len(fresh)
-    assert [t.images for t in conversation(asked)] == [1] + [0] * (len(asked) - 1)
+    assert [t.images for t in conversation(request)] == [1] + [0] * (len(request) - 1)
 
 
 def test_scene_batches_follow_from_their_number() -> None:
@@ -87,7 +87,7 @@ def test_scene_batches_follow_from_their_number() -> None:
     assert not one.pixel_values.equal(other.pixel_values)
     short = ChatBatches(SceneDialogues(1, 56), stage, ImageSettings(size=56), TOKENIZER, 20)[2]
     assert short.input_ids.shape[1] == 20
-    assert len(short.pixel_values) == 0  # the images stand behind what was cut
+    assert len(short.pixel_values) == 0  # the images come after the cut
 
 
 def write(folder: Path, rows: Any, name: str = "data.json") -> Path:
@@ -123,10 +123,10 @@ def test_llava_files(tmp_path: Path, name: str) -> None:
     ("rows", "why"),
     [
         ([], "holds no conversations"),
-        ([{"image": "a.png"}], "entry 0 is no conversation"),
+        ([{"image": "a.png"}], "entry 0 is not a conversation"),
         ([entry(), entry("../data.json")], "entry 1: no image data.json"),
         ([entry("/etc/passwd")], "no image passwd"),
-        ([entry(3)], "'image' is no file name"),
+        ([entry(3)], "'image' is not a file name"),
         ([entry(first="What?")], "0 placeholders <image> and 1 images"),
         ([entry(conversations=[{"from": "gpt", "value": "a"}] * 2)], "message 1 is not from human"),
         ([entry(conversations=[{"from": "human", "value": 1}, {"from": "gpt", "value": ""}])], "has no text"),

@@ -1,4 +1,4 @@
-"""Scenes: what a caption says of a picture is true of its pixels, and the splits are kept apart."""
+"""Scenes: captions are true of the pixels, and the splits are disjoint."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_held_out_shape_and_color_is_trained_on_in_other_combinations() ->
 
 
 def changes(a: Scene, b: Scene) -> int:
-    """How many attributes tell ``a`` from ``b``."""
+    """Number of attributes in which ``a`` and ``b`` differ."""
 
     def attributes(scene: Scene) -> list[object]:
         return [scene.relation, *(v for o in scene.objects for v in (o.shape, o.color, o.size, o.count))]
@@ -81,12 +81,12 @@ def differing_words(a: Scene, b: Scene) -> list[tuple[str, str]]:
 
 def test_near_copies_differ_in_one_attribute_or_place() -> None:
     rng = np.random.default_rng(3)
-    kept = 0
+    stored = 0
     changed = set()
     for scene in scenes(3000, "train"):
         copy = near_copy(rng, scene)
         if copy is scene:
-            kept += 1
+            stored += 1
             continue
         assert not copy.novel
         assert copy.seed != scene.seed
@@ -98,14 +98,14 @@ def test_near_copies_differ_in_one_attribute_or_place() -> None:
         if scene.relation != copy.relation:
             changed.add("relation")
         elif scene.relation is None and scene.objects[0].count == copy.objects[0].count:
-            (word,) = differing_words(scene, copy)  # one word of the caption, whatever the shape
+            (word,) = differing_words(scene, copy)  # one word of the caption, for every shape
             changed.add("size" if word[0] in SIZES else "shape")
         elif scene.relation is None:
             changed.add("count")
         elif sorted(o.shape for o in scene.objects) == sorted(o.shape for o in copy.objects):
             changed.add("color")
     assert changed == {"relation", "places", "size", "shape", "count", "color"}
-    assert 0 < kept < 600  # those that would show a held-out combination
+    assert 0 < stored < 600  # those that would show a held-out combination
 
 
 def test_near_copies_are_deterministic() -> None:
@@ -143,14 +143,14 @@ def test_shapes_stay_inside_and_apart() -> None:
                 assert math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius
 
 
-def test_the_second_object_of_a_pair_stands_in_the_middle() -> None:
+def test_the_second_object_of_a_pair_is_in_the_middle() -> None:
     for scene in scenes(1500, "heldout"):
         if scene.relation is not None:
             outer, middle = (math.hypot(p.x - SIZE / 2, p.y - SIZE / 2) for p in layout(scene))
             assert middle < 9 < 25 < outer
 
 
-def test_share_of_pairs_is_what_was_asked() -> None:
+def test_share_of_pairs_is_the_requested_one() -> None:
     rng = np.random.default_rng(0)
     for share in (0.0, 0.4, 0.8, 1.0):
         kinds = [sample_scene(rng, "train", pairs=share) for _ in range(1000)]
@@ -180,10 +180,10 @@ def test_pixels_show_as_many_shapes_of_the_color_and_size_as_the_scene_says(shap
     for i, color in enumerate(COLORS):
         for count in (1, 2, 3):
             scene = Scene((Obj(shape, color, size, count),), None, BACKGROUNDS[i % 4], 100 * i + count)
-            found = regions(scene, color)
-            assert len(found) == count, (color, count)
+            result = regions(scene, color)
+            assert len(result) == count, (color, count)
             radii = [p.radius for p in layout(scene)]
-            for region in found:
+            for region in result:
                 top, left, bottom, right = region.bbox
                 extent = max(bottom - top, right - left)
                 assert EXTENT[shape] * min(radii) - 4 <= extent <= EXTENT[shape] * max(radii) + 4

@@ -34,7 +34,7 @@ def test_glyphs_are_those_of_the_font() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(SEEDS, st.sampled_from(TASKS))
-def test_nothing_overlaps_or_lies_across_two_tiles(seed: int, task: str) -> None:
+def test_items_neither_overlap_nor_cross_tiles(seed: int, task: str) -> None:
     for dialogue in dialogues(seed, TASKS.index(task), 3, "train", 1):
         for sign in dialogue.signs:
             taken = np.zeros((sign.rows * TILE, sign.columns * TILE), int)
@@ -81,9 +81,9 @@ def test_an_eighth_of_the_words_is_held_out() -> None:
 def test_answers_follow_from_the_pictures(seed: int, split: str) -> None:
     for row, dialogue in enumerate(dialogues(seed, 2, 6, split, 6)):  # type: ignore[arg-type]
         assert dialogue.questions[0].task == TASKS[row % 3]
-        assert len({asked.question for asked in dialogue.questions}) == len(dialogue.questions) <= 6
-        for asked in dialogue.questions:
-            assert asked.answer == _answer(dialogue, asked.question), asked
+        assert len({question.question for question in dialogue.questions}) == len(dialogue.questions) <= 6
+        for question in dialogue.questions:
+            assert question.answer == _answer(dialogue, question.question), question
 
 
 def _answer(dialogue: SignDialogue, question: str) -> str:
@@ -127,17 +127,17 @@ def test_places_name_what_a_page_shows(seed: int) -> None:
 
 
 def test_counts_go_up_to_six_and_answers_vary() -> None:
-    asked = [row.questions[0] for row in dialogues(0, 0, 900, "heldout", 1)]
-    counts = [q.answer for q in asked if q.task == "count"]
+    questions = [row.questions[0] for row in dialogues(0, 0, 900, "heldout", 1)]
+    counts = [q.answer for q in questions if q.task == "count"]
     assert {*counts} == {str(n) for n in range(MOST + 1)}
     assert max(counts.count(str(n)) for n in range(MOST + 1)) < 0.4 * len(counts)
-    which = [q.answer for q in asked if q.question.startswith("Which")]
+    which = [q.answer for q in questions if q.question.startswith("Which")]
     assert 0.4 < which.count("1") / len(which) < 0.6
 
 
 def test_the_task_scores_answers() -> None:
-    asked = dialogues(0, 0, 30, "heldout", 1)
-    answers = iter(row.questions[0].answer for row in asked)
+    questions = dialogues(0, 0, 30, "heldout", 1)
+    answers = iter(row.questions[0].answer for row in questions)
     scores = evaluate(lambda pictures, turns: [next(answers) for _ in turns], 30, batch=7)["signs"]
     assert scores["all"]["accuracy"] == 1
     assert {task: scores[task]["total"] for task in TASKS} == dict.fromkeys(TASKS, 10)

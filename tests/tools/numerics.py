@@ -5,7 +5,7 @@ A tolerance that only holds where it was written fails here first::
     python -m ivl_export.tests.tools.numerics                          # all numeric tests, all settings
     python -m ivl_export.tests.tools.numerics --settings sse,ulp tests/models -k golden
 
-Everything after the options goes to pytest. Each setting is a process of its own: the libraries read these
+Everything after the options goes to pytest. Each setting is a separate process: the libraries read these
 variables when they are loaded. One row a setting is printed, with the largest part of a tolerance that a test
 used; then the tests that failed, and those that used more than a third; exit code 1 if any failed.
 """
@@ -33,7 +33,7 @@ MOST = 1 / 3
 
 @dataclass(frozen=True)
 class Setting:
-    """What one run differs in.
+    """Settings of one run.
 
     Args:
         says: for the table.
@@ -103,7 +103,7 @@ def run(setting: Setting, tests: Sequence[str]) -> Result:
         command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-m", "numeric"]
         plugins = (HEADROOM, setting.plugin) if setting.plugin else (HEADROOM,)
         command += [f"--junitxml={report}", *(text for name in plugins for text in ("-p", name))]
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, *tests],
             cwd=ROOT,
             env=outside | setting.environment,
@@ -112,7 +112,7 @@ def run(setting: Setting, tests: Sequence[str]) -> Result:
             text=True,
         )
         if not report.is_file():
-            raise SystemExit(f"pytest did not run:\n{done.stdout}")
+            raise SystemExit(f"pytest did not run:\n{process.stdout}")
         suites = list(ET.parse(report).getroot().iter("testsuite"))
     tests_run, skipped = (sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "skipped"))
     cases = {

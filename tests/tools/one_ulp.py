@@ -1,7 +1,7 @@
 """A pytest plugin: moves every floating-point input of ONNX Runtime by at most one unit in the last place.
 
-ONNX Runtime picks its kernels by the processor and cannot be told to use others. What another order of sums
-does to a result, such inputs do too. The ways depend on the last axis alone: equal inputs stay equal, also as
+ONNX Runtime picks its kernels by the processor and has no setting for others. Such inputs change a result
+as another order of sums does. The ways depend on the last axis alone: equal inputs stay equal, also as
 rows of another batch.
 """
 

@@ -1,4 +1,4 @@
-"""What the TensorRT bindings offer: names and signatures, written to ``tests/engines/surfaces``.
+"""The surface of the TensorRT bindings: names and signatures, written to ``tests/engines/surfaces``.
 
 The bindings of ``tensorrt`` are on PyPI, its libraries are not. The bindings need nine functions of those
 libraries to be there when they are imported, and call none of them until an object is made: with empty
@@ -43,12 +43,12 @@ _PACKAGE = re.compile(r"\b(tensorrt|tensorrt_rtx)(_bindings)?\.((tensorrt|tensor
 
 
 def surface(module: Any, release: str) -> dict[str, Any]:
-    """Classes with their attributes and signatures, enums with their members; what is missing is left out."""
-    found = [name for name in CLASSES if hasattr(module, name)]
+    """Classes with their attributes and signatures, enums with their members; missing ones are left out."""
+    results = [name for name in CLASSES if hasattr(module, name)]
     return {
         "module": "tensorrt_rtx" if "rtx" in module.__name__ else "tensorrt",
         "release": release,
-        "classes": {name: _attributes(getattr(module, name)) for name in found},
+        "classes": {name: _attributes(getattr(module, name)) for name in results},
         "enums": {name: list(getattr(module, name).__members__) for name in ENUMS if hasattr(module, name)},
     }
 
@@ -59,15 +59,15 @@ def _attributes(cls: type) -> dict[str, str]:
 
 
 def _told(cls: type, name: str) -> str:
-    """A method's signatures, one a line; a property's type, ``writable`` behind it; empty for a constant."""
+    """A method's signatures, one a line; a property's type, then ``writable``; empty for a constant."""
     value = getattr(cls, name)
     if isinstance(value, property):
         kind = re.search(r"-> (.+)", value.fget.__doc__ or "") if value.fget else None
         return (_short(kind[1]) if kind else "?") + (" writable" if value.fset else "")
     text = getattr(value, "__doc__", None) or ""
     lines = re.findall(rf"^(?:\d+\. )?{name}(\(.*)$", text, re.MULTILINE) if callable(value) else []
-    wanted = [line for line in lines if "*args" not in line]
-    return "\n".join(_short(line) for line in wanted)
+    expected = [line for line in lines if "*args" not in line]
+    return "\n".join(_short(line) for line in expected)
 
 
 def _short(text: str) -> str:
@@ -75,7 +75,7 @@ def _short(text: str) -> str:
 
 
 def from_wheel(wheel: Path) -> dict[str, Any]:
-    """The surface of the bindings in ``wheel``, read in a process of its own."""
+    """The surface of the bindings in ``wheel``, read in a separate process."""
     release = wheel.name.split("-")[1]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -90,11 +90,11 @@ def from_wheel(wheel: Path) -> dict[str, Any]:
                 ["cc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", out, source], check=True
             )
         env = {**os.environ, "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(bindings.parent)}
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, __file__, "--print", "tensorrt", release],
             env=env, capture_output=True, text=True, check=True,
         )  # fmt: skip
-    return dict(json.loads(done.stdout))
+    return dict(json.loads(process.stdout))
 
 
 def main(args: list[str]) -> None:
@@ -104,12 +104,12 @@ def main(args: list[str]) -> None:
         return
     for arg in args:
         if arg.endswith(".whl"):
-            found = from_wheel(Path(arg))
+            result = from_wheel(Path(arg))
         else:
             module = importlib.import_module(arg)
-            found = surface(module, str(module.__version__))
-        path = SURFACES / f"{found['module']}-{found['release']}.json"
-        path.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
+            result = surface(module, str(module.__version__))
+        path = SURFACES / f"{result['module']}-{result['release']}.json"
+        path.write_text(json.dumps(result, indent=0, sort_keys=True) + "\n")
         print(path)
 
 

@@ -1,4 +1,4 @@
-"""The numeric tests under the settings of ``numerics.py``, and that these are what they say."""
+"""The numeric tests under the settings of ``numerics.py``, and checks of these settings."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_numeric_tests_pass_as_on_other_processors(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-def test_settings_are_there_before_torch_and_failures_are_told(
+def test_settings_come_before_torch_and_failures_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "test_it.py").write_text(TEMPLATE)

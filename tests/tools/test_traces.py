@@ -1,4 +1,4 @@
-"""Kept traces are what tracing gives, and a changed input is traced anew."""
+"""Stored traces equal new ones, and a changed input is traced again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of a stage: labels of the captions, and what a focus leaves of them."""
+"""Batches of a stage: labels of the captions, and those left by a focus."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def tokenizer() -> Tokenizer:
 
 
 def test_relation_ids_are_the_words_that_tell_relations_apart(tokenizer: Tokenizer) -> None:
-    found = set(relation_ids(tokenizer).tolist())
+    results = set(relation_ids(tokenizer).tolist())
     for text, other in (("a left of b", "a right of b"), ("a above b", "a below b"), ("左边", "右边")):
         ids, others = set(tokenizer.encode_prompt(text)), set(tokenizer.encode_prompt(other))
         assert ids ^ others
-        assert ids ^ others <= found
-    assert not found & set(tokenizer.encode_prompt("English caption: a small red square"))
+        assert ids ^ others <= results
+    assert not results & set(tokenizer.encode_prompt("English caption: a small red square"))
 
 
 def test_focus_hides_a_share_of_the_other_labels() -> None:
     labels = torch.randint(0, 50, (200, 20), generator=torch.Generator().manual_seed(0))
     keep = np.array([3, 7], np.int64)
-    kept = (labels == 3) | (labels == 7)
+    stored = (labels == 3) | (labels == 7)
     for share in (0.0, 0.5, 1.0):
         result = focused(labels, share, keep, np.random.default_rng(1))
         hidden = result == IGNORE
         assert torch.equal(result[~hidden], labels[~hidden])
-        assert not bool(hidden[kept].any())
-        assert abs(float(hidden[~kept].float().mean()) - share) < 0.03
+        assert not bool(hidden[stored].any())
+        assert abs(float(hidden[~stored].float().mean()) - share) < 0.03
 
 
 def test_a_batch_is_a_function_of_seed_stage_and_index(tokenizer: Tokenizer) -> None:

@@ -34,7 +34,7 @@ PRESET = replace(
 
 
 def published(model: InternVLModel, batch: Stage2Batch) -> dict[str, Tensor]:
-    """The published losses, where every rank takes the mean over what it counts itself."""
+    """The published losses, where every rank takes the mean over its own items."""
     result = stage2_losses(model, batch, across_ranks)
     assert result.itg is not None
     return {"itc": result.itc, "itm": result.itm, "itg": result.itg}
@@ -64,8 +64,12 @@ def golden_gradients(strategy: dist.Strategy, out: str) -> None:
     torch.autograd.backward(torch.stack(list(losses.values())).sum())
     norm = dist.clip_gradients([p for p in model.parameters() if p.grad is not None], 1e9)
     gradients = dist.whole({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    found = {**{f"loss.{k}": v.detach() for k, v in losses.items()}, "norm": torch.tensor(norm), **gradients}
-    torch.save(found, f"{out}.{dist.rank()}")
+    by_name = {
+        **{f"loss.{k}": v.detach() for k, v in losses.items()},
+        "norm": torch.tensor(norm),
+        **gradients,
+    }
+    torch.save(by_name, f"{out}.{dist.rank()}")
 
 
 @pytest.mark.slow
@@ -83,11 +87,11 @@ def test_gradients_are_the_published_ones(strategy: str, tmp_path: Path) -> None
         for r in range(2)
     ]
     assert [p.wait(timeout=120) for p in ranks] == [0, 0]
-    found = [torch.load(f"{tmp_path / 'out'}.{r}", weights_only=True) for r in range(2)]
+    results = [torch.load(f"{tmp_path / 'out'}.{r}", weights_only=True) for r in range(2)]
     means = {key[10:]: value for key, value in golden.items() if key.startswith("grad_mean")}
     largest = max(float(value.abs().max()) for value in means.values())
     assert "logit_scale" in means
-    for rank, result in enumerate(found):
+    for rank, result in enumerate(results):
         for part in ("itc", "itm"):
             assert result[f"loss.{part}"] == pytest.approx(
                 float(golden[f"out.rank{rank}.loss_{part}"]), abs=2e-5
@@ -102,7 +106,7 @@ def test_gradients_are_the_published_ones(strategy: str, tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[TrainingProgress], Tensor]:
-    """What one process reports, and how its weights moved."""
+    """Reports of one process, and the change of its weights."""
     return trained(tmp_path_factory.mktemp("alone"), 1, "ddp")
 
 
@@ -128,17 +132,17 @@ def trained(folder: Path, processes: int, strategy: dist.Strategy) -> tuple[list
 def test_two_processes_train_as_one_does(
     strategy: dist.Strategy, alone: tuple[list[TrainingProgress], Tensor], tmp_path: Path
 ) -> None:
-    found, moved = trained(tmp_path, 2, strategy)
-    wanted, expected = alone
-    assert [p.done for p in found] == [p.done for p in wanted] == list(range(1, 7))
-    assert found[0].losses == pytest.approx(wanted[0].losses, rel=1e-5)  # its gradient's norm too
-    for ours, theirs in zip(found, wanted, strict=True):
-        # Rounding grows: Muon's iteration is in bf16, and its steps have one size whatever the gradient.
+    result, moved = trained(tmp_path, 2, strategy)
+    expected_values, expected = alone
+    assert [p.done for p in result] == [p.done for p in expected_values] == list(range(1, 7))
+    assert result[0].losses == pytest.approx(expected_values[0].losses, rel=1e-5)  # its gradient's norm too
+    for ours, theirs in zip(result, expected_values, strict=True):
+        # Rounding grows: Muon's iteration is in bf16, and its steps have one size for every gradient.
         losses = {k: v for k, v in theirs.losses.items() if k != "grad_norm"}
         assert {k: ours.losses[k] for k in losses} == pytest.approx(losses, rel=5e-3), ours.done
     assert float(torch.cosine_similarity(moved, expected, 0)) > 0.95
     assert float(moved.norm()) == pytest.approx(float(expected.norm()), rel=0.02)
-    # A state of several processes is whole: one process goes on from it.
+    # A state of several processes is whole: one process resumes from it.
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     torch.save({**state, "step": 2}, tmp_path / "state.pt")
     again, _ = trained(tmp_path, 1, "ddp")

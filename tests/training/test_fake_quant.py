@@ -147,17 +147,17 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def seen_scales(student: InternVLModel) -> dict[str, list[Tensor]]:
     """The scales that every layer takes, call by call."""
-    found: dict[str, list[Tensor]] = {}
+    by_name: dict[str, list[Tensor]] = {}
     for name, module in quantised_layers(student):
 
         def hook(layer: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
             assert isinstance(layer, FakeQuantLinear)
             scale = layer._scales_of(args[0])
             assert scale is not None
-            found.setdefault(name, []).append(scale.detach().clone())
+            by_name.setdefault(name, []).append(scale.detach().clone())
 
         module.register_forward_pre_hook(hook)
-    return found
+    return by_name
 
 
 def test_every_pass_takes_its_components_ranges(
@@ -212,18 +212,18 @@ def test_distillation_compares_with_the_teacher(
 ) -> None:
     teacher = load_model(checkpoint)
     with torch.no_grad():
-        wanted = answers(teacher, batch, True)
-        own = distillation_losses(wanted, wanted)
-        found = distillation_losses(answers(student, batch, True), wanted)
+        expected = answers(teacher, batch, True)
+        own = distillation_losses(expected, expected)
+        result = distillation_losses(answers(student, batch, True), expected)
         contrastive = distillation_losses(answers(student, batch, False), answers(teacher, batch, False))
         # The same embeddings as those that are deployed.
-        assert torch.equal(wanted.embeds[0], teacher.encode_image(batch.pixel_values))
-    assert wanted.logits is not None
-    assert len(wanted.logits) == int((batch.labels[:, 1:] != -100).sum())
-    assert set(own) == set(found) == {"hidden", "embed", "kl"}
+        assert torch.equal(expected.embeds[0], teacher.encode_image(batch.pixel_values))
+    assert expected.logits is not None
+    assert len(expected.logits) == int((batch.labels[:, 1:] != -100).sum())
+    assert set(own) == set(result) == {"hidden", "embed", "kl"}
     assert set(contrastive) == {"hidden", "embed"}
     assert all(abs(float(v)) < 1e-5 for v in own.values())
-    assert all(float(v) > 1e-6 for v in found.values())
+    assert all(float(v) > 1e-6 for v in result.values())
 
 
 def test_state_and_ranges_are_published_ones(

@@ -129,7 +129,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Ranks are processes of their own: this file runs as a script, once a rank.
+    # Ranks are separate processes: this file runs as a script, once a rank.
     command = [sys.executable, __file__, str(port), str(tmp_path / "out")]
     processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
     assert [p.wait(timeout=120) for p in processes] == [0, 0]

@@ -1,4 +1,4 @@
-"""``train qat`` from end to end: reproducible, resumed, shared, and bit-equal to what a build stores."""
+"""``train qat`` from end to end: reproducible, resumed, shared, and bit-equal to a build's weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from ivl_export.pipeline import qat
 from ivl_export.pipeline.config import ORT, BuildConfig, QatConfig
 from ivl_export.pipeline.graph_steps import LOW_STORE, graph_path
 from ivl_export.pipeline.plan import plan_build
-from ivl_export.pipeline.qat import plan_qat, plot
+from ivl_export.pipeline.plots import training_curve
+from ivl_export.pipeline.qat import plan_qat
 from ivl_export.pipeline.run import build_steps
 from ivl_export.pipeline.workspace import Step, StepResult, Workspace
 from ivl_export.progress import Silent
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.numeric
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Checkpoint, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with what belongs beside it."""
+    """The tiny checkpoint with tokenizer and data."""
     folder = tmp_path_factory.mktemp("model")
     save_file({k: checkpoint.load(k) for k in checkpoint.tensors}, folder / "model.safetensors")
     (folder / "config.json").write_text((checkpoint.path / "config.json").read_text())
@@ -79,26 +80,26 @@ def one_thread() -> Any:
 
 
 @pytest.fixture
-def asked(model: Path, data: Path, tmp_path: Path) -> QatConfig:
+def qat_config(model: Path, data: Path, tmp_path: Path) -> QatConfig:
     return QatConfig(
         tmp_path / "out", model, "w4a8", data=data, steps=6, batch=4, save_every=2, scale_lr=0.02, lr=1e-3
     )
 
 
-def run(asked: QatConfig, processes: int = 1, stop: int = 0) -> dict[str, Any]:
+def run(qat_config: QatConfig, processes: int = 1, stop: int = 0) -> dict[str, Any]:
     def report(progress: TrainingProgress) -> None:
         if progress.done == stop:
             raise KeyboardInterrupt
 
-    outcome = qat.run(plan_qat(asked), processes, Silent(), report)
+    outcome = qat.run(plan_qat(qat_config), processes, Silent(), report)
     assert outcome is not None
     return outcome.receipt
 
 
-def test_the_built_graph_is_what_was_trained(asked: QatConfig, tmp_path: Path) -> None:
-    receipt = run(replace(asked, teacher=True))
+def test_the_built_graph_is_what_was_trained(qat_config: QatConfig, tmp_path: Path) -> None:
+    receipt = run(replace(qat_config, teacher=True))
     assert len(receipt["losses"]) == 6
-    files = {p.name for p in asked.out.iterdir()} - {"curve.png"}
+    files = {p.name for p in qat_config.out.iterdir()} - {"curve.png"}
     assert files == {
         "config.json",
         "model.safetensors",
@@ -109,10 +110,10 @@ def test_the_built_graph_is_what_was_trained(asked: QatConfig, tmp_path: Path) -
         "tokenizer.model",
     }
     # What training simulated last: its state, before anything was written in another form.
-    before = plan_qat(asked).build
-    ranges = qat.measured_ranges(before, asked.work, Silent())
+    before = plan_qat(qat_config).build
+    ranges = qat.measured_ranges(before, qat_config.work, Silent())
     trained = qat.student_of(before, ranges, True)
-    trained.load_state_dict(torch.load(asked.work / "state.pt", weights_only=True)["model"])
+    trained.load_state_dict(torch.load(qat_config.work / "state.pt", weights_only=True)["model"])
     layers = dict(quantised_layers(trained))
     clips = [layer.clip.detach() for layer in layers.values() if layer.clip is not None]
     moved = [float((clip - 1).abs().max()) for clip in clips]
@@ -121,10 +122,10 @@ def test_the_built_graph_is_what_was_trained(asked: QatConfig, tmp_path: Path) -
     plan = plan_build(
         BuildConfig(
             tmp_path / "bundle",
-            asked.out,
-            str(asked.out / "recipe.yaml"),
-            calib=asked.data,
-            ranges=asked.out / "ranges.json",
+            qat_config.out,
+            str(qat_config.out / "recipe.yaml"),
+            calib=qat_config.data,
+            ranges=qat_config.out / "ranges.json",
             components=("vision",),
             backend=(ORT,),
         )
@@ -133,21 +134,21 @@ def test_the_built_graph_is_what_was_trained(asked: QatConfig, tmp_path: Path) -
     with Workspace(plan.config.out, Silent()) as space:
 
         def made(step: Step, _: Path) -> StepResult:
-            return step.run(space, lambda done: None)
+            return step.run(space, lambda count: None)
 
         for step in build_steps(plan):
             if step.name == "verification":
                 break
             space.step(step.name, step.inputs, partial(made, step), step.total, step.unit)
         store = open_store(space.staging_dir / LOW_STORE)
-        read = open_reader(space.staging_dir / LOW_STORE)
+        loaded = open_reader(space.staging_dir / LOW_STORE)
         vision = [n for n in layers if n.startswith("vision_model.")]
         for name in vision:
             weight = layers[name].quantised_weight().detach()
             values, _, scale = stored_names(name, "w4a8", "bf16")
             _, exact = quantise(weight, "w4a8")
-            assert torch.equal(read(store[scale].name), exact)
-            assert torch.equal(dequantise(read(store[values].name), exact), weight), name
+            assert torch.equal(loaded(store[scale].name), exact)
+            assert torch.equal(dequantise(loaded(store[values].name), exact), weight), name
         spec = component_spec("vision", plan.checkpoint.config)
         engine = open_engine(ORT, spec, space.staging_dir / graph_path("vision", "fp32"))
         pixels = np.random.default_rng(0).normal(size=(3, 3, 28, 28)).astype(np.float32)
@@ -155,12 +156,12 @@ def test_the_built_graph_is_what_was_trained(asked: QatConfig, tmp_path: Path) -
             got = engine.run({"pixel_values": pixels})
         finally:
             engine.close()
-    found = ActivationRanges.load(asked.out / "ranges.json")
+    result = ActivationRanges.load(qat_config.out / "ranges.json")
     for name, layer in layers.items():
-        for component, wanted in zip(layer.components, layer.input_scales().tolist(), strict=True):
-            assert found.amax[component][name] == 127 * wanted
+        for component, expected in zip(layer.components, layer.input_scales().tolist(), strict=True):
+            assert result.amax[component][name] == 127 * expected
     with torch.no_grad():
-        written = qat.student_of(plan, found, False)  # norms and biases are in bf16 there
+        written = qat.student_of(plan, result, False)  # norms and biases are in bf16 there
         tokens = written.vision(torch.from_numpy(pixels))
     assert compare(tokens.numpy(), got["tokens"]).sqnr_db > 60
     with torch.no_grad():
@@ -169,16 +170,16 @@ def test_the_built_graph_is_what_was_trained(asked: QatConfig, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_runs_repeat_and_go_on(asked: QatConfig, tmp_path: Path) -> None:
-    first = run(asked)
-    again = run(replace(asked, out=tmp_path / "again"))
+def test_runs_repeat_and_go_on(qat_config: QatConfig, tmp_path: Path) -> None:
+    first = run(qat_config)
+    again = run(replace(qat_config, out=tmp_path / "again"))
     assert again["losses"] == first["losses"]
     assert (tmp_path / "again/model.safetensors").read_bytes() == (
-        asked.out / "model.safetensors"
+        qat_config.out / "model.safetensors"
     ).read_bytes()
-    other = run(replace(asked, out=tmp_path / "other", seed=1))
+    other = run(replace(qat_config, out=tmp_path / "other", seed=1))
     assert other["losses"][0] != first["losses"][0]
-    stopped = replace(asked, out=tmp_path / "stopped")
+    stopped = replace(qat_config, out=tmp_path / "stopped")
     with pytest.raises(KeyboardInterrupt):
         run(stopped, stop=5)
     assert not stopped.out.exists()
@@ -191,11 +192,11 @@ def test_runs_repeat_and_go_on(asked: QatConfig, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "teacher"), [("ddp", True), ("fsdp", False)])
 def test_two_processes_train_as_one_does(
-    strategy: Any, teacher: bool, asked: QatConfig, tmp_path: Path
+    strategy: Any, teacher: bool, qat_config: QatConfig, tmp_path: Path
 ) -> None:
-    asked = replace(asked, teacher=teacher, steps=2)
-    alone = run(asked)["losses"]
-    shared = run(replace(asked, out=tmp_path / "shared", strategy=strategy), 2)["losses"]
+    qat_config = replace(qat_config, teacher=teacher, steps=2)
+    alone = run(qat_config)["losses"]
+    shared = run(replace(qat_config, out=tmp_path / "shared", strategy=strategy), 2)["losses"]
     assert shared[0] == pytest.approx(alone[0], rel=1e-4)
     assert shared[1] == pytest.approx(alone[1], rel=2e-2)
 
@@ -214,10 +215,10 @@ def test_data_is_a_function_of_the_seed(data: Path, settings: ImageSettings, tok
         ids, texts = batches[i].ids, captions[4 * i : 4 * i + 4]
         assert ids is not None
         assert all((ids[a] == ids[b]) == (texts[a] == texts[b]) for a in range(4) for b in range(4))
-    for made in (batches, SceneSamples(tuning, settings, tokenizer.files["tokenizer.model"], slice(None))):
-        whole = made[1]
-        made.rows = slice(1, None, 2)
-        part = made[1]
+    for result in (batches, SceneSamples(tuning, settings, tokenizer.files["tokenizer.model"], slice(None))):
+        whole = result[1]
+        result.rows = slice(1, None, 2)
+        part = result[1]
         assert torch.equal(part.pixel_values, whole.pixel_values[1::2])
         assert torch.equal(part.caption.input_ids, whole.caption.input_ids[1::2])
         assert part.ids is not None
@@ -269,7 +270,7 @@ def test_the_curve_is_drawn(tmp_path: Path) -> None:
         "scores": {"fp32": score, "ptq": score, "qat": score},
         "curve": [{"step": 1, "scores": score}],
     }
-    plot(receipt, tmp_path / "curve.png")
+    training_curve(receipt, tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").size[0] > 800
-    plot({**receipt, "scores": None}, tmp_path / "losses.png")
+    training_curve({**receipt, "scores": None}, tmp_path / "losses.png")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []

@@ -51,7 +51,7 @@ def tokenizer() -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: bytes) -> Path:
-    """The golden checkpoint with a tokenizer beside it."""
+    """The golden checkpoint with a tokenizer."""
     out = tmp_path_factory.mktemp("chat")
     for file in CHAT.iterdir():
         if file.name != "chat.safetensors":
@@ -111,7 +111,7 @@ def test_loss_and_gradients_are_the_published_ones(
 
 
 def test_only_answers_are_learnt(model: InternVLChatModel, golden: dict[str, Tensor]) -> None:
-    """Another prompt token changes what is predicted, but no prompt token is a target."""
+    """Another prompt token changes the prediction, but no prompt token is a target."""
     batch = batch_of(golden)
     hidden = batch.labels.clone()
     hidden[:, -1] = IGNORE
@@ -187,17 +187,17 @@ def test_merged_adapters_compute_the_same(
 def test_adapters_compute_what_the_peft_library_does(tmp_path: Path) -> None:
     """Its numbers for the tiny InternVL, with adapters (r 4, alpha 8) on both towers; apart and merged."""
     golden, tiny = load_file(TINY / "lora.safetensors"), load_model(TINY)
-    found = {}
+    by_name = {}
     for tower in ("vision_model", "qllama"):
         folder, prefix = tmp_path / tower, f"sd.{tower}."
         folder.mkdir()
         own = {k.removeprefix(prefix).replace(".default", ""): v for k, v in golden.items() if prefix in k}
         save_file({k: v for k, v in own.items() if ".lora_" in k}, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
-        found[tower] = lora.load(tiny.get_submodule(tower), folder)
-        assert found[tower] == lora.Lora(4, 8)
+        by_name[tower] = lora.load(tiny.get_submodule(tower), folder)
+        assert by_name[tower] == lora.Lora(4, 8)
     for merged in (False, True):
-        for tower, what in found.items() if merged else ():
+        for tower, what in by_name.items() if merged else ():
             lora.merge(tiny.get_submodule(tower), what)
         tokens = tiny.vision(golden["pixel_values"])
         near(tokens, golden["backbone"], HIDDEN)
@@ -226,12 +226,12 @@ def test_the_verb_trains_a_checkpoint_on_a_users_data(
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{"image": "a.png", "conversations": said}]))
     out = tmp_path / "out"
-    given = {"stage": 3, "model": folder, "data": data, "out": out, "steps": 2, "batch": 2, "threads": 1}
-    given |= {"lora-rank": 2, "adapters": tmp_path / "lora"}
-    args = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+    inputs = {"stage": 3, "model": folder, "data": data, "out": out, "steps": 2, "batch": 2, "threads": 1}
+    inputs |= {"lora-rank": 2, "adapters": tmp_path / "lora"}
+    args = [text for key, value in inputs.items() for text in (f"--{key}", str(value))]
     assert main(["train", *args, "--json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert found["steps"] == 2
+    receipt: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert receipt["steps"] == 2
     tuned, base = load_chat(out), load_chat(folder)
     changed = {k for k, v in base.state_dict().items() if not torch.equal(v, tuned.state_dict()[k])}
     assert changed
@@ -246,9 +246,9 @@ def test_the_verb_trains_a_checkpoint_on_a_users_data(
 def test_the_projectors_of_a_model_with_queries_are_trained(
     query_chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both of them, on drawn scenes; all else, also what is never run, is written as it was read."""
-    given = {"stage": 3, "model": query_chat, "out": tmp_path / "out", "steps": 2, "batch": 2, "threads": 1}
-    args = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+    """Both of them, on drawn scenes; all other tensors, also unused ones, are written as read."""
+    inputs = {"stage": 3, "model": query_chat, "out": tmp_path / "out", "steps": 2, "batch": 2, "threads": 1}
+    args = [text for key, value in inputs.items() for text in (f"--{key}", str(value))]
     assert main(["train", *args, "--trains", "projector", "--json"]) == 0
     base, tuned = open_checkpoint(query_chat), open_checkpoint(tmp_path / "out")
     assert tuned.model == base.model

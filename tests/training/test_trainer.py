@@ -1,4 +1,4 @@
-"""The training loop on a tiny model: exact resume, schedule, frozen parts, what it publishes."""
+"""The training loop on a tiny model: exact resume, schedule, frozen parts, publishing."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_stage_1_moves_what_internvl_c_is_made_of(tokenizer: bytes, tmp_path: Pa
 
 @pytest.mark.slow
 def test_losses_fall(tokenizer: bytes, tmp_path: Path) -> None:
-    """Bounds lie between what knows nothing and what any seed reaches: rounding moves a run as a seed does.
+    """Bounds are between an untrained model and the worst seed: rounding moves a run as a seed does.
 
     Of seeds 0 to 4, itc ends at 1.34 to 1.64, itg at 1.91 to 2.32.
     """
@@ -256,9 +256,9 @@ def test_positions_tell_rows_and_columns_apart(grid: int, width: int) -> None:
 def test_temperature_stays_below_its_limit(tokenizer: bytes, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run(TINY, tokenizer, tmp_path, stop_after(3))
-    kept = state(tmp_path)
-    kept["model"]["logit_scale"] += 10.0
-    torch.save(kept, tmp_path / "state.pt")
+    stored = state(tmp_path)
+    stored["model"]["logit_scale"] += 10.0
+    torch.save(stored, tmp_path / "state.pt")
     model = run(TINY, tokenizer, tmp_path)
     assert MAX_LOGIT_SCALE - 0.1 < model.logit_scale.item() <= MAX_LOGIT_SCALE + 1e-6
 

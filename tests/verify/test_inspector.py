@@ -91,7 +91,7 @@ def test_both_releases_are_read(make: Make, tmp_path: Path, release: int, style:
     (attention,) = report.attention
     assert (attention.fused, attention.kernel, attention.types) == (True, "_gemm_mha_v2", ("bf16",) * 3)
     assert report.casts == ("ONNXTRT_cast",)
-    assert report.weight_bytes == 0  # matrix kernels do not tell
+    assert report.weight_bytes == 0  # matrix kernels do not report it
     check_expectations(report, {**sample.promised, "attn/sdpa": "bf16"})
 
 
@@ -127,8 +127,8 @@ def test_convolutions_tell_their_weights(make: Make, tmp_path: Path) -> None:
     patch["Name"] = "patch + flat/reshape"
     proj = layer(TEN, "gemm", ["proj"], ["FP8"], "BFloat16", FP8)
     report = read_inspector(write(tmp_path / "info.json", [patch, proj], 10), sample.path)
-    (found,) = report.convolutions
-    assert (found.precision, found.weight_bits) == ("bf16xbf16", 16)
+    (result,) = report.convolutions
+    assert (result.precision, result.weight_bits) == ("bf16xbf16", 16)
     check_expectations(report, {**sample.promised, "patch": "bf16"})
 
 
@@ -158,7 +158,7 @@ def test_what_is_no_layer_information_is_refused(tmp_path: Path) -> None:
         inspector_programs(write(path, ["a", "b"], 10))
     for text in ("", "[]", "{}", '{"Layers": []}', '{"Layers": [{}], "Bindings": []}', "[" * 100000):
         path.write_text(text)
-        with pytest.raises(IntegrityError, match="no layer information"):
+        with pytest.raises(IntegrityError, match="not layer information"):
             inspector_programs(path)
     with pytest.raises(IntegrityError):
         inspector_programs(write(path, [], 11))

@@ -101,7 +101,7 @@ def test_an_engine_of_another_graph_is_found_out(make: Make, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("scheme", ["fp8", "int8"])
 def test_a_real_fallback_fails_the_promise(prove: Prove, scheme: str) -> None:
-    """Without norms behind q and k, TensorRT-RTX 1.7 cuts the joint q/k/v weight and leaves 8 bits."""
+    """Without norms after q and k, TensorRT-RTX 1.7 cuts the joint q/k/v weight and leaves 8 bits."""
     sample, report = prove("vit", dtype="bf16", scheme=scheme, qk_norm=False)
     assert [(g.node, g.precision) for g in report.fallbacks] == [("attn.qkv", "bf16xbf16")]
     with pytest.raises(BuildError, match=r"attn\.qkv: .* \(its result is split at once"):
@@ -277,7 +277,7 @@ def test_files_that_are_no_engine_are_refused(make: Make, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("found", "cause"),
+    ("attention", "cause"),
     [
         (None, "no such matrix product"),
         (
@@ -288,8 +288,8 @@ def test_files_that_are_no_engine_are_refused(make: Make, tmp_path: Path) -> Non
         (VerifiedAttention(("a", "b", "c"), True, "gemm_mha", ("fp8", "fp8", "fp8")), ""),
     ],
 )
-def test_promised_fp8_attention(found: VerifiedAttention | None, cause: str) -> None:
-    report = VerificationReport("tensorrt-rtx", 1, 1, (), (found,) if found else (), ())
+def test_promised_fp8_attention(attention: VerifiedAttention | None, cause: str) -> None:
+    report = VerificationReport("tensorrt-rtx", 1, 1, (), (attention,) if attention else (), ())
     if not cause:
         check_expectations(report, {"b": "fp8"})
         return

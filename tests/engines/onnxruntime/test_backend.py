@@ -168,12 +168,12 @@ def test_importing_loads_no_backend() -> None:
     code += (
         f"sys.exit(str([m for m in {heavy} if m in sys.modules]) if set({heavy}) & set(sys.modules) else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
 
 
 def test_threads_follow_the_quota_of_the_container(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless told otherwise; without a quota the choice is ONNX Runtime's."""
+    """By default; without a quota the choice is ONNX Runtime's."""
     sample = make("mlp")
 
     def threads(chosen: int | None) -> int:

@@ -1,4 +1,4 @@
-"""The arena that ONNX Runtime's sessions share, and what is handed back of it."""
+"""The arena that ONNX Runtime's sessions share, and memory returned by it."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def x(rows: int) -> np.ndarray:
 
 def wide(path: Path) -> Path:
     """Writes a graph that spreads each number over a row and adds it up again."""
-    made = onnx.parser.parse_model(f"""
+    result = onnx.parser.parse_model(f"""
         <ir_version: 8, opset_import: ["": 13]>
         wide (float[batch] x) => (float[batch] y)
         <int64[1] one = {{1}}, int64[2] row = {{1, {ROW}}}>
         {{ column = Unsqueeze(x, one)
           rows = Expand(column, row)
           y = ReduceSum<keepdims = 0>(rows, one) }}""")
-    onnx.checker.check_model(made)
-    onnx.save(made, path)
+    onnx.checker.check_model(result)
+    onnx.save(result, path)
     return path
 
 
@@ -71,19 +71,19 @@ def opened(path: Path):  # type: ignore[no-untyped-def]
     return open_onnxruntime(SPEC, path, threads=1)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux")
 @pytest.mark.parametrize("before", ["", OWN], ids=["ours", "the application's"])
 def test_memory_comes_and_goes_with_the_rows(tmp_path: Path, before: str) -> None:
     run = [sys.executable, "-c", HELD.format(before=before), str(wide(tmp_path / "wide.onnx"))]
-    done = subprocess.run(run, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    least, most, last = map(int, done.stdout.split())
+    process = subprocess.run(run, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    least, most, last = map(int, process.stdout.split())
     if not before:  # another arena keeps to its own strategy
         assert most - least > 7 * 4 * ROW * 0.9
     assert last - least < 4 * ROW / 2
 
 
-def test_handing_back_disturbs_nobody(tmp_path: Path) -> None:
+def test_returning_memory_disturbs_no_session(tmp_path: Path) -> None:
     stop = threading.Event()
 
     def rest() -> None:

@@ -1,4 +1,4 @@
-"""Weights that sessions share: the same bits, one copy on disk and in memory, and what goes wrong."""
+"""Weights that sessions share: the same bits, one copy on disk and in memory, and failures."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def answers(bundle: Path, share: bool | None) -> list[Any]:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (60, 50, 3), dtype=np.uint8) for _ in range(3)]
     with InternVL.load(bundle, threads=1, share_weights=share) as model:
-        found = [model.encode_image(images, mode) for mode in ("InternVL-C", "InternVL-G")]
-        return [*found, model.encode_text(["a ring", "two blue stars"]), np.array(model.caption(images))]
+        results = [model.encode_image(images, mode) for mode in ("InternVL-C", "InternVL-G")]
+        return [*results, model.encode_text(["a ring", "two blue stars"]), np.array(model.caption(images))]
 
 
 def kept(cache: Path) -> dict[str, int]:
@@ -85,7 +85,7 @@ def test_equal_weights_are_one_file(tiny_bundle: Path, cache: Path) -> None:
     assert len(common) > 20, {name: len(places) for name, places in used.items()}
 
 
-def test_sharing_unasked_needs_something_to_save_and_room(
+def test_sharing_by_default_needs_savings_and_room(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(tiny_bundle)
@@ -119,10 +119,10 @@ def flipped(data: bytes) -> bytes:
 @pytest.mark.parametrize("files", ["*.bin", "*.onnx", "*.seal", "*"])
 @pytest.mark.parametrize("damage", [halved, zeros, flipped, None])
 @pytest.mark.parametrize("times", ["kept", "new"])
-def test_damaged_files_are_made_anew(
+def test_damaged_files_are_rebuilt(
     tiny_bundle: Path, cache: Path, files: str, damage: Callable[[bytes], bytes] | None, times: str
 ) -> None:
-    """Zeros of the right length are what a power cut leaves: a session would take them for weights."""
+    """Zeros of the right length are the result of a power cut: a session would take them for weights."""
     before = texts(tiny_bundle)
     sound = {p.name: p.read_bytes() for p in cache.glob("weights/*/*") if p.suffix != ".seal"}
     paths = sorted(cache.glob(f"weights/*/{files}"))
@@ -140,7 +140,7 @@ def test_damaged_files_are_made_anew(
 
 
 @pytest.mark.usefixtures("small")
-def test_a_copied_cache_is_read_once_and_not_made_anew(
+def test_a_copied_cache_is_read_once_and_not_rebuilt(
     tiny_bundle: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = texts(tiny_bundle)
@@ -204,7 +204,7 @@ def graph_of_products(path: Path, order: list[int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read as Linux tells it")
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux")
 def test_three_sessions_hold_the_weights_once(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     with (tmp_path / "weights").open("wb") as file:
@@ -242,8 +242,10 @@ print((held() - before) / {4 * PRODUCTS * WIDTH * WIDTH})
 """
 
     def ratio(how: str) -> float:
-        done = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True)
-        return float(done.stdout)
+        process = subprocess.run(
+            [sys.executable, "-c", code, how], capture_output=True, text=True, check=True
+        )
+        return float(process.stdout)
 
     assert ratio("alone") > 2.9
     for _ in range(2):  # the process that makes the files, and one that finds them
@@ -251,12 +253,12 @@ print((held() - before) / {4 * PRODUCTS * WIDTH * WIDTH})
 
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.binary(max_size=200)), max_size=8), st.binary(max_size=300))
-def test_rewriting_changes_what_it_is_told_to(parts: list[tuple[int, bytes]], new: bytes) -> None:
+def test_rewriting_changes_only_the_given_fields(parts: list[tuple[int, bytes]], new: bytes) -> None:
     data = b"".join(delimited(number, value) for number, value in parts)
     assert rewritten(memoryview(data), (7,), bytes) == data
-    made = rewritten(memoryview(data), (7,), lambda _: new)
+    result = rewritten(memoryview(data), (7,), lambda _: new)
     expected = [(number, new if number == 7 else value) for number, value in parts]
-    assert [(n, bytes(v)) for n, v in fields(memoryview(made)) if not isinstance(v, int)] == expected
+    assert [(n, bytes(v)) for n, v in fields(memoryview(result)) if not isinstance(v, int)] == expected
 
 
 def test_rewriting_keeps_all_else_of_a_model(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Running TensorRT engines: what is refused before the library, and the order of calls into it.
+"""Running TensorRT engines: refusals before the library, and the order of calls into it.
 
-The library is the recording stand-in of ``fake_tensorrt``; no engine runs here.
+The library is the recording fake of ``fake_tensorrt``; no engine runs here.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ LINE = "ivl-export build --precision fp8"
 
 
 def engine_file(backend: str = trt.RTX, target: str = "sm89", **built: Any) -> EngineFile:
-    made = Built(**{"dtype": "bf16", "profiles": profiles_of(SPEC), "options": {}, **built})
-    return EngineFile("qllama_step", backend, target, "engines/x.engine", "1.7.1", 0, made)
+    result = Built(**{"dtype": "bf16", "profiles": profiles_of(SPEC), "options": {}, **built})
+    return EngineFile("qllama_step", backend, target, "engines/x.engine", "1.7.1", 0, result)
 
 
-def here(monkeypatch: pytest.MonkeyPatch, release: str | None, *found: Gpu) -> None:
+def here(monkeypatch: pytest.MonkeyPatch, release: str | None, *gpus: Gpu) -> None:
     monkeypatch.setattr(trt, "installed_release", lambda backend: release)
-    monkeypatch.setattr(loadable, "gpus", lambda: found)
+    monkeypatch.setattr(loadable, "gpus", lambda: gpus)
 
 
 def test_the_same_release_and_target_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_the_same_release_and_target_are_loaded(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("file", "release", "found", "says"),
+    ("file", "release", "gpu", "says"),
     [
         (engine_file(), None, ADA, ["which is not installed", "pip install tensorrt-rtx==1.7.1"]),
         (engine_file(), "1.8.0", ADA, ["tensorrt-rtx 1.7.1; 1.8.0 is installed", LINE]),
@@ -75,12 +75,12 @@ def test_the_same_release_and_target_are_loaded(monkeypatch: pytest.MonkeyPatch)
 def test_another_release_gpu_or_target_is_refused_before_the_library(
     file: EngineFile,
     release: str | None,
-    found: Gpu | None,
+    gpu: Gpu | None,
     says: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here(monkeypatch, release, *([found] if found else []))
+    here(monkeypatch, release, *([gpu] if gpu else []))
     monkeypatch.setattr(trt, "library", lambda backend: pytest.fail("the library was called"))
     with pytest.raises(CapabilityError) as caught:
         open_engine(file.backend, SPEC, tmp_path / "x.engine", record=file, rebuild=LINE)
@@ -148,7 +148,7 @@ def test_of_several_targets_the_one_of_the_gpu_is_taken(monkeypatch: pytest.Monk
     assert fitting_target(manifest, trt.TENSORRT) is None
 
 
-def test_the_line_that_rebuilds_names_all_that_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rebuild_command_has_all_options(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model("m", "weights/14B", {}, {}, 0.0, 1)
     profiles = profiles_of(SPEC, "latency", {"past": (2, 2, 6)})
     file = engine_file(
@@ -174,15 +174,15 @@ def test_the_line_that_rebuilds_names_all_that_was_asked(monkeypatch: pytest.Mon
 
 @pytest.fixture(params=[TRT10, TRT11, RTX])
 def opened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """``opened(options, kinds)``: the stand-in, and the engine that was opened through it."""
+    """``opened(options, kinds)``: the fake, and the engine that was opened through it."""
 
     def build(kinds: dict[str, str] | None = None, **options: Any) -> tuple[Fake, TensorRTEngine]:
-        fake, told = Fake(request.param), kinds or KINDS
-        types, names = fake.module.DataType, list(told)
+        fake, text = Fake(request.param), kinds or KINDS
+        types, names = fake.module.DataType, list(text)
         fake.behaviours |= {
             "ICudaEngine.num_io_tensors": lambda self: len(names),
             "ICudaEngine.get_tensor_name": lambda self, index: names[index],
-            "ICudaEngine.get_tensor_dtype": lambda self, name: types[told[name]],
+            "ICudaEngine.get_tensor_dtype": lambda self, name: types[text[name]],
             "Runtime.deserialize_cuda_engine": lambda self, data: (
                 object.__new__(fake.module.ICudaEngine) if bytes(data[:4]) == b"good" else None
             ),
@@ -198,7 +198,7 @@ def opened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
         engine = open_engine(backend, SPEC, path, record=file, rebuild=LINE, **options)
         assert isinstance(engine, TensorRTEngine)
         assert engine.device == "cuda:0"
-        engine.device = "cpu"  # where the stand-in's buffers are
+        engine.device = "cpu"  # where the fake's buffers are
         return fake, engine
 
     return build
@@ -228,7 +228,7 @@ def test_calls_come_in_the_order_the_library_wants(opened: Any) -> None:
         ("past", (2, 3, 2)),
     ]
     assert [name for name, _ in addresses] == ["ids", "past", "logits", "key"]
-    assert all(address for _, address in addresses), "every output has memory, asked for or not"
+    assert all(address for _, address in addresses), "every output has memory, requested or not"
 
 
 def test_a_profile_is_chosen_by_shape_and_its_context_kept(opened: Any) -> None:
@@ -253,12 +253,12 @@ def test_buffers_of_the_caller_are_used_in_place(opened: Any) -> None:
     past = torch.ones((2, 3, 2), dtype=torch.bfloat16)
     logits = torch.zeros((2, 3), dtype=torch.bfloat16)
     key = torch.zeros((2, 1, 2), dtype=torch.float32)  # of another type: written into afterwards
-    made = engine.run_tensors({**feeds(1), "past": past}, out={"logits": logits, "key": key})
+    result = engine.run_tensors({**feeds(1), "past": past}, out={"logits": logits, "key": key})
     addresses = dict(fake.named("IExecutionContext.set_tensor_address"))
     assert addresses["past"] == past.data_ptr()
-    assert addresses["logits"] == logits.data_ptr() == made["logits"].data_ptr()
+    assert addresses["logits"] == logits.data_ptr() == result["logits"].data_ptr()
     assert addresses["key"] != key.data_ptr()
-    assert made["key"] is key or made["key"].data_ptr() == key.data_ptr()
+    assert result["key"] is key or result["key"].data_ptr() == key.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_stripped_streamed_and_compatible_engines(opened: Any, tmp_path: Path) -
         assert fake.named("Runtime.engine_host_code_allowed") == ([(True,)] if allowed else [])
 
 
-def test_the_inspector_is_asked_for_json(opened: Any) -> None:
+def test_the_inspector_returns_json(opened: Any) -> None:
     fake, engine = opened()
     fake.behaviours["EngineInspector.get_engine_information"] = lambda self, kind: f"[{kind.name}]"
     assert engine.layers() == "[JSON]"
@@ -343,8 +343,8 @@ def test_runs_are_recorded_once_for_each_shapes(opened: Any, recorded: list[Any]
         (config,) = fake.named("IRuntimeConfig.cuda_graph_strategy")
         assert config == (fake.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE,)
         engine.run(feeds(1))
-        ((given,),) = fake.named("ICudaEngine.create_execution_context")
-        assert isinstance(given, fake.module.IRuntimeConfig)
+        ((inputs,),) = fake.named("ICudaEngine.create_execution_context")
+        assert isinstance(inputs, fake.module.IRuntimeConfig)
         assert not recorded
         return
     shapes = [(1, 2), (4, 2), (16, 2), (1, 2), (4, 2), (1, 3)]
@@ -352,7 +352,7 @@ def test_runs_are_recorded_once_for_each_shapes(opened: Any, recorded: list[Any]
         out = engine.run(feeds(text, batch))
         assert out["key"].shape == (batch, text, 2)
     assert len(recorded) == len(set(shapes)) == 4
-    assert len(fake.named("ICudaEngine.create_execution_context")) == 4, "each graph has a context of its own"
+    assert len(fake.named("ICudaEngine.create_execution_context")) == 4, "each graph has its own context"
     assert len({id(context) for context in contexts}) == 4
     for text in range(5, 5 + MAX_GRAPHS):
         engine.run(feeds(text))
@@ -386,12 +386,12 @@ def test_what_a_replay_gives_is_the_callers_own(opened: Any, recorded: list[Any]
         "IExecutionContext.set_tensor_address": place, "IExecutionContext.execute_async_v3": run
     }  # fmt: skip
     first = engine.run_tensors(feeds(1))["logits"]
-    kept = first.clone()
+    copy = first.clone()
     mine = torch.zeros((2, 3), dtype=torch.bfloat16)
     second = engine.run_tensors(feeds(1), out={"logits": mine})["logits"]
-    assert torch.equal(first, kept)
+    assert torch.equal(first, copy)
     assert second.data_ptr() == mine.data_ptr()
-    assert (mine > kept).all()
+    assert (mine > copy).all()
 
 
 def test_layers_are_timed_in_a_context_of_their_own(opened: Any) -> None:

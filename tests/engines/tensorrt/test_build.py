@@ -169,8 +169,8 @@ trt_network.write_engine = half
 spec = decode(ComponentSpec, json.loads({json.dumps(sample.spec.to_json())!r}), what="spec")
 build_engine(Path({str(sample.path)!r}), spec, Path({str(tmp_path / "x.engine")!r}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
     assert not (tmp_path / "x.engine").exists()
     record = build_engine(sample.path, sample.spec, tmp_path / "x.engine")
     assert (tmp_path / "x.engine").stat().st_size == record.size

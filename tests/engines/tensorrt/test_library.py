@@ -34,7 +34,7 @@ Make = Callable[..., tuple[Fake, trt.Library]]
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """``make(release, {"Class.name": behaviour})``: the stand-in, and it as an imported library."""
+    """``make(release, {"Class.name": behaviour})``: the fake, also as an imported library."""
 
     def build(surface: str, behaviours: dict[str, Any] | None = None) -> tuple[Fake, trt.Library]:
         fake = Fake(surface, behaviours)
@@ -131,8 +131,8 @@ def test_every_option_reaches_the_builder(make: Make, release: str, monkeypatch:
     config = trt_config.builder_config(network(lib), ["sm89"] if release == RTX else [], [shapes], options)
     module = fake.module
     flags = {flag.name for (flag,) in fake.named("IBuilderConfig.set_flag")}
-    wanted = {"WEIGHT_STREAMING", "REFIT", "STRIP_PLAN"}
-    assert flags == wanted | ({"VERSION_COMPATIBLE"} if release != RTX else set())
+    expected = {"WEIGHT_STREAMING", "REFIT", "STRIP_PLAN"}
+    assert flags == expected | ({"VERSION_COMPATIBLE"} if release != RTX else set())
     assert config.builder_optimization_level == 4
     assert config.l2_limit_for_tiling == 4096
     assert config.tiling_optimization_level == module.TilingOptimizationLevel.MODERATE
@@ -246,7 +246,7 @@ def test_a_full_disk_comes_out_of_the_stream(make: Make) -> None:
         trt_network.write_engine(network(lib), None, SimpleNamespace(write=full))  # type: ignore[arg-type]
 
 
-def test_the_missing_driver_is_told_only_when_it_is_the_reason() -> None:
+def test_the_missing_driver_is_reported_only_as_the_reason() -> None:
     driver = "Cuda Runtime (cudaError 35: CUDA driver version is insufficient)"
     assert trt.reasons(SimpleNamespace(errors=[driver, "bad node", "bad node"])) == "bad node"
     assert trt.reasons(SimpleNamespace(errors=[driver])) == driver
@@ -274,12 +274,12 @@ class Times:
             "ITimingCache.serialize": lambda cache: b",".join(sorted(cache.names)),
         }
         self.cls = fake.module.ITimingCache
-        self.made: list[Any] = []
+        self.caches: list[Any] = []
 
     def create(self, config: Any, kept: bytes) -> Any:
         cache = object.__new__(self.cls)
         cache.kept, cache.names = kept, {name for name in kept.split(b",") if name}
-        self.made.append(cache)
+        self.caches.append(cache)
         return cache
 
     def combine(self, cache: Any, other: Any, ignore: bool) -> bool:
@@ -298,14 +298,14 @@ def test_times_are_kept_for_a_release_and_a_gpu(
     path = timing_cache.timing_file(lib, H100)
     assert path == tmp_path / "timing" / f"tensorrt-{lib.release}-sm90-nvidia-h100.timing"
     with timing_cache.timing_cache(lib, config, H100):
-        times.made[0].names.add(b"gemm")
+        times.caches[0].names.add(b"gemm")
         path.write_bytes(b"other")  # another build ended meanwhile
     assert path.read_bytes() == b"gemm,other"
     with timing_cache.timing_cache(lib, config, H100):
-        assert times.made[-1].names == {b"gemm", b"other"}
+        assert times.caches[-1].names == {b"gemm", b"other"}
     times.refused.add(b"gemm,other")
     with timing_cache.timing_cache(lib, config, H100):
-        assert times.made[-1].names == set(), "refused by the library: begun anew"
+        assert times.caches[-1].names == set(), "refused by the library: started empty"
     with pytest.raises(BuildError), timing_cache.timing_cache(lib, config, H100):
         raise BuildError("no")
     assert sorted(p.suffix for p in path.parent.iterdir()) == [".lock", ".timing"]
@@ -343,8 +343,8 @@ def test_an_unknown_builder_is_a_usage_error() -> None:
 
 def test_only_one_module_imports_tensorrt() -> None:
     files = [p for p in sources("tests") if p.parent != ROOT]
-    found = [p.name for p in files if "tensorrt_rtx" in _imported(p)]
-    assert found == []
+    importers = [p.name for p in files if "tensorrt_rtx" in _imported(p)]
+    assert importers == []
     by_name = [p.name for p in files if "import_module(_MODULES" in p.read_text(encoding="utf-8")]
     assert by_name == ["library.py"]
 
@@ -359,7 +359,7 @@ def _imported(path: Path) -> set[str]:
     return names
 
 
-def test_every_name_asked_for_with_hasattr_is_somewhere_and_not_everywhere() -> None:
+def test_every_hasattr_name_is_in_some_releases_only() -> None:
     """A branch that no release takes, or all of them, would be dead."""
     surfaces = [json.loads(path.read_text()) for path in SURFACES.values()]
     names = [
@@ -368,14 +368,14 @@ def test_every_name_asked_for_with_hasattr_is_somewhere_and_not_everywhere() -> 
         for s in surfaces
     ]
     always = {"build_serialized_network_to_stream"}  # in these three, not in 10.11 and 10.12
-    asked = set()
+    hasattr_names = set()
     for name in ("library.py", "network.py", "config.py"):
         for node in ast.walk(ast.parse((Path(trt.__file__).parent / name).read_text(encoding="utf-8"))):
             guard = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
             if guard and node.func.id == "hasattr" and isinstance(node.args[1], ast.Constant):  # type: ignore[attr-defined]
-                asked.add(str(node.args[1].value))  # type: ignore[attr-defined]
-    assert asked == {"set_compute_capability", "FP16", "build_serialized_network_to_stream"}
-    for name in asked:
+                hasattr_names.add(str(node.args[1].value))  # type: ignore[attr-defined]
+    assert hasattr_names == {"set_compute_capability", "FP16", "build_serialized_network_to_stream"}
+    for name in hasattr_names:
         have = [name in known for known in names]
         assert any(have), f"{name} is in no release"
         assert not all(have) or name in always, f"{name} needs no branch"
@@ -388,7 +388,7 @@ def test_there_is_no_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> No
     gpu.gpus.cache_clear()
 
 
-def test_gpus_are_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_come_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     class Driver:
         """libcuda with one working and one failing GPU."""
 

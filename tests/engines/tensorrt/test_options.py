@@ -1,4 +1,4 @@
-"""Builder options: checked, kept as data, and what TensorRT-RTX makes of each without a GPU."""
+"""Builder options: checked, kept as data, and accepted or refused by TensorRT-RTX without a GPU."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def compare(path: Path, lowest: float, **options: Any) -> None:
 def layers_of(
     bundle: Bundle, component: str, modules: Mapping[str, torch.nn.Module]
 ) -> dict[str, tuple[list[Array], Array]]:
-    """What the graph's Q/DQ pairs give: the inputs and the output of each of ``modules``, by name.
+    """Results of the graph's Q/DQ pairs: the inputs and the output of each of ``modules``, by name.
 
     ONNX Runtime runs the nodes as they are written, in fp32, without a processor's 8-bit products.
     """
@@ -71,7 +71,7 @@ def layers_of(
     sources = {output: node for node in model.graph.node for output in node.output}
 
     def unrounded(value: str) -> str:
-        """What a Q/DQ pair rounds."""
+        """A layer rounded as by Q/DQ pairs."""
         return str(sources[sources[value].input[0]].input[0])
 
     layers: dict[str, tuple[list[str], str]] = {}
@@ -105,7 +105,7 @@ def compare_layers(path: Path) -> None:
         assert modules
         for layer, (inputs, want) in layers_of(bundle, component, modules).items():
             got = modules[layer](*map(torch.from_numpy, inputs)).numpy()
-            if got.shape != want.shape:  # heads beside each other
+            if got.shape != want.shape:  # heads next to each other
                 want = want.swapaxes(1, 2).reshape(got.shape)
             assert sqnr(got, want) > LAYER_SQNR, (component, layer)
 
@@ -252,7 +252,7 @@ def test_the_exported_program_is_the_module(tiny_bundle: Path) -> None:
     torch.testing.assert_close(program.module()(*inputs)[0], module(*inputs)[0])
 
 
-def test_the_runtime_imports_no_torch_unless_asked() -> None:
+def test_the_runtime_imports_torch_only_on_request() -> None:
     code = "import sys, ivl_export.runtime, ivl_export.engines.base; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"

@@ -91,7 +91,7 @@ def test_values_out_of_range_saturate() -> None:
     assert rounded(big, torch.tensor(1.0), "int4").tolist() == [[7, -8, 0]]
 
 
-def test_a_scale_is_asked_for_where_it_is_needed() -> None:
+def test_a_missing_scale_is_an_error() -> None:
     _, values, scale = sample("int8", 1, 16, 32)
     with pytest.raises(ValueError, match="needs the scale"):
         quantised_linear("int8", values, scale, None, None)

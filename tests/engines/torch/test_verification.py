@@ -1,4 +1,4 @@
-"""What the torch backend is said to run is what it runs: types, kernels, stored weights."""
+"""The torch backend's report agrees with its run: types, kernels, stored weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def proof(path: Path, component: str, **options: Any) -> tuple[VerificationRepor
 
 
 def fp8_runs_here() -> str:
-    """How this CPU multiplies FP8 values: what else but torch's own operator may say."""
+    """How this CPU multiplies FP8 values: only torch's own operator can tell."""
     values, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
     if best_product(CPU) == "restored":
         return "fp32xfp32"
@@ -66,18 +66,18 @@ def fp8_runs_here() -> str:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("component", ["vision", "qllama_query", "qllama_text", "qllama_step"])
-def test_every_layer_of_a_component_is_told(tiny_bundle: Path, component: str, dtype: str) -> None:
+def test_every_layer_of_a_component_is_reported(tiny_bundle: Path, component: str, dtype: str) -> None:
     report, promised = proof(tiny_bundle, component, dtype=dtype)
     config = config_from_published(Bundle.open(tiny_bundle).manifest.model.config, "manifest.json")
     with torch.device("meta"):
         module = component_module(component, config)
     linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-    found = {gemm.node: gemm for gemm in report.gemms}
-    assert set(linears) <= set(found)
-    assert set(found) - set(linears) <= {"text_projection"}
-    assert {gemm.precision for gemm in found.values()} == {f"{dtype}x{dtype}"}
-    assert all(found[name].shape == tuple(part.weight.shape) for name, part in linears.items())
-    assert {gemm.weight_bits for gemm in found.values()} == {32 if dtype == "fp32" else 16}
+    by_name = {gemm.node: gemm for gemm in report.gemms}
+    assert set(linears) <= set(by_name)
+    assert set(by_name) - set(linears) <= {"text_projection"}
+    assert {gemm.precision for gemm in by_name.values()} == {f"{dtype}x{dtype}"}
+    assert all(by_name[name].shape == tuple(part.weight.shape) for name, part in linears.items())
+    assert {gemm.weight_bits for gemm in by_name.values()} == {32 if dtype == "fp32" else 16}
     assert [c.node for c in report.convolutions] == [
         name for name, part in module.named_modules() if isinstance(part, nn.Conv2d)
     ]
@@ -104,9 +104,9 @@ def test_the_factors_of_every_scheme(scheme: str, rows: int, out: int, width: in
     module = nn.Sequential(quantised_linear(scheme, stored, scale, None, 0.01), nn.GELU())
     x = torch.randn(rows, 32 * width)
     with named_ranges(module):
-        found = by_layer(runs(traced(lambda: module(x), CPU)), module)
-    assert list(found) == ["0"]
-    (run,) = found["0"]
+        result = by_layer(runs(traced(lambda: module(x), CPU)), module)
+    assert list(result) == ["0"]
+    (run,) = result["0"]
     fp8 = {"fp8xfp8": torch.float8_e4m3fn, "fp32xfp32": torch.float32}[fp8_runs_here()]
     kind = {"fp8": fp8, "int8": torch.int8, "int4": torch.int8, "": torch.float32}[SCHEMES[scheme].activation]
     assert [factor.dtype for factor in run.factors] == [kind, kind]
@@ -145,16 +145,16 @@ def test_compiled_code_has_the_same_layers(tiny_bundle: Path, monkeypatch: pytes
     )
     for component in ("vision", "qllama_step"):
         eager, _ = proof(tiny_bundle, component)
-        made, _ = proof(tiny_bundle, component, compile=True)
-        assert [g.node for g in made.gemms] == [g.node for g in eager.gemms]
-        assert made.precisions == eager.precisions
-        assert [a.types for a in made.attention] == [a.types for a in eager.attention]
-        assert made.fused_attention == eager.fused_attention
+        result, _ = proof(tiny_bundle, component, compile=True)
+        assert [g.node for g in result.gemms] == [g.node for g in eager.gemms]
+        assert result.precisions == eager.precisions
+        assert [a.types for a in result.attention] == [a.types for a in eager.attention]
+        assert result.fused_attention == eager.fused_attention
 
 
 @pytest.mark.slow
 def test_what_the_code_generator_emits() -> None:
-    """A restored weight has no address, what is fused is a kernel."""
+    """A restored weight has no address, a fused one is a kernel."""
     values, scale = quantise(torch.randn(64, 32), "int4-weight")
     module = nn.Sequential(quantised_linear("int4-weight", pack(values), scale, None, None), nn.GELU())
     x = torch.randn(5, 32)
@@ -162,9 +162,9 @@ def test_what_the_code_generator_emits() -> None:
         eager = traced(lambda: module(x), CPU)
     before = by_layer(runs(eager), module)
     with torch.no_grad(), emitted_kernels_named():
-        made = torch.compile(module, fullgraph=True)
-        made(x)
-    ops = traced(lambda: made(x), CPU)
+        result = torch.compile(module, fullgraph=True)
+        result(x)
+    ops = traced(lambda: result(x), CPU)
     (run,) = as_before(runs(ops), before, module)["0"]
     assert [factor.dtype for factor in run.factors] == [torch.float32] * 2
     assert any("cpp_fused" in op.name for op in ops)
@@ -176,10 +176,10 @@ def test_fp8_on_this_cpu(nano_fp8: Path) -> None:
     here = fp8_runs_here()
     report, promised = proof(nano_fp8, "vision")
     assert set(promised.values()) == {"fp8"}
-    found = {g.node: g for g in report.gemms if g.node in promised}
-    assert set(found) == set(promised)
-    assert {g.precision for g in found.values()} == {here}
-    assert {g.weight_bits for g in found.values()} == {8}
+    by_name = {g.node: g for g in report.gemms if g.node in promised}
+    assert set(by_name) == set(promised)
+    assert {g.precision for g in by_name.values()} == {here}
+    assert {g.weight_bits for g in by_name.values()} == {8}
     assert len(report.fallbacks) == (0 if here == "fp8xfp8" else len(promised))
     check_expectations(report, enforceable(promised, "cpu"))
     restored, _ = proof(nano_fp8, "vision", dtype="bf16", product="restored")
@@ -201,7 +201,7 @@ def test_int8_keeps_its_promise(nano_int8: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
-def test_fp8_attention_is_told_apart(nano_fp8_attention: Path) -> None:
+def test_fp8_attention_is_recognised(nano_fp8_attention: Path) -> None:
     report, promised = proof(nano_fp8_attention, "vision")
     spelled = {a.nodes[0]: a for a in report.attention if a.nodes[0] in promised}
     assert len(spelled) == 5
@@ -217,10 +217,10 @@ def test_int4_weights_are_unpacked(nano_weights: Callable[[str], Path], precisio
     path = nano_weights(precision)
     compare(path, 45)
     report, promised = proof(path, "vision")
-    found = [gemm for gemm in report.gemms if gemm.node in promised]
+    results = [gemm for gemm in report.gemms if gemm.node in promised]
     assert set(promised.values()) == {precision}
-    assert {(gemm.precision, gemm.weight_bits) for gemm in found} == {("int8xint4", 4)}
-    assert {bool(gemm.cause) for gemm in found} == {precision == "w4a4"}
+    assert {(gemm.precision, gemm.weight_bits) for gemm in results} == {("int8xint4", 4)}
+    assert {bool(gemm.cause) for gemm in results} == {precision == "w4a4"}
     check_expectations(report, enforceable(promised, "cpu"))
 
 
@@ -237,8 +237,8 @@ def test_weight_only_bundles_have_no_scales(nano_weights: Callable[[str], Path])
 def test_the_verb(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["verify", str(tiny_bundle), "--layers", "--component", "vision", "--backend", "torch"]
     assert cli.main([*line, "--json", "--dtype", "bf16"]) == 0
-    found = VerificationReport.from_json(json.loads(capsys.readouterr().out)["torch-cpu"]["vision"])
-    assert set(found.precisions) == {"bf16xbf16"}
+    receipt = VerificationReport.from_json(json.loads(capsys.readouterr().out)["torch-cpu"]["vision"])
+    assert set(receipt.precisions) == {"bf16xbf16"}
     page = tmp_path / "layers.html"
     assert cli.main([*line, "--html", str(page)]) == 0
     text = page.read_text(encoding="utf-8")

@@ -44,22 +44,22 @@ def test_full_sizes_are_the_papers() -> None:
 
 
 def test_a_step_reads_weights_and_cache() -> None:
-    found = predict(SEVEN, precision="bf16", batches=[1, 8])
-    gpu, recipe = found.gpu, load_recipe("bf16")
+    result = predict(SEVEN, precision="bf16", batches=[1, 8])
+    gpu, recipe = result.gpu, load_recipe("bf16")
     decoder = weights(SEVEN, recipe, plan_of(recipe, SEVEN), ["decoder"]).nbytes
-    for point in found.points:
+    for point in result.points:
         step = point.components[-1]
         past = step.sizes["past"]
         assert past == 576 + 64 + 64
-        held = point.batch * cache_bytes(SEVEN.decoder, "bf16", past + 1)
-        assert step.floor_ms == pytest.approx(1e3 * (decoder + held) / (1e9 * gpu.memory_gbps), rel=0.01)
+        contents = point.batch * cache_bytes(SEVEN.decoder, "bf16", past + 1)
+        assert step.floor_ms == pytest.approx(1e3 * (decoder + contents) / (1e9 * gpu.memory_gbps), rel=0.01)
         assert step.bound == "memory"
         assert point.first_token_ms == pytest.approx(point.image_ms + point.batch * point.prompt_ms)
         assert point.tokens_per_s == pytest.approx(1e3 * point.batch / point.token_ms)
         both = point.batch * cache_bytes(SEVEN.decoder, "bf16", 2 * (640 + 128))
         assert point.cache_bytes == both
-        assert point.memory_bytes > found.weight_bytes + both
-    one, eight = found.points
+        assert point.memory_bytes > result.weight_bytes + both
+    one, eight = result.points
     assert one.token_ms < eight.token_ms < 2 * one.token_ms
     assert one.fits
     assert not predict(THIRTEEN, "rtx4090", "bf16").points[0].fits
@@ -113,7 +113,7 @@ def test_the_verb(chat_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out) == nano
     assert main([*line, "--model", str(chat_bundle), "--precision", "bf16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["precision"] == "bf16"
-    assert main([*line, "--model", str(chat_bundle)]) == 2, "fp32 is no recipe"
+    assert main([*line, "--model", str(chat_bundle)]) == 2, "fp32 is not a recipe"
     assert "Shipped recipes" in capsys.readouterr().err
     assert main([*line, "--model", "InternVL-Chat-ViT-6B-Vicuna-1B"]) == 4
 

@@ -88,8 +88,8 @@ def test_the_table_is_consistent() -> None:
     ],
 )
 def test_names_of_the_driver(driver: str, name: str | None) -> None:
-    found = of_driver(driver)
-    assert (found.name if found else None) == name
+    result = of_driver(driver)
+    assert (result.name if result else None) == name
 
 
 def test_gpus_are_found_by_name() -> None:
@@ -100,9 +100,9 @@ def test_gpus_are_found_by_name() -> None:
 
 
 def test_a_missing_peak_is_refused_or_said() -> None:
-    with pytest.raises(CapabilityError, match="no fp8 peak for A100"):
+    with pytest.raises(CapabilityError, match="No fp8 peak is known for A100"):
         peak(GPUS["a100"], "fp8")
-    with pytest.raises(CapabilityError, match="no bf16 peak for T4"):
+    with pytest.raises(CapabilityError, match="No bf16 peak is known for T4"):
         peak(GPUS["t4"], "bf16")
     assert peak(GPUS["l40s"], "fp8") == (733, "")
     value, note = peak(GPUS["jetson-thor"], "bf16")
@@ -126,16 +126,16 @@ def test_costs_have_the_published_counts(size: int) -> None:
 def graphs_of(
     tiny_bundle: Path, chat_bundle: Path, query_chat: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[ModelConfig, Callable[[str], Path]]]:
-    """Of each form of the model its config, and where a component's fp32 graph lies."""
+    """Of each form of the model its config, and the path of a component's fp32 graph."""
     checkpoint, out = open_checkpoint(query_chat), tmp_path_factory.mktemp("graphs")
-    found: dict[str, tuple[ModelConfig, Callable[[str], Path]]] = {
+    by_name: dict[str, tuple[ModelConfig, Callable[[str], Path]]] = {
         "with queries": (checkpoint.model, export_plain(checkpoint, out, dtype="fp32").graphs.__getitem__)
     }
     for name, bundle in (("InternVL", Bundle.open(tiny_bundle)), ("chat", Bundle.open(chat_bundle))):
         config = config_from_published(bundle.manifest.model.config)
         assert not isinstance(config, InternViTConfig)
-        found[name] = config, partial(bundle.graph, dtype="fp32")
-    return found
+        by_name[name] = config, partial(bundle.graph, dtype="fp32")
+    return by_name
 
 
 @pytest.mark.slow
@@ -163,13 +163,13 @@ def test_costs_are_those_of_the_graph(
         )
         # The checkpoint with queries is stored in bf16, its graphs cast it.
         stored = Arithmetic("bf16" if form == "with queries" else "fp32", {})
-        kept = component_cost(component, config, sizes, stored)
-        # Constants of the graph (rotary tables and the like) are no weights of the checkpoint.
-        if component != "decoder_embed" or form == "chat":  # a table behind a cast is read whole
-            assert kept.weight_bytes == pytest.approx(graph.weight_bytes, rel=0.05)
+        rest = component_cost(component, config, sizes, stored)
+        # Constants of the graph (rotary tables and the like) are not weights of the checkpoint.
+        if component != "decoder_embed" or form == "chat":  # a table before a cast is read whole
+            assert rest.weight_bytes == pytest.approx(graph.weight_bytes, rel=0.05)
         theirs = {layer.layer: layer for layer in graph.layers}
-        assert {layer.layer for layer in kept.layers} == set(theirs)
-        for layer in kept.layers:
+        assert {layer.layer for layer in rest.layers} == set(theirs)
+        for layer in rest.layers:
             same = theirs[layer.layer]
             assert (layer.count, layer.macs) == (same.count, same.macs), layer.layer
             if layer.op != "Attention":
@@ -207,18 +207,18 @@ def test_weights_alone_may_be_quantised() -> None:
 
 
 def test_an_estimate() -> None:
-    found = predict("l40s", "fp8", [1, 8, 128], cost_per_hour=2.0)
-    first, _, last = found.points
+    result = predict("l40s", "fp8", [1, 8, 128], cost_per_hour=2.0)
+    first, _, last = result.points
     assert first.image_c_ms < last.image_c_ms
     assert first.images_c_per_s < last.images_c_per_s
     assert last.images_g_per_s < last.images_c_per_s
     assert last.cost_c == pytest.approx(2.0 * 1e6 / last.images_c_per_s / 3600)
     assert last.fits
     assert not predict("rtx4090", "bf16", [128]).points[0].fits  # 28 GB of weights
-    assert [s.known for s in (found.efficiencies.wide, found.efficiencies.low)] == ["paper", "assumption"]
+    assert [s.known for s in (result.efficiencies.wide, result.efficiencies.low)] == ["paper", "assumption"]
     faster = predict("h100", "fp8", [128]).points[0]
     assert faster.image_c_ms < last.image_c_ms
-    json.dumps(found.to_json(), allow_nan=False)
+    json.dumps(result.to_json(), allow_nan=False)
 
 
 def test_the_paper_is_met(tmp_path: Path) -> None:
@@ -242,14 +242,14 @@ def receipt(folder: Path, gpu: str, ms: float, batch: int = 128) -> None:
 def test_a_receipt_is_taken_before_an_assumption(tmp_path: Path) -> None:
     floor = predict("l40s", "fp8", [128]).points[0].components[0].floor_ms
     receipt(tmp_path, "NVIDIA L40S", floor / 0.7)
-    found = predict("h200", "fp8", [128], receipts=tmp_path)
-    assert found.efficiencies.low.known == "receipt"
-    assert found.efficiencies.low.value == pytest.approx(0.7)
-    (check,) = [c for c in found.checks if c.receipt]
+    result = predict("h200", "fp8", [128], receipts=tmp_path)
+    assert result.efficiencies.low.known == "receipt"
+    assert result.efficiencies.low.value == pytest.approx(0.7)
+    (check,) = [c for c in result.checks if c.receipt]
     assert check.name == "one: vision at batch 128"
     assert check.measured_ms == pytest.approx(floor / 0.7)
-    read = predict("l40s", "fp8", [1]).points[0].components[0].floor_ms
-    receipt(tmp_path, "NVIDIA L40S", read / 0.9, batch=1)
+    layer = predict("l40s", "fp8", [1]).points[0].components[0].floor_ms
+    receipt(tmp_path, "NVIDIA L40S", layer / 0.9, batch=1)
     memory = predict("h200", "fp8", [128], receipts=tmp_path).efficiencies.memory
     assert memory.known == "receipt"
     assert memory.value == pytest.approx(0.9)
@@ -263,8 +263,8 @@ def test_a_receipt_without_a_known_gpu_is_held_to_its_own_ceilings(tmp_path: Pat
     cost = component_cost("vision", InternVLConfig(), {"batch": 1}, arithmetic("fp8"))
     profile = made_profile([made_case("vision", [50_000.0] * 3)], [cost])
     write(profile.to_json(), tmp_path / "cpu.json")
-    found = predict("l40s", "fp8", [1], receipts=tmp_path)
-    (check,) = [c for c in found.checks if c.receipt]
+    result = predict("l40s", "fp8", [1], receipts=tmp_path)
+    (check,) = [c for c in result.checks if c.receipt]
     assert (check.name, check.gpu, check.published) == (
         "cpu: vision at batch 1", "A CPU, its ceilings", False,
     )  # fmt: skip
@@ -272,7 +272,7 @@ def test_a_receipt_without_a_known_gpu_is_held_to_its_own_ceilings(tmp_path: Pat
     least = 2 * cost.macs / 100e9 * 1e3
     assert least < check.predicted_ms < 3 * least
     assert check.error == pytest.approx((check.predicted_ms - 50_000) / 50_000)
-    assert found.efficiencies.low.known == "assumption"  # its shares are of no published peak
+    assert result.efficiencies.low.known == "assumption"  # its shares are of no published peak
 
 
 def test_every_receipt_of_the_repository_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,16 +290,18 @@ def test_sizes_are_those_of_a_build(tmp_path: Path, query_chat: Path, form: str)
     model = {"nano": None, "nano-chat": Path("nano-chat"), "with queries": query_chat}[form]
     for precision in ("fp8", "bf16", "fp8-attention"):
         plan = plan_build(BuildConfig(tmp_path / "out", model, precision, calib_samples=4))
-        made = graph_steps.GraphSource(plan.checkpoint, plan.recipe, plan.layers, None)
+        source = graph_steps.GraphSource(plan.checkpoint, plan.recipe, plan.layers, None)
         config = plan.checkpoint.model
         assert linear_shapes(config) == plan.linear_shapes
         assert plan_of(plan.recipe, config) == plan.layers
         for name in component_names(config):
             ours = weights(config, plan.recipe, plan_of(plan.recipe, config), [name])
-            assert (sum(ours.kept.values()), sum(ours.low.values())) == graph_steps.stored_bytes(made, [name])
-            assert ours.build_load.build_bytes == graph_steps.build_load(made, name).build_bytes
+            assert (sum(ours.high.values()), sum(ours.low.values())) == graph_steps.stored_bytes(
+                source, [name]
+            )
+            assert ours.build_load.build_bytes == graph_steps.build_load(source, name).build_bytes
         assert weights(config, plan.recipe, plan.layers).nbytes == sum(
-            graph_steps.stored_bytes(made, plan.components)
+            graph_steps.stored_bytes(source, plan.components)
         )
     assert set(linear_shapes(InternVLConfig())) < {
         key.removesuffix(".weight") for key in expected_shapes(InternVLConfig())

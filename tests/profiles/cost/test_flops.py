@@ -109,7 +109,7 @@ def test_only_the_rows_looked_up_are_read(tiny_bundle: Path) -> None:
 def save(
     path: Path, nodes: list[NodeProto], weights: dict[str, tuple[str, list[int]]], out: Sequence[str | int]
 ) -> Path:
-    """A graph with input x [batch, 3, 8, 8] or whatever its first node takes, and zero weights."""
+    """A graph with input x [batch, 3, 8, 8] or its first node's shape, and zero weights."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -299,7 +299,7 @@ def test_tables_of_several_sizes_and_machines_are_one() -> None:
     lines = {(line.method, line.image_size): line for line in table.lines}
     assert [row is not None for row in lines["InternVL-C", 224].measured] == [True, True, True]
     assert [row is not None for row in lines["InternVL-C", 448].measured] == [False, True, False]
-    assert lines["InternVL-C", 224].ratios == (1.0, 2.0, None)  # the T4 had no baseline of its own
+    assert lines["InternVL-C", 224].ratios == (1.0, 2.0, None)  # the T4 had no baseline
     assert lines["InternVL-C", 448].ratios == (None, None, None)
     assert len(table.lines) == len(PAPER)
 

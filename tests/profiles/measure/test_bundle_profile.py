@@ -1,4 +1,4 @@
-"""Real profiles of a real (tiny) bundle: what is timed, what the receipt says, what the verb prints."""
+"""Real profiles of a real (tiny) bundle: timed cases, the receipt, the verb's output."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_caption_is_as_long_as_promised(tiny_bundle: Path) -> None:
         assert model.timings["qllama_step"].calls == task.sizes["new_tokens"]
 
 
-def test_costs_stand_beside_the_times(profiled: Profile) -> None:
+def test_costs_are_shown_with_the_times(profiled: Profile) -> None:
     for case in profiled.cases:
         cost = profiled.cost(case)
         if case.kind != "component":
@@ -273,9 +273,9 @@ def test_the_baseline_is_of_the_same_weights(
     gone = profile(tiny_bundle, options)
     assert not gone.of_kind("baseline")
     assert any("give -O checkpoint" in note for note in gone.notes)
-    found = profile(tiny_bundle, replace(options, checkpoint=TINY))
-    assert len(found.of_kind("baseline")) == 3
-    with pytest.raises(UsageError, match="not what the bundle was built from"):
+    actual = profile(tiny_bundle, replace(options, checkpoint=TINY))
+    assert len(actual.of_kind("baseline")) == 3
+    with pytest.raises(UsageError, match="not the one that the bundle was built from"):
         profile(tiny_bundle, replace(options, checkpoint=TINY.parent.parent.parent / "models" / "nano"))
 
 
@@ -291,7 +291,7 @@ def test_the_machine_is_described_and_the_commit_too(tmp_path: Path, monkeypatch
     for args in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run(["git", *args], check=True)
     (tmp_path / "__init__.py").touch()
-    assert commit(tmp_path) is None  # a package that lies there is not of that repository
+    assert commit(tmp_path) is None  # a package in that folder is not of that repository
     subprocess.run(["git", "add", "__init__.py"], check=True)
     subprocess.run(["git", *identity, "commit", "-q", "-m", "second"], check=True)
     clean = commit(tmp_path)
@@ -324,7 +324,7 @@ def test_the_verb_prints_tables_and_writes_a_receipt(
         "InternVL-G",
         "84.6",
         "arXiv 2312.14238, Table 19",
-        "Beside the engines",
+        "Outside the engines",
         "Ceilings of the CPU",
         "first request",
         "Table 11",
@@ -400,6 +400,6 @@ import ivl_export.profiles.measure.bundle_profile
 heavy = sorted({"torch", "onnx", "onnxruntime", "tensorrt_rtx", "matplotlib"} & set(sys.modules))
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--table19" in done.stdout
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "--table19" in process.stdout

@@ -52,17 +52,17 @@ def test_no_floor_without_all_of_its_parts() -> None:
 
 @pytest.mark.slow
 def test_this_machine() -> None:
-    found = measure_ceilings(threads=1, rule=StopRule(seconds=0.02, min_samples=2))
-    assert found.device == CPU
-    assert {product.kind for product in found.products} == {"fp32", "int8", "bf16"}
-    assert all(product.gflops > 0.1 for product in found.products)
-    assert all(copied.gbps > 0.01 for copied in found.copies)
-    assert found.notes == ()
+    ceilings = measure_ceilings(threads=1, rule=StopRule(seconds=0.02, min_samples=2))
+    assert ceilings.device == CPU
+    assert {product.kind for product in ceilings.products} == {"fp32", "int8", "bf16"}
+    assert all(product.gflops > 0.1 for product in ceilings.products)
+    assert all(copied.gbps > 0.01 for copied in ceilings.copies)
+    assert ceilings.notes == ()
 
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")
 def test_without_a_gpu_its_ceilings_are_said_to_be_missing() -> None:
-    found = measure_ceilings(gpu=True)
-    assert not found.products
-    assert not found.copies
-    assert "torch sees none" in found.notes[0]
+    ceilings = measure_ceilings(gpu=True)
+    assert not ceilings.products
+    assert not ceilings.copies
+    assert "torch finds none" in ceilings.notes[0]

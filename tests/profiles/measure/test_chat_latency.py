@@ -1,4 +1,4 @@
-"""A real profile of a real (tiny) chat bundle: first tokens, answers, and what is known of an image."""
+"""A real profile of a real (tiny) chat bundle: first tokens, answers, and known images."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def test_what_is_known_is_not_computed(profiled: Profile) -> None:
         fed = sum(c.sizes["text"] * c.count for c in case.calls if c.component == "decoder")
         return images, fed
 
-    found = {case.name: work(case) for case in profiled.of_kind("chained")}
+    by_name = {case.name: work(case) for case in profiled.of_kind("chained")}
     prompt = profiled.of_kind("chained")[0].sizes["tokens"]
-    assert found[FIRST] == (1, prompt)
-    assert found[NEXT][0] == found[OTHER][0] == 0
-    assert found[NEXT][1] <= found[OTHER][1] < prompt
+    assert by_name[FIRST] == (1, prompt)
+    assert by_name[NEXT][0] == by_name[OTHER][0] == 0
+    assert by_name[NEXT][1] <= by_name[OTHER][1] < prompt
     answer = profiled.of_kind("chained")[-1]
-    assert found[ANSWER] == (0, found[NEXT][1] + answer.items - 1), "the last token is not fed back"
+    assert by_name[ANSWER] == (0, by_name[NEXT][1] + answer.items - 1), "the last token is not fed back"
     assert (ms := token_ms(profiled.cases)) is not None
     assert ms > 0
     assert token_ms(profiled.of_kind("component")) is None
@@ -60,17 +60,17 @@ def test_what_is_known_is_not_computed(profiled: Profile) -> None:
         assert case.floor is not None, "all of its calls were counted"
 
 
-def test_no_question_is_asked_twice() -> None:
-    asked = [question() for _ in range(30)]
-    assert len({text[0] for text in asked[:10]}) == 10, "they differ from the first letter on"
-    assert len(set(asked)) == 30
-    assert len({len(text) for text in asked}) == 1
+def test_no_question_repeats() -> None:
+    questions = [question() for _ in range(30)]
+    assert len({text[0] for text in questions[:10]}) == 10, "they differ from the first letter on"
+    assert len(set(questions)) == 30
+    assert len({len(text) for text in questions}) == 1
 
 
 def test_receipt_page_and_verb(profiled: Profile, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(profiled.to_json(), tmp_path / "chat.json")
     assert read(tmp_path / "chat.json") == profiled
-    assert "an image that was asked about in another conversation" in page(profiled)
+    assert "an image known to another conversation" in page(profiled)
     assert main(["profile", str(tmp_path / "chat.json")]) == 0
     out = capsys.readouterr().out
     assert "each further token of an answer" in out

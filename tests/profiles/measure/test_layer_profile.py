@@ -18,35 +18,35 @@ from ivl_export.profiles.measure.receipt import read
 
 def test_every_node_of_onnxruntimes_graph_is_timed(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    found = profile_layers(bundle, "qllama_text", "onnxruntime", 2, 3, threads=1)
+    layers = profile_layers(bundle, "qllama_text", "onnxruntime", 2, 3, threads=1)
     graph = optimized_graph(bundle.graph("qllama_text", "fp32"))
     nodes = {node_name(node) for node in graph.nodes if node.op != "Constant"}
-    timed = {layer.name for layer in found.layers}
+    timed = {layer.name for layer in layers.layers}
     assert {name for name in nodes if "layers." in name} <= timed
-    assert found.calls == 3
-    assert len(found.trace) >= len(timed)
-    assert found.sizes["batch"] == 2
-    assert 0 < sum(layer.ms for layer in found.layers) <= found.call_ms  # one thread: nodes do not overlap
-    for sums in (found.by(lambda la: la.op), found.by(lambda la: la.block), found.by(lambda la: la.type)):
-        assert sum(sums.values()) == pytest.approx(found.call_ms - found.rest_ms)
+    assert layers.calls == 3
+    assert len(layers.trace) >= len(timed)
+    assert layers.sizes["batch"] == 2
+    assert 0 < sum(layer.ms for layer in layers.layers) <= layers.call_ms  # one thread: nodes do not overlap
+    for sums in (layers.by(lambda la: la.op), layers.by(lambda la: la.block), layers.by(lambda la: la.type)):
+        assert sum(sums.values()) == pytest.approx(layers.call_ms - layers.rest_ms)
         assert list(sums.values()) == sorted(sums.values(), reverse=True)
-    assert set(found.by(lambda la: la.block)) == {*(f"block {i}" for i in range(4)), OUTSIDE}
+    assert set(layers.by(lambda la: la.block)) == {*(f"block {i}" for i in range(4)), OUTSIDE}
 
 
 def test_torch_operators_are_named_by_their_module(tiny_bundle: Path) -> None:
-    found = profile_layers(Bundle.open(tiny_bundle), "vision", "torch", 1, 2, threads=1)
-    assert {"block 0", "block 1"} <= set(found.by(lambda layer: layer.block))
+    layers = profile_layers(Bundle.open(tiny_bundle), "vision", "torch", 1, 2, threads=1)
+    assert {"block 0", "block 1"} <= set(layers.by(lambda layer: layer.block))
     products = {
-        layer.name.rpartition(".")[2] for layer in found.layers if layer.op in ("aten::mm", "aten::addmm")
+        layer.name.rpartition(".")[2] for layer in layers.layers if layer.op in ("aten::mm", "aten::addmm")
     }
     assert {"qkv", "fc1", "fc2"} <= products
-    assert sum(layer.ms for layer in found.layers) < found.call_ms
+    assert sum(layer.ms for layer in layers.layers) < layers.call_ms
 
 
 def test_layers_of_a_chat_are_timed(chat_bundle: Path) -> None:
-    found = profile_layers(Bundle.open(chat_bundle), "decoder", "onnxruntime", 1, 2, threads=1)
-    assert "block 0" in found.by(lambda layer: layer.block)
-    assert found.sizes["total"] == found.sizes["past"] + found.sizes["text"]
+    layers = profile_layers(Bundle.open(chat_bundle), "decoder", "onnxruntime", 1, 2, threads=1)
+    assert "block 0" in layers.by(lambda layer: layer.block)
+    assert layers.sizes["total"] == layers.sizes["past"] + layers.sizes["text"]
 
 
 def test_a_profile_keeps_the_layers_of_its_components(
@@ -76,13 +76,13 @@ def test_the_verb_and_its_trace(
     command = ["profile", str(tiny_bundle), "--layers", "--no-latency", "--component", "vision"]
     command += ["--calls", "2"]
     assert cli.main([*command, "--trace", str(trace), "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)["components"]
-    assert found["component"] == "vision"
-    assert sum(found["by_op"].values()) == pytest.approx(found["call_ms"] - found["rest_ms"])
+    (receipt,) = json.loads(capsys.readouterr().out)["components"]
+    assert receipt["component"] == "vision"
+    assert sum(receipt["by_op"].values()) == pytest.approx(receipt["call_ms"] - receipt["rest_ms"])
     events = json.loads(trace.read_text())["traceEvents"]
     assert events[0]["args"]["name"] == "vision on onnxruntime"
     assert all(e["ph"] == "X" and e["dur"] >= 0 and e["ts"] >= 0 for e in events[1:])
-    assert {e["cat"] for e in events[1:]} == set(found["by_op"])
+    assert {e["cat"] for e in events[1:]} == set(receipt["by_op"])
     page = tmp_path / "layers.html"
     assert cli.main([*command, "--top", "2", "--html", str(page)]) == 0
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Receipts: what is written is read, and nothing else is believed."""
+"""Receipts: a written receipt is read, anything else is refused."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_sensors_are_read_while_the_block_runs() -> None:
 
 
 def test_a_gpu_is_read_through_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the driver, which is not here: what it does not tell is left out, not guessed."""
+    """A fake of the driver, which is not here: missing readings are left out, not guessed."""
     import pynvml
 
     used = iter([100, 300, 200] + [200] * 10_000)

@@ -1,4 +1,4 @@
-"""The timing loop against a clock that the test drives: what it keeps, when it stops, what it reports."""
+"""The timing loop against a clock that the test drives: samples, stopping, report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MS = 1_000_000
 
 
 class Workload:
-    """A call that takes the next of given times, and the clock that sees it."""
+    """A call that takes the next of given times, and its clock."""
 
     def __init__(self, *durations_ns: object) -> None:
         self.now = 0
@@ -153,7 +153,7 @@ def test_a_call_longer_than_the_limit_is_measured_once() -> None:
     assert result.ended == "time limit"
 
 
-def test_the_hook_stands_between_warm_up_and_samples() -> None:
+def test_the_hook_runs_between_warm_up_and_samples() -> None:
     work = Workload(repeat(1 * MS))
     seen: list[int] = []
     rule = StopRule(seconds=0.5)

@@ -55,24 +55,24 @@ def full(batches: tuple[int, ...] = (1, 8, 128)) -> Profile:
 
 def boxes(drawing: Drawing) -> list[tuple[float, float, float, float]]:
     """Left, top, right and bottom of every mark."""
-    found = []
+    results = []
     for mark in drawing.marks:
         if isinstance(mark, Rect):
-            found.append((mark.x, mark.y, mark.x + mark.width, mark.y + mark.height))
+            results.append((mark.x, mark.y, mark.x + mark.width, mark.y + mark.height))
         elif isinstance(mark, Dot):
             r = mark.radius
-            found.append((mark.x - r, mark.y - r, mark.x + r, mark.y + r))
+            results.append((mark.x - r, mark.y - r, mark.x + r, mark.y + r))
         elif isinstance(mark, Line):
             xs, ys = [x for x, _ in mark.points], [y for _, y in mark.points]
-            found.append((min(xs), min(ys), max(xs), max(ys)))
+            results.append((min(xs), min(ys), max(xs), max(ys)))
         else:
             wide = text_width(mark.text, mark.size)
             left = mark.x - wide * {"start": 0.0, "middle": 0.5, "end": 1.0}[mark.anchor]
-            found.append((left, mark.y - mark.size, left + wide, mark.y))
-    return found
+            results.append((left, mark.y - mark.size, left + wide, mark.y))
+    return results
 
 
-def test_every_chart_lies_inside_its_picture() -> None:
+def test_every_chart_is_inside_its_picture() -> None:
     drawings = charts(full())
     assert [drawing.name for drawing in drawings] == NAMES
     for drawing in drawings:
@@ -115,9 +115,9 @@ def test_areas_of_the_treemap_are_the_work() -> None:
 
 def test_areas_of_the_other_treemap_are_the_times() -> None:
     (drawing,) = [d for d in charts(full()) if d.name == "layer-times"]
-    told = {m.title: (m.width + 2) * (m.height + 2) for m in drawing.marks if isinstance(m, Rect)}
-    two = next(area for title, area in told.items() if "mlp.fc1 (2): 2 ms, 50.0%" in title)
-    one = next(area for title, area in told.items() if "attn.qkv (1): 1 ms, 25.0%" in title)
+    text = {m.title: (m.width + 2) * (m.height + 2) for m in drawing.marks if isinstance(m, Rect)}
+    two = next(area for title, area in text.items() if "mlp.fc1 (2): 2 ms, 50.0%" in title)
+    one = next(area for title, area in text.items() if "attn.qkv (1): 1 ms, 25.0%" in title)
     assert two / one == pytest.approx(2.0)
     counted = next(d for d in charts(full()) if d.name == "layers")
     assert "not timed" in counted.caption
@@ -144,16 +144,16 @@ def test_the_treemaps_colours_and_labels_say_what_they_are() -> None:
     st.floats(20.0, 2000.0),
 )
 def test_squares_fill_their_rectangle(values: list[float], width: float, height: float) -> None:
-    found = squarified(values, 5.0, 7.0, width, height)
-    assert len(found) == len(values)
-    for value, (x, y, w, h) in zip(values, found, strict=True):
+    result = squarified(values, 5.0, 7.0, width, height)
+    assert len(result) == len(values)
+    for value, (x, y, w, h) in zip(values, result, strict=True):
         assert w * h == pytest.approx(width * height * value / sum(values), rel=1e-6)
         assert x >= 5 - 1e-6
         assert y >= 7 - 1e-6
         assert x + w <= 5 + width * (1 + 1e-9) + 1e-6
         assert y + h <= 7 + height * (1 + 1e-9) + 1e-6
-    for i, (ax, ay, aw, ah) in enumerate(found):
-        for bx, by, bw, bh in found[:i]:
+    for i, (ax, ay, aw, ah) in enumerate(result):
+        for bx, by, bw, bh in result[:i]:
             over_x = min(ax + aw, bx + bw) - max(ax, bx)
             over_y = min(ay + ah, by + bh) - max(ay, by)
             assert over_x < 1e-4 or over_y < 1e-4
@@ -161,9 +161,9 @@ def test_squares_fill_their_rectangle(values: list[float], width: float, height:
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
 def test_ticks_are_few_round_and_inside(low: float, length: float) -> None:
-    found = ticks(low, low + length)
-    assert 1 <= len(found) <= 7
-    assert all(low - 1e-6 * length <= value <= low + length * (1 + 1e-6) for value in found)
+    result = ticks(low, low + length)
+    assert 1 <= len(result) <= 7
+    assert all(low - 1e-6 * length <= value <= low + length * (1 + 1e-6) for value in result)
     assert ticks(3.0, 3.0) == [3.0]
 
 
@@ -216,7 +216,7 @@ def contrast(a: str, b: str) -> float:
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_colours_can_be_told_from_the_page(which: int) -> None:
+def test_colours_are_visible_on_the_page(which: int) -> None:
     page = PALETTE["page"][which]
     for role in ("text", "muted"):
         assert contrast(PALETTE[role][which], page) >= 4.5, role  # WCAG AA for text

@@ -1,4 +1,4 @@
-"""Two profiles compared: noise is no verdict, a real change is one, and the gate says which."""
+"""Two profiles compared: noise gives no verdict, a real change does, and the gate names it."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ def test_every_verdict() -> None:
             made_case("unclear", wild, stable=False),
         ]
     )
-    found = diff(old, new, fail_above=0.04)
-    assert [change.verdict for change in found.changes] == list(names)
-    assert [change.name for change in found.failed] == ["slower"]
-    assert [change.steady for change in found.changes] == [True, True, True, False]
-    assert found.changes[1].ratio == pytest.approx(1.05)
+    difference = diff(old, new, fail_above=0.04)
+    assert [change.verdict for change in difference.changes] == list(names)
+    assert [change.name for change in difference.failed] == ["slower"]
+    assert [change.steady for change in difference.changes] == [True, True, True, False]
+    assert difference.changes[1].ratio == pytest.approx(1.05)
     assert diff(old, new, fail_above=0.06).failed == ()
     assert diff(old, new).failed == ()
     assert diff(old, old).changes[0].low >= 1 - MIN_CHANGE
-    json.dumps(found.to_json(), allow_nan=False)
+    json.dumps(difference.to_json(), allow_nan=False)
 
 
 def test_only_steady_samples_count() -> None:
@@ -90,12 +90,12 @@ def test_what_else_changed_is_said() -> None:
         subject=replace(old.subject, manifest_sha256="1" * 64, recipe="int8"),
         versions={"python": "3.12.0", "torch": "2"},
     )
-    found = diff(old, new)
-    assert found.only_old == ("component gone, batch 1",)
-    assert found.only_new == ("component vision, batch 8",)
-    assert "recipe: fp8 -> int8" in found.differences
-    assert "python: 3.11.0 -> 3.12.0" in found.differences
-    assert "torch: none -> 2" in found.differences
+    difference = diff(old, new)
+    assert difference.only_old == ("component gone, batch 1",)
+    assert difference.only_new == ("component vision, batch 8",)
+    assert "recipe: fp8 -> int8" in difference.differences
+    assert "python: 3.11.0 -> 3.12.0" in difference.differences
+    assert "torch: none -> 2" in difference.differences
     with pytest.raises(InputError, match="no case in common"):
         diff(old, made_profile([made_case("other")]))
 

@@ -64,13 +64,13 @@ def browse(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def probed(text: str, folder: Path, *options: str) -> dict[str, Any]:
-    """What a browser found on the page; the probe needs the page's policy lifted."""
+    """A browser's findings on the page; the probe needs the page's policy lifted."""
     copy = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
     path = folder / "probed.html"
     path.write_text(copy.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
     dom = browse(path, "--dump-dom", *options).stdout
-    (found,) = re.findall(r'<pre id="probe">(.*?)</pre>', dom, re.S)
-    result: dict[str, Any] = json.loads(html.unescape(found))
+    (actual,) = re.findall(r'<pre id="probe">(.*?)</pre>', dom, re.S)
+    result: dict[str, Any] = json.loads(html.unescape(actual))
     return result
 
 
@@ -82,19 +82,19 @@ def text(request: pytest.FixtureRequest) -> str:
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_charts_are_drawn_and_labels_readable(text: str, dark: bool, tmp_path: Path) -> None:
-    found = probed(text, tmp_path, f"--blink-settings=preferredColorScheme={0 if dark else 1}")
-    assert found["scheme"] is dark
-    assert found["page"] == ("rgb(22, 24, 29)" if dark else "rgb(255, 255, 255)")
-    assert found["scroll"] <= 0
-    assert set(found["charts"]) <= set(NAMES)
-    assert {"table19", "roofline", "histograms", "layers"} <= set(found["charts"])
-    for name, chart in found["charts"].items():
+    result = probed(text, tmp_path, f"--blink-settings=preferredColorScheme={0 if dark else 1}")
+    assert result["scheme"] is dark
+    assert result["page"] == ("rgb(22, 24, 29)" if dark else "rgb(255, 255, 255)")
+    assert result["scroll"] <= 0
+    assert set(result["charts"]) <= set(NAMES)
+    assert {"table19", "roofline", "histograms", "layers"} <= set(result["charts"])
+    for name, chart in result["charts"].items():
         assert chart["marks"] > 5, name
         assert chart["width"] > 800, name
         assert chart["height"] > 100, name
         assert chart["outside"] == [], name
         assert chart["touching"] == [], name
-        assert chart["fill"] != found["page"], name
+        assert chart["fill"] != result["page"], name
 
 
 @needs_browser
@@ -102,8 +102,8 @@ def test_the_page_loads_silently_and_alone(text: str, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text(text, encoding="utf-8")
     shot = tmp_path / "shot.png"
-    done = browse(path, "--enable-logging=stderr", f"--screenshot={shot}")
-    assert "CONSOLE" not in done.stderr
+    process = browse(path, "--enable-logging=stderr", f"--screenshot={shot}")
+    assert "CONSOLE" not in process.stderr
     from PIL import Image
 
     with Image.open(shot) as image:
@@ -116,12 +116,12 @@ def test_pages_of_layers_are_readable(dark: bool, tmp_path: Path) -> None:
     """The times of layers, and what layers really are (``verify --layers``): one style as_csv."""
     option = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     text = layer_page("Layers", [made_layers(name) for name in ("vision", "qllama_text")])
-    found = probed(text, tmp_path, option)
-    chart = found["charts"]["layer-times"]
+    result = probed(text, tmp_path, option)
+    chart = result["charts"]["layer-times"]
     assert chart["marks"] > 5
     assert chart["outside"] == chart["touching"] == []
     inspected = layers_page("nano", "fp8", {})
-    assert probed(inspected, tmp_path, option)["page"] == found["page"]
+    assert probed(inspected, tmp_path, option)["page"] == result["page"]
     for page_text in (text, inspected):
         path = tmp_path / "page.html"
         path.write_text(page_text, encoding="utf-8")
@@ -147,7 +147,7 @@ def test_nothing_is_fetched_and_everything_escaped() -> None:
     assert "<script" not in page(full())
 
 
-def test_units_stand_everywhere() -> None:
+def test_units_are_everywhere() -> None:
     text = page(full())
     for unit in (
         "ms a pair",

@@ -62,7 +62,7 @@ def test_what_comes_while_a_batch_runs_is_the_next_batch() -> None:
     batcher.close()
 
 
-def test_who_is_coming_is_waited_for_and_nobody_else() -> None:
+def test_only_announced_requests_are_waited_for() -> None:
     gate = Gate()
     batcher = Batcher(gate, max_batch=8, max_delay=600)
     assert values([batcher.submit(1)]) == [2], "alone, at once"
@@ -84,12 +84,12 @@ def test_who_is_coming_is_waited_for_so_long_and_no_longer() -> None:
     gate = Gate()
     batcher = Batcher(gate, max_batch=8, max_delay=0.02)
     with batcher.coming():
-        found = batcher.submit(1).result(30)
-    assert found.waited >= 0.02
+        result = batcher.submit(1).result(30)
+    assert result.waited >= 0.02
     batcher.close()
 
 
-def test_a_full_batch_waits_for_nobody() -> None:
+def test_a_full_batch_does_not_wait() -> None:
     gate = Gate()
     batcher = Batcher(gate, max_batch=2, max_delay=600)
     with batcher.coming():
@@ -148,17 +148,17 @@ def test_closing_ends_what_runs_and_cancels_what_waits() -> None:
 
 def test_many_threads_at_once() -> None:
     batcher = Batcher(Gate(), max_batch=7, max_delay=0.001)
-    found: dict[int, list[int]] = {}
+    by_name: dict[int, list[int]] = {}
 
     def ask(start: int) -> None:
-        found[start] = values([batcher.submit(start + i) for i in range(50)])
+        by_name[start] = values([batcher.submit(start + i) for i in range(50)])
 
     threads = [threading.Thread(target=ask, args=(1000 * i,)) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert found == {1000 * i: [2 * (1000 * i + j) for j in range(50)] for i in range(8)}
+    assert by_name == {1000 * i: [2 * (1000 * i + j) for j in range(50)] for i in range(8)}
     batcher.close()
 
 

@@ -27,9 +27,9 @@ def model(chat_bundle: Path) -> Iterator[InternVLChat]:
 
 @pytest.fixture
 def service(model: InternVLChat) -> Iterator[ChatService]:
-    made = ChatService(model)
-    yield made
-    made.close()
+    result = ChatService(model)
+    yield result
+    result.close()
 
 
 def picture(seed: int = 0) -> np.ndarray[Any, Any]:
@@ -106,15 +106,15 @@ def test_a_further_question_reads_only_itself(
     first = asyncio.run(ask("above"))  # the text of both answers is the tokens they were decoded from
     assert sorted(prompts.take()) == sorted(first)
     second = asyncio.run(ask("and"))
-    held = [length + tokens - 1 for length in first]  # nobody has read the last token of an answer
-    assert sorted(prompts.take()) == sorted(b - a for a, b in zip(held, second, strict=True))
+    contents = [length + tokens - 1 for length in first]  # the last token of an answer was not read yet
+    assert sorted(prompts.take()) == sorted(b - a for a, b in zip(contents, second, strict=True))
     for i, chat in enumerate(both):
         alone = model.chat([picture(i)])
         assert [alone.ask(question, tokens) for question in ("above", "and")] == [
             turn.answer for turn in chat.history
         ]
         chat.cache.settle()
-        assert chat.cache._held == alone.cache._held
+        assert chat.cache._contents == alone.cache._contents
 
 
 def test_what_was_heard_of_an_answer_is_not_read_again(
@@ -137,7 +137,7 @@ def test_what_was_heard_of_an_answer_is_not_read_again(
     chat, prompt = asyncio.run(leave())
     other = model.chat([picture()])
     want = list(other.cache.tokens(other.prompt("a red ring")[1], other.stop_criteria(60, 60), Sampling()))
-    heard = chat.cache._held[prompt:]
+    heard = chat.cache._contents[prompt:]
     assert len(heard) >= 2
     assert heard == want[: len(heard)]
     same = model.chat([picture()], chat.history)
@@ -153,7 +153,7 @@ def test_others_have_an_answer_when_it_ends(
         chat = await service.chat([picture()])
         prompt = len(chat.cache._keys(chat.prompt("a red ring")[1]))
         await service.ask(chat, "a red ring", 40, min_new_tokens=40)
-        while len(model.prefixes.find(chat.cache._held)) <= prompt // BLOCK:
+        while len(model.prefixes.find(chat.cache._contents)) <= prompt // BLOCK:
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(talk(), 30))
@@ -164,11 +164,11 @@ def test_an_answer_that_ends_after_the_next_prompt_was_read_is_dropped(model: In
     first, second = (chat.prompt(question)[1] for question in ("a red ring", "and"))
     late = chat.cache.started(first, stop)
     chat.cache.started(second, stop)
-    held = list(chat.cache._held)
+    before = list(chat.cache._contents)
     assert late.leave is not None
-    late.leave([5, 6], late.held[..., :2, :])
+    late.leave([5, 6], late.data[..., :2, :])
     chat.cache.settle()
-    assert chat.cache._held == held
+    assert chat.cache._contents == before
     assert chat.ask("and", 4) == model.chat([picture()]).ask("and", 4)
 
 
@@ -187,7 +187,7 @@ def test_streams(model: InternVLChat) -> None:
     assert [chat.ask("a red ring", 12), chat.ask("and", 6)] == [want, second]
 
 
-def test_whoever_stops_listening_frees_the_place(service: ChatService) -> None:
+def test_a_cancelled_request_frees_its_place(service: ChatService) -> None:
     async def leave() -> tuple[str, Any]:
         chat = await service.chat([picture()])
         stream = service.stream(chat, "a red ring", 40, min_new_tokens=40)
@@ -218,9 +218,9 @@ def test_what_fails_leaves_the_conversation_as_it_was(
         gate = threading.Event()
         real = chat.cache.started
 
-        def slow(*given: Any) -> Any:
+        def slow(*arguments: Any) -> Any:
             gate.wait()
-            return real(*given)
+            return real(*arguments)
 
         monkeypatch.setattr(chat.cache, "started", slow)
         with pytest.raises(BusyError, match="not done in time"):
@@ -247,15 +247,15 @@ def test_no_more_than_the_limits_say(model: InternVLChat, monkeypatch: pytest.Mo
         for chat in chats:
             real = chat.cache.started
             monkeypatch.setattr(
-                chat.cache, "started", lambda *given, real=real: (gate.wait(), real(*given))[1]
+                chat.cache, "started", lambda *arguments, real=real: (gate.wait(), real(*arguments))[1]
             )
-        asked = [asyncio.create_task(service.ask(chat, "a", 4)) for chat in chats[:2]]
+        tasks = [asyncio.create_task(service.ask(chat, "a", 4)) for chat in chats[:2]]
         await asyncio.sleep(0.02)
         assert (service.counts.running, service.counts.waiting) == (1, 1)
         with pytest.raises(BusyError, match="no more requests"):
             await service.ask(chats[2], "a", 4)
         gate.set()
-        await asyncio.gather(*asked)
+        await asyncio.gather(*tasks)
 
     asyncio.run(crowd())
     assert service.counts.refused == 1
@@ -272,15 +272,15 @@ def test_an_answer_on_its_way_survives_the_closing(
         chat = await service.chat([picture()])
         submit = service._scheduler.submit
 
-        def heard_by(*given: Any) -> Any:
-            started, stop, sampling, _ = given
+        def heard_by(*arguments: Any) -> Any:
+            started, stop, sampling, _ = arguments
             return submit(started, stop, sampling, lambda token: heard.set())
 
         monkeypatch.setattr(service._scheduler, "submit", heard_by)
         task = asyncio.create_task(service.ask(chat, "a", 40, min_new_tokens=40))
         while not heard.is_set():
             await asyncio.sleep(0.001)
-        service.close()  # as an application does: from the loop, which hears of the answer afterwards
+        service.close()  # as an application does: from the loop, which gets the answer afterwards
         return (await task).value
 
     assert asyncio.run(ask()) == model.chat([picture()]).ask("a", 40, min_new_tokens=40)

@@ -28,7 +28,7 @@ PROMPTS = ["a", "two large blue stars", "a ring left of"]
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked, and when: after so many tokens of all, cancelled after so many of its own (0: never)."""
+    """A request; it starts after so many tokens of all, is cancelled after so many of its own (0: never)."""
 
     picture: int
     prompt: int
@@ -50,7 +50,7 @@ def requests() -> st.SearchStrategy[list[Request]]:
 
 
 class Alone:
-    """A model, and what each request's prompt and answer are when nothing else runs."""
+    """A model, and each request's prompt and answer when it runs alone."""
 
     def __init__(self, model: InternVL) -> None:
         self.model = model
@@ -63,8 +63,8 @@ class Alone:
     def start(self, request: Request) -> Started:
         key = request.picture, request.prompt
         if key not in self.started:
-            asked = [(self.pixels[request.picture], PROMPTS[request.prompt])]
-            self.started[key] = captions.start(self.model, asked)[0]
+            questions = [(self.pixels[request.picture], PROMPTS[request.prompt])]
+            self.started[key] = captions.start(self.model, questions)[0]
         return self.started[key]
 
     def answer(self, request: Request) -> list[int]:
@@ -91,11 +91,11 @@ def step(model: InternVL) -> tuple[Callable[[dict[str, Any]], Mapping[str, Any]]
 class Crowd:
     """Submits requests as their time comes, from the scheduler's own thread, and cancels them."""
 
-    def __init__(self, scheduler: Scheduler, alone: Alone, asked: list[Request]) -> None:
+    def __init__(self, scheduler: Scheduler, alone: Alone, crowd_of: list[Request]) -> None:
         self.scheduler, self.alone, self.heard = scheduler, alone, 0
-        self.left = sorted(enumerate(asked), key=lambda entry: entry[1].after)
+        self.left = sorted(enumerate(crowd_of), key=lambda entry: entry[1].after)
         self.futures: dict[int, Future[Any]] = {}
-        self.tokens: dict[int, list[int]] = {i: [] for i in range(len(asked))}
+        self.tokens: dict[int, list[int]] = {i: [] for i in range(len(crowd_of))}
         self.lock = threading.RLock()
         self.submit()
 
@@ -122,11 +122,11 @@ class Crowd:
 
 
 @settings(max_examples=40)
-@given(asked=requests(), slots=st.integers(1, 4))
-def test_a_crowd_answers_as_each_alone(alone: Alone, asked: list[Request], slots: int) -> None:
+@given(crowd_of=requests(), slots=st.integers(1, 4))
+def test_a_crowd_answers_as_each_alone(alone: Alone, crowd_of: list[Request], slots: int) -> None:
     scheduler = captions.scheduler(alone.model, slots)
-    crowd = Crowd(scheduler, alone, asked)
-    for number, request in enumerate(asked):
+    crowd = Crowd(scheduler, alone, crowd_of)
+    for number, request in enumerate(crowd_of):
         while number not in crowd.futures:
             crowd.submit()
         want = alone.answer(request)
@@ -144,9 +144,9 @@ def test_a_crowd_answers_as_each_alone(alone: Alone, asked: list[Request], slots
     assert not scheduler._cache.lengths.any(), "every slot is free again"
 
 
-def test_what_lies_in_free_slots_is_not_read(alone: Alone) -> None:
+def test_contents_of_free_slots_are_not_read(alone: Alone) -> None:
     stop = StopCriteria(EOS, 0, 10, 10)
-    asked = [Request(i, 0, stop, None, 0, 0) for i in range(3)]
+    questions = [Request(i, 0, stop, None, 0, 0) for i in range(3)]
     scheduler = captions.scheduler(alone.model, 4)
 
     def spoil(token: int) -> None:
@@ -155,9 +155,9 @@ def test_what_lies_in_free_slots_is_not_read(alone: Alone) -> None:
         for slot, length in enumerate(slots.lengths):
             slots._data[:, :, slot, :, length:] = 1e30
 
-    futures = [scheduler.submit(alone.start(request), stop, None, spoil) for request in asked]
+    futures = [scheduler.submit(alone.start(request), stop, None, spoil) for request in questions]
     futures[1].cancel()
-    assert [futures[i].result(30).value for i in (0, 2)] == [alone.answer(asked[i]) for i in (0, 2)]
+    assert [futures[i].result(30).value for i in (0, 2)] == [alone.answer(questions[i]) for i in (0, 2)]
     scheduler.close()
 
 
@@ -201,10 +201,10 @@ def test_a_failed_step_fails_those_in_it_and_no_later_one(alone: Alone) -> None:
     assert scheduler.submit(alone.start(request), stop).result(30).value == alone.answer(request)
 
     def deaf(token: int) -> None:
-        raise RuntimeError("nobody listens")
+        raise RuntimeError("the listener failed")
 
     pair = [scheduler.submit(alone.start(request), stop, None, on_token) for on_token in (deaf, None)]
-    with pytest.raises(RuntimeError, match="nobody listens"):
+    with pytest.raises(RuntimeError, match="the listener failed"):
         pair[0].result(30)
     assert pair[1].result(30).value == alone.answer(request)
     scheduler.close()

@@ -45,17 +45,17 @@ def test_requests_at_once_equal_calls_one_after_another(model: InternVL) -> None
             *(model.acaption(image, prompt) for image in images[:3] for prompt in ("English caption:", "a")),
         )
 
-    found = asyncio.run(ask())
+    results = asyncio.run(ask())
     alone = [
         model.encode_image([image], mode)[0] for image in images for mode in ("InternVL-C", "InternVL-G")
     ]
     alone += list(model.encode_text(TEXTS))
-    for got, want in zip(found, alone, strict=False):
+    for got, want in zip(results, alone, strict=False):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     captions = [
         model.caption([image], prompt)[0] for image in images[:3] for prompt in ("English caption:", "a")
     ]
-    assert found[len(alone) :] == captions
+    assert results[len(alone) :] == captions
     assert asyncio.run(ask())[len(alone) :] == captions, "another event loop"
 
 
@@ -79,9 +79,9 @@ def test_a_bad_image_fails_alone(model: InternVL) -> None:
         images: list[Any] = [*pictures(3), b"no image"]
         return await asyncio.gather(*(model.aencode_image(i) for i in images), return_exceptions=True)
 
-    found = asyncio.run(ask())
-    assert all(isinstance(value, np.ndarray) for value in found[:3])
-    assert isinstance(found[3], InputError)
+    results = asyncio.run(ask())
+    assert all(isinstance(value, np.ndarray) for value in results[:3])
+    assert isinstance(results[3], InputError)
 
 
 class Slow:
@@ -102,8 +102,8 @@ class Slow:
 @pytest.mark.parametrize("max_batch", [1, 3, 8])
 def test_matches_and_rerankings_share_batches_and_equal_the_calls(model: InternVL, max_batch: int) -> None:
     images = pictures(6)
-    found = model.retrieve(TEXTS, images, top=3)
-    rows = [Ranking(found.indices[i : i + 1], found.scores[i : i + 1]) for i in range(len(TEXTS))]
+    result = model.retrieve(TEXTS, images, top=3)
+    rows = [Ranking(result.indices[i : i + 1], result.scores[i : i + 1]) for i in range(len(TEXTS))]
     nothing = Ranking(np.array([[-1, 2]]), np.array([[-np.inf, 0.3]], np.float32))
     service = Service(model, ServiceLimits(max_batch=max_batch, max_delay=0.5))
 
@@ -117,7 +117,7 @@ def test_matches_and_rerankings_share_batches_and_equal_the_calls(model: InternV
     answers = asyncio.run(ask())
     for answer, want in zip(answers, model.match(images[:4], TEXTS), strict=False):
         assert answer.value == pytest.approx(float(want), abs=1e-5)
-    together = model.rerank(TEXTS, images, found)
+    together = model.rerank(TEXTS, images, result)
     for i, answer in enumerate(answers[4:8]):
         assert answer.value.indices.tolist() == together.indices[i : i + 1].tolist()
         np.testing.assert_allclose(answer.value.scores, together.scores[i : i + 1], atol=1e-4)
@@ -273,14 +273,14 @@ def test_each_stage_is_a_span(model: InternVL) -> None:
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-    kept = InMemorySpanExporter()
+    stored = InMemorySpanExporter()
     provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(kept))
+    provider.add_span_processor(SimpleSpanProcessor(stored))
     trace.set_tracer_provider(provider)
     time.sleep(1.1)  # whether there is one is looked for once a second
     with trace.get_tracer("test").start_as_current_span("request"):
         model.encode_text(["a ring"])
-    spans = {span.name: span for span in kept.get_finished_spans()}
+    spans = {span.name: span for span in stored.get_finished_spans()}
     assert {"ivl_export.tokenize", "ivl_export.qllama_text", "request"} <= set(spans)
     parent = spans["ivl_export.qllama_text"].parent
     assert parent is not None
@@ -289,7 +289,7 @@ def test_each_stage_is_a_span(model: InternVL) -> None:
 
 def test_captions_of_all_kinds_at_once_equal_calls_one_after_another(model: InternVL) -> None:
     images = pictures(6)
-    asked: list[dict[str, Any]] = [
+    questions: list[dict[str, Any]] = [
         {"prompt": "a", "max_new_tokens": 12, "min_new_tokens": 12},
         {"prompt": "two large", "max_new_tokens": 3},
         {"prompt": "a ring", "sampling": Sampling(3.0, top_k=30, seed=1)},
@@ -300,11 +300,11 @@ def test_captions_of_all_kinds_at_once_equal_calls_one_after_another(model: Inte
 
     async def ask() -> list[Any]:
         service = model.requests
-        pairs = zip(images, asked, strict=True)
+        pairs = zip(images, questions, strict=True)
         return await asyncio.gather(*(service.caption(image, **how) for image, how in pairs))
 
     answers = asyncio.run(ask())
-    alone = [model.caption([image], **how)[0] for image, how in zip(images, asked, strict=True)]
+    alone = [model.caption([image], **how)[0] for image, how in zip(images, questions, strict=True)]
     assert [answer.value for answer in answers] == alone
     assert max(answer.batch for answer in answers) > 1
     for answer in answers:
@@ -327,10 +327,10 @@ def test_streamed_captions_come_in_pieces_and_together(model: InternVL) -> None:
         return await asyncio.gather(*(listen(number) for number in range(3)))
 
     assert asyncio.run(ask()) == model.caption(images, "a", max_new_tokens=12, min_new_tokens=12)
-    assert came != sorted(came), "nobody waits for another's end"
+    assert came != sorted(came), "no request waits for another's end"
 
 
-def test_whoever_stops_listening_frees_the_slot(model: InternVL) -> None:
+def test_a_cancelled_stream_frees_its_slot(model: InternVL) -> None:
     service = Service(model, ServiceLimits(max_batch=1))
 
     async def ask() -> str:
@@ -386,10 +386,10 @@ def test_a_caption_out_of_time_frees_the_slot_and_a_full_service_refuses(
 def test_captions_that_cannot_be_made_fail_alone(model: InternVL) -> None:
     async def ask() -> list[Any]:
         images: list[Any] = [*pictures(2), b"no image"]
-        asked = [model.acaption(image, "a") for image in images]
-        asked.append(model.requests.caption(pictures(1)[0], "a", max_new_tokens=10_000))  # type: ignore[arg-type]
-        asked.append(model.acaption(pictures(1)[0], "a", 3, Sampling(1.0)))
-        return await asyncio.gather(*asked, return_exceptions=True)
+        questions = [model.acaption(image, "a") for image in images]
+        questions.append(model.requests.caption(pictures(1)[0], "a", max_new_tokens=10_000))  # type: ignore[arg-type]
+        questions.append(model.acaption(pictures(1)[0], "a", 3, Sampling(1.0)))
+        return await asyncio.gather(*questions, return_exceptions=True)
 
     *whole, unread, long, unsampled = asyncio.run(ask())
     assert whole == model.caption(pictures(2), "a")
@@ -398,7 +398,7 @@ def test_captions_that_cannot_be_made_fail_alone(model: InternVL) -> None:
     assert isinstance(unsampled, UsageError)
 
 
-def test_memory_is_handed_back_when_nobody_has_asked_for_a_while(model: InternVL) -> None:
+def test_memory_is_returned_when_idle(model: InternVL) -> None:
     rests: list[int] = []
 
     async def work() -> None:
