@@ -208,7 +208,7 @@ def notes(magnitudes: Magnitudes, dtype: str) -> list[str]:
 
 
 def weight_notes(faint: Sequence[Mapping[str, Any]], dtype: str) -> list[str]:
-    """What a user should know of weights with denormal channels: the build's record of them, in words."""
+    """Notices about weights with denormal channels, from the build's record of them."""
     if not faint:
         return []
     first = ", ".join(f"{w['name']} channel {w['channel']} ({w['value']:.2g})" for w in faint[:NAMED])

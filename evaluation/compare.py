@@ -149,11 +149,11 @@ def _engines(a: Bundle, b: Bundle, verification: list[Any]) -> list[Data]:
     """The engines that both bundles have: equal files, equal programs."""
 
     def files(bundle: Bundle) -> dict[tuple[str, str], list[str]]:
-        found: dict[tuple[str, str], list[str]] = {}
+        files_of: dict[tuple[str, str], list[str]] = {}
         for e in bundle.manifest.engines:
             place = f"{e.backend}-{e.target}", e.component
-            found.setdefault(place, []).append(bundle.manifest.files[e.file].sha256)
-        return found
+            files_of.setdefault(place, []).append(bundle.manifest.files[e.file].sha256)
+        return files_of
 
     def program(receipt: Any, where: str, component: str) -> str:
         return str(((receipt or {}).get(where) or {}).get(component, {}).get("program", ""))

@@ -67,7 +67,7 @@ class Turn:
         for what, text in (*(("question", part) for part in parts), ("answer", self.answer)):
             if not (isinstance(text, str | Slot) or (what == "answer" and text is None)):
                 raise InputError(
-                    f"A {what} is no text.", f"It is of type {type(text).__name__}.",
+                    f"A {what} is not text.", f"It is of type {type(text).__name__}.",
                     "Decode it: text.decode()." if isinstance(text, bytes) else "Give str.",
                 )  # fmt: skip
         if isinstance(self.question, tuple) and self.question.count(IMAGE) != self.images:

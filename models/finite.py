@@ -2,7 +2,7 @@
 
 Every byte is read once, at about the speed of the disk. Without their sign, floats are ordered as the
 integers of the same bits, and NaN and infinity are those with all bits of the exponent set: so integers are
-compared, and 8-bit and 16-bit types need no arithmetic of their own.
+compared, and 8-bit and 16-bit types need no special arithmetic.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def check_finite(
 def check_weights(
     checkpoint: Checkpoint,
     floors: Mapping[str, tuple[float, float]],
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> list[Faint]:
     """As :func:`check_finite`; returns the weights with denormal channels, those with most of them first.
 

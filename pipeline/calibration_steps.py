@@ -71,7 +71,7 @@ def finite_step(plan: BuildPlan) -> Step:
 
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         smallest = {key: floors(key) for key in keys}
-        faint = check_weights(checkpoint, smallest, lambda done: advanced(done // MEGABYTE))
+        faint = check_weights(checkpoint, smallest, lambda count: advanced(count // MEGABYTE))
         return [], {"tensors": len(keys), "bytes": total, "denormal": [asdict(weight) for weight in faint]}
 
     inputs = {**plan.identity, "keys": keys, "base": base, "schemes": schemes}

@@ -117,7 +117,7 @@ def fake_attention(
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:  # logits of sinks stand in it
+    elif mask is not None:  # it has the logits of sinks
         scores = scores + mask
     weights = rounded(scores.softmax(-1), activation_scale(SOFTMAX_AMAX, "fp8", base))
     return (weights @ rounded(v, scales[2])).transpose(1, 2).flatten(2)

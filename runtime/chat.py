@@ -363,7 +363,7 @@ class Chat:
         for number, turn in enumerate(history):
             if not isinstance(turn, Turn):
                 raise InputError(
-                    f"Number {number + 1} of {len(history)} turns is no turn.",
+                    f"Number {number + 1} of {len(history)} turns is not a turn.",
                     f"It is of type {type(turn).__name__}.",
                     "Give chat_template.Turn(question, answer, images); ask(question) asks one.",
                 )

@@ -124,7 +124,7 @@ def read_programs(path: Path) -> tuple[Program, ...]:
 
 
 def program_digest(path: Path) -> str:
-    """What the engine file at ``path`` computes, as a sha256; empty where the file is laid out otherwise.
+    """sha256 of the program of the engine file at ``path``; empty if the file has another layout.
 
     It covers the programs of all profiles with their kernels and constants, and the weights, in the file's
     order. Engines of two builds with equal graphs, options and releases have equal digests, even where their

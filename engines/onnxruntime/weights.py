@@ -151,7 +151,7 @@ def _make(target: Path, save: Save) -> dict[str, str]:
 
 
 def _clear(path: Path) -> None:
-    """Remove whatever is at ``path``."""
+    """Remove the file or folder at ``path``."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

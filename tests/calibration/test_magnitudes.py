@@ -149,8 +149,8 @@ def test_channels_that_are_denormal_are_named_for_each_type() -> None:
     with torch.inference_mode(), observer.watch("m"):
         model(torch.randn(1, 5, 8))
     observer.close()
-    found = {(f.place, f.dtype): f for f in observer.result(1).smallest}
-    fp16, bf16 = found["block 0, fc", "fp16"], found["block 0, fc", "bf16"]
+    by_name = {(f.place, f.dtype): f for f in observer.result(1).smallest}
+    fp16, bf16 = by_name["block 0, fc", "fp16"], by_name["block 0, fc", "bf16"]
     assert (fp16.count, fp16.zeros, fp16.channel, fp16.channels) == (3, 2, 3, 8)  # 0 itself loses nothing
     assert (bf16.count, bf16.zeros, bf16.channel) == (1, 0, 3)
     assert bf16.value == pytest.approx(2e-39, rel=1e-3)

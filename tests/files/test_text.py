@@ -94,16 +94,16 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("what", READERS)
 def test_every_reader_takes_marks_and_names_pointers(what: str, folder: Path) -> None:
-    name, text, read = READERS[what]
+    name, text, layer = READERS[what]
     path = folder / name
     results = []
     for encoding in MARKED:
         path.write_bytes(text.encode(encoding))
-        results.append(read(path))
+        results.append(layer(path))
     assert all(result == results[0] for result in results)
     path.write_text(POINTER)
     with pytest.raises(IvlError, match="Git LFS pointer"):
-        read(path)
+        layer(path)
 
 
 @pytest.mark.parametrize(

@@ -292,11 +292,11 @@ def test_videos_of_other_kinds(animation: Path) -> None:
 @pytest.mark.parametrize("kind", [str, Path])
 def test_an_address_is_none_the_less_one_as_a_path(path: str, kind: Callable[[str], Any]) -> None:
     """``Path`` makes one slash of two, as a command line's arguments do."""
-    given = kind(path)
-    assert kind_of(given) in ("url", "address")
-    assert "hidden" not in name_of(given)
-    assert len(name_of(given)) <= SHOWN
-    assert "where a path is expected" in str(not_readable(Path(path), name_of(given)))
+    inputs = kind(path)
+    assert kind_of(inputs) in ("url", "address")
+    assert "hidden" not in name_of(inputs)
+    assert len(name_of(inputs)) <= SHOWN
+    assert "where a path is expected" in str(not_readable(Path(path), name_of(inputs)))
 
 
 def test_a_folder_of_a_strange_name_is_a_path() -> None:

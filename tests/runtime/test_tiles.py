@@ -147,8 +147,8 @@ def expected(checkpoint: Path, model: InternVLChat, images: list[Any], turns: li
     shown = torch.from_numpy(pixels.values) if images else None
     stops = set(chat.stops(model.tokenizer))
     new = torch_model.generate(shown, torch.tensor([ids]), max_new_tokens=8)[0].tolist()
-    kept = new[: next((i for i, token in enumerate(new) if token in stops), len(new))]
-    return model.tokenizer.decode(kept).strip()
+    stored = new[: next((i for i, token in enumerate(new) if token in stops), len(new))]
+    return model.tokenizer.decode(stored).strip()
 
 
 def test_answers_about_tiles_are_those_of_the_torch_model(checkpoint: Path, model: InternVLChat) -> None:

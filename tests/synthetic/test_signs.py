@@ -37,13 +37,13 @@ def test_glyphs_are_those_of_the_font() -> None:
 def test_items_neither_overlap_nor_cross_tiles(seed: int, task: str) -> None:
     for dialogue in dialogues(seed, TASKS.index(task), 3, "train", 1):
         for sign in dialogue.signs:
-            taken = np.zeros((sign.rows * TILE, sign.columns * TILE), int)
+            frames = np.zeros((sign.rows * TILE, sign.columns * TILE), int)
             for item in sign.items:
                 height, width = item.mask().shape
                 assert item.x // TILE == (item.x + width - 1) // TILE
                 assert item.y // TILE == (item.y + height - 1) // TILE
-                taken[item.y : item.y + height, item.x : item.x + width] += 1
-            assert taken.max(initial=0) <= 1
+                frames[item.y : item.y + height, item.x : item.x + width] += 1
+            assert frames.max(initial=0) <= 1
 
 
 @settings(deadline=None, max_examples=20)

@@ -1,7 +1,8 @@
 """A pytest plugin: how much of its tolerances a test uses, as the property ``tolerance_used`` of its report.
 
 Used is the largest error as a part of what is allowed, over all values and comparisons of numpy and torch
-that a test makes; 0 where values are equal. What uses over a third on one processor may use all on another.
+that a test makes; 0 where values are equal. A test that uses over a third on one processor may use all on
+another.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _most = 0.0
 
 
 def used(got: Any, want: Any, rtol: float, atol: float) -> float:
-    """The largest error of ``got`` as a part of ``atol + rtol |want|``; 0 for what has no tolerance."""
+    """The largest error of ``got`` as a part of ``atol + rtol |want|``; 0 without a tolerance."""
     a, b = (np.asarray(x.detach().double() if isinstance(x, torch.Tensor) else x) for x in (got, want))
     if not (rtol or atol) or a.dtype.kind not in "fiu" or b.dtype.kind not in "fiu":
         return 0.0

@@ -26,9 +26,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 HEADROOM, PROPERTY = "ivl_export.tests.tools.headroom", "tolerance_used"
-"""The plugin that every setting runs with, and what it reports."""
+"""The plugin that every setting runs with, and its report."""
 MOST = 1 / 3
-"""Of a tolerance: who uses more is told."""
+"""Part of a tolerance; tests that use more are listed."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Result:
-    """Of one setting: how many tests did what, in how many seconds, which failed, and what each used.
+    """Of one setting: counts of tests by outcome, seconds, failures, and the part of a tolerance that each
+    used.
 
     ``used``: the largest part of a tolerance, for each test.
     """

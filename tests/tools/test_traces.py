@@ -22,22 +22,22 @@ CONFIG = InternVLConfig(
 
 @pytest.mark.parametrize("name", ["vision", "qllama_step"])
 def test_a_kept_graph_is_the_traced_one(name: str, tmp_path: Path) -> None:
-    made: list[ir.Model] = []
+    calls: list[ir.Model] = []
 
     def traced(name: str, config: ModelConfig) -> ir.Model:
-        made.append(trace.traced_graph(name, config))
-        return made[-1]
+        calls.append(trace.traced_graph(name, config))
+        return calls[-1]
 
-    kept = traces.kept(tmp_path, traced)
-    first, second = kept(name, CONFIG), kept(name, CONFIG)
-    assert len(made) == 1
-    for number, model in enumerate((*made, first, second)):
+    stored = traces.kept(tmp_path, traced)
+    first, second = stored(name, CONFIG), stored(name, CONFIG)
+    assert len(calls) == 1
+    for number, model in enumerate((*calls, first, second)):
         traces.store(model, tmp_path / f"{number}.bin")
     one, *others = (path.read_bytes() for path in sorted(tmp_path.glob("*.bin")))
     assert others == [one, one]
-    assert list(first.graph.initializers) == list(made[0].graph.initializers)
+    assert list(first.graph.initializers) == list(calls[0].graph.initializers)
     assert all(value.const_value is None for value in first.graph.initializers.values())
-    assert [v.name for v in first.graph.inputs] == [v.name for v in made[0].graph.inputs]
+    assert [v.name for v in first.graph.inputs] == [v.name for v in calls[0].graph.inputs]
 
 
 def test_another_config_or_source_is_another_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,12 +48,12 @@ def test_another_config_or_source_is_another_graph(tmp_path: Path, monkeypatch: 
         heard.append((name, config))
         return empty
 
-    kept = traces.kept(tmp_path, traced)
+    stored = traces.kept(tmp_path, traced)
     other = replace(CONFIG, clip_embed_dim=8)
     for name, config in (("vision", CONFIG), ("vision", other), ("qllama_text", CONFIG), ("vision", CONFIG)):
-        kept(name, config)
+        stored(name, config)
     assert heard == [("vision", CONFIG), ("vision", other), ("qllama_text", CONFIG)]
     monkeypatch.setattr(traces, "sources", lambda: "changed")
-    kept("vision", CONFIG)
+    stored("vision", CONFIG)
     assert heard[3:] == [("vision", CONFIG)]
     assert [path.name for path in tmp_path.iterdir()] == ["changed"], "what is out of date goes"
