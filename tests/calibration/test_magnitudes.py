@@ -30,7 +30,7 @@ from ivl_export.calibration.magnitudes import (
     notes,
 )
 from ivl_export.cli import main
-from ivl_export.errors import BuildError, CapabilityError
+from ivl_export.errors import BuildError, CapabilityError, CheckpointError
 from ivl_export.models.layers import CoreAttention, RMSNorm
 from ivl_export.runtime.torch_tower import VisionTower
 
@@ -297,3 +297,14 @@ def test_a_type_that_runs_over_fails_before_engines_are_built(
     steps = [path.stem for path in (tmp_path / ".out.build" / "steps").iterdir()]
     assert "graph-vision" in steps
     assert not any(step.startswith("engine") for step in steps)
+
+
+def test_a_value_that_no_component_reads_is_looked_at(build: Callable[..., tuple[int, Any]]) -> None:
+    """The manifest has it: it would fail there, after all engines, and be blamed on the disk."""
+
+    def change(t: Tensors) -> None:
+        t["logit_scale"].fill_(math.nan)
+
+    code, error = build(change, "bf16", "vision")
+    assert code == CheckpointError.exit_code, error
+    assert "logit_scale is NaN" in error["why"]

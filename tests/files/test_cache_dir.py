@@ -221,3 +221,14 @@ def test_a_home_that_is_still_to_be_made_is_used(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("IVL_EXPORT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new" / "cache"))
     assert cache.cache_folder() == tmp_path / "new" / "cache" / "ivl-export"
+
+
+def test_a_tilde_is_the_home_and_relative_xdg_folders_are_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("IVL_EXPORT_CACHE", "~/own")
+    assert cache.cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("IVL_EXPORT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache.cache_folder() == tmp_path / ".cache" / "ivl-export"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from ivl_export.errors import CapabilityError, InputError, IvlError, UsageError
 from ivl_export.inputs.preprocess import preprocess_images
@@ -295,3 +297,15 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+
+
+def test_texts_of_other_types_are_refused_everywhere(model: InternVL) -> None:
+    image = Image.new("RGB", (20, 20))
+    for prompt in (b"x", 5, None):
+        with pytest.raises(InputError, match="text|prompt"):
+            model.caption([image], prompt)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="text|prompt"):
+            asyncio.run(model.acaption(image, prompt))  # type: ignore[arg-type]
+    labels = ["a cat", "a dog"]
+    want = model.classify([image], labels)
+    assert np.array_equal(model.classify([image], np.array(labels)), want)

@@ -140,6 +140,19 @@ def test_damaged_files_are_rebuilt(
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("files", ["*.onnx", "*.bin", "*.seal"])
+def test_folders_in_place_of_files_are_rebuilt(tiny_bundle: Path, cache: Path, files: str) -> None:
+    before = texts(tiny_bundle)
+    paths = sorted(cache.glob(f"weights/*/{files}"))
+    assert paths
+    for path in paths:
+        path.unlink()
+        path.mkdir()
+    assert np.array_equal(before, texts(tiny_bundle))
+    assert all(path.is_file() for path in paths)
+
+
+@pytest.mark.usefixtures("small")
 def test_a_copied_cache_is_read_once_and_not_rebuilt(
     tiny_bundle: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
