@@ -302,9 +302,9 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 def test_texts_of_other_types_are_refused_everywhere(model: InternVL) -> None:
     image = Image.new("RGB", (20, 20))
     for prompt in (b"x", 5, None):
-        with pytest.raises(InputError, match="text|prompt"):
+        with pytest.raises(InputError, match=r"text|prompt"):
             model.caption([image], prompt)  # type: ignore[arg-type]
-        with pytest.raises(InputError, match="text|prompt"):
+        with pytest.raises(InputError, match=r"text|prompt"):
             asyncio.run(model.acaption(image, prompt))  # type: ignore[arg-type]
     labels = ["a cat", "a dog"]
     want = model.classify([image], labels)
