@@ -7,7 +7,7 @@ A tolerance that only holds where it was written fails here first::
 
 Everything after the options goes to pytest. Each setting is a separate process: the libraries read these
 variables when they are loaded. One row a setting is printed, with the largest part of a tolerance that a test
-used; then the tests that failed, and those that used more than a third; exit code 1 if any failed.
+used, and below it the tests that failed; at the end those that used over a third. Exit code 1 if any failed.
 """
 
 from __future__ import annotations
@@ -155,9 +155,8 @@ def main(args: Sequence[str]) -> int:
         numbers = f"{result.passed:7} {result.failed:7} {result.skipped:8} {result.seconds:8.1f}"
         numbers += f" {max(result.used.values(), default=0):6.0%}"
         print(f"{name:8} {numbers}  {SETTINGS[name].says}", flush=True)
-    for name, result in results.items():
         for failure in result.failures:
-            print(f"{name}: {failure}")
+            print(f"{name}: {failure}", flush=True)
     for name, result in results.items():
         for test, part in sorted(result.used.items(), key=lambda entry: -entry[1]):
             if part > MOST:
