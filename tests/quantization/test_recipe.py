@@ -77,8 +77,8 @@ def test_every_form_of_the_model_gets_them(name: str) -> None:
         assert set(plan.quantised) == blocks
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16"])
-def test_16_bit_recipes_quantise_nothing(name: str, linears: dict[str, tuple[int, int]]) -> None:
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_plain_recipes_quantise_nothing(name: str, linears: dict[str, tuple[int, int]]) -> None:
     assert set(plan_layers(load_recipe(name), linears).schemes.values()) == {name}
 
 
