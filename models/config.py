@@ -106,6 +106,11 @@ class QLlamaConfig:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def key_width(self) -> int:
+        """Width of all key heads, or value heads, together: every query head has one of its own."""
+        return self.hidden_size
+
 
 @dataclass(frozen=True)
 class InternVLConfig:

@@ -429,6 +429,10 @@ class Family(Generic[C]):
         """Number of token ids; 0 for a model without texts."""
         return 0
 
+    def photograph_tiles(self, config: C) -> int:
+        """Tiles of a photograph of 1024 x 768 pixels, for estimates; 1 of models that do not tile."""
+        return 1
+
     def positions(self, config: C) -> int:
         """The longest sequence that its language model was made for; 0: not said."""
         return 0

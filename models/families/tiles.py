@@ -274,6 +274,10 @@ class Tiles(Family[TilesConfig]):
     def vocabulary(self, config: TilesConfig) -> int:
         return config.decoder.vocab_size
 
+    def photograph_tiles(self, config: TilesConfig) -> int:
+        tiling = Tiling.of_chat_config(config.to_published())
+        return 1 if tiling is None else tiling.count(1024, 768, config.image_size)
+
     def positions(self, config: TilesConfig) -> int:
         return config.decoder.max_position_embeddings
 

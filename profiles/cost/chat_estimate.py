@@ -13,8 +13,9 @@ from typing import Any
 
 from ...dtypes import dtype_of
 from ...models.config import VICUNA_13B, ChatConfig, InternVLConfig, QLlamaConfig
+from ...models.decoder_config import DecoderConfig
 from ...models.families.chat import NEW_TOKENS, TEXT_TOKENS
-from ...models.registry import component_names, component_spec, components_of
+from ...models.registry import component_names, component_spec, components_of, family_of
 from ...quantization.recipe import LayerPlan, Recipe
 from .estimate import RECEIPTS, Efficiencies, call_times, known, per_million, working_bytes
 from .evidence import Check
@@ -86,9 +87,9 @@ class ChatEstimate:
         return {"schema": SCHEMA, **asdict(self)}
 
 
-def cache_bytes(llama: QLlamaConfig, base: str, positions: int) -> int:
+def cache_bytes(decoder: QLlamaConfig | DecoderConfig, base: str, positions: int) -> int:
     """Keys and values of ``positions`` in all layers of a decoder, in the type ``base``."""
-    return 2 * llama.num_hidden_layers * llama.hidden_size * positions * dtype_of(base).bits // 8
+    return 2 * decoder.num_hidden_layers * decoder.key_width * positions * dtype_of(base).bits // 8
 
 
 def estimate(
@@ -118,12 +119,16 @@ def estimate(
     shares, assumptions, checks = known(gpu, arithmetic, receipts)
     names = component_names(config)
     needed = sum(weights(config, recipe, layers, [name]).nbytes for name in names)
-    prompt = config.num_visual + text_tokens
+    tiles = family_of(config).photograph_tiles(config)
+    visual = tiles * config.num_visual
+    prompt = visual + text_tokens
+    shown = f"{visual} positions of one image"
+    shown += f" (a photograph of 4:3 in {tiles} tiles)" if tiles > 1 else ""
     decoder = next(c for c in components_of(config) if c.cached)
 
     def point(batch: int) -> ChatPoint:
         images_once = [c.name for c in components_of(config) if c.tower != decoder.tower]
-        calls = [(name, {"batch": batch}) for name in images_once]
+        calls = [(name, {"batch": batch * tiles}) for name in images_once]
         calls.append((decoder.name, {"text": prompt, "past": 1}))
         calls.append((decoder.name, {"batch": batch, "text": 1, "past": prompt + new_tokens // 2}))
         costs, times = call_times(config, calls, arithmetic, gpu, shares.values)
@@ -159,9 +164,8 @@ def estimate(
         tuple(map(point, batches)),
         shares,
         (
-            f"A conversation: {config.num_visual} positions of one image, {text_tokens} text tokens, an "
-            f"answer of {new_tokens}. Images are encoded together, prompts read one after another, answers "
-            "decoded together.",
+            f"A conversation: {shown}, {text_tokens} text tokens, an answer of {new_tokens}. Images are "
+            "encoded together, prompts read one after another, answers decoded together.",
             "Nothing is known of an image; another question about it would find image and prompt encoded.",
             "A step is one in the middle of an answer, and computes over the positions in the cache.",
             "Engines of all components are loaded together, each with its own weights.",

@@ -14,6 +14,7 @@ from ivl_export.bundle import Bundle, seal
 from ivl_export.cli import main
 from ivl_export.models.config import ChatConfig, InternVLConfig
 from ivl_export.models.shipped import nano_chat_folder
+from ivl_export.models.tiles_published import PUBLISHED
 from ivl_export.profiles.cost.chat_estimate import FULL_SIZE, ChatEstimate, cache_bytes, estimate
 from ivl_export.profiles.cost.evidence import arithmetic_of
 from ivl_export.profiles.cost.gpus import find_gpu
@@ -113,8 +114,9 @@ def test_the_verb(chat_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out) == nano
     assert main([*line, "--model", str(chat_bundle), "--precision", "bf16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["precision"] == "bf16"
-    assert main([*line, "--model", str(chat_bundle)]) == 2, "fp32 is not a recipe"
-    assert "Shipped recipes" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main([*line, "--model", str(chat_bundle)]) == 5, "its own precision, fp32, has no peak"
+    assert "fp32" in capsys.readouterr().err
     assert main([*line, "--model", "InternVL-Chat-ViT-6B-Vicuna-1B"]) == 4
 
 
@@ -127,3 +129,10 @@ def test_a_bundle_has_its_own_recipe(
     seal(tmp_path / "staging", replace(Bundle.open(chat_bundle).manifest, rules=recipe), tmp_path / "bundle")
     assert main(["estimate", "--gpu", "l40s", "--model", str(tmp_path / "bundle"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["precision"] == "int8-weight"
+
+
+def test_tiles_and_grouped_keys_are_counted() -> None:
+    """InternVL3.5-8B: a photograph is 13 tiles of 256 positions, 8 of its 32 heads have keys of their own."""
+    config: Any = PUBLISHED["internvl3.5-8b"]
+    assert cache_bytes(config.decoder, "bf16", 10) == 2 * 2 * 10 * config.decoder.num_hidden_layers * 8 * 128
+    assert predict(config).prompt_tokens == 13 * 256 + 64
