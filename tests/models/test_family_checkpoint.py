@@ -401,7 +401,8 @@ def test_made_up_checkpoints_are_in_the_published_layout(kind: str, tmp_path: Pa
         if (f / "config.json").is_file() and kind in (f / "config.json").read_text()
     )
     config: Any = open_checkpoint(folder).model
-    config = replace(config, decoder=replace(config.decoder, vocab_size=512), layout="opengvlab")
+    decoder = replace(config.decoder, vocab_size=512)
+    config = replace(config, decoder=decoder, image_token_id=511, layout="opengvlab")  # of the tokenizer made
     make_checkpoint(tmp_path, config, shard_bytes=200_000)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.model == config
