@@ -129,7 +129,7 @@ def test_engines_are_compared_by_what_they_compute(
 ) -> None:
     """Files of two builds that differ in bytes, with receipts that say what each computes."""
     programs = {"a": "ab" * 32, "same": "ab" * 32, "other": "cd" * 32, "older": None}
-    made = {}
+    bundles = {}
     for name, program in programs.items():
         staging = tmp_path / f"{name}.staging"
         shutil.copytree(tiny_bundle, staging)
@@ -143,10 +143,10 @@ def test_engines_are_compared_by_what_they_compute(
         (staging / "receipts" / "verification.json").write_text(json.dumps(receipt))
         manifest = replace(Bundle.open(tiny_bundle).manifest, receipts=("verification",), engines=(engine,))
         seal(staging, manifest, tmp_path / name)
-        made[name] = tmp_path / name
+        bundles[name] = tmp_path / name
 
     def engines(other: str) -> Any:
-        (row,) = compare(capsys, made["a"], made[other])["engines"]
+        (row,) = compare(capsys, bundles["a"], bundles[other])["engines"]
         assert row["name"] == "tensorrt-rtx-sm89 vision"
         return row["same_bytes"], row["same_program"]
 
@@ -154,5 +154,5 @@ def test_engines_are_compared_by_what_they_compute(
     assert engines("same") == (False, True)
     assert engines("other") == (False, False)
     assert engines("older") == (False, None)
-    assert cli.main(["compare", str(made["a"]), str(made["same"])]) == 0
+    assert cli.main(["compare", str(bundles["a"]), str(bundles["same"])]) == 0
     assert "programs and weights" in capsys.readouterr().out

@@ -49,16 +49,18 @@ def plan(checkpoint: Path, out: Path, precision: str = "int8", **options: Any) -
 
 
 def test_calibration_sees_a_part_and_the_whole_image(checkpoint: Path, tmp_path: Path) -> None:
-    made = plan(checkpoint, tmp_path / "out")
-    assert made.settings.tiling is not None
-    (batch,) = made.calibration.batches(made.settings, made.tokenizer)
-    assert batch.pixel_values.shape == (2 * len(made.calibration), 3, 56, 56)
+    result = plan(checkpoint, tmp_path / "out")
+    assert result.settings.tiling is not None
+    (batch,) = result.calibration.batches(result.settings, result.tokenizer)
+    assert batch.pixel_values.shape == (2 * len(result.calibration), 3, 56, 56)
     dialogue = batch.dialogues[0]
-    special = made.tokenizer.special
+    special = result.tokenizer.special
     assert dialogue.before[0] == special("<|im_start|>")
     assert (dialogue.before[-1], dialogue.after[0]) == (special("<img>"), special("</img>"))
     assert special("<|im_end|>") not in dialogue.answer
-    ranges = calibrate(made.checkpoint, made.components, made.calibration, made.settings, made.tokenizer)
+    ranges = calibrate(
+        result.checkpoint, result.components, result.calibration, result.settings, result.tokenizer
+    )
     model: Any = load_chat(checkpoint)
     seen: list[float] = []
     layer = model.vision_model.encoder.layers[0].attn.qkv
@@ -152,7 +154,7 @@ def test_without_a_tokenizer_ids_are_taken(checkpoint: Path, tmp_path: Path) -> 
     shutil.copytree(checkpoint, folder)
     for path in MINI.iterdir():
         (folder / path.name).unlink(missing_ok=True)
-    made = plan(folder, tmp_path / "out")
-    assert any("the bundle takes token ids" in notice for notice in made.notices)
-    (batch,) = made.calibration.batches(made.settings, made.tokenizer)
+    result = plan(folder, tmp_path / "out")
+    assert any("the bundle takes token ids" in notice for notice in result.notices)
+    (batch,) = result.calibration.batches(result.settings, result.tokenizer)
     assert all(0 <= token < VOCABULARY for d in batch.dialogues for token in (*d.before, *d.answer))
