@@ -23,6 +23,7 @@ from ..models.calls import LONGEST_PROMPT, LONGEST_STEP, Dialogue, Texts
 
 if TYPE_CHECKING:
     from ..synthetic.scenes import Scene
+    from ..synthetic.sign_questions import SignDialogue
     from .tensor_cache import TensorCache
 
 SMALL = 32
@@ -71,13 +72,13 @@ class Sample:
         name: path relative to the set, or the index of a drawn scene.
         digest: sha256 of the image's bytes (for a scene, of its description).
         caption: as given; None where the set has none.
-        image: where to read it from, or the scene to draw.
+        image: where to read it from, or the scene or sign to draw.
     """
 
     name: str
     digest: str
     caption: str | None
-    image: Path | Stored | Scene
+    image: Path | Stored | Scene | SignDialogue
 
     @property
     def text(self) -> str:
@@ -102,9 +103,11 @@ class Sample:
             return sample_tiles(data, settings, int(self.digest[:8], 16))
 
         if not isinstance(image, Path | Stored):
-            from ..synthetic.render import render
+            from ..synthetic import render, scenes, signs
 
-            return read(render(image, settings.size))
+            if isinstance(image, scenes.Scene):
+                return read(render.render(image, settings.size))
+            return read(signs.draw(image.signs[0]))
 
         def decode() -> Array:
             data = read_bytes(image)
@@ -337,10 +340,13 @@ def dialogue_of(
     if not isinstance(sample.image, Path | Stored):
         import numpy as np
 
-        from ..synthetic import dialogues
+        from ..synthetic import dialogues, scenes, sign_questions
 
         rng = np.random.default_rng(int(sample.digest[:16], 16))
-        turns = dialogues.conversation(dialogues.dialogue(rng, sample.image, SCENE_TURNS))
+        if isinstance(sample.image, scenes.Scene):
+            turns = dialogues.conversation(dialogues.dialogue(rng, sample.image, SCENE_TURNS))
+        else:
+            turns = sign_questions.conversation(sample.image)
     ids, labels = (chat or ChatFormat()).encode(turns, tokenizer)
     end = len(ids) - next(i for i, label in enumerate(reversed(labels)) if label != IGNORE)
     last = end - next(i for i, label in enumerate([*reversed(labels[:end]), IGNORE]) if label == IGNORE)

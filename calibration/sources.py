@@ -111,6 +111,18 @@ def scenes_calibration(samples: int = 256, seed: int = 20_231_214) -> Calibratio
     return CalibrationSet("scenes", tuple(scene_samples), synthetic=True, requested=samples)
 
 
+def signs_calibration(samples: int = 256, seed: int = 20_241_205) -> CalibrationSet:
+    """Drawn signs with dialogues about them, of texts that nano-tiles was trained on."""
+    from ..synthetic.sign_questions import dialogues
+
+    drawn = [row for row in dialogues(seed, 0, 2 * samples, "train", 4) if len(row.signs) == 1][:samples]
+    found = [
+        Sample(f"sign-{i}", hashlib.sha256(repr(row).encode()).hexdigest(), row.questions[0].answer, row)
+        for i, row in enumerate(drawn)
+    ]
+    return CalibrationSet("signs", tuple(found), synthetic=True, asked=samples)
+
+
 def _entries(path: Path, columns: tuple[str, ...]) -> list[Entry]:
     """All candidates in ``path``."""
     shards = [path] if path.is_file() and path.suffix == ".tar" else []

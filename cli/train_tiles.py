@@ -21,7 +21,7 @@ def train_nano_tiles(run: ChatRun) -> None:
 
     preset = shortened(NANO_TILES, run.steps, run.batch)
     options = Options(run.work_dir or run.out.with_name(run.out.name + ".work"))
-    with step_bar(preset.places.name, preset.places.steps + preset.answers.steps) as report:
+    with step_bar(preset.places.name, sum(stage.steps for stage in preset.stages)) as report:
         model, seconds = train(preset, options, report)
     # The published weights are bf16: measure what is shipped.
     model = model.bfloat16().float()

@@ -22,7 +22,7 @@ import numpy as np
 from ..errors import UsageError
 from ..inputs.chat_template import Turn
 from ..progress import SILENT, Progress, reported
-from ..synthetic import chat_tasks
+from ..synthetic import chat_tasks, sign_tasks
 from . import chat_sets
 from .datasets import questions
 from .files import Item, Reader, choose, fingerprint
@@ -57,6 +57,11 @@ class EngineChat:
 
     def __init__(self, model: InternVLChat, max_new_tokens: int = chat_tasks.LONGEST_ANSWER) -> None:
         self.model, self.max_new_tokens = model, max_new_tokens
+
+    def signs(self, pictures: Sequence[Sequence[ImageInput]], turns: Sequence[Turn]) -> list[str]:
+        """As :data:`..synthetic.sign_tasks.Answer`: each question about its own pictures."""
+        pixels = [self.model.read_pixels(list(images)) for images in pictures]
+        return self(pixels, [[turn] for turn in turns])
 
     def __call__(
         self, images: Iterable[ImageInput | PixelValues], conversations: Sequence[Sequence[Turn]]
@@ -107,7 +112,7 @@ def evaluate(
     progress: Progress = SILENT,
     task: str = QUESTIONS,
 ) -> Result:
-    """Ask ``model`` about the images of ``data`` (:func:`.datasets.questions`; None: drawn scenes).
+    """Ask ``model`` about the images of ``data`` (:func:`.datasets.questions`; None: drawn scenes, or signs).
 
     Args:
         model: a chat bundle.
@@ -139,7 +144,8 @@ def evaluate(
             raise UsageError(f"{task} needs a data set.", fix="Give --data FILE.jsonl.")
         return _set(answer, task, data, limit, prompt, settings, progress)
     if data is None:
-        return _scenes(answer, limit, settings, progress)
+        drawn = _scenes if model.image_settings.tiling is None else _signs
+        return drawn(answer, limit, settings, progress)
     return _questions(answer, data, limit, prompt, settings, progress)
 
 
@@ -157,6 +163,20 @@ def _scenes(answer: EngineChat, limit: int | None, settings: dict[str, Any], pro
         text for said in chat_tasks.held_out(count)[1] for one in said for text in (one.question, one.answer)
     ]
     return _result(count, chat_tasks.SCENES, texts, {"data": "drawn scenes", **settings}, measures, [])
+
+
+def _signs(answer: EngineChat, limit: int | None, settings: dict[str, Any], progress: Progress) -> Result:
+    count = min(limit or sign_tasks.QUESTIONS, sign_tasks.QUESTIONS)
+    with reported(progress, "questions", count) as advanced:
+        scores = sign_tasks.evaluate(answer.signs, count, progress=advanced)["signs"]
+    measures = tuple(
+        Measure(f"exact, {kind}", 100 * s["accuracy"], 100 * s["low"], 100 * s["high"], s["total"], "wilson")
+        for kind, s in scores.items()
+        if s["total"]
+    )
+    questions = [row.questions[0] for row in sign_tasks.held_out(count)]
+    asked = [text for one in questions for text in (one.question, one.answer)]
+    return _result(count, sign_tasks.QUESTIONS, asked, {"data": "drawn signs", **settings}, measures, [])
 
 
 def _questions(

@@ -50,7 +50,7 @@ from .graph_steps import (
     write_quantised_store,
 )
 from .manifest import manifest_of
-from .plan import BuildPlan
+from .plan import SIGNS, BuildPlan
 from .workspace import Step, StepResult, Workspace, after, write_receipt
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ if TYPE_CHECKING:
 
 QUESTIONS = {"n_classify": 500, "n_retrieve": 200, "n_galleries": 2, "n_caption": 250, "n_caption_zh": 50}
 CHAT_QUESTIONS = {"scenes": 200}
-"""Questions of the tasks: of an InternVL, and of a chat model (scenes, with one or two each)."""
+SIGN_QUESTIONS = {"questions": 300}
+"""Questions of the tasks: of an InternVL, of a chat model (scenes, with one or two each), and about signs."""
 HEADLINES = {
     "C classify": ("InternVL-C", "classify"),
     "C text to image R@1": ("InternVL-C", "text_to_image"),
@@ -69,6 +70,7 @@ HEADLINES = {
     "G text to image R@1": ("InternVL-G", "text_to_image"),
     "caption exact": ("caption", "en"),
     "chat exact": ("chat", "all"),
+    "signs exact": ("signs", "all"),
 }
 """The figures that budgets are held to, and where :func:`..synthetic.tasks.evaluate` puts them."""
 COMPARED = ("fp8", "int8")
@@ -153,7 +155,8 @@ def _compared(plan: BuildPlan, source: GraphSource) -> list[GraphSource]:
 def _graph_scores(plan: BuildPlan, source: GraphSource, space: Workspace) -> dict[str, Any]:
     blank = manifest_of(plan, {}, ())
     if source.recipe == plan.recipe:
-        return evaluate_engines(space.staging_dir, graph_manifest(plan, blank, space.staging_dir))
+        manifest = graph_manifest(plan, blank, space.staging_dir)
+        return evaluate_engines(space.staging_dir, manifest, plan.evaluation)
     with tempfile.TemporaryDirectory(dir=space.work_dir) as folder:
         root = Path(folder)
         keys, layers = component_weights(source, plan.components)
@@ -162,7 +165,7 @@ def _graph_scores(plan: BuildPlan, source: GraphSource, space: Workspace) -> dic
         for component in plan.components:
             write_graph(source, component, root, "fp32", "onnxruntime")
         shutil.copytree(space.staging_dir / "preprocess", root / "preprocess")
-        return evaluate_engines(root, graph_manifest(plan, blank, root))
+        return evaluate_engines(root, graph_manifest(plan, blank, root), plan.evaluation)
 
 
 def component_receipt(
@@ -296,35 +299,44 @@ def evaluate_torch(plan: BuildPlan, dtype: str) -> dict[str, Any]:
     """Task scores of the PyTorch model in ``dtype`` (``fp32``, ``bf16``, ``fp16``)."""
 
     from ..models.load import load_chat, load_model
-    from ..synthetic import chat_tasks, tasks
+    from ..models.tiles_chat import TilesChatModel
+    from ..synthetic import chat_tasks, sign_tasks, tasks
     from ..training.chat_model import TorchChat
     from ..training.evaluate import TorchModel
+    from ..training.tiles_model import TorchSigns
 
     if family_of(plan.checkpoint.model).form == CHAT:
         chat = load_chat(plan.checkpoint, dtype_of(dtype).torch)
+        if plan.evaluation == SIGNS:
+            signs = TorchSigns(cast(TilesChatModel, chat), tokenizer=plan.tokenizer)
+            return sign_tasks.evaluate(signs, SIGN_QUESTIONS["questions"])
         answer = TorchChat(chat, plan.tokenizer, plan.settings)
         return chat_tasks.evaluate(answer, CHAT_QUESTIONS["scenes"])
     model = load_model(plan.checkpoint, dtype_of(dtype).torch)
     return tasks.evaluate(TorchModel(model, plan.tokenizer, plan.settings), **cast(Any, QUESTIONS))
 
 
-def evaluate_engines(root: Path, manifest: Manifest) -> dict[str, Any]:
+def evaluate_engines(root: Path, manifest: Manifest, evaluation: str | None) -> dict[str, Any]:
     """Task scores of the graphs below ``root``, through the runtime and ONNX Runtime."""
     from ..evaluation.chat import EngineChat
     from ..runtime import InternVL, InternVLChat
     from ..runtime.components import Components
     from ..runtime.load import model_on
-    from ..synthetic import chat_tasks, tasks
+    from ..synthetic import chat_tasks, sign_tasks, tasks
 
     bundle = Bundle(root, manifest)
     with model_on(bundle, Components(bundle, ORT)) as model:
         if isinstance(model, InternVLChat):
+            if evaluation == SIGNS:
+                return sign_tasks.evaluate(EngineChat(model).signs, SIGN_QUESTIONS["questions"])
             return chat_tasks.evaluate(EngineChat(model), CHAT_QUESTIONS["scenes"])
         return tasks.evaluate(EngineModel(cast(InternVL, model)), **cast(Any, QUESTIONS))
 
 
 def question_counts(plan: BuildPlan) -> dict[str, int]:
     """Questions of each task of the plan's model."""
+    if plan.evaluation == SIGNS:
+        return SIGN_QUESTIONS
     return CHAT_QUESTIONS if family_of(plan.checkpoint.model).form == CHAT else QUESTIONS
 
 
@@ -340,7 +352,7 @@ def cached(content: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any
     The cache is ``$IVL_EXPORT_CACHE`` or ``ivl-export`` in the user's cache folder; without a folder to
     write to there is none.
     """
-    parts = [content, QUESTIONS, CHAT_QUESTIONS, tool_versions(), code_digest()]
+    parts = [content, QUESTIONS, CHAT_QUESTIONS, SIGN_QUESTIONS, tool_versions(), code_digest()]
     path = cache_folder() / "evaluations" / f"{sha256_json(parts)}.json"
     try:
         stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

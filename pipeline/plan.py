@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.dataset import CalibrationSet, set_notices
-from ..calibration.sources import KINDS, open_calibration, scenes_calibration
+from ..calibration.sources import KINDS, open_calibration, scenes_calibration, signs_calibration
 from ..calibration.tensor_cache import TensorCache
 from ..engines.gpu import Gpu, gpus
 from ..engines.targets import check_types, parse_targets
@@ -50,8 +50,9 @@ if TYPE_CHECKING:
     from ..engines.tensorrt.shapes import Profile, Range
 
 EVALUATION = "evaluation.json"
-TASKS = ("scenes", "chat scenes")
-"""Task sets that it may name: :mod:`..synthetic.tasks`, :mod:`..synthetic.chat_tasks`."""
+SIGNS = "signs"
+TASKS = ("scenes", "chat scenes", SIGNS)
+"""What it may name: :mod:`..synthetic.tasks`, :mod:`..synthetic.chat_tasks`, or ``sign_tasks`` there."""
 OWN_CALIBRATION = ("calibration.jsonl", "calibration")
 """A manifest or folder next to the weights: the calibration set that a checkpoint brings along."""
 HELD_OUT = 32
@@ -395,6 +396,8 @@ def _calibration_sets(
         columns = config.calib_columns
         samples = open_calibration(source, needed, config.calib_seed, progress, columns)
         samples = replace(samples, cache=TensorCache(cache_folder() / "images"))
+    elif evaluation == SIGNS:
+        samples = signs_calibration(count)
     elif evaluation is not None:
         samples = scenes_calibration(count)
     elif measured:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..calibration.calibrate import calibration_units, spilled_bytes
 from ..calibration.sensitivity import Loss, Sensitivity, check_schemes, measure
@@ -24,7 +24,7 @@ from ..quantization.schemes import SCHEMES
 from .accuracy_steps import headlines
 from .calibration_steps import calibrate_step, finite_step, preprocess_step
 from .graph_steps import RANGES
-from .plan import BuildPlan
+from .plan import SIGNS, BuildPlan
 from .workspace import Step, StepResult, Workspace, after, run_step, write_receipt
 
 if TYPE_CHECKING:
@@ -283,8 +283,13 @@ def _chat(plan: BuildPlan, scenes: int) -> tuple[nn.Module, Callable[[], dict[st
     import torch
 
     from ..models.load import load_chat
-    from ..synthetic import chat_tasks
+    from ..models.tiles_chat import TilesChatModel
+    from ..synthetic import chat_tasks, sign_tasks
     from ..training.chat_model import TorchChat
+    from ..training.tiles_model import TorchSigns
 
     model = load_chat(plan.checkpoint, torch.float32)
+    if plan.evaluation == SIGNS:
+        signs = TorchSigns(cast(TilesChatModel, model), tokenizer=plan.tokenizer)
+        return model, lambda: sign_tasks.evaluate(signs, scenes)
     return model, lambda: chat_tasks.evaluate(TorchChat(model, plan.tokenizer, plan.settings), scenes)

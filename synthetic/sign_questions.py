@@ -9,11 +9,12 @@ Which image has the word KITE?     2           two images
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
-from .glyphs import chinese
+from ..inputs.chat_template import Turn
+from .glyphs import HEIGHT, chinese
 from .scenes import Split
 from .signs import (
     COLORS,
@@ -34,6 +35,8 @@ GRIDS = ((3, 1), (1, 3), (4, 1), (1, 4))
 """Columns and rows of a picture that is shown alone; in tiles."""
 PAIR_GRIDS = ((2, 1), (1, 2), (3, 1), (1, 3))
 """Of one of two pictures."""
+SMALL_GRIDS = {1: ((1, 1),), 2: ((1, 1), (2, 1), (1, 2))}
+"""Of a picture that has at most so many tiles, for the beginning of training."""
 MOST = 6
 """The most shapes that are counted."""
 READ_QUESTIONS: dict[TextKind, tuple[str, ...]] = {
@@ -41,8 +44,10 @@ READ_QUESTIONS: dict[TextKind, tuple[str, ...]] = {
     "word": ("What word is it?", "图中的英文是什么?"),
     "chinese": ("What characters are they?", "图中的汉字是什么?"),
 }
+READ_ALL = "What does it say?"
 _NAMES = {"number": "number", "word": "word", "chinese": "characters"}
 _COLORS = tuple(COLORS)
+Name = TypeVar("Name", bound=str)
 _STREAM: dict[Split, int] = {"train": 0x516A, "heldout": 0x516B}
 
 
@@ -64,9 +69,19 @@ class SignDialogue:
     questions: tuple[SignQuestion, ...]
 
 
-def sign_dialogue(rng: np.random.Generator, task: Task, split: Split, turns: int) -> SignDialogue:
-    """At most ``turns`` questions in random order, the first of ``task``; texts are those of ``split``."""
-    grids = PAIR_GRIDS if task == "two images" else GRIDS
+def sign_dialogue(
+    rng: np.random.Generator, task: Task, split: Split, turns: int, tiles: int | None = None
+) -> SignDialogue:
+    """At most ``turns`` questions in random order, the first of ``task``.
+
+    Args:
+        rng: draws everything.
+        task: of the first question.
+        split: whose texts are shown.
+        turns: the most questions.
+        tiles: the most tiles of a picture, 1 or 2; None: pictures as the task has them.
+    """
+    grids = SMALL_GRIDS[tiles] if tiles else PAIR_GRIDS if task == "two images" else GRIDS
     while True:
         signs = tuple(_sign(rng, grids, split, task) for _ in range(2 if task == "two images" else 1))
         every = _about_two(rng, *signs) if len(signs) == 2 else _about_one(rng, signs[0])
@@ -77,10 +92,38 @@ def sign_dialogue(rng: np.random.Generator, task: Task, split: Split, turns: int
             return SignDialogue(signs, (first, *rest[: turns - 1]))
 
 
-def dialogues(seed: int, index: int, batch: int, split: Split, turns: int) -> list[SignDialogue]:
-    """Batch ``index``: a pure function of its arguments; the three tasks in turn, two of three read more."""
+def lines(seed: int, index: int, batch: int, texts: int) -> list[SignDialogue]:
+    """Batch ``index`` of pictures of one tile with up to ``texts`` texts, each to be read from end to end.
+
+    Rows of 16 pixels are read one after the other, as visual tokens stand; a space is between two texts.
+    """
+    rng = np.random.default_rng([_STREAM["train"], seed, index, 1])
+    read = []
+    for _ in range(batch):
+        count = 1 + int(rng.integers(texts))
+        kinds = [_pick(rng, TEXT_KINDS) for _ in range(count)]
+        items = [text_item(rng, kind, sample_text(rng, kind, "train")) for kind in kinds]
+        sign = arranged(rng, 1, 1, items)
+        order = sorted(sign.items, key=lambda item: ((item.y + HEIGHT // 2) // HEIGHT, item.x))
+        said = " ".join(item.content for item in order)
+        read.append(SignDialogue((sign,), (SignQuestion("read", "all", READ_ALL, said),)))
+    return read
+
+
+def dialogues(
+    seed: int, index: int, batch: int, split: Split, turns: int, tiles: int | None = None
+) -> list[SignDialogue]:
+    """Batch ``index``: a pure function of its arguments (:func:`sign_dialogue`); the tasks take turns."""
     rng = np.random.default_rng([_STREAM[split], seed, index])
-    return [sign_dialogue(rng, TASKS[row % 3], split, turns) for row in range(batch)]
+    return [sign_dialogue(rng, TASKS[row % 3], split, turns, tiles) for row in range(batch)]
+
+
+def conversation(dialogue: SignDialogue) -> list[Turn]:
+    """As turns; the pictures come with the first."""
+    return [
+        Turn(asked.question, asked.answer, 0 if number else len(dialogue.signs))
+        for number, asked in enumerate(dialogue.questions)
+    ]
 
 
 def _sign(rng: np.random.Generator, grids: tuple[tuple[int, int], ...], split: Split, task: Task) -> Sign:
@@ -141,7 +184,7 @@ def plural(shape: str) -> str:
     return shape + ("es" if shape == "cross" else "s")
 
 
-def _pick(rng: np.random.Generator, names: tuple[str, ...]) -> str:
+def _pick(rng: np.random.Generator, names: tuple[Name, ...]) -> Name:
     return names[int(rng.integers(len(names)))]
 
 
@@ -151,7 +194,7 @@ def pieces() -> list[str]:
 
     No piece has a capital letter after its first one or after a space: texts in capitals stay letters.
     """
-    questions = ["system", "user", "assistant", "Image"]
+    questions = ["system", "user", "assistant", "Image", READ_ALL]
     questions += [text for pair in READ_QUESTIONS.values() for text in pair]
     questions += [f"What {name} are is in image" for name in _NAMES.values()]
     questions += [f"Which image has the {name} a more {' '.join(COLORS)}" for name in _NAMES.values()]

@@ -18,8 +18,15 @@ from .tasks import Score
 
 Answer = Callable[[Sequence[Sequence[Image8]], Sequence[Turn]], list[str]]
 """The pictures of each question, uint8 [H, W, 3], and the question -> the answers."""
+LONGEST_ANSWER = 8
+"""In tokens: the longest text, and the end of the answer."""
 QUESTIONS = 900
 """A third of each task: enough for an interval of four points."""
+
+
+def held_out(questions: int = QUESTIONS, seed: int = 0) -> list[SignDialogue]:
+    """Pictures whose texts no training shows, and one question each; the tasks take turns."""
+    return dialogues(seed, 0, questions, "heldout", 1)
 
 
 def turn(dialogue: SignDialogue) -> Turn:
@@ -38,7 +45,7 @@ def evaluate(
 
     ``progress`` is called with the number of questions done.
     """
-    conversations = dialogues(seed, 0, questions, "heldout", 1)
+    asked = held_out(questions, seed)
     right: list[bool] = []
     for start in range(0, questions, batch):
         part = conversations[start : start + batch]

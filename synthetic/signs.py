@@ -32,12 +32,15 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "blue": (40, 80, 225),
     "purple": (150, 50, 190),
 }
-Classes = np.ndarray[Any, np.dtype[np.int64]]
+Places = np.ndarray[Any, np.dtype[np.int64]]
 TextKind = Literal["number", "word", "chinese"]
 TEXT_KINDS: tuple[TextKind, ...] = ("number", "word", "chinese")
-_LENGTHS: dict[TextKind, tuple[int, int]] = {"number": (2, 6), "word": (3, 6), "chinese": (2, 3)}
+LONGEST = 6
+"""Characters of the longest text."""
+_LENGTHS: dict[TextKind, tuple[int, int]] = {"number": (2, LONGEST), "word": (3, LONGEST), "chinese": (2, 3)}
 GRID = 4
-"""Text and shapes are at multiples of so many pixels."""
+"""Text and shapes stand at multiples of so many pixels."""
+_APART = 8
 _TRIES = 40
 _HELD_OUT = 8
 
@@ -151,10 +154,10 @@ def arranged(rng: np.random.Generator, columns: int, rows: int, items: Sequence[
             x = column * TILE + GRID * int(rng.integers((TILE - width) // GRID + 1))
             y = row * TILE + GRID * int(rng.integers((TILE - height) // GRID + 1))
             if all(
-                x >= right or left >= x + width + GRID or y >= bottom or top >= y + height
+                x >= right or left >= x + width + _APART or y >= bottom or top >= y + height
                 for left, top, right, bottom in boxes
             ):
-                boxes.append((x, y, x + width + GRID, y + height))
+                boxes.append((x, y, x + width + _APART, y + height))
                 placed.append(Item(item.content, item.kind, item.rgb, x, y, item.color))
                 break
     return Sign(columns, rows, tuple(placed), int(rng.integers(1 << 31)))
@@ -191,21 +194,25 @@ def _class_of() -> dict[str, int]:
     return {name: index for index, name in enumerate(classes())}
 
 
-def places(sign: Sign) -> Classes:
-    """Class of the item whose middle is in each area of 16 x 8 pixels, int64 [tiles, 4, 8], row by row."""
-    table = np.zeros((sign.rows * TILE // HEIGHT, sign.columns * TILE * 2 // HEIGHT), np.int64)
+def places(sign: Sign) -> Places:
+    """What has its middle in each area of 16 x 8 pixels, int64 [tiles, 4, 8, 2], row by row.
+
+    First its class, then of a character the place in its text, from 1 on.
+    """
+    table = np.zeros((sign.rows * TILE // HEIGHT, sign.columns * TILE * 2 // HEIGHT, 2), np.int64)
     for item in sign.items:
         if item.kind == "shape":
             middle = SHAPE // 2
             name = f"{item.color} {item.content}"
-            table[(item.y + middle) // HEIGHT, (item.x + middle) // (HEIGHT // 2)] = _class_of()[name]
+            table[(item.y + middle) // HEIGHT, (item.x + middle) // (HEIGHT // 2)] = _class_of()[name], 0
             continue
         step = item.mask().shape[1] // len(item.content)
         for index, letter in enumerate(item.content):
             x = item.x + index * step + step // 2
-            table[(item.y + HEIGHT // 2) // HEIGHT, x // (HEIGHT // 2)] = _class_of()[letter]
-    tiled = table.reshape(sign.rows, TILE // HEIGHT, sign.columns, -1).swapaxes(1, 2)
-    out: Classes = tiled.reshape(sign.rows * sign.columns, TILE // HEIGHT, -1)
+            place = (item.y + HEIGHT // 2) // HEIGHT, x // (HEIGHT // 2)
+            table[place] = _class_of()[letter], index + 1
+    tiled = table.reshape(sign.rows, TILE // HEIGHT, sign.columns, -1, 2).swapaxes(1, 2)
+    out: Places = tiled.reshape(sign.rows * sign.columns, TILE // HEIGHT, -1, 2)
     return out
 
 
@@ -226,6 +233,6 @@ def page(rng: np.random.Generator) -> Sign:
                 continue
             top = y + GRID if kind == "shape" else y  # so its middle is in the row of the line's
             items.append(Item(item.content, item.kind, item.rgb, x, top, item.color))
-            x += -(-width // GRID) * GRID + GRID * int(rng.integers(2))
+            x += -(-width // GRID) * GRID + GRID * int(rng.integers(2, 4))
         y += HEIGHT + GRID * int(rng.integers(2))
     return Sign(1, 1, tuple(items), int(rng.integers(1 << 31)))

@@ -176,8 +176,8 @@ def write_tiles_card(preset: TilesPreset, run: TrainingRun, parameters: int, fol
 
 
 def tiles_model_card(preset: TilesPreset, run: TrainingRun, parameters: int) -> str:
-    """The card in Markdown: summary, data, recipe, seed, commit, accuracy with tiles and with one."""
-    config, (first, second) = preset.model, (preset.places, preset.answers)
+    """The card in Markdown: what it is, data, recipe, seed, commit, accuracy with tiles and with one."""
+    config, (first, second, third) = preset.model, preset.stages
     vision, decoder = config.vision, config.decoder
     rows = "\n".join(
         f"| {task} | {score['accuracy']:.1%} | {score['low']:.1%} - {score['high']:.1%} | {score['total']} "
@@ -202,11 +202,11 @@ cannot be had.
   part Chinese. One text in eight is held out: training never shows it.
 - **Recipe**: tower and projector learn the content of each place of a tile, with a head that is
   thrown away ({first.steps} steps of {first.batch} tiles, peak lr {first.matrix_lr:g} Muon, {first.lr:g}
-  AdamW); then projector and decoder learn the answers of dialogues of one to {preset.turns} questions
-  ({second.steps} steps of {second.batch} dialogues, {second.matrix_lr:g} and {second.lr:g}; one in
-  {1 / preset.single:.0f} is shown as one tile). fp32, seed {preset.seed}, {run.minutes:.0f} minutes on
-  {run.threads} CPU threads, commit
-  {commit()}. `ivl-export train --preset {preset.name}` repeats it.
+  AdamW); projector and decoder learn to read tiles from end to end ({second.steps} steps of {second.batch},
+  {second.matrix_lr:g} and {second.lr:g}), then the answers of dialogues of one to {preset.turns} questions
+  ({third.steps} steps of {third.batch}, {third.matrix_lr:g} and {third.lr:g}; one in {1 / preset.single:.0f}
+  is shown as one tile). fp32, seed {preset.seed}, {run.minutes:.0f} minutes on {run.threads} CPU threads,
+  commit {commit()}. `ivl-export train --preset {preset.name}` repeats it.
 
 Exact answers in fp32 about held-out texts (Wilson 95% interval), and about the same pictures in one tile
 each:

@@ -1,15 +1,16 @@
-"""Trains internvl-nano-tiles: first its tower on the contents of places, then its decoder on answers.
+"""Trains internvl-nano-tiles: first its tower to name what stands where, then its decoder to read and answer.
 
-A tower that learns from answers alone has to find a character's place in 80 visual tokens before it
-can learn what it is. So it learns characters first, from tiles full of text whose places are known: a linear
-head names the two areas of 16 x 8 pixels below every visual token. The head is thrown away; the tower stays
-as it is while the decoder learns dialogues, of which only answers count.
+A tower that learns from answers alone has to find out where in 80 visual tokens a character stands before it
+can learn what it is. So it learns characters first, from tiles full of text whose places are known: a head
+names the two areas of 16 x 8 pixels below every visual token. The head is thrown away, and the tower stays as
+it is. The decoder learns to read single tiles from end to end, which is where most tokens are characters, and
+then dialogues about whole pictures, of which only answers count.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..inputs.chat_template import IGNORE, Encoded, Turn, encode
+from ..arrays import Array
+from ..inputs.chat_template import IGNORE, Encoded, encode
 from ..inputs.preprocess import ImageSettings, normalised, read_images
 from ..models.pixel_shuffle import pixel_shuffle
 from ..models.tiles_chat import TilesChatModel
-from ..synthetic.sign_questions import SignDialogue, dialogues
-from ..synthetic.signs import classes, draw, page, places
+from ..synthetic.sign_questions import SMALL_GRIDS, SignDialogue, conversation, dialogues, lines
+from ..synthetic.signs import LONGEST, classes, draw, page, places
 from .conversations import ChatBatch, collate
 from .muon import Muon
 from .presets import Stage, TilesPreset
@@ -38,7 +40,10 @@ _PAGES = 0x9A6E
 
 @dataclass(frozen=True)
 class Pages:
-    """Tiles ``pixel_values`` [B, 3, S, S] and the classes [B, V, 2] of both halves of each visual token."""
+    """Tiles ``pixel_values`` [B, 3, S, S] and what stands at the two places of each visual token.
+
+    ``classes`` [B, V, 2, 2] is as :func:`..synthetic.signs.places` gives it.
+    """
 
     pixel_values: Tensor
     classes: Tensor
@@ -58,11 +63,30 @@ class PageBatches(Dataset[Pages]):
         drawn = [page(rng) for _ in range(self.preset.places.batch)]
         images = normalised(np.stack([draw(sign) for sign in drawn]), self.settings)
         table = np.concatenate([places(sign) for sign in drawn])
-        return Pages(torch.from_numpy(images), torch.from_numpy(table.reshape(len(table), -1, 2)))
+        return Pages(torch.from_numpy(images), torch.from_numpy(table.reshape(len(table), -1, 2, 2)))
+
+
+class LineBatches(Dataset[ChatBatch]):
+    """Batch ``i`` of the stage ``lines``: a pure function of the preset and ``i``; texts get more."""
+
+    def __init__(self, preset: TilesPreset) -> None:
+        self.preset, self.settings = preset, image_settings(preset.model)
+
+    def __len__(self) -> int:
+        return self.preset.lines.steps
+
+    def __getitem__(self, index: int) -> ChatBatch:
+        p = self.preset
+        texts = 1 + min(p.texts - 1, 2 * p.texts * index // p.lines.steps)
+        rows = lines(p.seed, index, p.lines.batch, texts)
+        return _joined([_encoded(p, self.settings, row, None) for row in rows])
 
 
 class DialogueBatches(Dataset[ChatBatch]):
-    """Batch ``i`` of the stage ``answers``: a pure function of the preset and ``i``."""
+    """Batch ``i`` of the stage ``answers``: a pure function of the preset and ``i``; pictures get larger.
+
+    The first fifth has pictures of one tile, the second of one or two.
+    """
 
     def __init__(self, preset: TilesPreset) -> None:
         self.preset, self.settings = preset, image_settings(preset.model)
@@ -72,44 +96,64 @@ class DialogueBatches(Dataset[ChatBatch]):
 
     def __getitem__(self, index: int) -> ChatBatch:
         p = self.preset
-        rows = dialogues(p.seed, index, p.answers.batch, "train", p.turns)
+        tiles = 1 + 5 * index // p.answers.steps
+        rows = dialogues(
+            p.seed, index, p.answers.batch, "train", p.turns, tiles if tiles in SMALL_GRIDS else None
+        )
         whole = p.answers.batch - round(p.single * p.answers.batch)
-        shown = [_encoded(p, self.settings, row, None if i < whole else 1) for i, row in enumerate(rows)]
-        return collate(np.concatenate([pixels for pixels, _ in shown]), [row for _, row in shown])
+        return _joined(
+            [_encoded(p, self.settings, row, None if i < whole else 1) for i, row in enumerate(rows)]
+        )
+
+
+def _joined(rows: Sequence[tuple[Array, Encoded]]) -> ChatBatch:
+    return collate(np.concatenate([pixels for pixels, _ in rows]), [row for _, row in rows])
 
 
 def _encoded(
     preset: TilesPreset, settings: ImageSettings, row: SignDialogue, max_tiles: int | None
-) -> tuple[np.ndarray[Any, Any], Encoded]:
+) -> tuple[Array, Encoded]:
     pixels = read_images([draw(sign) for sign in row.signs], settings, max_tiles=max_tiles)
-    turns = [
-        Turn(question.question, question.answer, len(row.signs) if number == 0 else 0)
-        for number, question in enumerate(row.questions)
-    ]
     template, images = prompt_format(preset.model)
-    return pixels.values, encode(turns, sign_tokenizer(), template, images, pixels.tiles)
+    return pixels.values, encode(conversation(row), sign_tokenizer(), template, images, pixels.tiles)
 
 
 class Learner(nn.Module):
-    """The model, and the head that names places: [B, V, H] -> [B, V, 2, classes]."""
+    """The model, and a head that names what stands at the two places of each visual token.
+
+    Characters are named in the decoder's own words: by the rows of its lm_head. So it can say what it sees as
+    soon as it looks there.
+    """
+
+    letters: Tensor
 
     def __init__(self, model: TilesChatModel) -> None:
         super().__init__()
+        width, tokens = model.config.decoder.hidden_size, sign_tokenizer()
         self.model = model
-        self.head = nn.Linear(model.config.decoder.hidden_size, 2 * len(classes()))
+        self.halves = nn.Linear(width, 2 * width)
+        self.others = nn.Linear(width, sum(len(name) != 1 for name in classes()))
+        self.order = nn.Linear(width, 1 + LONGEST)
+        letters = [tokens.encode_parts([name])[0] for name in classes() if len(name) == 1]
+        self.register_buffer("letters", torch.tensor(letters), persistent=False)
 
-    def named(self, pixel_values: Tensor) -> Tensor:
-        """Logits [B, V, 2, classes] of the content of each place."""
-        out: Tensor = self.head(self.model.visual_embeds(pixel_values))
-        return out.reshape(*out.shape[:2], 2, -1)
+    def named(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of what stands at each place [B, V, 2, classes], and of its place in a text [B, V, 2, 7]."""
+        visual = self.model.visual_embeds(pixel_values)
+        halves = self.halves(visual).reshape(*visual.shape[:2], 2, -1)
+        halves = F.rms_norm(halves, halves.shape[-1:])
+        letters = halves @ self.model.language_model.lm_head.weight[self.letters].T
+        nothing, shapes = self.others(halves).split([1, self.others.out_features - 1], dim=-1)
+        return torch.cat([nothing, letters, shapes], dim=-1), self.order(halves)
 
 
 def places_loss(learner: Learner, batch: Pages) -> Tensor:
-    """Mean cross entropy over places; empty places count less."""
-    weights = torch.where(batch.classes > 0, 1.0, _EMPTY).flatten()
-    losses = F.cross_entropy(
-        learner.named(batch.pixel_values).flatten(0, 2), batch.classes.flatten(), reduction="none"
-    )
+    """Cross entropies of what stands at each place and of its place in a text; empty places count less."""
+    kinds, orders = batch.classes.flatten(0, 2).unbind(-1)
+    weights = torch.where(kinds > 0, 1.0, _EMPTY)
+    named, ordered = (logits.flatten(0, 2) for logits in learner.named(batch.pixel_values))
+    losses = F.cross_entropy(named, kinds, reduction="none")
+    losses = losses + F.cross_entropy(ordered, orders, reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
@@ -131,7 +175,7 @@ def answers_loss(learner: Learner, batch: ChatBatch) -> Tensor:
 def train(
     preset: TilesPreset, options: Options, report: Callable[[TrainingProgress], None]
 ) -> tuple[TilesChatModel, float]:
-    """Both stages: the trained model (fp32, eval mode) and the seconds that its steps took.
+    """All stages: the trained model (fp32, eval mode) and the seconds that its steps took.
 
     A stopped run resumes from ``options.work_dir`` and ends with the same weights.
 
@@ -140,7 +184,7 @@ def train(
         RuntimeError: gradients are not finite.
     """
     learner = Learner(initialised(preset))
-    stages = (preset.places, preset.answers)
+    stages = preset.stages
     identity = {"preset": repr(preset)}
     state: dict[str, Any] = {"stage": 0, "step": 0, "optimizers": [], "seconds": 0.0}
     if (stored := read_state(options.work_dir, identity)) is not None:
@@ -157,6 +201,10 @@ def train(
             first = state["step"]
             for optimizer, values in zip(own, state["optimizers"], strict=False):
                 optimizer.load_state_dict(values)
+        if stage is preset.lines and first == 0:
+            # The decoder reads characters by the vectors by which it writes them.
+            language = learner.model.language_model
+            language.model.embed_tokens.weight.data.copy_(language.lm_head.weight.data)
         before = sum(earlier.steps for earlier in stages[:number])
         for step, batch in enumerate(_batches(preset, stage, first, options.workers), first):
             loss = places_loss if isinstance(batch, Pages) else answers_loss
@@ -170,7 +218,12 @@ def train(
 
 
 def _batches(preset: TilesPreset, stage: Stage, first: int, workers: int) -> Iterator[Any]:
-    data: Dataset[Any] = PageBatches(preset) if stage.loss == "places" else DialogueBatches(preset)
+    kinds: dict[str, type[PageBatches | LineBatches | DialogueBatches]] = {
+        "places": PageBatches,
+        "lines": LineBatches,
+        "answers": DialogueBatches,
+    }
+    data: Dataset[Any] = kinds[stage.loss](preset)
     rest = Subset(data, range(first, stage.steps))
     ahead = 4 if workers else None
     return iter(DataLoader(rest, batch_size=None, num_workers=workers, prefetch_factor=ahead))
@@ -215,5 +268,6 @@ def shortened(preset: TilesPreset, steps: int | None, batch: int | None) -> Tile
     return replace(
         preset,
         places=shortened_stage(preset.places, steps, batch),
+        lines=shortened_stage(preset.lines, steps, batch),
         answers=shortened_stage(preset.answers, steps, batch),
     )

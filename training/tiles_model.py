@@ -29,6 +29,7 @@ from ..models.tiles_chat import TilesChatModel
 from ..models.tiles_config import TilesConfig
 from ..synthetic.render import Image8
 from ..synthetic.sign_questions import pieces
+from ..synthetic.sign_tasks import LONGEST_ANSWER
 from .presets import TilesPreset
 from .tokenizer import byte_level_tokenizer
 from .trainer import sine_positions
@@ -36,8 +37,6 @@ from .trainer import sine_positions
 STD = 0.04
 END = "<|im_end|>"
 PAD = "<|endoftext|>"
-LONGEST_ANSWER = 8
-"""In tokens: the longest text, and the end of the answer."""
 
 
 @cache
@@ -99,11 +98,16 @@ def initialised(preset: TilesPreset) -> TilesChatModel:
 class TorchSigns:
     """Greedy answers of the PyTorch model, as :data:`..synthetic.sign_tasks.Answer`.
 
-    ``max_tiles`` is the most tiles of a picture; None: the model's.
+    Args:
+        model: the model.
+        max_tiles: the most tiles of a picture; None: the model's.
+        tokenizer: of its checkpoint; None: the one it is trained with.
     """
 
-    def __init__(self, model: TilesChatModel, max_tiles: int | None = None) -> None:
-        self.model, self.max_tiles = model, max_tiles
+    def __init__(
+        self, model: TilesChatModel, max_tiles: int | None = None, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.model, self.max_tiles, self.tokenizer = model, max_tiles, tokenizer or sign_tokenizer()
         self.settings = image_settings(model.config)
         self.template, self.images = prompt_format(model.config)
 
@@ -111,7 +115,7 @@ class TorchSigns:
         """The answers to ``turns``, each about its pictures."""
         flat = [picture for row in pictures for picture in row]
         pixels = read_images(flat, self.settings, max_tiles=self.max_tiles)
-        tokenizer, tiles = sign_tokenizer(), iter(pixels.tiles)
+        tokenizer, tiles = self.tokenizer, iter(pixels.tiles)
         rows = [
             encode([turn], tokenizer, self.template, self.images, [next(tiles) for _ in row]).ids
             for row, turn in zip(pictures, turns, strict=True)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ivl_export.inputs.tiles import Tiling, tiles_of
 from ivl_export.synthetic.glyphs import DIGITS, LETTERS, chinese, glyphs
-from ivl_export.synthetic.sign_questions import GRIDS, MOST, PAIR_GRIDS, TASKS, SignDialogue, dialogues
+from ivl_export.synthetic.sign_questions import GRIDS, MOST, PAIR_GRIDS, TASKS, SignDialogue, dialogues, lines
 from ivl_export.synthetic.sign_tasks import evaluate
 from ivl_export.synthetic.signs import SHAPE, TILE, Sign, classes, draw, held_out, page, places, words
 
@@ -117,13 +117,19 @@ def _answer(dialogue: SignDialogue, question: str) -> str:
 def test_places_name_what_a_page_shows(seed: int) -> None:
     sign = page(np.random.default_rng(seed))
     [table] = places(sign)
-    named = sorted(classes()[i] for i in table.flatten() if i)
+    named = sorted(classes()[i] for i in table[..., 0].flatten() if i)
     shapes = [f"{item.color} {item.content}" for item in sign.items if item.kind == "shape"]
     assert named == sorted([*"".join(texts(sign)), *shapes])
     for item in sign.items:
         if item.kind == "shape":
             middle = (item.y + SHAPE // 2) // 16, (item.x + SHAPE // 2) // 8
-            assert classes()[table[middle]] == f"{item.color} {item.content}"
+            assert classes()[table[middle][0]] == f"{item.color} {item.content}"
+            continue
+        width = item.mask().shape[1] // len(item.content)
+        across = [(item.x + i * width + width // 2) // 8 for i in range(len(item.content))]
+        row = table[(item.y + 8) // 16, across]
+        assert "".join(classes()[i] for i in row[:, 0]) == item.content
+        assert row[:, 1].tolist() == list(range(1, len(item.content) + 1))
 
 
 def test_counts_go_up_to_six_and_answers_vary() -> None:
@@ -149,3 +155,15 @@ def test_the_task_scores_answers() -> None:
 def test_batches_are_pure_functions_of_their_number(split: str) -> None:
     assert dialogues(3, 5, 6, split, 6) == dialogues(3, 5, 6, split, 6)  # type: ignore[arg-type]
     assert dialogues(3, 5, 6, split, 6) != dialogues(3, 6, 6, split, 6)  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=20)
+@given(SEEDS, st.integers(1, 6))
+def test_lines_are_read_row_by_row(seed: int, most: int) -> None:
+    for dialogue in lines(seed, 0, 4, most):
+        [sign], [asked] = dialogue.signs, dialogue.questions
+        assert (sign.columns, sign.rows) == (1, 1)
+        assert 1 <= len(sign.items) <= most
+        assert sorted(asked.answer.split(" ")) == sorted(texts(sign))
+        places = {item.content: ((item.y + 8) // 16, item.x) for item in sign.items}
+        assert [places[text] for text in asked.answer.split(" ")] == sorted(places.values())

@@ -20,6 +20,7 @@ from ivl_export.inputs.tokenizer import check_vocabulary, load_tokenizer
 from ivl_export.models import load_chat
 from ivl_export.models.registry import load_config
 from ivl_export.synthetic.glyphs import LETTERS, chinese
+from ivl_export.synthetic.signs import LONGEST, classes
 from ivl_export.training import signs as training
 from ivl_export.training.muon import Muon, orthogonal
 from ivl_export.training.presets import NANO_TILES
@@ -86,17 +87,21 @@ def test_pages_are_labelled_by_visual_token() -> None:
     """The place of rows 16t and half-columns 2u, 2u + 1 is visual token 4t + u."""
     batch = training.PageBatches(SMALL)[1]
     assert batch.pixel_values.shape == (3, 3, 64, 64)
-    assert batch.classes.shape == (3, NANO_TILES.model.num_visual, 2)
+    assert batch.classes.shape == (3, NANO_TILES.model.num_visual, 2, 2)
     again = training.PageBatches(SMALL)[1]
     assert torch.equal(batch.classes, again.classes)
     assert torch.equal(batch.pixel_values, again.pixel_values)
     learner = training.Learner(initialised(SMALL))
-    assert learner.named(batch.pixel_values).shape[:3] == batch.classes.shape
+    kinds, orders = learner.named(batch.pixel_values)
+    assert kinds.shape == (*batch.classes.shape[:3], len(classes()))
+    assert orders.shape == (*batch.classes.shape[:3], 1 + LONGEST)
 
 
 def test_dialogues_become_batches_of_tiles_and_answers() -> None:
     batch = training.DialogueBatches(replace(SMALL, single=1 / 3))[0]
     config = completed(NANO_TILES.model)
+    assert len(batch.pixel_values) == 2 + 2 * 1  # the first fifth: pictures of one tile
+    batch = training.DialogueBatches(replace(SMALL, single=1 / 3))[1]
     image = torch.eq(batch.input_ids, config.image_token_id or 0)
     assert int(image.sum()) == len(batch.pixel_values) * config.num_visual
     assert int(image[2].sum()) == 2 * config.num_visual  # two pictures of one tile each
