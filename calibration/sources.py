@@ -116,11 +116,11 @@ def signs_calibration(samples: int = 256, seed: int = 20_241_205) -> Calibration
     from ..synthetic.sign_questions import dialogues
 
     drawn = [row for row in dialogues(seed, 0, 2 * samples, "train", 4) if len(row.signs) == 1][:samples]
-    found = [
+    sign_samples = [
         Sample(f"sign-{i}", hashlib.sha256(repr(row).encode()).hexdigest(), row.questions[0].answer, row)
         for i, row in enumerate(drawn)
     ]
-    return CalibrationSet("signs", tuple(found), synthetic=True, asked=samples)
+    return CalibrationSet("signs", tuple(sign_samples), synthetic=True, requested=samples)
 
 
 def _entries(path: Path, columns: tuple[str, ...]) -> list[Entry]:

@@ -95,7 +95,7 @@ def sign_dialogue(
 def lines(seed: int, index: int, batch: int, texts: int) -> list[SignDialogue]:
     """Batch ``index`` of pictures of one tile with up to ``texts`` texts, each to be read from end to end.
 
-    Rows of 16 pixels are read one after the other, as visual tokens stand; a space is between two texts.
+    Rows of 16 pixels are read in turn, in the order of visual tokens; a space is between two texts.
     """
     rng = np.random.default_rng([_STREAM["train"], seed, index, 1])
     read = []
@@ -105,8 +105,8 @@ def lines(seed: int, index: int, batch: int, texts: int) -> list[SignDialogue]:
         items = [text_item(rng, kind, sample_text(rng, kind, "train")) for kind in kinds]
         sign = arranged(rng, 1, 1, items)
         order = sorted(sign.items, key=lambda item: ((item.y + HEIGHT // 2) // HEIGHT, item.x))
-        said = " ".join(item.content for item in order)
-        read.append(SignDialogue((sign,), (SignQuestion("read", "all", READ_ALL, said),)))
+        text = " ".join(item.content for item in order)
+        read.append(SignDialogue((sign,), (SignQuestion("read", "all", READ_ALL, text),)))
     return read
 
 
@@ -121,8 +121,8 @@ def dialogues(
 def conversation(dialogue: SignDialogue) -> list[Turn]:
     """As turns; the pictures come with the first."""
     return [
-        Turn(asked.question, asked.answer, 0 if number else len(dialogue.signs))
-        for number, asked in enumerate(dialogue.questions)
+        Turn(question.question, question.answer, 0 if number else len(dialogue.signs))
+        for number, question in enumerate(dialogue.questions)
     ]
 
 

@@ -45,7 +45,7 @@ def evaluate(
 
     ``progress`` is called with the number of questions done.
     """
-    asked = held_out(questions, seed)
+    conversations = held_out(questions, seed)
     right: list[bool] = []
     for start in range(0, questions, batch):
         part = conversations[start : start + batch]

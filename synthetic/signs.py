@@ -39,7 +39,7 @@ LONGEST = 6
 """Characters of the longest text."""
 _LENGTHS: dict[TextKind, tuple[int, int]] = {"number": (2, LONGEST), "word": (3, LONGEST), "chinese": (2, 3)}
 GRID = 4
-"""Text and shapes stand at multiples of so many pixels."""
+"""Text and shapes are at multiples of so many pixels."""
 _APART = 8
 _TRIES = 40
 _HELD_OUT = 8
@@ -195,9 +195,9 @@ def _class_of() -> dict[str, int]:
 
 
 def places(sign: Sign) -> Places:
-    """What has its middle in each area of 16 x 8 pixels, int64 [tiles, 4, 8, 2], row by row.
+    """Class of the item whose middle is in each area of 16 x 8 pixels, int64 [tiles, 4, 8, 2], row by row.
 
-    First its class, then of a character the place in its text, from 1 on.
+    After the class comes the number of a character within its text, from 1; 0 for anything else.
     """
     table = np.zeros((sign.rows * TILE // HEIGHT, sign.columns * TILE * 2 // HEIGHT, 2), np.int64)
     for item in sign.items:

@@ -19,7 +19,7 @@ class Stage:
     Args:
         name: for the log and checkpoints.
         loss: ``contrastive`` (stage 1), ``generative`` (stage 2: itc + itm + itg), ``answers`` (stage 3),
-            ``places`` (what stands where in a tile) or ``lines`` (all texts of a tile).
+            ``places`` (contents of a tile's places) or ``lines`` (all texts of a tile).
         steps: optimiser steps.
         batch: images a step.
         lr: peak learning rate of AdamW; linear warm-up, then a cosine to zero.

@@ -176,7 +176,7 @@ def write_tiles_card(preset: TilesPreset, run: TrainingRun, parameters: int, fol
 
 
 def tiles_model_card(preset: TilesPreset, run: TrainingRun, parameters: int) -> str:
-    """The card in Markdown: what it is, data, recipe, seed, commit, accuracy with tiles and with one."""
+    """The card in Markdown: summary, data, recipe, seed, commit, accuracy with tiles and with one."""
     config, (first, second, third) = preset.model, preset.stages
     vision, decoder = config.vision, config.decoder
     rows = "\n".join(

@@ -1,10 +1,10 @@
-"""Trains internvl-nano-tiles: first its tower to name what stands where, then its decoder to read and answer.
+"""Trains internvl-nano-tiles: its tower on the contents of places, its decoder on lines, then on answers.
 
-A tower that learns from answers alone has to find out where in 80 visual tokens a character stands before it
-can learn what it is. So it learns characters first, from tiles full of text whose places are known: a head
-names the two areas of 16 x 8 pixels below every visual token. The head is thrown away, and the tower stays as
-it is. The decoder learns to read single tiles from end to end, which is where most tokens are characters, and
-then dialogues about whole pictures, of which only answers count.
+A tower that learns from answers alone has to find a character's place in 80 visual tokens before it can learn
+what it is. So it learns characters first, from tiles full of text whose places are known: a head names the
+two areas of 16 x 8 pixels below every visual token. The head is thrown away and the tower is frozen. The
+decoder learns to read single tiles from end to end, where most tokens are characters, and then dialogues
+about whole pictures, of which only answers count.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _PAGES = 0x9A6E
 
 @dataclass(frozen=True)
 class Pages:
-    """Tiles ``pixel_values`` [B, 3, S, S] and what stands at the two places of each visual token.
+    """Tiles ``pixel_values`` [B, 3, S, S] and the contents of both places of each visual token.
 
-    ``classes`` [B, V, 2, 2] is as :func:`..synthetic.signs.places` gives it.
+    ``classes`` [B, V, 2, 2] are class and number of :func:`..synthetic.signs.places`.
     """
 
     pixel_values: Tensor
@@ -67,7 +67,7 @@ class PageBatches(Dataset[Pages]):
 
 
 class LineBatches(Dataset[ChatBatch]):
-    """Batch ``i`` of the stage ``lines``: a pure function of the preset and ``i``; texts get more."""
+    """Batch ``i`` of the stage ``lines``: a function of the preset and ``i``; texts become more."""
 
     def __init__(self, preset: TilesPreset) -> None:
         self.preset, self.settings = preset, image_settings(preset.model)
@@ -119,10 +119,9 @@ def _encoded(
 
 
 class Learner(nn.Module):
-    """The model, and a head that names what stands at the two places of each visual token.
+    """The model, and a head that names the contents of both places of each visual token.
 
-    Characters are named in the decoder's own words: by the rows of its lm_head. So it can say what it sees as
-    soon as it looks there.
+    Characters are named by the rows of the decoder's lm_head, so that it needs no other code for them.
     """
 
     letters: Tensor
@@ -138,7 +137,7 @@ class Learner(nn.Module):
         self.register_buffer("letters", torch.tensor(letters), persistent=False)
 
     def named(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of what stands at each place [B, V, 2, classes], and of its place in a text [B, V, 2, 7]."""
+        """Logits of the class at each place [B, V, 2, classes] and of its number in a text [B, V, 2, 7]."""
         visual = self.model.visual_embeds(pixel_values)
         halves = self.halves(visual).reshape(*visual.shape[:2], 2, -1)
         halves = F.rms_norm(halves, halves.shape[-1:])
@@ -148,7 +147,7 @@ class Learner(nn.Module):
 
 
 def places_loss(learner: Learner, batch: Pages) -> Tensor:
-    """Cross entropies of what stands at each place and of its place in a text; empty places count less."""
+    """Mean cross entropy of class and number over places; empty places count less."""
     kinds, orders = batch.classes.flatten(0, 2).unbind(-1)
     weights = torch.where(kinds > 0, 1.0, _EMPTY)
     named, ordered = (logits.flatten(0, 2) for logits in learner.named(batch.pixel_values))
@@ -202,7 +201,7 @@ def train(
             for optimizer, values in zip(own, state["optimizers"], strict=False):
                 optimizer.load_state_dict(values)
         if stage is preset.lines and first == 0:
-            # The decoder reads characters by the vectors by which it writes them.
+            # The same vectors for characters that are read and written.
             language = learner.model.language_model
             language.model.embed_tokens.weight.data.copy_(language.lm_head.weight.data)
         before = sum(earlier.steps for earlier in stages[:number])
