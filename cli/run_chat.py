@@ -13,6 +13,7 @@ from ..errors import UsageError
 from .output import print_json
 
 if TYPE_CHECKING:
+    from ..runtime import Chat, InternVLChat
     from ..sampling import Sampling
 
 
@@ -33,12 +34,12 @@ def chat(
         raise UsageError(
             "There is no question.", "--json reads none from the keyboard.", "Give --question TEXT."
         )
-    from ..runtime import InternVLChat, frames_of
+    from ..runtime import InternVLChat
 
     started = time.perf_counter()
     images, videos, frames = shown
     with InternVLChat.load(bundle, **engines) as model:
-        talk = model.chat([*images, *(frame for video in videos for frame in frames_of(video, frames))])
+        talk = _conversation(model, images, videos, frames)
         for question in questions or _typed():
             if questions and not as_json:
                 typer.echo(f"> {question}")
@@ -63,6 +64,19 @@ def chat(
                     },
                 }
             )
+
+
+def _conversation(model: InternVLChat, images: list[Path], videos: list[Path], frames: int) -> Chat:
+    """About images and videos; where images are cut into tiles, a frame is one."""
+    from ..runtime import frames_of
+
+    if model.image_settings.tiling is None:
+        return model.chat([*images, *(frame for video in videos for frame in frames_of(video, frames))])
+    if len(videos) == 1 and not images:
+        return model.chat_video(videos[0], frames)
+    shown = [frame for video in videos for frame in frames_of(video, frames)]
+    limits = [*[model.image_settings.tiling.max_tiles] * len(images), *[1] * len(shown)]
+    return model.chat([*images, *shown], max_tiles=limits)
 
 
 def _typed() -> Iterator[str]:

@@ -177,7 +177,7 @@ def _plan(
 def _first_request(model: Loaded, started: float) -> tuple[float, str]:
     """Milliseconds since ``started`` once the first request is answered, and its description."""
     opened = "opening that engine, one call"
-    if isinstance(model, InternVLChat):
+    if isinstance(model, InternVLChat) and model.tokenizer.reads_texts:
         model.chat([jpeg()]).ask(TEXT, max_new_tokens=1)
         request, opened = "the first token about one JPEG", "opening all engines, one call of each"
     elif isinstance(model, InternVL) and model.components.gives("image_embed"):

@@ -12,8 +12,9 @@ from itertools import count
 
 from ...arrays import Floats
 from ...bundle.spec import ComponentSpec
-from ...inputs.chat_template import Turn, encode
+from ...inputs.chat_template import Turn
 from ...models.config import ChatConfig
+from ...models.families.chat import TEXT_TOKENS
 from ...runtime import InternVLChat
 from ...runtime.kv_cache import PrefixCache
 from .cases import Case, Task
@@ -54,7 +55,10 @@ def plan(
     """
     specs = specs_of(model, config)
     chosen = batches_of(specs.values(), batches)
-    prompt = config.num_visual - 1 + len(encode([Turn(question(), None, 1)], model.tokenizer).ids)
+    texts, words = model.tokenizer.reads_texts, TEXT_TOKENS
+    if texts:
+        words = len(model.chat_format.encode([Turn(question(), None, 1)], model.tokenizer).ids) - 1
+    prompt = config.num_visual + words
     tasks = [
         task
         for spec in specs.values()
@@ -62,12 +66,14 @@ def plan(
         for sizes in (*sizes_of(spec, batch, lengths, config), *_prefill(spec, batch, prompt))
         for task in component(model, spec, config, sizes)
     ]
-    tasks += _chained(model, specs["vision_chat"], specs["decoder"], prompt)
+    tasks += _chained(model, specs["vision_chat"], specs["decoder"], prompt) if texts else []
     width, height = JPEG_SIZE
     for batch in chosen:
         boundary = f"JPEG files of {width} x {height} in memory in, pixels out: decode, resize, normalise"
         prepare = partial(preprocessing, model, batch)
         tasks.append(Task("preprocess", "host", batch, {}, batch, "images", boundary, prepare))
+        if not texts:
+            continue
         boundary = f"{CAPTION_TOKENS} token ids an answer in, strings out"
         prepare = partial(detokenizing, model, batch)
         tasks.append(Task("postprocess answer", "host", batch, {}, batch, "texts", boundary, prepare))
