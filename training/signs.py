@@ -35,6 +35,7 @@ from .trainer import Options, TrainingProgress, freeze, read_state, save_state, 
 
 _EMPTY = 0.3
 """Weight of an empty place; others have 1."""
+_REPEAT = 3
 _PAGES = 0x9A6E
 
 
@@ -77,25 +78,31 @@ class LineBatches(Dataset[ChatBatch]):
 
     def __getitem__(self, index: int) -> ChatBatch:
         p = self.preset
-        texts = 1 + min(p.texts - 1, 2 * p.texts * index // p.lines.steps)
-        rows = lines(p.seed, index, p.lines.batch, texts)
-        return _joined([_encoded(p, self.settings, row, None) for row in rows])
+        return self.of(index, 1 + min(p.texts - 1, 2 * p.texts * index // p.lines.steps))
+
+    def of(self, index: int, texts: int) -> ChatBatch:
+        """Batch ``index``, with up to ``texts`` texts in a tile."""
+        rows = lines(self.preset.seed, index, self.preset.lines.batch, texts)
+        return _joined([_encoded(self.preset, self.settings, row, None) for row in rows])
 
 
 class DialogueBatches(Dataset[ChatBatch]):
     """Batch ``i`` of the stage ``answers``: a pure function of the preset and ``i``; pictures get larger.
 
-    The first fifth has pictures of one tile, the second of one or two.
+    The first fifth has pictures of one tile, the second of one or two. Every third batch repeats ``lines``.
     """
 
     def __init__(self, preset: TilesPreset) -> None:
         self.preset, self.settings = preset, image_settings(preset.model)
+        self.lines = LineBatches(preset)
 
     def __len__(self) -> int:
         return self.preset.answers.steps
 
     def __getitem__(self, index: int) -> ChatBatch:
         p = self.preset
+        if index % _REPEAT == _REPEAT - 1:
+            return self.lines.of(p.lines.steps + index, p.texts)
         tiles = 1 + 5 * index // p.answers.steps
         rows = dialogues(
             p.seed, index, p.answers.batch, "train", p.turns, tiles if tiles in SMALL_GRIDS else None
