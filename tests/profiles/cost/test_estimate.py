@@ -334,6 +334,6 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*line, "--model", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["points"] == data["points"]
     assert cli.main(["estimate", "--gpu", "a100", "--precision", "fp8"]) == 5
-    assert "no fp8 peak" in capsys.readouterr().err
+    assert "No fp8 peak" in capsys.readouterr().err
     assert cli.main(["estimate", "--gpu", "nothing"]) == 2
     assert cli.main([*line, "--image-size", "225"]) == 2
