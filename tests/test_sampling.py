@@ -58,15 +58,15 @@ def test_of_any_float_type(kind: str) -> None:
 
 def test_beams_end_at_every_stop_token() -> None:
     """As one end token of all their probability would: a beam that ended is not continued."""
-    rows = np.log(np.array([[0.05, 0.1, 0.6, 0.25], [0.7, 0.1, 0.1, 0.1]], np.float32))
+    table = np.log(np.array([[0.05, 0.1, 0.6, 0.25], [0.7, 0.1, 0.1, 0.1]], np.float32))
 
-    def step(tokens: Ids, parents: Ids | None) -> Scores:
-        return np.stack([rows[1 if token == 3 else 0] for token in tokens])
+    def step(tokens: Ids, rows: Ids | None) -> Scores:
+        return np.stack([table[1 if token == 3 else 0] for token in tokens])
 
     kinds = (StopCriteria(1, 0, 3), StopCriteria(1, 0, 3, more=(2,)))
-    plain, more = (decode(rows[:1], step, stop, 2)[0].tolist() for stop in kinds)
+    plain, more = (decode(table[:1], step, stop, 2)[0].tolist() for stop in kinds)
     assert plain == [2, 2, 2]
     assert more == [1], "token 2, the likeliest, ends the first beam: nothing precedes it"
     never = StopCriteria(1, 0, 3, never=(2,))
-    assert 2 not in decode(rows[:1], step, never, 2)[0].tolist()
-    assert decode(rows[:1], step, StopCriteria(1, 0, 2, 1, (2,)), 1)[0].tolist() == [3, 0]
+    assert 2 not in decode(table[:1], step, never, 2)[0].tolist()
+    assert decode(table[:1], step, StopCriteria(1, 0, 2, 1, (2,)), 1)[0].tolist() == [3, 0]
