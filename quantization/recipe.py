@@ -78,7 +78,7 @@ class Recipe:
         _one_of(f"{where}: attention", self.attention, ATTENTION)
         for rule in self.rules:
             _one_of(f"{where}: scheme of {rule.pattern!r}", rule.scheme, (*SCHEMES, self.base))
-        if (self.name == "fp32" or self.base == "fp32") and (self.quantises or self.base != self.name):
+        if "fp32" in (self.name, self.base) and (self.quantises or self.base != "fp32"):
             raise UsageError(
                 f"{where} has the base {self.base}" + (" and quantises." if self.quantises else "."),
                 "fp32 is the name of the unquantised model, with which reports compare.",

@@ -325,5 +325,5 @@ def test_a_tokenizer_without_the_templates_tokens_is_of_another_model() -> None:
     [(b"hi", None), (5, None), (None, None), (["hi"], None), ("hi", b"x"), (("a", 3), "x")],
 )
 def test_a_turn_of_anything_but_text_is_refused(question: Any, answer: Any) -> None:
-    with pytest.raises(InputError, match="is no text"):
+    with pytest.raises(InputError, match="is not text"):
         Turn(question, answer)
