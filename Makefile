@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/ivl-export profile bundles/internvl-nano-fp8 --batch 1,8 --seconds 0.3
 
 check: setup lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow" --hypothesis-profile quick
 
 test: setup lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile

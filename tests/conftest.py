@@ -18,6 +18,7 @@ from ivl_export.files.locks import locked
 
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("untimed", deadline=None)
+settings.register_profile("quick", deadline=None, max_examples=20)  # of `make check`
 settings.load_profile("untimed")
 
 # Tables fold at the width of the terminal, and xdist's workers pass for one of 80 columns.

@@ -109,15 +109,18 @@ def run(code: str, bundle: Path, threads: int = 2) -> list[str]:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.slow
 def test_children_embed_and_caption(tiny_bundle: Path, threads: int) -> None:
     calls = ["embed", "text", "caption", "own_service", "synchronous"]
     assert run(EMBED, tiny_bundle, threads) == [f"{call} [0, 0] True" for call in calls]
 
 
+@pytest.mark.slow
 def test_children_chat(chat_bundle: Path) -> None:
     assert run(CHAT, chat_bundle) == ["ask [0, 0] True", "synchronous [0, 0] True"]
 
 
+@pytest.mark.slow
 def test_a_fork_while_others_ask(tiny_bundle: Path) -> None:
     assert run(BUSY, tiny_bundle) == [f"busy {[0] * 8}"]
 

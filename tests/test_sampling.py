@@ -22,6 +22,7 @@ SETTINGS = st.builds(
 
 
 @given(how=SETTINGS, size=st.integers(1, 300), ties=st.booleans())
+@pytest.mark.slow
 def test_a_device_draws_what_the_host_draws(how: Sampling, size: int, ties: bool) -> None:
     drawn = np.random.default_rng(how.seed).normal(0, 3, size).astype(np.float32)
     logits = np.round(drawn) if ties else drawn

@@ -189,7 +189,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("precision", "least"), [("fp8", 0.99), ("int8", 0.999)])
+@pytest.mark.parametrize(
+    ("precision", "least"), [pytest.param("fp8", 0.99, marks=pytest.mark.slow), ("int8", 0.999)]
+)
 def test_a_new_family_goes_the_whole_way(
     checkpoint: Path,
     photos: Path,

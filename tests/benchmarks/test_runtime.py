@@ -72,6 +72,7 @@ def test_a_sample_of_a_short_call_is_the_mean_of_many() -> None:
 
 
 @given(SECONDS, SECONDS, st.floats(0.5, 2))
+@pytest.mark.slow
 def test_ratios_and_goals(ours: list[float], theirs: list[float], bound: float) -> None:
     timed = (Timed("ours", "fp32", 2, tuple(ours)), Timed("theirs", "fp32", 2, tuple(theirs)))
     faster, longer = Goal("ours", "theirs", "speed", bound), Goal("ours", "theirs", "time", bound)
@@ -96,6 +97,7 @@ def test_chained_calls_compute_what_bare_sessions_do(tiny: Setting) -> None:
     assert all(len(c.timed) == (3 if "text" in c.case else 2) for c in results)
 
 
+@pytest.mark.slow
 def test_prefixes_are_reused_without_another_answer(chat_bundle: Path) -> None:
     result = part("prefix")(Given(chat_bundle, threads=1, rounds=3, models=("tiny",)))
     assert [c.timed[0].precision for c in result] == ["fp32", "int8"]
@@ -105,6 +107,7 @@ def test_prefixes_are_reused_without_another_answer(chat_bundle: Path) -> None:
         assert [(g.of, g.bound) for g in comparison.goals] == [(t.name, 3.0) for t in comparison.timed[1:]]
 
 
+@pytest.mark.slow
 def test_what_is_compared_with_pytorch_computes_the_same(tiny: Setting) -> None:
     model = load_model(TINY)
     with InternVL.load(tiny.work, threads=1) as ours, torch.inference_mode():
@@ -195,6 +198,7 @@ def test_a_document_with_other_marks_is_refused() -> None:
         document.render("")
 
 
+@pytest.mark.slow
 def test_the_command_keeps_a_receipt(
     tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

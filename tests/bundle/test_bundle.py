@@ -363,6 +363,7 @@ bundle.seal(stage(work / "staging", "two"), make_manifest(), work / "out")
         ("unlink", 1, "two"),  # after the second: only the old one's removal is missing
     ],
 )
+@pytest.mark.slow
 def test_a_killed_seal_leaves_the_old_or_the_new(
     bundle: Bundle, tmp_path: Path, name: str, point: int, wins: str
 ) -> None:

@@ -93,6 +93,7 @@ def test_runs_of_equal_lengths() -> None:
     assert [r.length(10) for r in results] == [13, 2, 14, 1]
 
 
+@pytest.mark.slow
 def test_a_recording_is_what_the_whole_model_gives(
     checkpoint: Checkpoint,
     settings: ImageSettings,
@@ -221,6 +222,7 @@ def test_factors_fold_into_a_model_that_sees_the_same(checkpoint: Checkpoint) ->
     assert len(divisors) >= 3 * 3
 
 
+@pytest.mark.slow
 def test_what_a_quantised_layer_loses(
     checkpoint: Checkpoint,
     settings: ImageSettings,

@@ -37,6 +37,7 @@ def counted(parts: list[torch.Tensor]) -> Histogram:
 
 
 @pytest.mark.parametrize(("seed", "growth"), [(0, 0.5), (1, 1.4)])
+@pytest.mark.slow
 def test_percentiles_are_modelopts(seed: int, growth: float) -> None:
     calib = pytest.importorskip("modelopt.torch.quantization.calib")
     theirs, parts = calib.HistogramCalibrator(num_bits=8, axis=None, unsigned=False), inputs(seed, growth)

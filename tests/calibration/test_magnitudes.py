@@ -239,6 +239,7 @@ def build(
         (gate, "qllama_text", r"block 1, mlp \(mul\) reaches .* in channel 3"),
     ],
 )
+@pytest.mark.slow
 def test_fp16_is_refused_for_what_runs_over(
     build: Callable[..., tuple[int, Any]], change: Callable[[Tensors], None], component: str, names: str
 ) -> None:
@@ -249,6 +250,7 @@ def test_fp16_is_refused_for_what_runs_over(
     assert "bf16" in error["fix"]
 
 
+@pytest.mark.slow
 def test_int8_on_fp16_is_refused_and_bf16_says_what_it_holds(
     build: Callable[..., tuple[int, Any]], tmp_path: Path
 ) -> None:
@@ -271,6 +273,7 @@ def test_int8_on_fp16_is_refused_and_bf16_says_what_it_holds(
     assert Bundle.open(tmp_path / "out").receipt("accuracy")["magnitudes"]["samples"] > 0
 
 
+@pytest.mark.slow
 def test_weights_that_are_denormal_are_named(build: Callable[..., tuple[int, Any]], tmp_path: Path) -> None:
     code, report = build(faint, "fp16", "vision")
     assert code == 0, report

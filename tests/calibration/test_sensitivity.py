@@ -48,6 +48,7 @@ def sensitivity(
     return measure(checkpoint, ALL, SCHEMES, ranges, scenes[1], settings, tokenizer, folder, batch_size=2)
 
 
+@pytest.mark.slow
 def test_it_equals_a_block_that_is_quantised_by_hand(
     sensitivity: Sensitivity,
     checkpoint: Checkpoint,
@@ -95,6 +96,7 @@ def test_every_layer_of_the_blocks_in_every_scheme(sensitivity: Sensitivity, che
     assert Sensitivity.from_json(sensitivity.to_json()) == sensitivity
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(
     sensitivity: Sensitivity,
     checkpoint: Checkpoint,
@@ -162,6 +164,7 @@ def test_nan_is_refused_by_name(
         measure(strange, ["vision"], ["int8-smooth"], *inputs[2:])
 
 
+@pytest.mark.slow
 def test_the_heat_map(sensitivity: Sensitivity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ivl_export.pipeline.plots import sensitivity_heatmap
 

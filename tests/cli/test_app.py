@@ -183,6 +183,7 @@ def test_unexpected_errors_are_one_line(
 @pytest.mark.parametrize(
     "args", [["build", "--list-recipes"], ["build", "--list-recipes", "--json"], ["--help"]]
 )
+@pytest.mark.slow
 def test_a_closed_pipe_ends_a_command_quietly(args: list[str]) -> None:
     code = f"import sys; from ivl_export.cli import main; sys.stdin.read(1); sys.exit(main({args!r}))"
     process = subprocess.Popen(
@@ -195,6 +196,7 @@ def test_a_closed_pipe_ends_a_command_quietly(args: list[str]) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.slow
 def test_ctrl_c_exits_130(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "manifest.json")  # opening it waits for a writer that never comes
     # The test run itself may be in the background, where shells ignore Ctrl-C for all children.
@@ -213,6 +215,7 @@ def test_ctrl_c_exits_130(tmp_path: Path) -> None:
     assert err.strip() == "Interrupted."  # there is nothing to go on with
 
 
+@pytest.mark.slow
 def test_completion_offers_verbs_and_their_commands() -> None:
     code = "import sys; from ivl_export.cli import main; sys.exit(main([]))"
     for typed, offered in (("ivl-export ", "verify"), ("ivl-export run ", "retrieve")):
@@ -290,6 +293,7 @@ def test_a_module_that_no_extra_has_is_a_bug(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("command", [["doctor"], ["build", "--list-recipes"]])
+@pytest.mark.slow
 def test_a_full_disk_is_no_bug(command: list[str]) -> None:
     code = "import sys; from ivl_export.cli import main; sys.exit(main(sys.argv[1:]))"
     with Path("/dev/full").open("w") as full:

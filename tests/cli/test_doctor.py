@@ -79,6 +79,7 @@ def test_a_backend_is_a_line(
     assert "On sm90 (H100, H200, GH200)" in out
 
 
+@pytest.mark.slow
 def test_it_loads_the_backends_libraries_but_not_torch() -> None:
     code = (
         "import sys; from ivl_export.cli import main; main(['doctor', '--precision', 'fp8', '--json']);"
@@ -106,6 +107,7 @@ def test_a_chat_model_of_full_size(
     assert diagnosis["needs"]["weights"] == pytest.approx(12.3e9 + 2 * 32000 * 4096, rel=0.02)
 
 
+@pytest.mark.slow
 def test_room_is_checked(
     full: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,7 @@ def test_retrieval_against_a_full_matrix(
 
 
 @pytest.mark.parametrize("top", [4, 100])
+@pytest.mark.slow
 def test_reranked_recall_is_shown_next_to_the_search(
     tiny_bundle: Path, data: Path, scenes: list[Scene], capsys: pytest.CaptureFixture[str], top: int
 ) -> None:
@@ -192,6 +193,7 @@ def test_xtd_limit_and_questions(tiny_bundle: Path, data: Path, capsys: pytest.C
     assert values(part) == values(again)
 
 
+@pytest.mark.slow
 def test_captions(tiny_bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "eval",

@@ -51,6 +51,7 @@ class Heard:
 @pytest.mark.parametrize(
     ("model", "component", "blocks"), [(None, "vision", 5), ("nano-chat", "vision_chat", 4)]
 )
+@pytest.mark.slow
 def test_the_verb(
     model: str | None, component: str, blocks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +177,7 @@ def test_modelled_times() -> None:
 
 
 @pytest.mark.parametrize(("model", "component"), [(None, "vision"), (NANO_CHAT, "vision_chat")])
+@pytest.mark.slow
 def test_a_search_is_made_once(model: Path | None, component: str, tmp_path: Path) -> None:
     measured: list[Recipe] = []
 

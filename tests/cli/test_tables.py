@@ -62,7 +62,10 @@ def folder(tiny_bundle: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("columns", [80, 100])
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize(
+    "line",
+    [pytest.param(x, marks=pytest.mark.slow) if x.startswith("profile BUNDLE") else x for x in LINES],
+)
 def test_no_word_of_a_table_is_broken(
     line: str,
     columns: int,

@@ -94,6 +94,7 @@ def test_any_text_names_one_choice_or_none(said: str, choices: list[str]) -> Non
     assert 0 <= vqa_accuracy(said, choices) <= 1
 
 
+@pytest.mark.slow
 def test_a_bundle_is_asked(chat_bundle: Path, tmp_path: Path) -> None:
     rows = [{"image": f"{i}.png", "question": "what?", "answers": ["ring"] * 10} for i in range(3)]
     two = {"image": ["0.png", "1.png"], "question": "same?", "choices": ["yes", "no"], "answer": "A"}

@@ -63,6 +63,7 @@ def test_published_numbers_of_the_paper_average_as_it_says() -> None:
     assert np.mean(values("imagenet", "InternVL-C")) == pytest.approx(64.0, abs=0.06)
 
 
+@pytest.mark.slow
 def test_cider() -> None:
     pytest.importorskip("pycocoevalcap")
     if shutil.which("java") is None:

@@ -294,6 +294,7 @@ def test_blocks_that_form_no_chain_are_refused() -> None:
         repeat_blocks(model.graph, "qllama.model.layers", 2, 0, 0)
 
 
+@pytest.mark.slow
 def test_compute_types_share_one_structure(small: Built) -> None:
     def nodes(dtype: str) -> list[str]:
         graph = export_component("qllama_text", small.checkpoint, dtype).graph

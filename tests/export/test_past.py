@@ -70,6 +70,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @settings(max_examples=25)
 @given(batch=st.integers(1, 4), past=st.integers(1, 40), text=st.integers(1, 9), seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_pieces_equal_the_whole(both: Both, batch: int, past: int, text: int, seed: int) -> None:
     feeds = both.feeds(batch, past, text, seed)
     for want, got in zip(*(session.run(None, feeds) for session in both.sessions), strict=True):

@@ -116,6 +116,7 @@ def locations(graph: Path) -> set[str]:
     return {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
 
 
+@pytest.mark.slow
 def test_zero_copy_equals_torch_and_writes_only_graphs(shards: Path) -> None:
     before = {p.name: p.read_bytes() for p in shards.iterdir() if p.is_file()}
     checkpoint = open_checkpoint(shards)
@@ -132,6 +133,7 @@ def test_zero_copy_equals_torch_and_writes_only_graphs(shards: Path) -> None:
         assert_equals_torch(checkpoint, name, graph)
 
 
+@pytest.mark.slow
 def test_a_copy_equals_torch_and_needs_no_checkpoint(source: Path, tmp_path: Path) -> None:
     steps = Steps()
     checkpoint = open_checkpoint(source)
@@ -157,6 +159,7 @@ def test_a_copy_equals_torch_and_needs_no_checkpoint(source: Path, tmp_path: Pat
     assert [step for step in ended if step != "weights"] == [*BOTH]
 
 
+@pytest.mark.slow
 def test_bf16_graphs_use_the_shards_as_they_are(shards: Path, tmp_path: Path) -> None:
     linked = export_plain(open_checkpoint(shards), shards, ["vision"], "bf16", zero_copy=True)
     copied = export_plain(open_checkpoint(shards), tmp_path / "copy", ["vision"], "bf16")
@@ -339,6 +342,7 @@ def test_faulty_arguments(source: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_verb(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["export", "--model", str(shards), "--components", "vision", "--dtype", "fp32"]
     assert main([*args, "--zero-copy", "--json"]) == 0

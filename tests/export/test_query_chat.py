@@ -59,6 +59,7 @@ def pixels_of(batch: int, seed: int = 0) -> Array:
 
 @settings(max_examples=6, deadline=None)
 @given(batch=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
+@pytest.mark.slow
 def test_graphs_are_the_modules_and_together_the_model(
     checkpoint: Checkpoint, exported: Exported, batch: int, seed: int
 ) -> None:
@@ -75,6 +76,7 @@ def test_graphs_are_the_modules_and_together_the_model(
     assert whole.shape == (batch, 6 + 36, 128)
 
 
+@pytest.mark.slow
 def test_graphs_over_the_checkpoints_own_bytes(query_chat: Path, exported: Exported) -> None:
     """Zero copy: nothing but the graphs is written, and they compute the same."""
     before = {path.name for path in query_chat.iterdir()}

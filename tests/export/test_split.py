@@ -59,7 +59,7 @@ class Split:
         return replace(self.bundle.manifest, components=components, engines=())
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Split:
     """Scales are made up: both sides compute with the same ones."""
     root = tmp_path_factory.mktemp("split")
@@ -140,6 +140,7 @@ def test_the_chain_equals_the_whole(split: Split, component: str) -> None:
         chain.run(component, feeds)
 
 
+@pytest.mark.slow
 def test_the_runtime_runs_a_split_bundle(split: Split) -> None:
     opened = Bundle.open(split.bundle.root, verify="hash")
     assert opened.manifest == split.bundle.manifest

@@ -158,6 +158,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("command", [["ls", "--json"], ["prune", "--all", "--json"]])
+@pytest.mark.slow
 def test_without_a_home_the_cache_is_below_the_temporary_folder(command: list[str], tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", HOMELESS, "doctor", "cache", *command],

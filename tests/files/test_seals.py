@@ -59,6 +59,7 @@ def test_a_copy_is_sealed_again(seal: Path, tmp_path: Path) -> None:
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 ).map(json.dumps)))  # fmt: skip
+@pytest.mark.slow
 def test_any_text_is_a_seal_or_none(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("seal") / "x.seal"
     path.write_text(text, "utf-8", errors="surrogatepass")

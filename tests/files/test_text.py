@@ -35,7 +35,8 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\ns
 MARKED = ("utf-8", "utf-8-sig", "utf-16", "utf-32")
 
 
-@given(text=st.text().filter(lambda t: not t.startswith("\ufeff")), encoding=st.sampled_from(MARKED))
+# The mark of UTF-16 and a NUL are the mark of UTF-32.
+@given(text=st.text().filter(lambda t: not t.startswith(("\ufeff", "\0"))), encoding=st.sampled_from(MARKED))
 def test_a_mark_says_the_encoding(text: str, encoding: str) -> None:
     assert decode_text(text.encode(encoding)) == text
 

@@ -277,6 +277,7 @@ SPELLED = st.lists(
         st.tuples(SPELLED, SPELLED, st.lists(st.integers(1, 5), max_size=2)), min_size=1, max_size=3
     )
 )
+@pytest.mark.slow
 def test_what_users_and_models_write_is_text(rows: list[tuple[str, str, list[int]]]) -> None:
     template, tiles = template_of({"template": "internvl2_5"}), [n for *_, counts in rows for n in counts]
     turns = [Turn(question, f"x{answer}", len(counts)) for question, answer, counts in rows]

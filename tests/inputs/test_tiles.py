@@ -51,6 +51,7 @@ def test_tiles_equal_the_published_bytes(image: dict[str, Any]) -> None:
 
 
 @given(SIDE, SIDE, st.integers(1, MAX_TILES), st.integers(1, MAX_TILES), st.booleans())
+@pytest.mark.slow
 def test_any_size_has_a_grid_within_the_limits(
     width: int, height: int, one: int, other: int, thumbnail: bool
 ) -> None:

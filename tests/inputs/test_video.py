@@ -209,6 +209,7 @@ def test_a_video_is_the_mean_of_its_frames(
     assert f'"video": "{path}"' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_chat_sees_a_video_frame_by_frame(
     chat_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -301,6 +301,7 @@ def test_what_the_published_code_writes_is_known() -> None:
     assert ChatConfig.from_published(chat().to_published()) == chat()
 
 
+@pytest.mark.slow
 def test_unknown_keys_are_named_once(
     tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

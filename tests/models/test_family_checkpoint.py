@@ -160,6 +160,7 @@ def test_gates_and_ups_of_gpt_oss_alternate() -> None:
 
 
 @given(data=st.data())
+@pytest.mark.slow
 def test_any_view_reads_what_it_says(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("views") / "w.safetensors"
     rows, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 6))

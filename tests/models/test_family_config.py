@@ -342,6 +342,7 @@ JSON = st.recursive(
 
 
 @given(folder=st.sampled_from(FOLDERS), data=st.data(), value=JSON)
+@pytest.mark.slow
 def test_any_value_is_read_or_refused(folder: str, data: st.DataObject, value: Any) -> None:
     config = published(folder)
     parts = [config, *(v for v in config.values() if isinstance(v, dict))]

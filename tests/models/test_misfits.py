@@ -76,6 +76,7 @@ def test_wrappers_inside_names_and_of_each_other(tmp_path: Path) -> None:
     refused(saved(tmp_path / "c", own), "All names begin with student.net.", 'replace("student.net.", "")')
 
 
+@pytest.mark.slow
 def test_the_remedy_works(tmp_path: Path) -> None:
     folder = saved(tmp_path / "c", renamed(lambda name: "module." + name))
     code = refused(folder).fix.partition("python -c '")[2].rpartition("'")[0]

@@ -269,6 +269,7 @@ def test_tensorrt_builds_for_the_gpu_that_is_here(ask: Ask, monkeypatch: pytest.
     assert step.inputs["backend"] == TENSORRT
 
 
+@pytest.mark.slow
 def test_shapes_and_options_decide_engines_and_nothing_else(ask: Ask) -> None:
     pytest.importorskip("tensorrt_rtx")
     plain = {s.name: s.digest for s in build_steps(ask())}
@@ -311,6 +312,7 @@ def digests(plan: BuildPlan) -> dict[str, str]:
     return {step.name: step.digest for step in build_steps(plan)}
 
 
+@pytest.mark.slow
 def test_steps_depend_on_what_they_read(ask: Ask, tiny_model: Path, photos: Path, tmp_path: Path) -> None:
     base = digests(ask())
     assert digests(ask()) == base

@@ -334,6 +334,7 @@ def test_records_round_trip(digest: str, files: dict[str, int], seconds: float) 
 
 @given(st.data())
 @settings(max_examples=40, deadline=None)
+@pytest.mark.slow
 def test_any_history_ends_as_a_clean_build_would(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

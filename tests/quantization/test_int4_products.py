@@ -69,6 +69,7 @@ def test_onnxruntime_multiplies_rounded_values(scheme: str, shallow: Checkpoint,
 
 
 @pytest.mark.parametrize(("scheme", "runs"), [("w4a8", "int8xint4"), ("w4a4", "int4xint4")])
+@pytest.mark.slow
 def test_the_engine_multiplies_integers(scheme: str, runs: str, shallow: Checkpoint, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     graph, promised, layers = written(shallow, tmp_path / "gpu", scheme, "bf16", "tensorrt", AMAX)

@@ -46,6 +46,7 @@ def test_equals_modelopts_fake_quantisation(kind: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_recipe_may_ask_for_it(kind: str, tmp_path: Path) -> None:
     """Nano's text pass: ONNX Runtime and the simulation agree."""
     recipe = tmp_path / "own.yaml"

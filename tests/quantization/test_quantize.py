@@ -155,6 +155,7 @@ def test_equals_modelopt_fake_quantisation_on_the_same_amax() -> None:
         assert sqnr(w, dequantise(values, scale)) > (30 if scheme == "fp8" else 40)
 
 
+@pytest.mark.slow
 def test_int4_blocks_equal_modelopt_fake_quantisation_on_the_same_amax() -> None:
     tensor_quant = pytest.importorskip("modelopt.torch.quantization.tensor_quant")
     torch.manual_seed(0)

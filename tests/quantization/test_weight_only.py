@@ -95,6 +95,7 @@ def test_onnxruntime_multiplies_by_the_dequantised_weights(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.slow
 def test_the_engine_keeps_the_weights_small(scheme: str, shallow: Checkpoint, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     graph, promised, layers = written(shallow, tmp_path / "gpu", scheme, "bf16", "tensorrt")

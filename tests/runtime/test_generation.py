@@ -174,6 +174,7 @@ def test_cache_reorders_as_fancy_indexing_does() -> None:
 
 
 @given(st.integers(1, 40), st.integers(0, 3000), st.lists(st.integers(1, 2000), min_size=1, max_size=20))
+@pytest.mark.slow
 def test_a_capacity_follows_what_is_used(least: int, more: int, lengths: list[int]) -> None:
     past, have = Axis("past", least, least, max(2000, least + more)), 0
     for longest in lengths:

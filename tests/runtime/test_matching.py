@@ -83,6 +83,7 @@ def test_the_component_gives_the_published_losses(model: InternVL, name: str) ->
 
 
 @given(length=st.integers(1, 12), padding=st.integers(0, 9), seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_padding_changes_nothing(match: torch.nn.Module, length: int, padding: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randn(2, 17, 60, generator=draw)

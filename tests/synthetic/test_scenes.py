@@ -79,6 +79,7 @@ def differing_words(a: Scene, b: Scene) -> list[tuple[str, str]]:
     return [(x, y) for x, y in pairs if x != y]
 
 
+@pytest.mark.slow
 def test_near_copies_differ_in_one_attribute_or_place() -> None:
     rng = np.random.default_rng(3)
     stored = 0

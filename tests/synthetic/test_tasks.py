@@ -68,6 +68,7 @@ class Oracle:
         return said
 
 
+@pytest.mark.slow
 def test_the_truth_scores_one() -> None:
     result = evaluate(Oracle(), **SETTINGS)
     for mode in tasks.MODES:

@@ -96,6 +96,7 @@ def run(qat_config: QatConfig, processes: int = 1, stop: int = 0) -> dict[str, A
     return outcome.receipt
 
 
+@pytest.mark.slow
 def test_the_built_graph_is_what_was_trained(qat_config: QatConfig, tmp_path: Path) -> None:
     receipt = run(replace(qat_config, teacher=True))
     assert len(receipt["losses"]) == 6

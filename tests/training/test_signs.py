@@ -128,6 +128,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("last", [1, 2, 3])
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_weights(last: int, tmp_path: Path) -> None:
     def stop(progress: TrainingProgress) -> None:
         if progress.done == last + 1:
@@ -146,6 +147,7 @@ def test_a_stopped_run_ends_with_the_same_weights(last: int, tmp_path: Path) -> 
         training.train(replace(SMALL, seed=1), Options(tmp_path / "parts", 1, 0), ignore)
 
 
+@pytest.mark.slow
 def test_the_verb_writes_a_checkpoint_that_loads(tmp_path: Path) -> None:
     out = tmp_path / "m"
     args = ["train", "--preset", "nano-tiles", "--steps", "2", "--batch", "3", "-O", "threads=1", "--json"]

@@ -142,6 +142,7 @@ def test_what_learns(model: InternVLChatModel, tokenizer: bytes, tmp_path: Path,
         assert learning == added
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_weights(tokenizer: bytes, tmp_path: Path) -> None:
     whole, stopped = load_chat(CHAT), load_chat(CHAT)
     losses = run(whole, tokenizer, tmp_path / "whole")
@@ -216,6 +217,7 @@ def test_adapters_of_another_model(tmp_path: Path, model: InternVLChatModel) -> 
         lora.load(small, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_verb_trains_a_checkpoint_on_a_users_data(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +245,7 @@ def test_the_verb_trains_a_checkpoint_on_a_users_data(
     assert SentencePieceTokenizer(out / "tokenizer.model").model == (folder / "tokenizer.model").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_projectors_of_a_model_with_queries_are_trained(
     query_chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,6 +117,7 @@ def whole(
 
 # 3: within stage 1, state of step 2; 4: between the stages; 5: nothing of stage 2 is kept; 7: within stage 2
 @pytest.mark.parametrize("step", [3, 4, 5, 7])
+@pytest.mark.slow
 def test_a_stopped_run_ends_where_one_that_was_not_ends(
     step: int, whole: tuple[InternVLModel, Path, list[TrainingProgress]], tokenizer: bytes, tmp_path: Path
 ) -> None:
@@ -253,6 +254,7 @@ def test_positions_tell_rows_and_columns_apart(grid: int, width: int) -> None:
     assert torch.equal(square[..., half : 2 * half], square[:1, :, half : 2 * half].expand(grid, -1, -1))
 
 
+@pytest.mark.slow
 def test_temperature_stays_below_its_limit(tokenizer: bytes, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run(TINY, tokenizer, tmp_path, stop_after(3))

@@ -200,6 +200,7 @@ def test_profiles_are_reported_together(make: Make, tmp_path: Path) -> None:
     check_expectations(report, sample.promised)
 
 
+@pytest.mark.slow
 def test_two_builds_compute_the_same(make: Make, tmp_path: Path) -> None:
     """Bytes may differ, programs and weights do not; another weight or another scale is seen."""
     pytest.importorskip("tensorrt_rtx")

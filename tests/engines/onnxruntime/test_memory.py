@@ -73,6 +73,7 @@ def opened(path: Path):  # type: ignore[no-untyped-def]
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux")
 @pytest.mark.parametrize("before", ["", OWN], ids=["ours", "the application's"])
+@pytest.mark.slow
 def test_memory_comes_and_goes_with_the_rows(tmp_path: Path, before: str) -> None:
     run = [sys.executable, "-c", HELD.format(before=before), str(wide(tmp_path / "wide.onnx"))]
     process = subprocess.run(run, capture_output=True, text=True)

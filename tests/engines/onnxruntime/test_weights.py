@@ -51,6 +51,7 @@ def kept(cache: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in cache.glob("weights/*/*")}
 
 
+@pytest.mark.slow
 def test_shared_weights_give_the_same_bits_and_are_written_once(tiny_bundle: Path, cache: Path) -> None:
     alone = answers(tiny_bundle, False)
     assert not cache.exists()
@@ -72,6 +73,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.slow
 def test_equal_weights_are_one_file(tiny_bundle: Path, cache: Path) -> None:
     answers(tiny_bundle, True)
     used: dict[str, set[str]] = {}

@@ -341,6 +341,7 @@ def test_an_unknown_builder_is_a_usage_error() -> None:
             ask("openvino")
 
 
+@pytest.mark.slow
 def test_only_one_module_imports_tensorrt() -> None:
     files = [p for p in sources("tests") if p.parent != ROOT]
     importers = [p.name for p in files if "tensorrt_rtx" in _imported(p)]

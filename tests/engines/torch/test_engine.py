@@ -187,6 +187,7 @@ def test_tensors_stay_where_they_are(tiny_bundle: Path) -> None:
         engine.run(inputs)
 
 
+@pytest.mark.slow
 def test_blocks_compile_as_one_graph_each(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without breaks, and once for all; the code generator, which takes a minute here, is torch's."""
     compiled = []
@@ -242,6 +243,7 @@ def test_a_bundle_without_its_weights_is_refused(tiny_bundle: Path, tmp_path: Pa
         open_engine("torch", bare.spec("vision"), bare.root)
 
 
+@pytest.mark.slow
 def test_the_exported_program_is_the_module(tiny_bundle: Path) -> None:
     """What Torch-TensorRT is given; compiling it needs a GPU."""
     bundle = Bundle.open(tiny_bundle)

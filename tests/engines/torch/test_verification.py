@@ -135,6 +135,7 @@ def test_an_attention_that_falls_apart_says_so(tiny_bundle: Path) -> None:
     assert {a.cause for a in report.attention} == {"torch runs its products one by one"}
 
 
+@pytest.mark.slow
 def test_compiled_code_has_the_same_layers(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the code generator, which takes a minute here."""
     whole: Callable[..., Any] = torch.compile

@@ -66,6 +66,7 @@ def test_a_step_reads_weights_and_cache() -> None:
     assert not predict(THIRTEEN, "rtx4090", "bf16").points[0].fits
 
 
+@pytest.mark.slow
 def test_what_makes_a_chat_dearer() -> None:
     small, large, asking = (predict(c, cost_per_hour=2.0).points[1] for c in (SEVEN, THIRTEEN, QUERIES))
     assert small.token_ms < large.token_ms
@@ -90,6 +91,7 @@ def test_shipped_precisions_cover_every_form() -> None:
     assert len(low) == 7
 
 
+@pytest.mark.slow
 def test_the_verb(chat_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["estimate", "--gpu", "l40s", "--batch", "1,8"]
     assert (

@@ -206,6 +206,7 @@ def test_weights_alone_may_be_quantised() -> None:
     assert costs[1].weight_bytes - costs[0].weight_bytes == wide.weight_bytes - ours.weight_bytes
 
 
+@pytest.mark.slow
 def test_an_estimate() -> None:
     result = predict("l40s", "fp8", [1, 8, 128], cost_per_hour=2.0)
     first, _, last = result.points
@@ -239,6 +240,7 @@ def receipt(folder: Path, gpu: str, ms: float, batch: int = 128) -> None:
     (folder / "other.json").write_text(json.dumps({"title": "a receipt of something else"}))
 
 
+@pytest.mark.slow
 def test_a_receipt_is_taken_before_an_assumption(tmp_path: Path) -> None:
     floor = predict("l40s", "fp8", [128]).points[0].components[0].floor_ms
     receipt(tmp_path, "NVIDIA L40S", floor / 0.7)
@@ -308,6 +310,7 @@ def test_sizes_are_those_of_a_build(tmp_path: Path, query_chat: Path, form: str)
     }
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["estimate", "--gpu", "l40s", "--batch", "1,8", "--cost-per-hour", "1.5"]
     assert cli.main([*line, "--json"]) == 0

@@ -51,6 +51,7 @@ def without(bundle: Bundle, *names: str) -> InternVL:
     return InternVL(smaller, Components(smaller, "onnxruntime"))
 
 
+@pytest.mark.slow
 def test_every_component_and_call_is_timed_at_every_batch(profiled: Profile) -> None:
     got = [(case.kind, case.name, case.batch) for case in profiled.cases]
     assert [case for case in got if case[0] != "component"] == [
@@ -251,6 +252,7 @@ def test_without_onnx_there_are_times_and_a_note(tiny_bundle: Path, monkeypatch:
     assert result.cost(result.cases[0]) is None
 
 
+@pytest.mark.slow
 def test_the_baseline_is_of_the_same_weights(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +351,7 @@ def test_the_verb_prints_tables_and_writes_a_receipt(
     assert "--batch is for measuring" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_verb_prints_json_alone(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["profile", str(tiny_bundle), "--batch", "2", "--seconds", "0.02", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)

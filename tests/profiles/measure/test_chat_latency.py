@@ -24,6 +24,7 @@ def profiled(chat_bundle: Path) -> Profile:
     return profile(chat_bundle, Options(threads=1, batches=[2, 1], lengths=[8], rule=SHORT))
 
 
+@pytest.mark.slow
 def test_components_first_tokens_and_answers_are_timed(profiled: Profile) -> None:
     names = [case.name for case in profiled.of_kind("component")]
     assert list(dict.fromkeys(names)) == COMPONENTS

@@ -49,6 +49,7 @@ def test_layers_of_a_chat_are_timed(chat_bundle: Path) -> None:
     assert layers.sizes["total"] == layers.sizes["past"] + layers.sizes["text"]
 
 
+@pytest.mark.slow
 def test_a_profile_keeps_the_layers_of_its_components(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

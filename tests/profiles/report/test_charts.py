@@ -224,6 +224,7 @@ def test_colours_are_visible_on_the_page(which: int) -> None:
         assert contrast(PALETTE[role][which], page) >= 3.0, role  # and for graphics
 
 
+@pytest.mark.slow
 def test_png_of_every_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 

@@ -30,6 +30,7 @@ def ns(ms: list[float]) -> list[int]:
     return [round(value * 1e6) for value in ms]
 
 
+@pytest.mark.slow
 def test_noise_alone_fails_no_gate() -> None:
     intervals = [ratio_interval(ns(noisy(seed)), ns(noisy(seed + 1000))) for seed in range(60)]
     assert sum(low > 1.05 or high < 1 / 1.05 for low, high in intervals) == 0

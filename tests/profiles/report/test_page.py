@@ -163,6 +163,7 @@ def test_units_are_everywhere() -> None:
     assert {"p50 ms", "p99 ms", "floor ms", "ViT ms", "pairs/s"} <= set(heads)
 
 
+@pytest.mark.slow
 def test_the_verb_writes_page_and_charts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     receipt, out = tmp_path / "r.json", tmp_path / "page.html"
     write(full().to_json(), receipt)

@@ -123,6 +123,7 @@ class Crowd:
 
 @settings(max_examples=40)
 @given(crowd_of=requests(), slots=st.integers(1, 4))
+@pytest.mark.slow
 def test_a_crowd_answers_as_each_alone(alone: Alone, crowd_of: list[Request], slots: int) -> None:
     scheduler = captions.scheduler(alone.model, slots)
     crowd = Crowd(scheduler, alone, crowd_of)

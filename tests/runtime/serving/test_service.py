@@ -266,6 +266,7 @@ def test_prometheus_reads_stages_and_requests(model: InternVL) -> None:
     service.close()
 
 
+@pytest.mark.slow
 def test_each_stage_is_a_span(model: InternVL) -> None:
     pytest.importorskip("opentelemetry.sdk")
     from opentelemetry import trace
@@ -398,6 +399,7 @@ def test_captions_that_cannot_be_made_fail_alone(model: InternVL) -> None:
     assert isinstance(unsampled, UsageError)
 
 
+@pytest.mark.slow
 def test_memory_is_returned_when_idle(model: InternVL) -> None:
     rests: list[int] = []
 
