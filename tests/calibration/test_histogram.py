@@ -50,6 +50,7 @@ def test_percentiles_are_modelopts(seed: int, growth: float) -> None:
 
 
 @pytest.mark.parametrize("seed", [3, 4])
+@pytest.mark.slow
 def test_entropy_is_modelopts_to_the_bin(seed: int) -> None:
     """Of 300 bins: theirs looks at each candidate in Python."""
     calib = pytest.importorskip("modelopt.torch.quantization.calib")

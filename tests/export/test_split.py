@@ -34,7 +34,7 @@ from ivl_export.verify.onnxruntime import read_onnxruntime
 from ivl_export.verify.report import merge_reports
 from ivl_export.verify.rtx import read_rtx
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.slow]
 
 pytest.importorskip("onnxscript")
 
@@ -59,7 +59,7 @@ class Split:
         return replace(self.bundle.manifest, components=components, engines=())
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 3])
 def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Split:
     """Scales are made up: both sides compute with the same ones."""
     root = tmp_path_factory.mktemp("split")
@@ -140,7 +140,6 @@ def test_the_chain_equals_the_whole(split: Split, component: str) -> None:
         chain.run(component, feeds)
 
 
-@pytest.mark.slow
 def test_the_runtime_runs_a_split_bundle(split: Split) -> None:
     opened = Bundle.open(split.bundle.root, verify="hash")
     assert opened.manifest == split.bundle.manifest
@@ -189,7 +188,6 @@ def test_each_weight_of_a_block_is_in_one_part(split: Split) -> None:
     assert sum(map(len, layers)) == len(set().union(*layers)), "a past goes to one part"
 
 
-@pytest.mark.slow
 def test_parts_are_proven_together(split: Split, tmp_path: Path) -> None:
     root, component = split.bundle.root, "qllama_query"
     pieces = split.bundle.manifest.components[component].parts

@@ -66,6 +66,7 @@ def everything(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     columns=st.integers(1, 9),
     masked=st.booleans(),
 )
+@pytest.mark.slow
 def test_it_equals_modelopts_fake_quantisation(seed: int, rows: int, columns: int, masked: bool) -> None:
     tensor_quant = pytest.importorskip("modelopt.torch.quantization.tensor_quant")
     generator = torch.Generator().manual_seed(seed)

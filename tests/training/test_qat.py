@@ -227,6 +227,7 @@ def test_data_is_a_function_of_the_seed(data: Path, settings: ImageSettings, tok
         assert torch.equal(part.ids, whole.ids[1::2])
 
 
+@pytest.mark.slow
 def test_command_line(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     args = ["train", "qat", "--model", str(model), "--recipe", "int4-weight"]

@@ -87,6 +87,7 @@ def test_equal_weights_are_one_file(tiny_bundle: Path, cache: Path) -> None:
     assert len(common) > 20, {name: len(places) for name, places in used.items()}
 
 
+@pytest.mark.slow
 def test_sharing_by_default_needs_savings_and_room(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

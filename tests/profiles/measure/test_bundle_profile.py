@@ -51,7 +51,6 @@ def without(bundle: Bundle, *names: str) -> InternVL:
     return InternVL(smaller, Components(smaller, "onnxruntime"))
 
 
-@pytest.mark.slow
 def test_every_component_and_call_is_timed_at_every_batch(profiled: Profile) -> None:
     got = [(case.kind, case.name, case.batch) for case in profiled.cases]
     assert [case for case in got if case[0] != "component"] == [
@@ -239,7 +238,6 @@ def test_batches_and_lengths_stay_within_what_was_built(tiny_bundle: Path) -> No
         assert len(too_long) == 1
 
 
-@pytest.mark.slow
 def test_without_onnx_there_are_times_and_a_note(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     result = profile(tiny_bundle, Options(threads=1, batches=[1], rule=StopRule(seconds=0.01)))
@@ -252,7 +250,6 @@ def test_without_onnx_there_are_times_and_a_note(tiny_bundle: Path, monkeypatch:
     assert result.cost(result.cases[0]) is None
 
 
-@pytest.mark.slow
 def test_the_baseline_is_of_the_same_weights(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,7 +303,6 @@ def test_the_machine_is_described_and_the_commit_too(tmp_path: Path, monkeypatch
     assert commit(tmp_path) is None
 
 
-@pytest.mark.slow
 def test_the_verb_prints_tables_and_writes_a_receipt(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,7 +347,6 @@ def test_the_verb_prints_tables_and_writes_a_receipt(
     assert "--batch is for measuring" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_verb_prints_json_alone(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["profile", str(tiny_bundle), "--batch", "2", "--seconds", "0.02", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -400,6 +395,8 @@ import sys
 from ivl_export.cli import main
 assert main(["profile", "--help"]) == 0
 import ivl_export.profiles.measure.bundle_profile
+
+pytestmark = pytest.mark.slow
 heavy = sorted({"torch", "onnx", "onnxruntime", "tensorrt_rtx", "matplotlib"} & set(sys.modules))
 assert not heavy, heavy
 """

@@ -15,6 +15,8 @@ from ivl_export.profiles.measure.receipt import Profile, read, write
 from ivl_export.profiles.measure.timing import StopRule
 from ivl_export.profiles.report.page import page
 
+pytestmark = pytest.mark.slow
+
 SHORT = StopRule(seconds=0.05)
 COMPONENTS = ["vision_chat", "decoder_embed", "decoder"]
 
@@ -24,7 +26,6 @@ def profiled(chat_bundle: Path) -> Profile:
     return profile(chat_bundle, Options(threads=1, batches=[2, 1], lengths=[8], rule=SHORT))
 
 
-@pytest.mark.slow
 def test_components_first_tokens_and_answers_are_timed(profiled: Profile) -> None:
     names = [case.name for case in profiled.of_kind("component")]
     assert list(dict.fromkeys(names)) == COMPONENTS
