@@ -64,6 +64,7 @@ def test_entropy_is_modelopts_to_the_bin(seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.slow
 def test_mse_is_the_best_of_modelopts_fake_quantisation(kind: str) -> None:
     tensor_quant = pytest.importorskip("modelopt.torch.quantization.tensor_quant")
     ours = counted(inputs(4, 1.0))

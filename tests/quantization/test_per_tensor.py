@@ -25,6 +25,7 @@ KINDS = ("fp8", "int8")
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_equals_modelopts_fake_quantisation(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor_quant = pytest.importorskip("modelopt.torch.quantization.tensor_quant")
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))

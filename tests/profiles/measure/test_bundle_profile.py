@@ -34,6 +34,8 @@ CALLS = ["encode_image InternVL-C", "encode_image InternVL-G", "classify", "capt
 HOST = ["preprocess", "postprocess classify", "tokenize", "postprocess caption"]
 SHORT = StopRule(seconds=0.05)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def profiled(tiny_bundle: Path) -> Profile:
@@ -395,8 +397,6 @@ import sys
 from ivl_export.cli import main
 assert main(["profile", "--help"]) == 0
 import ivl_export.profiles.measure.bundle_profile
-
-pytestmark = pytest.mark.slow
 heavy = sorted({"torch", "onnx", "onnxruntime", "tensorrt_rtx", "matplotlib"} & set(sys.modules))
 assert not heavy, heavy
 """
