@@ -324,7 +324,7 @@ def test_the_verb_prints_tables_and_writes_a_receipt(
         "InternVL-G",
         "84.6",
         "arXiv 2312.14238, Table 19",
-        "Outside the engines",
+        "Work outside the engines",
         "Ceilings of the CPU",
         "first request",
         "Table 11",
