@@ -36,7 +36,7 @@ def kept(folder: Path, trace: Trace) -> Trace:
         digest = hashlib.sha256(own + repr((name, type(config).__name__, config)).encode()).hexdigest()
         place = folder / sources()
         if not place.exists():
-            for old in folder.iterdir():
+            for old in (entry for entry in folder.iterdir() if entry != place):  # another worker may be first
                 shutil.rmtree(old, ignore_errors=True)
         place.mkdir(parents=True, exist_ok=True)
         path = place / f"{digest[:32]}.onnx"
