@@ -125,10 +125,7 @@ def commit() -> str:
 
 def write_chat_card(preset: ChatPreset, run: TrainingRun, parameters: int, folder: Path) -> None:
     """Write README.md and evaluation.json into ``folder``."""
-    card = chat_model_card(preset, run, parameters)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    evaluation = {"tasks": "chat scenes", "accuracy": run.accuracy}
-    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
+    _write(folder, chat_model_card(preset, run, parameters), "chat scenes", run)
 
 
 def chat_model_card(preset: ChatPreset, run: TrainingRun, parameters: int) -> str:
@@ -170,8 +167,12 @@ Weights are stored in bf16. License: Apache-2.0, as the project.
 
 def write_tiles_card(preset: TilesPreset, run: TrainingRun, parameters: int, folder: Path) -> None:
     """Write README.md and evaluation.json into ``folder``."""
-    (folder / "README.md").write_text(tiles_model_card(preset, run, parameters), encoding="utf-8")
-    evaluation = {"tasks": "signs", "accuracy": run.accuracy}
+    _write(folder, tiles_model_card(preset, run, parameters), "signs", run)
+
+
+def _write(folder: Path, card: str, tasks: str, run: TrainingRun) -> None:
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    evaluation = {"tasks": tasks, "accuracy": run.accuracy}
     (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from ..files.write import atomic
 from ..inputs.chat_template import (
@@ -32,9 +31,8 @@ from ..synthetic.sign_questions import pieces
 from ..synthetic.sign_tasks import LONGEST_ANSWER
 from .presets import TilesPreset
 from .tokenizer import byte_level_tokenizer
-from .trainer import sine_positions
+from .trainer import initialise
 
-STD = 0.04
 END = "<|im_end|>"
 PAD = "<|endoftext|>"
 
@@ -75,23 +73,7 @@ def initialised(preset: TilesPreset) -> TilesChatModel:
     torch.manual_seed(preset.seed)
     config = completed(preset.model)
     model = TilesChatModel(config)
-    depths = {
-        "vision_model": config.vision.num_hidden_layers,
-        "language_model": config.decoder.num_hidden_layers,
-    }
-    for name, parameter in model.named_parameters():
-        depth = depths.get(name.split(".")[0], 1)
-        residual = name.endswith(("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight"))
-        if name.endswith((".ls1", ".ls2")):
-            nn.init.constant_(parameter, 1.0)  # so shallow a tower needs no damping
-        elif name.endswith("position_embedding"):
-            grid = config.vision.image_size // config.vision.patch_size
-            parameter.data[:, 1:] = sine_positions(grid, config.vision.hidden_size)
-            nn.init.zeros_(parameter.data[:, :1])
-        elif parameter.dim() >= 2:
-            nn.init.trunc_normal_(parameter, std=STD / (2 * depth) ** 0.5 if residual else STD)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
+    initialise(model, config.vision, {"language_model": config.decoder.num_hidden_layers})
     return model
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Subset
 from ..errors import InputError
 from ..files.write import atomic
 from ..inputs.preprocess import ImageSettings
+from ..models.config import VisionConfig
 from ..models.internvl import InternVLModel
 from . import distributed as dist
 from .collate import Drawn, SceneBatches, pixel_values
@@ -252,23 +253,27 @@ def initialised(preset: Preset) -> InternVLModel:
     """
     torch.manual_seed(preset.seed)
     model = InternVLModel(preset.model)
-    config = preset.model
-    depths = {"vision_model": config.vision.num_hidden_layers, "qllama": config.qllama.num_hidden_layers}
+    initialise(model, preset.model.vision, {"qllama": preset.model.qllama.num_hidden_layers})
+    nn.init.trunc_normal_(model.vision_model.embeddings.patch_embedding.weight, std=0.02)
+    return model
+
+
+def initialise(model: nn.Module, vision: VisionConfig, decoder: Mapping[str, int]) -> None:
+    """Draw the parameters of a model with a ``vision_model``; ``decoder``: module -> number of blocks."""
+    depths = {"vision_model": vision.num_hidden_layers, **decoder}
     for name, parameter in model.named_parameters():
-        depth = next((n for part, n in depths.items() if name.startswith(part)), 1)
+        depth = depths.get(name.split(".")[0], 1)
         residual = name.endswith(("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight"))
         if name.endswith((".ls1", ".ls2")):
             nn.init.constant_(parameter, 1.0)  # so shallow a ViT needs no damping
         elif name.endswith("position_embedding"):
-            grid = config.vision.image_size // config.vision.patch_size
-            parameter.data[:, 1:] = sine_positions(grid, config.vision.hidden_size)
+            grid = vision.image_size // vision.patch_size
+            parameter.data[:, 1:] = sine_positions(grid, vision.hidden_size)
             nn.init.zeros_(parameter.data[:, :1])
         elif parameter.dim() >= 2:
             nn.init.trunc_normal_(parameter, std=0.04 / (2 * depth) ** 0.5 if residual else 0.04)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
-    nn.init.trunc_normal_(model.vision_model.embeddings.patch_embedding.weight, std=0.02)
-    return model
 
 
 def sine_positions(grid: int, width: int) -> Tensor:
