@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ivl_export.forks import fork_safe_lock
+from ivl_export.forks import fork_safe_lock, no_fork
 
 pytestmark = [
     pytest.mark.numeric,
@@ -154,3 +154,37 @@ def test_a_lock_is_free_in_a_child() -> None:
     over.set()
     thread.join()
     assert code == 0
+
+
+def test_a_fork_waits_for_a_running_call() -> None:
+    running, over = threading.Event(), threading.Event()
+    events: list[str | int] = []
+
+    def call() -> None:
+        with no_fork:
+            running.set()
+            over.wait()
+            events.append("call")
+
+    def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            with no_fork:  # open in the child
+                os._exit(0 if events == ["call"] else 1)
+        events.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    threads = [threading.Thread(target=call), threading.Thread(target=fork)]
+    threads[0].start()
+    running.wait()
+    threads[1].start()
+    late = threading.Thread(target=call)
+    while not no_fork.gate.locked():
+        pass
+    late.start()
+    threads[1].join(timeout=0.1)
+    assert events == []
+    over.set()
+    for thread in (*threads, late):
+        thread.join()
+    assert events[0] == "call"
+    assert sorted(events[1:], key=str) == [0, "call"]

@@ -21,6 +21,7 @@ from ...arrays import Array
 from ...bundle.spec import ComponentSpec
 from ...dtypes import find_dtype
 from ...errors import BuildError, IntegrityError, IvlError, UsageError
+from ...forks import no_fork
 from ..device import HOST, Buffer, as_tensor, deliver, in_place, on_stream, require_torch
 from ..onnx_graph import Graph, read_graph
 from .providers import Placement, placement
@@ -81,7 +82,8 @@ class OnnxRuntimeEngine:
         if plan.cast:
             feeds = inputs | {key: inputs[key].astype(kind) for key, kind in plan.cast.items()}
         try:
-            values = session.run(plan.outputs, feeds)
+            with no_fork:
+                values = session.run(plan.outputs, feeds)
         except Exception as error:  # its exceptions share no base class but this
             raise self._failure(error) from error
         if plan.widen:
@@ -126,7 +128,9 @@ class OnnxRuntimeEngine:
             }
             if self.device == HOST and not buffers:
                 # Its own arena, whose pages are mapped already, gives large outputs ten times as fast.
-                values = session.run(names, {name: tensor.numpy() for name, tensor in feeds.items()})
+                arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
+                with no_fork:
+                    values = session.run(names, arrays)
                 return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
             binding, outputs_of = session.io_binding(), {}
             for name, tensor in feeds.items():
@@ -140,7 +144,8 @@ class OnnxRuntimeEngine:
             ours = self.device == HOST or caller == self._where.stream
             if not ours:
                 torch.cuda.current_stream().synchronize()
-            session.run_with_iobinding(binding, _run_options(wait=self.device == HOST or not ours))
+            with no_fork:
+                session.run_with_iobinding(binding, _run_options(wait=self.device == HOST or not ours))
             return deliver(outputs_of, buffers)
 
     def _dtype(self, name: str) -> torch.dtype:

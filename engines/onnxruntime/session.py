@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CapabilityError, IntegrityError
+from ...forks import no_fork
 from ...host import core_limit
 from ..device import HOST
 from ..onnx_graph import Graph
@@ -74,12 +75,13 @@ def make_session(
     for key, value in {**arena, **_settings(graph.element_types), **settings}.items():
         options.add_session_config_entry(key, value)
     try:
-        session = ort.InferenceSession(
-            str(path),
-            options,
-            providers=where.providers(),
-            disabled_optimizers=_disabled(graph.element_types),
-        )
+        with no_fork:
+            session = ort.InferenceSession(
+                str(path),
+                options,
+                providers=where.providers(),
+                disabled_optimizers=_disabled(graph.element_types),
+            )
     except Exception as error:  # its exceptions share no base class but this
         message = first_line(error)
         if "NOT_IMPLEMENTED" in message or "INVALID_GRAPH" in message:
