@@ -1,4 +1,4 @@
-"""Writes the table of docs/scale.md from the receipts of :mod:`.report`.
+"""Writes the tables of docs/scale.md from the receipts of :mod:`.report` and :mod:`.build`.
 
 python -m ivl_export.benchmarks.fullsize.document
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECEIPTS = ROOT / "profiles" / "receipts"
 DOCUMENT = ROOT / "docs" / "scale.md"
 BEGIN = "<!-- begin: written by benchmarks/fullsize/document.py -->"
+BUILDS = "<!-- begin: builds, written by benchmarks/fullsize/document.py -->"
 END = "<!-- end -->"
 COLUMNS = (
     "blocks",
@@ -32,18 +33,41 @@ COLUMNS = (
 )
 
 
-def render(text: str, receipts: Sequence[Path]) -> str:
-    """``text`` with the table of ``receipts`` between its two marks.
+def render(text: str, rows: Iterable[Sequence[str]], begin: str = BEGIN) -> str:
+    """``text`` with the table of ``rows`` between the mark ``begin`` and the next :data:`END`.
 
     Raises:
-        ValueError: not one pair of marks in that order.
+        ValueError: ``begin`` does not occur once, or no end follows.
     """
-    before, begin, rest = text.partition(BEGIN)
+    before, mark, rest = text.partition(begin)
     _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"{BEGIN!r} and {END!r} must each occur once, in this order.")
-    lines = ["| " + " | ".join(cells) + " |" for cells in table(receipts)]
-    return f"{before}{BEGIN}\n{chr(10).join(lines)}\n{END}{after}"
+    if not mark or not end or begin in after:
+        raise ValueError(f"{begin!r} must occur once, with {END!r} after it.")
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    return f"{before}{begin}\n{chr(10).join(lines)}\n{END}{after}"
+
+
+def builds(receipt: Path) -> Iterator[Sequence[str]]:
+    """Header, rule, then a row for each whole build of the receipt of :mod:`.build`."""
+    yield ("model", "blocks", "recipe", "seconds", "peak GiB", "8-bit products", "not in 8 bits", "steps")
+    yield ("---", "---", "---", "---:", "---:", "---:", "---:", "---")
+    for row in json.loads(receipt.read_text(encoding="utf-8"))["rows"]:
+        promised, fallbacks = 0, 0
+        for backend, components in row["verification"].items():
+            if not backend.startswith("onnxruntime"):
+                promised += sum(c["promised"] for c in components.values())
+                fallbacks += sum(c["fallbacks"] for c in components.values())
+        steps = [(name, seconds) for name, seconds in row["steps_seconds"].items() if seconds >= 10]
+        yield (
+            row["layout"].partition(":")[0],
+            " + ".join(map(str, row["blocks"])),
+            row["precision"],
+            f"{row['seconds']:.0f}",
+            f"{row['peak_anonymous'] / 2**30:.1f}",
+            str(promised),
+            str(fallbacks),
+            ", ".join(f"{name} {seconds:.0f} s" for name, seconds in steps),
+        )
 
 
 def table(receipts: Sequence[Path]) -> Iterator[Sequence[str]]:
@@ -110,7 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only say whether it is stale (exit code 1)")
     args = parser.parse_args(argv)
     old = DOCUMENT.read_text(encoding="utf-8")
-    new = render(old, sorted(RECEIPTS.glob("fullsize-*.json")))
+    new = render(old, table(sorted(RECEIPTS.glob("fullsize-*.json"))))
+    if (receipt := RECEIPTS / "fullbuild.json").exists():
+        new = render(new, builds(receipt), BUILDS)
     if args.check:
         return int(old != new)
     write_text(new, DOCUMENT)

@@ -19,7 +19,7 @@ from ivl_export.benchmarks.runtime.measured import RECEIPTS, ROUNDS, Comparison,
 from ivl_export.benchmarks.runtime.models import Setting
 
 Part = Callable[[Setting], Iterable[Comparison]]
-PARTS = ("chained", "pytorch", "precisions", "clients", "decoding", "prefix", "images")
+PARTS = ("chained", "pytorch", "precisions", "clients", "decoding", "prefix", "images", "tiles")
 """Modules of this folder; each has a function ``measure`` that is a :data:`Part`."""
 
 
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = args.parts.split(",")
     if unknown := set(names) - set(PARTS):
         parser.error(f"unknown parts {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
-    args.work.mkdir(parents=True, exist_ok=True)
+    for folder in (args.work, args.out):
+        folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(args.work, args.threads, args.rounds, tuple(args.models.split(",")))
     for name in names:
         comparisons: list[Comparison] = []

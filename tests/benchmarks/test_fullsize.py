@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ivl_export.benchmarks.fullsize import document, report, tool
-from ivl_export.benchmarks.fullsize.make_checkpoint import MASSIVE, SCENES, main, make_checkpoint
+from ivl_export.benchmarks.fullsize import build, document, report, tool
+from ivl_export.benchmarks.fullsize.make_checkpoint import LAYOUTS, MASSIVE, SCENES, main, make_checkpoint
 from ivl_export.benchmarks.fullsize.measured import StepFailed, run
+from ivl_export.benchmarks.runtime.models import CONFIGS
 from ivl_export.export.unquantized import weight_keys
 from ivl_export.inputs.preprocess import ImageSettings
 from ivl_export.inputs.tokenizer import SentencePieceTokenizer
@@ -270,14 +271,14 @@ def test_the_document_is_written_from_the_receipts(tmp_path: Path) -> None:
     }
     path = tmp_path / "fullsize-x.json"
     path.write_text(json.dumps(receipt))
-    new = document.render(text, [path])
+    new = document.render(text, document.table([path]))
     figures = "| 6 + 4 | vision | plain | 12.3 | 5.00 | 1.00 | 0.00 | 3.21 |"
     assert f"{figures} 4.0x the seconds of copy; 9.0x its memory |" in new.splitlines()
     assert "| failed: exit code 1: a / b c |" in new
     assert "old" not in new
     assert new.startswith("before\n")
     assert new.endswith("\nafter\n")
-    assert document.render(new, [path]) == new
+    assert document.render(new, document.table([path])) == new
     engine = {
         "promised": 24,
         "products": {"fp8xfp8": 24, "bf16xbf16": 4},
@@ -285,12 +286,56 @@ def test_the_document_is_written_from_the_receipts(tmp_path: Path) -> None:
         "anonymous_before": 10**9,
     }
     path.write_text(json.dumps({**receipt, "rows": [{**row, "details": {"vision": engine}}]}))
-    new = document.render(text, [path])
+    new = document.render(text, document.table([path]))
     assert "24 quantised products promised; found 4 bf16xbf16, 24 fp8xfp8; build predicted to take" in new
     assert "predicted to take 2.10 GB; took 4.00 GB |" in new
-    with pytest.raises(ValueError, match="must each occur once"):
-        document.render("no marks", [path])
+    with pytest.raises(ValueError, match="must occur once"):
+        document.render("no marks", [])
 
 
 def test_the_document_is_not_stale() -> None:
     assert document.main(["--check"]) == 0, "run python -m ivl_export.benchmarks.fullsize.document"
+
+
+@pytest.mark.parametrize("text", ["internvl3-1b", "internvl3-38b:45+4", "internvit-6b"])
+def test_layouts_are_whole_or_cut(text: str) -> None:
+    layout = build.Layout.of(text)
+    assert str(layout) == text
+    assert layout.whole == (":" not in text)
+
+
+@pytest.mark.parametrize("text", ["internvl9", "internvl3-1b:4", "internvl3-1b:0+1", "internvl3-1b:24+25"])
+def test_unknown_layouts_are_named(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build.main(["--work", str(tmp_path), "--layouts", text])
+    assert repr(text.partition(":")[0] if ":" not in text else text) in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_whole_build_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small layout under a published name, twice: the second run replaces the row of the first."""
+    small = CONFIGS["tiny-tiles"]
+    monkeypatch.setitem(LAYOUTS, "tiny", small)
+    monkeypatch.setattr(build, "run", lambda command: run(maker(command)))
+
+    def maker(command: list[str]) -> list[str]:
+        """The maker in another process does not know the layout: it reads the config."""
+        if "--layout" in command:
+            config = tmp_path / "config.json"
+            config.write_text(json.dumps(small.to_published()))
+            where = command.index("--layout")
+            command[where : where + 2] = ["--config", str(config)]
+        return command
+
+    out = tmp_path / "receipt.json"
+    args = ["--work", str(tmp_path / "work"), "--layouts", "tiny:2+1", "--out", str(out)]
+    for _ in range(2):
+        assert build.main([*args, "--", "--backend", "onnxruntime"]) == 0
+    [row] = json.loads(out.read_text())["rows"]
+    assert row["layout"] == "tiny:2+1"
+    assert row["peak_anonymous"] > 1e8
+    assert row["verification"]["onnxruntime-cpu"]["decoder"]["promised"] == 7
+    assert list((tmp_path / "work").iterdir()) == []
+    header, rule, cells = document.builds(out)
+    assert len(header) == len(rule) == len(cells)
+    assert cells[:3] == ("tiny", "2 + 1", "fp8")

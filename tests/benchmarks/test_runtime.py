@@ -226,3 +226,14 @@ def test_a_made_checkpoint_is_made_once(tmp_path: Path) -> None:
         assert setting.checkpoint(model) == folder
         assert (folder / "config.json").stat() == result
         assert open_checkpoint(folder).components
+
+
+@pytest.mark.slow
+def test_tiles_choose_the_tokens_of_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    setting = Setting(tmp_path, threads=1, rounds=1, models=("tiny-tiles",), new_tokens=5)
+    first, further = part("tiles")(setting)
+    names = [t.name for t in first.timed]
+    assert names == ["runtime fp32", "runtime bf16", "runtime int8", "transformers fp32", "transformers bf16"]
+    equal = further.facts["equal_tokens"]
+    assert equal["runtime fp32"] == equal["transformers fp32"] == 1
