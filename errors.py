@@ -44,6 +44,10 @@ class InputError(IvlError):
     exit_code = 3
 
 
+class TooLargeError(InputError):
+    """An image, or a request, that is over a limit of size."""
+
+
 class CheckpointError(IvlError):
     """Weights or config that are missing, unexpected, truncated or of the wrong shape."""
 
@@ -82,3 +86,7 @@ class IntegrityError(IvlError):
 
 class BusyError(IvlError):
     """A service that takes no more requests now, or could not finish one in time."""
+
+
+class TimeLimitError(BusyError):
+    """A request that was not done in its time."""

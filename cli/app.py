@@ -35,6 +35,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Use": {
         "run": "Embed, classify, retrieve, caption or chat with a bundle.",
+        "serve": "Serve bundles over HTTP: OpenAI's routes, captions, ranking.",
     },
     "Look after": {
         "verify": "Check a bundle's files, and show which kernels really run.",

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..arrays import Array
-from ..errors import InputError
+from ..errors import InputError, TooLargeError
 from ..files.lfs import refuse_lfs_pointer
 from ..forks import fork_safe_lock
 from .sources import ImageInput, Pixels, data_of, kind_of, name_of, not_readable
@@ -21,7 +21,7 @@ from .sources import ImageInput, Pixels, data_of, kind_of, name_of, not_readable
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_ASPECT = 200
 # Formats whose decoders are safe on files from strangers (EPS, for one, would start Ghostscript).
-_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def load_image(image: ImageInput, name: str | None = None, draft: int | None = None) -> Image.Image:
@@ -109,7 +109,7 @@ def _exclusively(image: Image.Image) -> Iterator[None]:
 
 def _open(file: Path | io.BytesIO, name: str, draft: int | None) -> Image.Image:
     try:
-        with Image.open(file, formats=_FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             _check_size(image, name)  # before drafting makes it look smaller
             if draft is not None:
                 image.draft(None, (draft, draft))
@@ -253,8 +253,8 @@ def _head(path: Path) -> bytes:
         return file.read(64)
 
 
-def _too_large(name: str, why: str) -> InputError:
-    return InputError(f"The image {name} is too large.", why, "Make it smaller first.")
+def _too_large(name: str, why: str) -> TooLargeError:
+    return TooLargeError(f"The image {name} is too large.", why, "Make it smaller first.")
 
 
 def _broken(name: str, error: Exception) -> InputError:

@@ -20,7 +20,7 @@ NEEDED = {
     "calibrate on Hugging Face sets": "datasets",
     "draw PNG files": "plots",
     "score captions": "eval",
-    "Prometheus metrics": "serve",
+    "serve over HTTP, Prometheus metrics": "serve",
     "search with FAISS": "faiss",
     "read video files": "video",
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 from urllib.parse import quote, urljoin, urlsplit
 
-from ..errors import InputError
+from ..errors import InputError, TooLargeError
 from ..inputs.sources import kind_of, not_readable, shown
 
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -119,9 +119,8 @@ def _connected(url: str, host: str, port: int, policy: UrlPolicy, deadline: floa
     failure: OSError | None = None
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         if not policy.private and not ipaddress.ip_address(address[0]).is_global:
-            raise InputError(
-                f"The image {shown(url)} is not fetched.", f"{host} is {address[0]}, no public address."
-            )
+            # Without the address: who sent the URL may be a stranger.
+            raise InputError(f"The image {shown(url)} is not fetched.", f"{host} is no public address.")
         connection = socket.socket(family, kind, protocol)
         try:
             connection.settimeout(_left(deadline))
@@ -166,6 +165,6 @@ def _failed(url: str, why: str) -> InputError:
     return InputError(what, why, "Fetch it yourself and give its bytes.")
 
 
-def _too_large(url: str, policy: UrlPolicy) -> InputError:
+def _too_large(url: str, policy: UrlPolicy) -> TooLargeError:
     why = f"The limit is {policy.max_bytes} bytes."
-    return InputError(f"The image {shown(url)} is too large.", why, "Make it smaller first.")
+    return TooLargeError(f"The image {shown(url)} is too large.", why, "Make it smaller first.")

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from ...errors import BusyError, UsageError
+from ...errors import BusyError, TimeLimitError, UsageError
 from ...forks import renew_after_fork
 from .batching import BatchResult
 
@@ -109,9 +109,9 @@ class Admission:
     async def request(
         self, run: Callable[[Clock], Awaitable[BatchResult[R]]], timeout: float | None
     ) -> Response[R]:
-        """The result of ``run``, once it has a place; BusyError if there is none, or no time left.
+        """The result of ``run``, once it has a place.
 
-        UsageError once closed.
+        BusyError if there is none, TimeLimitError if no time is left, UsageError once closed.
         """
         if self._closed:
             raise UsageError("This model was closed.", fix="Load it again.")
@@ -126,7 +126,7 @@ class Admission:
             result = await asyncio.wait_for(admitted(), seconds)
         except (asyncio.TimeoutError, TimeoutError) as error:
             self.counts.expired += 1
-            raise BusyError(
+            raise TimeLimitError(
                 "A request was not done in time.",
                 f"It had {seconds:g} s; {self.counts.running} are running, {self.counts.waiting} wait.",
                 "Ask again later, or give it more time.",

@@ -93,7 +93,7 @@ def test_nothing_is_fetched_without_leave(address: str) -> None:
     ("policy", "why"),
     [
         (UrlPolicy(private=True), "Allowed: https from public hosts"),
-        (UrlPolicy(schemes=("http",)), "127.0.0.1, no public address"),
+        (UrlPolicy(schemes=("http",)), "127.0.0.1 is no public address"),
         (UrlPolicy(("example.org",), ("http",), private=True), "from example.org"),
         (UrlPolicy((".0.0.2",), ("http",), private=True), "from .0.0.2"),
     ],

@@ -1,0 +1,273 @@
+"""The ASGI application: routes, keys, limits of bodies and time, and the OpenAPI document."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+
+from .. import __version__
+from .asgi import Message, Receive, Scope, Send
+from .context import Context
+from .embeddings import embeddings
+from .errors import HttpError, http_error, out_of_time
+from .schemas import EmbeddingRequest, parsed, schemas
+
+T = TypeVar("T")
+Handler = Callable[[Context, Any], Coroutine[Any, Any, Any]]
+POSTS: dict[str, tuple[type[Any], Handler, str]] = {
+    "/v1/embeddings": (EmbeddingRequest, embeddings, "Embed texts and images."),
+}
+"""Route -> the shape of its requests, its handler, its description."""
+LIVE, READY = ("/health", "/livez", "/v1/health/live"), ("/ready", "/readyz", "/v1/health/ready")
+_PARSED_AT_ONCE = 1 << 20
+"""Bytes of JSON that are parsed on the event loop."""
+_PROBE_SECONDS = 2.0
+logger = logging.getLogger("ivl_export.serve")
+
+
+class ClientGone(Exception):
+    """The client closed its connection: nobody waits for the answer."""
+
+
+def make_app(context: Context) -> Any:
+    """The application of ``context``, for any ASGI server."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        warm = asyncio.create_task(_warm_up(context))
+        yield
+        warm.cancel()
+
+    app = FastAPI(title="ivl-export", version=__version__, lifespan=lifespan, redoc_url=None)
+    for path, (kind, handler, text) in POSTS.items():
+        app.add_api_route(path, _post(context, kind, handler), methods=["POST"], summary=text)
+    for path in LIVE:
+        app.add_api_route(
+            path, _live(context), summary="The process answers.", include_in_schema=path == LIVE[0]
+        )
+    for path in READY:
+        app.add_api_route(
+            path, _ready(context), summary="All models answer.", include_in_schema=path == READY[0]
+        )
+    app.add_api_route("/v1/models", _models(context), summary="The models and their receipts.")
+    app.add_api_route("/v1/models/{name}", _model(context), summary="One model.")
+    document = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            roots, components = schemas([kind for kind, _, _ in POSTS.values()])
+            app.openapi_schema = document()
+            app.openapi_schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+            for path, schema in zip(POSTS, roots, strict=True):
+                body = {"required": True, "content": {"application/json": {"schema": schema}}}
+                app.openapi_schema["paths"][path]["post"]["requestBody"] = body
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    app.add_exception_handler(404, _no_route)
+    app.add_exception_handler(405, _no_route)
+    return _guarded(app, context)
+
+
+def _guarded(app: FastAPI, context: Context) -> Any:
+    """``app`` behind the keys; while the server drains, every answer closes its connection."""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+
+        async def sending(message: Message) -> None:
+            if context.draining and message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        protected = scope["path"].startswith(("/v1/", "/admin/")) and scope["path"] not in (*LIVE, *READY)
+        if protected and not has_key(scope, context.settings.keys):
+            answer = _error(HttpError(401, "The request bears no valid API key.", code="invalid_api_key"))
+            await answer(scope, receive, sending)
+            return
+        await app(scope, receive, sending)
+
+    return guarded
+
+
+def has_key(scope: Scope, keys: tuple[str, ...]) -> bool:
+    """Whether the request bears one of ``keys``; all are compared, each in constant time."""
+    if not keys:
+        return True
+    own = b""
+    for name, value in scope["headers"]:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            own = value[7:].strip()
+        elif name == b"x-api-key":
+            own = value.strip()
+    matches = [hmac.compare_digest(own, key.encode()) for key in keys]
+    return any(matches)
+
+
+def _post(context: Context, kind: type[Any], handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        ends = time.monotonic() + context.settings.timeout
+        try:
+            body = await within(_body(request, context), ends)
+            if len(body) > _PARSED_AT_ONCE:
+                data = await context.run(parsed, kind, body)
+            else:
+                data = parsed(kind, body)
+            del body
+            answer: Any = await until_gone(handler(context, data), request.receive, ends)
+        except ClientGone:
+            return Response(status_code=499)
+        except Exception as error:
+            return _failed(error)
+        return Response(msgspec.json.encode(answer), media_type="application/json")
+
+    return endpoint
+
+
+async def _body(request: Request, context: Context) -> bytes:
+    """The body, counted while it comes.
+
+    Raises:
+        HttpError: 413: it is too long.
+        ClientGone: the client left.
+    """
+    limit = context.settings.max_body
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise _too_long(limit)
+    parts, total = [], 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part = message.get("body", b"")
+        total += len(part)
+        if total > limit:
+            raise _too_long(limit)
+        parts.append(part)
+        if not message.get("more_body"):
+            return b"".join(parts) if len(parts) > 1 else part
+
+
+def _too_long(limit: int) -> HttpError:
+    return HttpError(413, f"The body is longer than {limit} bytes.", code="body_too_large")
+
+
+async def within(work: Coroutine[Any, Any, T], ends: float) -> T:
+    """The result of ``work``; HttpError 408 if it is not there at ``ends``, of the monotonic clock."""
+    try:
+        return await asyncio.wait_for(work, ends - time.monotonic())
+    except (asyncio.TimeoutError, TimeoutError) as error:
+        raise HttpError(408, "The request did not arrive in its time.", code="timeout") from error
+
+
+async def until_gone(work: Coroutine[Any, Any, T], receive: Receive, ends: float) -> T:
+    """The result of ``work``, which is cancelled when the client leaves, or at ``ends``.
+
+    Raises:
+        ClientGone: the client left.
+        HttpError: 504.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        left = ends - time.monotonic()
+        await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone if gone.done() else out_of_time()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _failed(error: Exception) -> Response:
+    """The answer for ``error``. Only its type is logged: a message could hold what a client sent."""
+    answer = http_error(error)
+    if answer.status == 500:
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place is not None else "?"
+        logger.error("a request failed with %s at %s", type(error).__name__, where)
+    return _error(answer)
+
+
+def _error(error: HttpError) -> Response:
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.status in (408, 413):  # the rest of the body is not read
+        headers["Connection"] = "close"
+    body = msgspec.json.encode(error.to_json())
+    return Response(body, error.status, headers, "application/json")
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    message = "There is no such route." if status == 404 else "The route does not take this method."
+    return _error(HttpError(status, message))
+
+
+def _live(context: Context) -> Callable[[], Awaitable[Any]]:
+    async def live() -> Response:
+        return _health("live", True)
+
+    return live
+
+
+def _ready(context: Context) -> Callable[[], Awaitable[Any]]:
+    async def ready() -> Response:
+        models = [] if context.draining else context.models.by_name.values()
+        alive = [await served.alive(_PROBE_SECONDS) for served in models]
+        return _health("ready", bool(alive) and all(alive))
+
+    return ready
+
+
+def _health(word: str, good: bool) -> Response:
+    body = {"object": "health.response", "message": word if good else f"not {word}", word: good}
+    return Response(msgspec.json.encode(body), 200 if good else 503, media_type="application/json")
+
+
+def _models(context: Context) -> Callable[[], Awaitable[Any]]:
+    async def models() -> Response:
+        entries = [served.described() for served in context.models.by_name.values()]
+        return Response(
+            msgspec.json.encode({"object": "list", "data": entries}), media_type="application/json"
+        )
+
+    return models
+
+
+def _model(context: Context) -> Callable[[str], Awaitable[Any]]:
+    async def model(name: str) -> Response:
+        served = context.models.by_name.get(name)
+        if served is None:
+            return _error(HttpError(404, "There is no such model.", "model", "model_not_found"))
+        return Response(msgspec.json.encode(served.described()), media_type="application/json")
+
+    return model
+
+
+async def _warm_up(context: Context) -> None:
+    for served in context.models.by_name.values():
+        try:
+            await context.run(served.warm_up)
+        except Exception as error:
+            logger.error("the model %s cannot run: %s", served.name, type(error).__name__)
+            raise
+        logger.info("%s is ready", served.name)

@@ -1,0 +1,80 @@
+"""The shapes of requests. Fields that a route does not know are ignored: clients send them to every server.
+
+Images are ``data:`` URLs, base64, or (where the server allows it) addresses; never paths.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from .errors import HttpError, bad_request
+
+T = TypeVar("T")
+_PLACE = re.compile(r" - at `\$\.?(?P<place>.*)`\Z", re.S)
+
+Mode = Literal["C", "G", "InternVL-C", "InternVL-G"]
+Resize = Literal["square", "center_crop", "pad"]
+Positive = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(gt=0, le=1)]
+Temperature = Annotated[float, Meta(ge=0, le=100)]
+
+
+class ImageUrl(Struct):
+    """``image_url`` of a content part."""
+
+    url: str
+
+
+class Part(Struct):
+    """A text or an image: ``{"text"}``, ``{"image"}``, or a content part with ``type``."""
+
+    type: Literal["text", "image", "image_url", "input_text", "input_image"] | None = None
+    text: str | None = None
+    image: str | ImageUrl | None = None
+    image_url: str | ImageUrl | None = None
+
+
+class Message(Struct):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part] | None = None
+
+
+class EmbeddingRequest(Struct):
+    """``POST /v1/embeddings``: ``input``, or ``messages`` for one vector of the last message's content."""
+
+    input: str | Part | list[str | Part] | None = None
+    messages: list[Message] | None = None
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    modality: Literal["text", "image"] | None = None
+    mode: Mode = "C"
+    normalize: bool = True
+    resize: Resize | None = None
+    user: str | None = None
+
+
+def parsed(kind: type[T], body: bytes) -> T:
+    """``body`` as a request of ``kind``; HttpError names the entry that does not fit."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        place = _PLACE.search(text)
+        what = _PLACE.sub("", text)
+        param = place["place"] if place else None
+        raise bad_request(f"{what[0].upper()}{what[1:]}{f' in {param}' if param else ''}.", param) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise HttpError(400, "The body is not valid JSON.", code="invalid_json") from error
+
+
+def schemas(kinds: list[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """JSON schemas of ``kinds`` for an OpenAPI document, and the components that they refer to."""
+    roots, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    return list(roots), components

@@ -1,0 +1,84 @@
+"""Runs the application on uvicorn until SIGTERM or Ctrl-C, and ends without losing a request.
+
+On the first signal the server is no longer ready, and every answer closes its connection; requests are still
+taken for ``drain_delay`` seconds. Then no new connection is accepted, running requests are finished, and the
+process ends. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from ..errors import UsageError
+from .app import make_app
+from .context import Context
+
+_LINGER = 0.3
+"""Seconds between the last accepted connection and the end of idle ones."""
+
+
+def run(context: Context, started: Callable[[str], None] = lambda address: None) -> None:
+    """Serve until a signal comes; ``started`` is called with the address once it is listened on.
+
+    Raises:
+        UsageError: the address cannot be listened on.
+    """
+    settings = context.settings
+    listener = _listener(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
+    config = uvicorn.Config(
+        make_app(context),
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=round(settings.timeout) + 1,
+        lifespan="on",
+    )
+    started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    try:
+        _Server(config, context).run(sockets=[listener])
+    finally:
+        context.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which takes requests for a while after the first signal."""
+
+    def __init__(self, config: uvicorn.Config, context: Context) -> None:
+        super().__init__(config)
+        self._context, self._deaf_at = context, math.inf
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called with each signal. uvicorn would end at once, and raise the signal again afterwards."""
+        if self._context.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._context.draining = True
+        self._deaf_at = time.monotonic() + self._context.settings.drain_delay
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; True ends the server."""
+        late = time.monotonic() - self._deaf_at
+        if late >= 0:
+            for server in self.servers:
+                server.close()
+            # A connection that was accepted last may not have sent its request yet.
+            self.should_exit |= late >= _LINGER
+        return await super().on_tick(counter)
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UsageError(
+            f"Cannot listen on {host}, port {port}.", f"{error.strerror or error}.", "Give another --port."
+        ) from error

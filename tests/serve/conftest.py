@@ -1,0 +1,77 @@
+"""A started server, which the tests of this folder share."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+KEY = "key-of-the-tests"
+
+
+@dataclass
+class Server:
+    """A process, its address, and the file that it writes to."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    log: Path
+
+    def stop(self) -> int:
+        """Ask it to end; its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+@contextmanager
+def started(log: Path, arguments: Sequence[str], before: str = "") -> Iterator[Server]:
+    """``ivl-export serve`` in its own process, ready; ``before`` is run in it first."""
+    code = f"{before}\nimport sys; from ivl_export.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "IVL_EXPORT_API_KEY": KEY}
+    command = [sys.executable, "-c", code, "serve", *arguments, "--port", "0", "-O", "threads=1"]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        yield Server(process, _address(process, log), log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    for _ in range(1200):
+        found = re.search(r" on (http://\S+) ", log.read_text())
+        if found:
+            try:
+                urllib.request.urlopen(f"{found[1]}/ready", timeout=30).close()
+                return found[1]
+            except urllib.error.HTTPError:
+                pass
+            except OSError:
+                pass
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture(scope="session")
+def server(
+    tiny_bundle: Path, chat_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Both tiny bundles, under the names ``tiny`` and ``chat``."""
+    arguments = [f"tiny={tiny_bundle}", f"chat={chat_bundle}", "-O", "drain-delay=0.2"]
+    with started(tmp_path_factory.mktemp("serve") / "log", arguments) as one:
+        yield one
