@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -73,12 +73,14 @@ class Sample:
         digest: sha256 of the image's bytes (for a scene, of its description).
         caption: as given; None where the set has none.
         image: where to read it from, or the scene or sign to draw.
+        turns: a conversation about it, whose last answer is the caption; empty: the set has none.
     """
 
     name: str
     digest: str
     caption: str | None
     image: Path | Stored | Scene | SignDialogue
+    turns: tuple[Turn, ...] = ()
 
     @property
     def text(self) -> str:
@@ -210,7 +212,7 @@ class CalibrationSet:
     @property
     def hash(self) -> str:
         """sha256 over names, image digests and texts, 64 hex digits."""
-        rows = [[s.name, s.digest, s.text] for s in self.samples]
+        rows = [[s.name, s.digest, s.text, *map(asdict, s.turns)] for s in self.samples]
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
     @property
@@ -333,10 +335,10 @@ def read_bytes(image: Path | Stored) -> bytes:
 def dialogue_of(
     sample: Sample, tokenizer: Tokenizer, chat: ChatFormat | None = None, scored: bool = False
 ) -> Dialogue:
-    """A conversation about ``sample``, always the same: of its scene, or its caption as an answer."""
+    """A conversation about ``sample``, always the same: its own, or of its scene or caption."""
     if not tokenizer.reads_texts:
         return _random_dialogue(sample, len(tokenizer), scored)
-    turns = [Turn(QUESTION, sample.text, 1)]
+    turns = list(sample.turns) or [Turn(QUESTION, sample.text, 1)]
     if not isinstance(sample.image, Path | Stored):
         import numpy as np
 

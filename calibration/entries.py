@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
+from ..inputs.chat_template import Turn
 from ..inputs.images import load_image
 from .dataset import Sample, Skipped, Stored, read_bytes
 
@@ -26,11 +27,13 @@ class Entry:
         name: the same on every machine.
         image: a file, or something in one.
         caption: reads its caption, if there is one.
+        turns: a conversation about it; empty: the set has none.
     """
 
     name: str
     image: Path | Stored
     caption: Caption
+    turns: tuple[Turn, ...] = ()
 
     def check(self) -> Sample | Skipped:
         """Decode it; a sample, or why it can be none."""
@@ -40,7 +43,7 @@ class Entry:
             caption = plain(self.caption())
         except InputError as error:
             return Skipped(self.name, error.why or error.what)
-        return Sample(self.name, hashlib.sha256(data).hexdigest(), caption, self.image)
+        return Sample(self.name, hashlib.sha256(data).hexdigest(), caption, self.image, self.turns)
 
 
 def plain(caption: str | None) -> str | None:

@@ -1,12 +1,11 @@
 """Opening calibration sets.
 
 A folder of images (each may have a caption in a ``.txt`` file of the same name), a JSONL manifest
-(``{"image": "relative/path.jpg", "caption": "..."}`` a line), WebDataset shards (:mod:`.webdataset`), a
-Hugging
-Face data set on disk (:mod:`.hf_datasets`), or drawn scenes (for nano). The choice of samples depends on
-names and
-the seed only, so it is the same on every machine. Files are untrusted: paths in a manifest may not leave its
-folder, and undecodable files are skipped and listed.
+(``{"image": "relative/path.jpg", "caption": "..."}`` a line), conversations in LLaVA's layout
+(:mod:`..inputs.conversations`; those whose first question shows the only image), WebDataset shards
+(:mod:`.webdataset`), a Hugging Face data set on disk (:mod:`.hf_datasets`), or drawn scenes (for nano). The
+choice of samples depends on names and the seed only, so it is the same on every machine. Files are untrusted:
+paths in a manifest may not leave its folder, and undecodable files are skipped and listed.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from pathlib import Path
 from ..errors import InputError, UsageError
 from ..files.paths import inside
 from ..files.text import decode_text, text_encoding
+from ..inputs.conversations import read_conversations
 from ..inputs.sources import name_of
 from .dataset import CalibrationSet, Sample
 from .entries import IMAGE_SUFFIXES, MAX_CAPTION_BYTES, MAX_ENTRIES, Entry, plain
@@ -31,6 +31,7 @@ MAX_CORRUPT = 0.1
 KINDS = (
     f"a folder of images ({', '.join(IMAGE_SUFFIXES)})",
     "a JSONL manifest with an image and a caption a line",
+    "conversations in LLaVA's layout (.json, .jsonl)",
     "WebDataset shards (a .tar, a folder of them, or shards-{000..011}.tar)",
     "a Hugging Face data set (what save_to_disk wrote, or a snapshot with Parquet files)",
 )
@@ -139,6 +140,8 @@ def _entries(path: Path, columns: tuple[str, ...]) -> list[Entry]:
         raise UsageError(f"{path} has no columns.", fix="Leave -O calib-columns out.")
     if path.is_dir():
         return _folder(path)
+    if path.is_file() and (path.suffix == ".json" or _has_conversations(path)):
+        return _conversations(path)
     if path.is_file() and path.suffix in (".jsonl", ".ndjson"):
         return _manifest(path)
     why = "It is not one of these kinds." if path.exists() else "There is no such path."
@@ -156,6 +159,36 @@ def _folder(root: Path) -> list[Entry]:
                 name = path.relative_to(root).as_posix()  # may hold bytes that are not UTF-8
                 name = name.encode("utf-8", "backslashreplace").decode()
                 entries.append(Entry(name, path, partial(_sidecar, path)))
+    return entries
+
+
+def _has_conversations(path: Path) -> bool:
+    """Whether the first line of a ``.jsonl`` file is a conversation."""
+    if path.suffix != ".jsonl":
+        return False
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    try:
+        row = json.loads(decode_text(first))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "conversations" in row
+
+
+def _conversations(path: Path) -> list[Entry]:
+    """Conversations about one image each, which the first question shows; others are left out."""
+    root, entries = path.parent.resolve(), []
+    for number, (images, turns) in enumerate(read_conversations(path)):
+        if len(images) == 1 and turns[0].images == 1:
+            answer = turns[-1].answer or ""
+            name = f"{images[0].relative_to(root).as_posix()}#{number}"
+            entries.append(Entry(name, images[0], partial(str, answer), turns))
+    if not entries:
+        raise InputError(
+            f"{path} has no conversation to calibrate on.",
+            "Each is about no image, or about several.",
+            "Give --calib images like those that you will serve.",
+        )
     return entries
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..settings import SWITCH, Setting, Table, number, read_settings, switch, whole
+from ..settings import SWITCH, Setting, Table, choice, number, read_settings, switch, whole
 from .command import SettingsOpt
 from .options import ALGORITHM, TRAINING
 from .output import print_json, print_table
@@ -15,13 +15,23 @@ from .output import print_json, print_table
 
 def _stage(value: object) -> int:
     stage = whole(1)(value)
-    if stage > 2:
+    if stage > 3:
         raise ValueError(value)
     return stage
 
 
 SETTINGS: Table = {
-    "stage": Setting("2 or 1", "losses: 1 contrastive, 2 itc + itm + itg; else 2", _stage),
+    "stage": Setting(
+        "2, 1 or 3",
+        "losses: 1 contrastive, 2 itc + itm + itg, 3 answers of a chat model; else 2, of a chat model 3",
+        _stage,
+    ),
+    "trains": Setting(
+        "all, decoder or projector",
+        "part of a chat model that learns; decoder includes the projector; else all",
+        choice(("all", "decoder", "projector")),
+        default="all",
+    ),
     **ALGORITHM,
     "learn-scales": Setting(SWITCH, "train the scales; false keeps them; else true", switch),
     "lr": Setting("5e-4 or another", "peak learning rate of the weights; else 5e-4", number()),
@@ -30,7 +40,7 @@ SETTINGS: Table = {
     ),
     "seed": Setting("0, 1 or more", "seed of the data's order; else 0", whole()),
     "evaluate-every": Setting(
-        "50, 0 or more", "steps between evaluations on scenes; else 0: only before and after", whole()
+        "50, 0 or more", "steps between evaluations on drawn pictures; else 0: only before and after", whole()
     ),
     "save-every": Setting("50, 1 or more", "steps between saved states; else 50", whole(1)),
     **TRAINING,
@@ -41,7 +51,10 @@ SETTINGS: Table = {
 def qat(
     model: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint to start from: its folder, or nano.", show_default="nano"),
+        typer.Option(
+            help="Checkpoint to start from, of an InternVL or a chat model: its folder, or nano.",
+            show_default="nano",
+        ),
     ] = None,
     recipe: Annotated[
         str, typer.Option("--recipe", "--precision", help="The recipe to train for ('build --list-recipes').")
@@ -56,8 +69,9 @@ def qat(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Images and captions to train on: a folder or a JSONL file.",
-            show_default="nano: drawn scenes",
+            help="Images and captions to train on: a folder or a JSONL file. Of a chat model conversations: "
+            "LLaVA's JSON, or .jsonl with one a line.",
+            show_default="shipped models: drawn pictures",
         ),
     ] = None,
     calib: Annotated[
@@ -148,4 +162,4 @@ def _print_scores(receipt: dict[str, Any], out: Path) -> None:
                 (f"{group} {task}", *results, "-" if share is None else f"{share:.0%}", score["total"])
             )
     columns = ("task", "fp32", "PTQ", "QAT", "recovered", "questions")
-    print_table("Accuracy on held-out scenes", columns, rows)
+    print_table("Accuracy on held-out questions", columns, rows)

@@ -61,7 +61,7 @@ def train_nano_chat(run: ChatRun) -> None:
     with Console(stderr=True).status("evaluating"):
         answer = TorchChat(model, SentencePieceTokenizer(tokenizer), settings)
         accuracy = chat_tasks.evaluate(answer, 40 if run.steps else chat_tasks.SCENES)
-    write(model, run.out, tokenizer, settings, tower)
+    write(model.state_dict(), preset.model, run.out, tokenizer, settings, tower)
     training = TrainingRun(seconds / 60, torch.get_num_threads(), accuracy)
     write_chat_card(preset, training, sum(p.numel() for p in model.parameters()), run.out)
     if run.as_json:
@@ -85,7 +85,7 @@ def fine_tune_chat(
     import torch
 
     from ..errors import UsageError
-    from ..inputs.chat_template import IMAGE_TOKEN
+    from ..inputs.chat_template import ChatFormat
     from ..inputs.tokenizer import MODEL
     from ..models.checkpoint import open_checkpoint
     from ..models.load import load_chat
@@ -93,7 +93,7 @@ def fine_tune_chat(
     from ..models.shipped import checkpoint_path
     from ..training import lora as low_rank
     from ..training.chat_model import write, write_as_stored
-    from ..training.conversations import ChatBatches, SceneDialogues, read_llava
+    from ..training.conversations import ChatBatches, SceneDialogues, context_for_text, read_llava
     from ..training.presets import Stage
     from ..training.stage3 import TRAINS, Stage3, fine_tune
 
@@ -108,7 +108,7 @@ def fine_tune_chat(
     family = family_of(opened.model)
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     tokenizer = family.tokenizer(opened.model, folder)
-    chat = family.chat_format(opened.model, folder, tokenizer)
+    chat = family.chat_format(opened.model, folder, tokenizer) or ChatFormat()
     settings = image_settings(opened.model, folder)
     steps, batch = run.steps or 1000, run.batch or 16
     patterns = TRAINS["lora" if lora else trains]
@@ -118,9 +118,7 @@ def fine_tune_chat(
     if data is not None:
         source = read_llava(data, images)
         identity["data"] = hashlib.sha256(data.read_bytes()).hexdigest()
-    longest = model.config.decoder.max_position_embeddings
-    if chat is None or chat.images.context == IMAGE_TOKEN:  # one placeholder an image
-        longest -= model.config.num_visual
+    longest = context_for_text(opened.model, chat)
     batches = ChatBatches(source, stage, settings, tokenizer, longest, chat)
     with step_bar(stage.name, steps) as report:
         seconds = fine_tune(model, Stage3(stage, lora), batches, identity, _options(run), report)
@@ -128,8 +126,10 @@ def fine_tune_chat(
         if adapters is not None:
             low_rank.save(model, lora, adapters)
         low_rank.merge(model, lora)
-    if not write_as_stored(model, opened, run.out):
-        write(model, run.out, tokenizer.files[MODEL], settings, opened, opened.load("lm_head.weight").dtype)
+    state = model.state_dict()
+    if not write_as_stored(state, opened, run.out):
+        dtype = opened.load("lm_head.weight").dtype
+        write(state, model.config, run.out, tokenizer.files[MODEL], settings, opened, dtype)
     summary = {
         "model": str(run.out),
         "minutes": seconds / 60,

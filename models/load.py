@@ -56,6 +56,11 @@ def load_chat(
     return model
 
 
+def load_torch(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> Any:
+    """The model of a checkpoint of any family, as :func:`load_model` and :func:`load_chat` give it."""
+    return _loaded(checkpoint, (CONTRASTIVE, FEATURES, CHAT), dtype, "cpu")
+
+
 def _loaded(
     path: str | Path | Checkpoint,
     forms: tuple[str, ...],

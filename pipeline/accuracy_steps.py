@@ -297,23 +297,25 @@ class EngineModel(BothHeads):
 
 def evaluate_torch(plan: BuildPlan, dtype: str) -> dict[str, Any]:
     """Task scores of the PyTorch model in ``dtype`` (``fp32``, ``bf16``, ``fp16``)."""
+    from ..models.load import load_torch
 
-    from ..models.load import load_chat, load_model
-    from ..models.tiles_chat import TilesChatModel
+    return evaluate_module(plan, load_torch(plan.checkpoint, dtype_of(dtype).torch), QUESTIONS)
+
+
+def evaluate_module(plan: BuildPlan, model: Any, questions: Mapping[str, int]) -> dict[str, Any]:
+    """Task scores of a PyTorch model of the plan's form; ``questions`` of the tasks of an InternVL."""
     from ..synthetic import chat_tasks, sign_tasks, tasks
     from ..training.chat_model import TorchChat
     from ..training.evaluate import TorchModel
     from ..training.tiles_model import TorchSigns
 
     if family_of(plan.checkpoint.model).form == CHAT:
-        chat = load_chat(plan.checkpoint, dtype_of(dtype).torch)
         if plan.evaluation == SIGNS:
-            signs = TorchSigns(cast(TilesChatModel, chat), tokenizer=plan.tokenizer)
+            signs = TorchSigns(model, tokenizer=plan.tokenizer)
             return sign_tasks.evaluate(signs, SIGN_QUESTIONS["questions"])
-        answer = TorchChat(chat, plan.tokenizer, plan.settings)
+        answer = TorchChat(model, plan.tokenizer, plan.settings)
         return chat_tasks.evaluate(answer, CHAT_QUESTIONS["scenes"])
-    model = load_model(plan.checkpoint, dtype_of(dtype).torch)
-    return tasks.evaluate(TorchModel(model, plan.tokenizer, plan.settings), **cast(Any, QUESTIONS))
+    return tasks.evaluate(TorchModel(model, plan.tokenizer, plan.settings), **cast(Any, questions))
 
 
 def evaluate_engines(root: Path, manifest: Manifest, evaluation: str | None) -> dict[str, Any]:

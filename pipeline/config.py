@@ -92,9 +92,11 @@ class QatConfig:
         out: the new checkpoint's folder.
         model: a checkpoint; None is the shipped internvl-nano.
         recipe: the recipe to train for.
-        stage: whose losses, and whose data: 1 (contrastive) or 2.
+        stage: whose losses, and whose data: 1 (contrastive), 2, or of a chat model 3; None: its last.
+        trains: which part of a chat model learns (:data:`..training.stage3.TRAINS`); all of it is quantised.
         teacher: learn the answers of the model before quantisation instead (QAD).
-        data: images and captions to train on; None: drawn scenes, for a model trained on them.
+        data: images and captions to train on, of a chat model conversations in LLaVA's layout; None: drawn
+            scenes or signs, for a model trained on them.
         calib, ranges, algorithm: as in :class:`BuildConfig`.
         steps: optimiser steps.
         batch: images a step.
@@ -110,7 +112,8 @@ class QatConfig:
     out: Path
     model: Path | None = None
     recipe: str = "w4a4"
-    stage: Literal[1, 2] = 2
+    stage: Literal[1, 2, 3] | None = None
+    trains: Literal["projector", "decoder", "all"] = "all"
     teacher: bool = False
     data: Path | None = None
     calib: Path | None = None

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
     from ..calibration.sensitivity import Sensitivity
 
-SCORES = (("caption", "en"), ("InternVL-G", "classify"), ("InternVL-G", "text_to_image"))
-"""Tasks whose accuracy :func:`training_curve` shows: group, task."""
+SCORES = (
+    ("caption", "en"), ("InternVL-G", "classify"), ("InternVL-G", "text_to_image"), ("chat", "all"),
+    ("signs", "all"),
+)  # fmt: skip
+"""Tasks whose accuracy :func:`training_curve` shows, of those that a model has: group, task."""
 
 
 def sensitivity_heatmap(sensitivity: Sensitivity, path: Path) -> None:
@@ -68,14 +71,14 @@ def training_curve(receipt: dict[str, Any], path: Path) -> None:
             *((point["step"], point["scores"]) for point in receipt["curve"]),
             (len(losses), scores["qat"]),
         ]
-        for group, task in SCORES:
+        for group, task in (score for score in SCORES if score[0] in scores["fp32"]):
             values = [100 * at_step[group][task]["accuracy"] for _, at_step in points]
             line = axes[1].plot(
                 [step for step, _ in points], values, "o-", ms=3, lw=1, label=f"{group} {task}"
             )
             whole = 100 * scores["fp32"][group][task]["accuracy"]
             axes[1].axhline(whole, color=line[0].get_color(), ls=":", lw=1)
-        axes[1].set(xlabel="step", ylabel="accuracy, %", title="held-out scenes (dotted: fp32)")
+        axes[1].set(xlabel="step", ylabel="accuracy, %", title="held-out questions (dotted: fp32)")
         axes[1].legend(frameon=False, loc="lower right")
     _save(figure, path, 120)
 

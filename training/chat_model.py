@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..dtypes import dtype_of
 from ..files.write import atomic
@@ -17,6 +18,7 @@ from ..inputs.preprocess import ImageSettings, preprocess_images
 from ..inputs.tokenizer import Tokenizer
 from ..models.chat import InternVLChatModel
 from ..models.checkpoint import Checkpoint
+from ..models.config import ChatConfig
 from ..models.layout import CHAT_TOWER, VISION
 from ..models.registry import expected_shapes
 from ..synthetic.chat_tasks import LONGEST_ANSWER
@@ -59,8 +61,20 @@ class TorchChat:
         return [self.tokenizer.decode(row).strip() for row in said.tolist()]
 
 
-def write_as_stored(model: nn.Module, opened: Checkpoint, folder: Path) -> bool:
-    """Write ``model`` as the checkpoint ``opened`` is stored: its tensors' names and forms, its other files.
+def write_as_stored(
+    state: Mapping[str, Tensor],
+    opened: Checkpoint,
+    folder: Path,
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> bool:
+    """Write ``state`` as the checkpoint ``opened`` is stored: its tensors' names and forms, its other files.
+
+    Args:
+        state: tensors by key; those that are not there are the checkpoint's.
+        opened: the checkpoint.
+        folder: the new one's.
+        dtypes: types of tensors by key, else as they are stored. A stored tensor of several keys has a type
+            that holds the values of all.
 
     Returns:
         False, and nothing is written, where the checkpoint has tensors of another folder (a tower apart).
@@ -70,12 +84,16 @@ def write_as_stored(model: nn.Module, opened: Checkpoint, folder: Path) -> bool:
     if any(ref.file.parent != source for ref in (*opened.tensors.values(), *parts)):
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict()
-    stored = {ref.name: torch.empty(ref.shape, dtype=dtype_of(ref.dtype).torch) for ref in parts}
+    types: dict[str, torch.dtype] = {}
     for key, ref in opened.tensors.items():
-        tensor = (state[key] if key in state else opened.load(key)).to("cpu", dtype_of(ref.dtype).torch)
+        own = dtypes.get(key, dtype_of(ref.dtype).torch)
+        for name in [ref.name] if ref.view is None else [rows.ref.name for rows in ref.view.rows]:
+            types[name] = torch.promote_types(types.get(name, own), own)
+    stored = {ref.name: torch.empty(ref.shape, dtype=types[ref.name]) for ref in parts}
+    for key, ref in opened.tensors.items():
+        tensor = (state[key] if key in state else opened.load(key)).to("cpu")
         if ref.view is None:
-            stored[ref.name] = tensor.contiguous()
+            stored[ref.name] = tensor.to(types[ref.name]).contiguous()
         else:
             ref.view.write(tensor, stored)
     with atomic(folder / "model.safetensors", exclusive=True) as partial:
@@ -88,26 +106,35 @@ def write_as_stored(model: nn.Module, opened: Checkpoint, folder: Path) -> bool:
 
 
 def write(
-    model: InternVLChatModel,
+    state: Mapping[str, Tensor],
+    config: ChatConfig,
     folder: Path,
     tokenizer: bytes,
     settings: ImageSettings,
     rest: Checkpoint,
     dtype: torch.dtype = torch.bfloat16,
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> None:
-    """Write the published layout: config.json, model.safetensors, tokenizer.model, preprocessor_config.json.
+    """Write LLaVA's layout: config.json, model.safetensors, tokenizer.model, preprocessor_config.json.
 
-    ``rest`` has the blocks of the vision tower that the model does not run, in an InternVL or a chat model.
+    Args:
+        state: tensors by key.
+        config: of the model.
+        folder: where the files go.
+        tokenizer: its ``tokenizer.model``.
+        settings: of images.
+        rest: an InternVL or a chat model that has the blocks of the vision tower that the model does not run.
+        dtype: of the tensors that ``dtypes`` does not name by their keys.
+        dtypes: of the others.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict()
     tensors = {}
-    for key in expected_shapes(model.config):
+    for key in expected_shapes(config):
         other = key if key in rest.tensors else key.replace(CHAT_TOWER, VISION)
         tensor = state[key] if key in state else rest.load(other)
-        tensors[key] = tensor.to("cpu", dtype).contiguous()
+        tensors[key] = tensor.to("cpu", dtypes.get(key, dtype)).contiguous()
     with atomic(folder / "model.safetensors", exclusive=True) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(model.config.to_published(), indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config.to_published(), indent=1) + "\n")
     (folder / "tokenizer.model").write_bytes(tokenizer)
     settings.save(folder / "preprocessor_config.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,23 +14,20 @@ from torch.utils.data import Dataset
 
 from ..arrays import Array
 from ..errors import InputError
-from ..files.text import read_text
 from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, ChatFormat, Encoded, Turn, encode
+from ..inputs.conversations import Conversation, read_conversations
 from ..inputs.preprocess import ImageSettings, preprocess_images, read_images
 from ..inputs.sources import ImageInput
 from ..inputs.tokenizer import SentencePieceTokenizer, Tokenizer
+from ..synthetic import sign_questions
 from ..synthetic.dialogues import conversation, dialogue
 from ..synthetic.render import render
 from ..synthetic.scenes import near_copy, sample_scene
+from ..synthetic.signs import draw
 from .presets import Stage
 
 _STREAM = 0x7A3
 _ORDER_STREAM = 0x0DE
-PLACEHOLDER = "<image>"
-EXAMPLE = (
-    'Write [{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, '
-    '{"from": "gpt", "value": "A panda."}]}].'
-)
 
 
 @dataclass(frozen=True)
@@ -82,10 +78,23 @@ class SceneDialogues:
 
 
 @dataclass(frozen=True)
+class SignQuestions:
+    """Dialogues of one to ``turns`` questions about drawn signs."""
+
+    seed: int
+    turns: int = 4
+
+    def __call__(self, batch: int, rows: int) -> list[tuple[list[ImageInput], list[Turn]]]:
+        """Rows of batch ``batch``."""
+        drawn = sign_questions.dialogues(self.seed, batch, rows, "train", self.turns)
+        return [([draw(sign) for sign in row.signs], sign_questions.conversation(row)) for row in drawn]
+
+
+@dataclass(frozen=True)
 class LlavaFile:
     """A file of conversations in LLaVA's layout, read in a new order of ``seed`` each epoch."""
 
-    samples: tuple[tuple[tuple[Path, ...], tuple[Turn, ...]], ...]
+    samples: tuple[Conversation, ...]
     seed: int = 0
 
     def __len__(self) -> int:
@@ -113,6 +122,7 @@ class ChatBatches(Dataset[ChatBatch]):
         tokenizer: bytes | Tokenizer,
         longest: int,
         chat: ChatFormat | None = None,
+        own: slice = slice(None),
     ) -> None:
         """Batches of ``source``.
 
@@ -123,15 +133,17 @@ class ChatBatches(Dataset[ChatBatch]):
             tokenizer: a ``tokenizer.model``, or the model's.
             longest: positions of a conversation at most; it is cut there.
             chat: how the model is prompted; None: as LLaVA.
+            own: the rows of each batch that are made: those of this process.
         """
         self.source, self.stage, self.settings, self.longest = source, stage, settings, longest
+        self.own = own
         self.tokenizer, self.chat = tokenizer, chat or ChatFormat()
 
     def __len__(self) -> int:
         return self.stage.steps
 
     def __getitem__(self, index: int) -> ChatBatch:
-        rows = self.source(index, self.stage.batch)
+        rows = self.source(index, self.stage.batch)[self.own]
         given = self.tokenizer
         tokenizer = SentencePieceTokenizer(given) if isinstance(given, bytes) else given
         context, template = self.chat.images.context, self.chat.template
@@ -163,6 +175,15 @@ class ChatBatches(Dataset[ChatBatch]):
         return Encoded(row.ids[: self.longest], row.labels[: self.longest])
 
 
+def context_for_text(config: Any, chat: ChatFormat) -> int:
+    """Positions of a conversation that a chat model of ``config`` takes, as its ids are counted.
+
+    Where an image is one placeholder, room for its embeddings is left out.
+    """
+    longest: int = config.decoder.max_position_embeddings
+    return longest - config.num_visual if chat.images.context == IMAGE_TOKEN else longest
+
+
 def collate(pixel_values: Array, rows: Sequence[Encoded]) -> ChatBatch:
     """Pad conversations on the right into one batch."""
     width = max(len(row.ids) for row in rows)
@@ -177,80 +198,9 @@ def collate(pixel_values: Array, rows: Sequence[Encoded]) -> ChatBatch:
 
 
 def read_llava(path: Path, images: Path | None = None, seed: int = 0) -> LlavaFile:
-    """Read conversations in LLaVA's layout: a JSON list, or one object a line (``.jsonl``).
-
-        {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
-                                             {"from": "gpt", "value": "A ring."}]}
-
-    Args:
-        path: the file. ``image`` may be left out (text alone) or be a list.
-        images: the folder that image names are relative to; None: the file's own.
-        seed: of the order.
+    """The conversations of :func:`..inputs.conversations.read_conversations`, in the order of ``seed``.
 
     Raises:
         InputError: the file, a conversation or an image name cannot be used; the first fault is named.
     """
-    folder = (images or path.parent).resolve()
-    try:
-        text = read_text(path)
-        rows = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
-            if path.suffix == ".jsonl"
-            else json.loads(text)
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot read {path}.", str(error), "Give a JSON list, or JSONL.") from error
-    if not isinstance(rows, list) or not rows:
-        raise InputError(
-            f"{path} holds no conversations.",
-            "It must be a list that is not empty.",
-            EXAMPLE,
-        )
-    return LlavaFile(tuple(_sample(row, f"{path}, entry {i}", folder) for i, row in enumerate(rows)), seed)
-
-
-def _sample(row: Any, where: str, folder: Path) -> tuple[tuple[Path, ...], tuple[Turn, ...]]:
-    said = row.get("conversations") if isinstance(row, dict) else None
-    if not isinstance(said, list) or len(said) < 2:
-        raise InputError(
-            f"{where} is not a conversation.",
-            "It needs 'conversations' of at least two messages.",
-            EXAMPLE,
-        )
-    names = row.get("image", [])
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise InputError(f"{where}: 'image' is not a file name.", f"It is {names!r:.200}.", EXAMPLE)
-    paths = tuple((folder / name).resolve() for name in names)
-    for file in paths:
-        if not file.is_relative_to(folder) or not file.is_file():
-            raise InputError(
-                f"{where}: no image {file.name}.",
-                f"Looked for it in {folder}.",
-                "Check -O images, or leave the conversation out.",
-            )
-    texts = []
-    for i, message in enumerate(said[: len(said) // 2 * 2]):
-        want = ("human", "user") if i % 2 == 0 else ("gpt", "assistant")
-        if not isinstance(message, dict) or message.get("from") not in want:
-            raise InputError(
-                f"{where}: message {i + 1} is not from {want[0]}.",
-                "They must take turns.",
-                "Put them in turns, or leave the conversation out.",
-            )
-        if not isinstance(message.get("value"), str):
-            raise InputError(
-                f"{where}: message {i + 1} has no text.", fix="Write one, or leave the conversation out."
-            )
-        texts.append(message["value"])
-    turns = tuple(
-        Turn(question.replace(PLACEHOLDER, "").strip(), answer.strip(), question.count(PLACEHOLDER))
-        for question, answer in zip(texts[::2], texts[1::2], strict=True)
-    )
-    shown = sum(turn.images for turn in turns)
-    if shown != len(paths):
-        raise InputError(
-            f"{where} has {shown} placeholders {PLACEHOLDER} and {len(paths)} images.",
-            fix=f"Write {PLACEHOLDER} once for each image.",
-        )
-    return paths, turns
+    return LlavaFile(read_conversations(path, images), seed)

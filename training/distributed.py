@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..errors import BuildError, UsageError
+from ..models.decoder import DecoderBlock
 from ..models.qllama import DecoderLayer
 from ..models.vit import Block
 
@@ -123,7 +124,7 @@ def parallel(objective: Objective, strategy: Strategy, *, unused: bool = True) -
         return objective
     scalars = {p for p in objective.parameters() if p.dim() == 0}  # nothing to shard
     for module in objective.modules():
-        if isinstance(module, Block | DecoderLayer):
+        if isinstance(module, Block | DecoderLayer | DecoderBlock):
             fully_shard(module)
     fully_shard(objective, ignored_params=scalars)
     return objective

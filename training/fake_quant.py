@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ integers and the same scale again."""
 
 STRETCH = (0.02, 4.0)
 """How much of the calibrated range of its inputs a layer may cover, where scales are learned."""
+
+M = TypeVar("M", bound=nn.Module)
 
 STACKED = ("qllama_text", "qllama_text", "qllama_step")
 """Whose ranges the texts of stage 2 take, third by third: matching (those of ``qllama_itm`` are not trained),
@@ -128,6 +130,11 @@ class FakeQuantLinear(nn.Linear):
             self.clip = nn.Parameter(torch.ones(self.rows, blocks, 1))
             self.stretch = nn.Parameter(torch.ones(len(amax))) if amax else None
 
+    @property
+    def learns(self) -> bool:
+        """Whether its weight or the weight's scales are trained."""
+        return self.weight.requires_grad or (self.clip is not None and self.clip.requires_grad)
+
     def quantised_weight(self) -> Tensor:
         """The weight as the graph dequantises it [out, in], fp32."""
         kind = SCHEMES[self.scheme].weight
@@ -167,17 +174,18 @@ class FakeQuantLinear(nn.Linear):
 
 
 def fake_quantised(
-    model: InternVLModel,
+    model: M,
     schemes: Mapping[str, str],
     base: str,
     amax: Mapping[str, Mapping[str, float]],
     *,
     learn: bool = False,
-) -> InternVLModel:
+) -> M:
     """Replace the layers of ``schemes`` in place, so that ``model`` computes as its quantised components do.
 
     Args:
-        model: in fp32. All ways through it are simulated: embeddings, generation, the stages' losses.
+        model: in fp32, of any form. All ways through it are simulated: embeddings, generation, the stages'
+            losses. Where QLLaMA's layers run in several components, each pass takes its component's ranges.
         schemes: quantised layer -> one of :data:`..quantization.schemes.SCHEMES`.
         base: the recipe's base.
         amax: component -> layer -> range, as in ``ranges.json``.
@@ -202,7 +210,8 @@ def fake_quantised(
             # a Q/DQ pair, and the engine merges their products.
             layer.stretch = shared.setdefault((owner, tuple(used.values())), layer.stretch)
         setattr(parent, leaf, layer)
-    model.qllama.register_forward_pre_hook(place.enter, with_kwargs=True)
+    if isinstance(model, InternVLModel):
+        model.qllama.register_forward_pre_hook(place.enter, with_kwargs=True)
     return model
 
 
@@ -241,17 +250,19 @@ def keep_in_bounds(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def trained_weights(model: InternVLModel) -> dict[str, Tensor]:
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state dict in published names and fp32; quantised weights have the values that the graph will
     dequantise.
 
-    Quantising those again gives the same integers and scales, bit for bit.
+    Quantising those again gives the same integers and scales, bit for bit. Frozen weights are as they were:
+    quantising them gives what was simulated.
     """
     state = {k: v.float() for k, v in model.state_dict().items()}
     for name, layer in quantised_layers(model):
         state.pop(f"{name}.clip", None)
         state.pop(f"{name}.stretch", None)
-        state[f"{name}.weight"] = layer.quantised_weight()
+        if layer.learns:
+            state[f"{name}.weight"] = layer.quantised_weight()
     return state
 
 

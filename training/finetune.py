@@ -2,7 +2,8 @@
 
 In distillation the quantised model learns the answers of the full-precision one. Both run as the deployed
 components chain: image, queries, contrastive text, and caption steps after the queries' cache. Captions need
-not be right: the teacher gives the targets.
+not be right: the teacher gives the targets. A chat model learns the answers of conversations, or the
+teacher's distribution of each of their tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,10 +30,14 @@ from ..models.internvl import InternVLModel
 from ..models.qllama import Visible
 from . import distributed as dist
 from .collate import SceneBatches, collate, pixel_values
+from .conversations import ChatBatch
 from .fake_quant import keep_in_bounds
 from .losses import IGNORE, Stage2Batch
 from .presets import Stage
-from .trainer import MAX_LOGIT_SCALE, Options, TrainingProgress, schedule, stage_losses
+from .stage3 import ChatModel
+from .trainer import MAX_LOGIT_SCALE, Options, TrainingProgress, freeze, schedule, stage_losses
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,19 @@ def distillation_losses(student: Answers, teacher: Answers) -> dict[str, Tensor]
     return losses
 
 
+def chat_losses(model: ChatModel, batch: ChatBatch, teacher: ChatModel | None) -> dict[str, Tensor]:
+    """Mean cross entropy of the answers' tokens, or mean divergence from ``teacher`` there."""
+    inputs = (batch.pixel_values, batch.input_ids, batch.mask, batch.labels)
+    logits, tokens = model.answer_logits(*inputs)
+    count = torch.tensor(len(tokens), device=logits.device)
+    share = dist.weight(count) / count.clamp_min(1)  # no token of this process's rows may be an answer's
+    if teacher is None:
+        return {"answers": F.cross_entropy(logits, tokens, reduction="sum") * share}
+    with torch.no_grad():
+        target = teacher.answer_logits(*inputs)[0].log_softmax(-1)
+    return {"kl": F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True) * share}
+
+
 STEP = 0xA7
 """Keeps the order of the samples apart from other random streams of the same seed."""
 
@@ -98,8 +116,8 @@ class Tuning:
     """Settings of a run.
 
     Args:
-        stage: its losses, steps, batch and learning rates; ``matrix_lr`` is not used: everything is trained
-            by AdamW, whose small steps keep the model's knowledge.
+        stage: its losses, steps, batch, learning rates and trained parameters; ``matrix_lr`` is not used:
+            everything is trained by AdamW, whose small steps keep the model's knowledge.
         scale_lr: peak learning rate of the scales, as a share of their ranges a step.
         seed: of the data's order.
         max_grad_norm: gradients are clipped to it.
@@ -173,14 +191,14 @@ class SceneSamples(Dataset[Stage2Batch]):
 
 
 def fine_tune(
-    student: InternVLModel,
-    teacher: InternVLModel | None,
+    student: M,
+    teacher: M | None,
     tuning: Tuning,
-    data: Dataset[Stage2Batch],
+    data: Dataset[Any],
     identity: Mapping[str, Any],
     options: Options,
     report: Callable[[TrainingProgress], None],
-    inspect: Callable[[int, InternVLModel], None] = lambda step, model: None,
+    inspect: Callable[[int, M], None] = lambda step, model: None,
 ) -> History:
     """Train ``student`` in place.
 
@@ -189,10 +207,11 @@ def fine_tune(
     quantisers' results again.
 
     Args:
-        student: made by :func:`.fake_quant.fake_quantised`.
+        student: an InternVL or a chat model, made by :func:`.fake_quant.fake_quantised`.
         teacher: the model before quantisation, whose answers are learned; None: the stage's losses.
         tuning: settings of the run.
-        data: ``tuning.stage.steps`` batches: this process's rows of each.
+        data: ``tuning.stage.steps`` batches, :class:`Stage2Batch` or of a chat model :class:`ChatBatch`: this
+            process's rows of each.
         identity: plain data that identifies model and data; a saved state of others is refused.
         options: where and how often the state is saved; how processes share the work.
         report: callback with every step.
@@ -203,7 +222,8 @@ def fine_tune(
         BuildError: gradients are not finite.
     """
     stage, device = tuning.stage, dist.device()
-    student.to(device).train().requires_grad_(True)
+    student.to(device).train()
+    freeze(student, stage)
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
     objective = dist.Objective(student, partial(_losses, teacher=teacher, stage=stage))
@@ -224,7 +244,7 @@ def fine_tune(
         dist.load_optimizer(optimizer, state["optimizer"])
         first, history = state["step"], History(state["losses"], state["seconds"])
     started = time.perf_counter() - history.seconds
-    rest: Subset[Stage2Batch] = Subset(data, range(first, stage.steps))
+    rest: Subset[Any] = Subset(data, range(first, stage.steps))
     ahead = 2 if options.workers else None
     batches = DataLoader(rest, batch_size=None, num_workers=options.workers, prefetch_factor=ahead)
     for step, batch in enumerate(batches, first):
@@ -250,9 +270,9 @@ def fine_tune(
     return history
 
 
-def _losses(
-    model: InternVLModel, batch: Stage2Batch, *, teacher: InternVLModel | None, stage: Stage
-) -> dict[str, Tensor]:
+def _losses(model: Any, batch: Any, *, teacher: Any | None, stage: Stage) -> dict[str, Tensor]:
+    if stage.loss == "answers":
+        return chat_losses(model, batch, teacher)
     generative = stage.loss == "generative"
     if teacher is not None:
         with torch.no_grad():
@@ -267,7 +287,8 @@ def _losses(
 def _optimizer(model: nn.Module, tuning: Tuning) -> torch.optim.Optimizer:
     scales: list[nn.Parameter] = []
     weights: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    learning = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    for name, parameter in learning:
         (scales if name.endswith((".clip", ".stretch")) else weights).append(parameter)
     groups = [
         {"params": weights, "peak": tuning.stage.lr},
@@ -278,7 +299,7 @@ def _optimizer(model: nn.Module, tuning: Tuning) -> torch.optim.Optimizer:
 
 
 def _step(
-    objective: nn.Module, optimizer: torch.optim.Optimizer, tuning: Tuning, batch: Stage2Batch, step: int
+    objective: nn.Module, optimizer: torch.optim.Optimizer, tuning: Tuning, batch: Any, step: int
 ) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * schedule(tuning.stage, step)
@@ -288,8 +309,9 @@ def _step(
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     norm = dist.clip_gradients(learning, tuning.max_grad_norm)
     optimizer.step()
-    model = next(m for m in objective.modules() if isinstance(m, InternVLModel))
-    with torch.no_grad():
-        model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-    keep_in_bounds(model)
+    for model in objective.modules():
+        if isinstance(model, InternVLModel):
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+    keep_in_bounds(objective)
     return {**dist.averaged(parts), "grad_norm": norm}

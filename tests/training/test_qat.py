@@ -255,11 +255,6 @@ def test_command_line(model: Path, data: Path, tmp_path: Path, capsys: pytest.Ca
     assert "--teacher" in capsys.readouterr().err
 
 
-def test_a_chat_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "qat", "--model", "nano-chat", "--out", str(tmp_path / "out"), "--dry-run"]) == 5
-    assert "--precision mixed" in capsys.readouterr().err
-
-
 def test_the_curve_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     score = {
@@ -275,4 +270,8 @@ def test_the_curve_is_drawn(tmp_path: Path) -> None:
     training_curve(receipt, tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").size[0] > 800
     training_curve({**receipt, "scores": None}, tmp_path / "losses.png")
+    chat = {"chat": {"all": {"accuracy": 0.5}}, "settings": {"seed": 0}}
+    training_curve(
+        {**receipt, "scores": dict.fromkeys(("fp32", "ptq", "qat"), chat), "curve": []}, tmp_path / "chat.png"
+    )
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
