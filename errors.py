@@ -48,6 +48,10 @@ class TooLargeError(InputError):
     """An image, or a request, that is over a limit of size."""
 
 
+class TooLongError(InputError):
+    """A prompt with its answer that is longer than the model, or the bundle, can take."""
+
+
 class CheckpointError(IvlError):
     """Weights or config that are missing, unexpected, truncated or of the wrong shape."""
 

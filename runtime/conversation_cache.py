@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import Array
-from ..errors import InputError
+from ..errors import InputError, TooLongError
 from ..forks import fork_safe_lock
 from ..inputs.chat_template import IMAGE_TOKEN
 from ..models.registry import is_cache
@@ -77,6 +77,8 @@ class ConversationCache:
         self._contents: list[Hashable] = []  # content of the cache's positions
         self._shared = 0  # blocks of these that are in the prefix cache
         self._readings = 0
+        self.recalled = 0
+        """Positions of the last prompt that had been computed before."""
         self._decoded: _Decoded | None = None
         self._lock = fork_safe_lock()
 
@@ -152,6 +154,7 @@ class ConversationCache:
         self._take_decoded()
         self._readings += 1
         self._recall(keys[:-1])  # the last position has to be computed: its logits are needed
+        self.recalled = self.length
         left = keys[self.length :]
         logits = self._feed(self._embedded(left), left, len(keys))
         self._share()
@@ -214,7 +217,7 @@ class ConversationCache:
         if positions > limit:
             shown = sum(len(rows) for rows in self.visual)
             of_images = f" (of {len(self.visual)} images {shown})" if shown else ""
-            raise InputError(
+            raise TooLongError(
                 "The conversation is too long for this bundle.",
                 f"A prompt of {prompt} positions{of_images} and {new} new tokens need a past of {positions} "
                 f"positions; the engine was built for {limit}.",

@@ -6,24 +6,26 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 
 from .. import __version__
 from .asgi import Message, Receive, Scope, Send
+from .chat import chat, event
 from .context import Context
 from .embeddings import embeddings
-from .errors import HttpError, http_error, out_of_time
-from .schemas import EmbeddingRequest, parsed, schemas
+from .errors import HttpError, http_error
+from .schemas import ChatRequest, EmbeddingRequest, parsed, schemas
+from .streams import ClientGone, EventStream, arrived, until_gone
 
-T = TypeVar("T")
 Handler = Callable[[Context, Any], Coroutine[Any, Any, Any]]
 POSTS: dict[str, tuple[type[Any], Handler, str]] = {
     "/v1/embeddings": (EmbeddingRequest, embeddings, "Embed texts and images."),
+    "/v1/chat/completions": (ChatRequest, chat, "Answer a conversation with images; or stream the answer."),
 }
 """Route -> the shape of its requests, its handler, its description."""
 LIVE, READY = ("/health", "/livez", "/v1/health/live"), ("/ready", "/readyz", "/v1/health/ready")
@@ -31,10 +33,6 @@ _PARSED_AT_ONCE = 1 << 20
 """Bytes of JSON that are parsed on the event loop."""
 _PROBE_SECONDS = 2.0
 logger = logging.getLogger("ivl_export.serve")
-
-
-class ClientGone(Exception):
-    """The client closed its connection: nobody waits for the answer."""
 
 
 def make_app(context: Context) -> Any:
@@ -118,13 +116,20 @@ def _post(context: Context, kind: type[Any], handler: Handler) -> Callable[[Requ
     async def endpoint(request: Request) -> Response:
         ends = time.monotonic() + context.settings.timeout
         try:
-            body = await within(_body(request, context), ends)
+            body = await arrived(_body(request, context), ends)
             if len(body) > _PARSED_AT_ONCE:
                 data = await context.run(parsed, kind, body)
             else:
                 data = parsed(kind, body)
             del body
             answer: Any = await until_gone(handler(context, data), request.receive, ends)
+            if isinstance(answer, AsyncGenerator):
+                try:
+                    first = await until_gone(_first(answer), request.receive, ends)
+                except BaseException:
+                    await answer.aclose()
+                    raise
+                return EventStream(first, answer, ends, lambda error: event(_answered(error).to_json()))
         except ClientGone:
             return Response(status_code=499)
         except Exception as error:
@@ -163,40 +168,15 @@ def _too_long(limit: int) -> HttpError:
     return HttpError(413, f"The body is longer than {limit} bytes.", code="body_too_large")
 
 
-async def within(work: Coroutine[Any, Any, T], ends: float) -> T:
-    """The result of ``work``; HttpError 408 if it is not there at ``ends``, of the monotonic clock."""
-    try:
-        return await asyncio.wait_for(work, ends - time.monotonic())
-    except (asyncio.TimeoutError, TimeoutError) as error:
-        raise HttpError(408, "The request did not arrive in its time.", code="timeout") from error
-
-
-async def until_gone(work: Coroutine[Any, Any, T], receive: Receive, ends: float) -> T:
-    """The result of ``work``, which is cancelled when the client leaves, or at ``ends``.
-
-    Raises:
-        ClientGone: the client left.
-        HttpError: 504.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
-    try:
-        left = ends - time.monotonic()
-        await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone if gone.done() else out_of_time()
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events)
 
 
 def _failed(error: Exception) -> Response:
+    return _error(_answered(error))
+
+
+def _answered(error: Exception) -> HttpError:
     """The answer for ``error``. Only its type is logged: a message could hold what a client sent."""
     answer = http_error(error)
     if answer.status == 500:
@@ -205,7 +185,7 @@ def _failed(error: Exception) -> Response:
             place = place.tb_next
         where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place is not None else "?"
         logger.error("a request failed with %s at %s", type(error).__name__, where)
-    return _error(answer)
+    return answer
 
 
 def _error(error: HttpError) -> Response:

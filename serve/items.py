@@ -30,11 +30,13 @@ class Item:
         param: its place in the request, for errors: ``input[2]``.
         content: the text; or the image as a ``data:`` URL, base64 or an address.
         is_image: which of the two.
+        detail: of an image: ``low``, ``high`` or ``auto``.
     """
 
     param: str
     content: str
     is_image: bool = False
+    detail: str = "auto"
 
 
 def items_of(value: str | Part | Sequence[str | Part], param: str, images: bool = False) -> list[Item]:
@@ -65,7 +67,9 @@ def item_of(value: str | Part, param: str, images: bool = False) -> Item:
     if len(contents) != 1:
         raise bad_request("An item needs 'text', 'image' or 'image_url'.", param)
     name, content = contents[0]
-    return Item(f"{param}.{name}", content.url if isinstance(content, ImageUrl) else content, True)
+    if isinstance(content, ImageUrl):
+        return Item(f"{param}.{name}", content.url, True, content.detail or "auto")
+    return Item(f"{param}.{name}", content, True)
 
 
 def items_of_messages(messages: Sequence[Message]) -> list[Item]:

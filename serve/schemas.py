@@ -27,6 +27,7 @@ class ImageUrl(Struct):
     """``image_url`` of a content part."""
 
     url: str
+    detail: Literal["low", "high", "auto"] | None = None
 
 
 class Part(Struct):
@@ -57,6 +58,38 @@ class EmbeddingRequest(Struct):
     mode: Mode = "C"
     normalize: bool = True
     resize: Resize | None = None
+    user: str | None = None
+
+
+class StreamOptions(Struct):
+    """``stream_options`` of a chat request."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(Struct):
+    """``POST /v1/chat/completions``. ``temperature`` is 0 where it is not given: the likeliest tokens."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
+    max_tiles: Positive | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    seed: Annotated[int, Meta(ge=0)] | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+    logprobs: bool | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
     user: str | None = None
 
 

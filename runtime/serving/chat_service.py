@@ -11,8 +11,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...arrays import Array, Ids
 from ...forks import renew_after_fork
@@ -23,11 +24,33 @@ from ...inputs.tokenizer import Pieces
 from ...sampling import Sampling, StopCriteria
 from ..image_batches import Images
 from .admission import Admission, Clock, Response, ServiceLimits
+from .answer_text import AnswerText
 from .batching import Batcher, BatchResult
 from .scheduler import OnToken, Scheduler
 
 if TYPE_CHECKING:
     from ..chat import Chat, InternVLChat
+
+
+_LENGTH = 256
+"""New tokens of a completion that says no number, if there is room for them."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """How an answer ended.
+
+    Args:
+        finish: ``stop``: the model ended it, or a stop string; ``length``: it was as long as it may be.
+        prompt: positions of the prompt, those of its images among them.
+        cached: how many of these had been computed before.
+        new: tokens decoded, the one that ended the answer among them.
+    """
+
+    finish: Literal["stop", "length"]
+    prompt: int
+    cached: int
+    new: int
 
 
 class ChatService:
@@ -69,15 +92,21 @@ class ChatService:
         """
 
         async def run(clock: Clock) -> BatchResult[Chat]:
-            with self._tower.coming():
-                pixels = await self._read(self.model.read_pixels, images, max_tiles)
-                encoding = self._tower.submit(pixels)
-            clock.mark("read")
-            encoded = await asyncio.wrap_future(encoding)
+            encoded = await self._encoded(images, max_tiles, clock)
             chat = self.model.conversation(*encoded.value, history, system)
             return BatchResult(chat, encoded.waited, encoded.seconds, encoded.batch)
 
         return (await self._admission.request(run, timeout)).value
+
+    async def _encoded(
+        self, images: Images, max_tiles: int | Sequence[int] | None, clock: Clock
+    ) -> BatchResult[tuple[list[Array], list[bytes]]]:
+        """Visual embeddings and digests of ``images``, encoded together with those of other requests."""
+        with self._tower.coming():
+            pixels = await self._read(self.model.read_pixels, images, max_tiles)
+            encoding = self._tower.submit(pixels)
+        clock.mark("read")
+        return await asyncio.wrap_future(encoding)
 
     async def ask(
         self,
@@ -145,6 +174,78 @@ class ChatService:
                 raise
             finally:
                 task.cancel()
+
+    async def complete(
+        self,
+        turns: Sequence[Turn],
+        images: Images = (),
+        system: str | None = None,
+        max_tiles: int | Sequence[int] | None = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> AsyncGenerator[str | Completion, None]:
+        """The answer to the last of ``turns`` in pieces, then how it ended: one request in all.
+
+        Closing the generator gives up its place.
+
+        Args:
+            turns: a conversation; its last turn is open. The turns place the ``images``.
+            images, system, max_tiles: as :meth:`..chat.InternVLChat.chat`.
+            max_new_tokens: at most this many; None: 256, or as many as there is room for.
+            sampling: how tokens are drawn; None: the likeliest.
+            stop: texts that end the answer; they are not part of it.
+            timeout: seconds for all of it.
+
+        Raises:
+            BusyError: too many requests wait, or it was not done in time.
+            TooLongError: prompt and answer are too long for the bundle.
+            InputError: an image cannot be read, or the turns show another number of images.
+        """
+        model, loop = self.model, asyncio.get_running_loop()
+        form = model.chat_format
+        if system is not None:
+            form = replace(form, template=form.template.with_system(system or None))
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+
+        async def run(clock: Clock) -> BatchResult[Completion]:
+            visual: list[Array] = []
+            digests: list[bytes] = []
+            if len(images):
+                visual, digests = (await self._encoded(images, max_tiles, clock)).value
+            cache = model.cache(visual, digests)
+            ids = form.encode(turns, model.tokenizer).ids
+            prompt = len(ids) - len(digests) + sum(map(len, visual))
+            room = model.components.spec("decoder").axis("past").max + 1 - prompt
+            criteria = model.stop_criteria(max_new_tokens or max(1, min(_LENGTH, room)), 0)
+            text = AnswerText(model.tokenizer, form.template, criteria.ends, stop)
+
+            def on_token(token: int) -> bool:  # by the scheduler's thread
+                if piece := text.add(token):
+                    loop.call_soon_threadsafe(pieces.put_nowait, piece)
+                return text.stopped
+
+            started = await self._read(cache.started, ids, criteria)
+            clock.mark("prefill")
+            result = await asyncio.wrap_future(self._scheduler.submit(started, criteria, sampling, on_token))
+            if rest := text.rest():
+                pieces.put_nowait(rest)
+            with suppress(RuntimeError):  # closed
+                self._readers.submit(cache.settle)
+            ended = text.stopped or criteria.ends(result.value[-1])
+            finish: Literal["stop", "length"] = "stop" if ended else "length"
+            done = Completion(finish, prompt, cache.recalled, len(result.value))
+            return BatchResult(done, result.waited, result.seconds, result.batch)
+
+        task = asyncio.ensure_future(self._admission.request(run, timeout))
+        task.add_done_callback(lambda _: pieces.put_nowait(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            yield (await task).value
+        finally:
+            task.cancel()
 
     def close(self) -> None:
         """Refuse new requests, cancel waiting ones, finish running ones."""

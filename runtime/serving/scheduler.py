@@ -31,8 +31,8 @@ from ...sampling import Sampling, StopCriteria, TokenSampler
 from ..kv_cache import BatchedKVCache
 from .batching import BatchResult
 
-OnToken = Callable[[int], None]
-"""Called with each token of a sequence when it is chosen, on the scheduler's thread."""
+OnToken = Callable[[int], "bool | None"]
+"""Called with each token of a sequence when it is chosen, on the scheduler's thread; True ends it."""
 OnLeave = Callable[[Sequence[int], Any], None]
 """Called on that thread when a sequence leaves its slot, finished or cancelled: with its tokens that went
 through the engine, and their keys and values [2, layers, heads, n, head_dim]."""
@@ -200,12 +200,11 @@ class Scheduler:
         sequence = self._running[slot]
         try:
             sequence.tokens.append(sequence.sampler.choose(logits))
-            if sequence.on_token is not None:
-                sequence.on_token(sequence.tokens[-1])
+            ended = sequence.on_token is not None and sequence.on_token(sequence.tokens[-1])
         except Exception as error:  # its callback fails, for one
             self._leave(slot, error)
         else:
-            if sequence.sampler.done or sequence.future.cancelled():
+            if ended or sequence.sampler.done or sequence.future.cancelled():
                 self._leave(slot)
 
     def _leave(self, slot: int, error: Exception | None = None) -> None:

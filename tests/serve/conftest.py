@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 import signal
@@ -15,10 +17,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("fastapi")
 KEY = "key-of-the-tests"
+
+
+def picture(seed: int = 0, kind: str = "PNG") -> bytes:
+    """The file of a small picture."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    """As clients send a file."""
+    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import urllib.request
 from collections.abc import Iterator
@@ -14,25 +13,13 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from PIL import Image
 
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.zero_shot import l2
 
-from .conftest import KEY, Server
+from .conftest import KEY, Server, data_url, picture
 
 TEXTS = ("a red ring", "two small squares")
-
-
-def picture(seed: int = 0, kind: str = "PNG") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (30, 40, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
-    return file.getvalue()
-
-
-def data_url(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 @pytest.fixture(scope="module")
