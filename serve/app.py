@@ -19,16 +19,39 @@ from .chat import chat, event
 from .context import Context
 from .embeddings import embeddings
 from .errors import HttpError, http_error
-from .schemas import ChatRequest, EmbeddingRequest, parsed, schemas
+from .schemas import (
+    CaptionRequest,
+    ChatRequest,
+    ClassifyRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
+    parsed,
+    schemas,
+)
 from .streams import ClientGone, EventStream, arrived, until_gone
+from .tasks import captions, classify, rerank, score
 
 Handler = Callable[[Context, Any], Coroutine[Any, Any, Any]]
 POSTS: dict[str, tuple[type[Any], Handler, str]] = {
     "/v1/embeddings": (EmbeddingRequest, embeddings, "Embed texts and images."),
     "/v1/chat/completions": (ChatRequest, chat, "Answer a conversation with images; or stream the answer."),
+    "/v1/captions": (CaptionRequest, captions, "Caption images."),
+    "/v1/classify": (ClassifyRequest, classify, "Probabilities of labels for images."),
+    "/v1/rerank": (RerankRequest, rerank, "Order texts and images by how they fit a query."),
+    "/v1/score": (ScoreRequest, score, "Score pairs of texts and images."),
 }
 """Route -> the shape of its requests, its handler, its description."""
+ALIASES = {
+    "/rerank": "/v1/rerank",
+    "/v2/rerank": "/v1/rerank",
+    "/score": "/v1/score",
+    "/classify": "/v1/classify",
+}
+"""Other names, as clients of other servers have them."""
 LIVE, READY = ("/health", "/livez", "/v1/health/live"), ("/ready", "/readyz", "/v1/health/ready")
+OPEN = frozenset({*LIVE, *READY, "/", "/docs", "/openapi.json", "/metrics"})
+"""Routes that need no key: they tell nothing of what clients send."""
 _PARSED_AT_ONCE = 1 << 20
 """Bytes of JSON that are parsed on the event loop."""
 _PROBE_SECONDS = 2.0
@@ -47,6 +70,9 @@ def make_app(context: Context) -> Any:
     app = FastAPI(title="ivl-export", version=__version__, lifespan=lifespan, redoc_url=None)
     for path, (kind, handler, text) in POSTS.items():
         app.add_api_route(path, _post(context, kind, handler), methods=["POST"], summary=text)
+    for alias, path in ALIASES.items():
+        kind, handler, _ = POSTS[path]
+        app.add_api_route(alias, _post(context, kind, handler), methods=["POST"], include_in_schema=False)
     for path in LIVE:
         app.add_api_route(
             path, _live(context), summary="The process answers.", include_in_schema=path == LIVE[0]
@@ -88,8 +114,7 @@ def _guarded(app: FastAPI, context: Context) -> Any:
                 message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
             await send(message)
 
-        protected = scope["path"].startswith(("/v1/", "/admin/")) and scope["path"] not in (*LIVE, *READY)
-        if protected and not has_key(scope, context.settings.keys):
+        if scope["path"] not in OPEN and not has_key(scope, context.settings.keys):
             answer = _error(HttpError(401, "The request bears no valid API key.", code="invalid_api_key"))
             await answer(scope, receive, sending)
             return

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..arrays import Floats
 from ..errors import IvlError, UsageError
 from ..files.hashing import sha256_file
 from ..runtime import ChatService, InternVL, InternVLChat, Service, ServiceLimits, load
@@ -21,8 +23,22 @@ from .admission import Admission
 from .errors import HttpError, bad_request
 
 Ability = Literal["embed", "caption", "chat", "match"]
+_CLASSES = 16
 _ALIVE_SECONDS = 5.0
 """An answer that is younger shows that a model's workers live."""
+
+
+class Recent(OrderedDict[Hashable, Floats]):
+    """The last ``most`` embeddings of labels."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def __setitem__(self, key: Hashable, value: Floats) -> None:
+        super().__setitem__(key, value)
+        while len(self) > self._most:
+            self.popitem(last=False)
 
 
 @dataclass(eq=False)
@@ -41,6 +57,7 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
     warm: bool = False
     answered: float = -math.inf
+    classes: Recent = field(default_factory=lambda: Recent(_CLASSES))
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.limits.max_running + self.limits.max_queued)

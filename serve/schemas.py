@@ -6,7 +6,7 @@ Images are ``data:`` URLs, base64, or (where the server allows it) addresses; ne
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -17,6 +17,7 @@ T = TypeVar("T")
 _PLACE = re.compile(r" - at `\$\.?(?P<place>.*)`\Z", re.S)
 
 Mode = Literal["C", "G", "InternVL-C", "InternVL-G"]
+Method = Literal["cosine", "match"]
 Resize = Literal["square", "center_crop", "pad"]
 Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(gt=0, le=1)]
@@ -39,6 +40,9 @@ class Part(Struct):
     image_url: str | ImageUrl | None = None
 
 
+Items: TypeAlias = str | Part | list[str | Part]
+
+
 class Message(Struct):
     """A message of a conversation."""
 
@@ -49,7 +53,7 @@ class Message(Struct):
 class EmbeddingRequest(Struct):
     """``POST /v1/embeddings``: ``input``, or ``messages`` for one vector of the last message's content."""
 
-    input: str | Part | list[str | Part] | None = None
+    input: Items | None = None
     messages: list[Message] | None = None
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
@@ -59,6 +63,59 @@ class EmbeddingRequest(Struct):
     normalize: bool = True
     resize: Resize | None = None
     user: str | None = None
+
+
+class CaptionRequest(Struct):
+    """``POST /v1/captions``: ``input`` is an image, or several."""
+
+    input: Items
+    model: str | None = None
+    prompt: str | None = None
+    max_tokens: Positive = 30
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    seed: Annotated[int, Meta(ge=0)] | None = None
+    resize: Resize = "square"
+
+
+class ClassifyRequest(Struct):
+    """``POST /v1/classify``: ``templates`` are texts with ``{}`` for the label, or the name of a list."""
+
+    input: Items
+    labels: Annotated[list[str], Meta(min_length=1)]
+    model: str | None = None
+    templates: str | Annotated[list[str], Meta(min_length=1)] = "{}"
+    mode: Mode = "C"
+    top: Positive | None = None
+    resize: Resize = "center_crop"
+
+
+class RerankRequest(Struct):
+    """``POST /v1/rerank``. Scores are cosines, or with ``method: match`` probabilities of image and text."""
+
+    query: str | Part
+    documents: list[str | Part]
+    model: str | None = None
+    top_n: Positive | None = None
+    return_documents: bool = False
+    method: Method = "cosine"
+    mode: Mode = "C"
+
+
+class ScoreRequest(Struct):
+    """``POST /v1/score``: two items, one with many, or as many with as many. ``method`` as of ranking."""
+
+    queries: Items | None = None
+    documents: Items | None = None
+    text_1: Items | None = None
+    text_2: Items | None = None
+    data_1: Items | None = None
+    data_2: Items | None = None
+    model: str | None = None
+    method: Method = "cosine"
+    mode: Mode = "C"
 
 
 class StreamOptions(Struct):

@@ -161,7 +161,7 @@ class Service:
         stop = captions.stop_criteria(self.model, max_new_tokens, min_new_tokens)
         check_search(stop, num_beams, sampling)
         if num_beams == 1:
-            decoded = await self._tokens(image, prompt, stop, resize, timeout, sampling)
+            decoded = await self.caption_tokens(image, prompt, stop, resize, timeout, sampling)
             caption = self.model.tokenizer.decode(decoded.value).strip()
             return Response(caption, decoded.timings, decoded.batch)
         key = (num_beams, max_new_tokens, min_new_tokens)
@@ -191,7 +191,7 @@ class Service:
         def on_token(token: int) -> None:  # by the scheduler's thread
             loop.call_soon_threadsafe(tokens.put_nowait, token)
 
-        request = self._tokens(image, prompt, stop, resize, timeout, sampling, on_token)
+        request = self.caption_tokens(image, prompt, stop, resize, timeout, sampling, on_token)
         task = asyncio.create_task(request)
         task.add_done_callback(lambda _: tokens.put_nowait(None))
         try:
@@ -202,16 +202,17 @@ class Service:
         finally:
             task.cancel()
 
-    async def _tokens(
+    async def caption_tokens(
         self,
         image: ImageInput,
         prompt: str,
         stop: StopCriteria,
-        resize: ResizeMode | None,
-        timeout: float | None,
-        sampling: Sampling | None,
+        resize: ResizeMode | None = "square",
+        timeout: float | None = None,
+        sampling: Sampling | None = None,
         on_token: OnToken | None = None,
     ) -> Response[list[int]]:
+        """The tokens of one caption, the one that ended it among them; ``on_token`` gets each as it comes."""
         scheduler = self._scheduler  # made here if it is not there: by one thread
         return await self._request(
             self._starts,

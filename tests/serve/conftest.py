@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +52,14 @@ class Server:
         """Ask it to end; its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
+
+
+def asked(server: Server, path: str, request: Any) -> Any:
+    """The answer to a POST; urllib's HTTPError for others than 200."""
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    body = json.dumps(request).encode()
+    with urllib.request.urlopen(urllib.request.Request(server.address + path, body, headers)) as answer:
+        return json.load(answer)
 
 
 @contextmanager
