@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ NOW = ("running", "waiting")
 class Collector:
     """A Prometheus collector of ``service`` and its model: ``REGISTRY.register(Collector(service))``.
 
+    Of several services by name, ``Collector({"nano": service})``, every metric has the label ``model``.
+
     Gives ``ivl_export_stage_seconds`` (sum and count by stage), ``ivl_export_requests_total`` by outcome, and
     ``ivl_export_requests_now`` that are running and waiting.
 
@@ -27,24 +29,28 @@ class Collector:
         CapabilityError: prometheus_client is not installed.
     """
 
-    def __init__(self, service: Service | ChatService) -> None:
-        self._service, self._core = service, _prometheus()
+    def __init__(self, service: Service | ChatService | Mapping[str, Service | ChatService]) -> None:
+        self._services = service if isinstance(service, Mapping) else {"": service}
+        self._model = ["model"] if isinstance(service, Mapping) else []
+        self._core = _prometheus()
 
     def collect(self) -> Iterator[Metric]:
         """The metrics as they are now."""
         stages = self._core.SummaryMetricFamily(
-            "ivl_export_stage_seconds", "Wall time of each stage.", labels=["stage"]
+            "ivl_export_stage_seconds", "Wall time of each stage.", labels=[*self._model, "stage"]
         )
-        for stage, timing in self._service.model.timings.items():
-            stages.add_metric([stage], timing.calls, timing.seconds)
         ended = self._core.CounterMetricFamily(
-            "ivl_export_requests", "Requests by how they ended.", labels=["outcome"]
+            "ivl_export_requests", "Requests by how they ended.", labels=[*self._model, "outcome"]
         )
         now = self._core.GaugeMetricFamily(
-            "ivl_export_requests_now", "Requests in the service.", labels=["state"]
+            "ivl_export_requests_now", "Requests in the service.", labels=[*self._model, "state"]
         )
-        for name, count in asdict(self._service.counts).items():
-            (now if name in NOW else ended).add_metric([name], count)
+        for name, service in self._services.items():
+            model = [name] if self._model else []
+            for stage, timing in service.model.timings.items():
+                stages.add_metric([*model, stage], timing.calls, timing.seconds)
+            for state, count in asdict(service.counts).items():
+                (now if state in NOW else ended).add_metric([*model, state], count)
         yield from (stages, ended, now)
 
 

@@ -18,6 +18,25 @@ _LONGEST = 60
 """Seconds that a client is told to wait at most."""
 
 
+class HeldBytes:
+    """Bytes of the bodies that are held."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+
+    def take(self, count: int) -> None:
+        """``count`` more; HttpError 429 if there is no room for them now."""
+        if self.held + count > self.limit:
+            raise HttpError(
+                429, "The server holds too many bytes of requests.", code="overloaded", retry_after=1
+            )
+        self.held += count
+
+    def give_back(self, count: int) -> None:
+        """Of a body that is done with."""
+        self.held -= count
+
+
 class Throughput:
     """Items finished per second of the time in which there were any."""
 

@@ -69,10 +69,12 @@ def make_app(context: Context) -> Any:
 
     app = FastAPI(title="ivl-export", version=__version__, lifespan=lifespan, redoc_url=None)
     for path, (kind, handler, text) in POSTS.items():
-        app.add_api_route(path, _post(context, kind, handler), methods=["POST"], summary=text)
+        app.add_api_route(path, _post(context, path, kind, handler), methods=["POST"], summary=text)
     for alias, path in ALIASES.items():
         kind, handler, _ = POSTS[path]
-        app.add_api_route(alias, _post(context, kind, handler), methods=["POST"], include_in_schema=False)
+        app.add_api_route(
+            alias, _post(context, path, kind, handler), methods=["POST"], include_in_schema=False
+        )
     for path in LIVE:
         app.add_api_route(
             path, _live(context), summary="The process answers.", include_in_schema=path == LIVE[0]
@@ -81,6 +83,7 @@ def make_app(context: Context) -> Any:
         app.add_api_route(
             path, _ready(context), summary="All models answer.", include_in_schema=path == READY[0]
         )
+    app.add_api_route("/metrics", _metrics(context), summary="Numbers for Prometheus.")
     app.add_api_route("/v1/models", _models(context), summary="The models and their receipts.")
     app.add_api_route("/v1/models/{name}", _model(context), summary="One model.")
     document = app.openapi
@@ -137,53 +140,75 @@ def has_key(scope: Scope, keys: tuple[str, ...]) -> bool:
     return any(matches)
 
 
-def _post(context: Context, kind: type[Any], handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+def _post(
+    context: Context, path: str, kind: type[Any], handler: Handler
+) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        ends = time.monotonic() + context.settings.timeout
+        began = time.monotonic()
+        held, model = [0], ""
         try:
-            body = await arrived(_body(request, context), ends)
-            if len(body) > _PARSED_AT_ONCE:
-                data = await context.run(parsed, kind, body)
-            else:
-                data = parsed(kind, body)
+            body = await arrived(_body(request, context, held), began + context.settings.timeout)
+            data = await _parsed(context, kind, body)
             del body
-            answer: Any = await until_gone(handler(context, data), request.receive, ends)
-            if isinstance(answer, AsyncGenerator):
-                try:
-                    first = await until_gone(_first(answer), request.receive, ends)
-                except BaseException:
-                    await answer.aclose()
-                    raise
-                return EventStream(first, answer, ends, lambda error: event(_answered(error).to_json()))
+            model = data.model if data.model in context.models.by_name else ""
+            answer, model = await _answered(context, handler(context, data), request, model, began)
         except ClientGone:
-            return Response(status_code=499)
+            answer = Response(status_code=499)
         except Exception as error:
-            return _failed(error)
-        return Response(msgspec.json.encode(answer), media_type="application/json")
+            answer = _error(_logged(error))
+        finally:
+            context.bodies.give_back(held[0])
+        context.metrics.request(path, model, answer.status_code, time.monotonic() - began)
+        return answer
 
     return endpoint
 
 
-async def _body(request: Request, context: Context) -> bytes:
-    """The body, counted while it comes.
+async def _answered(
+    context: Context, work: Coroutine[Any, Any, Any], request: Request, model: str, began: float
+) -> tuple[Response, str]:
+    """The answer that ``work`` gives, whole or as a stream, and the name of the model that gave it."""
+    ends = began + context.settings.timeout
+    answer: Any = await until_gone(work, request.receive, ends)
+    if not isinstance(answer, AsyncGenerator):
+        context.metrics.tokens(answer["model"], answer["usage"])
+        return Response(msgspec.json.encode(answer), media_type="application/json"), answer["model"]
+    try:
+        first = await until_gone(_first(answer), request.receive, ends)
+    except BaseException:
+        await answer.aclose()
+        raise
+    context.metrics.first(model, time.monotonic() - began)
+    return EventStream(first, answer, ends, lambda error: event(_logged(error).to_json())), model
+
+
+async def _parsed(context: Context, kind: type[Any], body: bytes) -> Any:
+    if len(body) > _PARSED_AT_ONCE:
+        return await context.run(parsed, kind, body)
+    return parsed(kind, body)
+
+
+async def _body(request: Request, context: Context, held: list[int]) -> bytes:
+    """The body, counted in ``held`` while it comes.
 
     Raises:
-        HttpError: 413: it is too long.
+        HttpError: 413: it is too long; 429: too much is held.
         ClientGone: the client left.
     """
     limit = context.settings.max_body
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise _too_long(limit)
-    parts, total = [], 0
+    parts = []
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
         part = message.get("body", b"")
-        total += len(part)
-        if total > limit:
+        if held[0] + len(part) > limit:
             raise _too_long(limit)
+        context.bodies.take(len(part))
+        held[0] += len(part)
         parts.append(part)
         if not message.get("more_body"):
             return b"".join(parts) if len(parts) > 1 else part
@@ -197,11 +222,7 @@ async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(events)
 
 
-def _failed(error: Exception) -> Response:
-    return _error(_answered(error))
-
-
-def _answered(error: Exception) -> HttpError:
+def _logged(error: Exception) -> HttpError:
     """The answer for ``error``. Only its type is logged: a message could hold what a client sent."""
     answer = http_error(error)
     if answer.status == 500:
@@ -215,7 +236,7 @@ def _answered(error: Exception) -> HttpError:
 
 def _error(error: HttpError) -> Response:
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    if error.status in (408, 413):  # the rest of the body is not read
+    if error.status in (408, 413, 429):  # the rest of the body is not read
         headers["Connection"] = "close"
     body = msgspec.json.encode(error.to_json())
     return Response(body, error.status, headers, "application/json")
@@ -246,6 +267,13 @@ def _ready(context: Context) -> Callable[[], Awaitable[Any]]:
 def _health(word: str, good: bool) -> Response:
     body = {"object": "health.response", "message": word if good else f"not {word}", word: good}
     return Response(msgspec.json.encode(body), 200 if good else 503, media_type="application/json")
+
+
+def _metrics(context: Context) -> Callable[[], Awaitable[Any]]:
+    async def metrics() -> Response:
+        return Response(context.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return metrics
 
 
 def _models(context: Context) -> Callable[[], Awaitable[Any]]:

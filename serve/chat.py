@@ -70,6 +70,7 @@ async def _events(
                 yield chunk({"content": piece})
                 continue
             yield chunk({}, piece.finish)
+            context.metrics.tokens(served.name, usage_of(piece))
             if request.stream_options is not None and request.stream_options.include_usage:
                 yield event({**head, "choices": [], "usage": usage_of(piece)})
         yield b"data: [DONE]\n\n"

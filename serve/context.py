@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ..host import cores
+from .admission import HeldBytes
 from .items import Item, image_bytes, is_address
+from .metrics import Metrics
 from .models import Models, Served
 from .settings import ServerSettings
 
@@ -25,6 +27,7 @@ class Context:
     def __init__(self, models: Models, settings: ServerSettings) -> None:
         self.models, self.settings = models, settings
         self.draining = False
+        self.bodies, self.metrics = HeldBytes(settings.max_held), Metrics(models)
         self._decoders = ThreadPoolExecutor(cores(), "ivl-decoder")
         self._fetchers = ThreadPoolExecutor(_FETCHES, "ivl-fetcher")
 
