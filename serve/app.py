@@ -19,6 +19,7 @@ from .chat import chat, event
 from .context import Context
 from .embeddings import embeddings
 from .errors import HttpError, http_error
+from .page import page
 from .schemas import (
     CaptionRequest,
     ChatRequest,
@@ -83,6 +84,7 @@ def make_app(context: Context) -> Any:
         app.add_api_route(
             path, _ready(context), summary="All models answer.", include_in_schema=path == READY[0]
         )
+    app.add_api_route("/", _page, include_in_schema=False)
     app.add_api_route("/metrics", _metrics(context), summary="Numbers for Prometheus.")
     app.add_api_route("/v1/models", _models(context), summary="The models and their receipts.")
     app.add_api_route("/v1/models/{name}", _model(context), summary="One model.")
@@ -267,6 +269,12 @@ def _ready(context: Context) -> Callable[[], Awaitable[Any]]:
 def _health(word: str, good: bool) -> Response:
     body = {"object": "health.response", "message": word if good else f"not {word}", word: good}
     return Response(msgspec.json.encode(body), 200 if good else 503, media_type="application/json")
+
+
+async def _page() -> Response:
+    html, policy = page()
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+    return Response(html, headers=headers, media_type="text/html; charset=utf-8")
 
 
 def _metrics(context: Context) -> Callable[[], Awaitable[Any]]:
