@@ -57,6 +57,9 @@ def serve(
             help="Fetch images from this host (.example.org: all below it; *: any); repeat.",
         ),
     ] = None,
+    invariant: Annotated[
+        bool, typer.Option("--invariant", help="Embeddings whose bits do not depend on other requests.")
+    ] = False,
     backend: BackendOpt = "onnxruntime",
     settings: SettingsOpt = None,
 ) -> None:
@@ -89,7 +92,7 @@ def serve(
         port=port,
         keys=_keys(api_keys),
         urls=urls,
-        limits=replace(plain.limits, **limits),
+        limits=replace(plain.limits, invariant=invariant, **limits),
         **server,
     )
     models = load_models(bundles, chosen.limits, backend, options)

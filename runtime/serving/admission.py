@@ -35,6 +35,8 @@ class ServiceLimits:
             None: 20 ms where they are read on the cores that run batches, else 2 ms.
         idle_seconds: without a request for so long, memory is handed back to the system; the next request
             takes it again, page by page. ``math.inf``: never.
+        invariant: the bits of an embedding do not depend on what shares its batch: one that is alone in it
+            runs twice, side by side. Tested for ONNX Runtime on the CPU.
     """
 
     max_running: int = 64
@@ -43,6 +45,7 @@ class ServiceLimits:
     max_batch: int | None = None
     max_delay: float | None = None
     idle_seconds: float = 10.0
+    invariant: bool = False
 
 
 @dataclass(frozen=True)

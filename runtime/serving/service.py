@@ -7,6 +7,7 @@ its kind (:mod:`.batching`); captions then join the batch that is decoded step b
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +22,7 @@ from ...forks import renew_after_fork
 from ...host import cores
 from ...inputs.preprocess import ResizeMode
 from ...inputs.sources import ImageInput
-from ...inputs.tokenizer import CAPTION_PROMPT, Pieces
+from ...inputs.tokenizer import CAPTION_PROMPT, Pieces, buckets_of
 from ...sampling import Sampling, StopCriteria, check_search
 from .. import captions, matching
 from ..image_batches import Images
@@ -264,13 +265,32 @@ class Service:
 
     @property
     def _rows(self) -> int:
-        return self.limits.max_batch or self.model.components.batch
+        most = self.model.components.batch
+        if self.limits.invariant:  # of more, one could be left for an engine's last batch
+            return min(self.limits.max_batch or most, most)
+        return self.limits.max_batch or most
 
     def _run_images(self, items: Sequence[tuple[Mode, Floats]]) -> list[Floats]:
-        return _grouped(items, lambda mode, rows: list(self.model.encode_image(np.stack(rows), mode)))
+        def run(mode: Mode, rows: list[Floats]) -> list[Floats]:
+            copies = self._copies(len(rows))
+            return list(self.model.encode_image(np.stack([*rows, *rows[:copies]]), mode))[: len(rows)]
+
+        return _grouped(items, run)
 
     def _run_texts(self, texts: Sequence[str]) -> list[Floats]:
-        return list(self.model.encode_text(texts))
+        if not self.limits.invariant:
+            return list(self.model.encode_text(texts))
+        axis = self.model.components.spec("qllama_text").axis("text")
+        buckets = buckets_of(axis.min, axis.max)
+        ids, lengths = self.model.tokenizer.encode_contrastive(texts, buckets[-1], buckets)
+        sizes = [bisect_left(buckets, length) for length in lengths.tolist()]  # each size is a batch
+        alone = [row for row, size in enumerate(sizes) if self._copies(sizes.count(size))]
+        rows = [*range(len(texts)), *alone]
+        return list(self.model.encode_tokens(ids[rows], lengths[rows]))[: len(texts)]
+
+    def _copies(self, rows: int) -> int:
+        """Copies of the first of ``rows`` that a batch needs: a row alone runs through other kernels."""
+        return int(self.limits.invariant and rows == 1 and self.model.components.batch > 1)
 
     def _run_pairs(self, items: Sequence[tuple[Floats, str]]) -> list[NDArray[np.float64]]:
         """Log odds [K] for each text and its images [K, 3, S, S]."""

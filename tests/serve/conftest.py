@@ -99,6 +99,6 @@ def server(
     tiny_bundle: Path, chat_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """Both tiny bundles, under the names ``tiny`` and ``chat``."""
-    arguments = [f"tiny={tiny_bundle}", f"chat={chat_bundle}", "-O", "drain-delay=0.2"]
+    arguments = [f"tiny={tiny_bundle}", f"chat={chat_bundle}", "--invariant"]
     with started(tmp_path_factory.mktemp("serve") / "log", arguments) as one:
         yield one

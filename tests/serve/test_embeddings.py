@@ -7,6 +7,7 @@ import base64
 import json
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,20 @@ def test_asynchronous_clients_at_once(server: Server, model: InternVL) -> None:
             return [vector(answer) for answer in await asyncio.gather(*requests)]
 
     np.testing.assert_allclose(asyncio.run(all_of_them()), l2(model.encode_image(pictures)), atol=1e-5)
+
+
+def test_bits_do_not_depend_on_company(server: Server, client: openai.OpenAI) -> None:
+    """As --invariant says: alone, and with seven others at once."""
+    inputs = [*(data_url(picture(seed)) for seed in range(5)), "a ring", "two", "a red ring " * 4]
+
+    def both(one: str) -> list[Any]:
+        modes: list[Any] = [{"mode": "C"}, {"mode": "G"}]
+        return [vector(client.embeddings.create(model="tiny", input=one, extra_body=mode)) for mode in modes]
+
+    alone = [both(one) for one in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            np.testing.assert_array_equal(list(pool.map(both, inputs)), alone)
 
 
 BAD: dict[str, tuple[dict[str, Any], int, str | None]] = {

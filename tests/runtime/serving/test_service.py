@@ -59,6 +59,30 @@ def test_requests_at_once_equal_calls_one_after_another(model: InternVL) -> None
     assert asyncio.run(ask())[len(alone) :] == captions, "another event loop"
 
 
+def test_invariant_embeddings_have_the_same_bits_in_every_company(model: InternVL) -> None:
+    """Random companies of one to eight; without the setting a row alone has others."""
+    images, limits = pictures(8), ServiceLimits(max_batch=8, max_delay=0.05, invariant=True)
+    service, rng = Service(model, limits), np.random.default_rng(0)
+    texts = [*TEXTS, "a ring " * 9, "two", "below", "a"]
+
+    async def one(kind: int, place: int) -> Any:
+        if kind == 2:
+            return (await service.encode_text(texts[place])).value
+        return (await service.encode_image(images[place], ("InternVL-C", "InternVL-G")[kind])).value
+
+    async def ask() -> None:
+        alone = {(kind, place): await one(kind, place) for kind in range(3) for place in range(8)}
+        for _ in range(12):
+            kinds, places = rng.integers(0, 3, 8).tolist(), rng.integers(0, 8, 8).tolist()
+            company = list(zip(kinds, places, strict=True))[: int(rng.integers(1, 9))]
+            rows = await asyncio.gather(*(one(*key) for key in company))
+            for key, row in zip(company, rows, strict=True):
+                np.testing.assert_array_equal(row, alone[key])
+
+    asyncio.run(ask())
+    service.close()
+
+
 def test_zero_shot_answers_come_with_their_timings(model: InternVL) -> None:
     classes = model.class_embeddings(["circle", "star"])
     image = pictures(1)[0]
