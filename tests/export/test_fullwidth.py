@@ -1,4 +1,4 @@
-"""Two blocks at InternVL-14B's widths: graphs in ONNX Runtime against torch, plain and quantised."""
+"""One block at InternVL-14B's widths: graphs in ONNX Runtime against torch, plain and quantised."""
 
 from __future__ import annotations
 
@@ -46,32 +46,27 @@ COMPONENTS = ("vision", "qllama_query", "qllama_text", "qllama_step")
 POSITIONS = "vision_model.embeddings.position_embedding"
 VOCABULARY = 1500  # the lookup and lm_head are wide, not quantised, and cost most of the time
 
-PRODUCTS = {"vision": 2 * 4, "qllama_query": 2 * 7 + 4, "qllama_text": 2 * 7, "qllama_step": 2 * 7}
-"""Quantised products of two blocks: qkv, proj, fc1, fc2; q, k, v, o, gate, up, down; one cross-attention."""
+PRODUCTS = {"vision": 4, "qllama_query": 7 + 4, "qllama_text": 7, "qllama_step": 7}
+"""Quantised products of a block: qkv, proj, fc1, fc2; q, k, v, o, gate, up, down; the cross-attention's."""
 
 Bound = tuple[float, float]
 
 # Smallest cosine and SQNR in dB of any output. Measured (the worst output of a component):
-#             vision         qllama_query    qllama_text     qllama_step
-#   bf16      1, 123.9       1, 119.3        1, 113.7        1, 112.6
-#   fp8       0.9984, 24.86  0.9966, 21.63   0.9895, 16.80   0.9942, 19.38
-#   int8      0.9993, 28.72  0.9974, 22.79   0.9938, 19.06   0.9959, 20.86
+#             vision          qllama_query     qllama_text      qllama_step
+#   bf16      1, 122.9        1, 120.5
+#   fp8       0.99897, 26.87  0.99705, 22.30   0.99419, 19.34   0.99460, 19.67
+#   int8      0.99957, 30.65  0.99676, 21.89
 # The weights are drawn, and drawn weights have harder tails than trained ones.
 _EXACT = (0.999999, 105.0)
 BOUNDS: dict[str, dict[str, Bound]] = {
-    "bf16": dict.fromkeys(COMPONENTS, _EXACT),  # stored in 16 bits, as the checkpoint; computed in fp32
+    "bf16": {"vision": _EXACT, "qllama_query": _EXACT},  # stored in 16 bits; computed in fp32
     "fp8": {
-        "vision": (0.9975, 23.5),
-        "qllama_query": (0.995, 20.0),
-        "qllama_text": (0.986, 15.5),
-        "qllama_step": (0.992, 18.0),
+        "vision": (0.9985, 25.4),
+        "qllama_query": (0.996, 20.9),
+        "qllama_text": (0.992, 17.9),
+        "qllama_step": (0.9925, 18.2),
     },
-    "int8": {
-        "vision": (0.999, 27.5),
-        "qllama_query": (0.996, 21.5),
-        "qllama_text": (0.991, 17.5),
-        "qllama_step": (0.994, 19.5),
-    },
+    "int8": {"vision": (0.9994, 29.2), "qllama_query": (0.9955, 20.5)},  # they hold all that the others do
 }
 RESIZED: Bound = (0.999999, 70.0)
 """Resized positions are rounded to 16 bits when they are stored: 74.8 dB measured at every size."""
@@ -108,15 +103,14 @@ def batch_of(checkpoint: Checkpoint, size: int) -> Batch:
 @pytest.fixture(scope="module")
 def part(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slice]:
     folder = tmp_path_factory.mktemp("slice")
-    config = sliced(InternVLConfig(), 2, 2)
+    config = sliced(InternVLConfig(), 1, 1)
     config = replace(config, qllama=replace(config.qllama, vocab_size=VOCABULARY))
-    assert config.has_cross_attention(0)
-    assert not config.has_cross_attention(1)
+    assert config.has_cross_attention(0)  # the text's components leave it out
     make_checkpoint(folder, config)
     checkpoint = open_checkpoint(folder)
     settings = ImageSettings.load(folder / "preprocessor_config.json")
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
-    ranges = calibrate(checkpoint, COMPONENTS, scenes_calibration(4), settings, tokenizer, batch_size=2)
+    ranges = calibrate(checkpoint, COMPONENTS, scenes_calibration(2), settings, tokenizer, batch_size=2)
     runners = {name: torch_reference(name, checkpoint) for name in COMPONENTS}
     steps = {
         step.component: step
@@ -169,8 +163,7 @@ def compared(
     return {t.name: compare(step.outputs[t.name], result[t.name]) for t in spec.outputs}, len(promised)
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
-@pytest.mark.parametrize("recipe", list(BOUNDS))
+@pytest.mark.parametrize(("recipe", "component"), [(r, c) for r, bounds in BOUNDS.items() for c in bounds])
 def test_graphs(part: Slice, stores: Stores, recipe: str, component: str) -> None:
     result, root = stores(recipe)
     actual, promised = compared(result, component, root, part.steps[component])
@@ -178,9 +171,9 @@ def test_graphs(part: Slice, stores: Stores, recipe: str, component: str) -> Non
     check(actual, BOUNDS[recipe][component])
 
 
-@pytest.mark.parametrize(("size", "recipes"), [(336, ["bf16"]), (364, ["bf16"]), (448, list(BOUNDS))])
-def test_other_sizes(part: Slice, tmp_path: Path, size: int, recipes: list[str]) -> None:
+def test_another_size(part: Slice, tmp_path: Path) -> None:
     """A checkpoint whose stored positions are the resized ones, as published for that size."""
+    size = 448
     old = part.checkpoint
     grid = (size // old.config.vision.patch_size,) * 2
     positions = resize_positions(old.load(POSITIONS, torch.float32), grid)
@@ -191,14 +184,14 @@ def test_other_sizes(part: Slice, tmp_path: Path, size: int, recipes: list[str])
 
     # torch resizes while it runs: the graph of the larger checkpoint must equal it
     (step,) = run_chain({"vision": torch_reference("vision", old)}, batch_of(old, size), old.model)
-    for recipe in recipes:
+    for recipe, bound in (("bf16", RESIZED), ("fp8", BOUNDS["fp8"]["vision"])):
         graphs_of, root = source(larger, recipe, part.ranges), tmp_path / recipe
         keys, layers = component_weights(graphs_of, ["vision"])
         write_base_store(graphs_of, keys, root)
         if layers:
             write_quantised_store(graphs_of, layers, root)
         result, _ = compared(graphs_of, "vision", root, step)
-        check(result, RESIZED if recipe == "bf16" else BOUNDS[recipe]["vision"])
+        check(result, bound)
         shutil.rmtree(root)
 
 

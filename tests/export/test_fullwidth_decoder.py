@@ -1,4 +1,4 @@
-"""Two blocks of the chat decoders at true width: graphs in ONNX Runtime against torch, plain and 8 bit."""
+"""One block of the chat decoders at true width: graphs in ONNX Runtime against torch, plain and 8 bit."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ VOCABULARY = 1000  # the lookup and lm_head are not quantised, and cost most of 
 PAST, NEW = 12, 5
 
 # Smallest cosine and SQNR in dB of any output. Measured (the worst output):
-#              chat-7b        chat-13b
-#   plain      1, 114.9       1, 114.4
-#   fp8        0.9916, 18.41  0.9911, 17.98
-#   int8       0.9914, 18.12  0.9910, 17.41
-# The weights are drawn, and drawn weights have harder tails than trained ones.
-_EXACT = (0.999999, 105.0)
+#              chat-7b         chat-13b
+#   plain      1, 114.4
+#   fp8        0.99472, 20.05
+#   int8                       0.99430, 19.38
+# The weights are drawn, and drawn weights have harder tails than trained ones. The 7B decoder has the widths
+# of QLLaMA, whose INT8 products test_fullwidth.py has.
 BOUNDS = {
-    "chat-7b": {"plain": _EXACT, "fp8": (0.989, 17.0), "int8": (0.9885, 16.8)},
-    "chat-13b": {"plain": _EXACT, "fp8": (0.9885, 16.6), "int8": (0.988, 16.0)},
+    "chat-7b": {"plain": (0.999999, 105.0), "fp8": (0.9925, 18.7)},
+    "chat-13b": {"int8": (0.992, 18.0)},
 }
 
 
@@ -64,13 +64,13 @@ class Part:
     outputs: Arrays
 
 
-@pytest.fixture(scope="module", params=list(BOUNDS))
+@pytest.fixture(scope="module")
 def part(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Part]:
     layout: str = request.param
     folder = tmp_path_factory.mktemp(layout)
     config = LAYOUTS[layout]
     assert isinstance(config, ChatConfig)
-    decoder = replace(config.decoder, num_hidden_layers=2, vocab_size=VOCABULARY)
+    decoder = replace(config.decoder, num_hidden_layers=1, vocab_size=VOCABULARY)
     make_checkpoint(folder, ChatConfig(VisionConfig(16, 4, 1, 16, 28, 14), decoder, 28), depth=40)
     checkpoint = open_checkpoint(folder)
     yield measured(layout, checkpoint)
@@ -147,12 +147,13 @@ def check(part: Part, scheme: str, graph: Path) -> None:
         assert metrics.sqnr_db > sqnr, (tensor.name, metrics)
 
 
+@pytest.mark.parametrize("part", ["chat-7b"], indirect=True)
 def test_plain_graph(part: Part) -> None:
     exported = export_plain(part.checkpoint, part.checkpoint.path, ["decoder"], "fp32", zero_copy=True)
     check(part, "plain", exported.graphs["decoder"])
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+@pytest.mark.parametrize(("part", "scheme"), [("chat-7b", "fp8"), ("chat-13b", "int8")], indirect=["part"])
 def test_quantised_graph(part: Part, tmp_path: Path, scheme: str) -> None:
     recipe = Recipe(scheme, tuple(Rule(f"model.layers.*.{layers}", scheme) for layers in PRODUCTS))
     planned = plan_layers(recipe, part.shapes)
@@ -166,6 +167,6 @@ def test_quantised_graph(part: Part, tmp_path: Path, scheme: str) -> None:
     write_quantised_store(source, layers, tmp_path)
     promised = write_graph(source, "decoder", tmp_path, "fp32", "onnxruntime")
     assert promised == dict.fromkeys(layers, scheme)
-    assert len(promised) == 2 * 7
+    assert len(promised) == 7
     check(part, scheme, tmp_path / graph_path("decoder", "fp32"))
     shutil.rmtree(tmp_path / "onnx")

@@ -15,7 +15,9 @@ from ivl_export.tests.tools.one_ulp import moved
 SELECTION = (
     "tests/models/test_goldens.py",
     "tests/training/test_losses.py",
+    "--deselect=tests/training/test_losses.py::test_two_ranks",  # starts processes
     "tests/quantization/test_quantize.py",
+    "--deselect=tests/quantization/test_quantize.py::test_equals_modelopt_fake_quantisation_on_the_same_amax",
     "tests/engines/torch/test_linears.py",
     "tests/engines/onnxruntime/test_int8_sums.py",
     "tests/engines/torch/test_engine.py::test_fp32_equals_onnxruntime",

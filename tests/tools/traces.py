@@ -42,12 +42,22 @@ def kept(folder: Path, trace: Trace) -> Trace:
         path = place / f"{digest[:32]}.onnx"
         with locked(path.with_suffix(".lock")):  # workers: one traces, the others wait
             if not path.exists():
+                share_registry()
                 model = trace(name, config)
                 with atomic(path) as partial:
                     store(model, partial)
         return load(path, len(component_spec(name, config).inputs))
 
     return kept_or_traced
+
+
+@cache
+def share_registry() -> None:
+    """The exporter's table of operators is made once: by itself it parses the same five hundred every time."""
+    from torch.onnx._internal.exporter import _registration
+
+    table = _registration.ONNXRegistry
+    table.from_torchlib = staticmethod(cache(table.from_torchlib))  # type: ignore[method-assign, assignment]
 
 
 @cache
