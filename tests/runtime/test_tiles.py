@@ -73,7 +73,7 @@ def sealed(checkpoint_path: Path, folder: Path) -> Path:
 
 
 def in_short_calls(model: InternVLChat) -> None:
-    """From here on a prompt goes through the decoder in several calls, and nothing of earlier ones is used."""
+    """From here on a prompt goes through the decoder in several calls, with nothing of earlier prompts."""
     spec = model.components.spec("decoder")
     axes = tuple(replace(a, max=7) if a.name == "text" else a for a in spec.axes)
     model.components._specs["decoder"] = replace(spec, axes=axes)

@@ -24,8 +24,10 @@ FORMS = (
     "phi3, an answer that crosses to the long factors",
     "phi3, a prompt of long factors, a window",
 )
-"""Whose caches or positions a bundle could get wrong though the published form
-forms differ in what the modules compute, and test_family_transformers.py compares these."""
+"""Caches and positions that a bundle could get wrong and the published models of test_tiles.py do not show.
+
+The others differ in what modules compute, which test_family_transformers.py compares.
+"""
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def kept(folder: Path, trace: Trace) -> Trace:
 
 @cache
 def share_registry() -> None:
-    """The exporter's table of operators is made once: by itself it parses the same five hundred every time."""
+    """The exporter makes its table of operators once; by itself it parses all of them for every graph."""
     from torch.onnx._internal.exporter import _registration
 
     table = _registration.ONNXRegistry
