@@ -239,7 +239,7 @@ def test_layers_are_named_after_their_weights(small: Built, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "layers"), [("qllama_query", 4), ("qllama_step", 2), ("qllama_itm", 4)])
+@pytest.mark.parametrize(("name", "layers"), [("qllama_query", 4), ("qllama_step", 2)])
 def test_repeated_blocks_equal_traced_ones(name: str, layers: int) -> None:
     """Node for node: names, operators, attributes, wiring and shapes."""
     config = replace(SMALL, qllama=replace(SMALL.qllama, num_hidden_layers=layers))

@@ -92,10 +92,10 @@ def test_greedy_tokens_are_the_published_ones(name: str, tmp_path: Path) -> None
             new = model.generate(pixels[rows], ids, max_new_tokens=12, image_token_id=token)
             assert new[0].tolist() == outputs[f"greedy_{k}"].tolist()
         if "batch_input_ids" in inputs:
-            rows, mask = (
+            batch, mask = (
                 inputs[f"batch_{kind}"].astype(np.int64) for kind in ("input_ids", "attention_mask")
             )
-            new = model.generate(pixels, rows, mask, 12, image_token_id=token)
+            new = model.generate(pixels, batch, mask, 12, image_token_id=token)
             assert new.tolist() == outputs["batch_greedy"].tolist()
         with pytest.raises(InputError, match="image placeholders"):
             model.generate(pixels[:1], inputs["input_ids_1"].astype(np.int64), image_token_id=token)

@@ -57,7 +57,7 @@ def share_registry() -> None:
     from torch.onnx._internal.exporter import _registration
 
     table = _registration.ONNXRegistry
-    table.from_torchlib = staticmethod(cache(table.from_torchlib))  # type: ignore[method-assign, assignment]
+    table.from_torchlib = staticmethod(cache(table.from_torchlib))  # type: ignore[method-assign]
 
 
 @cache
