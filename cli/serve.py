@@ -57,6 +57,13 @@ def serve(
             help="Fetch images from this host (.example.org: all below it; *: any); repeat.",
         ),
     ] = None,
+    shadow: Annotated[
+        str | None, typer.Option(metavar="BUNDLE", help="Repeat requests of the first model on this one.")
+    ] = None,
+    share: Annotated[float, typer.Option(min=0, max=100, help="Percent of requests repeated.")] = 5,
+    swap_from: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where /admin/swap finds bundles.")
+    ] = None,
     invariant: Annotated[
         bool, typer.Option("--invariant", help="Embeddings whose bits do not depend on other requests.")
     ] = False,
@@ -72,6 +79,8 @@ def serve(
     from ..serve.models import load_models
     from ..serve.server import run
     from ..serve.settings import ServerSettings
+    from ..serve.shadow import load_shadow
+    from ..serve.swap import Swaps
 
     options = read_settings({**LIMITS, **SERVER, **URLS, **ENGINE}, settings or ())
     limits = {key: options.pop(key) for key in _arguments(LIMITS) if key in options}
@@ -99,7 +108,16 @@ def serve(
     if host not in ("127.0.0.1", "::1", "localhost") and not chosen.keys:
         typer.echo(f"note: all who reach {host} may use this server; --api-keys asks for keys.", err=True)
     names = ", ".join(models.by_name)
-    run(Context(models, chosen), lambda address: typer.echo(f"{names} on {address} (Ctrl-C ends it)"))
+    context = Context(models, chosen)
+    if shadow is not None:
+        context.shadow = load_shadow(
+            models, context.metrics, shadow, share / 100, chosen.limits, {"backend": backend, **options}
+        )
+    run(
+        context,
+        Swaps(swap_from, backend, options),
+        lambda address: typer.echo(f"{names} on {address} (Ctrl-C ends it)"),
+    )
 
 
 def _arguments(table: Table) -> list[str]:

@@ -27,10 +27,12 @@ from .schemas import (
     EmbeddingRequest,
     RerankRequest,
     ScoreRequest,
+    SwapRequest,
     parsed,
     schemas,
 )
 from .streams import ClientGone, EventStream, arrived, until_gone
+from .swap import Swaps
 from .tasks import captions, classify, rerank, score
 
 Handler = Callable[[Context, Any], Coroutine[Any, Any, Any]]
@@ -59,7 +61,7 @@ _PROBE_SECONDS = 2.0
 logger = logging.getLogger("ivl_export.serve")
 
 
-def make_app(context: Context) -> Any:
+def make_app(context: Context, swaps: Swaps) -> Any:
     """The application of ``context``, for any ASGI server."""
 
     @asynccontextmanager
@@ -84,6 +86,8 @@ def make_app(context: Context) -> Any:
         app.add_api_route(
             path, _ready(context), summary="All models answer.", include_in_schema=path == READY[0]
         )
+    swap = _swap(context, swaps)
+    app.add_api_route("/admin/swap", swap, methods=["POST"], summary="Another bundle under a model's name.")
     app.add_api_route("/", _page, include_in_schema=False)
     app.add_api_route("/metrics", _metrics(context), summary="Numbers for Prometheus.")
     app.add_api_route("/v1/models", _models(context), summary="The models and their receipts.")
@@ -271,6 +275,22 @@ def _health(word: str, good: bool) -> Response:
     return Response(msgspec.json.encode(body), 200 if good else 503, media_type="application/json")
 
 
+def _swap(context: Context, swaps: Swaps) -> Callable[[Request], Awaitable[Response]]:
+    async def swap(request: Request) -> Response:
+        held = [0]
+        try:
+            swaps.check(request.scope.get("client"), context.settings.keys)
+            data = parsed(SwapRequest, await _body(request, context, held))
+            answer = await swaps.swap(context, data)  # goes on if the client leaves
+        except Exception as error:
+            return _error(_logged(error))
+        finally:
+            context.bodies.give_back(held[0])
+        return Response(msgspec.json.encode(answer), media_type="application/json")
+
+    return swap
+
+
 async def _page() -> Response:
     html, policy = page()
     headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
@@ -305,7 +325,8 @@ def _model(context: Context) -> Callable[[str], Awaitable[Any]]:
 
 
 async def _warm_up(context: Context) -> None:
-    for served in context.models.by_name.values():
+    shadow = [context.shadow.served] if context.shadow is not None else []
+    for served in [*context.models.by_name.values(), *shadow]:
         try:
             await context.run(served.warm_up)
         except Exception as error:

@@ -87,6 +87,7 @@ async def _answer(
     images: Sequence[Item],
 ) -> AsyncGenerator[str | Completion, None]:
     """The pieces of the answer, and its end; the request has its place until then."""
+    served = context.models.get(served.name, "chat")  # it may have been swapped since
     with context.admitted(served, 1 + len(images), "messages"):
         files = await context.together([context.read(image) for image in images]) if images else []
         tokens = request.max_completion_tokens or request.max_tokens

@@ -14,6 +14,7 @@ from .items import Item, image_bytes, is_address
 from .metrics import Metrics
 from .models import Models, Served
 from .settings import ServerSettings
+from .shadow import Shadow
 
 T = TypeVar("T")
 _SMALL = 256 << 10
@@ -28,6 +29,7 @@ class Context:
         self.models, self.settings = models, settings
         self.draining = False
         self.bodies, self.metrics = HeldBytes(settings.max_held), Metrics(models)
+        self.shadow: Shadow | None = None
         self._decoders = ThreadPoolExecutor(cores(), "ivl-decoder")
         self._fetchers = ThreadPoolExecutor(_FETCHES, "ivl-fetcher")
 
@@ -66,4 +68,6 @@ class Context:
         """End the threads and close the models."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._fetchers.shutdown(wait=False, cancel_futures=True)
+        if self.shadow is not None:
+            self.shadow.close()
         self.models.close()

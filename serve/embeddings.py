@@ -50,21 +50,32 @@ async def embeddings(context: Context, request: EmbeddingRequest) -> dict[str, A
 
 
 async def embedded(
-    context: Context, served: Served, items: list[Item], mode: Mode, resize: Any = None
+    context: Context,
+    served: Served,
+    items: list[Item],
+    mode: Mode,
+    resize: Any = None,
+    labels: tuple[Any, Floats] | None = None,
 ) -> Floats:
-    """The embeddings [N, E] of ``items``, not normalised."""
+    """The embeddings [N, E] of ``items``, not normalised.
+
+    ``labels``: what they are compared with, and its embeddings, for a shadow bundle to compare with, too.
+    """
 
     async def one(item: Item) -> Floats:
         try:
             if item.is_image:
-                data = await context.read(item)
+                data: str | bytes = await context.read(item)
                 answer = await served.service.encode_image(data, mode, resize)
             else:
+                data = item.content
                 answer = await served.service.encode_text(item.content)
         except Exception as error:
             raise http_error(error, item.param) from error
         served.done()
         vector: Floats = answer.value
+        if context.shadow is not None and context.shadow.of == served.name:
+            context.shadow.compare(data, mode, resize, vector, *(labels or ()))
         return vector
 
     return np.stack(await context.together([one(item) for item in items]))

@@ -14,6 +14,7 @@ from .models import Models
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
+_COSINES = (0.5, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
@@ -35,7 +36,38 @@ class Metrics:
             ("model", "kind"), registry=self._registry,
         )  # fmt: skip
         self._registry.register(_Admissions(models))
-        self._registry.register(Collector({n: one.service for n, one in models.by_name.items()}))
+        self._cosines = Histogram(
+            "ivl_export_shadow_cosine", "Cosine of an embedding and the shadow bundle's.",
+            ("mode",), buckets=_COSINES, registry=self._registry,
+        )  # fmt: skip
+        self._top_1 = Counter(
+            "ivl_export_shadow_top1", "Images whose likeliest label the shadow bundle finds, too, or not.",
+            ("same",), registry=self._registry,
+        )  # fmt: skip
+        self._failed = Counter(
+            "ivl_export_shadow_failed", "Comparisons that failed.", ("error",), registry=self._registry
+        )
+        self._services: Collector | None = None
+        self.follow(models)
+
+    def follow(self, models: Models) -> None:
+        """Read the services that ``models`` have now."""
+        if self._services is not None:
+            self._registry.unregister(self._services)
+        self._services = Collector({name: one.service for name, one in models.by_name.items()})
+        self._registry.register(self._services)
+
+    def cosine(self, mode: str, value: float) -> None:
+        """An embedding was compared with the shadow bundle's."""
+        self._cosines.labels(mode).observe(value)
+
+    def top_1(self, same: bool) -> None:
+        """A likeliest label was compared."""
+        self._top_1.labels("yes" if same else "no").inc()
+
+    def shadow_failed(self, error: str) -> None:
+        """A comparison failed."""
+        self._failed.labels(error).inc()
 
     def request(self, route: str, model: str, status: int, seconds: float) -> None:
         """A request was answered."""

@@ -118,6 +118,13 @@ class ScoreRequest(Struct):
     mode: Mode = "C"
 
 
+class SwapRequest(Struct):
+    """``POST /admin/swap``: ``bundle`` is the name of a folder in that of ``--swap-from``."""
+
+    model: str
+    bundle: str
+
+
 class StreamOptions(Struct):
     """``stream_options`` of a chat request."""
 

@@ -18,12 +18,13 @@ import uvicorn
 from ..errors import UsageError
 from .app import make_app
 from .context import Context
+from .swap import Swaps
 
 _LINGER = 0.3
 """Seconds between the last accepted connection and the end of idle ones."""
 
 
-def run(context: Context, started: Callable[[str], None] = lambda address: None) -> None:
+def run(context: Context, swaps: Swaps, started: Callable[[str], None] = lambda address: None) -> None:
     """Serve until a signal comes; ``started`` is called with the address once it is listened on.
 
     Raises:
@@ -33,7 +34,7 @@ def run(context: Context, started: Callable[[str], None] = lambda address: None)
     listener = _listener(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
-        make_app(context),
+        make_app(context, swaps),
         access_log=False,
         log_config=None,
         server_header=False,

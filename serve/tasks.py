@@ -84,7 +84,8 @@ async def classify(context: Context, request: ClassifyRequest) -> dict[str, Any]
             except Exception as error:
                 raise http_error(error, "labels") from error
         classes = served.classes[key]
-        rows = await embedded(context, served, items, mode_of(request.mode), request.resize)
+        mode = mode_of(request.mode)
+        rows = await embedded(context, served, items, mode, request.resize, (key, classes))
     shares = probabilities(rows, classes, served.model.bundle.manifest.model.logit_scale)
     data = [_classified(index, row, request) for index, row in enumerate(shares)]
     return {**_list(served, data), "usage": _usage(sum(token_counts(served, items)))}
