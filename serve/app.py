@@ -326,10 +326,8 @@ def _model(context: Context) -> Callable[[str], Awaitable[Any]]:
 
 async def _warm_up(context: Context) -> None:
     shadow = [context.shadow.served] if context.shadow is not None else []
-    for served in [*context.models.by_name.values(), *shadow]:
-        try:
+    try:
+        for served in [*context.models.by_name.values(), *shadow]:
             await context.run(served.warm_up)
-        except Exception as error:
-            logger.error("the model %s cannot run: %s", served.name, type(error).__name__)
-            raise
-        logger.info("%s is ready", served.name)
+    except Exception as error:
+        context.failure = error

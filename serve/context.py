@@ -28,6 +28,8 @@ class Context:
     def __init__(self, models: Models, settings: ServerSettings) -> None:
         self.models, self.settings = models, settings
         self.draining = False
+        self.failure: Exception | None = None
+        """Why a model cannot be warmed up; the server then ends with it."""
         self.bodies, self.metrics = HeldBytes(settings.max_held), Metrics(models)
         self.shadow: Shadow | None = None
         self._decoders = ThreadPoolExecutor(cores(), "ivl-decoder")

@@ -29,6 +29,7 @@ def run(context: Context, swaps: Swaps, started: Callable[[str], None] = lambda 
 
     Raises:
         UsageError: the address cannot be listened on.
+        IvlError: a model cannot be warmed up.
     """
     settings = context.settings
     listener = _listener(settings.host, settings.port)
@@ -47,6 +48,8 @@ def run(context: Context, swaps: Swaps, started: Callable[[str], None] = lambda 
         _Server(config, context).run(sockets=[listener])
     finally:
         context.close()
+    if context.failure is not None:
+        raise context.failure
 
 
 class _Server(uvicorn.Server):
@@ -66,6 +69,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
+        self.should_exit |= self._context.failure is not None
         late = time.monotonic() - self._deaf_at
         if late >= 0:
             for server in self.servers:
