@@ -7,11 +7,14 @@ process ends. A second signal ends it at once.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -45,7 +48,7 @@ def run(context: Context, swaps: Swaps, started: Callable[[str], None] = lambda 
     )
     started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
     try:
-        _Server(config, context).run(sockets=[listener])
+        _Server(config, context, listener).run(sockets=[listener])
     finally:
         context.close()
     if context.failure is not None:
@@ -55,9 +58,10 @@ def run(context: Context, swaps: Swaps, started: Callable[[str], None] = lambda 
 class _Server(uvicorn.Server):
     """uvicorn's server, which takes requests for a while after the first signal."""
 
-    def __init__(self, config: uvicorn.Config, context: Context) -> None:
+    def __init__(self, config: uvicorn.Config, context: Context, listener: socket.socket) -> None:
         super().__init__(config)
-        self._context, self._deaf_at = context, math.inf
+        self._context, self._listener, self._deaf_at = context, listener, math.inf
+        self._accepted: set[asyncio.Task[None]] = set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called with each signal. uvicorn would end at once, and raise the signal again afterwards."""
@@ -72,11 +76,34 @@ class _Server(uvicorn.Server):
         self.should_exit |= self._context.failure is not None
         late = time.monotonic() - self._deaf_at
         if late >= 0:
-            for server in self.servers:
-                server.close()
+            self._stop_listening()
             # A connection that was accepted last may not have sent its request yet.
             self.should_exit |= late >= _LINGER
         return await super().on_tick(counter)
+
+    def _stop_listening(self) -> None:
+        """Accept the connections that the system has made already: it would reset them. Refuse others."""
+        if self._listener.fileno() < 0:
+            return
+        loop = asyncio.get_running_loop()
+        self._listener.setblocking(False)
+        with suppress(OSError):  # there is none, or the socket was closed
+            while True:
+                connection, _ = self._listener.accept()
+                task = loop.create_task(self._connected(connection))
+                self._accepted.add(task)
+                task.add_done_callback(self._accepted.discard)
+        for server in self.servers:
+            server.close()
+        self._listener.close()  # a loop may have its own descriptor of it
+
+    async def _connected(self, connection: socket.socket) -> None:
+        def protocol() -> Any:
+            return self.config.http_protocol_class(
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+        await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
 
 
 def _listener(host: str, port: int) -> socket.socket:

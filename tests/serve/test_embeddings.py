@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import urllib.request
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from PIL import Image
 
 from ivl_export.runtime import InternVL
 from ivl_export.runtime.zero_shot import l2
@@ -114,6 +116,16 @@ def test_asynchronous_clients_at_once(server: Server, model: InternVL) -> None:
             return [vector(answer) for answer in await asyncio.gather(*requests)]
 
     np.testing.assert_allclose(asyncio.run(all_of_them()), l2(model.encode_image(pictures)), atol=1e-5)
+
+
+def test_a_large_image(client: openai.OpenAI, model: InternVL) -> None:
+    """Its JSON and its base64 are read on threads."""
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (700, 600, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG", compress_level=0)
+    assert len(file.getvalue()) > 1 << 20
+    answer = client.embeddings.create(model="tiny", input=data_url(file.getvalue()))
+    np.testing.assert_allclose(vector(answer), l2(model.encode_image([pixels]))[0], atol=1e-5)
 
 
 def test_bits_do_not_depend_on_company(server: Server, client: openai.OpenAI) -> None:
