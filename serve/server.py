@@ -98,12 +98,10 @@ class _Server(uvicorn.Server):
         self._listener.close()  # a loop may have its own descriptor of it
 
     async def _connected(self, connection: socket.socket) -> None:
-        def protocol() -> Any:
-            return self.config.http_protocol_class(
-                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-            )
-
-        await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
+        kind: Any = self.config.http_protocol_class
+        state = {"server_state": self.server_state, "app_state": self.lifespan.state}
+        loop = asyncio.get_running_loop()
+        await loop.connect_accepted_socket(lambda: kind(config=self.config, **state), connection)
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -304,7 +304,7 @@ def test_the_end_loses_no_request(tight: Server) -> None:
                 client.close()
             time.sleep(0.02)
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
+    threads = [threading.Thread(target=work) for _ in range(CAPACITY)]
     for thread in threads:
         thread.start()
     time.sleep(0.5)
