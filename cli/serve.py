@@ -128,7 +128,10 @@ def _keys(file: Path | None) -> tuple[str, ...]:
     """The API keys in ``file`` and in the environment; UsageError if ``file`` has none."""
     keys = [key for key in (os.environ.get(KEY_VARIABLE, "").strip(),) if key]
     if file is not None:
-        lines = [line.strip() for line in read_text(file).splitlines()]
+        try:
+            lines = [line.strip() for line in read_text(file).splitlines()]
+        except (OSError, ValueError) as error:
+            raise UsageError(f"Cannot read {file}.", f"{error}.", "Write a key a line.") from error
         keys += (own := [line for line in lines if line and not line.startswith("#")])
         if not own:
             raise UsageError(f"{file} has no key.", "Its lines are empty or comments.", "Write a key a line.")

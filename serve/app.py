@@ -151,9 +151,10 @@ def _post(
 ) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         began = time.monotonic()
-        held, model = [0], ""
+        held, model, whole = [0], "", False
         try:
             body = await arrived(_body(request, context, held), began + context.settings.timeout)
+            whole = True
             data = await _parsed(context, kind, body)
             del body
             model = data.model if data.model in context.models.by_name else ""
@@ -161,7 +162,7 @@ def _post(
         except ClientGone:
             answer = Response(status_code=499)
         except Exception as error:
-            answer = _error(_logged(error))
+            answer = _error(_logged(error), close=not whole)
         finally:
             context.bodies.give_back(held[0])
         context.metrics.request(path, model, answer.status_code, time.monotonic() - began)
@@ -240,9 +241,10 @@ def _logged(error: Exception) -> HttpError:
     return answer
 
 
-def _error(error: HttpError) -> Response:
+def _error(error: HttpError, close: bool = False) -> Response:
+    """The answer; ``close``: the rest of the request's body is not read."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    if error.status in (408, 413, 429):  # the rest of the body is not read
+    if close:
         headers["Connection"] = "close"
     body = msgspec.json.encode(error.to_json())
     return Response(body, error.status, headers, "application/json")
