@@ -298,7 +298,7 @@ class EngineModel(BothHeads):
 def evaluate_torch(plan: BuildPlan, dtype: str) -> dict[str, Any]:
     """Task scores of the PyTorch model in ``dtype`` (``fp32``, ``bf16``, ``fp16``)."""
     from ..models.load import load_torch
-    from ..training.evaluate import ProductsInFp32
+    from ..training.products import ProductsInFp32
 
     with ProductsInFp32():
         return evaluate_module(plan, load_torch(plan.checkpoint, dtype_of(dtype).torch), QUESTIONS)

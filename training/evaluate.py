@@ -1,13 +1,10 @@
-"""Adapts the PyTorch model to the evaluation tasks, and makes 16-bit arithmetic fast on any CPU."""
+"""Adapts the PyTorch model to the evaluation tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from ..arrays import Array
 from ..inputs.preprocess import ImageSettings, normalised
@@ -50,39 +47,6 @@ class TorchModel(BothHeads):
     def pixel_values(self, images: Image8) -> torch.Tensor:
         """The model's input of images [B, H, W, 3] in uint8: [B, 3, S, S]."""
         return torch.from_numpy(normalised(images, self.settings))
-
-
-class ProductsInFp32(TorchFunctionMode):
-    """Inside, linear layers and attentions on 16-bit values in the CPU's memory multiply in fp32.
-
-    Sums are in fp32 either way and their results are rounded once, so only the order of additions differs.
-    A CPU without 16-bit instructions takes ten times as long for the product of 16-bit matrices as for one
-    of fp32.
-    """
-
-    _PRODUCTS = (F.linear, F.scaled_dot_product_attention)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Calls ``func``, with 16-bit tensors widened where it is a product."""
-        options = dict(kwargs or {})
-        if func not in self._PRODUCTS or not _is_narrow(args[0]):
-            return func(*args, **options)
-        dtype = args[0].dtype
-        wide = {key: value.float() if _is_narrow(value) else value for key, value in options.items()}
-        result: torch.Tensor = func(*(x.float() if _is_narrow(x) else x for x in args), **wide)
-        return result.to(dtype)
-
-
-def _is_narrow(x: object) -> bool:
-    return (
-        isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
-    )
 
 
 def _numpy(x: torch.Tensor) -> Array:

@@ -19,6 +19,7 @@ from . import lora as low_rank
 from .conversations import ChatBatch, ChatBatches
 from .lora import Lora
 from .presets import Stage
+from .products import ProductsInFp32
 from .trainer import Options, TrainingProgress, optimizers, read_state, save_state, schedule
 
 ChatModel: TypeAlias = "InternVLChatModel | TilesChatModel"
@@ -124,6 +125,7 @@ def _step(
     loss.backward()  # type: ignore[no-untyped-call]
     learning = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(learning, what.max_grad_norm, error_if_nonfinite=True)
-    for optimizer in chosen:
-        optimizer.step()
+    with ProductsInFp32():  # Muon's iteration is in bf16
+        for optimizer in chosen:
+            optimizer.step()
     return {"answers": float(loss.detach()), "grad_norm": float(norm)}

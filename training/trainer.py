@@ -41,6 +41,7 @@ from .losses import (
     stage2_losses,
 )
 from .presets import Preset, Stage
+from .products import ProductsInFp32
 
 MAX_LOGIT_SCALE = math.log(100)
 STATE = "state.pt"
@@ -199,8 +200,9 @@ def _step(
     loss.backward()  # type: ignore[no-untyped-call]
     learning = [p for p in model.parameters() if p.grad is not None]
     norm = dist.clip_gradients(learning, preset.max_grad_norm)
-    for optimizer in chosen:
-        optimizer.step()
+    with ProductsInFp32():  # Muon's iteration is in bf16
+        for optimizer in chosen:
+            optimizer.step()
     with torch.no_grad():
         model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
     return {**dist.averaged(parts), "grad_norm": norm}

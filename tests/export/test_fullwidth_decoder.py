@@ -43,8 +43,7 @@ PAST, NEW = 12, 5
 #   plain      1, 114.4
 #   fp8        0.99472, 20.05
 #   int8                       0.99430, 19.38
-# The weights are drawn, and drawn weights have harder tails than trained ones. The 7B decoder has the widths
-# of QLLaMA, whose INT8 products test_fullwidth.py has.
+# The weights are drawn, and drawn weights have harder tails than trained ones.
 BOUNDS = {
     "chat-7b": {"plain": (0.999999, 105.0), "fp8": (0.9925, 18.7)},
     "chat-13b": {"int8": (0.992, 18.0)},

@@ -140,17 +140,43 @@ def test_prompts_of_different_lengths_in_one_batch(folder: str, left: bool) -> N
         assert new.tolist() == numbers["batch_greedy"].tolist()
 
 
+@contextmanager
+def _experts(chosen: list[Tensor], replay: bool) -> Iterator[None]:
+    """Keeps the experts that every router chooses, or makes it choose those."""
+    real, places = torch.Tensor.topk, iter(chosen)
+
+    def topk(logits: Tensor, count: int, dim: int) -> tuple[Tensor, Tensor]:
+        if replay:
+            indices = next(places)
+            return logits.gather(dim, indices), indices
+        values, indices = real(logits, count, dim=dim)
+        chosen.append(indices)
+        return values, indices
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "topk", topk)
+        yield
+    assert next(places, None) is None or not replay
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("folder", FOLDERS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_stay_close(folder: str, dtype: torch.dtype) -> None:
-    numbers = golden(folder)
-    chat = load_chat(FAMILY / folder, dtype=dtype)
-    value = chat.logits(numbers["input_ids_2"], numbers["pixel_values"], image_token(folder))
+@pytest.mark.parametrize(("dtype", "lost"), [(torch.bfloat16, 3e-3), (torch.float16, 1e-4)])
+def test_sixteen_bits_stay_close(folder: str, dtype: torch.dtype, lost: float) -> None:
+    """Measured: 7e-4 of a cosine in bf16, 1e-5 in fp16. Of tokens that go to the same experts as in fp32.
+
+    Which of two equally good experts a token goes to is up to the last place, and all that follows with it.
+    """
+    numbers, chosen = golden(folder), list[Tensor]()
+    inputs = numbers["input_ids_2"], numbers["pixel_values"], image_token(folder)
+    with _experts(chosen, replay=False):
+        model(folder).logits(*inputs)
+    with _experts(chosen, replay=True):
+        value = load_chat(FAMILY / folder, dtype=dtype).logits(*inputs)
     assert value.dtype == dtype
     expected = numbers["logits_2"].flatten(0, 1)
     similarity = F.cosine_similarity(value.float().flatten(0, 1), expected, dim=-1)
-    assert similarity.mean() > 0.99, "single tokens may go to other experts"
+    assert 1 - similarity.mean() < lost
 
 
 # Typical mistakes, and that the tolerances see them
