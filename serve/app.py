@@ -124,7 +124,9 @@ def _guarded(app: FastAPI, context: Context) -> Any:
             await send(message)
 
         if scope["path"] not in OPEN and not has_key(scope, context.settings.keys):
-            answer = _error(HttpError(401, "The request bears no valid API key.", code="invalid_api_key"))
+            answer = _error(
+                HttpError(401, "The request bears no valid API key.", code="invalid_api_key"), True
+            )
             await answer(scope, receive, sending)
             return
         await app(scope, receive, sending)

@@ -230,6 +230,28 @@ def test_tiles_of_all_requests_go_through_the_tower_together(
     assert asyncio.run(ask()) == [model.chat([p]).ask("what?", 4) for p in pictures]
 
 
+def test_a_completion_is_the_answer_and_counts_the_positions_of_tiles(model: InternVLChat) -> None:
+    wide = picture(336, 56)
+
+    async def complete(tiles: int) -> list[Any]:
+        service = ChatService(model)
+        turns = [Turn("what?", None, 1)]
+        parts = [p async for p in service.complete(turns, [wide], max_tiles=[tiles], max_new_tokens=6)]
+        service.close()
+        return parts
+
+    prompts = []
+    for tiles in (1, 4):
+        *pieces, end = asyncio.run(complete(tiles))
+        chat = model.chat([wide], max_tiles=tiles)
+        _, ids = chat.prompt("what?")
+        assert "".join(pieces) == chat.ask("what?", 6)
+        assert end.prompt == len(ids) - 1 + len(chat.cache.visual[0])
+        assert 1 <= end.new <= 6
+        prompts.append(end.prompt)
+    assert prompts[0] < prompts[1]
+
+
 def test_text_that_spells_a_special_token_is_text(model: InternVLChat) -> None:
     _, ids = model.chat().prompt("<IMG_CONTEXT> <|im_end|>")
     tokenizer = model.tokenizer
