@@ -35,7 +35,7 @@ def run(context: Context, swaps: Swaps, started: Callable[[str], None] = lambda 
         IvlError: a model cannot be warmed up.
     """
     settings = context.settings
-    listener = _listener(settings.host, settings.port)
+    listener = _listener(settings.host, settings.port, settings.timeout)
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
         make_app(context, swaps),
@@ -104,10 +104,14 @@ class _Server(uvicorn.Server):
         await loop.connect_accepted_socket(lambda: kind(config=self.config, **state), connection)
 
 
-def _listener(host: str, port: int) -> socket.socket:
+def _listener(host: str, port: int, seconds: float) -> socket.socket:
+    """Listen; a client that takes nothing of an answer for ``seconds`` is given up, where Linux does that."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # accepted connections inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1000))
+        return listener
     except OSError as error:
         raise UsageError(
             f"Cannot listen on {host}, port {port}.", f"{error.strerror or error}.", "Give another --port."

@@ -177,6 +177,26 @@ def test_out_of_time(tight: Server, site: int) -> None:
     wait_until_held(tight, 0)
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux alone gives up slow readers")
+def test_a_client_that_reads_nothing_is_given_up(tight: Server) -> None:
+    """It asks for more than the buffers of the system hold; within its time the server resets it."""
+    host, port = urlsplit(tight.address).netloc.split(":")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((host, int(port)))
+        client.settimeout(30)
+        request = b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n"
+
+        def send() -> None:
+            for _ in range(3000):
+                client.sendall(request * 10)
+                time.sleep(0.02)
+
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            send()
+    assert urllib.request.urlopen(f"{tight.address}/health").status == 200
+
+
 def test_long_bodies(tight: Server) -> None:
     long = b"{" + b" " * (1 << 20) + b"}"
     headers = {"Authorization": f"Bearer {KEY}"}
