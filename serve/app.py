@@ -121,7 +121,11 @@ def _guarded(app: FastAPI, context: Context) -> Any:
         async def sending(message: Message) -> None:
             if context.draining and message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
-            await send(message)
+            try:
+                await send(message)
+            except RuntimeError as error:  # uvloop's, where the client has just left
+                if "closed" not in str(error):
+                    raise
 
         if scope["path"] not in OPEN and not has_key(scope, context.settings.keys):
             answer = _error(
