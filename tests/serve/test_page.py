@@ -38,6 +38,7 @@ def test_the_page_is_one_file_that_loads_nothing(server: Server) -> None:
     assert "https://" not in html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_an_image_is_dropped(server: Server, browser: Any, tmp_path: Path, scheme: str) -> None:
     """Labels, caption and neighbours of images; then a chat about one; no error in the console."""
@@ -70,6 +71,7 @@ def test_an_image_is_dropped(server: Server, browser: Any, tmp_path: Path, schem
     page.close()
 
 
+@pytest.mark.slow
 def test_an_error_is_shown_as_text(server: Server, browser: Any, tmp_path: Path) -> None:
     file = tmp_path / "broken.png"
     file.write_bytes(b"<img src=x onerror=alert(1)>")

@@ -45,6 +45,7 @@ def bundle_of(server: Server) -> str:
     return str(json.load(urllib.request.urlopen(request))["data"][0]["bundle"])
 
 
+@pytest.mark.slow
 def test_a_bundle_is_swapped_under_load(server: Server) -> None:
     answers: list[Any] = []
     failures: list[Exception] = []
