@@ -9,12 +9,13 @@ from typing import Any
 
 import msgspec
 
-from ..errors import TooLongError, UsageError
+from ..errors import InputError, TooLongError, UsageError
 from ..inputs.chat_template import IMAGE, Slot, Turn
+from ..inputs.images import load_image
 from ..runtime.serving.chat_service import Completion
 from ..sampling import Sampling
 from .context import Context
-from .errors import bad_request, http_error, sentence
+from .errors import HttpError, bad_request, http_error, sentence
 from .items import Item, item_of
 from .models import Served
 from .schemas import ChatRequest, Message
@@ -103,10 +104,25 @@ async def _answer(
             raise bad_request(sentence(error), "messages", "context_length_exceeded") from error
         except UsageError as error:
             raise http_error(error) from error
+        except InputError as error:
+            damaged = await context.run(_unreadable, images, files)
+            raise damaged or http_error(error, "messages") from error
         except Exception as error:
             raise http_error(error, "messages") from error
         finally:
             await answer.aclose()
+
+
+def _unreadable(images: Sequence[Item], files: Sequence[bytes]) -> HttpError | None:
+    """The answer for the first image that cannot be read: they were read together, without their places."""
+    place = ""
+    try:
+        for image, file in zip(images, files, strict=True):
+            place = image.param
+            load_image(file)
+    except InputError as error:
+        return http_error(error, place)
+    return None
 
 
 def turns_of(messages: Sequence[Message]) -> tuple[str | None, list[Turn], list[Item]]:

@@ -124,6 +124,11 @@ def test_many_streams_at_once(server: Server, client: openai.OpenAI) -> None:
     assert asyncio.run(all_of_them()) == want
 
 
+def _damaged() -> Any:
+    parts = [{"url": data_url(picture())}, {"url": data_url(picture()[:300])}]
+    return {"role": "user", "content": [{"type": "image_url", "image_url": part} for part in parts]}
+
+
 BAD: dict[str, tuple[list[Any], dict[str, Any], str | None]] = {
     "no message": ([], {}, "messages"),
     "no question": ([{"role": "assistant", "content": "a"}], {}, "messages[0]"),
@@ -131,9 +136,9 @@ BAD: dict[str, tuple[list[Any], dict[str, Any], str | None]] = {
     "an unknown role": ([{"role": "tool", "content": "a"}], {}, "messages[0].role"),
     "a late system message": ([shown(), {"role": "system", "content": "a"}], {}, "messages[1]"),
     "a damaged image": (
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(b"x")}}]}],
+        [shown(0), {"role": "assistant", "content": "a"}, _damaged()],
         {},
-        "messages",
+        "messages[2].content[1].image_url",
     ),
     "a path": (
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/etc/passwd"}}]}],
