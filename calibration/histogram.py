@@ -8,6 +8,7 @@ and a histogram that outgrows its first range many times halves its resolution i
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -109,17 +110,21 @@ def entropy_amax(histogram: Histogram, kind: str) -> float:
     return histogram.width * float(candidates[best])
 
 
-def _levels(bins: int, kind: str) -> Counts:
-    """For each of ``bins`` equally wide bins the number of the value of ``kind`` it is rounded to."""
+@lru_cache(MAX_BINS)
+def _levels(bins: int, kind: str) -> npt.NDArray[np.uint8]:
+    """For each of ``bins`` equally wide bins the number of the value of ``kind`` it is rounded to.
+
+    Every layer has the same: they are computed once. Callers must not change them.
+    """
     if kind == "int8":
-        return np.arange(bins, dtype=np.int64) * FIRST // bins
+        return (np.arange(bins, dtype=np.int64) * FIRST // bins).astype(np.uint8)
     import torch
 
     centres = torch.arange(bins) + 0.5
-    return quantise_values(centres, torch.tensor(bins / LIMITS[kind]), kind).view(torch.uint8).long().numpy()
+    return quantise_values(centres, torch.tensor(bins / LIMITS[kind]), kind).view(torch.uint8).numpy()
 
 
-def _divergence(counts: Counts, beyond: int, levels: Counts) -> float:
+def _divergence(counts: Counts, beyond: int, levels: npt.NDArray[np.uint8]) -> float:
     """Kullback-Leibler divergence of the counts from their rounding to levels."""
     filled = counts > 0
     sums = np.bincount(levels, counts)
