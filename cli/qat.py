@@ -52,7 +52,7 @@ def qat(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint to start from, of an InternVL or a chat model: its folder, or nano.",
+            help="Checkpoint to start from: its folder, or nano.",
             show_default="nano",
         ),
     ] = None,
@@ -64,14 +64,14 @@ def qat(
         typer.Option(help="Folder for the new checkpoint.", show_default="runs/MODEL-RECIPE-qat"),
     ] = None,
     teacher: Annotated[
-        bool, typer.Option("--teacher", help="Learn the full-precision model's outputs instead (QAD).")
+        bool, typer.Option("--teacher", help="Learn the unrounded model's outputs instead (QAD).")
     ] = False,
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Images and captions to train on: a folder or a JSONL file. Of a chat model conversations: "
-            "LLaVA's JSON, or .jsonl with one a line.",
-            show_default="shipped models: drawn pictures",
+            help="Images and captions to train on (a folder, JSONL), or a chat model's conversations "
+            "(JSON or JSONL).",
+            show_default="shipped models: drawn",
         ),
     ] = None,
     calib: Annotated[
