@@ -37,6 +37,8 @@ PAIR_GRIDS = ((2, 1), (1, 2), (3, 1), (1, 3))
 """Of one of two pictures."""
 SMALL_GRIDS = {1: ((1, 1),), 2: ((1, 1), (2, 1), (1, 2))}
 """Of a picture that has at most so many tiles, for the beginning of training."""
+ALBUM = 6
+"""The most pictures of an album."""
 MOST = 6
 """The most shapes that are counted."""
 READ_QUESTIONS: dict[TextKind, tuple[str, ...]] = {
@@ -84,7 +86,7 @@ def sign_dialogue(
     grids = SMALL_GRIDS[tiles] if tiles else PAIR_GRIDS if task == "two images" else GRIDS
     while True:
         signs = tuple(_sign(rng, grids, split, task) for _ in range(2 if task == "two images" else 1))
-        every = _about_two(rng, *signs) if len(signs) == 2 else _about_one(rng, signs[0])
+        every = _about_several(signs) if len(signs) == 2 else _about_one(rng, signs[0])
         order = [every[i] for i in rng.permutation(len(every))]
         first = next((q for q in order if q.task == task), None)
         if first is not None:
@@ -110,12 +112,35 @@ def lines(seed: int, index: int, batch: int, texts: int) -> list[SignDialogue]:
     return read
 
 
+def albums(seed: int, index: int, batch: int, turns: int) -> list[SignDialogue]:
+    """Batch ``index`` of two to six pictures of one tile each, and up to ``turns`` questions.
+
+    A picture is found by its number, and a number by what the picture shows. Of two pictures, half of the
+    answers are right by chance, and a model learns little from them.
+    """
+    rng = np.random.default_rng([_STREAM["train"], seed, index, 2])
+    rows: list[SignDialogue] = []
+    while len(rows) < batch:
+        count = 2 + int(rng.integers(ALBUM - 1))
+        signs = tuple(_sign(rng, SMALL_GRIDS[1], "train", "two images") for _ in range(count))
+        if every := _about_several(signs):
+            order = rng.permutation(len(every))[:turns]
+            rows.append(SignDialogue(signs, tuple(every[i] for i in order)))
+    return rows
+
+
 def dialogues(
-    seed: int, index: int, batch: int, split: Split, turns: int, tiles: int | None = None
+    seed: int,
+    index: int,
+    batch: int,
+    split: Split,
+    turns: int,
+    tiles: int | None = None,
+    tasks: tuple[Task, ...] = TASKS,
 ) -> list[SignDialogue]:
-    """Batch ``index``: a pure function of its arguments (:func:`sign_dialogue`); the tasks take turns."""
+    """Batch ``index``: a pure function of its arguments (:func:`sign_dialogue`); ``tasks`` take turns."""
     rng = np.random.default_rng([_STREAM[split], seed, index])
-    return [sign_dialogue(rng, TASKS[row % 3], split, turns, tiles) for row in range(batch)]
+    return [sign_dialogue(rng, tasks[row % len(tasks)], split, turns, tiles) for row in range(batch)]
 
 
 def conversation(dialogue: SignDialogue) -> list[Turn]:
@@ -156,24 +181,26 @@ def _about_one(rng: np.random.Generator, sign: Sign) -> list[SignQuestion]:
     return questions + [SignQuestion("count", kind, q, str(n)) for kind, q, n in counts if n <= MOST]
 
 
-def _about_two(rng: np.random.Generator, *signs: Sign) -> list[SignQuestion]:
+def _about_several(signs: tuple[Sign, ...]) -> list[SignQuestion]:
     questions: list[SignQuestion] = []
-    for index, (sign, other) in enumerate((signs, signs[::-1]), 1):
+    for index, sign in enumerate(signs, 1):
+        others = [*signs[: index - 1], *signs[index:]]
         for kind in TEXT_KINDS:
             for text in sign.texts(kind):
                 verb = "are" if kind == "chinese" else "is"
                 question = f"What {_NAMES[kind]} {verb} in image {index}?"
                 questions.append(SignQuestion("two images", "read", question, text))
-                if text not in other.texts(kind):
+                if not any(text in other.texts(kind) for other in others):
                     question = f"Which image has the {_NAMES[kind]} {text}?"
                     questions.append(SignQuestion("two images", "text", question, str(index)))
         only = {(i.color, i.content) for i in sign.items if i.kind == "shape"}
-        only -= {(i.color, i.content) for i in other.items}
+        only -= {(i.color, i.content) for other in others for i in other.items}
         for color, shape in sorted(only):
             question = f"Which image has a {color} {shape}?"
             questions.append(SignQuestion("two images", "shape", question, str(index)))
         for shape in SHAPES:
-            if sign.count(shape=shape) >= other.count(shape=shape) + 2:
+            most = max(other.count(shape=shape) for other in others)
+            if sign.count(shape=shape) >= most + 2:
                 question = f"Which image has more {plural(shape)}?"
                 questions.append(SignQuestion("two images", "more", question, str(index)))
     return questions

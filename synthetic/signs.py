@@ -184,9 +184,8 @@ def draw(sign: Sign) -> Image8:
 
 @cache
 def classes() -> tuple[str, ...]:
-    """Classes of a place: nothing, every character, every shape in every colour."""
-    shapes = [f"{color} {shape}" for shape in SHAPES for color in COLORS]
-    return ("", *DIGITS, *LETTERS, *chinese(), *shapes)
+    """Classes of a place: nothing, every character, every shape."""
+    return ("", *DIGITS, *LETTERS, *chinese(), *SHAPES)
 
 
 @cache
@@ -195,24 +194,25 @@ def _class_of() -> dict[str, int]:
 
 
 def places(sign: Sign) -> Places:
-    """Class of the item whose middle is in each area of 16 x 8 pixels, int64 [tiles, 4, 8, 2], row by row.
+    """Class of the item whose middle is in each area of 16 x 8 pixels, int64 [tiles, 4, 8, 3], row by row.
 
-    After the class comes the number of a character within its text, from 1; 0 for anything else.
+    After the class come the number of a character within its text and the number of a shape's color, both
+    from 1; 0 for anything else.
     """
-    table = np.zeros((sign.rows * TILE // HEIGHT, sign.columns * TILE * 2 // HEIGHT, 2), np.int64)
+    table = np.zeros((sign.rows * TILE // HEIGHT, sign.columns * TILE * 2 // HEIGHT, 3), np.int64)
     for item in sign.items:
         if item.kind == "shape":
             middle = SHAPE // 2
-            name = f"{item.color} {item.content}"
-            table[(item.y + middle) // HEIGHT, (item.x + middle) // (HEIGHT // 2)] = _class_of()[name], 0
+            place = (item.y + middle) // HEIGHT, (item.x + middle) // (HEIGHT // 2)
+            table[place] = _class_of()[item.content], 0, 1 + tuple(COLORS).index(item.color)
             continue
         step = item.mask().shape[1] // len(item.content)
         for index, letter in enumerate(item.content):
             x = item.x + index * step + step // 2
             place = (item.y + HEIGHT // 2) // HEIGHT, x // (HEIGHT // 2)
-            table[place] = _class_of()[letter], index + 1
-    tiled = table.reshape(sign.rows, TILE // HEIGHT, sign.columns, -1, 2).swapaxes(1, 2)
-    out: Places = tiled.reshape(sign.rows * sign.columns, TILE // HEIGHT, -1, 2)
+            table[place] = _class_of()[letter], index + 1, 0
+    tiled = table.reshape(sign.rows, TILE // HEIGHT, sign.columns, -1, 3).swapaxes(1, 2)
+    out: Places = tiled.reshape(sign.rows * sign.columns, TILE // HEIGHT, -1, 3)
     return out
 
 

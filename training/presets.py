@@ -19,7 +19,8 @@ class Stage:
     Args:
         name: for the log and checkpoints.
         loss: ``contrastive`` (stage 1), ``generative`` (stage 2: itc + itm + itg), ``answers`` (stage 3),
-            ``places`` (contents of a tile's places) or ``lines`` (all texts of a tile).
+            ``places`` (contents of a tile's places), ``lines`` (all texts of a tile) or ``albums`` (answers
+            about up to six pictures at a time, too).
         steps: optimiser steps.
         batch: images a step.
         lr: peak learning rate of AdamW; linear warm-up, then a cosine to zero.
@@ -32,7 +33,7 @@ class Stage:
     """
 
     name: str
-    loss: Literal["contrastive", "generative", "answers", "places", "lines"]
+    loss: Literal["contrastive", "generative", "answers", "places", "lines", "albums"]
     steps: int
     batch: int
     lr: float
@@ -160,6 +161,7 @@ class TilesPreset:
             that is thrown away afterwards.
         lines: the projector and the decoder learn to read all texts of one tile.
         answers: they learn the answers of dialogues about pictures of several tiles.
+        albums: the same, and one batch of three has dialogues about two to six small pictures.
         seed: of weights and data.
         texts: the most texts in a tile that is read whole; reached half-way.
         turns: the most questions of a dialogue.
@@ -173,9 +175,10 @@ class TilesPreset:
     places: Stage
     lines: Stage
     answers: Stage
+    albums: Stage
     seed: int = 0
     texts: int = 6
-    turns: int = 6
+    turns: int = 8
     single: float = 1 / 16
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
@@ -183,7 +186,7 @@ class TilesPreset:
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages in order."""
-        return self.places, self.lines, self.answers
+        return self.places, self.lines, self.answers, self.albums
 
 
 _READS = ("model.mlp1.*", "model.language_model.*")
@@ -229,6 +232,7 @@ NANO_TILES = TilesPreset(
         warmup=30,
         trainable=("model.vision_model.*", "model.mlp1.*", "model.language_model.lm_head.*", "[!m]*"),
     ),
-    lines=Stage("lines", "lines", 300, 32, 3e-3, 0.03, warmup=30, trainable=_READS),
+    lines=Stage("lines", "lines", 500, 32, 3e-3, 0.03, warmup=30, trainable=_READS),
     answers=Stage("answers", "answers", 4000, 18, 2e-3, 0.02, warmup=40, trainable=_READS),
+    albums=Stage("albums", "albums", 1500, 18, 1.2e-3, 0.012, warmup=40, trainable=_READS),
 )

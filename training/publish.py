@@ -24,6 +24,7 @@ from ..synthetic.scenes import (
     SHAPES,
     SIZES,
 )
+from ..synthetic.sign_questions import ALBUM
 from ..synthetic.signs import GRID
 from .presets import ChatPreset, Preset, TilesPreset
 
@@ -178,7 +179,7 @@ def _write(folder: Path, card: str, tasks: str, run: TrainingRun) -> None:
 
 def tiles_model_card(preset: TilesPreset, run: TrainingRun, parameters: int) -> str:
     """The card in Markdown: summary, data, recipe, seed, commit, accuracy with tiles and with one."""
-    config, (first, second, third) = preset.model, preset.stages
+    config, (first, second, third, last) = preset.model, preset.stages
     vision, decoder = config.vision, config.decoder
     rows = "\n".join(
         f"| {task} | {score['accuracy']:.1%} | {score['low']:.1%} - {score['high']:.1%} | {score['total']} "
@@ -203,11 +204,13 @@ cannot be had.
   part Chinese. One text in eight is held out: training never shows it.
 - **Recipe**: tower and projector learn the content of each place of a tile, with a head that is
   thrown away ({first.steps} steps of {first.batch} tiles, peak lr {first.matrix_lr:g} Muon, {first.lr:g}
-  AdamW); projector and decoder learn to read tiles from end to end ({second.steps} steps of {second.batch},
-  {second.matrix_lr:g} and {second.lr:g}), then the answers of dialogues of one to {preset.turns} questions
-  ({third.steps} steps of {third.batch}, {third.matrix_lr:g} and {third.lr:g}; one in {1 / preset.single:.0f}
-  is shown as one tile). fp32, seed {preset.seed}, {run.minutes:.0f} minutes on {run.threads} CPU threads,
-  commit {commit()}. `ivl-export train --preset {preset.name}` repeats it.
+  AdamW); projector and decoder learn to read tiles from end to end and to count in one ({second.steps} steps
+  of {second.batch}, {second.matrix_lr:g} and {second.lr:g}), then the answers of dialogues of one to
+  {preset.turns} questions ({third.steps} steps of {third.batch}, {third.matrix_lr:g} and {third.lr:g}; one in
+  {1 / preset.single:.0f} is shown as one tile), and the same with albums of two to {ALBUM} small pictures
+  ({last.steps} steps of {last.batch}, {last.matrix_lr:g} and {last.lr:g}). fp32, seed {preset.seed},
+  {run.minutes:.0f} minutes on {run.threads} CPU threads, commit {commit()}. `ivl-export train --preset
+  {preset.name}` repeats it.
 
 Exact answers in fp32 about held-out texts (Wilson 95% interval), and about the same pictures in one tile
 each:

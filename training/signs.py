@@ -4,7 +4,7 @@ A tower that learns from answers alone has to find a character's place in 80 vis
 what it is. So it learns characters first, from tiles full of text whose places are known: a head names the
 two areas of 16 x 8 pixels below every visual token. The head is thrown away and the tower is frozen. The
 decoder learns to read single tiles from end to end, where most tokens are characters, and then dialogues
-about whole pictures, of which only answers count.
+about whole pictures, and about several at a time, of which only answers count.
 """
 
 from __future__ import annotations
@@ -25,8 +25,16 @@ from ..inputs.chat_template import IGNORE, Encoded, encode
 from ..inputs.preprocess import ImageSettings, normalised, read_images
 from ..models.pixel_shuffle import pixel_shuffle
 from ..models.tiles_chat import TilesChatModel
-from ..synthetic.sign_questions import SMALL_GRIDS, SignDialogue, conversation, dialogues, lines
-from ..synthetic.signs import LONGEST, classes, draw, page, places
+from ..synthetic.sign_questions import (
+    SMALL_GRIDS,
+    SignDialogue,
+    albums,
+    conversation,
+    dialogues,
+    lines,
+    plural,
+)
+from ..synthetic.signs import COLORS, LONGEST, SHAPES, classes, draw, page, places
 from .conversations import ChatBatch, collate
 from .muon import Muon
 from .presets import Stage, TilesPreset
@@ -36,14 +44,17 @@ from .trainer import Options, TrainingProgress, freeze, read_state, save_state, 
 _EMPTY = 0.3
 """Weight of an empty place; others have 1."""
 _REPEAT = 3
+_THUMBNAILS = 8
 _PAGES = 0x9A6E
+_COUNTS = 1 << 20
+"""The counting rows of ``lines`` have the numbers after this one in the stream of ``answers``."""
 
 
 @dataclass(frozen=True)
 class Pages:
     """Tiles ``pixel_values`` [B, 3, S, S] and the contents of both places of each visual token.
 
-    ``classes`` [B, V, 2, 2] are class and number of :func:`..synthetic.signs.places`.
+    ``classes`` [B, V, 2, 3] are class, number and color of :func:`..synthetic.signs.places`.
     """
 
     pixel_values: Tensor
@@ -51,7 +62,11 @@ class Pages:
 
 
 class PageBatches(Dataset[Pages]):
-    """Batch ``i`` of the stage ``places``: a pure function of the preset and ``i``."""
+    """Batch ``i`` of the stage ``places``: a pure function of the preset and ``i``.
+
+    One tile of eight is the thumbnail of a larger picture, whose places are empty: what is squeezed there is
+    in the tiles, too, and would be counted twice.
+    """
 
     def __init__(self, preset: TilesPreset) -> None:
         self.preset, self.settings = preset, image_settings(preset.model)
@@ -61,14 +76,22 @@ class PageBatches(Dataset[Pages]):
 
     def __getitem__(self, index: int) -> Pages:
         rng = np.random.default_rng([_PAGES, self.preset.seed, index])
-        drawn = [page(rng) for _ in range(self.preset.places.batch)]
+        batch, seed = self.preset.places.batch, self.preset.seed
+        large = [row.signs[0] for row in dialogues(seed, index, batch // _THUMBNAILS, "train", 1)]
+        drawn = [page(rng) for _ in range(batch - len(large))]
         images = normalised(np.stack([draw(sign) for sign in drawn]), self.settings)
+        thumbnails = [read_images([draw(sign)], self.settings).values[-1:] for sign in large]
         table = np.concatenate([places(sign) for sign in drawn])
-        return Pages(torch.from_numpy(images), torch.from_numpy(table.reshape(len(table), -1, 2, 2)))
+        table = np.concatenate([table, np.zeros((len(large), *table.shape[1:]), np.int64)])
+        pixels = torch.from_numpy(np.concatenate([images, *thumbnails]))
+        return Pages(pixels, torch.from_numpy(table.reshape(batch, -1, 2, 3)))
 
 
 class LineBatches(Dataset[ChatBatch]):
-    """Batch ``i`` of the stage ``lines``: a function of the preset and ``i``; texts become more."""
+    """Batch ``i`` of the stage ``lines``: a function of the preset and ``i``; texts become more.
+
+    One half of the tiles is read from end to end, of the other the shapes are counted.
+    """
 
     def __init__(self, preset: TilesPreset) -> None:
         self.preset, self.settings = preset, image_settings(preset.model)
@@ -82,7 +105,10 @@ class LineBatches(Dataset[ChatBatch]):
 
     def of(self, index: int, texts: int) -> ChatBatch:
         """Batch ``index``, with up to ``texts`` texts in a tile."""
-        rows = lines(self.preset.seed, index, self.preset.lines.batch, texts)
+        p = self.preset
+        half = p.lines.batch // 2
+        rows = lines(p.seed, index, p.lines.batch - half, texts)
+        rows += dialogues(p.seed, _COUNTS + index, half, "train", p.turns, 1, ("count",))
         return _joined([_encoded(self.preset, self.settings, row, None) for row in rows])
 
 
@@ -113,6 +139,27 @@ class DialogueBatches(Dataset[ChatBatch]):
         )
 
 
+class AlbumBatches(Dataset[ChatBatch]):
+    """Batch ``i`` of the stage ``albums``: a pure function of the preset and ``i``.
+
+    Every third batch has albums of small pictures, the others dialogues as they are evaluated.
+    """
+
+    def __init__(self, preset: TilesPreset) -> None:
+        self.preset, self.settings = preset, image_settings(preset.model)
+
+    def __len__(self) -> int:
+        return self.preset.albums.steps
+
+    def __getitem__(self, index: int) -> ChatBatch:
+        p = self.preset
+        if index % _REPEAT == _REPEAT - 1:
+            rows = albums(p.seed, index, p.albums.batch, p.turns)
+        else:
+            rows = dialogues(p.seed, p.answers.steps + index, p.albums.batch, "train", p.turns)
+        return _joined([_encoded(p, self.settings, row, None) for row in rows])
+
+
 def _joined(rows: Sequence[tuple[Array, Encoded]]) -> ChatBatch:
     return collate(np.concatenate([pixels for pixels, _ in rows]), [row for _, row in rows])
 
@@ -128,38 +175,48 @@ def _encoded(
 class Learner(nn.Module):
     """The model, and a head that names the contents of both places of each visual token.
 
-    Characters are named by the rows of the decoder's lm_head, so that it needs no other code for them.
+    Characters, shapes and colors are named by the rows of the decoder's lm_head for them (a shape by the mean
+    of singular and plural), so that the decoder needs no other code for them.
     """
 
-    letters: Tensor
+    names: Tensor
+    colors: Tensor
 
     def __init__(self, model: TilesChatModel) -> None:
         super().__init__()
         width, tokens = model.config.decoder.hidden_size, sign_tokenizer()
         self.model = model
         self.halves = nn.Linear(width, 2 * width)
-        self.others = nn.Linear(width, sum(len(name) != 1 for name in classes()))
+        self.nothing = nn.Linear(width, 1)
         self.order = nn.Linear(width, 1 + LONGEST)
-        letters = [tokens.encode_parts([name])[0] for name in classes() if len(name) == 1]
-        self.register_buffer("letters", torch.tensor(letters), persistent=False)
+        words = [
+            (f" {name}", f" {plural(name)}") if name in SHAPES else (name,) * 2 for name in classes()[1:]
+        ]
+        ids = [[tokens.encode_parts([word])[0] for word in pair] for pair in words]
+        self.register_buffer("names", torch.tensor(ids), persistent=False)
+        colors = [tokens.encode_parts([f" {name}"])[0] for name in COLORS]
+        self.register_buffer("colors", torch.tensor(colors), persistent=False)
 
-    def named(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the class at each place [B, V, 2, classes] and of its number in a text [B, V, 2, 7]."""
+    def named(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the class at each place [B, V, 2, classes], of its number in a text [B, V, 2, 7] and of
+        its color [B, V, 2, colors].
+        """
         visual = self.model.visual_embeds(pixel_values)
         halves = self.halves(visual).reshape(*visual.shape[:2], 2, -1)
         halves = F.rms_norm(halves, halves.shape[-1:])
-        letters = halves @ self.model.language_model.lm_head.weight[self.letters].T
-        nothing, shapes = self.others(halves).split([1, self.others.out_features - 1], dim=-1)
-        return torch.cat([nothing, letters, shapes], dim=-1), self.order(halves)
+        rows = self.model.language_model.lm_head.weight
+        kinds = torch.cat([self.nothing(halves), halves @ rows[self.names].mean(1).T], dim=-1)
+        return kinds, self.order(halves), halves @ rows[self.colors].T
 
 
 def places_loss(learner: Learner, batch: Pages) -> Tensor:
-    """Mean cross entropy of class and number over places; empty places count less."""
-    kinds, orders = batch.classes.flatten(0, 2).unbind(-1)
+    """Mean cross entropy of class, number and color over places; empty places count less."""
+    kinds, orders, colors = batch.classes.flatten(0, 2).unbind(-1)
     weights = torch.where(kinds > 0, 1.0, _EMPTY)
-    named, ordered = (logits.flatten(0, 2) for logits in learner.named(batch.pixel_values))
+    named, ordered, colored = (logits.flatten(0, 2) for logits in learner.named(batch.pixel_values))
     losses = F.cross_entropy(named, kinds, reduction="none")
     losses = losses + F.cross_entropy(ordered, orders, reduction="none")
+    losses = losses + F.cross_entropy(colored, colors - 1, reduction="none", ignore_index=-1)
     return (losses * weights).sum() / weights.sum()
 
 
@@ -224,10 +281,11 @@ def train(
 
 
 def _batches(preset: TilesPreset, stage: Stage, first: int, workers: int) -> Iterator[Any]:
-    kinds: dict[str, type[PageBatches | LineBatches | DialogueBatches]] = {
+    kinds: dict[str, type[PageBatches | LineBatches | DialogueBatches | AlbumBatches]] = {
         "places": PageBatches,
         "lines": LineBatches,
         "answers": DialogueBatches,
+        "albums": AlbumBatches,
     }
     data: Dataset[Any] = kinds[stage.loss](preset)
     rest = Subset(data, range(first, stage.steps))
@@ -276,4 +334,5 @@ def shortened(preset: TilesPreset, steps: int | None, batch: int | None) -> Tile
         places=shortened_stage(preset.places, steps, batch),
         lines=shortened_stage(preset.lines, steps, batch),
         answers=shortened_stage(preset.answers, steps, batch),
+        albums=shortened_stage(preset.albums, steps, batch),
     )

@@ -12,9 +12,19 @@ from PIL import Image
 
 from ivl_export.inputs.tiles import Tiling, tiles_of
 from ivl_export.synthetic.glyphs import DIGITS, LETTERS, chinese, glyphs
-from ivl_export.synthetic.sign_questions import GRIDS, MOST, PAIR_GRIDS, TASKS, SignDialogue, dialogues, lines
+from ivl_export.synthetic.sign_questions import (
+    ALBUM,
+    GRIDS,
+    MOST,
+    PAIR_GRIDS,
+    TASKS,
+    SignDialogue,
+    albums,
+    dialogues,
+    lines,
+)
 from ivl_export.synthetic.sign_tasks import evaluate
-from ivl_export.synthetic.signs import SHAPE, TILE, Sign, classes, draw, held_out, page, places, words
+from ivl_export.synthetic.signs import COLORS, SHAPE, TILE, Sign, classes, draw, held_out, page, places, words
 
 SEEDS = st.integers(0, 1 << 20)
 SPLITS = st.sampled_from(["train", "heldout"])
@@ -86,6 +96,19 @@ def test_answers_follow_from_the_pictures(seed: int, split: str) -> None:
             assert question.answer == _answer(dialogue, question.question), question
 
 
+@settings(deadline=None, max_examples=20)
+@given(SEEDS)
+def test_answers_follow_from_albums(seed: int) -> None:
+    rows = albums(seed, 3, 4, 12)
+    assert rows == albums(seed, 3, 4, 12)
+    for dialogue in rows:
+        assert 2 <= len(dialogue.signs) <= ALBUM
+        assert 1 <= len(dialogue.questions) <= 12
+        assert {(sign.columns, sign.rows) for sign in dialogue.signs} == {(1, 1)}
+        for question in dialogue.questions:
+            assert question.answer == _answer(dialogue, question.question), question
+
+
 def _answer(dialogue: SignDialogue, question: str) -> str:
     """The answer, read from the pictures' items another way."""
     kinds = {"number": "number", "数字": "number", "word": "word", "英文": "word"}
@@ -104,7 +127,7 @@ def _answer(dialogue: SignDialogue, question: str) -> str:
                 counts.append(sum((i.color, i.content) == (last[-2], last[-1]) for i in sign.items))
             else:
                 counts.append(texts(sign).count(last[-1]))
-        assert counts[0] != counts[1]
+        assert counts.count(max(counts)) == 1
         return str(1 + counts.index(max(counts)))
     kind = next(kind for name, kind in kinds.items() if name in question)
     image = re.search(r"image (\d)", question)
@@ -118,18 +141,21 @@ def test_places_name_what_a_page_shows(seed: int) -> None:
     sign = page(np.random.default_rng(seed))
     [table] = places(sign)
     named = sorted(classes()[i] for i in table[..., 0].flatten() if i)
-    shapes = [f"{item.color} {item.content}" for item in sign.items if item.kind == "shape"]
+    shapes = [item.content for item in sign.items if item.kind == "shape"]
     assert named == sorted([*"".join(texts(sign)), *shapes])
     for item in sign.items:
         if item.kind == "shape":
             middle = (item.y + SHAPE // 2) // 16, (item.x + SHAPE // 2) // 8
-            assert classes()[table[middle][0]] == f"{item.color} {item.content}"
+            kind, number, color = table[middle]
+            assert (classes()[kind], number) == (item.content, 0)
+            assert tuple(COLORS)[color - 1] == item.color
             continue
         width = item.mask().shape[1] // len(item.content)
         across = [(item.x + i * width + width // 2) // 8 for i in range(len(item.content))]
         row = table[(item.y + 8) // 16, across]
         assert "".join(classes()[i] for i in row[:, 0]) == item.content
         assert row[:, 1].tolist() == list(range(1, len(item.content) + 1))
+        assert not row[:, 2].any()
 
 
 def test_counts_go_up_to_six_and_answers_vary() -> None:

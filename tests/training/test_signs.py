@@ -20,7 +20,7 @@ from ivl_export.inputs.tokenizer import check_vocabulary, load_tokenizer
 from ivl_export.models import load_chat
 from ivl_export.models.registry import load_config
 from ivl_export.synthetic.glyphs import LETTERS, chinese
-from ivl_export.synthetic.signs import LONGEST, classes
+from ivl_export.synthetic.signs import COLORS, LONGEST, SHAPES, classes
 from ivl_export.training import signs as training
 from ivl_export.training.muon import Muon, orthogonal
 from ivl_export.training.presets import NANO_TILES
@@ -87,14 +87,39 @@ def test_pages_are_labelled_by_visual_token() -> None:
     """The place of rows 16t and half-columns 2u, 2u + 1 is visual token 4t + u."""
     batch = training.PageBatches(SMALL)[1]
     assert batch.pixel_values.shape == (3, 3, 64, 64)
-    assert batch.classes.shape == (3, NANO_TILES.model.num_visual, 2, 2)
+    assert batch.classes.shape == (3, NANO_TILES.model.num_visual, 2, 3)
     again = training.PageBatches(SMALL)[1]
     assert torch.equal(batch.classes, again.classes)
     assert torch.equal(batch.pixel_values, again.pixel_values)
     learner = training.Learner(initialised(SMALL))
-    kinds, orders = learner.named(batch.pixel_values)
+    kinds, orders, colors = learner.named(batch.pixel_values)
     assert kinds.shape == (*batch.classes.shape[:3], len(classes()))
     assert orders.shape == (*batch.classes.shape[:3], 1 + LONGEST)
+    assert colors.shape == (*batch.classes.shape[:3], len(COLORS))
+
+
+def test_places_of_thumbnails_are_empty() -> None:
+    batch = training.PageBatches(training.shortened(NANO_TILES, 2, 16))[0]
+    shown = batch.classes.flatten(1).any(1)
+    assert shown.tolist() == [True] * 14 + [False] * 2
+
+
+def test_a_shape_is_named_by_the_words_of_questions() -> None:
+    """By the mean of the rows of lm_head for ' circle' and ' circles'; a color by the row of ' red'."""
+    learner, tokens = training.Learner(initialised(SMALL)), sign_tokenizer()
+    pieces = [[tokens.piece(i).decode() for i in pair] for pair in learner.names.tolist()]
+    assert pieces[-len(SHAPES) :] == [
+        [" circle", " circles"], [" square", " squares"], [" triangle", " triangles"], [" cross", " crosses"],
+    ]  # fmt: skip
+    assert [names[0] for names in pieces[: -len(SHAPES)]] == list(classes()[1 : -len(SHAPES)])
+    assert [tokens.piece(i).decode() for i in learner.colors.tolist()] == [f" {name}" for name in COLORS]
+
+
+def test_every_third_batch_of_albums_has_several_small_pictures() -> None:
+    data = training.AlbumBatches(SMALL)
+    marks = [(data[index].input_ids == sign_tokenizer().special("<img>")).sum(1) for index in range(3)]
+    assert [int(count.max()) for count in marks[:2]] == [2, 2]
+    assert 2 <= int(marks[2].min()) <= int(marks[2].max()) <= 6
 
 
 def test_dialogues_become_batches_of_tiles_and_answers() -> None:
@@ -127,7 +152,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("last", [1, 2, 3])
+@pytest.mark.parametrize("last", [1, 3, 6])
 @pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_weights(last: int, tmp_path: Path) -> None:
     def stop(progress: TrainingProgress) -> None:
