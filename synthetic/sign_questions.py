@@ -113,7 +113,7 @@ def lines(seed: int, index: int, batch: int, texts: int) -> list[SignDialogue]:
 
 
 def albums(seed: int, index: int, batch: int, turns: int) -> list[SignDialogue]:
-    """Batch ``index`` of two to six pictures of one tile each, and up to ``turns`` questions.
+    """Batch ``index`` of two to six pictures of one tile (up to three: or two), and up to ``turns`` questions.
 
     A picture is found by its number, and a number by what the picture shows. Of two pictures, half of the
     answers are right by chance, and a model learns little from them.
@@ -122,7 +122,8 @@ def albums(seed: int, index: int, batch: int, turns: int) -> list[SignDialogue]:
     rows: list[SignDialogue] = []
     while len(rows) < batch:
         count = 2 + int(rng.integers(ALBUM - 1))
-        signs = tuple(_sign(rng, SMALL_GRIDS[1], "train", "two images") for _ in range(count))
+        grids = SMALL_GRIDS[2 if count <= 3 else 1]
+        signs = tuple(_sign(rng, grids, "train", "two images") for _ in range(count))
         if every := _about_several(signs):
             order = rng.permutation(len(every))[:turns]
             rows.append(SignDialogue(signs, tuple(every[i] for i in order)))

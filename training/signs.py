@@ -142,7 +142,7 @@ class DialogueBatches(Dataset[ChatBatch]):
 class AlbumBatches(Dataset[ChatBatch]):
     """Batch ``i`` of the stage ``albums``: a pure function of the preset and ``i``.
 
-    Every third batch has albums of small pictures, the others dialogues as they are evaluated.
+    Every second batch has albums of small pictures, the others dialogues as they are evaluated.
     """
 
     def __init__(self, preset: TilesPreset) -> None:
@@ -153,7 +153,7 @@ class AlbumBatches(Dataset[ChatBatch]):
 
     def __getitem__(self, index: int) -> ChatBatch:
         p = self.preset
-        if index % _REPEAT == _REPEAT - 1:
+        if index % 2:
             rows = albums(p.seed, index, p.albums.batch, p.turns)
         else:
             rows = dialogues(p.seed, p.answers.steps + index, p.albums.batch, "train", p.turns)

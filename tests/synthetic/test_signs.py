@@ -104,7 +104,9 @@ def test_answers_follow_from_albums(seed: int) -> None:
     for dialogue in rows:
         assert 2 <= len(dialogue.signs) <= ALBUM
         assert 1 <= len(dialogue.questions) <= 12
-        assert {(sign.columns, sign.rows) for sign in dialogue.signs} == {(1, 1)}
+        assert {sign.columns * sign.rows for sign in dialogue.signs} <= (
+            {1, 2} if len(dialogue.signs) < 4 else {1}
+        )
         for question in dialogue.questions:
             assert question.answer == _answer(dialogue, question.question), question
 
