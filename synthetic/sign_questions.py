@@ -113,7 +113,7 @@ def lines(seed: int, index: int, batch: int, texts: int) -> list[SignDialogue]:
 
 
 def albums(seed: int, index: int, batch: int, turns: int) -> list[SignDialogue]:
-    """Batch ``index`` of two to six pictures of one tile (up to three: or two), and up to ``turns`` questions.
+    """Batch ``index``: two to six pictures of one tile (up to three: or two), up to ``turns`` questions.
 
     A picture is found by its number, and a number by what the picture shows. Of two pictures, half of the
     answers are right by chance, and a model learns little from them.
