@@ -3,7 +3,7 @@
 What number is it?                 8093        read
 图中的汉字是什么?                    望爱重       read
 How many red shapes are there?     4           count
-Which image has the word KITE?     2           two images
+Which image has a word?            2           two images
 """
 
 from __future__ import annotations
@@ -72,7 +72,12 @@ class SignDialogue:
 
 
 def sign_dialogue(
-    rng: np.random.Generator, task: Task, split: Split, turns: int, tiles: int | None = None
+    rng: np.random.Generator,
+    task: Task,
+    split: Split,
+    turns: int,
+    tiles: int | None = None,
+    by_text: bool = False,
 ) -> SignDialogue:
     """At most ``turns`` questions in random order, the first of ``task``.
 
@@ -82,11 +87,12 @@ def sign_dialogue(
         split: whose texts are shown.
         turns: the most questions.
         tiles: the most tiles of a picture, 1 or 2; None: pictures as the task has them.
+        by_text: questions for an image name its text ("the word KITE"), not the kind of text ("a word").
     """
     grids = SMALL_GRIDS[tiles] if tiles else PAIR_GRIDS if task == "two images" else GRIDS
     while True:
         signs = tuple(_sign(rng, grids, split, task) for _ in range(2 if task == "two images" else 1))
-        every = _about_several(signs) if len(signs) == 2 else _about_one(rng, signs[0])
+        every = _about_several(signs, by_text) if len(signs) == 2 else _about_one(rng, signs[0])
         order = [every[i] for i in rng.permutation(len(every))]
         first = next((q for q in order if q.task == task), None)
         if first is not None:
@@ -124,7 +130,7 @@ def albums(seed: int, index: int, batch: int, turns: int) -> list[SignDialogue]:
         count = 2 + int(rng.integers(ALBUM - 1))
         grids = SMALL_GRIDS[2 if count <= 3 else 1]
         signs = tuple(_sign(rng, grids, "train", "two images") for _ in range(count))
-        if every := _about_several(signs):
+        if every := _about_several(signs, by_text=False):
             order = rng.permutation(len(every))[:turns]
             rows.append(SignDialogue(signs, tuple(every[i] for i in order)))
     return rows
@@ -138,10 +144,11 @@ def dialogues(
     turns: int,
     tiles: int | None = None,
     tasks: tuple[Task, ...] = TASKS,
+    by_text: bool = False,
 ) -> list[SignDialogue]:
     """Batch ``index``: a pure function of its arguments (:func:`sign_dialogue`); ``tasks`` take turns."""
     rng = np.random.default_rng([_STREAM[split], seed, index])
-    return [sign_dialogue(rng, tasks[row % len(tasks)], split, turns, tiles) for row in range(batch)]
+    return [sign_dialogue(rng, tasks[i % len(tasks)], split, turns, tiles, by_text) for i in range(batch)]
 
 
 def conversation(dialogue: SignDialogue) -> list[Turn]:
@@ -182,7 +189,7 @@ def _about_one(rng: np.random.Generator, sign: Sign) -> list[SignQuestion]:
     return questions + [SignQuestion("count", kind, q, str(n)) for kind, q, n in counts if n <= MOST]
 
 
-def _about_several(signs: tuple[Sign, ...]) -> list[SignQuestion]:
+def _about_several(signs: tuple[Sign, ...], by_text: bool) -> list[SignQuestion]:
     questions: list[SignQuestion] = []
     for index, sign in enumerate(signs, 1):
         others = [*signs[: index - 1], *signs[index:]]
@@ -191,9 +198,12 @@ def _about_several(signs: tuple[Sign, ...]) -> list[SignQuestion]:
                 verb = "are" if kind == "chinese" else "is"
                 question = f"What {_NAMES[kind]} {verb} in image {index}?"
                 questions.append(SignQuestion("two images", "read", question, text))
-                if not any(text in other.texts(kind) for other in others):
+                if by_text and not any(text in other.texts(kind) for other in others):
                     question = f"Which image has the {_NAMES[kind]} {text}?"
                     questions.append(SignQuestion("two images", "text", question, str(index)))
+            if not by_text and sign.texts(kind) and not any(other.texts(kind) for other in others):
+                question = f"Which image has a {_NAMES[kind]}?".replace("a characters", "characters")
+                questions.append(SignQuestion("two images", "text", question, str(index)))
         only = {(i.color, i.content) for i in sign.items if i.kind == "shape"}
         only -= {(i.color, i.content) for other in others for i in other.items}
         for color, shape in sorted(only):

@@ -161,7 +161,7 @@ class TilesPreset:
             that is thrown away afterwards.
         lines: the projector and the decoder learn to read all texts of one tile.
         answers: they learn the answers of dialogues about pictures of several tiles.
-        albums: the same, and every second batch has dialogues about two to six small pictures.
+        albums: the same, and one batch of three has dialogues about two to six small pictures.
         seed: of weights and data.
         texts: the most texts in a tile that is read whole; reached half-way.
         turns: the most questions of a dialogue.
@@ -234,5 +234,5 @@ NANO_TILES = TilesPreset(
     ),
     lines=Stage("lines", "lines", 500, 32, 3e-3, 0.03, warmup=30, trainable=_READS),
     answers=Stage("answers", "answers", 4000, 18, 2e-3, 0.02, warmup=40, trainable=_READS),
-    albums=Stage("albums", "albums", 1500, 18, 1.2e-3, 0.012, warmup=40, trainable=_READS),
+    albums=Stage("albums", "albums", 1000, 18, 1.2e-3, 0.012, warmup=40, trainable=_READS),
 )

@@ -21,11 +21,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..arrays import Array
-from ..inputs.chat_template import IGNORE, Encoded, encode
+from ..inputs.chat_template import IGNORE, START, Encoded, encode
 from ..inputs.preprocess import ImageSettings, normalised, read_images
 from ..models.pixel_shuffle import pixel_shuffle
 from ..models.tiles_chat import TilesChatModel
 from ..synthetic.sign_questions import (
+    ALBUM,
     SMALL_GRIDS,
     SignDialogue,
     albums,
@@ -45,6 +46,8 @@ _EMPTY = 0.3
 """Weight of an empty place; others have 1."""
 _REPEAT = 3
 _THUMBNAILS = 8
+_NUMBERS = 0.5
+"""Weight of the numbers of pictures."""
 _PAGES = 0x9A6E
 _COUNTS = 1 << 20
 """The counting rows of ``lines`` have the numbers after this one in the stream of ``answers``."""
@@ -77,7 +80,8 @@ class PageBatches(Dataset[Pages]):
     def __getitem__(self, index: int) -> Pages:
         rng = np.random.default_rng([_PAGES, self.preset.seed, index])
         batch, seed = self.preset.places.batch, self.preset.seed
-        large = [row.signs[0] for row in dialogues(seed, index, batch // _THUMBNAILS, "train", 1)]
+        rows = dialogues(seed, index, batch // _THUMBNAILS, "train", 1, by_text=True)
+        large = [row.signs[0] for row in rows]
         drawn = [page(rng) for _ in range(batch - len(large))]
         images = normalised(np.stack([draw(sign) for sign in drawn]), self.settings)
         thumbnails = [read_images([draw(sign)], self.settings).values[-1:] for sign in large]
@@ -108,7 +112,7 @@ class LineBatches(Dataset[ChatBatch]):
         p = self.preset
         half = p.lines.batch // 2
         rows = lines(p.seed, index, p.lines.batch - half, texts)
-        rows += dialogues(p.seed, _COUNTS + index, half, "train", p.turns, 1, ("count",))
+        rows += dialogues(p.seed, _COUNTS + index, half, "train", p.turns, 1, ("count",), by_text=True)
         return _joined([_encoded(self.preset, self.settings, row, None) for row in rows])
 
 
@@ -131,7 +135,13 @@ class DialogueBatches(Dataset[ChatBatch]):
             return self.lines.of(p.lines.steps + index, p.texts)
         tiles = 1 + 5 * index // p.answers.steps
         rows = dialogues(
-            p.seed, index, p.answers.batch, "train", p.turns, tiles if tiles in SMALL_GRIDS else None
+            p.seed,
+            index,
+            p.answers.batch,
+            "train",
+            p.turns,
+            tiles if tiles in SMALL_GRIDS else None,
+            by_text=True,
         )
         whole = p.answers.batch - round(p.single * p.answers.batch)
         return _joined(
@@ -142,7 +152,7 @@ class DialogueBatches(Dataset[ChatBatch]):
 class AlbumBatches(Dataset[ChatBatch]):
     """Batch ``i`` of the stage ``albums``: a pure function of the preset and ``i``.
 
-    Every second batch has albums of small pictures, the others dialogues as they are evaluated.
+    Every third batch has albums of small pictures, the others dialogues as they are evaluated.
     """
 
     def __init__(self, preset: TilesPreset) -> None:
@@ -153,7 +163,7 @@ class AlbumBatches(Dataset[ChatBatch]):
 
     def __getitem__(self, index: int) -> ChatBatch:
         p = self.preset
-        if index % 2:
+        if index % _REPEAT == _REPEAT - 1:
             rows = albums(p.seed, index, p.albums.batch, p.turns)
         else:
             rows = dialogues(p.seed, p.answers.steps + index, p.albums.batch, "train", p.turns)
@@ -235,6 +245,30 @@ def answers_loss(learner: Learner, batch: ChatBatch) -> Tensor:
     return F.cross_entropy(model.language_model.lm_head(hidden[:, :-1][learnt]), batch.labels[:, 1:][learnt])
 
 
+def albums_loss(learner: Learner, batch: ChatBatch) -> Tensor:
+    """:func:`answers_loss`, and after the first layer each visual token tells the number of its picture.
+
+    From answers alone the decoder read in the picture that a question names, but did not learn to name the
+    picture in which something is: for this a visual token has to know where it belongs.
+    """
+    decoder, tokens = learner.model.language_model, sign_tokenizer()
+    states: list[Tensor] = []
+    hook = decoder.model.layers[0].register_forward_hook(lambda _, __, outputs: states.append(outputs[0]))
+    try:
+        loss = answers_loss(learner, batch)
+    finally:
+        hook.remove()
+    ids = batch.input_ids
+    numbers = torch.eq(ids, tokens.special(START)).cumsum(1)
+    several = torch.eq(ids, learner.model.config.image_token_id or 0) & (numbers[:, -1:] > 1)
+    if not several.any():
+        return loss
+    digits = torch.tensor([tokens.encode_parts([str(number)])[0] for number in range(1, ALBUM + 1)])
+    state = states[0][several]
+    logits = F.rms_norm(state, state.shape[-1:]) @ decoder.lm_head.weight[digits].T
+    return loss + _NUMBERS * F.cross_entropy(logits, numbers[several] - 1)
+
+
 def train(
     preset: TilesPreset, options: Options, report: Callable[[TrainingProgress], None]
 ) -> tuple[TilesChatModel, float]:
@@ -270,7 +304,7 @@ def train(
             language.model.embed_tokens.weight.data.copy_(language.lm_head.weight.data)
         before = sum(earlier.steps for earlier in stages[:number])
         for step, batch in enumerate(_batches(preset, stage, first, options.workers), first):
-            loss = places_loss if isinstance(batch, Pages) else answers_loss
+            loss = _LOSSES[stage.loss]
             losses = _step(learner, own, preset, stage, step, lambda: loss(learner, batch))  # noqa: B023
             seconds = time.perf_counter() - started
             report(TrainingProgress(stage.name, step + 1, before + step + 1, total, losses, seconds))
@@ -278,6 +312,14 @@ def train(
                 place = {"identity": identity, "stage": number, "step": step + 1, "seconds": seconds}
                 save_state(options.work_dir, learner, own, place)
     return learner.model.eval(), seconds
+
+
+_LOSSES: dict[str, Callable[[Learner, Any], Tensor]] = {
+    "places": places_loss,
+    "lines": answers_loss,
+    "answers": answers_loss,
+    "albums": albums_loss,
+}
 
 
 def _batches(preset: TilesPreset, stage: Stage, first: int, workers: int) -> Iterator[Any]:

@@ -87,9 +87,10 @@ def test_an_eighth_of_the_words_is_held_out() -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(SEEDS, SPLITS)
-def test_answers_follow_from_the_pictures(seed: int, split: str) -> None:
-    for row, dialogue in enumerate(dialogues(seed, 2, 6, split, 6)):  # type: ignore[arg-type]
+@given(SEEDS, SPLITS, st.booleans())
+def test_answers_follow_from_the_pictures(seed: int, split: str, by_text: bool) -> None:
+    rows = dialogues(seed, 2, 6, split, 6, by_text=by_text)  # type: ignore[arg-type]
+    for row, dialogue in enumerate(rows):
         assert dialogue.questions[0].task == TASKS[row % 3]
         assert len({question.question for question in dialogue.questions}) == len(dialogue.questions) <= 6
         for question in dialogue.questions:
@@ -125,6 +126,8 @@ def _answer(dialogue: SignDialogue, question: str) -> str:
         for sign in dialogue.signs:
             if last[-2] == "more":
                 counts.append(sum(last[-1].startswith(item.content) for item in sign.items))
+            elif last[-1] in kinds:
+                counts.append(len(sign.texts(kinds[last[-1]])))
             elif " a " in question:
                 counts.append(sum((i.color, i.content) == (last[-2], last[-1]) for i in sign.items))
             else:
