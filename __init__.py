@@ -26,6 +26,9 @@ from .errors import (
     IntegrityError,
     IvlError,
     LatencyError,
+    TimeLimitError,
+    TooLargeError,
+    TooLongError,
     UsageError,
 )
 
@@ -52,6 +55,9 @@ __all__ = [
     "LatencyError",
     "Progress",
     "Recipe",
+    "TimeLimitError",
+    "TooLargeError",
+    "TooLongError",
     "UsageError",
     "__version__",
     "build",
