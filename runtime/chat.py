@@ -31,7 +31,7 @@ from ..inputs.sources import sequence_of, text_sequence
 from ..inputs.video import FRAMES, Video, chat_places, frames_of
 from ..sampling import Sampling, StopCriteria, check_search
 from .components import Components, visual_embeds, visual_shape
-from .conversation_cache import ConversationCache
+from .conversation_cache import ConversationCache, check_length
 from .image_batches import Images, Reading, as_images, check_pixel_values
 from .kv_cache import PREFIX_BYTES, PrefixCache
 from .loaded import Loaded, family_of_bundle, is_chat
@@ -135,17 +135,22 @@ class InternVLChat(Loaded):
         stop = replace(self._stop(max_new_tokens, min_new_tokens, self.chat_format.eos), never=_real(token))
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [ids[used.astype(bool)] for ids, used in zip(input_ids, mask, strict=True)]
-        visual, digests = self.encode_images(pixel_values)
+        pixels, of_image = self.read_pixels(pixel_values), visual_shape(self.components)[0]
         placeholders = [ids == token for ids in prompts]
         self._check_ids(prompts, placeholders)
-        count, rows = (sum(int(places.sum()) for places in placeholders), sum(map(len, visual)))
-        each = visual_shape(self.components)[0] if count == rows else 1
-        if count != each * len(visual):
+        count, rows = (sum(int(places.sum()) for places in placeholders), of_image * len(pixels.values))
+        each = of_image if count == rows else 1
+        if count != each * len(pixels):
             raise InputError(
                 f"The prompts have {count} image placeholders (id {token}).",
-                f"{len(visual)} images or tiles were given, of {rows} visual embeddings together.",
+                f"{len(pixels)} images or tiles were given, of {rows} visual embeddings together.",
                 "Write one placeholder for each, or one for each of their visual embeddings.",
             )
+        for places in placeholders:
+            images = [of_image] * (int(places.sum()) // each)
+            prompt = int((~places).sum()) + sum(images)
+            check_length(self.components.spec("decoder"), prompt, max_new_tokens, images)
+        visual, digests = self.encode_together([pixels])[0]
         out = np.full((len(prompts), max_new_tokens), stop.pad, np.int64)
         longest = first = 0
         for row, (ids, places) in enumerate(zip(prompts, placeholders, strict=True)):
@@ -206,9 +211,11 @@ class InternVLChat(Loaded):
             max_tiles: the most tiles of every image, or of each; None: the checkpoint's number.
 
         Raises:
-            InputError: an image cannot be read, or ``history`` shows another number of images.
+            InputError: an image cannot be read, the images alone are too long for the bundle, or ``history``
+                shows another number of images.
         """
-        return self.conversation(*self.encode_images(images, max_tiles), history, system)
+        pixels = self.conversation_pixels(images, max_tiles)
+        return self.conversation(*self.encode_together([pixels])[0], history, system)
 
     def conversation(
         self,
@@ -226,8 +233,8 @@ class InternVLChat(Loaded):
         Raises:
             InputError, CapabilityError: as :func:`~ivl_export.inputs.video.frames_of`.
         """
-        images = frames_of(video, frames, places=chat_places)
-        return Chat(self, *self.encode_images(images, 1), (), system, frames=True)
+        pixels = self.conversation_pixels(frames_of(video, frames, places=chat_places), 1)
+        return Chat(self, *self.encode_together([pixels])[0], (), system, frames=True)
 
     async def achat(
         self,
@@ -260,6 +267,15 @@ class InternVLChat(Loaded):
             check_pixel_values(chosen)
             return PixelValues(chosen, (1,) * len(chosen))
         return chosen if isinstance(chosen, PixelValues) else self.read_images(chosen, None, None, max_tiles)
+
+    def conversation_pixels(
+        self, images: Images, max_tiles: int | Sequence[int] | None = None
+    ) -> PixelValues:
+        """As :meth:`read_pixels`; InputError where no prompt that shows all of them fits in the bundle."""
+        pixels = self.read_pixels(images, max_tiles)
+        shown = [tiles * visual_shape(self.components)[0] for tiles in pixels.tiles]
+        check_length(self.components.spec("decoder"), sum(shown), 1, shown)
+        return pixels
 
     def encode_images(
         self, images: Images, max_tiles: int | Sequence[int] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from ..sampling import Sampling, StopCriteria, TokenSampler
 from .components import Components
 from .kv_cache import BLOCK, KVCache, PrefixCache, next_capacity
 from .serving.scheduler import Started
+
+if TYPE_CHECKING:
+    from ..bundle.spec import ComponentSpec
 
 
 class _Row(NamedTuple):
@@ -150,7 +153,7 @@ class ConversationCache:
             InputError: prompt and answer are too long for the bundle.
         """
         keys = self._turned(keys := self._keys(ids), len(keys))
-        self._check(len(keys), new)
+        check_length(self._spec, len(keys), new, [len(rows) for rows in self.visual])
         self._take_decoded()
         self._readings += 1
         self._recall(keys[:-1])  # the last position has to be computed: its logits are needed
@@ -210,21 +213,6 @@ class ConversationCache:
     def _turned(self, keys: Sequence[Hashable], length: int) -> list[Hashable]:
         """``keys`` of a sequence that is rotated as one of ``length`` positions."""
         return [_Turned(key) for key in keys] if 0 < self.turning_point < length else list(keys)
-
-    def _check(self, prompt: int, new: int) -> None:
-        """InputError if the engine takes no past of ``prompt`` positions and ``new`` ones but the last."""
-        limit, positions = self._spec.axis("past").max, prompt + new - 1
-        if positions > limit:
-            shown = sum(len(rows) for rows in self.visual)
-            of_images = f" (of {len(self.visual)} images {shown})" if shown else ""
-            raise TooLongError(
-                "The conversation is too long for this bundle.",
-                f"A prompt of {prompt} positions{of_images} and {new} new tokens need a past of {positions} "
-                f"positions; the engine was built for {limit}.",
-                "Ask for fewer new tokens"
-                + (", show fewer images or fewer tiles of each (max_tiles)" if shown else "")
-                + ", start again, or rebuild with a larger range where the model's context allows it.",
-            )
 
     def _embedded(self, keys: Sequence[Hashable]) -> Array:
         """Embeddings [1, T, H] of positions: text looked up in one go, images put between."""
@@ -296,3 +284,21 @@ class ConversationCache:
         shapes = {t.name: t.shape for t in self._spec.inputs if t.name.startswith("past_")}
         past = {n: np.zeros((1, int(s[1]), least, int(s[3])), np.float32) for n, s in shapes.items()}
         return past, np.zeros((1, least), np.int64)
+
+
+def check_length(decoder: ComponentSpec, prompt: int, new: int, images: Sequence[int]) -> None:
+    """TooLongError if the decoder takes no past of ``prompt`` positions and ``new`` ones but the last.
+
+    ``images``: how many of the prompt's positions each of its images has.
+    """
+    limit, positions = decoder.axis("past").max, prompt + new - 1
+    if positions > limit:
+        of_images = f" (of {len(images)} images {sum(images)})" if images else ""
+        raise TooLongError(
+            "The conversation is too long for this bundle.",
+            f"A prompt of {prompt} positions{of_images} and {new} new tokens need a past of {positions} "
+            f"positions; the engine was built for {limit}.",
+            "Ask for fewer new tokens"
+            + (", show fewer images or fewer tiles of each (max_tiles)" if images else "")
+            + ", start again, or rebuild with a larger range where the model's context allows it.",
+        )

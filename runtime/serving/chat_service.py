@@ -103,7 +103,7 @@ class ChatService:
     ) -> BatchResult[tuple[list[Array], list[bytes]]]:
         """Visual embeddings and digests of ``images``, encoded together with those of other requests."""
         with self._tower.coming():
-            pixels = await self._read(self.model.read_pixels, images, max_tiles)
+            pixels = await self._read(self.model.conversation_pixels, images, max_tiles)
             encoding = self._tower.submit(pixels)
         clock.mark("read")
         return await asyncio.wrap_future(encoding)

@@ -268,6 +268,61 @@ def test_a_prompt_longer_than_the_context_says_of_what(model: InternVLChat) -> N
         model.chat([wide] * 20).ask("what?", 8)
 
 
+@pytest.fixture(scope="module")
+def true_sizes(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[InternVLChat]:
+    """Narrow, but with the numbers of the published models: 256 tokens of a tile of 448 pixels, 13 tiles, a
+    context of 4096."""
+    from ivl_export.benchmarks.fullsize.make_checkpoint import make_checkpoint
+
+    pytest.importorskip("onnxscript")
+    sizes = open_checkpoint(checkpoint).model
+    assert isinstance(sizes, TilesConfig)
+    vision = replace(sizes.vision, num_hidden_layers=1, image_size=448, patch_size=14)
+    decoder = replace(sizes.decoder, num_hidden_layers=1, max_position_embeddings=4096)
+    sizes = replace(sizes, vision=vision, decoder=decoder, image_size=448, max_tiles=12, select_layer=-1)
+    assert sizes.num_visual == 256
+    folder = tmp_path_factory.mktemp("true_sizes")
+    make_checkpoint(folder, sizes, depth=1)
+    (folder / "tokenizer.model").unlink()
+    for path in (FAMILY / "tokenizers" / "qwen2_mini").iterdir():
+        if path.name != "expected.json":
+            (folder / path.name).write_bytes(path.read_bytes())
+    with InternVLChat.load(sealed(folder, tmp_path_factory.mktemp("bundle")), threads=1) as loaded:
+        yield loaded
+
+
+@pytest.mark.slow
+def test_13_tiles_where_the_context_is_4096(true_sizes: InternVLChat) -> None:
+    """3,328 visual tokens leave room for a short question; the rest is refused before engines run."""
+    model, photo = true_sizes, picture(1600, 1200)
+
+    def ran() -> dict[str, int]:
+        calls = {name: timing.calls for name, timing in model.timings.items()}
+        return {
+            name: count
+            for name, count in calls.items()
+            if name in model.components.bundle.manifest.components
+        }
+
+    pixels = model.read_images([photo])
+    assert pixels.tiles == (13,)
+    with pytest.raises(InputError, match=r"of 2 images 6656.*4096.*fewer tiles of each \(max_tiles\)"):
+        model.chat([photo, photo])
+    token = model.chat_format.images.context
+    ids = np.array([[5] * 800 + [token] * 13 * 256])
+    with pytest.raises(InputError, match=r"A prompt of 4128 positions \(of 13 images 3328\).*built for 4096"):
+        model.generate(pixels.values, ids, max_new_tokens=1)
+    assert ran() == {}
+    assert model.generate(pixels.values, ids[:, 780:], max_new_tokens=1).shape == (1, 1)
+    before = ran()
+    chat = model.chat([photo])  # encodes its tiles, as generate did
+    with pytest.raises(InputError, match=r"of 1 images 3328\) and 8 new tokens need a past of .*4096"):
+        chat.ask("what? " * 300, 8)
+    assert chat.history == ()
+    assert ran() == before | {"vision_chat": 2 * before["vision_chat"]}
+    assert isinstance(chat.ask("what?", 2), str)
+
+
 def test_the_system_message(model: InternVLChat) -> None:
     own, none, other = (model.chat(system=text).prompt("a")[1] for text in (None, "", "be brief"))
     start = model.tokenizer.special("<|im_start|>")
