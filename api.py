@@ -49,6 +49,7 @@ def build(
     no_cache: bool = False,
     cache_size: str | int | None = None,
     allow_accuracy_loss: bool = False,
+    require_proof: bool = False,
     progress: Progress = SILENT,
 ) -> Bundle:
     """Convert a checkpoint into a bundle: graphs, weights and engines, with proof of accuracy and precision.
@@ -91,6 +92,7 @@ def build(
         cache_size: the most disk for engines kept for later builds: ``"20G"``, or bytes; None:
             ``$IVL_EXPORT_CACHE_SIZE``, or 20 GiB.
         allow_accuracy_loss: log a loss over the budget instead of failing.
+        require_proof: fail where an engine does not tell the types of a promised product.
         progress: receives the steps; by default nothing is shown.
 
     Returns:
@@ -133,6 +135,7 @@ def build(
         no_cache=no_cache,
         cache_size=parse_size(cache_size, "cache_size") if isinstance(cache_size, str) else cache_size,
         allow_accuracy_loss=allow_accuracy_loss,
+        require_proof=require_proof,
     )
     plan = run.open_plan(config, progress)
     _log_notices(plan)

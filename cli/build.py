@@ -87,6 +87,12 @@ def build(
     allow_accuracy_loss: Annotated[
         bool, typer.Option("--allow-accuracy-loss", help="Only warn about a loss over the budget.")
     ] = False,
+    require_proof: Annotated[
+        bool,
+        typer.Option(
+            "--require-proof", help="Fail if an engine does not tell the types of a promised product."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, list the steps, write nothing.")
     ] = False,
@@ -142,6 +148,7 @@ def build(
         shapes=tuple(shapes or ()),
         engine_options=BuildOptions(**{name: values.pop(name) for name in engine}),
         allow_accuracy_loss=allow_accuracy_loss,
+        require_proof=require_proof,
         **values,
     )
     if dry_run and precision == MIXED:

@@ -22,6 +22,8 @@ MAX_SHAPES = 16
 """Graphs kept; each holds the memory of its activations. The least used one goes first."""
 WARM_CALLS = 3
 """Calls on a side stream before a capture, so that libraries have made their plans and workspaces."""
+_capturing = threading.Lock()
+"""One capture at a time in the process: its beginning synchronises the device."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,18 @@ class CudaGraphs:
 def capture(call: Callable[[], Any]) -> tuple[Any, Any]:
     """A ``torch.cuda.CUDAGraph`` of ``call``, after warm-up calls, and the recorded outputs."""
     torch = _torch()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_CALLS):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may take memory meanwhile, which would spoil a capture of the whole process.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = call()
+    with _capturing:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_CALLS):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Without a stream of ours all captures of the process are on one of torch's. Other threads may take
+        # memory meanwhile, which would spoil a capture of the whole process.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            outputs = call()
     return graph, outputs
 
 

@@ -8,7 +8,7 @@ the call returns. Torch is imported when the first buffer is, so that runs on ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -127,6 +127,9 @@ def on_stream(device: str, stream: int | None) -> Iterator[int]:
     Args:
         device: the engine's device; nothing happens unless it is a CUDA device.
         stream: a ``cudaStream_t`` as an integer; None: torch's current stream.
+
+    Raises:
+        InputError: the handle of CUDA's per-thread stream.
     """
     if not device.startswith("cuda"):
         yield 0
@@ -138,8 +141,63 @@ def on_stream(device: str, stream: int | None) -> Iterator[int]:
         if stream is None:
             yield int(torch.cuda.current_stream().cuda_stream)
             return
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device)):  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(_stream(device, stream)):
             yield stream
+
+
+LEGACY = (0, 1)
+"""Handles of CUDA's default stream: none, and ``cudaStreamLegacy``."""
+PER_THREAD = 2
+"""``cudaStreamPerThread``."""
+
+
+def _stream(device: str, handle: int) -> Any:
+    """The torch stream of a ``cudaStream_t``.
+
+    ``ExternalStream(0)`` is a fresh stream of torch's pool, not the default one: its work would run beside
+    what the caller enqueued (torch/csrc/cuda/Stream.cpp).
+    """
+    import torch
+
+    if handle in LEGACY:
+        return torch.cuda.default_stream(device)
+    if handle == PER_THREAD:
+        raise InputError(
+            "An engine cannot run on CUDA's per-thread stream.",
+            "Torch has no stream of that kind, and the buffers are torch's.",
+            "Make a stream (torch.cuda.Stream, cudaStreamCreate) and give its handle.",
+        )
+    return torch.cuda.ExternalStream(handle, device=device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def off_default_stream(device: str, own: Callable[[], Any]) -> Iterator[int]:
+    """The current stream's handle; in the place of the default stream, that of ``own()``, in its order.
+
+    TensorRT synchronises the device in every run on the default stream, and CUDA captures no graph there.
+
+    Args:
+        device: the engine's device; nothing happens unless it is a CUDA device.
+        own: the engine's own torch stream.
+    """
+    if not device.startswith("cuda"):
+        yield 0
+        return
+    import torch
+
+    with torch.cuda.device(device):
+        current = torch.cuda.current_stream()
+        if int(current.cuda_stream) not in LEGACY:
+            yield int(current.cuda_stream)
+            return
+        side = own()
+        side.wait_stream(current)
+        try:
+            with torch.cuda.stream(side):
+                yield int(side.cuda_stream)
+        finally:
+            # The caller's work goes on after the engine's, which also covers memory that either lets go of.
+            current.wait_stream(side)
 
 
 def concatenate(parts: Sequence[Buffer], axis: int = 0) -> Any:

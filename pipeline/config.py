@@ -58,6 +58,8 @@ class BuildConfig:
         cache_size: the most bytes of engines kept for later builds; None: the environment's, see
             :mod:`..files.cache_dir`.
         allow_accuracy_loss: report a loss over budget instead of failing.
+        require_proof: fail where an engine does not tell the types of a promised product (``tensorrt``;
+            TensorRT-RTX's engines tell all).
     """
 
     out: Path
@@ -82,6 +84,7 @@ class BuildConfig:
     no_cache: bool = False
     cache_size: int | None = None
     allow_accuracy_loss: bool = False
+    require_proof: bool = False
 
 
 @dataclass(frozen=True)

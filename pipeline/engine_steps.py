@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..bundle.spec import ComponentSpec
@@ -31,6 +30,11 @@ from .workspace import Data, Step, StepResult, Workspace, after, write_receipt
 def engine_path(component: str, backend: str, target: str) -> Path:
     """Path in a bundle of the engine of ``component`` for ``target``."""
     return Path("engines") / f"{backend}-{target}" / f"{component}.engine"
+
+
+def layers_path(component: str, backend: str, target: str) -> Path:
+    """Path in a bundle of the layer information of an engine, as the library's inspector told it."""
+    return Path("receipts") / f"layers-{backend}-{target}-{component}.json"
 
 
 def engine_step(plan: BuildPlan, component: str, part: int, backend: str, target: str, graph: Step) -> Step:
@@ -100,6 +104,8 @@ def verification_step(plan: BuildPlan, before: list[Step]) -> Step:
     def run(space: Workspace, advanced: Callable[[int], None]) -> StepResult:
         reports: dict[str, dict[str, Any]] = {}
         unread: dict[str, str] = {}
+        not_told: dict[str, Data] = {}
+        files: list[str] = []
         for component in plan.components:
             promised = space.records[f"graph-{component}"].data["promised"]
             pieces = [spec.name for spec in part_specs(space.records, component)] or [component]
@@ -117,29 +123,45 @@ def verification_step(plan: BuildPlan, before: list[Step]) -> Step:
             for backend, target in plan.engines:
                 parts = part_specs(space.records, component)
                 specs = parts or [component_spec(component, plan.checkpoint.model)]
-                report = merge_reports([_engine_report(plan, space, spec, backend, target) for spec in specs])
-                check_expectations(report, promised[plan.recipe.base])
+                report = merge_reports(
+                    [_engine_report(plan, space, spec, backend, target, files) for spec in specs]
+                )
+                # Layer information of TensorRT tells some types by a kernel's name only, which may be new.
+                strict = backend == RTX or plan.config.require_proof
+                rest = check_expectations(report, promised[plan.recipe.base], require_proof=strict)
+                if rest:
+                    not_told[f"{backend}-{target}"] = {
+                        **not_told.get(f"{backend}-{target}", {}),
+                        component: list(rest),
+                    }
                 reports.setdefault(f"{backend}-{target}", {})[component] = _report(
                     report, promised[plan.recipe.base]
                 )
-        return [write_receipt(space, "verification", reports)], {"unread": unread}
+        data = {"unread": unread, "not_told": not_told}
+        return [write_receipt(space, "verification", reports), *files], data
 
     return Step("verification", after(before), run)
 
 
 def _engine_report(
-    plan: BuildPlan, space: Workspace, spec: ComponentSpec, backend: str, target: str
+    plan: BuildPlan, space: Workspace, spec: ComponentSpec, backend: str, target: str, files: list[str]
 ) -> VerificationReport:
-    """The products that an engine runs: RTX's from its file, TensorRT's by its inspector."""
+    """The products that an engine runs: RTX's from its file, TensorRT's by its inspector.
+
+    What the inspector told is kept: its file's path is appended to ``files``.
+    """
     engine = space.staging_dir / engine_path(spec.name, backend, target)
     graph = space.staging_dir / graph_path(spec.name, plan.recipe.base)
     if backend == RTX:
         return read_rtx(engine, graph)
     record = engine_file(space.records[f"engine-{spec.name}-{target}"])
-    with open_tensorrt(spec, engine, record=record, graph=graph) as opened, TemporaryDirectory() as folder:
-        info = Path(folder) / "layers.json"
-        info.write_text(opened.layers(), encoding="utf-8")
-        return read_inspector(info, graph)
+    with open_tensorrt(spec, engine, record=record, graph=graph) as opened:
+        told = opened.layers()
+    info = space.staging_dir / layers_path(spec.name, backend, target)
+    info.parent.mkdir(exist_ok=True)
+    info.write_text(told, encoding="utf-8")
+    files.append(info.relative_to(space.staging_dir).as_posix())
+    return read_inspector(info, graph)
 
 
 def _report(report: VerificationReport, promised: dict[str, str]) -> Data:

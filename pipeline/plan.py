@@ -307,15 +307,10 @@ def _backends(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]
         raise UsageError(
             f"Unknown backend {unknown[0]!r}.", f"Known: {', '.join(BACKENDS)}.", f"Give --backend {ORT}."
         )
-    missing = [b for b in (RTX, TENSORRT) if trt.installed_release(b) is None]
+    missing = {b: problem for b in (RTX, TENSORRT) if (problem := trt.release_problem(b)) is not None}
     for backend in missing:
         if backend in names:
-            extra = "rtx" if backend == RTX else "gpu"
-            raise CapabilityError(
-                f"{backend} is not installed.",
-                "It builds the engines.",
-                f"pip install 'ivl-export[{extra}]'",
-            )
+            raise missing[backend]
     if TENSORRT in names and not gpus():
         raise CapabilityError(
             f"{TENSORRT} cannot build here.",
@@ -325,8 +320,10 @@ def _backends(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]
     if names:
         return tuple(dict.fromkeys((ORT, *names))), ()
     usable = [b for b in BACKENDS if b not in missing and (b != TENSORRT or gpus())]
-    notice = f"{RTX} is not installed: no GPU engines are built (pip install 'ivl-export[rtx]')."
-    return tuple(usable), (notice,) if len(usable) == 1 else ()
+    notices = [f"{RTX} is not installed: no GPU engines are built (pip install 'ivl-export[rtx]')."]
+    if trt.installed_release(TENSORRT) and gpus() and TENSORRT in missing:
+        notices = [f"No engine is built with it: {missing[TENSORRT].what} {missing[TENSORRT].fix}"]
+    return tuple(usable), tuple(notices) if len(usable) == 1 else ()
 
 
 def _components(checkpoint: Checkpoint, names: tuple[str, ...], itm: bool) -> tuple[str, ...]:

@@ -46,9 +46,18 @@ def describe(result: Result, notices: Sequence[str]) -> dict[str, Any]:
 
 
 def _unread(result: Result) -> list[str]:
-    """Engines that could not be opened, so that their kernels are unknown."""
-    unread = result.records["verification"].data.get("unread", {})
-    return [f"Kernels of {name} on the CPU were not read: {why}." for name, why in unread.items()]
+    """Engines whose kernels are unknown: all of them, where one could not be opened, or some."""
+    data = result.records["verification"].data
+    notes = [
+        f"Kernels of {name} on the CPU were not read: {why}." for name, why in data.get("unread", {}).items()
+    ]
+    for engine, components in data.get("not_told", {}).items():
+        for name, promises in components.items():
+            notes.append(
+                f"{engine} does not tell the types of {len(promises)} promised products of {name} "
+                f"({promises[0]}): what it tells is in receipts/."
+            )
+    return notes
 
 
 def _summary(report: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +67,7 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
         "fused_attention": report["fused_attention"],
         "attention": len(report["attention"]),
         "fallbacks": len(report["fallbacks"]),
+        "not_told": len(report["not_told"]),
         "kernels": report["kernels"],
     }
 

@@ -85,6 +85,8 @@ def _tensorrt(name: str) -> tuple[str | None, str, str]:
     release = trt.installed_release(name)
     if release is None:
         return None, "it is not installed", ""
+    if (problem := trt.release_problem(name)) is not None:
+        return release, f"it is too old: {problem.fix}", ""
     try:
         library = trt.library(name)
     except CapabilityError as error:  # the bindings are there, the libraries are not

@@ -16,7 +16,7 @@ from typing import Any
 from ..engines.memory import Load, available_memory, check_memory
 from ..engines.products import FACTORS, factors
 from ..engines.targets import ON_THE_GPU, TARGETS, TENSORRT_ONLY
-from ..engines.tensorrt.library import installed_release
+from ..engines.tensorrt.library import release_problem
 from ..errors import BuildError
 from ..models.registry import ModelConfig, component_names
 from ..quantization.recipe import LayerPlan, Recipe, load_recipe, shipped_recipes
@@ -223,11 +223,11 @@ def request_problems(request: Request, extras: tuple[Extra, ...], gpus: tuple[Gp
         sm = gpu.sm or (peaks.sm if (peaks := of_driver(gpu.name)) else None)
         target = TARGETS.get(sm or "")
         if sm in TENSORRT_ONLY:
-            if installed_release("tensorrt") is None:
+            if (lacking_release := release_problem("tensorrt")) is not None:
                 problems.append(
                     Problem(
                         f"TensorRT-RTX does not build for {gpu.name} ({sm}).",
-                        "TensorRT does, on this GPU, but it is not installed.",
+                        f"TensorRT does, on this GPU, but {lacking_release.what}",
                         ON_THE_GPU,
                     )
                 )

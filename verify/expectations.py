@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..engines.products import FACTORS, factors
 from ..errors import BuildError, UsageError
-from .report import VerificationReport, VerifiedProduct
+from .report import VerificationReport, VerifiedProduct, agrees
 
 SCHEMES = (*FACTORS, "bf16", "fp16", "fp32", "int8-weight", "int4-weight")
 """Precision that a recipe can promise for a matrix product: types of both factors, or of the stored weight,
@@ -23,7 +23,9 @@ _BASES = frozenset({"bf16", "fp16"})
 _LISTED = 6
 
 
-def check_expectations(report: VerificationReport, promised: Mapping[str, str]) -> None:
+def check_expectations(
+    report: VerificationReport, promised: Mapping[str, str], *, require_proof: bool = True
+) -> tuple[str, ...]:
     """Compare an engine with the recipe's promises.
 
     Args:
@@ -31,6 +33,11 @@ def check_expectations(report: VerificationReport, promised: Mapping[str, str]) 
         promised: ONNX node name, or weight name, -> scheme (one of :data:`SCHEMES`). Of a node of an
             attention it is the type of q, k and v; of its Softmax, also that one kernel takes them. A product
             in 8 or 4 bits that is not promised is a difference too.
+        require_proof: whether a type that the engine does not tell is a difference.
+
+    Returns:
+        The promises that the engine does not tell enough about, each with what it tells; empty with
+        ``require_proof``.
 
     Raises:
         BuildError: engine and promise differ; the layers are named with the likely causes.
@@ -42,6 +49,7 @@ def check_expectations(report: VerificationReport, promised: Mapping[str, str]) 
             known.setdefault(name, []).append(product)
     attention = {node: block for block in report.attention for node in block.nodes}
     wrong: list[str] = []
+    not_told: dict[str, str] = {}
     checked: set[str] = set()
     for name, scheme in promised.items():
         if scheme not in SCHEMES:
@@ -53,11 +61,19 @@ def check_expectations(report: VerificationReport, promised: Mapping[str, str]) 
             wrong.append(f"{name}: promised {scheme}, the graph has no such matrix product.")
         apart = block is not None and name in block.nodes[1:2] and not block.fused
         if block is not None and (apart or set(block.types[:3]) != {scheme}):
-            runs = "x".join(block.types[:3]) + (" unfused" if apart else "")
-            wrong.append(_mismatch(name, scheme, runs, block.cause))
+            runs = "x".join(block.types[:3])
+            if not apart and not require_proof and agrees(runs, "x".join([scheme] * 3)):
+                not_told[name] = runs
+            else:
+                wrong.append(_mismatch(name, scheme, runs + (" unfused" if apart else ""), block.cause))
         for product in known.get(name, ()):
             checked.add(product.node)
-            if product.precision not in _accepted(scheme):
+            accepted = _accepted(scheme)
+            if product.precision in accepted:
+                continue
+            if not require_proof and any(agrees(product.precision, other) for other in accepted):
+                not_told[product.node] = product.precision
+            else:
                 wrong.append(_mismatch(name, scheme, product.precision, product.cause))
     wrong += [
         f"{product.node}: runs {product.precision}, which nothing promised."
@@ -71,6 +87,7 @@ def check_expectations(report: VerificationReport, promised: Mapping[str, str]) 
             " ".join(wrong[:_LISTED]) + more,
             "Take these layers out of the recipe, or build for a target that has the type.",
         )
+    return tuple(f"{name}: {runs}" for name, runs in not_told.items())
 
 
 def _mismatch(name: str, scheme: str, precision: str, cause: str) -> str:

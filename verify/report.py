@@ -26,6 +26,7 @@ from ..engines.products import (
     node_name,
 )
 from ..files.json import decode
+from .program import UNTOLD
 
 _PLUMBING = frozenset(
     {"Cast", "DequantizeLinear", "Expand", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Slice"}
@@ -124,7 +125,13 @@ class VerificationReport:
     @property
     def fallbacks(self) -> tuple[VerifiedProduct, ...]:
         """Products that the graph quantises and the engine does not run so."""
-        return tuple(p for p in self.products if p.scheme and p.precision != factors(p.scheme))
+        return tuple(p for p in self.products if p.scheme and not agrees(p.precision, factors(p.scheme)))
+
+    @property
+    def not_told(self) -> tuple[VerifiedProduct, ...]:
+        """Products that the graph quantises and the engine does not tell both types of; none contradicts."""
+        quantised = (p for p in self.products if p.scheme and p not in self.fallbacks)
+        return tuple(p for p in quantised if UNTOLD in p.precision.split("x"))
 
     @property
     def fused_attention(self) -> int:
@@ -142,6 +149,7 @@ class VerificationReport:
             **asdict(self),
             "precisions": self.precisions,
             "fallbacks": [g.node for g in self.fallbacks],
+            "not_told": [g.node for g in self.not_told],
             "fused_attention": self.fused_attention,
             "weight_bytes": self.weight_bytes,
         }
@@ -154,6 +162,14 @@ class VerificationReport:
             KeyError, TypeError: it is not such data.
         """
         return decode(cls, data, what="The verification report", fix="Build it again.", ignore_unknown=True)
+
+
+def agrees(precision: str, wanted: str) -> bool:
+    """Whether ``precision`` is ``wanted`` as far as it is told: ``fp8xunknown`` agrees with ``fp8xfp8``."""
+    told, types = precision.split("x"), wanted.split("x")
+    return len(told) == len(types) and all(
+        kind in (UNTOLD, other) for kind, other in zip(told, types, strict=True)
+    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from ...arrays import Array
 from ...bundle.spec import ComponentSpec
 from ...dtypes import find_dtype
-from ...errors import BuildError, IntegrityError, IvlError, UsageError
+from ...errors import BuildError, CapabilityError, IntegrityError, IvlError, UsageError
 from ...forks import no_fork
 from ..device import HOST, Buffer, as_tensor, deliver, in_place, on_stream, require_torch
 from ..onnx_graph import Graph, read_graph
@@ -120,8 +120,8 @@ class OnnxRuntimeEngine:
 
         session, sizes, names = self._open(), self.spec.check(inputs), self.spec.select(outputs)
         shapes = {t.name: [d if isinstance(d, int) else sizes[d] for d in t.shape] for t in self.spec.outputs}
-        buffers = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
         with on_stream(self.device, stream) as caller, self._failures():
+            buffers = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
             feeds = {
                 name: as_tensor(buffer, self.device).to(self._dtype(name)).contiguous()
                 for name, buffer in inputs.items()
@@ -224,6 +224,12 @@ def open_onnxruntime(
     """
     placed = placement(spec, device, provider, **where)
     graph, session = read_graph(path), None
+    if placed.provider == "tensorrt" and "fp8" in graph.element_types:
+        raise CapabilityError(
+            f"ONNX Runtime's TensorRT provider does not run the FP8 products of {spec.name}.",
+            "The graph computes in fp32 on values rounded to FP8; the provider refuses it, or gains nothing.",
+            "Give -O provider=cuda, or build engines: --backend tensorrt.",
+        )
     if share is not None and placed.device == HOST and not settings:
         session = _on_shared_weights(share, path, graph, threads)
     if session is None:

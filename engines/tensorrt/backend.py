@@ -14,6 +14,7 @@ import mmap
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,17 @@ from ...errors import BuildError, CapabilityError, InputError, IntegrityError, U
 from ..base import run_from_host
 from ..compatibility import check_loadable, gpu_number
 from ..cuda_graphs import Call, CudaGraphs
-from ..device import HOST, Buffer, as_tensor, deliver, in_place, on_stream, require_torch, to_host
+from ..device import (
+    HOST,
+    Buffer,
+    as_tensor,
+    deliver,
+    in_place,
+    off_default_stream,
+    on_stream,
+    require_torch,
+    to_host,
+)
 from . import library as trt
 from .network import element_type
 from .options import BuildOptions
@@ -72,6 +83,7 @@ class TensorRTEngine:
         self._graphs = CudaGraphs(self._recordable, MAX_GRAPHS) if own else None
         self._lock = threading.Lock()
         self._stream: int | None = None  # that of the run before
+        self._own: Any = None
 
     def run(self, inputs: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run once from and to host memory; see :meth:`~ivl_export.engines.base.Engine.run`."""
@@ -89,8 +101,8 @@ class TensorRTEngine:
         require_torch()
         sizes, names = self.spec.check(inputs), self.spec.select(outputs)
         index = self._profile(sizes)
-        buffers = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
-        with self._lock, on_stream(self.device, stream) as handle:
+        with self._lock, on_stream(self.device, stream), self._enqueues() as handle:
+            buffers = {} if out is None else {name: in_place(buffer) for name, buffer in out.items()}
             feeds = {  # held until the work is enqueued; torch reuses memory in the stream's order
                 name: as_tensor(buffer, self.device).to(self._dtype(name)).contiguous()
                 for name, buffer in inputs.items()
@@ -162,7 +174,7 @@ class TensorRTEngine:
         feeds = {name: as_tensor(a, self.device).to(self._dtype(name)) for name, a in inputs.items()}
         timed: list[tuple[float, list[tuple[str, float]]]] = []
         values: dict[str, torch.Tensor] = {}
-        with self._lock, on_stream(self.device, None) as handle:
+        with self._lock, self._enqueues() as handle:
             context = self._context(self._profile(sizes), handle)
             context.profiler = profiler
             context.enqueue_emits_profile = False  # layers are reported by report_to_profiler
@@ -195,10 +207,22 @@ class TensorRTEngine:
             )
         return index
 
+    def _enqueues(self) -> AbstractContextManager[int]:
+        """The stream of a run: the current one, or the engine's own in the place of the default stream."""
+        return off_default_stream(self.device, self._own_stream)
+
+    def _own_stream(self) -> torch.cuda.Stream:
+        import torch
+
+        if self._own is None:
+            self._own = torch.cuda.Stream(self.device)
+        own: torch.cuda.Stream = self._own
+        return own
+
     def _context(self, index: int, stream: int) -> Any:
-        """A new context in profile ``index``."""
-        config = () if self._config is None else (self._config,)
-        context = self._engine.create_execution_context(*config)
+        """A new context in profile ``index``, with the memory of that profile, not of the largest one."""
+        by_profile = self._module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        context = self._engine.create_execution_context(by_profile if self._config is None else self._config)
         self._done(context is not None, "a context: is there enough GPU memory?")
         self._done(context.set_optimization_profile_async(index, stream), f"profile {index}")
         self._wait()
@@ -210,6 +234,8 @@ class TensorRTEngine:
             return None
         config = self._engine.create_runtime_config()
         config.cuda_graph_strategy = self._module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        by_profile = self._module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        config.set_execution_context_allocation_strategy(by_profile)
         return config
 
     def _recordable(self) -> Call:

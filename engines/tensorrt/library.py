@@ -9,6 +9,7 @@ and, with RTX, build.
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ _MODULES = {RTX: "tensorrt_rtx", TENSORRT: "tensorrt"}
 _PACKAGES = {RTX: ("tensorrt-rtx",), TENSORRT: ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")}
 BUILDERS = tuple(_MODULES)
 """Backends that compile engines."""
+OLDEST = {TENSORRT: (10, 15)}
+"""The first release that parses our graphs: RMSNormalization came with 10.15, Attention with 10.14."""
 
 _NO_DRIVER = "cudaError 35"  # logged with every failure on a machine without a driver, with any cause
 _MAX_REASONS = 8
@@ -63,6 +66,25 @@ def installed_release(backend: str) -> str | None:
     """The release of ``backend`` that is installed, without importing it; None if none is."""
     _known(backend)
     return next((release for package in _PACKAGES[backend] if (release := _version(package))), None)
+
+
+def release_problem(backend: str) -> CapabilityError | None:
+    """Why ``backend`` cannot build here: it is not installed, or too old to parse our graphs."""
+    release, oldest = installed_release(backend), OLDEST.get(backend, ())
+    if release is None:
+        return CapabilityError(
+            f"{backend} is not installed.",
+            "It builds the engines.",
+            f"pip install 'ivl-export[{'rtx' if backend == RTX else 'gpu'}]'",
+        )
+    if tuple(int(part) for part in re.findall(r"\d+", release)[: len(oldest)]) < oldest:
+        least = ".".join(map(str, oldest))
+        return CapabilityError(
+            f"{backend} {release} is too old.",
+            f"It does not parse RMSNormalization or Attention of ONNX, which the graphs hold; {least} does.",
+            f"pip install '{backend}>={least}'",
+        )
+    return None
 
 
 def _version(package: str) -> str | None:

@@ -21,6 +21,8 @@ from ..device import Buffer, as_tensor, deliver, on_stream
 from .linears import Product
 from .module import compile_blocks, component_of
 
+_COMPILERS = ("torch._dynamo", "torch._inductor")
+
 
 class TorchEngine:
     """A module as an engine. See :class:`~ivl_export.engines.base.Engine`.
@@ -69,6 +71,14 @@ class TorchEngine:
                     f"Component {self.spec.name} does not fit on {self.device}.",
                     str(error).split("\n", 1)[0],
                     "Give fewer rows at a time (--batch).",
+                ) from error
+            except Exception as error:
+                if not type(error).__module__.startswith(_COMPILERS):
+                    raise
+                raise BuildError(
+                    f"Component {self.spec.name} cannot be compiled for these shapes.",
+                    str(error).split("\n", 1)[0],
+                    "Open it with compile=False.",
                 ) from error
             values = dict(zip((t.name for t in self.spec.outputs), results, strict=True))
             return deliver({name: values[name] for name in names}, out)

@@ -204,6 +204,14 @@ def _input_scale(scheme: str, amax: float | None, base: str, layer: str) -> floa
     return activation_scale(amax, kind, base)
 
 
+COMPILATIONS = 64
+"""Compilations of one block's code. A decoder layer has one for each component and kind of call (queries, a
+text, a step; one row or several; with cross-attention or without), and torch counts them together: its own
+limit of 8 is an error in ordinary use."""
+COMPILER = "inductor"
+"""``torch.compile``'s backend."""
+
+
 def compile_blocks(module: nn.Module, mode: str | None = None, *, dynamic: bool | None = None) -> int:
     """Compile the blocks of ``module`` in place; they run through the compiled code from the first call on.
 
@@ -218,7 +226,10 @@ def compile_blocks(module: nn.Module, mode: str | None = None, *, dynamic: bool 
     Returns:
         How many blocks there are.
     """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, COMPILATIONS)
     blocks = [part for part in module.modules() if isinstance(part, Block | DecoderLayer)]
     for block in blocks:
-        block.compile(fullgraph=True, mode=mode, dynamic=dynamic)
+        block.compile(fullgraph=True, mode=mode, dynamic=dynamic, backend=COMPILER)
     return len(blocks)

@@ -6,6 +6,7 @@ a kernel shows those that it calls.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ MODULE = "module "
 """Ranges of :func:`named_ranges` are called by this and the module's name."""
 
 
+_RUNTIME = re.compile(r"cuda[A-Z]|cu[A-Z]|Mem(cpy|set)\b")
+"""Calls of CUDA's runtime and driver, and copies; kernels may be called ``cudnn_...`` or ``cutlass_...``."""
 _EMITTED = "cpp_fused_"
 """In the names of the kernels that ``torch.compile`` writes for a CPU."""
 
@@ -103,26 +106,30 @@ def traced(call: Callable[[], object], device: torch.device) -> tuple[Op, ...]:
             torch.cuda.synchronize(device)
     assert recorded.profiler is not None
     assert recorded.profiler.kineto_results is not None
-    return tuple(_ops(recorded.profiler.kineto_results.experimental_event_tree(), ""))
+    return tuple(operators(recorded.profiler.kineto_results.experimental_event_tree()))
 
 
-def _ops(events: Sequence[Any], scope: str) -> Iterator[Op]:
-    """The operators of ``events``; ranges and the runtime's own calls are looked through."""
+def operators(events: Sequence[Any], scope: str = "", inside: bool = False) -> Iterator[Op]:
+    """The operators of ``events``; ranges are looked through.
+
+    What is launched outside of operators (``inside`` is false), as compiled code does, is one by itself.
+    """
     for event in events:
         kind, fields = event.typed
         if event.name.startswith(MODULE):
-            yield from _ops(event.children, event.name.removeprefix(MODULE))
+            yield from operators(event.children, event.name.removeprefix(MODULE), inside)
         elif kind.name == "TorchOp" and ("::" in event.name or _EMITTED in event.name):
             inputs = tuple(
                 Operand(operand.dtype, tuple(operand.sizes), operand.storage_data_ptr)
                 for operand in fields.inputs
                 if hasattr(operand, "storage_data_ptr")
             )
-            yield Op(
-                event.name, scope, inputs, tuple(_ops(event.children, scope)), tuple(_kernels(event.children))
-            )
+            inner = tuple(operators(event.children, scope, inside=True))
+            yield Op(event.name, scope, inputs, inner, tuple(_kernels(event.children)))
+        elif not inside and kind.name == "Kineto" and _RUNTIME.match(event.name):
+            yield from (Op(name, scope, (), (), (name,)) for name in _kernels(event.children))
         else:
-            yield from _ops(event.children, scope)
+            yield from operators(event.children, scope, inside)
 
 
 def _kernels(events: Sequence[Any]) -> Iterator[str]:
@@ -131,6 +138,6 @@ def _kernels(events: Sequence[Any]) -> Iterator[str]:
         if event.typed[0].name == "TorchOp":
             continue
         # The calls of the runtime that launch a kernel are its parents, and are recorded alike.
-        if event.typed[0].name == "Kineto" and not event.name.startswith(("cuda", "cu", "Mem")):
+        if event.typed[0].name == "Kineto" and not _RUNTIME.match(event.name):
             yield event.name
         yield from _kernels(event.children)

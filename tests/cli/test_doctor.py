@@ -20,7 +20,7 @@ from ivl_export.engines.tensorrt import library as trt
 from ivl_export.errors import CapabilityError
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.shipped import nano_folder
-from ivl_export.profiles import doctor, extras
+from ivl_export.profiles import extras
 from ivl_export.profiles.backends import backends_here
 from ivl_export.profiles.cost.sizes import plan_of
 from ivl_export.profiles.doctor import Request, diagnose, request_problems
@@ -191,10 +191,12 @@ def test_gpus_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fp16" in lacking.fix
     assert "fp8" not in lacking.fix
     hopper = (Gpu("NVIDIA H200", 143771, "580.1", "sm90"),)
-    monkeypatch.setattr(doctor, "installed_release", lambda name: None)
-    (without,) = request_problems(request("fp8"), extras, hopper)
-    assert "--backend tensorrt" in without.fix
-    monkeypatch.setattr(doctor, "installed_release", lambda name: "10.16")
+    for release, why in ((None, "tensorrt is not installed"), ("10.11.0", "tensorrt 10.11.0 is too old")):
+        monkeypatch.setattr(trt, "installed_release", lambda name, release=release: release)
+        (without,) = request_problems(request("fp8"), extras, hopper)
+        assert "--backend tensorrt" in without.fix
+        assert why in without.why
+    monkeypatch.setattr(trt, "installed_release", lambda name: "10.16")
     assert request_problems(request("fp8"), extras, hopper) == []
     (unknown,) = request_problems(request("fp16"), extras, (Gpu("NVIDIA X", 1, "1", "sm50"),))
     assert "No engines can be built for NVIDIA X (sm50)" in unknown.what

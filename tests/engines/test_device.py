@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +14,15 @@ import pytest
 from ivl_export.bundle.spec import Axis, ComponentSpec, TensorSpec
 from ivl_export.engines.base import open_engine
 from ivl_export.engines.chain import ChainedEngine
-from ivl_export.engines.device import as_tensor, concatenate, deliver, to_host
+from ivl_export.engines.cuda_graphs import WARM_CALLS, capture
+from ivl_export.engines.device import (
+    as_tensor,
+    concatenate,
+    deliver,
+    off_default_stream,
+    on_stream,
+    to_host,
+)
 from ivl_export.engines.onnxruntime.providers import placement
 from ivl_export.errors import CapabilityError, InputError, UsageError
 
@@ -178,3 +189,97 @@ def test_a_provider_that_is_not_there(make: Make, provider: str) -> None:
     with pytest.raises(CapabilityError) as caught:
         open_engine("onnxruntime", sample.spec, sample.path, provider=provider)
     assert "ivl-export[gpu]" in caught.value.fix
+
+
+def test_fp8_is_not_for_the_tensorrt_provider(make: Make) -> None:
+    sample = make("vit", scheme="fp8")
+    with pytest.raises(CapabilityError, match="does not run the FP8 products of") as caught:
+        open_engine("onnxruntime", sample.spec, sample.path, provider="tensorrt")
+    assert "--backend tensorrt" in caught.value.fix
+
+
+class Streams:
+    """``torch.cuda`` without a GPU: streams have handles, and what is asked of them is written down."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.entered = [self.stream(0)]
+
+    def stream(self, handle: int) -> Any:
+        def wait(other: Any) -> None:
+            self.log.append(f"{handle} waits for {other.cuda_stream}")
+
+        return SimpleNamespace(cuda_stream=handle, wait_stream=wait)
+
+    @contextmanager
+    def inside(self, stream: Any) -> Iterator[None]:
+        self.entered.append(stream)
+        yield
+        self.entered.pop()
+
+    @property
+    def module(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            device=lambda name: nullcontext(),
+            current_stream=lambda: self.entered[-1],
+            default_stream=lambda device: self.stream(0),
+            ExternalStream=lambda handle, device: self.stream(handle),
+            stream=self.inside,
+            Stream=lambda: self.stream(5),
+            CUDAGraph=object,
+            graph=self.recording,
+        )
+
+    @contextmanager
+    def recording(self, graph: object, *, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        self.log.append(f"recorded on {stream.cuda_stream}, errors {capture_error_mode}")
+        with self.inside(stream):
+            yield
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
+    faked = Streams()
+    monkeypatch.setattr(torch, "cuda", faked.module)
+    return faked
+
+
+@pytest.mark.parametrize(
+    ("stream", "current"),
+    [(None, 0), (0, 0), (1, 0), (0x7F00, 0x7F00)],
+)
+def test_a_run_is_on_the_stream_that_was_named(streams: Streams, stream: int | None, current: int) -> None:
+    """``ExternalStream(0)`` would be one of torch's pool."""
+    with on_stream("cuda:0", stream):
+        assert streams.entered[-1].cuda_stream == current
+    assert len(streams.entered) == 1
+
+
+def test_the_per_thread_stream_is_refused(streams: Streams) -> None:
+    with pytest.raises(InputError, match="per-thread stream"), on_stream("cuda:0", 2):
+        pass
+
+
+def test_an_engine_leaves_the_default_stream_in_its_order(streams: Streams) -> None:
+    with off_default_stream("cuda:0", lambda: streams.stream(9)) as handle:
+        assert handle == streams.entered[-1].cuda_stream == 9
+        assert streams.log == ["9 waits for 0"]
+    assert streams.log == ["9 waits for 0", "0 waits for 9"]
+    with on_stream("cuda:0", 77), off_default_stream("cuda:0", lambda: streams.stream(9)) as handle:
+        assert handle == 77
+    assert len(streams.log) == 2
+    with pytest.raises(KeyError), off_default_stream("cuda:0", lambda: streams.stream(9)):
+        raise KeyError
+    assert streams.log[2:] == ["9 waits for 0", "0 waits for 9"], "the caller waits after a failure, too"
+
+
+def test_a_graph_is_recorded_on_a_stream_of_its_own(streams: Streams) -> None:
+    where: list[int] = []
+
+    def call() -> str:
+        where.append(streams.entered[-1].cuda_stream)
+        return "outputs"
+
+    assert capture(call)[1] == "outputs"
+    assert where == [5] * (WARM_CALLS + 1)
+    assert streams.log == ["5 waits for 0", "0 waits for 5", "recorded on 5, errors thread_local"]

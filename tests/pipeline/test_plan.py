@@ -53,7 +53,7 @@ def ask(tmp_path: Path, tiny_model: Path, photos: Path, monkeypatch: pytest.Monk
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *releases: str, gpu: bool = False) -> None:
     """Which TensorRT builders are installed, and whether there is a GPU."""
-    result = dict.fromkeys(releases, "1.0")
+    result = dict.fromkeys(releases, "11.4")
     monkeypatch.setattr(trt, "installed_release", result.get)
     monkeypatch.setattr(plan_module, "gpus", lambda: (Gpu("NVIDIA H100", "sm90"),) if gpu else ())
 
@@ -267,6 +267,20 @@ def test_tensorrt_builds_for_the_gpu_that_is_here(ask: Ask, monkeypatch: pytest.
     (step,) = [s for s in build_steps(plan) if s.name == "engine-vision-native"]
     assert step.inputs["gpu"] == "NVIDIA H100 (sm90)"
     assert step.inputs["backend"] == TENSORRT
+
+
+@pytest.mark.parametrize("release", ["10.14.1.48", "10.3.0", "8.6.1"])
+def test_a_tensorrt_that_cannot_parse_the_graphs_is_refused_first(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, release: str
+) -> None:
+    pretend(monkeypatch, TENSORRT, gpu=True)
+    monkeypatch.setattr(trt, "installed_release", {TENSORRT: release}.get)
+    with pytest.raises(CapabilityError, match=rf"tensorrt {release} is too old.*RMSNormalization") as caught:
+        ask(backend=(TENSORRT,))
+    assert caught.value.fix == "pip install 'tensorrt>=10.15'"
+    plan = ask()
+    assert plan.backends == (ORT,)
+    assert f"tensorrt {release} is too old" in plan.notices[0]
 
 
 @pytest.mark.slow

@@ -35,7 +35,8 @@ CLASSES = (
     "ILogger", "Logger", "IProfiler", "IStreamWriter", "IStreamReaderV2",
 )  # fmt: skip
 ENUMS = (
-    "BuilderFlag", "ComputeCapability", "CudaGraphStrategy", "DataType", "HardwareCompatibilityLevel",
+    "BuilderFlag", "ComputeCapability", "CudaGraphStrategy", "DataType",
+    "ExecutionContextAllocationStrategy", "HardwareCompatibilityLevel",
     "LayerInformationFormat", "LayerType", "MemoryPoolType", "NetworkDefinitionCreationFlag",
     "ProfilingVerbosity", "SeekPosition", "TacticSource", "TensorIOMode", "TilingOptimizationLevel",
 )  # fmt: skip

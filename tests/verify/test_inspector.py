@@ -113,6 +113,32 @@ def test_a_promise_is_kept_by_known_types_only(
     assert report.gemms[0].precision == precision
     with pytest.raises(BuildError, match=rf"attn\.qkv: promised fp8, runs {precision} \(its result is split"):
         check_expectations(report, sample.promised)
+    with pytest.raises(BuildError, match="promised fp8"):  # what is told contradicts
+        check_expectations(report, sample.promised, require_proof=False)
+
+
+@pytest.mark.parametrize(
+    ("tactic", "inputs", "precision"),
+    [
+        ("cutlass3x_sm90_tensorop_s64x128x32gemm_e4m3_e4m3_f32_bf16", ["FP8"], "fp8xunknown"),
+        ("nvjet_qqtst_128x256_64x6_1x2_h_bz_coopB_TNT", ["FP8"], "fp8xunknown"),
+        ("", [], "unknownxunknown"),
+    ],
+)
+def test_a_kernel_of_an_unknown_name_is_not_told(
+    make: Make, tmp_path: Path, tactic: str, inputs: list[str], precision: str
+) -> None:
+    sample = make("vit", dtype="bf16", scheme="fp8")
+    layers = vit_layers(TEN)
+    layers[1] = layer(TEN, "gemm", ["attn.qkv"], inputs, "BFloat16", tactic)
+    report = read_inspector(write(tmp_path / "info.json", layers, 10), sample.path)
+    assert report.gemms[0].precision == precision
+    assert ([g.node for g in report.not_told], report.fallbacks) == (["attn.qkv"], ())
+    assert report.to_json()["not_told"] == ["attn.qkv"]
+    rest = check_expectations(report, sample.promised, require_proof=False)
+    assert rest == (f"attn.qkv: {precision}",)
+    with pytest.raises(BuildError, match=rf"attn\.qkv: promised fp8, runs {precision}"):
+        check_expectations(report, sample.promised)
 
 
 def test_convolutions_tell_their_weights(make: Make, tmp_path: Path) -> None:

@@ -222,6 +222,8 @@ def test_calls_come_in_the_order_the_library_wants(opened: Any) -> None:
         "set_input_shape", "set_tensor_address", "set_input_shape", "set_tensor_address",
         "set_tensor_address", "set_tensor_address", "execute_async_v3",
     ]  # fmt: skip
+    by_profile = fake.module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+    assert calls[0][1] == (by_profile,), "the memory of its profile, not of the largest"
     assert calls[1][1] == (0, 0), "one position: the decode profile"
     assert [args for name, args in calls if name == "set_input_shape"] == [
         ("ids", (2, 1)),
@@ -342,6 +344,8 @@ def test_runs_are_recorded_once_for_each_shapes(opened: Any, recorded: list[Any]
     if hasattr(fake.module, "CudaGraphStrategy"):  # the library records them itself
         (config,) = fake.named("IRuntimeConfig.cuda_graph_strategy")
         assert config == (fake.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE,)
+        by_profile = fake.module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        assert fake.named("IRuntimeConfig.set_execution_context_allocation_strategy") == [(by_profile,)]
         engine.run(feeds(1))
         ((inputs,),) = fake.named("ICudaEngine.create_execution_context")
         assert isinstance(inputs, fake.module.IRuntimeConfig)

@@ -17,10 +17,11 @@ import torch
 
 from ivl_export.bundle import Bundle, seal
 from ivl_export.engines.base import open_engine
+from ivl_export.engines.torch import module as torch_module
 from ivl_export.engines.torch.exported import exported
 from ivl_export.engines.torch.linears import Fp8Linear, Int8Linear
 from ivl_export.engines.torch.module import Fp8Attention, component_of
-from ivl_export.errors import CapabilityError, IntegrityError, UsageError
+from ivl_export.errors import BuildError, CapabilityError, IntegrityError, UsageError
 from ivl_export.profiles.measure.inputs import random_inputs
 from ivl_export.runtime import InternVL
 from ivl_export.synthetic.render import render
@@ -192,7 +193,7 @@ def test_blocks_compile_as_one_graph_each(tiny_bundle: Path, monkeypatch: pytest
     """Without breaks, and once for all; the code generator, which takes a minute here, is torch's."""
     compiled = []
 
-    def backend(graph: Any, inputs: Any) -> Any:
+    def graphs(graph: Any, inputs: Any) -> Any:
         compiled.append(graph)
         return graph
 
@@ -200,7 +201,7 @@ def test_blocks_compile_as_one_graph_each(tiny_bundle: Path, monkeypatch: pytest
     monkeypatch.setattr(
         torch,
         "compile",
-        lambda call, fullgraph, mode, dynamic: whole(call, fullgraph=fullgraph, backend=backend),
+        lambda call, fullgraph, mode, dynamic, backend: whole(call, fullgraph=fullgraph, backend=graphs),
     )
     bundle = Bundle.open(tiny_bundle)
     for component in ("vision", "qllama_step"):
@@ -214,6 +215,36 @@ def test_blocks_compile_as_one_graph_each(tiny_bundle: Path, monkeypatch: pytest
                 np.testing.assert_allclose(got[name], want[name], atol=1e-4)
             assert len(compiled) == 1, component
             compiled.clear()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_all_calls_in_any_order(nano_fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Components share the code of a decoder layer, and all their shapes count against one limit."""
+    monkeypatch.setattr(torch_module, "COMPILER", "eager")
+    images = list(np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), dtype=np.uint8))
+    with (
+        InternVL.load(nano_fp8, "torch") as eager,
+        InternVL.load(nano_fp8, "torch", compile=True) as fast,
+    ):
+        for rows in (2, 1):
+            want, got = (model.encode_image(images[:rows], mode="InternVL-G") for model in (eager, fast))
+            np.testing.assert_allclose(got, want, atol=1e-3)
+            want, got = (model.encode_text(["a red circle"] * rows) for model in (eager, fast))
+            np.testing.assert_allclose(got, want, atol=1e-3)
+            assert fast.caption(images[:rows]) == eager.caption(images[:rows])
+
+
+def test_what_the_compiler_refuses_is_an_error(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    spec, inputs = bundle.spec("vision"), feeds(bundle, "vision")
+    monkeypatch.setattr(torch_module, "COMPILER", "eager")
+    monkeypatch.setattr(torch_module, "COMPILATIONS", 1)
+    torch._dynamo.reset()  # other tests' compilations count, too
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    with open_engine("torch", spec, tiny_bundle, compile=True) as engine:
+        engine.run(inputs)
+        with pytest.raises(BuildError, match=r"vision cannot be compiled.*compile=False"):
+            engine.run(feeds(bundle, "vision", 3))
 
 
 def test_what_cannot_be_had_says_so(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from ivl_export import cli
 from ivl_export.bundle import Bundle
 from ivl_export.engines.products import FACTORS, factors
 from ivl_export.engines.torch.linears import best_product, quantised_linear
-from ivl_export.engines.torch.trace import Op, named_ranges, traced
+from ivl_export.engines.torch.trace import Op, named_ranges, operators, traced
 from ivl_export.errors import BuildError
 from ivl_export.models.registry import component_module, config_from_published
 from ivl_export.profiles.doctor import low_products
@@ -269,3 +270,25 @@ def test_doctor_says_what_the_receipts_show(
     assert low & set(receipt.precisions) == set(low_products("onnxruntime", recipe))
     # A processor with FP8 kernels may do more than is said of CPUs in general.
     assert low & set(report.precisions) - {"fp8xfp8"} == set(low_products("torch", recipe))
+
+
+def event(kind: str, name: str, *children: Any) -> Any:
+    """An event of the profiler's tree, as it is on a GPU."""
+    fields = SimpleNamespace(inputs=[])
+    return SimpleNamespace(name=name, typed=(SimpleNamespace(name=kind), fields), children=children)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    ["cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "cutlass_80_tensorop_bf16_s16816gemm",
+     "triton_poi_fused_gelu_0", "nvjet_tst_128x256_64x4", "ampere_bf16_s16816gemm"],
+)  # fmt: skip
+def test_kernels_are_told_from_the_calls_that_launch_them(kernel: str) -> None:
+    for launch in ("cudaLaunchKernel", "cuLaunchKernelEx"):
+        launched = event("Kineto", launch, event("Kineto", kernel))
+        copied = event("Kineto", "cudaMemcpyAsync", event("Kineto", "Memcpy DtoD (Device -> Device)"))
+        (op,) = operators([event("TorchOp", "aten::mm", launched, copied)])
+        assert (op.kernels, op.work) == ((kernel,), 1)
+        # Compiled code launches outside of all operators.
+        (op,) = operators([event("PyCall", "forward", launched, copied)])
+        assert (op.name, op.kernels, op.work) == (kernel, (kernel,), 1)
