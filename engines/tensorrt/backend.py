@@ -215,7 +215,7 @@ class TensorRTEngine:
         import torch
 
         if self._own is None:
-            self._own = torch.cuda.Stream(self.device)
+            self._own = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         own: torch.cuda.Stream = self._own
         return own
 
