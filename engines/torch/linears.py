@@ -23,6 +23,8 @@ Product = Literal["rowwise", "tensorwise", "restored"]
 (``rowwise``) or leaves them for a multiplication after it (``tensorwise``); or as values restored to the
 compute type."""
 
+_MOST_ROWS = 1 << 16
+"""Rows whose scales are in memory: 255 images of 257 tokens."""
 _MIN_ROWS = 17
 """Rows that ``torch._int_mm`` needs on a GPU; fewer are padded."""
 
@@ -62,7 +64,8 @@ class Fp8Linear(QuantisedLinear):
     """
 
     input_scale: Tensor
-    one: Tensor
+    both_scales: Tensor
+    ones: Tensor
 
     def __init__(
         self,
@@ -75,13 +78,17 @@ class Fp8Linear(QuantisedLinear):
     ) -> None:
         super().__init__(values, scale, bias)
         self.register_buffer("input_scale", torch.tensor(input_scale, device=values.device))
-        self.register_buffer("one", torch.ones((), device=values.device))
+        # The input's scale is taken with the weight's: a scale for each row would be one kernel more a layer.
+        self.register_buffer("both_scales", (self.scale * input_scale).unsqueeze(0), persistent=False)
+        self.register_buffer("ones", row_ones(values.device), persistent=False)
         self.product: Product = product or best_product(values.device)
         self.fast_accumulation = fast_accumulation and values.device.type == "cuda"
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], same dtype."""
         rows = rounded(x, self.input_scale, "fp8").reshape(-1, x.shape[-1])
+        # In the product a bias costs neither a pass nor a rounding; kernels of GPUs add bf16 to bf16 only.
+        inside = self.bias if x.is_cuda and x.dtype == torch.bfloat16 else None
         # On a GPU the rowwise product gives bf16 only.
         rowwise = self.product == "rowwise" and (x.dtype == torch.bfloat16 or not x.is_cuda)
         if self.product == "restored":
@@ -92,17 +99,20 @@ class Fp8Linear(QuantisedLinear):
             y = torch._scaled_mm(
                 rows,
                 self.values.t(),
-                scale_a=self.input_scale.repeat(rows.shape[0], 1),
-                scale_b=self.scale[None],
+                scale_a=self._ones_of(rows.shape[0]),
+                scale_b=self.both_scales,
+                bias=inside,
                 out_dtype=x.dtype,
                 use_fast_accum=self.fast_accumulation,
             )
+            if inside is not None:
+                return y.reshape(*x.shape[:-1], -1)
         else:
             y = torch._scaled_mm(
                 rows,
                 self.values.t(),
                 scale_a=self.input_scale,
-                scale_b=self.one,
+                scale_b=self.ones.select(0, 0).squeeze(0),
                 # Without the weight's scales sums reach hundreds of times their size: too large for fp16.
                 out_dtype=torch.float32 if x.dtype == torch.float16 else x.dtype,
                 use_fast_accum=self.fast_accumulation,
@@ -110,6 +120,10 @@ class Fp8Linear(QuantisedLinear):
             y = (y * self.scale).to(x.dtype)
         y = y if self.bias is None else y + self.bias
         return y.reshape(*x.shape[:-1], -1)
+
+    def _ones_of(self, rows: int) -> Tensor:
+        """[rows, 1]: a view, which no kernel makes, unless there are more than :data:`_MOST_ROWS`."""
+        return self.ones.narrow(0, 0, rows) if rows <= _MOST_ROWS else self.ones.new_ones(rows, 1)
 
 
 class Int8Linear(QuantisedLinear):
@@ -172,6 +186,12 @@ def quantised_linear(
     if kind == "fp8":
         return Fp8Linear(values, scale, bias, input_scale, product)
     return Int8Linear(values, scale, bias, input_scale, kind)
+
+
+@cache
+def row_ones(device: torch.device) -> Tensor:
+    """The scales of rows whose values have none of their own, [:data:`_MOST_ROWS`, 1], once for a device."""
+    return torch.ones(_MOST_ROWS, 1, device=device)
 
 
 def rounded(x: Tensor, scale: Tensor, kind: str) -> Tensor:

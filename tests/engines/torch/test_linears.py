@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ivl_export.engines.torch.linears import (
     Fp8Linear,
@@ -14,6 +19,7 @@ from ivl_export.engines.torch.linears import (
     best_product,
     quantised_linear,
     rounded,
+    row_ones,
 )
 from ivl_export.quantization.quantize import dequantise, pack, quantise
 from ivl_export.quantization.schemes import SCHEMES
@@ -101,3 +107,52 @@ def test_a_missing_scale_is_an_error() -> None:
 def test_this_cpu_multiplies_fp8_values_themselves() -> None:
     assert best_product(torch.device("cpu")) in ("rowwise", "restored")
     assert best_product(torch.device("meta")) == "restored"
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operators that launch something, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten" and not func.is_view:
+            names = [argument.name for argument in func._schema.arguments]
+            named = dict(zip(names, args, strict=False)) | (kwargs or {})
+            self.calls.append((func.overloadpacket.__name__, named))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def a_gpus_shapes() -> Iterator[None]:
+    """Tensors of a GPU that is not here: operators check their types and shapes, and compute nothing."""
+    row_ones.cache_clear()
+    torch._C._ensureCUDADeviceGuardSet()
+    with FakeTensorMode():
+        yield
+    row_ones.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 257, 70_000])
+def test_a_gpu_adds_no_kernel_for_scales_and_bias(a_gpus_shapes: None, dtype: torch.dtype, rows: int) -> None:
+    values = torch.empty(64, 32, device="cuda").to(torch.float8_e4m3fn)
+    scale, bias = torch.empty(64, device="cuda"), torch.empty(64, device="cuda", dtype=dtype)
+    layer = Fp8Linear(values, scale, bias, 0.5, "rowwise")
+    rounding, product = Launches(), Launches()
+    x = torch.empty(1, rows, 32, device="cuda", dtype=dtype)
+    with rounding:
+        rounded(x, layer.input_scale, "fp8")
+    with product:
+        y = layer(x)
+    assert (y.shape, y.dtype, y.device.type) == ((1, rows, 64), dtype, "cuda")
+    after = product.calls[len(rounding.calls) :]
+    if dtype == torch.bfloat16:
+        made = ["new_ones"] * (rows > 1 << 16)
+        assert [name for name, _ in after] == [*made, "_scaled_mm"]
+        assert after[-1][1]["bias"] is bias
+        assert after[-1][1]["scale_a"].shape == (rows, 1)
+    else:  # a GPU's rowwise product gives bf16 only, and adds no other bias
+        assert "_scaled_mm" in [name for name, _ in after]
+        assert after[0][1].get("bias") is None
