@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := cpu,rtx,quant,serve,datasets,video,faiss,train,plots,eval,dev
+EXTRAS := cpu,rtx,quant,serve,datasets,embed,video,faiss,train,plots,eval,dev
 
 # Bytecode is written, in every environment: without it each of two workers and of many processes that
 # tests start compiles the package and rewrites every assertion again.

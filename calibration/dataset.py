@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..arrays import Array
 from ..errors import InputError
+from ..files.read import read_bytes as read_file
 from ..inputs.chat_template import IGNORE, IMAGE_TOKEN, ChatFormat, Turn
 from ..inputs.preprocess import ImageSettings, preprocess_images, sample_tiles
 from ..inputs.tokenizer import CAPTION_PROMPT, Tokenizer
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 SMALL = 32
 """Fewer samples than this get a notice."""
 
-MAX_FILE_BYTES = 1 << 29
 QUESTION = "Describe this image."
 """The question about images that come with a caption, which is the answer."""
 SCENE_TURNS = 3
@@ -313,23 +313,7 @@ def prompt_for(caption: str) -> str:
 
 def read_bytes(image: Path | Stored) -> bytes:
     """The bytes of an image of at most 512 MiB; InputError otherwise."""
-    if not isinstance(image, Path):
-        return image.read()
-    path = image
-    if not path.is_file():
-        raise InputError(f"Cannot read {path}.", "There is no such file.", "Check the path.")
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(
-                f"{path} is refused.",
-                f"It is larger than {MAX_FILE_BYTES >> 20} MiB.",
-                "Leave it out, or store it smaller.",
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"Cannot read {path}.", error.strerror or str(error), "Make it readable, or leave it out."
-        ) from error
+    return read_file(image) if isinstance(image, Path) else image.read()
 
 
 def dialogue_of(

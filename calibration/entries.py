@@ -10,10 +10,9 @@ from pathlib import Path
 from ..errors import InputError
 from ..inputs.chat_template import Turn
 from ..inputs.images import load_image
+from ..inputs.webdataset import MAX_CAPTION_BYTES
 from .dataset import Sample, Skipped, Stored, read_bytes
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")
-MAX_CAPTION_BYTES = 8192
 MAX_ENTRIES = 10_000_000
 
 Caption = Callable[[], "str | None"]

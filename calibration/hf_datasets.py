@@ -12,19 +12,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CapabilityError, InputError
+from ..errors import InputError
 from ..files.lfs import refuse_lfs_pointer
 from ..files.paths import inside
 from ..files.text import read_text
+from ..inputs.tables import IMAGE_COLUMNS, TEXT_COLUMNS, is_image, is_text, load_pyarrow
 from .dataset import Stored, read_bytes
 from .entries import MAX_ENTRIES, Entry
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
-CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentence", "sentences", "description", "alt_text")
-"""Columns are found under the first of these names that is there."""
 
 
 def dataset_files(folder: Path) -> list[Path]:
@@ -119,14 +116,7 @@ class _Caption:
 
 
 def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise CapabilityError(
-            "Hugging Face data sets need pyarrow.", str(error), "pip install 'ivl-export[datasets]'"
-        ) from error
-    return pyarrow
+    return load_pyarrow("Hugging Face data sets", "datasets")
 
 
 def _opened(file: Path) -> tuple[pa.Schema, int]:
@@ -185,9 +175,7 @@ def _columns(schema: pa.Schema, file: Path, named: tuple[str, ...]) -> tuple[str
             raise InputError(
                 f"{file} has no column {name!r}.", f"It has {listed}.", "Give -O calib-columns=IMAGE,CAPTION."
             )
-    images = [
-        n for n in (named[:1] or IMAGE_COLUMNS) if n in schema.names and _is_image(schema.field(n).type)
-    ]
+    images = [n for n in (named[:1] or IMAGE_COLUMNS) if n in schema.names and is_image(schema.field(n).type)]
     if not images:
         raise InputError(
             f"{file} has no image column{f' {named[0]!r}' if named else ''}.",
@@ -196,19 +184,5 @@ def _columns(schema: pa.Schema, file: Path, named: tuple[str, ...]) -> tuple[str
         )
     if len(named) > 1:
         return images[0], named[1]
-    captions = [n for n in CAPTION_COLUMNS if n in schema.names and _is_text(schema.field(n).type)]
+    captions = [n for n in TEXT_COLUMNS if n in schema.names and is_text(schema.field(n).type)]
     return images[0], captions[0] if captions else None
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    types = _pyarrow().types
-    if types.is_struct(kind):
-        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    types = _pyarrow().types
-    if types.is_list(kind) or types.is_large_list(kind):
-        kind = kind.value_type
-    return bool(types.is_string(kind) or types.is_large_string(kind))

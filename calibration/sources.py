@@ -21,11 +21,13 @@ from ..errors import InputError, UsageError
 from ..files.paths import inside
 from ..files.text import decode_text, text_encoding
 from ..inputs.conversations import read_conversations
+from ..inputs.images import IMAGE_SUFFIXES
 from ..inputs.sources import name_of
+from ..inputs.webdataset import MAX_CAPTION_BYTES, braced
 from .dataset import CalibrationSet, Sample
-from .entries import IMAGE_SUFFIXES, MAX_CAPTION_BYTES, MAX_ENTRIES, Entry, plain
+from .entries import MAX_ENTRIES, Entry, plain
 from .hf_datasets import dataset_files, table_entries
-from .webdataset import braced, shard_entries
+from .webdataset import shard_entries
 
 MAX_CORRUPT = 0.1
 KINDS = (

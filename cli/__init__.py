@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 """What a disk says that takes no more."""
-RESUMED = frozenset({"build", "calibrate", "sensitivity", "train"})
+RESUMED = frozenset({"build", "calibrate", "embed", "sensitivity", "train"})
 """Verbs that continue where they were stopped; of train all but 'train scenes'."""
 
 TEXT_OPTIONS = frozenset({"--text", "--labels", "--template", "--query", "--prompt", "--question"})

@@ -35,6 +35,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Use": {
         "run": "Embed, classify, retrieve, caption or chat with a bundle.",
+        "embed": "Embed folders, lists and archives of any size into shards.",
         "serve": "Serve bundles over HTTP: OpenAI's routes, captions, ranking.",
     },
     "Look after": {

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, UsageError
+from ..inputs.images import IMAGE_SUFFIXES
 from ..inputs.sources import kind_of, name_of, not_readable
 
 if TYPE_CHECKING:
     from ..arrays import Array
     from ..inputs.preprocess import ReadImages
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 PIECE = 64  # images in memory at a time, as pixel_values
 
 
@@ -63,11 +63,13 @@ class ImageFiles:
                 text = path if kind_of(path) != "path" else str(path)
                 raise not_readable(text, name_of(text))
             if path.is_dir():
-                images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
+                images = sorted(
+                    p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()
+                )
                 if not images:
                     raise InputError(
                         f"No images in {path}.",
-                        f"Looked for {', '.join(sorted(SUFFIXES))}.",
+                        f"Looked for {', '.join(sorted(IMAGE_SUFFIXES))}.",
                         "Name a folder of images.",
                     )
                 files += images

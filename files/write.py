@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import BuildError
 
@@ -58,3 +59,15 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """A new file that is written in binary."""
+    return path.open("wb")
+
+
+@contextmanager
+def atomic_binary(path: Path, *, durable: bool = False, exclusive: bool = False) -> Iterator[BinaryIO]:
+    """As :func:`atomic`, the temporary file opened for writing."""
+    with atomic(path, durable=durable, exclusive=exclusive) as partial, open_binary(partial) as file:
+        yield file

@@ -22,6 +22,8 @@ MAX_PIXELS = 64 * 1024 * 1024
 MAX_ASPECT = 200
 # Formats whose decoders are safe on files from strangers (EPS, for one, would start Ghostscript).
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")
+"""Names of image files end so, in small letters."""
 
 
 def load_image(image: ImageInput, name: str | None = None, draft: int | None = None) -> Image.Image:

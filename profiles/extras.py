@@ -21,6 +21,7 @@ NEEDED = {
     "draw PNG files": "plots",
     "score captions": "eval",
     "serve over HTTP, Prometheus metrics": "serve",
+    "embed in bulk": "embed",
     "search with FAISS": "faiss",
     "read video files": "video",
 }

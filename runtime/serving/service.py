@@ -7,7 +7,6 @@ its kind (:mod:`.batching`); captions then join the batch that is decoded step b
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -22,10 +21,11 @@ from ...forks import renew_after_fork
 from ...host import cores
 from ...inputs.preprocess import ResizeMode
 from ...inputs.sources import ImageInput
-from ...inputs.tokenizer import CAPTION_PROMPT, Pieces, buckets_of
+from ...inputs.tokenizer import CAPTION_PROMPT, Pieces
 from ...sampling import Sampling, StopCriteria, check_search
 from .. import captions, matching
 from ..image_batches import Images
+from ..invariance import encode_texts, in_batches
 from ..matching import Ranking
 from .admission import Admission, Clock, Response, ServiceLimits
 from .batching import Batcher, BatchResult
@@ -272,25 +272,20 @@ class Service:
 
     def _run_images(self, items: Sequence[tuple[Mode, Floats]]) -> list[Floats]:
         def run(mode: Mode, rows: list[Floats]) -> list[Floats]:
-            copies = self._copies(len(rows))
-            return list(self.model.encode_image(np.stack([*rows, *rows[:copies]]), mode))[: len(rows)]
+            pixels = np.stack(rows)
+            if not self.limits.invariant:
+                return list(self.model.encode_image(pixels, mode))
+            parts = in_batches(
+                lambda part: self.model.encode_image(part, mode), pixels, self.model.components.batch
+            )
+            return [row for part in parts for row in part]
 
         return _grouped(items, run)
 
     def _run_texts(self, texts: Sequence[str]) -> list[Floats]:
         if not self.limits.invariant:
             return list(self.model.encode_text(texts))
-        axis = self.model.components.spec("qllama_text").axis("text")
-        buckets = buckets_of(axis.min, axis.max)
-        ids, lengths = self.model.tokenizer.encode_contrastive(texts, buckets[-1], buckets)
-        sizes = [bisect_left(buckets, length) for length in lengths.tolist()]  # each size is a batch
-        alone = [row for row, size in enumerate(sizes) if self._copies(sizes.count(size))]
-        rows = [*range(len(texts)), *alone]
-        return list(self.model.encode_tokens(ids[rows], lengths[rows]))[: len(texts)]
-
-    def _copies(self, rows: int) -> int:
-        """Copies of the first of ``rows`` that a batch needs: a row alone runs through other kernels."""
-        return int(self.limits.invariant and rows == 1 and self.model.components.batch > 1)
+        return encode_texts(self.model, texts, self.model.components.batch)
 
     def _run_pairs(self, items: Sequence[tuple[Floats, str]]) -> list[NDArray[np.float64]]:
         """Log odds [K] for each text and its images [K, 3, S, S]."""

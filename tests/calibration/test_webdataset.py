@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ivl_export.calibration.sources import open_calibration
-from ivl_export.calibration.webdataset import braced
 from ivl_export.errors import InputError
 from ivl_export.inputs.preprocess import ImageSettings
+from ivl_export.inputs.webdataset import braced
 
 
 def picture(seed: int) -> bytes:

@@ -1,0 +1,1 @@
+"""Many inputs at once: a plan of shards, each embedded and written whole, resumed and verified."""
