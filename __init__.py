@@ -33,7 +33,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .api import build, calibrate
+    from .api import build, calibrate, embed_folder
     from .bundle import Bundle
     from .progress import Progress
     from .quantization.recipe import Recipe
@@ -62,6 +62,7 @@ __all__ = [
     "__version__",
     "build",
     "calibrate",
+    "embed_folder",
     "load",
 ]
 
@@ -73,6 +74,7 @@ _MODULES = {
     "Recipe": ".quantization.recipe",
     "build": ".api",
     "calibrate": ".api",
+    "embed_folder": ".api",
     "load": ".runtime",
 }
 

@@ -1,4 +1,4 @@
-"""The functions of ``import ivl_export``: a checkpoint to a bundle, and a model's ranges to a file.
+"""The functions of ``import ivl_export``: a checkpoint to a bundle, ranges to a file, inputs to embeddings.
 
 They take the command line's options as keywords, print nothing, and raise
 :class:`~ivl_export.errors.IvlError`. Notes of the command line go to the logger ``ivl_export``.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from .progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from .bulk.embed import Result
     from .bundle import Bundle
     from .pipeline.plan import BuildPlan
     from .quantization.ranges import ActivationRanges
@@ -200,6 +201,105 @@ def calibrate(
     plan = run.open_plan(config, progress)
     _log_notices(plan)
     return run.calibrate(plan, progress)
+
+
+def embed_folder(
+    bundle: str | Path | Bundle,
+    sources: str | Path | Iterable[str | Path],
+    out: str | Path,
+    *,
+    mode: str = "InternVL-C",
+    kinds: Names = ("image", "video"),
+    tiles: bool = False,
+    unit: bool = True,
+    dtype: str = "float32",
+    resize: str | None = None,
+    max_tiles: int | None = None,
+    frames: int = 8,
+    approximate_jpeg: bool = False,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    key_column: str | None = None,
+    shard_items: int = 16384,
+    backend: str = "onnxruntime",
+    target: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    batch: int | None = None,
+    readers: int | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Result:
+    """Embed folders, lists and archives of any size into shards of Parquet.
+
+    ``Index.open`` searches them. A stopped run resumes with the same call, and ends with the bytes of one
+    that was not stopped. Inputs that cannot be read are listed in ``quarantine.jsonl``.
+
+    Example::
+
+        ivl_export.embed_folder("bundles/internvl-nano-int8", "photos/", "vectors/")
+        index = ivl_export.runtime.Index.open("vectors/")
+
+    Args:
+        bundle: its folder, or the result of :func:`build`.
+        sources: folders, images, videos, texts, ``.jsonl``, ``.tar`` or ``.parquet`` files; one or several.
+        out: the folder of the shards.
+        mode: ``"InternVL-C"`` or ``"InternVL-G"``.
+        kinds: inputs that are taken: ``"image"``, ``"video"``, ``"text"``.
+        tiles: one vector for each tile of an image, of chat models that tile.
+        unit: scale vectors to length 1.
+        dtype: of the numbers: ``"float32"`` or ``"float16"``.
+        resize: how images are made square; None: as the checkpoint says.
+        max_tiles: of an image; None: as the checkpoint says.
+        frames: of a video.
+        approximate_jpeg: decode large JPEGs smaller.
+        image_column, text_column, key_column: of Parquet files; None: by usual names; rows are numbered.
+        shard_items: inputs of a shard.
+        backend, target, device, threads, batch: how the bundle is opened, see :func:`load`.
+        readers: threads that read and decode; None: as many as there are cores.
+        force: delete what is in ``out`` first, if it is of an earlier run.
+        progress: receives the inputs that are done.
+
+    Returns:
+        Counts of inputs, vectors, inputs in quarantine and shards.
+
+    Raises:
+        UsageError: an argument that cannot be right; ``out`` was begun with other settings or inputs.
+        InputError: a source that cannot be read, or no input of it.
+        CapabilityError: the bundle cannot do it, or a package is not installed.
+        IntegrityError: the bundle, or the plan in ``out``, is damaged.
+        BuildError: the disk is full.
+    """
+    from .bulk.config import EmbedConfig, open_run
+    from .bulk.embed import run
+
+    several = [sources] if isinstance(sources, str | Path) else sources
+    config = EmbedConfig(
+        Path(bundle) if isinstance(bundle, str | Path) else bundle.root,
+        tuple(map(Path, several)),
+        Path(out),
+        mode=mode,
+        kinds=_names(kinds),
+        tiles=tiles,
+        unit=unit,
+        dtype=dtype,
+        resize=resize,
+        max_tiles=max_tiles,
+        frames=frames,
+        approximate_jpeg=approximate_jpeg,
+        image_column=image_column,
+        text_column=text_column,
+        key_column=key_column,
+        shard_items=shard_items,
+        backend=backend,
+        target=target,
+        device=device,
+        threads=threads,
+        batch=batch,
+    )
+    model, plan = open_run(config, force, progress)
+    with model:
+        return run(model, plan, config.out, force=force, readers=readers, progress=progress)
 
 
 def _path(value: str | Path | None) -> Path | None:

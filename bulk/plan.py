@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from ..files.json import Count, Sha256, decode
 from ..files.write import atomic_binary
 from ..inputs.tables import load_pyarrow
 from ..progress import SILENT, Progress
+from ..runtime import ivf
 from ..runtime.shards import Embedding, shard_name
 from .sources import (
     KINDS,
@@ -379,6 +381,7 @@ def clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
     for path in own_files(out):
         path.unlink(missing_ok=True)
+    shutil.rmtree(out / ivf.FOLDER, ignore_errors=True)
 
 
 def own_files(out: Path) -> list[Path]:
@@ -396,15 +399,11 @@ def prepare_folder(out: Path) -> None:
     if not out.is_dir():
         raise UsageError(f"{out} is not a folder.", "", "Give --out another name.")
     own = set(own_files(out))
-    foreign = sorted(path.name for path in out.iterdir() if path not in own and path.name != IVF)
+    foreign = sorted(path.name for path in out.iterdir() if path not in own and path.name != ivf.FOLDER)
     if foreign and not (out / PLAN).is_file():
         raise UsageError(
             f"{out} has other files in it.", f"{foreign[0]} is not of an embedding.", "Give a new folder."
         )
-
-
-IVF = "ivf"
-"""Folder of a search structure made from the shards."""
 
 
 def path_of(out: Path, shard: int) -> Path:

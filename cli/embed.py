@@ -67,6 +67,9 @@ def embed(
             "with vectors computed again.",
         ),
     ] = None,
+    index: Annotated[
+        bool, typer.Option("--index", help="Make a FAISS structure for Index.open(OUT, 'faiss') at the end.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, embed nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Delete earlier shards in --out first.")] = False,
     backend: BackendOpt = "onnxruntime",
@@ -82,6 +85,7 @@ def embed(
     from ..bulk.embed import run
     from ..bulk.plan import QUARANTINE
     from ..bulk.verify import verify as run_verify
+    from ..runtime import Index
     from .progress import Bars
 
     options = read_settings(EMBED, settings or ())
@@ -135,6 +139,8 @@ def embed(
                 title = f"Verified: {out}"
             else:
                 result = run(model, plan, out, force=force, readers=readers, progress=bars)
+                if index:
+                    Index.build(out, progress=bars)
                 rate = result.embedded / result.seconds if result.embedded else None
                 report = {
                     **asdict(result),

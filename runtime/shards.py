@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ..arrays import Array
+from ..arrays import Array, Floats
 from ..errors import IntegrityError
 from ..files.hashing import sha256_json
 from ..files.json import Count, Sha256, decode, parse_json
@@ -286,3 +287,90 @@ def _damaged(path: Path, why: str) -> IntegrityError:
 
 def _pyarrow() -> Any:
     return load_pyarrow("Shards of embeddings", "embed")
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """A finished folder of shards, mapped.
+
+    Args:
+        folder: where it is.
+        embedding: what all its vectors are.
+        plan: that all its shards belong to.
+        shards: in order.
+    """
+
+    folder: Path
+    embedding: Embedding
+    plan: str
+    shards: tuple[Shard, ...]
+
+    @cached_property
+    def ends(self) -> Array:
+        """Rows up to the end of each shard, int64 [shards + 1]; the first is 0."""
+        return np.cumsum([0, *(shard.receipt.rows for shard in self.shards)])
+
+    @property
+    def rows(self) -> int:
+        """All vectors."""
+        return int(self.ends[-1])
+
+    @cached_property
+    def blocks(self) -> tuple[Array, ...]:
+        """Mapped vectors, in order."""
+        return tuple(block for shard in self.shards for block in shard.blocks)
+
+    @cached_property
+    def block_ends(self) -> Array:
+        """Rows up to the end of each block, int64 [blocks + 1]; the first is 0."""
+        return np.cumsum([0, *map(len, self.blocks)])
+
+    def take(self, rows: Array) -> Floats:
+        """The vectors of these rows, float32 [n, E], as they are stored."""
+        out = np.empty((len(rows), self.embedding.width), np.float32)
+        blocks = np.searchsorted(self.block_ends, rows, "right") - 1
+        for block in np.unique(blocks).tolist():
+            own = blocks == block
+            out[own] = self.blocks[block][rows[own] - self.block_ends[block]]
+        return out
+
+
+def open_folder(folder: Path) -> ShardFolder:
+    """All shards that ``ivl-export embed`` made in ``folder``, mapped.
+
+    Raises:
+        IntegrityError: there are none, one is missing or damaged, or they are not of one bundle, setting and
+            plan.
+    """
+    paths = sorted(folder.glob("shard-*.parquet"))
+    if not paths:
+        raise IntegrityError(
+            f"{folder} has no embeddings.", "There is no shard in it.", "Make them: ivl-export embed."
+        )
+    shards = [open_shard(path) for path in paths]
+    first = shards[0].receipt
+    for shard in shards[1:]:
+        other = shard.receipt
+        if other.embedding != first.embedding:
+            unlike = "; ".join(first.embedding.differences(other.embedding))
+            raise _mixed(folder, f"{paths[0].name} and {shard.path.name} differ in {unlike}.")
+        if other.plan != first.plan:
+            raise _mixed(folder, f"{paths[0].name} and {shard.path.name} are of two plans.")
+    numbers = {shard.receipt.shard: shard for shard in shards}
+    missing = [number for number in range(first.shards) if number not in numbers]
+    if missing or len(shards) != first.shards:
+        why = f"{shard_name(missing[0])} is missing" if missing else "a shard is there twice"
+        raise IntegrityError(
+            f"{folder} is not whole: {len(shards)} of {first.shards} shards.",
+            f"{why}.",
+            "Run the same 'ivl-export embed' again: it makes what is missing.",
+        )
+    return ShardFolder(folder, first.embedding, first.plan, tuple(numbers[i] for i in range(first.shards)))
+
+
+def _mixed(folder: Path, why: str) -> IntegrityError:
+    return IntegrityError(
+        f"{folder} mixes embeddings that cannot be compared.",
+        why,
+        "Keep what was made together in a folder of its own.",
+    )
