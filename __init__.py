@@ -33,7 +33,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .api import build, calibrate, embed_folder
+    from .api import build, calibrate, embed_folder, package
     from .bundle import Bundle
     from .progress import Progress
     from .quantization.recipe import Recipe
@@ -64,6 +64,7 @@ __all__ = [
     "calibrate",
     "embed_folder",
     "load",
+    "package",
 ]
 
 _MODULES = {
@@ -76,6 +77,7 @@ _MODULES = {
     "calibrate": ".api",
     "embed_folder": ".api",
     "load": ".runtime",
+    "package": ".api",
 }
 
 

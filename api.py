@@ -1,4 +1,4 @@
-"""The functions of ``import ivl_export``: a checkpoint to a bundle, ranges to a file, inputs to embeddings.
+"""The functions of ``import ivl_export``: build, calibrate, embed many inputs, make a package of a bundle.
 
 They take the command line's options as keywords, print nothing, and raise
 :class:`~ivl_export.errors.IvlError`. Notes of the command line go to the logger ``ivl_export``.
@@ -16,6 +16,7 @@ from .progress import SILENT, Progress
 if TYPE_CHECKING:
     from .bulk.embed import Result
     from .bundle import Bundle
+    from .packages.write import Package
     from .pipeline.plan import BuildPlan
     from .quantization.ranges import ActivationRanges
 
@@ -300,6 +301,51 @@ def embed_folder(
     model, plan = open_run(config, force, progress)
     with model:
         return run(model, plan, config.out, force=force, readers=readers, progress=progress)
+
+
+def package(
+    bundle: str | Path | Bundle,
+    out: str | Path | None = None,
+    *,
+    format: str,
+    name: str | None = None,
+    settings: Mapping[str, object] | Iterable[str] = (),
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = SILENT,
+) -> Package:
+    """Turn a bundle into a folder to deploy, which appears whole or not at all.
+
+    Every file of the bundle is hashed before.
+
+    Example::
+
+        ivl_export.package("bundle", "image", format="docker", settings={"python": "3.12"})
+
+    Args:
+        bundle: the bundle, or its folder.
+        out: the package's folder; None: ``packages/NAME-FORMAT``.
+        format: ``"python"``, a small project; ``"docker"``, the folder of an OCI image that serves the
+            bundle; ``"triton"``, a model repository; ``"wheelhouse"``, an installation without a network.
+        name: of the package, and of the model that it serves; None: that of the bundle's folder.
+        settings: settings of the format, as a mapping or as texts: ``["python=3.12"]``. An unknown key is
+            answered with the list of all.
+        force: replace a package that is there; anything else is never replaced.
+        dry_run: write nothing.
+        progress: receives the steps; by default nothing is shown.
+
+    Returns:
+        The package's folder and its files with their sizes.
+
+    Raises:
+        UsageError: an unknown format, settings that do not fit, or a place where nothing may be written.
+        IntegrityError: the bundle is damaged, or of an older schema.
+        CapabilityError: the bundle, or this installation, lacks what the format needs.
+        BuildError: the disk is too small, or a wheel could not be built or downloaded.
+    """
+    from .packages.write import write_package
+
+    return write_package(bundle, format, _path(out), name, settings, force, dry_run, progress)
 
 
 def _path(value: str | Path | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""A bundle in the place of an older one: by two renames, under a lock on the parent folder.
+"""A bundle, or another folder, in the place of an older one: by two renames, under a lock on the parent.
 
 ``out`` becomes ``.out.old.<pid>``, the staging folder becomes ``out``, the old one is deleted. A process
 killed before the first rename leaves the old bundle, after the second the new one; between the two, the next
@@ -21,16 +21,19 @@ from ..files.write import flush
 from .manifest import MANIFEST
 
 
-def swap(staging: Path, out: Path) -> None:
-    """Rename ``staging`` to ``out``, in the place of a bundle that is there; BuildError for anything else."""
+def swap(staging: Path, out: Path, marker: str = MANIFEST, kind: str = "a bundle") -> None:
+    """Rename ``staging`` to ``out``, in the place of one that is there; BuildError for anything else.
+
+    ``marker`` is the file by which a folder is known to be ``kind``.
+    """
     parent = out.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     old = parent / f".{out.name}.old.{os.getpid()}"
     with _locked(parent):
-        _restore(out)
-        refuse_foreign(out)
+        _restore(out, marker)
+        refuse_foreign(out, marker, kind)
         for leftover in _leftovers(out):
-            _remove(leftover)
+            _remove(leftover, marker)
         replaced = out.exists()
         if replaced:
             os.rename(out, old)  # noqa: PTH104 - os.rename says which of the two paths failed
@@ -42,33 +45,33 @@ def swap(staging: Path, out: Path) -> None:
             raise
         flush(parent)
     if replaced:
-        _remove(old)
+        _remove(old, marker)
 
 
 def restore(out: Path) -> None:
     """Undo a swap that was killed between its two renames."""
     with _locked(out.absolute().parent):
-        _restore(out)
+        _restore(out, MANIFEST)
 
 
-def refuse_foreign(out: Path) -> None:
-    """BuildError if ``out`` exists and is neither a bundle nor an empty folder: it is never replaced."""
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+def refuse_foreign(out: Path, marker: str = MANIFEST, kind: str = "a bundle") -> None:
+    """BuildError if ``out`` exists and is neither ``kind`` nor an empty folder: it is never replaced."""
+    if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise BuildError(
             f"{out} is not replaced.",
-            "It exists and is not a bundle.",
+            f"It exists and is not {kind}.",
             "Give --out a new folder, or remove that one.",
         )
 
 
-def _restore(out: Path) -> None:
-    old = [p for p in _leftovers(out) if (p / MANIFEST).is_file()]
+def _restore(out: Path, marker: str) -> None:
+    old = [p for p in _leftovers(out) if (p / marker).is_file()]
     if old and not out.exists():
         max(old, key=lambda p: p.stat().st_mtime).rename(out)
 
 
-def _remove(old: Path) -> None:
-    (old / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted bundle is never put back
+def _remove(old: Path, marker: str) -> None:
+    (old / marker).unlink(missing_ok=True)  # first, so that a half-deleted one is never put back
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -37,6 +37,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "run": "Embed, classify, retrieve, caption or chat with a bundle.",
         "embed": "Embed folders, lists and archives of any size into shards.",
         "serve": "Serve bundles over HTTP: OpenAI's routes, captions, ranking.",
+        "package": "Make a folder to deploy: Triton, Docker, wheels, a project.",
     },
     "Look after": {
         "verify": "Check a bundle's files, and show which kernels really run.",

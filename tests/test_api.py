@@ -169,4 +169,4 @@ def test_errors_are_those_of_the_command(
 def test_types_are_shipped() -> None:
     root = Path(ivl_export.__file__).parent
     assert (root / "py.typed").is_file()
-    assert json.dumps(["py.typed"]) in (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert json.dumps(["constraints.txt", "py.typed"]) in (root / "pyproject.toml").read_text("utf-8")
