@@ -53,11 +53,11 @@ def random_pixels(shape: tuple[int, ...]) -> NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-def jpeg() -> bytes:
-    """A JPEG of :data:`JPEG_SIZE`, between flat and noisy as photographs are."""
+def jpeg(size: tuple[int, int] = JPEG_SIZE) -> bytes:
+    """A JPEG of ``size`` (width, height), between flat and noisy as photographs are."""
     from PIL import Image
 
-    width, height = JPEG_SIZE
+    width, height = size
     y, x = np.mgrid[0:height, 0:width]
     noise = np.random.default_rng(0).integers(0, 24, (height, width, 3))
     waves = np.stack([np.sin(x / 37), np.cos(y / 53), np.sin((x + y) / 71)], -1)
