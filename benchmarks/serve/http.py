@@ -132,6 +132,10 @@ def rounds(
         for k in range(len(names)):
             name = names[(k + turn) % len(names)]
             loads[name].append(ways[name](clients, requests))
+            if set(loads[name][-1].statuses) != {200}:
+                raise RuntimeError(
+                    f"{name} answered with {dict(loads[name][-1].statuses)}, {load}, {picture}"
+                )
     return [Row(picture, load, name, tuple(loads[name])) for name in names]
 
 

@@ -3,8 +3,7 @@
 python -m ivl_export.benchmarks.serve.lit BUNDLE PORT THREADS      # needs: pip install litserve
 """
 
-from __future__ import annotations
-
+# LitServe reads annotations at run time: they are no texts here.
 import base64
 import sys
 from typing import Any
