@@ -89,31 +89,6 @@ def read_graph(path: Path) -> Graph:
         raise IntegrityError(f"{path} is not a valid ONNX model.", str(error), "Export it again.") from error
 
 
-def external_files(path: Path) -> frozenset[str]:
-    """The files, relative to the folder of the ONNX model at ``path``, that hold its initializers.
-
-    Raises: as :func:`read_graph`.
-    """
-    try:
-        with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return frozenset(
-            str(text, "utf-8")
-            for _, graph in messages(data, 7)
-            for _, tensor in messages(graph, 5)
-            for _, entry in messages(tensor, 13)
-            for key, text in fields(entry)
-            if key == 2 and not isinstance(text, int) and _is_location(entry)
-        )
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} is not a valid ONNX model.", str(error), "Export it again.") from error
-
-
-def _is_location(entry: memoryview) -> bool:
-    """Whether a StringStringEntryProto of ``external_data`` names the file."""
-    return any(bytes(key) == b"location" for _, key in messages(entry, 1))
-
-
 def _model(data: memoryview) -> Graph:
     nodes: list[Node] = []
     initializers: dict[str, tuple[str, tuple[int, ...]]] = {}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ..bundle import Bundle
 from ..bundle.manifest import MANIFEST
+from ..errors import IntegrityError
 from ..progress import Progress
 from ..runtime.loaded import is_chat
 from ..settings import Table
@@ -26,24 +27,56 @@ BUNDLE = "bundle"
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """A file made of pieces of others: ``parts`` are the place of each in it, its file, offset and length."""
+
+    parts: tuple[tuple[int, Path, int, int], ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes; those between the pieces are zeros."""
+        return max((place + length for place, _, _, length in self.parts), default=0)
+
+    def write(self, out: Path) -> None:
+        """Write the file; at most 1 MiB is in memory."""
+        with out.open("wb") as writer:
+            for place, source, offset, length in self.parts:
+                writer.seek(place)
+                with source.open("rb") as reader:
+                    reader.seek(offset)
+                    while length:
+                        block = reader.read(min(length, 1 << 20))
+                        if not block:
+                            raise IntegrityError(
+                                f"{source} is too short.", f"It ends {length} bytes early.", "Copy it again."
+                            )
+                        writer.write(block)
+                        length -= len(block)
+            writer.truncate(self.size)
+
+
+@dataclass(frozen=True)
 class File:
     """One file of a package.
 
     Args:
         path: its place in the package, POSIX.
-        content: its text; or a file that is copied; or a function that writes it to the path it is given.
+        content: its text or bytes; or a file that is copied; or pieces of files; or a function that writes
+            it to the path it is given.
         executable: whether it may be run.
     """
 
     path: str
-    content: str | Path | Callable[[Path], object]
+    content: str | bytes | Path | Pieces | Callable[[Path], object]
     executable: bool = False
 
     @property
     def size(self) -> int | None:
         """Bytes; None where they are known only when it is written."""
-        if isinstance(self.content, str):
-            return len(self.content.encode())
+        if isinstance(self.content, str | bytes):
+            return len(self.content.encode() if isinstance(self.content, str) else self.content)
+        if isinstance(self.content, Pieces):
+            return self.content.size
         return self.content.stat().st_size if isinstance(self.content, Path) else None
 
 

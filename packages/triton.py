@@ -11,13 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..bundle.manifest import EngineFile
-from ..engines.onnx_graph import external_files
-from ..errors import CapabilityError, IntegrityError
+from ..errors import CapabilityError
 from ..runtime.components import fixed
 from ..settings import SWITCH, Setting, choice, switch, whole
 from .contract import BUNDLE, Ability, File, Format, Job
@@ -31,6 +30,7 @@ from .distribution import (
     write_wheel,
 )
 from .docker import IMAGE
+from .own_weights import with_own_weights
 from .project import DEVICE, EXTRAS
 from .triton_config import (
     FILES,
@@ -44,6 +44,8 @@ from .triton_config import (
 from .triton_config import text as config_text
 
 MODELS = "models"
+WEIGHTS = "weights.bin"
+"""Of a graph's own model."""
 RTX = "tensorrt-rtx"
 DEFAULT_IMAGE = "nvcr.io/nvidia/tritonserver:26.08-py3"
 PYTHON = "3.12"
@@ -227,19 +229,14 @@ def _component(
 
 
 def _engine(job: Job, config: dict[str, Any], engine: EngineFile) -> Iterator[File]:
-    """A plan; or a graph with the files of its weights, in a folder as Triton has it for several files."""
+    """A plan; or a graph with its weights, in a folder as Triton has it for a model of several files."""
     source, folder = job.bundle.path(engine.file), f"{MODELS}/{config['name']}/1/{FILES[engine.backend]}"
     if engine.backend != "onnxruntime":
         yield File(folder, source)
         return
-    yield File(f"{folder}/{FILES[engine.backend]}", source)
-    for place in sorted(external_files(source)):
-        weights = PurePosixPath(engine.file).parent / place
-        if weights.as_posix() not in job.bundle.manifest.files:
-            raise IntegrityError(
-                f"{source} reads weights that the bundle does not list.", place, "Build the bundle again."
-            )
-        yield File(f"{folder}/{place}", job.bundle.path(weights.as_posix()))
+    graph, weights = with_own_weights(job.bundle, engine.file, WEIGHTS)
+    yield File(f"{folder}/{FILES[engine.backend]}", graph)
+    yield File(f"{folder}/{WEIGHTS}", weights)
 
 
 def _notes(job: Job, backend: str) -> str:

@@ -24,7 +24,7 @@ from ..files.locks import locked
 from ..files.write import flush
 from ..progress import SILENT, Progress, reported
 from ..settings import read_settings
-from .contract import File, Format, Job
+from .contract import File, Format, Job, Pieces
 from .registry import find_format
 
 MARKER = "package.json"
@@ -140,6 +140,10 @@ def _copy(files: list[File], staging: Path, progress: Progress) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(file.content, str):
                 target.write_text(file.content, encoding="utf-8", newline="\n")
+            elif isinstance(file.content, bytes):
+                target.write_bytes(file.content)
+            elif isinstance(file.content, Pieces):
+                file.content.write(target)
             elif isinstance(file.content, Path):
                 shutil.copyfile(file.content, target)  # no hard link: onnx refuses weights with a second name
             else:

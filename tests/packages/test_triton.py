@@ -23,9 +23,10 @@ from ivl_export.bundle import Bundle, seal
 from ivl_export.bundle.manifest import Built, Component, EngineFile, Manifest
 from ivl_export.bundle.spec import TensorSpec
 from ivl_export.cli import main
-from ivl_export.engines.onnx_graph import external_files, read_graph
+from ivl_export.engines.onnx_graph import read_graph
 from ivl_export.errors import CapabilityError, IntegrityError, UsageError
 from ivl_export.inputs.chat_template import Turn
+from ivl_export.packages.own_weights import with_own_weights
 from ivl_export.packages.triton_config import Word, check_contract, text
 from ivl_export.runtime import ChatService
 from ivl_export.tests.packages import triton_stub
@@ -442,13 +443,29 @@ def test_graphs_may_be_left_out(pack: Pack, tiny_bundle: Path) -> None:
     assert "onnxruntime-gpu" in (package.root / "requirements.txt").read_text()
 
 
-def test_weights_are_found_in_the_graphs(tiny_bundle: Path) -> None:
-    files = {file for graph in tiny_bundle.glob("onnx/*.onnx") for file in external_files(graph)}
-    assert files == {
-        path.relative_to(tiny_bundle / "onnx").as_posix() for path in tiny_bundle.glob("onnx/weights/*")
-    }
-    with pytest.raises(IntegrityError):
-        external_files(tiny_bundle / "none.onnx")
+def test_each_graph_has_its_own_weights_and_no_others(made: dict[str, Path], tiny_bundle: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    for name in Bundle.open(tiny_bundle).manifest.components:
+        folder = made["tiny"] / "models" / name / "1" / "model.onnx"
+        assert {file.name for file in folder.iterdir()} == {"model.onnx", "weights.bin"}
+        moved, first = onnx.load(folder / "model.onnx"), onnx.load(tiny_bundle / "onnx" / f"{name}.fp32.onnx")
+        assert moved == first, "loaded with their weights"
+        sizes = [len(tensor.raw_data) for tensor in moved.graph.initializer if len(tensor.raw_data) > 64]
+        assert (
+            sum(sizes) * 0.8 <= (folder / "weights.bin").stat().st_size <= sum(sizes) + 64 * len(sizes) + 4096
+        )
+    onnx.checker.check_model(str(made["tiny"] / "models" / "vision" / "1" / "model.onnx" / "model.onnx"))
+
+
+def test_a_graph_that_cannot_be_read_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    def spoil(staging: Path, manifest: Manifest) -> Manifest:
+        graph = staging / manifest.components["vision"].graphs["fp32"]
+        graph.write_bytes(graph.read_bytes()[:-7])
+        return manifest
+
+    bundle = Bundle.open(changed(tiny_bundle, tmp_path / "bundle", spoil))
+    with pytest.raises(IntegrityError, match="is not a valid ONNX model"):
+        with_own_weights(bundle, bundle.manifest.components["vision"].graphs["fp32"], "weights.bin")
 
 
 def test_the_image_lints(made: dict[str, Path]) -> None:
