@@ -326,7 +326,8 @@ def package(
         bundle: the bundle, or its folder.
         out: the package's folder; None: ``packages/NAME-FORMAT``.
         format: ``"python"``, a small project; ``"docker"``, the folder of an OCI image that serves the
-            bundle; ``"triton"``, a model repository; ``"wheelhouse"``, an installation without a network.
+            bundle; ``"triton"``, a model repository; ``"wheelhouse"``, an installation without a network;
+            ``"kubernetes"``, the image's folder with manifests.
         name: of the package, and of the model that it serves; None: that of the bundle's folder.
         settings: settings of the format, as a mapping or as texts: ``["python=3.12"]``. An unknown key is
             answered with the list of all.

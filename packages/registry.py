@@ -14,6 +14,7 @@ MODULES = {
     "docker": ".docker",
     "triton": ".triton",
     "wheelhouse": ".wheelhouse",
+    "kubernetes": ".kubernetes",
 }
 """Name of a format -> the module that has it as ``FORMAT``."""
 
