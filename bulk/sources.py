@@ -116,6 +116,7 @@ def source_files(source: Path, number: int, choice: Choice) -> Iterator[tuple[In
     known = _suffixes(choice)
     if source.is_dir():
         names = sorted(_walk(source, ""))
+        known = tuple(suffix for suffix in known if suffix != ".jsonl")  # often names the images next to it
         chosen = [name for name in names if name.lower().endswith(known)]
         if not chosen:
             why = f"None of its {len(names)} files ends with {', '.join(known)}." if names else "It is empty."

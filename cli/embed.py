@@ -141,6 +141,7 @@ def embed(
                 result = run(model, plan, out, force=force, readers=readers, progress=bars)
                 if index:
                     Index.build(out, progress=bars)
+                kept = f", {result.reused} of them from before" if result.reused else ""
                 rate = result.embedded / result.seconds if result.embedded else None
                 report = {
                     **asdict(result),
@@ -153,7 +154,7 @@ def embed(
                     ("inputs", result.items),
                     ("vectors", f"{result.rows} x {plan.embedding.width}, {plan.embedding.dtype}"),
                     ("in quarantine", result.quarantined),
-                    ("shards", f"{result.shards}, {result.reused} of them from before"),
+                    ("shards", f"{result.shards}{kept}"),
                     ("seconds", result.seconds),
                     ("inputs a second", rate),
                 ]

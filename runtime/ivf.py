@@ -2,13 +2,15 @@
 
 Vectors are put into lists by their nearest of some centres, rounded to 8 bits a number. A search reads the
 lists of a few centres, mapped from the disk, and scores the best candidates again with the exact vectors of
-the shards. It is built a chunk at a time, so that memory holds one chunk and the centres.
+the shards. Large folders have several parts with the same centres, so that memory holds one part while it is
+built. (FAISS can merge them in one file, but keeps the absolute path of it, and prints to stdout.)
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ from numpy.typing import NDArray
 
 from ..arrays import Floats
 from ..errors import BuildError, CapabilityError, IntegrityError, UsageError
-from ..files.hashing import sha256_file
 from ..files.json import Count, Sha256, decode
 from ..files.write import flush, write_text
 from ..progress import SILENT, Progress
@@ -26,9 +27,11 @@ from .shards import ShardFolder
 from .zero_shot import l2
 
 SCHEMA = "ivl-export.ivf/1"
-FOLDER, INDEX, LISTS, RECEIPT = "ivf", "index.faiss", "lists.ivfdata", "ivf.json"
-CHUNK = 1 << 18
-"""Vectors in memory at a time."""
+FOLDER, RECEIPT = "ivf", "ivf.json"
+PART_BYTES = 1 << 31
+"""Of the rounded vectors of a part."""
+CHUNK = 1 << 16
+"""Vectors that are added at a time."""
 TRAINED = 40
 """Vectors a list that its centre is found with; FAISS asks for 39 at least."""
 PROBES = 16
@@ -45,7 +48,7 @@ class IvfReceipt:
         embedding, plan: digests of the shards' receipts.
         rows: vectors in it.
         lists: number of centres.
-        index: sha256 of its file.
+        parts: bytes of each part's file.
         faiss: the release that built it.
     """
 
@@ -53,7 +56,7 @@ class IvfReceipt:
     plan: Sha256
     rows: Count
     lists: Count
-    index: Sha256
+    parts: tuple[Count, ...]
     faiss: str
     schema: str = SCHEMA
 
@@ -88,11 +91,12 @@ def build(folder: ShardFolder, lists: int | None = None, progress: Progress = SI
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        index = _trained(faiss, folder, count, progress)
-        _fill(faiss, index, folder, staging, progress)
-        digest = sha256_file(staging / INDEX)
+        empty = staging / "empty"
+        faiss.write_index(_trained(faiss, folder, count, progress), str(empty))
+        sizes = tuple(_parts(faiss, empty, folder, staging, progress))
+        empty.unlink()
         receipt = IvfReceipt(
-            folder.embedding.digest, folder.plan, folder.rows, count, digest, faiss.__version__
+            folder.embedding.digest, folder.plan, folder.rows, count, sizes, faiss.__version__
         )
         write_text(json.dumps(asdict(receipt), indent=1) + "\n", staging / RECEIPT)
         for path in (*staging.iterdir(), staging):
@@ -117,33 +121,30 @@ def _trained(faiss: Any, folder: ShardFolder, lists: int, progress: Progress) ->
     return index
 
 
-def _fill(faiss: Any, index: Any, folder: ShardFolder, staging: Path, progress: Progress) -> None:
-    from faiss.contrib.ondisk import merge_ondisk
-
-    empty, first = staging / "empty", 0
-    chunks: list[Path] = []
-    faiss.write_index(index, str(empty))
+def _parts(faiss: Any, empty: Path, folder: ShardFolder, staging: Path, progress: Progress) -> Iterator[int]:
+    """Write the parts; the bytes of each."""
+    rows = max(1, PART_BYTES // folder.embedding.width)
     progress.started("inverted lists", folder.rows, "vectors")
-    for block in folder.blocks:
-        for start in range(0, len(block), CHUNK):
-            part = l2(np.asarray(block[start : start + CHUNK], np.float32))
-            own = faiss.read_index(str(empty))
-            own.add_with_ids(part, np.arange(first, first + len(part), dtype=np.int64))
-            chunks.append(staging / f"chunk-{len(chunks)}")
-            faiss.write_index(own, str(chunks[-1]))
-            first += len(part)
-            progress.advanced(first)
-    merge_ondisk(index, list(map(str, chunks)), str(staging / LISTS))
-    faiss.write_index(index, str(staging / INDEX))
-    for path in (empty, *chunks):
-        path.unlink()
+    for number, start in enumerate(range(0, folder.rows, rows)):
+        part, stop = faiss.read_index(str(empty)), min(start + rows, folder.rows)
+        for first in range(start, stop, CHUNK):
+            own = np.arange(first, min(first + CHUNK, stop), dtype=np.int64)
+            part.add_with_ids(l2(folder.take(own)), own)
+            progress.advanced(int(own[-1]) + 1)
+        path = staging / _part_name(number)
+        faiss.write_index(part, str(path))
+        yield path.stat().st_size
+
+
+def _part_name(number: int) -> str:
+    return f"part-{number:04d}.faiss"
 
 
 class Ivf:
     """An opened structure."""
 
-    def __init__(self, folder: ShardFolder, index: Any) -> None:
-        self.folder, self._index = folder, index
+    def __init__(self, folder: ShardFolder, parts: Sequence[Any]) -> None:
+        self.folder, self._parts = folder, parts
 
     @classmethod
     def open(cls, folder: ShardFolder) -> Ivf:
@@ -165,14 +166,17 @@ class Ivf:
         own = (folder.embedding.digest, folder.plan, folder.rows)
         if (receipt.embedding, receipt.plan, receipt.rows) != own:
             raise IntegrityError(f"{place} is of other shards than are in {folder.folder}.", "", _AGAIN)
+        paths = [place / _part_name(number) for number in range(len(receipt.parts))]
         try:
-            if sha256_file(place / INDEX) != receipt.index:
-                raise IntegrityError(f"{place / INDEX} is damaged.", "Its hash is not the receipt's.", _AGAIN)
-            flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
-            index = faiss.read_index(str(place / INDEX), flags)
+            for path, size in zip(paths, receipt.parts, strict=True):
+                if path.stat().st_size != size:
+                    raise IntegrityError(f"{path} is damaged.", f"It should have {size} bytes.", _AGAIN)
+            parts = [faiss.read_index(str(path), faiss.IO_FLAG_MMAP) for path in paths]
         except (OSError, RuntimeError) as error:
             raise IntegrityError(f"{place} cannot be opened.", f"{error}."[:400], _AGAIN) from error
-        return cls(folder, index)
+        if any((part.d, part.nlist) != (folder.embedding.width, receipt.lists) for part in parts):
+            raise IntegrityError(f"{place} is not what its receipt says.", "", _AGAIN)
+        return cls(folder, parts)
 
     def search(
         self, queries: Floats, top: int, probes: int | None = None
@@ -186,11 +190,14 @@ class Ivf:
         """
         faiss, count = load_faiss(), min(top * CANDIDATES, self.folder.rows)
         parameters = faiss.SearchParametersIVF(nprobe=probes or PROBES)
-        _, rows = self._index.search(np.ascontiguousarray(queries), count, params=parameters)
+        queries = np.ascontiguousarray(queries)
+        found = [part.search(queries, count, params=parameters) for part in self._parts]
+        near = np.argsort(-np.concatenate([scores for scores, _ in found], 1), 1, kind="stable")[:, :count]
+        rows = np.take_along_axis(np.concatenate([rows for _, rows in found], 1), near, 1)
         places = np.full((len(queries), top), -1, np.int64)
         scores = np.full((len(queries), top), -np.inf, np.float32)
         for i, query in enumerate(queries):
-            own = np.sort(rows[i][rows[i] >= 0])
+            own = np.sort(rows[i][(rows[i] >= 0) & (rows[i] < self.folder.rows)])
             cosines = l2(self.folder.take(own)) @ query
             best = np.argsort(-cosines, kind="stable")[:top]
             places[i, : len(best)], scores[i, : len(best)] = own[best], cosines[best]

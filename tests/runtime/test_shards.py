@@ -162,13 +162,16 @@ def test_the_structure_on_disk_finds_what_exact_search_finds(
     from ivl_export.runtime import ivf
 
     monkeypatch.setattr(ivf, "CHUNK", 300)
+    monkeypatch.setattr(ivf, "PART_BYTES", 8 * 900)
     folder = folder_of(tmp_path / "f", l2(clustered(2000)))
     with pytest.raises(UsageError, match="no search structure"):
         Index.open(folder, "faiss")
     with pytest.raises(UsageError, match="3000 lists"):
         Index.build(folder, 3000)
     assert Index.build(folder, 16) == folder / "ivf"
-    assert sorted(p.name for p in (folder / "ivf").iterdir()) == ["index.faiss", "ivf.json", "lists.ivfdata"]
+    assert sorted(p.name for p in (folder / "ivf").iterdir()) == [
+        "ivf.json", "part-0000.faiss", "part-0001.faiss", "part-0002.faiss"
+    ]  # fmt: skip
     moved = tmp_path / "moved"
     folder.rename(moved)
     index, queries = Index.open(moved, "faiss"), clustered(40, seed=3)
@@ -179,10 +182,12 @@ def test_the_structure_on_disk_finds_what_exact_search_finds(
         assert found >= least
     np.testing.assert_allclose(own[:, 0], scores[:, 0], atol=0.05)
     assert index.search(queries, 3000)[0].shape == (40, 2000)
-    data = bytearray((moved / "ivf" / "index.faiss").read_bytes())
-    data[-1] ^= 1
-    (moved / "ivf" / "index.faiss").write_bytes(data)
-    with pytest.raises(IntegrityError, match="damaged"):
+    part = moved / "ivf" / "part-0001.faiss"
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(IntegrityError, match=r"part-0001.faiss is damaged"):
+        Index.open(moved, "faiss")
+    part.unlink()
+    with pytest.raises(IntegrityError, match="cannot be opened"):
         Index.open(moved, "faiss")
     Index.build(moved, 16)
     folder_of(moved, l2(clustered(2000, seed=8)), unit=False)
