@@ -95,7 +95,8 @@ def verify(
 
 def _chosen(plan: Plan, sample: int) -> dict[int, list[int]]:
     """Shard -> places in it of the sampled items."""
-    numbers = np.random.default_rng(int(plan.digest[:16], 16)).permutation(plan.items)[:sample]
+    rng = np.random.default_rng(int(plan.digest[:16], 16))
+    numbers = rng.choice(plan.items, min(sample, plan.items), replace=False, shuffle=False)
     chosen: dict[int, list[int]] = defaultdict(list)
     for number in sorted(numbers.tolist()):
         chosen[number // plan.work.shard_items].append(number % plan.work.shard_items)

@@ -332,6 +332,29 @@ def test_a_damaged_plan_and_foreign_folders(embed: Embed, photos: Path, config: 
         embed(photos, out=photos / "vectors")
 
 
+def test_a_disk_that_fails_is_no_bad_input(
+    embed: Embed, photos: Path, config: EmbedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be read today may be readable tomorrow; what is not there is in quarantine."""
+    from ivl_export.bulk import sources
+    from ivl_export.files.read import read_bytes
+
+    def failing(error: OSError) -> Any:
+        def read(path: Path) -> bytes:
+            if path.name == "05.png":
+                raise InputError(f"Cannot read {path}.") from error
+            return read_bytes(path)
+
+        return read
+
+    monkeypatch.setattr(sources, "read_bytes", failing(OSError(5, "Input/output error")))
+    with pytest.raises(InputError, match=r"Cannot read .*05\.png"):
+        embed(photos)
+    monkeypatch.setattr(sources, "read_bytes", failing(PermissionError(13, "Permission denied")))
+    assert embed(photos).quarantined == 2
+    assert "Cannot read 05.png." in (config.out / QUARANTINE).read_text()
+
+
 def test_nothing_that_can_be_embedded(embed: Embed, tmp_path: Path, config: EmbedConfig) -> None:
     folder = tmp_path / "bad"
     folder.mkdir()
