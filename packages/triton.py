@@ -35,7 +35,6 @@ from .project import DEVICE, EXTRAS
 from .triton_config import (
     FILES,
     Serving,
-    Word,
     component_config,
     ensemble_config,
     parameters,
@@ -184,8 +183,6 @@ def _backend(job: Job) -> str:
 
 def _task_configs(job: Job, backend: str, serving: Serving) -> Iterator[dict[str, Any]]:
     engine = {"backend": backend}
-    if backend == "onnxruntime":
-        engine["device"] = serving.device
     for task, (ability, output, inputs, outputs) in _TASKS.items():
         if ability not in job.abilities:
             continue
@@ -202,8 +199,8 @@ def _task_configs(job: Job, backend: str, serving: Serving) -> Iterator[dict[str
             "max_batch_size": spec.axis("batch").max,
             "input": inputs,
             "output": outputs,
-            # A GPU is the runtime's own affair: Triton hands arrays in host memory over.
-            "instance_group": [{"count": serving.instances, "kind": Word("KIND_CPU")}],
+            # With KIND_GPU there are instances on every GPU; inputs still come in host memory.
+            "instance_group": [serving.group],
             "dynamic_batching": {"max_queue_delay_microseconds": serving.delay},
             "parameters": parameters({"task": task, "bundle": f"../../{BUNDLE}", **engine}),
         }

@@ -3,7 +3,7 @@
 It runs the bundle through ivl_export's runtime, instead of calling the models of the graphs: an answer is
 decoded token by token over a cache that stays with the engine, and those of several requests are decoded
 together. Parameters in config.pbtxt: ``task``, ``bundle`` (a folder, from this model's own on), ``backend``,
-``device``, ``target``, ``threads``, ``normalize``.
+``target``, ``threads``, ``normalize``. It runs on the GPU of its instance group, or on the CPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class TritonPythonModel:
         self.task, self.outputs = TASKS[given["task"]], {t["name"]: t for t in config["output"]}
         self.inputs = [t["name"] for t in config["input"]]
         self.normalize = given.get("normalize", "true") == "true"
-        engine: dict[str, Any] = {key: given[key] for key in ("backend", "device", "target") if key in given}
+        engine: dict[str, Any] = {key: given[key] for key in ("backend", "target") if key in given}
+        if args.get("model_instance_kind") == "GPU":
+            engine["device"] = f"cuda:{args['model_instance_device_id']}"
         if "threads" in given:
             engine["threads"] = int(given["threads"])
         folder = Path(__file__).resolve().parent.parent / given.get("bundle", "../../bundle")

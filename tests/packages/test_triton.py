@@ -133,7 +133,7 @@ def test_the_graph_of_the_repository_computes_what_the_bundle_does(
 class Model:
     """A model of the repository, loaded and called as Triton's Python backend does it."""
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str, **instance: str) -> None:
         self.config = parsed((root / "models" / name / "config.pbtxt").read_text())
         file = root / "models" / name / "1" / "model.py"
         spec = importlib.util.spec_from_file_location(f"triton_{name}", file)
@@ -142,7 +142,7 @@ class Model:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         self.model = module.TritonPythonModel()
-        self.model.initialize({"model_config": self.json(), "model_repository": "", "model_version": "1"})
+        self.model.initialize({"model_config": self.json(), **instance})
 
     def json(self) -> str:
         """The configuration as Triton hands it over."""
@@ -313,6 +313,24 @@ def test_chats_are_the_runtimes(made: dict[str, Path]) -> None:
         assert "max_tokens" in said(response)
 
 
+@pytest.mark.parametrize(("kind", "device"), [("GPU", "cuda:1"), ("CPU", None)])
+def test_an_instance_runs_on_its_gpu(
+    kind: str, device: str | None, made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def load(folder: Path, **engine: Any) -> None:
+        asked.append({"folder": folder.resolve(), **engine})
+        raise CapabilityError("There is no GPU here.")
+
+    monkeypatch.setattr(ivl_export, "load", load)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton_stub)
+    with pytest.raises(CapabilityError):
+        Model(made["tiny"], "caption", model_instance_kind=kind, model_instance_device_id="1")
+    expected = {"folder": (made["tiny"] / "bundle").resolve(), "backend": "onnxruntime"}
+    assert asked == [expected if device is None else {**expected, "device": device}]
+
+
 def test_a_fault_of_the_code_is_told_without_a_traceback(
     made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -439,7 +457,8 @@ def test_graphs_may_be_left_out(pack: Pack, tiny_bundle: Path) -> None:
     package = pack(tiny_bundle, "triton", settings=["graphs=false", "device=cuda", "delay=0"])
     read = configs(package.root)
     assert {config.backend for config in read.values()} == {"python"}
-    assert read["caption"].parameters["device"].string_value == "cuda"
+    group = read["caption"].instance_group[0]
+    assert group.Kind.Name(group.kind) == "KIND_GPU"
     assert "onnxruntime-gpu" in (package.root / "requirements.txt").read_text()
 
 
