@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import ivl_export
 from ivl_export.cli import main
+from ivl_export.cli import package as cli_package
 from ivl_export.errors import BuildError, IntegrityError, IvlError, UsageError
 from ivl_export.files.locks import locked
 from ivl_export.packages import contract, distribution
@@ -181,3 +184,14 @@ def test_settings_of_one_name_have_one_meaning() -> None:
         assert one.name in MODULES
         for key, setting in one.settings.items():
             assert seen.setdefault(key, setting) == setting, key
+
+
+def test_keywords_are_the_options_of_the_command() -> None:
+    command: Any = typer.main.get_command(cli_package.app)
+    keywords = dict(inspect.signature(ivl_export.package).parameters)
+    assert {*keywords} - {"progress"} == {p.name for p in command.params} - {"as_json"}
+    for option in command.params:
+        if option.name in ("out", "name", "force", "dry_run"):
+            assert keywords[option.name].default == option.default, option.name
+    assert all(f"{name}" in (inspect.getdoc(ivl_export.package) or "") for name in keywords)
+    assert {*command.settings} == {key for one in formats() for key in one.settings}
