@@ -66,7 +66,8 @@ def build(
 
     Args:
         model: a checkpoint: a folder of a published layout, or an older ``.pth`` file; or the name
-            of a model that ships with the package: ``"nano"``, ``"nano-chat"``; None: ``"nano"``.
+            of a model that ships with the package: ``"nano"``, ``"nano-chat"``, ``"nano-tiles"``; None:
+            ``"nano"``.
         out: the bundle's folder; None: ``bundles/MODEL-PRECISION``.
         precision: a recipe that ships (``"fp8"``, ``"int8"``, ...), a recipe file, or ``"mixed"``: the
             fastest one within ``budget`` is searched.

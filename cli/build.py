@@ -89,9 +89,7 @@ def build(
     ] = False,
     require_proof: Annotated[
         bool,
-        typer.Option(
-            "--require-proof", help="Fail if an engine does not tell the types of a promised product."
-        ),
+        typer.Option("--require-proof", help="Fail where an engine does not tell a product's types."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, list the steps, write nothing.")

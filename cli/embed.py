@@ -56,7 +56,7 @@ def embed(
         bool, typer.Option("--tiles", help="One vector for each tile of an image (chat models).")
     ] = False,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Vectors as the model gives them, not scaled to length 1.")
+        bool, typer.Option("--raw", help="Vectors as the model gives them, not normalised.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="Type of the numbers: float32 or float16.")] = "float32",
     verify: Annotated[

@@ -40,8 +40,9 @@ def estimate(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="A bundle, a checkpoint's folder (only its config.json is read), nano, nano-chat, or a chat "
-            "model of the paper: InternVL-Chat-ViT-6B-Vicuna-7B, -13B, InternVL-Chat-QLLaMA-Vicuna-7B, -13B.",
+            help="A bundle, a checkpoint's folder (only its config.json is read), nano, nano-chat, "
+            "nano-tiles, or a chat model of the paper: InternVL-Chat-ViT-6B-Vicuna-7B, -13B, "
+            "InternVL-Chat-QLLaMA-Vicuna-7B, -13B.",
             show_default="InternVL-14B",
         ),
     ] = None,

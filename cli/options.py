@@ -28,7 +28,9 @@ BundleArg = Annotated[Path, typer.Argument(help="A bundle's folder.", show_defau
 BackendOpt = Annotated[str, typer.Option(help="Engines to use: onnxruntime, tensorrt-rtx, ...")]
 ModelOpt = Annotated[
     Path | None,
-    typer.Option(help="Checkpoint: its folder, an older .pth file, nano or nano-chat.", show_default="nano"),
+    typer.Option(
+        help="Checkpoint: its folder, an older .pth file, nano, nano-chat or nano-tiles.", show_default="nano"
+    ),
 ]
 CalibOpt = Annotated[
     Path | None,

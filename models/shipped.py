@@ -6,9 +6,13 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 
-FOLDERS = {"internvl-nano": "nano", "internvl-nano-chat": "nano_chat"}
+FOLDERS = {
+    "internvl-nano": "nano",
+    "internvl-nano-chat": "nano_chat",
+    "internvl-nano-tiles": "nano_tiles",
+}
 """Name of a shipped model -> its folder next to this file."""
-SHORT = {"nano": "internvl-nano", "nano-chat": "internvl-nano-chat"}
+SHORT = {name.removeprefix("internvl-"): name for name in FOLDERS}
 """Short name -> name."""
 NANO_CHAT = Path("nano-chat")
 

@@ -234,5 +234,5 @@ NANO_TILES = TilesPreset(
     ),
     lines=Stage("lines", "lines", 500, 32, 3e-3, 0.03, warmup=30, trainable=_READS),
     answers=Stage("answers", "answers", 4000, 18, 2e-3, 0.02, warmup=40, trainable=_READS),
-    albums=Stage("albums", "albums", 1000, 18, 1.2e-3, 0.012, warmup=40, trainable=_READS),
+    albums=Stage("albums", "albums", 1400, 18, 1.2e-3, 0.012, warmup=40, trainable=_READS),
 )

@@ -71,5 +71,5 @@ def test_a_missing_checkpoint_lists_the_names(
     assert main([*line.split(), "--model", "nana", "--json"]) == 4
     error = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert error["what"] == "No checkpoint at nana."
-    assert "nano, nano-chat" in error["fix"]
+    assert "nano, nano-chat, nano-tiles" in error["fix"]
     assert list(tmp_path.iterdir()) == []
