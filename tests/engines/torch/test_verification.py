@@ -143,7 +143,7 @@ def test_compiled_code_has_the_same_layers(tiny_bundle: Path, monkeypatch: pytes
     monkeypatch.setattr(
         torch,
         "compile",
-        lambda call, fullgraph, mode, dynamic: whole(call, fullgraph=fullgraph, backend="aot_eager"),
+        lambda call, fullgraph, mode, dynamic, backend: whole(call, fullgraph=fullgraph, backend="aot_eager"),
     )
     for component in ("vision", "qllama_step"):
         eager, _ = proof(tiny_bundle, component)
