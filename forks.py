@@ -7,10 +7,14 @@ within a library cannot be replaced: a fork waits until no call that holds them 
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
+
+T = TypeVar("T")
 
 
 class Renewed(Protocol):
@@ -35,6 +39,19 @@ def fork_safe_lock() -> threading.Lock:
     lock = threading.Lock()
     _locks.add(lock)
     return lock
+
+
+class cached_property(functools.cached_property[T]):
+    """``functools.cached_property`` for objects that threads share before a fork.
+
+    Up to Python 3.11 it computes under a lock of the class: a child that was forked meanwhile would wait
+    for a thread that it does not have.
+    """
+
+    def __init__(self, function: Callable[[Any], T]) -> None:
+        super().__init__(function)
+        if (lock := getattr(self, "lock", None)) is not None:
+            _locks.add(lock)
 
 
 class _Calls:

@@ -18,7 +18,6 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,6 +27,7 @@ from ..arrays import Array
 from ..errors import CapabilityError, CheckpointError, InputError
 from ..files.lfs import refuse_lfs_pointer
 from ..files.text import decode_text
+from ..forks import cached_property
 
 BUCKETS = (16, 32, 48, 80)
 MAX_LENGTH = 80

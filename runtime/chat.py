@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ from ..arrays import Array, Floats, Ids
 from ..bundle import Bundle, Verify
 from ..engines.device import to_host
 from ..errors import CapabilityError, InputError, UsageError
-from ..forks import fork_safe_lock
+from ..forks import cached_property, fork_safe_lock
 from ..inputs.chat_template import IMAGE_TOKEN, AnswerTokens, ChatFormat, Question, Turn, framed
 from ..inputs.preprocess import PixelValues
 from ..inputs.sources import sequence_of, text_sequence

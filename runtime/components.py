@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from ..engines.onnxruntime.weights import SharedWeights, shared_weights
 from ..engines.tensorrt.library import BUILDERS
 from ..engines.tensorrt.shapes import restrict_axes
 from ..errors import InputError, UsageError
-from ..forks import fork_safe_lock, renew_after_fork
+from ..forks import cached_property, fork_safe_lock, renew_after_fork
 from ..models.registry import PIXELS
 from .timings import Timings
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ from ..bundle import Bundle, Verify
 from ..bundle.manifest import MANIFEST
 from ..engines.base import known_backend
 from ..errors import InputError
+from ..forks import cached_property
 from ..inputs.preprocess import ImageSettings, PixelValues, ResizeMode
 from ..inputs.sources import ImageInput, image_sequence
 from ..inputs.tokenizer import NoTokenizer, Tokenizer, load_tokenizer, tokenizer_files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from functools import cached_property
 from typing import Literal, cast
 
 import numpy as np
@@ -16,6 +15,7 @@ from ..bundle.spec import FEATURES, ComponentSpec, block_number, feature_name
 from ..engines.compatibility import build_line
 from ..engines.device import to_host
 from ..errors import CapabilityError, InputError, UsageError
+from ..forks import cached_property
 from ..inputs.preprocess import ResizeMode
 from ..inputs.sources import ImageInput, sequence_of, text_sequence
 from ..inputs.tokenizer import CAPTION_PROMPT, buckets_of

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from ..errors import IntegrityError
 from ..files.hashing import sha256_json
 from ..files.json import Count, Sha256, decode, parse_json
 from ..files.write import atomic_binary
+from ..forks import cached_property
 from ..inputs.tables import load_pyarrow
 
 SCHEMA = "ivl-export.embeddings/1"

@@ -8,7 +8,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ import numpy as np
 from ..arrays import Floats
 from ..errors import IvlError, UsageError
 from ..files.hashing import sha256_file
+from ..forks import cached_property
 from ..runtime import ChatService, InternVL, InternVLChat, Service, ServiceLimits, load
 from ..runtime.components import fixed
 from .admission import Admission

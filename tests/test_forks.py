@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ivl_export.forks import fork_safe_lock, no_fork
+from ivl_export.forks import cached_property, fork_safe_lock, no_fork
 
 pytestmark = [
     pytest.mark.numeric,
@@ -154,6 +155,31 @@ def test_a_lock_is_free_in_a_child() -> None:
     over.set()
     thread.join()
     assert code == 0
+
+
+def test_a_property_that_a_thread_computes_is_computed_anew_in_a_child() -> None:
+    began, over = threading.Event(), threading.Event()
+
+    class Owner:
+        @cached_property
+        def value(self) -> int:
+            if threading.current_thread() is not threading.main_thread():
+                began.set()
+                over.wait()
+            return 5
+
+    owner = Owner()
+    thread = threading.Thread(target=lambda: owner.value)
+    thread.start()
+    began.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that waits for ever
+        os._exit(owner.value)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    over.set()
+    thread.join()
+    assert (code, owner.value) == (5, 5)
 
 
 def test_a_fork_waits_for_a_running_call() -> None:

@@ -12,11 +12,10 @@ from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...arrays import Array, Ids
-from ...forks import renew_after_fork
+from ...forks import cached_property, renew_after_fork
 from ...host import cores
 from ...inputs.chat_template import AnswerTokens, Question, Turn
 from ...inputs.preprocess import PixelValues

@@ -10,14 +10,14 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays import Floats
-from ...forks import renew_after_fork
+from ...forks import cached_property, renew_after_fork
 from ...host import cores
 from ...inputs.preprocess import ResizeMode
 from ...inputs.sources import ImageInput
