@@ -105,7 +105,7 @@ def verification_step(plan: BuildPlan, before: list[Step]) -> Step:
         reports: dict[str, dict[str, Any]] = {}
         unread: dict[str, str] = {}
         not_told: dict[str, Data] = {}
-        files: list[str] = []
+        told: list[Path] = []
         for component in plan.components:
             promised = space.records[f"graph-{component}"].data["promised"]
             pieces = [spec.name for spec in part_specs(space.records, component)] or [component]
@@ -123,32 +123,28 @@ def verification_step(plan: BuildPlan, before: list[Step]) -> Step:
             for backend, target in plan.engines:
                 parts = part_specs(space.records, component)
                 specs = parts or [component_spec(component, plan.checkpoint.model)]
-                report = merge_reports(
-                    [_engine_report(plan, space, spec, backend, target, files) for spec in specs]
-                )
+                report = merge_reports([_engine_report(plan, space, spec, backend, target) for spec in specs])
+                told += [layers_path(spec.name, backend, target) for spec in specs if backend != RTX]
                 # Layer information of TensorRT tells some types by a kernel's name only, which may be new.
                 strict = backend == RTX or plan.config.require_proof
                 rest = check_expectations(report, promised[plan.recipe.base], require_proof=strict)
                 if rest:
-                    not_told[f"{backend}-{target}"] = {
-                        **not_told.get(f"{backend}-{target}", {}),
-                        component: list(rest),
-                    }
+                    not_told.setdefault(f"{backend}-{target}", {})[component] = list(rest)
                 reports.setdefault(f"{backend}-{target}", {})[component] = _report(
                     report, promised[plan.recipe.base]
                 )
         data = {"unread": unread, "not_told": not_told}
-        return [write_receipt(space, "verification", reports), *files], data
+        return [write_receipt(space, "verification", reports), *(path.as_posix() for path in told)], data
 
     return Step("verification", after(before), run)
 
 
 def _engine_report(
-    plan: BuildPlan, space: Workspace, spec: ComponentSpec, backend: str, target: str, files: list[str]
+    plan: BuildPlan, space: Workspace, spec: ComponentSpec, backend: str, target: str
 ) -> VerificationReport:
     """The products that an engine runs: RTX's from its file, TensorRT's by its inspector.
 
-    What the inspector told is kept: its file's path is appended to ``files``.
+    What the inspector told is kept at :func:`layers_path`.
     """
     engine = space.staging_dir / engine_path(spec.name, backend, target)
     graph = space.staging_dir / graph_path(spec.name, plan.recipe.base)
@@ -156,11 +152,10 @@ def _engine_report(
         return read_rtx(engine, graph)
     record = engine_file(space.records[f"engine-{spec.name}-{target}"])
     with open_tensorrt(spec, engine, record=record, graph=graph) as opened:
-        told = opened.layers()
+        layers = opened.layers()
     info = space.staging_dir / layers_path(spec.name, backend, target)
     info.parent.mkdir(exist_ok=True)
-    info.write_text(told, encoding="utf-8")
-    files.append(info.relative_to(space.staging_dir).as_posix())
+    info.write_text(layers, encoding="utf-8")
     return read_inspector(info, graph)
 
 

@@ -27,8 +27,8 @@ from .search_steps import plan_mixed, search_steps
 from .workspace import RECEIPT, Record, Step, Workspace, run_step
 
 DEFAULT_BUDGET = 1.0
-SIGNS_BUDGET = 1.5
-"""Of questions about signs, at least: a build asks 300, so that each of them is a third of a point."""
+SIGNS_BUDGETS = {"fp8": 1.5}
+"""Where they differ about signs: a build asks 300 questions, so that each is a third of a point."""
 HEADROOM = 256 << 20
 """Disk for small files: graphs, receipts, ranges."""
 
@@ -211,9 +211,8 @@ def check_accuracy(plan: BuildPlan, root: Path, records: Mapping[str, Record]) -
     scores = read_json(root / "receipts" / "tasks.json")["scores"]
     budget = plan.config.budget
     if budget is None:
-        budget = BUDGETS.get(plan.recipe.name, DEFAULT_BUDGET)
-        if plan.evaluation == SIGNS:
-            budget = max(budget, SIGNS_BUDGET)
+        budgets = BUDGETS | (SIGNS_BUDGETS if plan.evaluation == SIGNS else {})
+        budget = budgets.get(plan.recipe.name, DEFAULT_BUDGET)
     try:
         check_budget(
             headlines(scores["fp32"]), headlines(scores[plan.recipe.name]), budget, what=plan.recipe.name

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ivl_export.benchmarks.fullsize.document import render
 from ivl_export.benchmarks.readme import RECEIPTS, receipts
+from ivl_export.files.write import write_text
 from ivl_export.models.config import InternVLConfig
 from ivl_export.models.registry import load_config
 from ivl_export.models.shipped import nano_folder
@@ -28,7 +30,6 @@ from ivl_export.runtime.shards import GROUP_BYTES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "embed.md"
 BEGIN = "<!-- begin: written by benchmarks/serve/scale.py from profiles/receipts -->"
-END = "<!-- end -->"
 IMAGES = 1_000_000_000
 DAY = 24.0
 BATCH = 128
@@ -104,25 +105,15 @@ def table(folder: Path = RECEIPTS) -> Iterator[Sequence[str]]:
         )
 
 
-def render(text: str, folder: Path = RECEIPTS) -> str:
-    """``text`` with the table between its marks; ValueError where they are not there once."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after:
-        raise ValueError(f"{BEGIN!r} and {END!r} must each occur once, in this order.")
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in table(folder))
-    return f"{before}{BEGIN}\n{lines}\n{END}{after}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the table of docs/embed.md.")
     parser.add_argument("--check", action="store_true", help="only say whether it is stale")
     args = parser.parse_args(argv)
     text = PAGE.read_text(encoding="utf-8")
-    fresh = render(text)
+    fresh = render(text, table(RECEIPTS), BEGIN)
     if args.check:
         return int(fresh != text)
-    PAGE.write_text(fresh, encoding="utf-8")
+    write_text(fresh, PAGE)
     return 0
 
 

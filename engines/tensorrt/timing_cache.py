@@ -41,10 +41,11 @@ def timing_cache(lib: Library, config: Any, gpu: Gpu | None, *, enabled: bool = 
     except OSError:
         yield  # a cache that cannot be written costs time, not correctness
         return
-    cache = _attached(config, _read(path))
+    _attach(config, _read(path))
     yield
     try:
         with locked(path.with_suffix(".lock")):
+            cache = config.get_timing_cache()
             if stored := _read(path):
                 cache.combine(config.create_timing_cache(stored), False)
             with atomic(path, durable=True) as partial:
@@ -53,15 +54,11 @@ def timing_cache(lib: Library, config: Any, gpu: Gpu | None, *, enabled: bool = 
         return  # as above
 
 
-def _attached(config: Any, stored: bytes) -> Any:
-    """A timing cache of ``kept`` at the configuration; an empty one where the library refuses that."""
+def _attach(config: Any, stored: bytes) -> None:
+    """Give the configuration a timing cache of ``stored``; an empty one where the library refuses that."""
     cache = config.create_timing_cache(stored)
-    if stored and (cache is None or not config.set_timing_cache(cache, False)):
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, False)
-    elif not stored:
-        config.set_timing_cache(cache, False)
-    return cache
+    if cache is None or not config.set_timing_cache(cache, False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def _read(path: Path) -> bytes:

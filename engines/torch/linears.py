@@ -64,7 +64,7 @@ class Fp8Linear(QuantisedLinear):
     """
 
     input_scale: Tensor
-    both_scales: Tensor
+    factor: Tensor
     ones: Tensor
 
     def __init__(
@@ -79,7 +79,7 @@ class Fp8Linear(QuantisedLinear):
         super().__init__(values, scale, bias)
         self.register_buffer("input_scale", torch.tensor(input_scale, device=values.device))
         # The input's scale is taken with the weight's: a scale for each row would be one kernel more a layer.
-        self.register_buffer("both_scales", (self.scale * input_scale).unsqueeze(0), persistent=False)
+        self.register_buffer("factor", (self.scale * input_scale).unsqueeze(0), persistent=False)
         self.register_buffer("ones", row_ones(values.device), persistent=False)
         self.product: Product = product or best_product(values.device)
         self.fast_accumulation = fast_accumulation and values.device.type == "cuda"
@@ -87,8 +87,7 @@ class Fp8Linear(QuantisedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], same dtype."""
         rows = rounded(x, self.input_scale, "fp8").reshape(-1, x.shape[-1])
-        # In the product a bias costs neither a pass nor a rounding; kernels of GPUs add bf16 to bf16 only.
-        inside = self.bias if x.is_cuda and x.dtype == torch.bfloat16 else None
+        bias = self.bias
         # On a GPU the rowwise product gives bf16 only.
         rowwise = self.product == "rowwise" and (x.dtype == torch.bfloat16 or not x.is_cuda)
         if self.product == "restored":
@@ -96,17 +95,17 @@ class Fp8Linear(QuantisedLinear):
                 restored(rows, self.input_scale, x.dtype), dequantise(self.values, self.scale).to(x.dtype)
             )
         elif rowwise:
+            # Added in the product a bias costs neither a pass nor a rounding; GPUs do so in bf16 only.
+            inside, bias = (bias, None) if x.is_cuda else (None, bias)
             y = torch._scaled_mm(
                 rows,
                 self.values.t(),
                 scale_a=self._ones_of(rows.shape[0]),
-                scale_b=self.both_scales,
+                scale_b=self.factor,
                 bias=inside,
                 out_dtype=x.dtype,
                 use_fast_accum=self.fast_accumulation,
             )
-            if inside is not None:
-                return y.reshape(*x.shape[:-1], -1)
         else:
             y = torch._scaled_mm(
                 rows,
@@ -118,7 +117,7 @@ class Fp8Linear(QuantisedLinear):
                 use_fast_accum=self.fast_accumulation,
             )
             y = (y * self.scale).to(x.dtype)
-        y = y if self.bias is None else y + self.bias
+        y = y if bias is None else y + bias
         return y.reshape(*x.shape[:-1], -1)
 
     def _ones_of(self, rows: int) -> Tensor:

@@ -45,10 +45,8 @@ def test_native_engines_are_proved_by_their_inspector(
     plan: Any = SimpleNamespace(recipe=SimpleNamespace(base="bf16"))
     space: Any = SimpleNamespace(staging_dir=tmp_path, records={"engine-vision-native": RECORD})
     spec = ComponentSpec("vision", (), (), ())
-    kept: list[str] = []
-    result: Any = engine_steps._engine_report(plan, space, spec, "tensorrt", "native", kept)
-    assert kept == ["receipts/layers-tensorrt-native-vision.json"]
-    assert (tmp_path / kept[0]).read_text() == "[1]"
+    result: Any = engine_steps._engine_report(plan, space, spec, "tensorrt", "native")
+    assert (tmp_path / "receipts" / "layers-tensorrt-native-vision.json").read_text() == "[1]"
     assert result == ("[1]", "vision.bf16.onnx")
     assert requests["path"] == tmp_path / "engines" / "tensorrt-native" / "vision.engine"
     assert requests["record"] == engine_file(RECORD)

@@ -269,12 +269,20 @@ class Times:
         self.refused: set[bytes] = set()
         fake.behaviours |= {
             "IBuilderConfig.create_timing_cache": self.create,
-            "IBuilderConfig.set_timing_cache": lambda config, cache, ignore: cache.kept not in self.refused,
+            "IBuilderConfig.set_timing_cache": self.attach,
+            "IBuilderConfig.get_timing_cache": lambda config: self.attached,
             "ITimingCache.combine": self.combine,
             "ITimingCache.serialize": lambda cache: b",".join(sorted(cache.names)),
         }
         self.cls = fake.module.ITimingCache
         self.caches: list[Any] = []
+        self.attached: Any = None
+
+    def attach(self, config: Any, cache: Any, ignore: bool) -> bool:
+        if cache.kept in self.refused:
+            return False
+        self.attached = cache
+        return True
 
     def create(self, config: Any, kept: bytes) -> Any:
         cache = object.__new__(self.cls)
